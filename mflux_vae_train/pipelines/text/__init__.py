@@ -1,0 +1,1 @@
+"""Text encoders and tokenizers of diffusion pipelines, driven by their published configuration files."""

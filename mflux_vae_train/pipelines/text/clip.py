@@ -1,0 +1,250 @@
+"""CLIP's text encoder: causal pre-norm transformer, pooled at the end-of-text token.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4.
+Parameter paths are the keys of the published `text_encoder/model.safetensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mflux_vae import kernels
+from mflux_vae.errors import SettingsError
+
+_PREFIX = "text_model."
+_POSITION_IDS = "text_model.embeddings.position_ids"
+
+
+def _quick_gelu(x: mx.array) -> mx.array:
+    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+    return kernels.silu(1.702 * x) * (1 / 1.702)
+
+
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"quick_gelu": _quick_gelu, "gelu": kernels.gelu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """`config.json` of a CLIP text encoder; field names and defaults are those of transformers.
+
+    Attributes:
+        hidden_act: "quick_gelu" or "gelu".
+        eos_token_id: where the pooled output is taken; 2 stands for "the highest id" (see `CLIPTextModel`).
+        projection_dim, attention_dropout, initializer_range, pad_token_id, bos_token_id: part of the file
+            format; they change nothing here.
+        initializer_factor: scales every standard deviation of `init_weights`.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int | None = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 49406
+    eos_token_id: int | None = 49407
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise SettingsError(
+                f"CLIP text config: hidden_act {self.hidden_act!r} is unknown; known are {known}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise SettingsError(
+                f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
+        """Read a parsed `config.json`; keys that describe the file or generation are ignored.
+
+        Raises:
+            SettingsError: the file describes another kind of model, or numbers that do not fit together.
+        """
+        kind = values.get("model_type", "clip_text_model")
+        if kind != "clip_text_model":
+            raise SettingsError(f"config of a {kind!r} model, not of a CLIP text encoder (clip_text_model)")
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` that transformers reads."""
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(self)}
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` through this project's kernel."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        B, L, D = x.shape
+        q, k, v = (
+            projection(x).reshape(B, L, self.heads, -1).transpose(0, 2, 1, 3)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = kernels.attention(q, k, v, scale=(D // self.heads) ** -0.5, mask=mask)
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class CLIPTextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def __call__(self, input_ids: mx.array) -> mx.array:
+        positions = self.position_embedding.weight
+        length = input_ids.shape[1]
+        if length > positions.shape[0]:
+            raise SettingsError(
+                f"CLIP reads at most {positions.shape[0]} tokens, not {length}: shorten max_length"
+            )
+        return self.token_embedding(input_ids) + positions[:length]
+
+
+class CLIPTextTransformer(nn.Module):
+    """What the published files call `text_model`."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(self, input_ids: mx.array) -> mx.array:
+        x = self.embeddings(input_ids)
+        length = x.shape[1]
+        future = mx.arange(length)[:, None] < mx.arange(length)[None, :]
+        mask = mx.where(future, mx.array(mx.finfo(x.dtype).min, x.dtype), mx.array(0, x.dtype))
+        return self.final_layer_norm(self.encoder(x, mask))
+
+
+class CLIPTextModel(nn.Module):
+    """CLIP text encoder without projection, as FLUX.1 uses it.
+
+    The pooled output is the final state at the first end-of-text token. Configurations older than the
+    `eos_token_id` they were trained with say 2; there the highest id of the row marks the place, which for
+    OpenAI's vocabulary is the same token (and the first token of a row that has none).
+    """
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = CLIPTextTransformer(config)
+
+    def __call__(self, input_ids: mx.array) -> tuple[mx.array, mx.array]:
+        """Token ids (B, L), L <= max_position_embeddings -> last hidden state (B, L, D), pooled (B, D).
+
+        Raises:
+            SettingsError: more tokens than there are positions.
+        """
+        hidden = self.text_model(input_ids)
+        eos = self.config.eos_token_id
+        marks = input_ids if eos == 2 else (input_ids == eos).astype(mx.int32)
+        place = mx.argmax(marks, axis=-1)[:, None, None]
+        return hidden, mx.take_along_axis(hidden, place, axis=1)[:, 0]
+
+
+def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors of any CLIP text encoder file under the names FLUX.1 publishes, which are `CLIPTextModel`'s.
+
+    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 carry `position_ids`, which
+    are 0, 1, 2, ... and dropped on purpose.
+    """
+    named = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in tensors.items()}
+    named.pop(_POSITION_IDS, None)
+    return named
+
+
+def init_weights(model: CLIPTextModel, key: mx.array, *, embedding_std: float | None = None) -> None:
+    """Give `model` fresh weights, by the scheme of transformers' `CLIPPreTrainedModel._init_weights`.
+
+    Args:
+        key: MLX random key; the same key gives the same weights.
+        embedding_std: standard deviation of token and position embeddings; None: CLIP's 0.02 (times
+            `initializer_factor`), which suits large vocabularies and long trainings.
+    """
+    config, factor = model.config, model.config.initializer_factor
+    residual = (2 * config.num_hidden_layers) ** -0.5
+    std = {
+        "token_embedding": 0.02 * factor if embedding_std is None else embedding_std,
+        "position_embedding": 0.02 * factor if embedding_std is None else embedding_std,
+        "out_proj": config.hidden_size**-0.5 * factor,
+        "fc1": (2 * config.hidden_size) ** -0.5 * factor,
+    } | dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), config.hidden_size**-0.5 * residual * factor)
+
+    parameters = tree_flatten(model.parameters())
+    fresh = []
+    for (path, value), one in zip(parameters, mx.random.split(key, len(parameters)), strict=True):
+        layer, kind = path.split(".")[-2:]
+        if kind == "bias":
+            new = mx.zeros(value.shape)
+        elif layer in std:
+            new = std[layer] * mx.random.normal(value.shape, key=one)
+        else:
+            new = mx.ones(value.shape)
+        fresh.append((path, new))
+    model.update(tree_unflatten(fresh))

@@ -1,0 +1,190 @@
+"""Text encoders and tokenizers against transformers, live, in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from transformers.models.t5.modeling_t5 import T5Attention as TheirT5Attention  # noqa: E402
+
+from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
+
+CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_attention_heads=12,
+    num_hidden_layers=12,
+    eos_token_id=2,
+    bos_token_id=0,
+)
+T5_XXL = dict(
+    d_model=4096,
+    d_ff=10240,
+    d_kv=64,
+    num_heads=64,
+    num_layers=24,
+    feed_forward_proj="gated-gelu",
+    vocab_size=32128,
+)
+SMALL_CLIP = dict(
+    vocab_size=99,
+    hidden_size=48,
+    intermediate_size=80,
+    num_attention_heads=4,
+    num_hidden_layers=3,
+    max_position_embeddings=20,
+)
+SMALL_T5 = dict(
+    vocab_size=99, d_model=48, d_ff=64, d_kv=10, num_heads=3, num_layers=3, relative_attention_max_distance=20
+)
+
+
+def shapes(module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in tree_flatten(module.parameters())}
+
+
+def load(module, state: dict) -> None:
+    module.load_weights([(key, mx.array(value.numpy())) for key, value in state.items()], strict=True)
+
+
+def relative_error(ours: mx.array, theirs) -> float:
+    reference = theirs.detach().numpy()
+    return float(np.abs(np.array(ours) - reference).max() / np.abs(reference).max())
+
+
+def shaken(model):
+    """Biases and norms away from 0 and 1, so that none can be forgotten unnoticed."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                0.2 * torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num(1.0)
+            )
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos", [2, 57])
+def test_clip_agrees(act: str, eos: int) -> None:
+    torch.manual_seed(0)
+    settings = dict(SMALL_CLIP, hidden_act=act, eos_token_id=eos, initializer_factor=3.0)
+    theirs = shaken(transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)))
+    ours = clip.CLIPTextModel(clip.CLIPTextConfig(**settings))
+    load(ours, clip.published_names(theirs.state_dict()))
+
+    ids = torch.randint(3, 99, (4, 13))
+    ids[0, 5], ids[1, 12], ids[2, 3], ids[2, 9] = 57, 57, 57, 57
+    ids[3] = torch.where(ids[3] == 57, 56, ids[3])  # a row without an end token
+    expected = theirs(ids)
+    hidden, pooled = ours(mx.array(ids.numpy()))
+    assert relative_error(hidden, expected.last_hidden_state) <= 1e-4
+    assert relative_error(pooled, expected.pooler_output) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_t5_agrees(kind: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    settings = dict(SMALL_T5, feed_forward_proj=kind)
+    theirs = shaken(transformers.T5EncoderModel(transformers.T5Config(**settings)))
+    ours = t5.T5Encoder(t5.T5Config(**settings))
+    load(ours, t5.published_names(theirs.state_dict()))
+
+    ids = torch.randint(0, 99, (3, 40))
+    mask = (torch.arange(40)[None] < torch.tensor([40, 17, 5])[:, None]).long() if masked else None
+    expected = theirs(ids, attention_mask=mask).last_hidden_state
+    hidden = ours(mx.array(ids.numpy()), None if mask is None else mx.array(mask.numpy()))
+    assert relative_error(hidden, expected) <= 1e-4
+
+
+@pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (32, 20), (16, 64), (8, 1000)])
+def test_relative_position_buckets_agree(buckets: int, distance: int) -> None:
+    offset = torch.arange(600)[None, :] - torch.arange(600)[:, None]
+    expected = TheirT5Attention._relative_position_bucket(offset, True, buckets, distance).numpy()
+    assert np.array_equal(t5.relative_position_buckets(600, buckets, distance), expected)
+
+
+def test_clip_large_has_the_published_keys() -> None:
+    with torch.device("meta"):
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
+    ours = clip.CLIPTextModel(clip.CLIPTextConfig(**CLIP_L))
+    assert shapes(ours) == {
+        key: tuple(v.shape) for key, v in clip.published_names(theirs.state_dict()).items()
+    }
+
+
+def test_t5_xxl_has_the_published_keys() -> None:
+    with torch.device("meta"):
+        theirs = transformers.T5EncoderModel(transformers.T5Config(**T5_XXL))
+    ours = t5.T5Encoder(t5.T5Config(**T5_XXL))
+    assert shapes(ours) == {key: tuple(v.shape) for key, v in t5.published_names(theirs.state_dict()).items()}
+
+
+def write_folder(folder: Path, module, config) -> None:
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(module.parameters())), metadata={"format": "pt"}
+    )
+
+
+def loaded_without_complaint(kind, folder: Path):
+    """transformers opens `folder` and neither misses nor rejects a tensor."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def test_transformers_opens_our_clip_folder(tmp_path: Path) -> None:
+    config = clip.CLIPTextConfig(**SMALL_CLIP, eos_token_id=57)
+    ours = clip.CLIPTextModel(config)
+    clip.init_weights(ours, mx.random.key(0))
+    write_folder(tmp_path, ours, config)
+    theirs = loaded_without_complaint(transformers.CLIPTextModel, tmp_path)
+    ids = np.arange(52, 64)[None]
+    assert relative_error(ours(mx.array(ids))[1], theirs(torch.tensor(ids)).pooler_output) <= 1e-4
+    assert clip.CLIPTextConfig.from_dict(theirs.config.to_dict()) == config
+
+
+def test_transformers_opens_our_t5_folder(tmp_path: Path) -> None:
+    config = t5.T5Config(**SMALL_T5, feed_forward_proj="gated-gelu")
+    ours = t5.T5Encoder(config)
+    t5.init_weights(ours, mx.random.key(0))
+    write_folder(tmp_path, ours, config)
+    theirs = loaded_without_complaint(transformers.T5EncoderModel, tmp_path)
+    ids = np.arange(52, 64)[None]
+    assert relative_error(ours(mx.array(ids)), theirs(torch.tensor(ids)).last_hidden_state) <= 1e-4
+    assert t5.T5Config.from_dict(theirs.config.to_dict()) == config
+
+
+@pytest.mark.parametrize("which", ["clip", "t5"])
+def test_fresh_weights_have_transformers_spread(which: str) -> None:
+    """Standard deviation of every kind of weight, averaged over layers, within the error of sampling."""
+    torch.manual_seed(0)
+    if which == "clip":
+        settings = dict(SMALL_CLIP, hidden_size=96)
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings))
+        theirs = clip.published_names(model.state_dict())
+        ours = clip.CLIPTextModel(clip.CLIPTextConfig(**settings))
+        clip.init_weights(ours, mx.random.key(0))
+    else:
+        settings = dict(SMALL_T5, d_model=96, feed_forward_proj="gated-gelu")
+        theirs = transformers.T5EncoderModel(transformers.T5Config(**settings)).state_dict()
+        ours = t5.T5Encoder(t5.T5Config(**settings))
+        t5.init_weights(ours, mx.random.key(0))
+    for key, value in tree_flatten(ours.parameters()):
+        spread, error = theirs[key].std().item(), 8 / np.sqrt(value.size)
+        assert float(mx.std(value)) == pytest.approx(spread, rel=error), key
+        assert float(mx.mean(value)) == pytest.approx(theirs[key].mean().item(), abs=error * spread + 1e-7), (
+            key
+        )
