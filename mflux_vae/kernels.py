@@ -1,0 +1,190 @@
+"""Convolution, normalisation, activation and attention: what layers call, fast on every device, one definition each.
+
+Metal and CUDA use MLX's own operations. On a CPU MLX's convolution copies patches through memory, its gradients do
+so several times over, and its transcendental functions are scalar; the forms below avoid that. Arrays are NHWC.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mflux_vae.runtime import is_cpu
+
+Padding = int | tuple[tuple[int, int], tuple[int, int]]
+
+_SHIFTED_MAX_CHANNELS = 256
+_SHIFTED_MIN_WIDTH = 12
+
+
+def conv2d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, *, stride: int = 1, padding: Padding = 0
+) -> mx.array:
+    """2-D convolution (cross-correlation).
+
+    Args:
+        x: (B, H, W, C).
+        weight: (O, kh, kw, C).
+        bias: (O,) or None.
+        stride: 1 or 2, the same in both directions.
+        padding: zeros around the image: one number, or ((top, bottom), (left, right)).
+
+    Returns:
+        (B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, O).
+    """
+    (top, bottom), (left, right) = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    if top or bottom or left or right:
+        if not is_cpu() and top == bottom and left == right:
+            y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
+            return y if bias is None else y + bias
+        x = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
+    if not is_cpu():
+        y = mx.conv2d(x, weight, stride=stride)
+    else:
+        if stride == 2:
+            x, weight = _space_to_depth(x, weight)
+        y = _conv_valid(x, weight)
+    return y if bias is None else y + bias
+
+
+def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+    """Rewrite a stride-2 convolution as a stride-1 one over 2x2 blocks; MLX's own input gradient is 50 times slower."""
+    batch, height, width, channels = x.shape
+    out, kh, kw, _ = weight.shape
+    # rows and columns that no window reaches are cut, those that complete a block are added
+    blocks_h, blocks_w = (height - kh) // 2 + (kh + 1) // 2, (width - kw) // 2 + (kw + 1) // 2
+    x = x[:, : 2 * blocks_h, : 2 * blocks_w]
+    x = mx.pad(x, [(0, 0), (0, 2 * blocks_h - x.shape[1]), (0, 2 * blocks_w - x.shape[2]), (0, 0)])
+    x = x.reshape(batch, blocks_h, 2, blocks_w, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    weight = mx.pad(weight, [(0, 0), (0, kh % 2), (0, kw % 2), (0, 0)])
+    kh, kw = (kh + 1) // 2, (kw + 1) // 2
+    weight = weight.reshape(out, kh, 2, kw, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, blocks_h, blocks_w, 4 * channels), weight.reshape(out, kh, kw, 4 * channels)
+
+
+@mx.custom_function
+def _conv_valid(x: mx.array, weight: mx.array) -> mx.array:
+    """Stride-1 convolution without padding, on the CPU: a product per kernel tap, or one over gathered patches."""
+    batch, height, width, channels = x.shape
+    out, kh, kw, _ = weight.shape
+    if kh == kw == 1:
+        return x @ weight.reshape(out, channels).T
+    out_h, out_w = height - kh + 1, width - kw + 1
+    if channels > _SHIFTED_MAX_CHANNELS or width < _SHIFTED_MIN_WIDTH:
+        patches = _patches(x, kh, kw)
+        return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
+    # Shifting a kernel tap is an offset into the flattened image: rows that wrap around an edge are never read back.
+    flat = x.reshape(-1, channels)
+    rows = flat.shape[0] - (kh - 1) * width - (kw - 1)
+    y: mx.array | None = None
+    for i in range(kh):
+        for j in range(kw):
+            shifted, tap = flat[i * width + j : i * width + j + rows], weight[:, i, j].T
+            y = shifted @ tap if y is None else mx.addmm(y, shifted, tap)
+    assert y is not None
+    return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
+
+
+@_conv_valid.vjp
+def _conv_valid_vjp(primals, cotangent, _):
+    """Gradients of `_conv_valid`: the input's is a convolution again, the weight's a product per tap."""
+    x, weight = primals
+    batch, height, width, channels = x.shape
+    out, kh, kw, _ = weight.shape
+    margin = mx.pad(cotangent, [(0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)])
+    grad_x = _conv_valid(margin, weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
+    if kh == kw == 1 or channels > _SHIFTED_MAX_CHANNELS or width < _SHIFTED_MIN_WIDTH:
+        grad_w = cotangent.reshape(-1, out).T @ _patches(x, kh, kw)
+        return grad_x, grad_w.reshape(weight.shape)
+    flat = x.reshape(-1, channels)
+    rows = flat.shape[0] - (kh - 1) * width - (kw - 1)
+    grad = mx.pad(cotangent, [(0, 0), (0, kh - 1), (0, kw - 1), (0, 0)]).reshape(-1, out)[:rows].T
+    taps = [grad @ flat[i * width + j : i * width + j + rows] for i in range(kh) for j in range(kw)]
+    return grad_x, mx.stack(taps, axis=1).reshape(weight.shape)
+
+
+def _patches(x: mx.array, kh: int, kw: int) -> mx.array:
+    """(B, H, W, C) -> (B * out_h * out_w, kh * kw * C): every window, one row each."""
+    batch, height, width, channels = x.shape
+    shape = (batch, height - kh + 1, width - kw + 1, kh, kw * channels)
+    row = width * channels
+    strides = (height * row, row, channels, row, 1)
+    return mx.as_strided(mx.contiguous(x), shape, strides).reshape(-1, kh * kw * channels)
+
+
+def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Group normalisation over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
+
+    Statistics are two-pass, in float32: reductions over pixels, then over the few channels of a group.
+
+    Args:
+        x: (B, ..., C), normalised over every axis between batch and channels.
+        groups: a divisor of C.
+        weight, bias: (C,).
+    """
+    shape, dtype = x.shape, x.dtype
+    batch, channels = shape[0], shape[-1]
+    x = x.reshape(batch, -1, channels).astype(mx.float32)
+    mean = _over_group(mx.mean(x, axis=1), groups)
+    x = x - mean[:, None]
+    variance = _over_group(mx.mean(mx.square(x), axis=1), groups)
+    scale = mx.rsqrt(variance + eps) * weight
+    return (x * scale[:, None] + bias).astype(dtype).reshape(shape)
+
+
+def _over_group(values: mx.array, groups: int) -> mx.array:
+    """Mean over each group's channels, spread back over them. (B, C) -> (B, C)."""
+    batch, channels = values.shape
+    mean = mx.mean(values.reshape(batch, groups, -1), axis=-1, keepdims=True)
+    return mx.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return x * mx.sigmoid(x)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Exact GELU, x * Phi(x)."""
+    return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU in the tanh approximation (`gelu_new` of transformers, `gelu-approximate` of diffusers)."""
+    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+def softmax(x: mx.array, axis: int = -1) -> mx.array:
+    """Softmax, summed in float32 whatever the dtype."""
+    return mx.softmax(x, axis=axis, precise=True)
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None = None
+) -> mx.array:
+    """Scaled dot-product attention.
+
+    Args:
+        q: (B, heads, N, d); k, v: (B, heads, M, d).
+        scale: factor on the scores, usually d ** -0.5.
+        mask: additive, broadcastable to (B, heads, N, M); None for none.
+
+    Returns:
+        (B, heads, N, d).
+    """
+    if not is_cpu():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    return softmax(scores if mask is None else scores + mask) @ v
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
+    if not is_cpu():
+        return mx.fast.rms_norm(x, weight, eps)
+    x = x * mx.rsqrt(mx.mean(mx.square(x), axis=-1, keepdims=True) + eps)
+    return x if weight is None else x * weight
+
+
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+    """Layer normalisation over the last axis; weight and bias may be absent."""
+    return mx.fast.layer_norm(x, weight, bias, eps)

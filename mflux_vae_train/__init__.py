@@ -1,0 +1,1 @@
+"""Training above `mflux_vae`: DreamBooth on diffusion pipelines, and the pipelines it trains."""
