@@ -1,12 +1,12 @@
 """The shapes of the world, as signed distance functions.
 
-Each function takes coordinates (u, v) in units of the shape's radius, origin at its centre, v upwards, and returns the
-signed distance to the outline in the same units: negative inside. Sharp corners are mitred where that is simpler than
-the Euclidean distance; only the zero line and its near neighbourhood are used. Star and heart follow Inigo Quilez,
-"2D distance functions" (https://iquilezles.org/articles/distfunctions2d/).
+Each function takes coordinates (u, v) in units of the shape's radius, origin at its centre, v upwards, and
+returns the signed distance to the outline in the same units: negative inside. Sharp corners are mitred where
+that is simpler than the Euclidean distance; only the zero line and its near neighbourhood are used. Star and
+heart follow Inigo Quilez, "2D distance functions" (https://iquilezles.org/articles/distfunctions2d/).
 
-The sizes are chosen so that all shapes look about equally large at the same radius, and so that all but the moon
-are solid within `CORE_RADIUS` of their centre.
+The sizes are chosen so that all shapes look about equally large at the same radius, and so that all but the
+moon are solid within `CORE_RADIUS` of their centre.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The backgrounds of the world: six textures, each a tile that continues over its edges.
 
-Every tile is drawn once at eight times the smallest picture and shrunk by area to the size asked for, so pictures of
-different sizes show the same scene. A scene shifts the tile: anywhere for grass, sand, snow and night, which have no
-order to lose, and slightly for brick and sea, whose regular lines a small model can only learn where they stay put.
+Every tile is drawn once, large, and shrunk by area to the size asked for, so pictures of different sizes show
+the same scene. A scene shifts the tile: anywhere for grass, sand, snow and night, which have no order to lose,
+and slightly for brick and sea, whose regular lines a small model can only learn where they stay put.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -102,8 +102,9 @@ def _sea() -> Image.Image:
     phase = 8 * y + 0.9 * np.sin(4 * x) * np.sign(np.sin(4 * y + 0.01))
     crest = np.clip(np.cos(phase) * 2.2 - 1.2, 0, 1)[..., None]
     swell = (np.cos(phase - 0.8) * 0.5 + 0.5)[..., None]
-    water = np.float32((26, 92, 112)) + swell * np.float32((18, 24, 22))
-    return Image.fromarray(np.uint8(water + crest * (np.float32((124, 186, 190)) - water)))
+    water = np.asarray((26, 92, 112), np.float32) + swell * np.asarray((18, 24, 22), np.float32)
+    foam = np.asarray((124, 186, 190), np.float32)
+    return Image.fromarray((water + crest * (foam - water)).astype(np.uint8))
 
 
 _TEXTURES: dict[str, tuple[Callable[[], Image.Image], float]] = {
@@ -118,7 +119,7 @@ _TEXTURES: dict[str, tuple[Callable[[], Image.Image], float]] = {
 BACKGROUNDS = tuple(_TEXTURES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _master(background: str) -> Image.Image:
     return _TEXTURES[background][0]()
 
@@ -132,7 +133,7 @@ def tile(background: str, size: int) -> np.ndarray:
 
 
 def texture(background: str, size: int, seed: int) -> np.ndarray:
-    """The texture as float32 (size, size, 3) in [0, 255], shifted as `seed` says by a multiple of 1/64 of the side."""
+    """The tile as float32 (size, size, 3) in [0, 255], shifted as `seed` says by multiples of 1/64 of the side."""
     reach = _TEXTURES[background][1]
     shifts = np.random.default_rng(seed).integers(-round(32 * reach), round(32 * reach) + 1, 2) / 64
     return np.roll(tile(background, size), [round(float(s) * size) for s in shifts], axis=(0, 1))

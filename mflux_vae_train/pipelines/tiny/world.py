@@ -1,9 +1,10 @@
 """A procedural world of captioned scenes with known truth.
 
-A scene is one shape of one colour on one of six backgrounds. A rare name before the class ("a photo of zwx star")
-stands for an *individual*: a shape with a core of a second colour. Which individual a name means is drawn anew for
-every example, so a model trained here learns what names are for (some two-coloured individual) but knows no one by name;
-that is left to DreamBooth. Eight (shape, colour) pairs and five subjects never occur in training.
+A scene is one shape of one colour on one of six backgrounds. A rare name before the class ("a photo of zwx
+star") stands for an *individual*: a shape with a core of a second colour. Which individual a name means is drawn
+anew for every example, so a model trained here learns what names are for (some two-coloured individual) but
+knows no one by name; that is left to DreamBooth. Eight (shape, colour) pairs and five subjects never occur in
+training.
 
 Pictures are pure functions of their scene, training examples of (seed, index).
 """
@@ -129,18 +130,18 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     """
     pixels = texture(scene.background, size, scene.texture_seed)
     if scene.shape is None or scene.colour is None:
-        return np.uint8(pixels + 0.5)
+        return (pixels + 0.5).astype(np.uint8)
     u, v = coordinates(size, scene.x, scene.y, scene.radius)
     pixel = 1 / (size * scene.radius)
     distance = DISTANCES[scene.shape](u, v)
-    light = 1 + np.float32(0.08) * v[..., None]  # a little brighter at the top, as under an open sky
-    pixels += coverage(distance, pixel)[..., None] * (np.float32(OUTLINE) - pixels)
+    light = 1 + 0.08 * v[..., None]  # a little brighter at the top, as under an open sky
+    pixels += coverage(distance, pixel)[..., None] * (np.asarray(OUTLINE, np.float32) - pixels)
     inside = coverage(distance + OUTLINE_WIDTH / scene.radius, pixel)[..., None]
-    pixels += inside * (np.float32(COLOURS[scene.colour]) * light - pixels)
+    pixels += inside * (np.asarray(COLOURS[scene.colour], np.float32) * light - pixels)
     if scene.core is not None:
         core = coverage(np.hypot(u, v) - CORE_RADIUS, pixel)[..., None]
-        pixels += core * (np.float32(COLOURS[scene.core]) * light - pixels)
-    return np.uint8(np.clip(pixels + 0.5, 0, 255))
+        pixels += core * (np.asarray(COLOURS[scene.core], np.float32) * light - pixels)
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -168,7 +169,7 @@ def training_scene(seed: int, index: int) -> tuple[str, Scene]:
 
 
 def training_example(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, str, Scene]:
-    """Picture (size, size, 3) uint8, caption and scene of a training example: a function of the arguments alone."""
+    """Picture (size, size, 3) uint8, caption and scene of a training example: a function of the arguments."""
     caption, scene = training_scene(seed, index)
     return render(scene, size), caption, scene
 
@@ -197,7 +198,7 @@ def subject_images(subject: Subject, count: int, size: int = 64, seed: int = 0) 
 
 
 def evaluation_prompts(seen: bool) -> list[tuple[str, Scene]]:
-    """All full prompts whose (shape, colour) pair is in training (`seen`) or kept out of it, each with its truth."""
+    """All full prompts whose (shape, colour) pair is in training (`seen`) or kept out of it, with their truth."""
     return [
         (
             f"a photo of {article(colour)} {colour} {shape} on {background}",
@@ -211,7 +212,7 @@ def evaluation_prompts(seen: bool) -> list[tuple[str, Scene]]:
 
 
 def _naming(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that names an individual: mostly with its class, in a third of the cases with its background."""
+    """A caption that names an individual: mostly with its class, in a third of the cases with its place."""
     name = _pick(rng, NAMES)
     draw = rng.random()
     background = scene.background if rng.random() < 1 / 3 else None
