@@ -1,0 +1,306 @@
+"""FLUX.1's transformer (Black Forest Labs 2024), driven by its configuration.
+
+Modules carry the names of diffusers' FluxTransformer2DModel, so its weights load without a key table. Shapes:
+B batch, L text tokens, N image tokens, D width (heads * head_dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mflux_vae.errors import WeightsError
+from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
+
+from .embeddings import Rotation, TimeTextEmbedding, rotate, rotation
+
+MLP_RATIO = 4
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxTransformerConfig:
+    """config.json of diffusers' FluxTransformer2DModel; the defaults are FLUX.1-schnell's."""
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        axes = self.axes_dims_rope
+        if sum(axes) != self.attention_head_dim or any(dims % 2 for dims in axes):
+            raise WeightsError(
+                f"FLUX transformer: axes_dims_rope {list(axes)} must be even and sum to "
+                f"attention_head_dim {self.attention_head_dim}; correct its config.json"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> FluxTransformerConfig:
+        """From config.json; keys that do not shape the network (`_class_name`, ...) are ignored."""
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        if "axes_dims_rope" in known:
+            known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What diffusers reads as config.json."""
+        return {"_class_name": "FluxTransformer2DModel", **asdict(self)}
+
+
+class Modulation(nn.Module):
+    """Scale, shift and gate of a block from the conditioning vector (adaLN-Zero, Peebles & Xie 2023).
+
+    Calling it gives `parts` arrays (B, 1, D) out of the already activated conditioning (B, D).
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, parts * width)
+        self._parts = parts
+
+    def __call__(self, conditioning: mx.array) -> list[mx.array]:
+        return mx.split(self.linear(conditioning)[:, None], self._parts, axis=-1)
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """Layer norm without weights of its own, then scale and shift by (B, 1, D)."""
+    return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the channels of a head."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = mx.ones(head_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, NORM_EPS)
+
+
+class GeluProjection(nn.Module):
+    """Linear, then GELU (tanh form)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs, outputs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu_tanh(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """D -> 4 D -> D; the second entry of `net` holds the place of diffusers' dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = [
+            GeluProjection(width, MLP_RATIO * width),
+            nn.Identity(),
+            nn.Linear(MLP_RATIO * width, width),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class SingleAttention(nn.Module):
+    """Self-attention over all tokens, without output projection: (B, L + N, D) -> (B, L + N, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self._heads = heads
+        self._scale = (width // heads) ** -0.5
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_q = HeadNorm(width // heads)
+        self.norm_k = HeadNorm(width // heads)
+
+    def __call__(self, x: mx.array, rope: Rotation) -> mx.array:
+        q, k, v = (self._heads_of(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self._attend(self.norm_q(q), self.norm_k(k), v, rope)
+
+    def _heads_of(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:-1], self._heads, -1)
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, rope: Rotation) -> mx.array:
+        """(B, S, heads, head_dim) each -> (B, S, D)."""
+        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
+        return attention(q, k, v, scale=self._scale).transpose(0, 2, 1, 3).flatten(2)
+
+
+class JointAttention(SingleAttention):
+    """Attention over text and image tokens together, each with projections of its own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.add_q_proj = nn.Linear(width, width)
+        self.add_k_proj = nn.Linear(width, width)
+        self.add_v_proj = nn.Linear(width, width)
+        self.norm_added_q = HeadNorm(width // heads)
+        self.norm_added_k = HeadNorm(width // heads)
+        self.to_out = [nn.Linear(width, width)]
+        self.to_add_out = nn.Linear(width, width)
+
+    def joint(self, image: mx.array, text: mx.array, rope: Rotation) -> tuple[mx.array, mx.array]:
+        """Image (B, N, D) and text (B, L, D) -> what attention adds to each."""
+        q, k, v = (self._heads_of(layer(image)) for layer in (self.to_q, self.to_k, self.to_v))
+        tq, tk, tv = (
+            self._heads_of(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        q = mx.concatenate([self.norm_added_q(tq), self.norm_q(q)], axis=1)
+        k = mx.concatenate([self.norm_added_k(tk), self.norm_k(k)], axis=1)
+        both = self._attend(q, k, mx.concatenate([tv, v], axis=1), rope)
+        text_length = text.shape[1]
+        return self.to_out[0](both[:, text_length:]), self.to_add_out(both[:, :text_length])
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with weights of their own that meet in attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = Modulation(width, 6)
+        self.norm1_context = Modulation(width, 6)
+        self.attn = JointAttention(width, heads)
+        self.ff = FeedForward(width)
+        self.ff_context = FeedForward(width)
+
+    def __call__(
+        self, image: mx.array, text: mx.array, conditioning: mx.array, rope: Rotation
+    ) -> tuple[mx.array, mx.array]:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.norm1(conditioning)
+        t_shift_a, t_scale_a, t_gate_a, t_shift_m, t_scale_m, t_gate_m = self.norm1_context(conditioning)
+        to_image, to_text = self.attn.joint(
+            modulated_norm(image, shift_a, scale_a), modulated_norm(text, t_shift_a, t_scale_a), rope
+        )
+        image = image + gate_a * to_image
+        image = image + gate_m * self.ff(modulated_norm(image, shift_m, scale_m))
+        text = text + t_gate_a * to_text
+        text = text + t_gate_m * self.ff_context(modulated_norm(text, t_shift_m, t_scale_m))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """One stream; attention and MLP side by side, joined by one output projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = Modulation(width, 3)
+        self.proj_mlp = nn.Linear(width, MLP_RATIO * width)
+        self.proj_out = nn.Linear((1 + MLP_RATIO) * width, width)
+        self.attn = SingleAttention(width, heads)
+
+    def __call__(self, x: mx.array, conditioning: mx.array, rope: Rotation) -> mx.array:
+        shift, scale, gate = self.norm(conditioning)
+        normed = modulated_norm(x, shift, scale)
+        branches = [self.attn(normed, rope), gelu_tanh(self.proj_mlp(normed))]
+        return x + gate * self.proj_out(mx.concatenate(branches, axis=-1))
+
+
+class FluxTransformer(nn.Module):
+    """The denoiser of FLUX.1: noisy packed latents, prompt and time -> velocity."""
+
+    def __init__(self, config: FluxTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.width, config.num_attention_heads
+        self.x_embedder = nn.Linear(config.in_channels, width)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
+        self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, config.guidance_embeds)
+        self.transformer_blocks = [DoubleBlock(width, heads) for _ in range(config.num_layers)]
+        self.single_transformer_blocks = [SingleBlock(width, heads) for _ in range(config.num_single_layers)]
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        encoder_hidden_states: mx.array,
+        pooled_projections: mx.array,
+        timestep: mx.array,
+        img_ids: mx.array,
+        txt_ids: mx.array,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
+        """Predict the velocity noise - image.
+
+        Args:
+            hidden_states: (B, N, in_channels) packed latents.
+            encoder_hidden_states: (B, L, joint_attention_dim) T5's embeddings.
+            pooled_projections: (B, pooled_projection_dim) CLIP's pooled embedding.
+            timestep: (B,) in [0, 1], the noise level sigma; times 1000 inside.
+            img_ids: (N, 3) and txt_ids: (L, 3): positions of the tokens.
+            guidance: (B,) guidance scale; exactly where the configuration has `guidance_embeds`.
+
+        Returns:
+            (B, N, patch_size^2 * out_channels).
+        """
+        if (guidance is not None) != self.config.guidance_embeds:
+            needs = "needs" if self.config.guidance_embeds else "takes no"
+            raise ValueError(
+                f"this FLUX transformer {needs} guidance (guidance_embeds={self.config.guidance_embeds})"
+            )
+        conditioning = silu(
+            self.time_text_embed(
+                timestep.astype(mx.float32) * 1000,
+                None if guidance is None else guidance.astype(mx.float32) * 1000,
+                pooled_projections,
+            )
+        )
+        image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+        rope = rotation(mx.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
+        for block in self.transformer_blocks:
+            image, text = block(image, text, conditioning, rope)
+        # text stream + image stream -> one stream
+        x = mx.concatenate([text, image], axis=1)
+        for block in self.single_transformer_blocks:
+            x = block(x, conditioning, rope)
+        scale, shift = self.norm_out(conditioning)
+        return self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
+
+
+def init_weights(model: FluxTransformer, key: mx.array) -> None:
+    """Weights to start training from, all from `key`: each block an identity, the velocity zero.
+
+    Linear layers are Xavier-uniform; time, guidance and text embedders normal with standard deviation 0.02; the
+    modulations and the last projection zero, as are all biases; norm weights one.
+    """
+    parameters = tree_flatten(model.parameters())
+    drawn = []
+    for (name, value), sub in zip(parameters, mx.random.split(key, len(parameters)), strict=True):
+        drawn.append((name, _initial(name, value.shape, sub)))
+    model.update(tree_unflatten(drawn))
+
+
+def _initial(name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
+    if len(shape) == 1:
+        return mx.ones(shape) if ".norm_" in name and name.endswith("weight") else mx.zeros(shape)
+    module = name.removesuffix(".weight")
+    if module == "proj_out" or module == "norm_out.linear" or ".norm" in module:
+        return mx.zeros(shape)
+    if module.startswith(("time_text_embed", "context_embedder")):
+        return mx.random.normal(shape, scale=0.02, key=key)
+    bound = (6 / sum(shape)) ** 0.5
+    return mx.random.uniform(-bound, bound, shape, key=key)
