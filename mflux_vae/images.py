@@ -20,9 +20,9 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_images(folder: str | Path) -> tuple[list[Path], int]:
-    """The pictures of a folder, sorted by name, and the number of other files there (folders are not counted).
+    """The pictures of a folder, sorted by name, and the number of other files there.
 
-    Hidden files are no pictures, whatever they are called.
+    Hidden files are no pictures, whatever they are called; folders are not counted.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -34,7 +34,7 @@ def find_images(folder: str | Path) -> tuple[list[Path], int]:
 
 
 def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray:
-    """One picture as RGB: upright by its EXIF orientation, transparency over white, 16-bit grey scaled to 8 bits.
+    """One picture as RGB: upright by its EXIF orientation, transparency over white, 16-bit grey in 8 bits.
 
     Args:
         resolution: with it, the short side is resized to this many pixels and the centre square is kept.
@@ -87,7 +87,9 @@ def to_pixels(pictures: np.ndarray) -> np.ndarray:
 
 def to_pictures(pixels: np.ndarray) -> np.ndarray:
     """[-1, 1] -> uint8, rounded; values outside are clipped and NaN becomes black."""
-    scaled = np.nan_to_num((np.asarray(pixels, dtype=np.float32) + 1.0) * 127.5, nan=0.0, posinf=255.0, neginf=0.0)
+    scaled = np.nan_to_num(
+        (np.asarray(pixels, dtype=np.float32) + 1.0) * 127.5, nan=0.0, posinf=255.0, neginf=0.0
+    )
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
