@@ -1,0 +1,158 @@
+"""From ``--model`` to a pipeline, through entry points.
+
+A pipeline is an entry point of the group ``mflux_vae_train.pipelines``: its name is what ``--model`` takes,
+its value a callable ``load(model: str) -> DiffusionPipeline`` that is given that name. An entry point named
+like a diffusers class opens folders: ``--model FOLDER`` looks up the class that the folder's
+``model_index.json`` names and calls ``load(FOLDER)``. This package's own are registered like anyone's.
+
+    [project.entry-points."mflux_vae_train.pipelines"]
+    mine = "my_package:load"
+    MyDiffusionPipeline = "my_package:load"
+
+Nothing is imported before it is asked for. Where two distributions register one name, a warning names both
+and the first counts: this package's own, then by name of the distribution. One that cannot be imported is
+skipped with a warning, and the next of the same name serves.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mflux_vae.errors import PluginError, SettingsError
+
+if TYPE_CHECKING:
+    from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+
+GROUP = "mflux_vae_train.pipelines"
+OWN_PACKAGE = "mflux_vae_train"
+
+Loader = Callable[[str], "DiffusionPipeline"]
+
+
+def available() -> list[str]:
+    """The names that ``--model`` takes, importing none of them; those that open folders are left out."""
+    return sorted({entry.name for entry in entry_points(group=GROUP) if not _opens_folders(entry.name)})
+
+
+def open_pipeline(model: str) -> DiffusionPipeline:
+    """Opens a registered name, or a folder in diffusers' layout.
+
+    Raises:
+        SettingsError: there is no such name or folder; the message lists the names that work.
+        PluginError: the entry point cannot be imported, or what it gives is no pipeline.
+    """
+    known = _by_name()
+    if model in known:
+        return _open(known[model], model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        class_name = _class_of(folder)
+        if class_name not in known:
+            opens = ", ".join(sorted(filter(_opens_folders, known))) or "none"
+            raise SettingsError(
+                f"{folder} holds a {class_name}, which nothing installed opens (known: {opens})"
+            )
+        return _open(known[class_name], str(folder))
+    raise SettingsError(_unknown(model, known))
+
+
+def _by_name() -> dict[str, list[EntryPoint]]:
+    """Name -> its entry points, the one that counts first. A name taken twice is reported."""
+    known: dict[str, list[EntryPoint]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=_precedence):
+        others = known.setdefault(entry.name, [])
+        # An editable install can show one distribution twice; that is no conflict.
+        if all(
+            (_distribution(other), other.value) != (_distribution(entry), entry.value) for other in others
+        ):
+            others.append(entry)
+    for name, entries in known.items():
+        if len(entries) > 1:
+            who = ", ".join(f"{_distribution(entry)} ({entry.value})" for entry in entries)
+            warnings.warn(
+                f"pipeline {name!r} is registered more than once: {who}; the first counts", stacklevel=3
+            )
+    return known
+
+
+def _open(entries: list[EntryPoint], model: str) -> DiffusionPipeline:
+    broken: list[str] = []
+    for entry in entries:
+        loader = _load(entry, broken)
+        if loader is not None:
+            return _checked(loader(model), entry)
+    raise PluginError(f"pipeline {entries[0].name!r} cannot be loaded: {'; '.join(broken)}")
+
+
+def _load(entry: EntryPoint, broken: list[str]) -> Loader | None:
+    """Imports an entry point; a broken one is warned about and added to `broken`."""
+    try:
+        loader = entry.load()
+        if not callable(loader):
+            raise TypeError(f"{entry.value} is a {type(loader).__name__}, not a callable load(model)")
+    except Exception as error:  # whatever a foreign module raises while it is imported
+        reason = f"{_distribution(entry)} ({entry.value}): {type(error).__name__}: {error}"
+        broken.append(reason)
+        warnings.warn(f"pipeline {entry.name!r} is broken and skipped: {reason}", stacklevel=4)
+        return None
+    return loader
+
+
+def _checked(pipeline: Any, entry: EntryPoint) -> DiffusionPipeline:
+    from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+
+    missing = missing_members(pipeline)
+    if missing or not isinstance(pipeline, DiffusionPipeline):
+        lacks = f": it lacks {', '.join(missing)}" if missing else ""
+        raise PluginError(f"{entry.value} of {_distribution(entry)} gave a {type(pipeline).__name__}{lacks}")
+    return pipeline
+
+
+def missing_members(pipeline: object) -> list[str]:
+    """What an object lacks to be a DiffusionPipeline."""
+    from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+
+    methods = [name for name in vars(DiffusionPipeline) if not name.startswith("_")]
+    fields = [name for name in DiffusionPipeline.__annotations__ if not name.startswith("_")]
+    return sorted(name for name in {*methods, *fields} if not hasattr(pipeline, name))
+
+
+def _unknown(model: str, known: dict[str, list[EntryPoint]]) -> str:
+    """The message for a name that is not there. Only names that can be imported are offered."""
+    names = [name for name in sorted(known) if not _opens_folders(name)]
+    usable = [name for name in names if any(_load(entry, []) for entry in known[name])]
+    near = get_close_matches(model, usable, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"there is no pipeline or folder {model!r}{hint} (pipelines: {', '.join(usable) or 'none installed'})"
+    )
+
+
+def _class_of(folder: Path) -> str:
+    index = folder / "model_index.json"
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except FileNotFoundError:
+        raise SettingsError(f"{folder} has no model_index.json: give a folder in diffusers' layout") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
+
+
+def _precedence(entry: EntryPoint) -> tuple[str, bool, str, str]:
+    own = entry.value.split(":")[0].split(".")[0] == OWN_PACKAGE
+    return entry.name, not own, _distribution(entry), entry.value
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unnamed distribution"
+
+
+def _opens_folders(name: str) -> bool:
+    """diffusers' classes are called SomethingPipeline; names for ``--model`` are not."""
+    return name.endswith("Pipeline")
