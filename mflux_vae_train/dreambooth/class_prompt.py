@@ -1,0 +1,99 @@
+"""The class prompt of an instance prompt: "a photo of sks dog" -> "a photo of a dog".
+
+The rule is narrow on purpose. The instance prompt holds exactly one *identifier*, a word without meaning
+that stands for the subject, and the word right after it has to be able to name a class. The class prompt is
+the instance prompt without the identifier, with an article where one is due. The rest is left to the user.
+
+- An identifier is a word of the list below, a word in brackets (``[V]``, ``<new>``), or three to five
+  lower-case letters without a vowel (y counts as one), digits at its end aside. Capitals (``BMW``) and the
+  well-known abbreviations below are none.
+- A class word has letters and hyphens only, stands in the same phrase (no comma in between), and is no
+  function word (``on``, ``is``, ``style``) and no participle (``running``).
+"""
+
+from __future__ import annotations
+
+import re
+
+IDENTIFIERS = frozenset({"sks", "ohwx", "zwx", "xyz", "xjy", "hta", "bnha", "olis", "ukj"})
+"""Rare tokens in common use for DreamBooth, with those that the vowel rule alone would miss."""
+
+ABBREVIATIONS = frozenset(
+    "bmw brr cctv cgi dslr dvd fps gps hdr hmm html http jpg kbps lcd ltd mph mrs mtv nfl nhl nth pdf"
+    " phd png psst pvc rgb rpg rpm shh slr sms svg tsk usb vhs".split()
+)
+
+FUNCTION_WORDS = frozenset(
+    "a about above across after against along among an and are around as at be behind being below"
+    " beneath beside between beyond but by can character concept do does down during for from had has"
+    " have he her his i if in inside into is it its like my near of off on onto or our out outside over"
+    " person's s she so some style than that the their them then there these they this those through"
+    " thing to toward towards under until up upon was we were what when where which while who wearing"
+    " will with within without you your".split()
+)
+
+NOUNS_IN_ING = frozenset(
+    "building drawing duckling earring king painting ring sapling sibling string wing".split()
+)
+
+DETERMINERS = frozenset("a an the my your his her our their this that one".split())
+PREPOSITIONS = frozenset("at beside by for from in like near of on under with".split())
+
+
+def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
+    """The class prompt, and how it came about; or None and why there is none.
+
+    >>> derive_class_prompt("a photo of sks dog")[0]
+    'a photo of a dog'
+    """
+    words = instance_prompt.split()
+    places = [index for index, word in enumerate(words) if is_identifier(word)]
+    if not places:
+        return None, f"no identifier such as 'sks' was recognised in {instance_prompt!r}"
+    if len(places) > 1:
+        found = ", ".join(words[index] for index in places)
+        return None, f"{instance_prompt!r} holds several words that may be the identifier ({found})"
+    place = places[0]
+    identifier = words[place]
+    if place + 1 == len(words) or not _names_a_class(words[place + 1]) or identifier[-1] in ",.;:":
+        return None, f"no class word follows the identifier {identifier!r} in {instance_prompt!r}"
+    before, after = words[:place], words[place + 1 :]
+    noun = after[0].rstrip(",.;:!?")
+    if before and before[-1].lower() in DETERMINERS:
+        before = [*before[:-1], *_article(noun)]
+    elif not before or before[-1].lower() in PREPOSITIONS or before[-1][-1] in ",;:":
+        before = [*before, *_article(noun)]
+    return " ".join([*before, *after]), f"the instance prompt without {identifier!r}"
+
+
+def is_identifier(word: str) -> bool:
+    """Whether a word of a prompt means nothing but the subject."""
+    if re.fullmatch(r"\[[\w*-]+\]|<[\w*-]+>", word.rstrip(",.;:!?")):
+        return True
+    bare = word.strip(".,;:!?\"'()")
+    if bare.lower() in IDENTIFIERS:
+        return True
+    letters = bare.rstrip("0123456789")
+    return bool(re.fullmatch("[bcdfghjklmnpqrstvwxz]{3,5}", letters)) and letters not in ABBREVIATIONS
+
+
+def _names_a_class(word: str) -> bool:
+    noun = word.rstrip(",.;:!?").lower()
+    if not re.fullmatch(r"[a-z]+(-[a-z]+)*", noun) or noun in FUNCTION_WORDS or is_identifier(noun):
+        return False
+    return not noun.endswith("ing") or noun in NOUNS_IN_ING
+
+
+def _article(noun: str) -> list[str]:
+    """The indefinite article before a singular, none before a plural."""
+    noun = noun.lower()
+    plural = (noun.endswith("s") and not noun.endswith(("ss", "us", "is", "as"))) or noun in {
+        "people",
+        "children",
+    }
+    if plural:
+        return []
+    sounds_like_a_consonant = noun.startswith(("uni", "use", "eu", "ewe", "one", "ukulele"))
+    sounds_like_a_vowel = noun.startswith(("hour", "heir", "honest", "honour", "honor"))
+    vowel = (noun[0] in "aeiou" and not sounds_like_a_consonant) or sounds_like_a_vowel
+    return ["an" if vowel else "a"]
