@@ -1,0 +1,121 @@
+"""Flow matching as FLUX.1 samples and trains it: noise levels sigma in [0, 1], x_sigma = (1 - sigma) x0 + sigma noise.
+
+The velocity is noise - x0; sampling follows it from sigma 1 to 0 with Euler steps (Lipman et al. 2023, Esser et al.
+2024). The fields are those of diffusers' FlowMatchEulerDiscreteScheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+import mlx.core as mx
+import numpy as np
+
+from mflux_vae.errors import SettingsError
+
+SigmaWeighting = Literal["logit_normal", "uniform", "schnell"]
+"""How training draws sigma: sigmoid of a standard normal; uniform; or only the four levels schnell was distilled to."""
+
+SCHNELL_STEPS = 4
+
+Levels = TypeVar("Levels", mx.array, np.ndarray)
+
+# What diffusers' scheduler can also do and FLUX.1 does not: any other value would sample differently, silently.
+_FIXED = {
+    "time_shift_type": "exponential",
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchSchedule:
+    """Noise levels, shifted towards noise by a fixed factor or by the number of image tokens.
+
+    Attributes:
+        num_train_timesteps: kept for the file; levels here are fractions of it.
+        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), where `use_dynamic_shifting` is off.
+        use_dynamic_shifting: shift by e^mu instead, mu linear in the number of image tokens, from `base_shift` at
+            `base_image_seq_len` to `max_shift` at `max_image_seq_len`.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> FlowMatchSchedule:
+        """From scheduler_config.json.
+
+        Raises:
+            SettingsError: the file asks for another kind of scheduler, or for what FLUX.1 does not use.
+        """
+        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if kind != "FlowMatchEulerDiscreteScheduler":
+            raise SettingsError(f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is")
+        for name, value in _FIXED.items():
+            if config.get(name, value) != value:
+                raise SettingsError(f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is")
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What diffusers reads as scheduler_config.json."""
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **asdict(self)}
+
+    def shifted(self, sigma: Levels, image_tokens: int) -> Levels:
+        """Move noise levels towards noise as configured; 0 and 1 stay."""
+        if not self.use_dynamic_shifting:
+            return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        mu = image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+        return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
+
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """Noise levels to sample through, from 1 to 0: (steps + 1,) float32.
+
+        Args:
+            image_tokens: number of packed latents, (H / 16) (W / 16).
+
+        Raises:
+            SettingsError: fewer than one step.
+        """
+        if steps < 1:
+            raise SettingsError(f"sampling needs at least 1 step, not {steps}")
+        levels = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        return np.append(self.shifted(levels, image_tokens), np.float32(0))
+
+    def training_sigmas(self, key: mx.array, *, weighting: SigmaWeighting, image_tokens: int) -> mx.array:
+        """One noise level per sample: (B,) float32 in (0, 1], of `key` (B, 2), shifted as in sampling."""
+        if weighting == "logit_normal":
+            levels = mx.sigmoid(mx.vmap(lambda one: mx.random.normal((), key=one))(key))
+        elif weighting == "uniform":
+            # 0 would have no noise to predict, and dynamic shifting divides by it
+            levels = 1 - mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))(key)
+        elif weighting == "schnell":
+            levels = mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
+        else:
+            known = ", ".join(get_args(SigmaWeighting))
+            raise SettingsError(f"sigma weighting {weighting!r} is unknown; known are {known}")
+        return self.shifted(levels, image_tokens)
+
+
+def noised(latents: mx.array, noise: mx.array, sigma: mx.array) -> mx.array:
+    """x_sigma of clean latents and noise (B, ...), sigma (B,)."""
+    sigma = sigma.reshape(-1, *(1,) * (latents.ndim - 1))
+    return (1 - sigma) * latents + sigma * noise
+
+
+def euler_step(latents: mx.array, velocity: mx.array, sigma: float, next_sigma: float) -> mx.array:
+    """Follow the velocity from one noise level to the next."""
+    return latents + (next_sigma - sigma) * velocity
