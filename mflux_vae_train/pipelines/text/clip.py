@@ -211,8 +211,8 @@ class CLIPTextModel(nn.Module):
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors of any CLIP text encoder file under the names FLUX.1 publishes, which are `CLIPTextModel`'s.
 
-    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 carry `position_ids`, which
-    are 0, 1, 2, ... and dropped on purpose.
+    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 carry `position_ids`,
+    which are 0, 1, 2, ... and dropped on purpose.
     """
     named = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in tensors.items()}
     named.pop(_POSITION_IDS, None)

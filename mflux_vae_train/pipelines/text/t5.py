@@ -1,8 +1,8 @@
 """T5's encoder: bidirectional, relative position bias, no biases, no score scaling.
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020),
-section 2.1; the gated feed-forward of T5 1.1 is Shazeer's "GLU Variants Improve Transformer" (2020). Parameter
-paths are the keys of the published `text_encoder_2/model*.safetensors`.
+section 2.1; the gated feed-forward of T5 1.1 is Shazeer's "GLU Variants Improve Transformer" (2020).
+Parameter paths are the keys of the published `text_encoder_2/model*.safetensors`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,182 @@
+"""Prompts -> token ids, from the tokenizer folders that pipelines are published with.
+
+The ids are those of transformers; the `tokenizers` library underneath is used directly, because it imports in a
+fiftieth of the time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mflux_vae.errors import SettingsError, WeightsError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+END_OF_WORD = "</w>"
+_CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_LONGEST = 1_000_000
+"""A `model_max_length` beyond this is transformers' way to say that the folder names none."""
+
+
+class Tokenizer:
+    """A tokenizer whose rows are padded, and cut before their end token, to one length.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        max_length: the folder's `model_max_length`; None where it names none.
+        pad_id: id that fills short rows.
+    """
+
+    def __init__(self, backend: Backend, *, pad_id: int, max_length: int | None):
+        backend.no_padding()
+        self._backend = backend
+        self._fixed = backend.num_special_tokens_to_add(False)
+        self.pad_id = pad_id
+        self.max_length = max_length
+        self.vocab_size: int = backend.get_vocab_size()
+
+    def encode(self, prompts: Sequence[str] | str, max_length: int | None = None) -> mx.array:
+        """Prompts -> ids, int32 (B, max_length).
+
+        Args:
+            prompts: any text, the empty one included; a single string is a batch of one.
+            max_length: tokens per row, special tokens included; None: the folder's own.
+
+        Raises:
+            SettingsError: `max_length` leaves no room for the special tokens, or is needed and missing.
+        """
+        length = self.max_length if max_length is None else max_length
+        if length is None:
+            raise SettingsError("the tokenizer names no model_max_length: say max_length")
+        if length < max(self._fixed, 1):
+            raise SettingsError(f"max_length is {length}; the special tokens alone take {self._fixed}")
+        self._backend.enable_truncation(length)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = np.full((len(prompts), length), self.pad_id, np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            found = self._backend.encode(prompt).ids
+            row[: len(found)] = found
+        return mx.array(ids)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Open a tokenizer folder: `tokenizer.json`, or CLIP's older `vocab.json` and `merges.txt`.
+
+    Raises:
+        WeightsError: the folder or one of its files is missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"no tokenizer folder at {folder}")
+    settings = _read_json(folder / "tokenizer_config.json")
+    special = folder / "special_tokens_map.json"
+    if special.is_file():
+        settings = _read_json(special) | settings
+
+    if (folder / "tokenizer.json").is_file():
+        backend = _open_tokenizer_json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        backend = _open_vocab_and_merges(folder, settings)
+    else:
+        raise WeightsError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+
+    pad = _content(settings.get("pad_token"))
+    pad_id = None if pad is None else backend.token_to_id(pad)
+    if pad_id is None:
+        raise WeightsError(f"{folder}: pad_token {pad!r} of tokenizer_config.json is not in the vocabulary")
+    length = settings.get("model_max_length")
+    max_length = int(length) if isinstance(length, int | float) and 0 < length <= _LONGEST else None
+    return Tokenizer(backend, pad_id=pad_id, max_length=max_length)
+
+
+def clip_backend(
+    vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: str, eos: str, unk: str
+) -> Backend:
+    """CLIP's byte-pair encoding: lower case, words apart from digits and punctuation, `</w>` at a word's end.
+
+    The regular expression is OpenAI's (Radford et al., 2021, `simple_tokenizer.py`), the normalization that of
+    transformers' CLIPTokenizer.
+
+    Raises:
+        ValueError: `merges` and `vocab` do not fit together, or a special token has no id.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    for token in (bos, eos, unk):
+        if token not in vocab:
+            raise ValueError(f"special token {token!r} is not in the vocabulary")
+    try:
+        model = models.BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=END_OF_WORD,
+            unk_token=unk,
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(str(error)) from error
+    backend = Tokenizer(model)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    pieces = pre_tokenizers.Split(Regex(_CLIP_PIECES), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.RobertaProcessing(
+        (eos, vocab[eos]), (bos, vocab[bos]), trim_offsets=False, add_prefix_space=False
+    )
+    return backend
+
+
+def _open_tokenizer_json(path: Path) -> Backend:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise WeightsError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
+    from tokenizers import AddedToken
+
+    vocab = _read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:] if line)]
+    bos = _content(settings.get("bos_token")) or "<|startoftext|>"
+    eos = _content(settings.get("eos_token")) or "<|endoftext|>"
+    unk = _content(settings.get("unk_token")) or eos
+    try:
+        backend = clip_backend(vocab, merges, bos=bos, eos=eos, unk=unk)
+    except ValueError as error:
+        raise WeightsError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from error
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in dict.fromkeys((bos, eos, unk))]
+    )
+    return backend
+
+
+def _content(token: object) -> str | None:
+    """A special token, which files hold as text or as a table with its text."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path.name} is missing in {path.parent}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} is not a table of names and values")
+    return values
