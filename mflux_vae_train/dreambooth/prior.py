@@ -1,0 +1,92 @@
+"""Class pictures for prior preservation: those that are there, the missing ones from the base pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.images import find_images, image_text, save_image, to_pictures
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+from mflux_vae_train.randomness import Stream, sample_keys
+
+GROUP_SIZE = 4
+"""Pictures sampled together. Fixed, so that a picture does not depend on which others were there already."""
+
+PROMPT_KEY = "prompt"
+"""PNG text chunk that says what a generated class picture was asked to show."""
+
+
+def present_class_images(folder: Path, class_prompt: str) -> list[Path]:
+    """Class pictures that are there already, sorted by name; none where there is no folder.
+
+    Raises:
+        SettingsError: one of them was generated for another class prompt.
+    """
+    if not folder.is_dir():
+        return []
+    paths, _ = find_images(folder)
+    for path in paths:
+        made_for = image_text(path).get(PROMPT_KEY, class_prompt) if path.suffix == ".png" else class_prompt
+        if made_for != class_prompt:
+            raise SettingsError(
+                f"{path} was generated for {made_for!r}, not {class_prompt!r}: give another --class_data_dir"
+            )
+    return paths
+
+
+def missing_indices(present: Sequence[Path], wanted: int) -> list[int]:
+    """Numbers of the class pictures still to be generated, the lowest free ones."""
+    taken = {path.name for path in present}
+    free = [index for index in range(wanted) if file_name(index) not in taken]
+    return free[: max(wanted - len(present), 0)]
+
+
+def file_name(index: int) -> str:
+    return f"class-{index:05d}.png"
+
+
+def generate_class_images(
+    pipeline: DiffusionPipeline,
+    conditioning: Conditioning,
+    indices: Sequence[int],
+    folder: Path,
+    *,
+    class_prompt: str,
+    resolution: int,
+    guidance: float,
+    seed: int,
+) -> None:
+    """Samples the class pictures with the given numbers and writes each as a PNG.
+
+    Picture i is a function of (seed, i): an interrupted run goes on with the same pictures.
+
+    Args:
+        conditioning: one row, the class prompt's.
+    """
+    wanted = set(indices)
+    with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=None) as bar:
+        for group in sorted({index // GROUP_SIZE for index in wanted}):
+            members = range(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+            keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
+            for index, picture in zip(
+                members, sampled(pipeline, conditioning, keys, resolution, guidance), strict=True
+            ):
+                if index in wanted:
+                    save_image(folder / file_name(index), picture, text={PROMPT_KEY: class_prompt})
+                    bar.update()
+
+
+def sampled(
+    pipeline: DiffusionPipeline, conditioning: Conditioning, keys: mx.array, resolution: int, guidance: float
+) -> list[np.ndarray]:
+    """Square pictures (uint8) of one prompt, one per key, with the pipeline's own number of steps."""
+    rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
+    pixels = pipeline.sample(
+        rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
+    )
+    return list(to_pictures(np.array(pixels)))
