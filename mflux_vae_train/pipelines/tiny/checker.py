@@ -1,11 +1,12 @@
 """What does a picture of the world show? Read from its pixels alone.
 
 1. The background is the texture whose palette the border, which no shape reaches, matches best.
-2. Foreground is every pixel nearer to one of the world's colours than to the background's palette or the outline.
-3. The shape is the template with the highest intersection over union with the foreground, over all positions and a
-   range of radii (correlations by FFT). A best match below `MIN_OVERLAP` is no shape at all: what a
-   generative model distorts beyond that must not be counted as right.
-4. Body and core colour are those of the medians of the pixels that the matched template says are body and core.
+2. Foreground is what is nearer to the picture's most frequent colour than to the background's palette and the
+   outline; and any colour near its centre, where a core may be.
+3. The shape is the template with the highest intersection over union with the foreground, over positions and
+   radii (correlations by FFT). A best match below `MIN_OVERLAP` is no shape at all: what a generative model
+   distorts beyond that must not be counted as right.
+4. Body and core colour are those of the medians of the pixels that the template says are body and core.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ REACH = 8
 _RADII = np.linspace(0.255, 0.385, 9)
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_VALUES = np.asarray(list(COLOURS.values()), np.float32)
-_LIT_VALUES = np.concatenate([_COLOUR_VALUES * light for light in (0.93, 1.0, 1.07)]).clip(0, 255)
+_LIT_VALUES = np.stack([_COLOUR_VALUES * light for light in (0.93, 1.0, 1.07)]).clip(0, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a picture shows; None where it shows nothing of the world. `overlap` is how well the shape fits."""
+    """What a picture shows; None where it is nothing of the world. `overlap` is how well the shape fits."""
 
     shape: str | None
     colour: str | None
@@ -86,7 +87,7 @@ def read(image: np.ndarray) -> Reading:
 
 
 def shows(reading: Reading, scene: Scene) -> bool:
-    """Whether a picture shows a scene: shape and background are right, and colour and core where a colour is given.
+    """Whether shape and background are the scene's; and colour and core, too, where it has a colour.
 
     A background alone (a scene without a shape) is shown where no shape is read.
     """
@@ -136,19 +137,20 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Bodies of all shapes at all radii in the middle of the picture.
 
     Returns:
-        their conjugated spectra, (shapes, radii, SIDE, SIDE // 2 + 1), and their areas in pixels, (shapes, radii).
+        their conjugated spectra (shapes, radii, SIDE, SIDE // 2 + 1) and areas in pixels (shapes, radii).
     """
     masks = np.empty((len(SHAPES), len(_RADII), SIDE, SIDE), np.float32)
     for i, shape in enumerate(SHAPES):
         for j, radius in enumerate(_RADII):
-            masks[i, j] = DISTANCES[shape](*coordinates(SIDE, 0.5, 0.5, radius)) < -OUTLINE_WIDTH / radius
+            body = DISTANCES[shape](*coordinates(SIDE, 0.5, 0.5, radius)) < -OUTLINE_WIDTH / radius
+            masks[i, j] = _without_specks(body)
     return np.fft.rfft2(masks).conj(), masks.sum((-1, -2))
 
 
 def _distances(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """RGB distances, (..., 3) and (N, 3) -> (..., N)."""
-    squared = (pixels**2).sum(-1)[..., None] - 2 * pixels @ colours.T + (colours**2).sum(-1)
-    return np.sqrt(np.maximum(squared, 0))
+    """Squared RGB distances, (P, 3) and (..., 3) -> (..., P)."""
+    squares = np.einsum("pc,pc->p", pixels, pixels) + (colours**2).sum(-1, keepdims=True)
+    return squares - 2 * colours @ pixels.T
 
 
 def _background(pixels: np.ndarray) -> str | None:
@@ -156,8 +158,8 @@ def _background(pixels: np.ndarray) -> str | None:
     middle = slice(BORDER, SIDE - BORDER)
     sides = (pixels[:BORDER], pixels[-BORDER:], pixels[middle, :BORDER], pixels[middle, -BORDER:])
     border = np.concatenate([side.reshape(-1, 3) for side in sides])
-    distances = _distances(border, palettes.reshape(-1, 3)).reshape(len(border), len(palettes), -1).min(-1)
-    misfit = np.minimum(distances, 100).mean(0)
+    distances = _distances(border, palettes).min(axis=1)
+    misfit = np.sqrt(np.clip(distances, 0, 100**2)).mean(-1)
     best = int(misfit.argmin())
     off_mean = np.linalg.norm(border.mean(0) - tile(BACKGROUNDS[best], SIDE).mean((0, 1)))
     return BACKGROUNDS[best] if misfit[best] < MAX_MISFIT and off_mean < MAX_MISFIT else None
@@ -166,32 +168,41 @@ def _background(pixels: np.ndarray) -> str | None:
 def _foreground(pixels: np.ndarray, background: str | None) -> np.ndarray:
     """Where the picture has its body's colour or, near the body's centre, any colour: bool (SIDE, SIDE).
 
-    A pixel has a colour if it is nearer to one than to the outline and the background. The most frequent one is the
-    body's; others count near its centre alone, for the core's sake, so that a snowflake is no part of a red star.
+    A pixel has a colour if it is nearer to one than to the outline, the background and their blends. The most
+    frequent one is the body's; others count near its centre alone: a snowflake is no part of a red star.
     """
     palettes = _palettes()
     behind = palettes.reshape(-1, 3) if background is None else palettes[BACKGROUNDS.index(background)]
-    behind = np.concatenate([behind, np.asarray([OUTLINE], np.float32)])
-    distances = _distances(pixels, _LIT_VALUES)
-    coloured = distances.min(-1) < _distances(pixels, behind).min(-1)
-    names = distances.argmin(-1) % len(_COLOUR_NAMES)
-    body = coloured & (names == np.bincount(names[coloured], minlength=1).argmax())
+    outline, mean = np.asarray(OUTLINE, np.float32), behind.mean(0)
+    behind = np.stack([*behind, outline, (2 * outline + mean) / 3, (outline + 2 * mean) / 3])
+    flat = pixels.reshape(-1, 3)
+    distances = _distances(flat, _LIT_VALUES).min(axis=0)  # (colours, pixels)
+    nearest = distances.argmin(axis=0).reshape(SIDE, SIDE)
+    coloured = (distances.min(axis=0) < _distances(flat, behind).min(axis=0)).reshape(SIDE, SIDE)
+    body = coloured & (nearest == np.bincount(nearest[coloured], minlength=1).argmax())
     if not body.any():
         return body
     rows, columns = np.nonzero(body)
     down, right = np.ogrid[:SIDE, :SIDE]
-    near = (down - rows.mean()) ** 2 + (right - columns.mean()) ** 2 < (
-        CORE_RADIUS * _RADII[-1] * SIDE + 2
-    ) ** 2
-    return body | (coloured & near)
+    from_centre = np.hypot(down - rows.mean(), right - columns.mean())
+    near = from_centre < CORE_RADIUS * _RADII[-1] * SIDE + 2
+    return _without_specks(body | (coloured & near))
+
+
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    """The mask after a vote in each 3 x 3 neighbourhood."""
+    padded = np.pad(mask.astype(np.int8), 1)
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] >= 5
 
 
 def _shape(foreground: np.ndarray) -> tuple[str, float, tuple[float, float, float]]:
-    """The best template: its shape, its overlap with the foreground, and its (x, y, radius) in units of the side."""
+    """The best template: shape, overlap with the foreground, and (x, y, radius) in units of the side."""
     spectra, areas = _templates()
-    common = np.fft.irfft2(np.fft.rfft2(foreground.astype(np.float32)) * spectra, s=(SIDE, SIDE))
+    product = np.fft.rfft2(foreground.astype(np.float32)) * spectra
     reach = np.arange(-REACH, REACH + 1)
-    common = common[..., reach[:, None], reach[None, :]]
+    rows = np.fft.ifft(product, axis=-2)[..., reach, :]  # only shifts within reach are transformed back
+    common = np.fft.irfft(rows, SIDE)[..., reach]
     overlap = common / (areas[..., None, None] + foreground.sum() - common)
     shape, radius, down, right = np.unravel_index(int(overlap.argmax()), overlap.shape)
     where = (0.5 + reach[right] / SIDE, 0.5 + reach[down] / SIDE, float(_RADII[radius]))
@@ -199,10 +210,11 @@ def _shape(foreground: np.ndarray) -> tuple[str, float, tuple[float, float, floa
 
 
 def _colour(region: np.ndarray) -> str | None:
-    """The colour of most of a region's pixels, (N, 3); None where there is none or it is not of this world."""
+    """The colour of most of a region's pixels (N, 3); None where there is none or it is not of this world."""
     median = np.median(region, axis=0)
-    best = int(_distances(median, _COLOUR_VALUES).argmin())
-    uniform = (_distances(region, _COLOUR_VALUES).argmin(-1) == best).mean()
-    if np.linalg.norm(median - _COLOUR_VALUES[best]) > MAX_COLOUR_DISTANCE or uniform < MIN_UNIFORM:
+    from_median = np.linalg.norm(_COLOUR_VALUES - median, axis=-1)
+    best = int(from_median.argmin())
+    uniform = (_distances(region, _COLOUR_VALUES).argmin(axis=0) == best).mean()
+    if from_median[best] > MAX_COLOUR_DISTANCE or uniform < MIN_UNIFORM:
         return None
     return _COLOUR_NAMES[best]

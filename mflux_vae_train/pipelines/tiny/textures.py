@@ -1,8 +1,8 @@
 """The backgrounds of the world: six textures, each a tile that continues over its edges.
 
 Every tile is drawn once, large, and shrunk by area to the size asked for, so pictures of different sizes show
-the same scene. A scene shifts the tile: anywhere for grass, sand, snow and night, which have no order to lose,
-and slightly for brick and sea, whose regular lines a small model can only learn where they stay put.
+the same scene. A scene shifts the tile: anywhere for grass, sand, snow and night, which have no order, and
+slightly for brick and sea, whose regular lines a small model can only learn where they stay put.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def tile(background: str, size: int) -> np.ndarray:
 
 
 def texture(background: str, size: int, seed: int) -> np.ndarray:
-    """The tile as float32 (size, size, 3) in [0, 255], shifted as `seed` says by multiples of 1/64 of the side."""
+    """The tile as float32 (size, size, 3) in [0, 255], shifted by random multiples of 1/64 of the side."""
     reach = _TEXTURES[background][1]
     shifts = np.random.default_rng(seed).integers(-round(32 * reach), round(32 * reach) + 1, 2) / 64
     return np.roll(tile(background, size), [round(float(s) * size) for s in shifts], axis=(0, 1))

@@ -15,13 +15,13 @@ NAMES = tuple(
 EXTRA_WORDS = tuple(
     sorted(
         """
-        and animal around at autumn backpack bag beach bear berry big black boot bowl brown can candle car
-        cartoon cat chef city clock cobblestone colorful cube cup dirt dog drawing duck eiffel emoji fabric
-        field firefighter flat floating floor flower forest glasses gray grey hat house image jungle leaves
-        milk mirror monocle monster mountain my new next ocean old outfit painting plate plushie poop police
-        rainbow road robot rug santa scarf shaped shiny shirt shoe sidewalk sky sloth small sneaker street
-        stuffed sunflowers sunglasses table teapot this to top tower toy tree under vase water wearing wet
-        wheat with wizard wolf wooden
+        and animal around at autumn background backpack bag beach bear berry big black boot bowl brown can
+        candle car cartoon cat chef city clock cobblestone colorful crowded cube cup dirt dog drawing duck
+        eiffel emoji fabric field firefighter flat floating floor flower forest glasses gray grey hat
+        house image it jungle leaves milk mirror monocle monster mountain my new next ocean old outfit
+        painting plate plushie police poop rainbow road robot rug santa scarf shaped shiny shirt shoe
+        sidewalk sky sloth small sneaker street stuffed sunflowers sunglasses table teapot this to top
+        tower toy tree under vase water wearing wet wheat with wizard wolf wooden
         """.split()
     )
 )

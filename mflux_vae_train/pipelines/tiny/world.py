@@ -1,7 +1,7 @@
 """A procedural world of captioned scenes with known truth.
 
-A scene is one shape of one colour on one of six backgrounds. A rare name before the class ("a photo of zwx
-star") stands for an *individual*: a shape with a core of a second colour. Which individual a name means is drawn
+A scene is one shape of one colour on one of six backgrounds. A rare name before the class ("a photo of
+zwx star") stands for an *individual*: a shape with a core of a second colour. Which one it means is drawn
 anew for every example, so a model trained here learns what names are for (some two-coloured individual) but
 knows no one by name; that is left to DreamBooth. Eight (shape, colour) pairs and five subjects never occur in
 training.
@@ -161,11 +161,9 @@ def training_scene(seed: int, index: int) -> tuple[str, Scene]:
         scene = place(Scene(shape=None, colour=None, background=_pick(rng, BACKGROUNDS)), rng)
         return phrase(None, scene.background, rng), scene
     scene = _plain(rng)
-    left_open = (
-        "nothing" if kind == "full" else _pick(rng, ("colour", "background", "both"), (0.25, 0.25, 0.5))
-    )
-    noun = f"{scene.colour} {scene.shape}" if left_open in ("nothing", "background") else f"{scene.shape}"
-    return phrase(noun, scene.background if left_open in ("nothing", "colour") else None, rng), scene
+    said = "both" if kind == "full" else _pick(rng, ("neither", "colour", "background"), (0.5, 0.25, 0.25))
+    noun = f"{scene.colour} {scene.shape}" if said in ("both", "colour") else f"{scene.shape}"
+    return phrase(noun, scene.background if said in ("both", "background") else None, rng), scene
 
 
 def training_example(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, str, Scene]:
@@ -176,7 +174,7 @@ def training_example(seed: int, index: int, size: int = 64) -> tuple[np.ndarray,
 
 def subject_scenes(subject: Subject, count: int, seed: int = 0) -> list[Scene]:
     """`count` scenes of one subject, with all backgrounds in turn and random places, radii and textures."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SUBJECTS.index(subject)]))
+    rng = np.random.default_rng(seed)
     order = rng.permutation(len(BACKGROUNDS))
     return [
         place(
@@ -198,7 +196,7 @@ def subject_images(subject: Subject, count: int, size: int = 64, seed: int = 0) 
 
 
 def evaluation_prompts(seen: bool) -> list[tuple[str, Scene]]:
-    """All full prompts whose (shape, colour) pair is in training (`seen`) or kept out of it, with their truth."""
+    """All full prompts whose (shape, colour) pair is in training (`seen`) or kept out, with their truth."""
     return [
         (
             f"a photo of {article(colour)} {colour} {shape} on {background}",
