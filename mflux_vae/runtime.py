@@ -13,6 +13,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -90,6 +91,11 @@ import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is importe
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU (no Metal, no CUDA, or the default device was set to the CPU)."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def can_compile() -> bool:
+    """Whether `mx.compile` works here: on a CPU it runs g++ when a function is first evaluated."""
+    return not is_cpu() or shutil.which("g++") is not None
 
 
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:

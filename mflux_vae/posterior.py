@@ -1,0 +1,46 @@
+"""The encoder's answer: a diagonal Gaussian over latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """A normal distribution with independent components.
+
+    Attributes:
+        mean: (B, ...) unscaled latents.
+        logvar: same shape; log variance, clamped to [-30, 20] as in diffusers and latent-diffusion.
+    """
+
+    mean: mx.array
+    logvar: mx.array
+
+    @classmethod
+    def from_moments(cls, moments: mx.array) -> DiagonalGaussian:
+        """Split (..., 2C) into mean and log variance."""
+        mean, logvar = mx.split(moments, 2, axis=-1)
+        return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
+
+    def mode(self) -> mx.array:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def sample(self, key: mx.array | None = None) -> mx.array:
+        """mean + std * noise (Kingma and Welling 2014); differentiable in both.
+
+        Args:
+            key: random key; None draws from MLX's global state.
+        """
+        noise = mx.random.normal(self.mean.shape, dtype=mx.float32, key=key)
+        return self.mean + mx.exp(0.5 * self.logvar) * noise.astype(self.mean.dtype)
+
+    def kl(self) -> mx.array:
+        """Kullback-Leibler divergence from the standard normal, in nats, summed per sample. (B,)."""
+        terms = mx.square(self.mean) + mx.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * terms.reshape(terms.shape[0], -1).sum(axis=1)

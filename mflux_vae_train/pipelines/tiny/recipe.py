@@ -1,0 +1,129 @@
+"""How the embedded pipeline is made: every number of its networks and of its training, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
+from mflux_vae_train.pipelines.text.t5 import T5Config
+
+SIZE = 64
+"""Side of a picture, pixels."""
+TEXT_TOKENS = 16
+
+VAE = AutoencoderKLConfig(
+    block_out_channels=(16, 32, 64, 96),
+    layers_per_block=1,
+    norm_num_groups=4,
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    mid_block_add_attention=False,
+    force_upcast=False,
+    sample_size=SIZE,
+)
+
+WIDTH_TEXT = 128
+
+TRANSFORMER = FluxTransformerConfig(
+    in_channels=4 * VAE.latent_channels,
+    num_layers=2,
+    num_single_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=6,
+    joint_attention_dim=WIDTH_TEXT,
+    pooled_projection_dim=WIDTH_TEXT,
+    guidance_embeds=False,
+    axes_dims_rope=(8, 12, 12),
+)
+
+
+def clip_config(vocabulary: int, eos: int, bos: int, pad: int) -> CLIPTextConfig:
+    """CLIP's text model: two layers."""
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH_TEXT,
+        intermediate_size=4 * WIDTH_TEXT,
+        projection_dim=WIDTH_TEXT,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_TOKENS,
+        eos_token_id=eos,
+        bos_token_id=bos,
+        pad_token_id=pad,
+    )
+
+
+def t5_config(vocabulary: int) -> T5Config:
+    """T5's encoder: two layers."""
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=WIDTH_TEXT,
+        d_kv=32,
+        d_ff=2 * WIDTH_TEXT,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAERecipe:
+    """Training of the autoencoder: |x - x'| + mse (x - x')^2 + kl KL, means over elements.
+
+    Attributes:
+        scenes, crops: pictures of the world and crops of photographs to draw from.
+        photo_share: part of a batch that is photographs.
+        muon_rate, adamw_rate: peak rates for convolution kernels and for the rest; cosine to zero.
+    """
+
+    seed: int = 0
+    updates: int = 1200
+    batch: int = 16
+    scenes: int = 6000
+    crops: int = 6000
+    photo_share: float = 0.4
+    mse_weight: float = 0.5
+    kl_weight: float = 2e-4
+    muon_rate: float = 4e-3
+    adamw_rate: float = 1e-3
+    warmup: int = 20
+    ema_decay: float = 0.995
+    checkpoint_every: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxRecipe:
+    """Training of transformer and text encoders together, on cached latents; rectified flow, logit-normal levels.
+
+    Attributes:
+        examples: captioned scenes to draw from; latents of all of them are encoded first.
+        caption_dropout: part of the captions replaced by the empty one, so that guidance works.
+        muon_rate: peak rate of the blocks' matrices; adamw_rate of the rest; text_rate of both text encoders.
+        decay_share: part of the updates at the end over which the rates fall to zero.
+    """
+
+    seed: int = 0
+    updates: int = 9000
+    batch: int = 32
+    examples: int = 40_000
+    caption_dropout: float = 0.1
+    muon_rate: float = 2e-3
+    adamw_rate: float = 1e-3
+    text_rate: float = 5e-4
+    warmup: int = 100
+    decay_share: float = 0.4
+    ema_decay: float = 0.999
+    clip_embedding_std: float = 0.5
+    t5_bias_std: float = 2.0
+    checkpoint_every: int = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything `build` needs."""
+
+    vae: VAERecipe = field(default_factory=VAERecipe)
+    flux: FluxRecipe = field(default_factory=FluxRecipe)
