@@ -1,0 +1,206 @@
+"""Settings of a DreamBooth run. Each field is a command-line flag, a key of the YAML file, and a line of the
+help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from mflux_vae.errors import SettingsError
+
+
+def flag(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    **limits: Any,
+) -> Any:
+    """A field that is also a flag.
+
+    Args:
+        help: one line for ``--help``; the default is appended there.
+        default: left out, the flag is required.
+        choices: the allowed strings, where only some are.
+        least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "least": least, **limits}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothSettings:
+    """Everything a DreamBooth run can be told. `None` means that the run or the pipeline chooses, and says
+    what.
+
+    A *step* is an optimizer update everywhere: warm-up, schedule, checkpoints and validation count updates.
+
+    Raises:
+        SettingsError: a value is of the wrong kind or outside its limits, or two settings exclude each other.
+    """
+
+    # what is learnt, from what
+    model: str = flag("name of a registered pipeline, or a folder that one of them opens")
+    instance_data_dir: str = flag("folder with the pictures of the subject")
+    instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog"')
+    output_dir: str = flag("folder for adapter, checkpoints, samples and logs", "dreambooth-output")
+    resolution: int | None = flag(
+        "side of a training picture in pixels (none: the pipeline's)", None, least=8
+    )
+
+    # prior preservation
+    class_prompt: str | None = flag(
+        "prompt for the class (none: derived from --instance_prompt where that is clear)", None
+    )
+    class_data_dir: str | None = flag(
+        "folder with class pictures, filled up by the base model (none: in --output_dir)", None
+    )
+    with_prior_preservation: bool | None = flag(
+        "keep the class alive (none: on where a class prompt is known)", None
+    )
+    prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's)", None, least=0)
+    num_class_images: int = flag("class pictures wanted; missing ones are generated", 10, least=1)
+
+    # how much, how fast
+    train_mode: str = flag("train a low-rank adapter, or all weights", "lora", choices=("lora", "full"))
+    rank: int | None = flag("rank of the adapter (none: the pipeline's)", None, least=1)
+    lora_alpha: float | None = flag(
+        "scale of the adapter is alpha / rank (none: alpha = rank)", None, above=0
+    )
+    lora_dropout: float = flag("dropout in front of the adapter", 0.0, least=0, below=1)
+    train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1)
+    gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
+    max_train_steps: int = flag("optimizer updates", 800, least=1)
+    num_train_epochs: int | None = flag(
+        "passes over the instance pictures, instead of --max_train_steps", None, least=1
+    )
+    caption_dropout: float | None = flag(
+        "share of training prompts replaced by the empty one, which guidance needs (none: the pipeline's)",
+        None,
+        least=0,
+        below=1,
+    )
+    guidance: float | None = flag(
+        "guidance of class pictures and previews (none: the pipeline's)", None, least=0
+    )
+
+    # optimizer
+    learning_rate: float | None = flag(
+        "peak learning rate (none: the pipeline's for the train mode)", None, above=0
+    )
+    lr_scheduler: str = flag("shape after warm-up", "cosine", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = flag("updates of linear warm-up", 50, least=0)
+    max_grad_norm: float = flag("clip gradients to this global norm", 1.0, above=0)
+    adam_beta1: float = flag("decay of AdamW's first moment", 0.9, least=0, below=1)
+    adam_beta2: float = flag("decay of AdamW's second moment", 0.999, least=0, below=1)
+    adam_weight_decay: float = flag("decoupled weight decay", 1e-4, least=0)
+    adam_epsilon: float = flag("AdamW's epsilon", 1e-8, above=0)
+
+    # watching and resuming
+    validation_prompt: str | None = flag("prompt of the previews (none: --instance_prompt)", None)
+    validation_steps: int | None = flag(
+        "updates between previews (none: eight times over the run)", None, least=1
+    )
+    num_validation_images: int = flag("pictures in a preview; 0 for no previews", 4, least=0)
+    checkpointing_steps: int | None = flag(
+        "updates between checkpoints (none: only at the end)", 200, least=1
+    )
+    checkpoints_total_limit: int | None = flag("checkpoints kept, newest first (none: all)", 2, least=1)
+    resume_from_checkpoint: str | None = flag('"latest" in --output_dir, or the folder of a checkpoint', None)
+    seed: int = flag("every random draw is a function of it", 0, least=0, below=2**32)
+    dry_run: bool = flag("say what would happen, and stop", False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("model", "instance_data_dir", "instance_prompt", "output_dir"):
+            if not getattr(self, name).strip():
+                raise SettingsError(f"--{name} is empty")
+        if self.class_prompt is not None and not self.class_prompt.strip():
+            raise SettingsError(
+                "--class_prompt is empty; leave it out to have it derived from --instance_prompt"
+            )
+        if self.train_mode == "full":
+            given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
+            if given or self.lora_dropout:
+                named = ", ".join(
+                    f"--{name}" for name in [*given, *(["lora_dropout"] if self.lora_dropout else [])]
+                )
+                raise SettingsError(f"{named}: only with --train_mode lora, and --train_mode is full")
+
+
+# Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong.
+USUAL = {
+    "train_batch_size": (1, 4),
+    "gradient_accumulation_steps": (1, 8),
+    "guidance": (5.0, 10.0),
+    "num_class_images": (5, 100),
+}
+
+
+def advice(settings: DreamBoothSettings) -> list[str]:
+    """One line for each setting outside its usual range: to be logged, never to forbid."""
+    lines = []
+    for name, (low, high) in USUAL.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            lines.append(f"--{name} is {value:g}; usual is {low:g} to {high:g}")
+    return lines
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """(the type without None, whether None is allowed) of a field's type hint."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = [k for k in typing.get_args(hint) if k is not type(None)]
+        return kinds[0], True
+    return hint, False
+
+
+def check_fields(settings: Any) -> None:
+    """Check every field's type, choices and limits; whole numbers become floats where a float is asked for.
+
+    Raises:
+        SettingsError: naming the flag, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        kind, optional = kind_of(hints[field.name])
+        value = getattr(settings, field.name)
+        if value is None and optional:
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+            object.__setattr__(settings, field.name, value)
+        if type(value) is not kind:
+            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+        choices, limits = field.metadata.get("choices"), _limits(field)
+        if choices and value not in choices:
+            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+        if kind in (int, float) and not (math.isfinite(value) and all(holds(value) for _, holds in limits)):
+            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+
+
+def _limits(field: dataclasses.Field[Any]) -> list[tuple[str, typing.Callable[[float], bool]]]:
+    m = field.metadata
+    limits: list[tuple[str, typing.Callable[[float], bool]]] = []
+    if m.get("least") is not None:
+        limits.append((f"at least {m['least']:g}", lambda v: v >= m["least"]))
+    if m.get("above") is not None:
+        limits.append((f"above {m['above']:g}", lambda v: v > m["above"]))
+    if m.get("most") is not None:
+        limits.append((f"at most {m['most']:g}", lambda v: v <= m["most"]))
+    if m.get("below") is not None:
+        limits.append((f"below {m['below']:g}", lambda v: v < m["below"]))
+    return limits
+
+
+def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
+    if field.metadata.get("choices"):
+        return "allowed are " + ", ".join(field.metadata["choices"])
+    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return " ".join([noun, " and ".join(text for text, _ in _limits(field))]).strip() + " is allowed"

@@ -1,0 +1,170 @@
+"""A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is
+named.
+
+Flags are spelled as the fields, ``--train_batch_size``, or with hyphens. A flag on the command line wins over
+``--config run.yaml``, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.config import kind_of
+
+T = TypeVar("T")
+
+METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists all flags)")
+
+
+def parser_from(
+    cls: type, *, prog: str | None = None, description: str | None = None
+) -> argparse.ArgumentParser:
+    """An argument parser with one flag per field of `cls`, and ``--config``.
+
+    Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
+    ``--no_x``. Numbers that may be None accept ``none``.
+
+    Raises (when parsing):
+        SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
+    """
+    parser = _Parser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings; flags given here win over it"
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, _ = kind_of(hints[field.name])
+        text = field.metadata["help"].replace("%", "%%") + _default_text(field)
+        choices = field.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
+        for i, name in enumerate(_spellings(field.name)):
+            shown = argparse.SUPPRESS if i else text
+            if kind is bool:
+                parser.add_argument(name, dest=field.name, action="store_true", help=shown)
+            else:
+                parser.add_argument(name, dest=field.name, metavar=metavar, help=shown)
+        if kind is bool:
+            negative = f"no_{field.name}"
+            for i, name in enumerate(_spellings(negative) if field.default is not False else []):
+                shown = argparse.SUPPRESS if i else f"the opposite of --{field.name}"
+                parser.add_argument(name, dest=field.name, action="store_false", help=shown)
+    return parser
+
+
+def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_options: Any) -> T:
+    """Settings from a command line (``sys.argv`` where None), with ``--config`` underneath.
+
+    Raises:
+        SettingsError: an unknown flag or key (with the nearest known one), a missing required flag, or what
+            the dataclass itself refuses.
+    """
+    parser = parser_from(cls, **parser_options)
+    namespace, unknown = parser.parse_known_args(argv)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            hint = _hint(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
+            raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
+        raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
+    given = vars(namespace)
+    config = given.pop("config", None)
+    values = _read_yaml(cls, Path(config)) if config else {}
+    values |= {name: _convert(cls, name, value) for name, value in given.items()}
+    return _build(cls, values, "--")
+
+
+def from_yaml(cls: type[T], path: str | Path) -> T:
+    """Settings from a YAML file that names every required field.
+
+    Raises:
+        SettingsError: the file cannot be read, has an unknown or a missing key, or a value is refused.
+    """
+    return _build(cls, _read_yaml(cls, Path(path)), f"{path}: ")
+
+
+def to_yaml(settings: Any) -> str:
+    """All settings as YAML; `from_yaml` reads them back equal."""
+    import yaml
+
+    text: str = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True, width=1000)
+    return text
+
+
+def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error.__class__.__name__}: {error})") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise SettingsError(f"{path}: unknown setting {key!r}{_hint(name, known)}")
+        # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
+        values[name] = _convert(cls, name, value) if isinstance(value, str) else value
+    return values
+
+
+def _convert(cls: type, name: str, value: Any) -> Any:
+    """Text -> the field's type; what is no text stays. The dataclass checks limits afterwards."""
+    kind, optional = kind_of(typing.get_type_hints(cls)[name])
+    if not isinstance(value, str) or kind is str:
+        return value
+    if optional and value.strip().lower() in ("none", "null"):
+        return None
+    try:
+        return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+        raise SettingsError(f"--{name} is {value!r}; {noun} is allowed") from None
+
+
+def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [name for name in missing if name not in values]
+    if missing:
+        dashes = "--" if prefix == "--" else ""
+        where = "" if prefix == "--" else prefix
+        raise SettingsError(f"{where}missing: " + ", ".join(dashes + name for name in missing))
+    return cls(**values)
+
+
+def _spellings(name: str) -> list[str]:
+    return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return " [required]"
+    if field.default is None or field.default is False:
+        return ""
+    return f" [{field.default}]".replace("%", "%%")
+
+
+def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {dashes}{close[0]}?" if close else ""

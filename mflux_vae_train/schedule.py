@@ -1,0 +1,48 @@
+"""Learning rate as a plain function of the optimizer update, 0-based."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Share of the peak rate when a share `done` in [0, 1] of the time after warm-up has passed."""
+
+
+def learning_rate(
+    *, peak: float, total: int, warmup: int = 0, shape: str = "constant"
+) -> Callable[[int], float]:
+    """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`.
+
+    rate(u) = peak (u + 1) / (warmup + 1) for u < warmup: already the first update learns, rate(warmup) is the
+    peak. rate(u) = peak SHAPES[shape]((u - warmup) / (total - warmup)) from there on; the last update is
+    total - 1.
+
+    A warm-up as long as the whole run would never reach the peak: it is shortened to a tenth, with a warning
+    in the log. One that takes more than half of the run gets a warning only.
+    """
+    if warmup >= total:
+        shorter = total // 10
+        logger.warning(
+            "warm-up of %d updates does not fit a run of %d; shortened to %d", warmup, total, shorter
+        )
+        warmup = shorter
+    elif warmup > total / 2:
+        logger.warning(
+            "warm-up takes %d of %d updates; less leaves more time at the full rate", warmup, total
+        )
+    decay = SHAPES[shape]
+
+    def rate(update: int) -> float:
+        if update < warmup:
+            return peak * (update + 1) / (warmup + 1)
+        return peak * decay(min(1.0, (update - warmup) / (total - warmup)))
+
+    return rate

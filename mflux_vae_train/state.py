@@ -1,0 +1,117 @@
+"""Named objects whose state can be taken out as a tree and put back, strictly.
+
+A tree is nested dicts and lists with arrays and plain JSON values (str, int, float, bool, None) as leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import TrainingError
+
+Tree = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stateful:
+    """One named object of a checkpoint.
+
+    Attributes:
+        read: () -> its tree, now.
+        write: (tree of the same structure) -> None; puts it back.
+    """
+
+    read: Callable[[], Tree]
+    write: Callable[[Tree], None]
+
+
+def parameters(module: nn.Module) -> Stateful:
+    """The trainable parameters of a module."""
+
+    def write(tree: Tree) -> None:
+        module.update(tree)
+
+    return Stateful(read=module.trainable_parameters, write=write)
+
+
+def tree_of(tree: Tree) -> Stateful:
+    """A dict or list that is changed in place, such as `optimizer.state` or `ema.state`.
+
+    In place, because a compiled function has captured these very containers.
+    """
+
+    def write(new: Tree) -> None:
+        _assign(tree, new)
+
+    return Stateful(read=lambda: tree, write=write)
+
+
+def flatten(objects: Mapping[str, Stateful]) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Named objects -> (arrays, plain values), both by path such as ``optimizer/layers/0/weight/m``."""
+    leaves: dict[str, Any] = {}
+    for name, one in objects.items():
+        _collect(name, one.read(), leaves)
+    arrays = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, mx.array)}
+    return arrays, {path: leaf for path, leaf in leaves.items() if path not in arrays}
+
+
+def restore(
+    objects: Mapping[str, Stateful], arrays: Mapping[str, mx.array], values: Mapping[str, Any], where: str
+) -> None:
+    """Put back what `flatten` returned. Nothing is changed unless everything fits.
+
+    Raises:
+        TrainingError: missing, unknown, misshapen or wrongly typed entries, all listed.
+    """
+    own_arrays, own_values = flatten(objects)
+    expected, stored = own_arrays | own_values, dict(arrays) | dict(values)
+    faults = [f"missing {path}" for path in expected if path not in stored]
+    faults += [f"unknown {path}" for path in stored if path not in expected]
+    for path in expected.keys() & stored.keys():
+        want, have = _form(expected[path]), _form(stored[path])
+        if want != have:
+            faults.append(f"{path} is {have}, expected {want}")
+    if faults:
+        raise TrainingError(f"{where}: cannot be restored: " + "; ".join(sorted(faults)))
+    for name, one in objects.items():
+        one.write(_rebuild(name, one.read(), stored))
+
+
+def _form(leaf: Any) -> str:
+    if isinstance(leaf, mx.array):
+        return f"{str(leaf.dtype).removeprefix('mlx.core.')}{tuple(leaf.shape)}"
+    return "a plain value"
+
+
+def _collect(path: str, tree: Tree, leaves: dict[str, Any]) -> None:
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            _collect(f"{path}/{key}", child, leaves)
+    elif isinstance(tree, (list, tuple)):
+        for i, child in enumerate(tree):
+            _collect(f"{path}/{i}", child, leaves)
+    elif tree is None or isinstance(tree, (mx.array, str, int, float, bool)):
+        leaves[path] = tree
+    else:
+        raise TypeError(f"{path} is a {type(tree).__name__}: neither an array nor plain JSON")
+
+
+def _rebuild(path: str, like: Tree, leaves: Mapping[str, Any]) -> Tree:
+    if isinstance(like, dict):
+        return {key: _rebuild(f"{path}/{key}", child, leaves) for key, child in like.items()}
+    if isinstance(like, (list, tuple)):
+        return [_rebuild(f"{path}/{i}", child, leaves) for i, child in enumerate(like)]
+    return leaves[path]
+
+
+def _assign(old: Tree, new: Tree) -> None:
+    for key in old.keys() if isinstance(old, dict) else range(len(old)):
+        if isinstance(old[key], (dict, list)):
+            _assign(old[key], new[key])
+        else:
+            old[key] = new[key]

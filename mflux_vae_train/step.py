@@ -1,0 +1,147 @@
+"""One optimizer update: accumulate micro-batches, average, clip, update. It knows no image, prompt or
+adapter.
+
+Gradients and update are pure functions of arrays, which `mx.compile` may fuse. No global random state is
+read: whatever is random comes inside the micro-batch, as keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_reduce
+
+from mflux_vae.errors import TrainingError
+from mflux_vae.runtime import is_cpu
+from mflux_vae_train.ema import EMA
+
+Arrays: TypeAlias = Mapping[str, mx.array]
+Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
+"""(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same
+way)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass sees.
+
+    Attributes:
+        arrays: inputs of the loss, random keys included.
+        weight: number of samples that the loss is the mean of. Within an update micro-batches count by
+            weight, so that four of one sample give the gradient of one of four, and a smaller last one is
+            averaged right.
+    """
+
+    arrays: Arrays
+    weight: float
+
+
+class Step:
+    """Updates the trainable parameters of `model`, the optimizer's state and the moving average.
+
+    Args:
+        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants.
+        optimizer: any `mlx.optimizers` one; its learning rate is set for each update.
+        loss: see `Loss`.
+        max_grad_norm: gradients are scaled down to this global norm.
+        ema: moving average to keep along.
+        compile: None decides: yes on Metal and CUDA; no on a CPU, where `mx.compile` starts a C++ compiler
+            for every new kernel and gains little beside the matrix products.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        loss: Loss,
+        *,
+        max_grad_norm: float = 1.0,
+        ema: EMA | None = None,
+        compile: bool | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
+        if not tree_flatten(model.trainable_parameters()):
+            raise TrainingError("nothing to train: the model has no trainable parameters")
+        optimizer.init(model.trainable_parameters())
+        # Arrays that were never evaluated would be computed again in every compiled call.
+        mx.eval(model.parameters(), optimizer.state)
+
+        def objective(parameters: Any, arrays: Arrays, share: mx.array) -> tuple[mx.array, Any]:
+            model.update(parameters)
+            value, metrics = loss(model, arrays)
+            return value * share, {name: metric * share for name, metric in metrics.items()}
+
+        def apply(parameters: Any, gradients: Any, norm: mx.array) -> Any:
+            scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+            parameters = optimizer.apply_gradients(
+                tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters
+            )
+            if ema is not None:
+                ema.update(parameters)
+            return parameters
+
+        self._gradients = mx.value_and_grad(objective)
+        self._apply = apply
+        if not is_cpu() if compile is None else compile:
+            state = [optimizer.state, *([ema.state] if ema is not None else [])]
+            self._gradients = mx.compile(self._gradients)
+            self._apply = mx.compile(apply, inputs=state, outputs=state)
+
+    def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
+        """Make update number `update` (0-based, for messages) from all of `batches`.
+
+        Returns:
+            `loss`, `grad_norm` (before clipping), `learning_rate` and the loss's own metrics.
+
+        Raises:
+            TrainingError: loss or gradients are not finite; parameters are then as they were before.
+        """
+        # accumulate: shares add up to 1, so the sum of the micro-batches' gradients is the average
+        total = sum(batch.weight for batch in batches)
+        parameters = self.model.trainable_parameters()
+        loss, metrics, gradients = mx.array(0.0), {}, None
+        for batch in batches:
+            share = mx.array(batch.weight / total)
+            try:
+                (part, measured), slope = self._gradients(parameters, batch.arrays, share)
+            finally:
+                self.model.update(
+                    parameters
+                )  # differentiation and tracing leave their placeholders in the module
+            loss = loss + part
+            metrics = {name: metrics.get(name, 0.0) + value for name, value in measured.items()}
+            gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
+            mx.eval(loss, metrics, gradients)  # frees this micro-batch's activations
+
+        # check: once per update, before anything is changed
+        norm = global_norm(gradients)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise TrainingError(
+                f"update {update + 1}: loss is {loss.item():g} and the gradients' norm {norm.item():g}; "
+                "lower --learning_rate, or look for a broken picture"
+            )
+
+        # clip and update
+        self.optimizer.learning_rate = learning_rate
+        parameters = self._apply(parameters, gradients, norm)
+        self.model.update(parameters)
+        mx.eval(parameters, self.optimizer.state, self.ema.state if self.ema is not None else [])
+        return {
+            "loss": loss.item(),
+            "grad_norm": norm.item(),
+            "learning_rate": learning_rate,
+            **{name: value.item() for name, value in metrics.items()},
+        }
+
+
+def global_norm(tree: Any) -> mx.array:
+    """Euclidean norm over all arrays of a tree, summed in float32."""
+    return mx.sqrt(
+        tree_reduce(lambda total, x: total + x.astype(mx.float32).square().sum(), tree, mx.array(0.0))
+    )
