@@ -93,6 +93,12 @@ def to_pictures(pixels: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
+def resized(picture: np.ndarray, factor: float) -> np.ndarray:
+    """uint8 (H, W, 3) -> both sides times `factor`, rounded, at least one pixel."""
+    height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures of equal size side by side, without a gap."""
     return np.concatenate(list(pictures), axis=1)

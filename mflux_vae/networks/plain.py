@@ -1,0 +1,144 @@
+"""A plain convolutional autoencoder: LeakyReLU residual blocks, strided convolutions, no normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.posterior import DiagonalGaussian
+
+NEGATIVE_SLOPE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainConfig:
+    """
+    Attributes:
+        in_channels, out_channels: channels of an image.
+        latent_channels: channels of a latent.
+        channels: width of each level; every level but the first halves the resolution.
+        bottleneck_blocks: residual blocks at the lowest resolution, in encoder and decoder each.
+        scaling_factor, shift_factor: a denoiser sees (latents - shift) * scale.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (64, 128, 256, 512)
+    bottleneck_blocks: int = 2
+    scaling_factor: float = 1.0
+    shift_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if self.latent_channels < 1 or not self.channels:
+            raise SettingsError(f"latent_channels ({self.latent_channels}) and channels {self.channels} must be positive")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent in each direction."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PlainConfig:
+        """Read config.json; keys that start with an underscore are bookkeeping."""
+        return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_class_name": "PlainAutoencoder", **asdict(self), "channels": list(self.channels)}
+
+
+def leaky_relu(x: mx.array) -> mx.array:
+    return mx.maximum(x, NEGATIVE_SLOPE * x)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with LeakyReLU beside a skip connection; starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = _convolution(channels, channels)
+        self.conv2 = _convolution(channels, channels)
+        # A branch that starts at zero keeps the signal's scale through any depth, without normalisation layers.
+        self.conv2.weight = mx.zeros_like(self.conv2.weight)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.conv2(leaky_relu(self.conv1(leaky_relu(x))))
+
+
+class Down(nn.Module):
+    """Halve the resolution, then a residual block."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = _convolution(in_channels, out_channels, stride=2)
+        self.res = ResBlock(out_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.res(self.conv(leaky_relu(x)))
+
+
+class Up(nn.Module):
+    """Double the resolution, then a residual block."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = _convolution(in_channels, out_channels)
+        self.res = ResBlock(out_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.res(self.conv(repeat_pixels(leaky_relu(x))))
+
+
+class PlainAutoencoder(nn.Module):
+    """Images in [-1, 1] to a diagonal Gaussian over latents, and back."""
+
+    def __init__(self, config: PlainConfig | None = None):
+        super().__init__()
+        self.config = config = config or PlainConfig()
+        widths, top = config.channels, config.channels[-1]
+        self.encoder = {
+            "conv_in": _convolution(config.in_channels, widths[0]),
+            "down": [Down(a, b) for a, b in zip(widths, widths[1:], strict=False)],
+            "bottleneck": [ResBlock(top) for _ in range(config.bottleneck_blocks)],
+            "mu": Conv2d(top, config.latent_channels, 3, padding=1),
+            "logvar": Conv2d(top, config.latent_channels, 3, padding=1),
+        }
+        self.decoder = {
+            "conv_in": _convolution(config.latent_channels, top),
+            "bottleneck": [ResBlock(top) for _ in range(config.bottleneck_blocks)],
+            "up": [Up(a, b) for a, b in zip(widths[::-1], widths[-2::-1], strict=False)],
+            "conv_out": Conv2d(widths[0], config.out_channels, 3, padding=1),
+        }
+
+    def encode(self, pixels: mx.array) -> DiagonalGaussian:
+        """(B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
+        x = self.encoder["conv_in"](pixels)
+        for block in [*self.encoder["down"], *self.encoder["bottleneck"]]:
+            x = block(x)
+        x = leaky_relu(x)
+        moments = mx.concatenate([self.encoder["mu"](x), self.encoder["logvar"](x)], axis=-1)
+        return DiagonalGaussian.from_moments(moments)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """(B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
+        x = self.decoder["conv_in"](latents)
+        for block in [*self.decoder["bottleneck"], *self.decoder["up"]]:
+            x = block(x)
+        return self.decoder["conv_out"](leaky_relu(x))
+
+
+def _convolution(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv2d:
+    """3x3, its initial gain that of LeakyReLU (He et al. 2015), halving where even."""
+    padding = 1 if stride == 1 else ((0, 1), (0, 1))
+    conv = Conv2d(in_channels, out_channels, 3, stride=stride, padding=padding)
+    std = (2 / ((1 + NEGATIVE_SLOPE**2) * 9 * in_channels)) ** 0.5
+    conv.weight = std * mx.random.normal(conv.weight.shape)
+    conv.bias = mx.zeros_like(conv.bias)
+    return conv

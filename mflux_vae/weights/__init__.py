@@ -1,0 +1,1 @@
+"""Weights: files, key tables and strict loading."""
