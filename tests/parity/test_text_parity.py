@@ -17,6 +17,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from transformers.models.t5.modeling_t5 import T5Attention as TheirT5Attention  # noqa: E402
 
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
+from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer  # noqa: E402
+from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
 
 CLIP_L = dict(
     hidden_size=768,
@@ -188,3 +190,77 @@ def test_fresh_weights_have_transformers_spread(which: str) -> None:
         assert float(mx.mean(value)) == pytest.approx(theirs[key].mean().item(), abs=error * spread + 1e-7), (
             key
         )
+
+
+WORDS = "a an and are area blue dog grass in light night of on photo sks star starry stars tree zwx".split()
+TEXTS = [
+    "",
+    " ",
+    "a photo of a sks dog",
+    "A PHOTO of a Blue Star, on Grass!",
+    "  two   spaces\t\nand lines ",
+    "don't we'll 1234 5.6% foo_bar (x)",
+    "star " * 100,
+    "x" * 300,
+    "naïve café Straße Ünïcöde İstanbul ǅ Ａ ﬁ",
+    "日本語 عربى",
+    "😀👩‍👩‍👧 emoji",
+    "A\u0301\u0302 \u0301A e\u0301",
+    "\x00\x01 \ufeff\u200b",
+    "<|endoftext|> hi <|startoftext|>",
+    "<|ENDOFTEXT|>hi",
+    "</s> x <pad> y<unk> <extra_id_0>",
+    "▁a ▁photo",
+    "dog</w> a</w>",
+]
+
+
+def assert_same_ids(theirs, folder: Path) -> None:
+    ours = load_tokenizer(folder)
+    assert (ours.vocab_size, ours.pad_id) == (len(theirs), theirs.pad_token_id)
+    assert ours.max_length == theirs.model_max_length
+    for length in (3, 16, 77):
+        expected = theirs(TEXTS, padding="max_length", max_length=length, truncation=True).input_ids
+        for text, row, right in zip(
+            TEXTS, np.array(ours.encode(TEXTS, length)).tolist(), expected, strict=True
+        ):
+            assert row == right, (text, length)
+
+
+@pytest.mark.parametrize("name", ["CLIPTokenizer", "CLIPTokenizerFast", "AutoTokenizer"])
+def test_clip_tokenizers_agree(tmp_path: Path, name: str) -> None:
+    build_clip_tokenizer(WORDS, tmp_path, 77)
+    assert_same_ids(getattr(transformers, name).from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "AutoTokenizer"])
+def test_t5_tokenizers_agree(tmp_path: Path, name: str) -> None:
+    build_t5_tokenizer(WORDS, tmp_path, 64)
+    assert_same_ids(getattr(transformers, name).from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_clip_tokenizers_agree_on_folders_like_the_published_ones(
+    tmp_path: Path, normalized: bool, fast: bool
+) -> None:
+    """With the special tokens described, with and without `tokenizer.json`."""
+    size = build_clip_tokenizer(WORDS, tmp_path, 77)
+    if not fast:
+        (tmp_path / "tokenizer.json").unlink()
+    plain = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+    bos, eos = ({"content": token, **plain} for token in ("<|startoftext|>", "<|endoftext|>"))
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": "<|endoftext|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {size - 2: {**bos, "special": True}, size - 1: {**eos, "special": True}},
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert_same_ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), tmp_path)

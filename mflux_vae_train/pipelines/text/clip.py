@@ -21,12 +21,10 @@ _PREFIX = "text_model."
 _POSITION_IDS = "text_model.embeddings.position_ids"
 
 
-def _quick_gelu(x: mx.array) -> mx.array:
-    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
-    return kernels.silu(1.702 * x) * (1 / 1.702)
-
-
-_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {"quick_gelu": _quick_gelu, "gelu": kernels.gelu}
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "quick_gelu": kernels.quick_gelu,
+    "gelu": kernels.gelu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +234,9 @@ def init_weights(model: CLIPTextModel, key: mx.array, *, embedding_std: float | 
         "fc1": (2 * config.hidden_size) ** -0.5 * factor,
     } | dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), config.hidden_size**-0.5 * residual * factor)
 
-    parameters = tree_flatten(model.parameters())
+    parameters = dict(tree_flatten(model.parameters()))
     fresh = []
-    for (path, value), one in zip(parameters, mx.random.split(key, len(parameters)), strict=True):
+    for (path, value), one in zip(parameters.items(), mx.random.split(key, len(parameters)), strict=True):
         layer, kind = path.split(".")[-2:]
         if kind == "bias":
             new = mx.zeros(value.shape)

@@ -147,7 +147,7 @@ class T5DenseActDense(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         # a float32 input makes wo a float32 product even where its weight is stored in float16
-        return self.wo(_widened(nn.relu(self.wi(x))))
+        return self.wo(_widened(mx.maximum(self.wi(x), 0)))
 
 
 class T5DenseGatedActDense(nn.Module):
@@ -257,9 +257,9 @@ def init_weights(model: T5Encoder, key: mx.array, *, relative_bias_std: float | 
         "wo": factor * config.d_ff**-0.5,
     } | dict.fromkeys(("k", "v", "wi", "wi_0", "wi_1"), width)
 
-    parameters = tree_flatten(model.parameters())
+    parameters = dict(tree_flatten(model.parameters()))
     fresh = []
-    for (path, value), one in zip(parameters, mx.random.split(key, len(parameters)), strict=True):
+    for (path, value), one in zip(parameters.items(), mx.random.split(key, len(parameters)), strict=True):
         layer = path.split(".")[-2]
         if layer in std:
             new = std[layer] * mx.random.normal(value.shape, key=one)

@@ -1,7 +1,7 @@
 """Prompts -> token ids, from the tokenizer folders that pipelines are published with.
 
-The ids are those of transformers; the `tokenizers` library underneath is used directly, because it imports in a
-fiftieth of the time.
+The ids are those of transformers; the `tokenizers` library underneath is used directly, because it imports in
+a fiftieth of the time.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         backend = _open_vocab_and_merges(folder, settings)
     else:
         raise WeightsError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+    try:
+        _mark_special(backend, settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder}: tokenizer_config.json has malformed added_tokens_decoder") from error
 
     pad = _content(settings.get("pad_token"))
     pad_id = None if pad is None else backend.token_to_id(pad)
@@ -101,8 +105,8 @@ def clip_backend(
 ) -> Backend:
     """CLIP's byte-pair encoding: lower case, words apart from digits and punctuation, `</w>` at a word's end.
 
-    The regular expression is OpenAI's (Radford et al., 2021, `simple_tokenizer.py`), the normalization that of
-    transformers' CLIPTokenizer.
+    The regular expression is OpenAI's (Radford et al., 2021, `simple_tokenizer.py`), the normalization that
+    of transformers' CLIPTokenizer.
 
     Raises:
         ValueError: `merges` and `vocab` do not fit together, or a special token has no id.
@@ -146,22 +150,42 @@ def _open_tokenizer_json(path: Path) -> Backend:
 
 
 def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
-    from tokenizers import AddedToken
-
     vocab = _read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:] if line)]
+    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    pairs = (
+        line.strip().partition(" ") for line in lines if line.strip() and not line.startswith("#version")
+    )
+    merges = [(left, right) for left, _, right in pairs]
     bos = _content(settings.get("bos_token")) or "<|startoftext|>"
     eos = _content(settings.get("eos_token")) or "<|endoftext|>"
     unk = _content(settings.get("unk_token")) or eos
     try:
-        backend = clip_backend(vocab, merges, bos=bos, eos=eos, unk=unk)
+        return clip_backend(vocab, merges, bos=bos, eos=eos, unk=unk)
     except ValueError as error:
         raise WeightsError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from error
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in dict.fromkeys((bos, eos, unk))]
-    )
-    return backend
+
+
+def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
+    """Find the special tokens in text, too, as `tokenizer_config.json` describes them.
+
+    With `normalized` a token is also found where it stands in capitals; transformers honours that above what
+    `tokenizer.json` says.
+    """
+    from tokenizers import AddedToken
+
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    marked = {token.content for token in backend.get_added_tokens_decoder().values()}
+    tokens: dict[str, dict[str, bool]] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        text = _content(settings.get(name))
+        if text is not None and text not in marked and backend.token_to_id(text) is not None:
+            tokens[text] = {"normalized": False}
+    described = settings.get("added_tokens_decoder") or {}
+    for index in sorted(
+        described, key=int
+    ):  # tokens that are new to the vocabulary get their ids in this order
+        tokens[described[index]["content"]] = {name: bool(described[index].get(name)) for name in flags}
+    backend.add_special_tokens([AddedToken(text, **kind) for text, kind in tokens.items()])
 
 
 def _content(token: object) -> str | None:

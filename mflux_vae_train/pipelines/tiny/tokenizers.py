@@ -1,7 +1,7 @@
 """Writes CLIP and T5 tokenizers of a small vocabulary, in the folders that transformers and diffusers read.
 
-Both are the genuine article, only small: every given word is one token, any other text falls into smaller pieces.
-The same words give the same files, byte for byte.
+Both are the genuine article, only small: every given word is one token, any other text falls into smaller
+pieces. The same words give the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _WORD, _SPACE, _CHARACTER = -2.0, -4.0, -6.0
 def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: int) -> int:
     """Write a byte-pair tokenizer like OpenAI's CLIP's.
 
-    Ids: the 256 bytes, the 256 bytes at a word's end, merged pieces, start of text, end of text. Rows are padded
-    with the end of text, as FLUX.1's are.
+    Ids: the 256 bytes, the 256 bytes at a word's end, merged pieces, start of text, end of text. Rows are
+    padded with the end of text, as FLUX.1's are.
 
     Args:
         words: lower-case ASCII words.
@@ -62,10 +62,10 @@ def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: i
 
 
 def build_t5_tokenizer(words: Iterable[str], folder: str | Path, max_length: int) -> int:
-    """Write a unigram tokenizer like T5's: pad 0, end 1, unknown 2, words with their space, single characters.
+    """Write a unigram tokenizer like T5's: pad 0, end 1, unknown 2, words with their space, characters.
 
-    Unlike T5's own it folds ASCII capitals, the way SentencePiece does with its `_cf` rules: a small vocabulary has
-    no room for "Photo" beside "photo". What is not printable ASCII is unknown.
+    Unlike T5's own it folds ASCII capitals, as SentencePiece does with its `_cf` rules: a small vocabulary
+    has no room for "Photo" beside "photo". What is not printable ASCII is unknown.
 
     Args, Returns, Raises: see `build_clip_tokenizer`.
     """
@@ -103,7 +103,7 @@ def _checked(words: Iterable[str]) -> list[str]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """A printable character for every byte, in OpenAI's order: those that are printable stand for themselves."""
+    """A printable character for every byte, in OpenAI's order: those printable stand for themselves."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + index) for index, byte in enumerate(others)}
@@ -137,10 +137,11 @@ def _merged(text: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 def _lower_case_rules() -> bytes:
     """SentencePiece's compiled normalization rules for A-Z -> a-z and nothing else.
 
-    The format is a length, a Darts-clone double array (a trie of what is replaced; its leaves point into the last
-    part) and the replacements, each ended by a zero byte. All keys here are one byte long, so the array is laid out
-    by hand: the root reaches a key's unit at 128 + byte, which reaches its leaf 128 units further on. A unit holds
-    its label in bits 0-7, "a leaf follows" in bit 8 and the exclusive-or distance to its children from bit 10 up.
+    The format is a length, a Darts-clone double array (a trie of what is replaced; its leaves point into the
+    last part) and the replacements, each ended by a zero byte. All keys here are one byte long, so the array
+    is laid out by hand: the root reaches a key's unit at 128 + byte, which reaches its leaf 128 units further
+    on. A unit holds its label in bits 0-7, "a leaf follows" in bit 8, and from bit 10 up the exclusive-or
+    distance to its children.
     """
     units = [0] * 512  # whatever byte follows a leaf, the search stays within the array
     units[0] = 128 << 10
