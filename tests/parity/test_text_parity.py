@@ -264,3 +264,15 @@ def test_clip_tokenizers_agree_on_folders_like_the_published_ones(
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert_same_ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("CLIPTokenizer", {}), ("T5Tokenizer", {}), ("T5Tokenizer", {"extra_ids": 100})]
+)
+def test_folders_saved_by_transformers_open(tmp_path: Path, name: str, settings: dict) -> None:
+    """With T5's hundred sentinels, too, which transformers adds behind the vocabulary."""
+    build = build_clip_tokenizer if name == "CLIPTokenizer" else build_t5_tokenizer
+    build(WORDS, tmp_path / "ours", 64)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path / "ours", **settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_ids(theirs, tmp_path / "theirs")
