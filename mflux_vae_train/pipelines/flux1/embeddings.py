@@ -20,7 +20,7 @@ Rotation = tuple[mx.array, mx.array]
 def sinusoidal(
     values: mx.array, channels: int = SINUSOIDAL_CHANNELS, max_period: float = 10_000.0
 ) -> mx.array:
-    """(B,) -> (B, channels) float32, cosines first: cos(v w_i), sin(v w_i) with w_i = max_period^(-2i / channels)."""
+    """(B,) -> (B, channels) float32: all cos(v w_i), then all sin(v w_i); w_i = max_period^(-2i/channels)."""
     half = channels // 2
     # In float64 first: 1000 * guidance magnifies an error in a frequency.
     frequencies = (max_period ** -(np.arange(half) / half)).astype(np.float32)
@@ -41,7 +41,7 @@ class TwoLayerEmbedder(nn.Module):
 
 
 class TimeTextEmbedding(nn.Module):
-    """Sum of the embedded timestep, guidance (where the model is guidance-distilled) and pooled prompt: (B, width)."""
+    """Sum of embedded timestep, guidance (if the model was distilled with it) and pooled prompt: (B, D)."""
 
     def __init__(self, width: int, pooled: int, guidance_embeds: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def rotation(ids: mx.array, axes_dims: Sequence[int]) -> Rotation:
 
 
 def rotate(x: mx.array, by: Rotation) -> mx.array:
-    """Turn neighbouring pairs of channels of (B, N, heads, head_dim) by their position's angles; float32 inside."""
+    """Turn neighbouring channels of (B, N, heads, head_dim), as pairs, by their position's angles."""
     cos, sin = by
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

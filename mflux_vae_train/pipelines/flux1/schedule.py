@@ -1,7 +1,7 @@
-"""Flow matching as FLUX.1 samples and trains it: noise levels sigma in [0, 1], x_sigma = (1 - sigma) x0 + sigma noise.
+"""Flow matching as FLUX.1 samples and trains it: x_sigma = (1 - sigma) x0 + sigma noise, sigma in [0, 1].
 
-The velocity is noise - x0; sampling follows it from sigma 1 to 0 with Euler steps (Lipman et al. 2023, Esser et al.
-2024). The fields are those of diffusers' FlowMatchEulerDiscreteScheduler.
+The velocity is noise - x0; sampling follows it from sigma 1 to 0 with Euler steps (Lipman et al. 2023, Esser
+et al. 2024). The fields are those of diffusers' FlowMatchEulerDiscreteScheduler.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from mflux_vae.errors import SettingsError
 
 SigmaWeighting = Literal["logit_normal", "uniform", "schnell"]
-"""How training draws sigma: sigmoid of a standard normal; uniform; or only the four levels schnell was distilled to."""
+"""How training draws sigma: sigmoid of a standard normal; uniform; the levels schnell was distilled to."""
 
 SCHNELL_STEPS = 4
 
 Levels = TypeVar("Levels", mx.array, np.ndarray)
 
-# What diffusers' scheduler can also do and FLUX.1 does not: any other value would sample differently, silently.
+# What diffusers' scheduler can also do and FLUX.1 does not: ignored, another value would sample differently.
 _FIXED = {
     "time_shift_type": "exponential",
     "invert_sigmas": False,
@@ -42,8 +42,8 @@ class FlowMatchSchedule:
     Attributes:
         num_train_timesteps: kept for the file; levels here are fractions of it.
         shift: sigma -> shift sigma / (1 + (shift - 1) sigma), where `use_dynamic_shifting` is off.
-        use_dynamic_shifting: shift by e^mu instead, mu linear in the number of image tokens, from `base_shift` at
-            `base_image_seq_len` to `max_shift` at `max_image_seq_len`.
+        use_dynamic_shifting: shift by e^mu instead, mu linear in the number of image tokens: `base_shift` at
+            `base_image_seq_len`, `max_shift` at `max_image_seq_len`.
     """
 
     num_train_timesteps: int = 1000
@@ -63,10 +63,14 @@ class FlowMatchSchedule:
         """
         kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if kind != "FlowMatchEulerDiscreteScheduler":
-            raise SettingsError(f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is")
+            raise SettingsError(
+                f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is"
+            )
         for name, value in _FIXED.items():
             if config.get(name, value) != value:
-                raise SettingsError(f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is")
+                raise SettingsError(
+                    f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is"
+                )
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +107,9 @@ class FlowMatchSchedule:
             # 0 would have no noise to predict, and dynamic shifting divides by it
             levels = 1 - mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))(key)
         elif weighting == "schnell":
-            levels = mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
+            levels = (
+                mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
+            )
         else:
             known = ", ".join(get_args(SigmaWeighting))
             raise SettingsError(f"sigma weighting {weighting!r} is unknown; known are {known}")

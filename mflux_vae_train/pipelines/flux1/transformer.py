@@ -76,7 +76,7 @@ class Modulation(nn.Module):
         self._parts = parts
 
     def __call__(self, conditioning: mx.array) -> list[mx.array]:
-        return mx.split(self.linear(conditioning)[:, None], self._parts, axis=-1)
+        return list(mx.split(self.linear(conditioning)[:, None], self._parts, axis=-1))
 
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
@@ -271,12 +271,12 @@ class FluxTransformer(nn.Module):
         )
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         rope = rotation(mx.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
-        for block in self.transformer_blocks:
-            image, text = block(image, text, conditioning, rope)
+        for double_block in self.transformer_blocks:
+            image, text = double_block(image, text, conditioning, rope)
         # text stream + image stream -> one stream
         x = mx.concatenate([text, image], axis=1)
-        for block in self.single_transformer_blocks:
-            x = block(x, conditioning, rope)
+        for single_block in self.single_transformer_blocks:
+            x = single_block(x, conditioning, rope)
         scale, shift = self.norm_out(conditioning)
         return self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
 
@@ -284,13 +284,14 @@ class FluxTransformer(nn.Module):
 def init_weights(model: FluxTransformer, key: mx.array) -> None:
     """Weights to start training from, all from `key`: each block an identity, the velocity zero.
 
-    Linear layers are Xavier-uniform; time, guidance and text embedders normal with standard deviation 0.02; the
-    modulations and the last projection zero, as are all biases; norm weights one.
+    Linear layers are Xavier-uniform; time, guidance and text embedders normal with standard deviation 0.02;
+    modulations, the last projection and all biases zero; norm weights one.
     """
-    parameters = tree_flatten(model.parameters())
-    drawn = []
-    for (name, value), sub in zip(parameters, mx.random.split(key, len(parameters)), strict=True):
-        drawn.append((name, _initial(name, value.shape, sub)))
+    shapes = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
+    keys = mx.random.split(key, len(shapes))
+    drawn = [
+        (name, _initial(name, shape, one)) for (name, shape), one in zip(shapes.items(), keys, strict=True)
+    ]
     model.update(tree_unflatten(drawn))
 
 

@@ -1,0 +1,248 @@
+"""FLUX.1 as a trainable pipeline: prompts and images in, losses and images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.vae import VAE
+from mflux_vae_train.pipelines.flux1 import folder as layout
+from mflux_vae_train.pipelines.flux1.packing import PATCH, image_ids, pack, text_ids, unpack
+from mflux_vae_train.pipelines.flux1.schedule import (
+    SCHNELL_STEPS,
+    FlowMatchSchedule,
+    SigmaWeighting,
+    euler_step,
+    noised,
+)
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.t5 import T5Encoder
+from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
+
+VAE_FACTOR = 8
+SIZE_MULTIPLE = VAE_FACTOR * PATCH
+
+_DECODED_AT_ONCE = 2**20
+"""Pixels decoded in one batch: a picture of 1024 x 1024, or many small ones."""
+
+_LORA_TARGETS = (
+    *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"*.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"*.{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    "*.proj_mlp",
+    "*.proj_out",  # of the single blocks; the transformer's own has nothing before its dot
+)
+
+_DEV = Recommended(
+    resolution=512,
+    size_multiple=SIZE_MULTIPLE,
+    learning_rate=1e-4,
+    learning_rate_full=5e-6,
+    guidance=3.5,
+    steps=28,
+    rank=16,
+    caption_dropout=0.0,
+)
+_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS)
+
+
+class FluxPipeline:
+    """FLUX.1 behind the `DiffusionPipeline` protocol. Latents are (B, H/8, W/8, C), scaled.
+
+    Attributes:
+        denoiser: the transformer, which is what is trained.
+        vae, text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2, schedule: the other parts.
+        max_text_tokens: tokens per prompt for T5: what its tokenizer is configured for, at most 512, or 256
+            for models without embedded guidance, as the published models were trained.
+        sigma_weighting: how `loss` draws noise levels.
+    """
+
+    adapter_prefix = "transformer"
+
+    def __init__(
+        self,
+        *,
+        transformer: FluxTransformer,
+        vae: VAE,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: T5Encoder,
+        tokenizer_folder: str | Path,
+        tokenizer_2_folder: str | Path,
+        schedule: FlowMatchSchedule,
+        recommended: Recommended | None = None,
+        sigma_weighting: SigmaWeighting | None = None,
+        name: str = "flux1",
+    ) -> None:
+        """
+        Args:
+            tokenizer_folder, tokenizer_2_folder: the tokenizers' files; `save_pretrained` copies them.
+            recommended: None for dev's numbers where guidance is embedded, else schnell's.
+            sigma_weighting: None for logit-normal where guidance is embedded (dev), else schnell's levels.
+        """
+        self.guidance_embeds = transformer.config.guidance_embeds
+        self.dtype = transformer.x_embedder.weight.dtype
+        self.denoiser = transformer
+        self.vae = vae
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.tokenizer_folder, self.tokenizer_2_folder = Path(tokenizer_folder), Path(tokenizer_2_folder)
+        self.tokenizer, self.tokenizer_2 = (
+            load_tokenizer(tokenizer_folder),
+            load_tokenizer(tokenizer_2_folder),
+        )
+        self.schedule = schedule
+        self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
+        self.sigma_weighting = sigma_weighting or ("logit_normal" if self.guidance_embeds else "schnell")
+        self.name = name
+        longest = 512 if self.guidance_embeds else 256
+        self.max_text_tokens = min(self.tokenizer_2.max_length or longest, longest)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> FluxPipeline:
+        """Open a folder in diffusers' layout.
+
+        Args:
+            dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
+
+        Raises:
+            WeightsError: a file is missing or broken, or its tensors are not the network's; all are listed.
+            SettingsError: a configuration asks for what this pipeline has not.
+        """
+        return cls(**layout.read(Path(folder), dtype))
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
+        """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
+
+        Args:
+            dtype: of the stored weights: float16, bfloat16 or float32.
+        """
+        layout.write(self, Path(folder), dtype)
+
+    def encode_images(self, pixels: mx.array) -> mx.array:
+        """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
+        return self.vae.encode_nhwc(pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts -> `prompt_embeds` (B, L, D) from T5 and `pooled` (B, P) from CLIP."""
+        _, pooled = self.text_encoder(self.tokenizer.encode(prompts))
+        tokens = self.tokenizer_2.encode(prompts, self.max_text_tokens)
+        return {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
+
+    def loss(
+        self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float
+    ) -> mx.array:
+        """Squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
+
+        x_s = (1 - s) x0 + s e, target e - x0 (Lipman et al. 2023); noise and error are float32 always.
+
+        Args:
+            guidance: told to a model with embedded guidance; no matter to others.
+        """
+        keys = mx.vmap(lambda one: mx.random.split(one, 2))(key)
+        grid = latents.shape[1], latents.shape[2]
+        clean = pack(latents.astype(mx.float32))
+        noise = pack(_noise(keys[:, 0], latents.shape[1:]))
+        sigma = self.schedule.training_sigmas(
+            keys[:, 1], weighting=self.sigma_weighting, image_tokens=clean.shape[1]
+        )
+        velocity = self._velocity(noised(clean, noise, sigma), sigma, conditioning, guidance, grid)
+        return mx.mean(mx.square(velocity - (noise - clean)), axis=(1, 2))
+
+    def sample(
+        self,
+        conditioning: Conditioning,
+        *,
+        size: tuple[int, int],
+        steps: int,
+        guidance: float,
+        key: mx.array,
+        latents: mx.array | None = None,
+    ) -> mx.array:
+        """Conditioning -> images (B, H, W, 3) in [-1, 1].
+
+        Guidance is embedded where the model was trained so; else, above 1, classifier-free against the empty
+        prompt (Ho and Salimans 2022).
+
+        Args:
+            size: (height, width) in pixels, multiples of 16.
+            key: (B, 2); row i alone decides the noise that sample i starts from.
+            latents: start from this noise instead, (B, H/8, W/8, C).
+
+        Raises:
+            SettingsError: a size that is no multiple of 16, or no step.
+        """
+        height, width = size
+        if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+            raise SettingsError(
+                f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}"
+            )
+        grid = height // VAE_FACTOR, width // VAE_FACTOR
+        if latents is None:
+            latents = _noise(key, (*grid, self.denoiser.config.in_channels // PATCH**2))
+        tokens = pack(latents)
+        guided = guidance > 1 and not self.guidance_embeds
+        if guided:
+            conditioning = self._with_unconditional(conditioning)
+        for sigma, next_sigma in pairwise(self.schedule.sigmas(steps, tokens.shape[1]).tolist()):
+            rows = mx.concatenate([tokens, tokens]) if guided else tokens
+            velocity = self._velocity(rows, mx.full(rows.shape[:1], sigma), conditioning, guidance, grid)
+            if guided:
+                without, toward = mx.split(velocity, 2)
+                velocity = without + guidance * (toward - without)
+            tokens = euler_step(tokens, velocity, sigma, next_sigma)
+            mx.eval(tokens)
+        return mx.clip(self._decode(unpack(tokens, *grid)), -1, 1)
+
+    def lora_targets(self) -> Sequence[str]:
+        """Attention and feed-forward layers of all blocks."""
+        return _LORA_TARGETS
+
+    def _velocity(
+        self,
+        tokens: mx.array,
+        sigma: mx.array,
+        conditioning: Conditioning,
+        guidance: float,
+        grid: tuple[int, int],
+    ) -> mx.array:
+        """Packed latents at noise level sigma (B,) -> velocity, float32; between, the transformer's dtype."""
+        prompt, pooled = (conditioning[name].astype(self.dtype) for name in ("prompt_embeds", "pooled"))
+        told = mx.full(sigma.shape, guidance) if self.guidance_embeds else None
+        velocity = self.denoiser(
+            tokens.astype(self.dtype),
+            prompt,
+            pooled,
+            sigma,
+            image_ids(*grid),
+            text_ids(prompt.shape[1]),
+            told,
+        )
+        return velocity.astype(mx.float32)
+
+    def _with_unconditional(self, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt's rows in front of the given ones: (2 B, ...)."""
+        empty = self.encode_prompts([""])
+        return {
+            name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
+            for name, value in conditioning.items()
+        }
+
+    def _decode(self, latents: mx.array) -> mx.array:
+        """Latents -> images, as many at once as fit the memory of one large one."""
+        pixels = latents.shape[1] * latents.shape[2] * VAE_FACTOR**2
+        images = []
+        for start in range(0, latents.shape[0], rows := max(1, _DECODED_AT_ONCE // pixels)):
+            images.append(self.vae.decode_nhwc(latents[start : start + rows]))
+            mx.eval(images[-1])
+        return mx.concatenate(images)
+
+
+def _noise(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Standard normal float32 (B, *shape), row i of key[i] alone."""
+    return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)
