@@ -131,7 +131,7 @@ class VAE(nn.Module):
         """
         posterior = self.posterior(image)
         latents = posterior.sample(key) if sample else posterior.mode()
-        return self._scaled(latents).transpose(0, 3, 1, 2)
+        return self.scaled(latents).transpose(0, 3, 1, 2)
 
     def posterior(self, image: mx.array) -> DiagonalGaussian:
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
@@ -155,17 +155,18 @@ class VAE(nn.Module):
     def __call__(self, image: mx.array) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
         posterior = self.posterior(image)
-        return self.decode(self._scaled(posterior.mode()).transpose(0, 3, 1, 2)), posterior
+        return self.decode(self.scaled(posterior.mode()).transpose(0, 3, 1, 2)), posterior
 
     def encode_nhwc(self, pixels: mx.array) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent), the posterior's mode: for pipelines."""
-        return self._scaled(self.network.encode(pixels.astype(self._dtype)).mode())
+        return self.scaled(self.network.encode(pixels.astype(self._dtype)).mode())
 
     def decode_nhwc(self, latents: mx.array) -> mx.array:
         """Scaled latents (B, h, w, latent) -> (B, H, W, C), about [-1, 1], not clipped: for pipelines."""
         return self.network.decode(latents.astype(self._dtype) / self.scaling_factor + self.shift_factor)
 
-    def _scaled(self, latents: mx.array) -> mx.array:
+    def scaled(self, latents: mx.array) -> mx.array:
+        """Raw latents of the network -> what the denoiser sees: (latents - shift_factor) * scaling_factor."""
         return (latents - self.shift_factor) * self.scaling_factor
 
     @property

@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest, each at its own rate (Jordan et al. 2024; Loshchilov and Hutter 2019)."""
+"""Muon for matrices, AdamW for the rest, each at its own rate behind one schedule."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Filter = Callable[[str, mx.array], bool]
 
 
 class Grouped(optim.MultiOptimizer):
-    """Several optimizers behind one learning rate, which is a factor on each one's own.
+    """Several optimizers behind one learning rate, which is a factor on each one's own peak rate.
 
     Args:
-        groups: (optimizer, its peak rate, which parameters); the last one takes what is left.
+        groups: (optimizer, its peak rate, which parameters are its); the last one takes what is left.
     """
 
     def __init__(self, groups: Sequence[tuple[optim.Optimizer, float, Filter | None]]):
@@ -29,11 +29,3 @@ class Grouped(optim.MultiOptimizer):
     def learning_rate(self, factor: float) -> None:
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             optimizer.learning_rate = factor * rate
-
-
-def muon() -> optim.Optimizer:
-    return optim.Muon(learning_rate=0.0, momentum=0.95, weight_decay=0.0)
-
-
-def adamw() -> optim.Optimizer:
-    return optim.AdamW(learning_rate=0.0, betas=[0.9, 0.99], weight_decay=0.0, bias_correction=True)

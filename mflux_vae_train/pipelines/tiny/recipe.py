@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
 
@@ -37,6 +38,18 @@ TRANSFORMER = FluxTransformerConfig(
     pooled_projection_dim=WIDTH_TEXT,
     guidance_embeds=False,
     axes_dims_rope=(8, 12, 12),
+)
+
+RECOMMENDED = Recommended(
+    resolution=SIZE,
+    size_multiple=16,
+    learning_rate=1e-3,
+    learning_rate_full=1e-4,
+    guidance=2.5,
+    steps=14,
+    rank=8,
+    caption_dropout=0.1,
+    prior_loss_weight=1.0,
 )
 
 
@@ -81,7 +94,7 @@ class VAERecipe:
 
     seed: int = 0
     updates: int = 1200
-    batch: int = 16
+    batch: int = 12
     scenes: int = 6000
     crops: int = 6000
     photo_share: float = 0.4
@@ -106,9 +119,9 @@ class FluxRecipe:
     """
 
     seed: int = 0
-    updates: int = 9000
+    updates: int = 7000
     batch: int = 32
-    examples: int = 40_000
+    examples: int = 24_000
     caption_dropout: float = 0.1
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3

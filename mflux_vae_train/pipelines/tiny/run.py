@@ -1,4 +1,4 @@
-"""The build's outer loop: updates with a progress bar, checkpoints, and going on where an earlier run stopped."""
+"""The build's use of the training loop: progress, metrics, checkpoints, going on where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mflux_vae_train import checkpoint
+from mflux_vae_train.hooks import MetricsLog, ProgressBar, every
+from mflux_vae_train.loop import fit
 from mflux_vae_train.state import parameters, tree_of
 from mflux_vae_train.step import MicroBatch, Step
 
@@ -20,21 +20,28 @@ def run(
     batch: Callable[[int], Sequence[MicroBatch]],
     rate: Callable[[int], float],
     updates: int,
-    every: int,
-    fingerprint: Any,
+    checkpoint_every: int,
+    settings: Any,
 ) -> None:
     """Make all updates that `folder`'s newest checkpoint has not seen."""
     objects = {"model": parameters(step.model), "optimizer": tree_of(step.optimizer.state)}
     if step.ema is not None:
         objects["ema"] = tree_of(step.ema.state)
-    settings = asdict(fingerprint)
+    identity = asdict(settings)
     newest = checkpoint.latest(folder)
-    start = checkpoint.load(newest, objects, fingerprint=settings) if newest else 0
-    with tqdm(total=updates, initial=start, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
-        for update in range(start, updates):
-            measured = step(update, batch(update), rate(update))
-            shown = {name: f"{value:.4g}" for name, value in measured.items() if name != "learning_rate"}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if (update + 1) % every == 0 or update + 1 == updates:
-                checkpoint.save(folder, update + 1, objects, fingerprint=settings, total_limit=2)
+    start = checkpoint.load(newest, objects, fingerprint=identity) if newest else 0
+
+    def keep(made: int) -> None:
+        checkpoint.save(folder, made, objects, fingerprint=identity, total_limit=2)
+
+    with MetricsLog(folder / "metrics.jsonl", resumed_at=start) as log, ProgressBar(updates, start) as bar:
+        fit(
+            step=step,
+            batches=batch,
+            learning_rate=rate,
+            total=updates,
+            start=start,
+            observers=[log, bar],
+            hooks=[every(checkpoint_every, lambda record: keep(record.update))],
+            checkpoint=keep,
+        )

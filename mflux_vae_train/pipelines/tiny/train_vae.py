@@ -14,7 +14,8 @@ from PIL import Image
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.pipelines.tiny import corpus, recipe
-from mflux_vae_train.pipelines.tiny.optimizer import Grouped, adamw, muon
+from mflux_vae_train.optimizers import AdamW, Muon
+from mflux_vae_train.pipelines.tiny.optimizer import Grouped
 from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.step import MicroBatch, Step
@@ -72,7 +73,10 @@ def train(work: Path, settings: recipe.VAERecipe, pictures: Sequence[Image.Image
         return l1 + settings.mse_weight * mse + settings.kl_weight * kl, {"psnr": psnr, "kl": kl}
 
     optimizer = Grouped(
-        [(muon(), settings.muon_rate, lambda _, w: w.ndim == 4), (adamw(), settings.adamw_rate, None)]
+        [
+            (Muon(), settings.muon_rate, lambda _, weight: weight.ndim == 4),
+            (AdamW(beta2=0.99, weight_decay=0.0), settings.adamw_rate, None),
+        ]
     )
     ema = EMA(network.trainable_parameters(), settings.ema_decay)
     step = Step(network, optimizer, loss, ema=ema)
@@ -81,6 +85,6 @@ def train(work: Path, settings: recipe.VAERecipe, pictures: Sequence[Image.Image
         warm = min(1.0, (update + 1) / settings.warmup)
         return warm * 0.5 * (1 + np.cos(np.pi * update / settings.updates))
 
-    run(work / "vae", step, batch, rate, settings.updates, settings.checkpoint_every, fingerprint=settings)
+    run(work / "vae", step, batch, rate, settings.updates, settings.checkpoint_every, settings)
     network.update(ema.state["average"])
     return network

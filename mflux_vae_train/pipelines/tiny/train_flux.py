@@ -1,0 +1,147 @@
+"""Train the embedded pipeline's transformer and text encoders, together, on latents of captioned scenes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mflux_vae import VAE
+from mflux_vae_train.ema import EMA
+from mflux_vae_train.optimizers import AdamW, Muon
+from mflux_vae_train.pipelines.flux1 import transformer as flux
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
+from mflux_vae_train.pipelines.text import clip, t5
+from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
+from mflux_vae_train.pipelines.tiny import recipe
+from mflux_vae_train.pipelines.tiny.optimizer import Grouped
+from mflux_vae_train.pipelines.tiny.run import run
+from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from mflux_vae_train.pipelines.tiny.world import EXTRA_WORDS, WORDS, training_example
+from mflux_vae_train.randomness import Stream, rng, sample_keys
+from mflux_vae_train.step import MicroBatch, Step
+
+logger = logging.getLogger(__name__)
+
+_ENCODED_AT_ONCE = 64
+
+
+class Trained(nn.Module):
+    """What is trained together."""
+
+    def __init__(self, pipeline: FluxPipeline):
+        super().__init__()
+        self.transformer = pipeline.denoiser
+        self.clip = pipeline.text_encoder
+        self.t5 = pipeline.text_encoder_2
+
+
+def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
+    """An untrained pipeline around a trained autoencoder."""
+    words = sorted({*WORDS, *EXTRA_WORDS})
+    build_clip_tokenizer(words, work / "tokenizer", recipe.TEXT_TOKENS)
+    build_t5_tokenizer(words, work / "tokenizer_2", recipe.TEXT_TOKENS)
+    first, second = load_tokenizer(work / "tokenizer"), load_tokenizer(work / "tokenizer_2")
+    eos = first.pad_id  # rows of CLIP are padded with the end of text
+    pipeline = FluxPipeline(
+        transformer=flux.FluxTransformer(recipe.TRANSFORMER),
+        vae=vae,
+        text_encoder=clip.CLIPTextModel(recipe.clip_config(first.vocab_size, eos=eos, bos=eos - 1, pad=eos)),
+        text_encoder_2=t5.T5Encoder(recipe.t5_config(second.vocab_size)),
+        tokenizer_folder=work / "tokenizer",
+        tokenizer_2_folder=work / "tokenizer_2",
+        schedule=FlowMatchSchedule(),
+        recommended=recipe.RECOMMENDED,
+        sigma_weighting="logit_normal",
+        name="tiny",
+    )
+    keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
+    flux.init_weights(pipeline.denoiser, keys[0])
+    clip.init_weights(pipeline.text_encoder, keys[1], embedding_std=settings.clip_embedding_std)
+    t5.init_weights(pipeline.text_encoder_2, keys[2], relative_bias_std=settings.t5_bias_std)
+    return pipeline
+
+
+def encode_scenes(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
+    """Unscaled latents (N, h, w, C) float16 and captions of the training examples; kept in `work`."""
+    file = work / f"latents-{settings.seed}-{settings.examples}.npz"
+    if file.is_file():
+        stored = np.load(file)
+        return stored["latents"], stored["captions"].tolist()
+    latents, captions = [], []
+    for start in range(0, settings.examples, _ENCODED_AT_ONCE):
+        stop = min(start + _ENCODED_AT_ONCE, settings.examples)
+        examples = [training_example(settings.seed, index, recipe.SIZE) for index in range(start, stop)]
+        pixels = mx.array(np.stack([picture for picture, _, _ in examples])).astype(mx.float32) / 127.5 - 1
+        latents.append(np.array(vae.network.encode(pixels).mode(), np.float16))
+        captions += [caption for _, caption, _ in examples]
+        if start % (50 * _ENCODED_AT_ONCE) == 0:
+            logger.info("encoded %d of %d scenes", stop, settings.examples)
+    np.savez(file, latents=np.concatenate(latents), captions=np.array(captions))
+    return np.concatenate(latents), captions
+
+
+def train(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
+    """Train, or go on where `work` left off. Returns the pipeline with averaged weights."""
+    raw, captions = encode_scenes(work, vae, settings)
+    latents = mx.array(raw)
+    pipeline = new_pipeline(work, vae, settings)
+    model = Trained(pipeline)
+    ids = {
+        name: tokenizer.encode([*captions, ""], recipe.TEXT_TOKENS)  # the last row is the empty caption
+        for name, tokenizer in (("clip", pipeline.tokenizer), ("t5", pipeline.tokenizer_2))
+    }
+
+    def batch(update: int) -> list[MicroBatch]:
+        epoch, place = divmod(update * settings.batch, settings.examples - settings.batch)
+        order = rng(settings.seed, Stream.DATA_ORDER, epoch).permutation(settings.examples)
+        chosen = order[place : place + settings.batch]
+        dropped = rng(settings.seed, Stream.CAPTION_DROPOUT, update).random(settings.batch) < settings.caption_dropout
+        rows = mx.array(np.where(dropped, settings.examples, chosen))
+        arrays = {
+            "latents": vae.scaled(latents[mx.array(chosen)].astype(mx.float32)),
+            "clip": ids["clip"][rows],
+            "t5": ids["t5"][rows],
+            "key": sample_keys(settings.seed, Stream.NOISE, update, range(settings.batch)),
+        }
+        return [MicroBatch(arrays=arrays, weight=settings.batch)]
+
+    def loss(model: nn.Module, arrays):
+        _, pooled = model.clip(arrays["clip"])
+        conditioning = {"prompt_embeds": model.t5(arrays["t5"]), "pooled": pooled}
+        per_sample = pipeline.loss(arrays["latents"], conditioning, key=arrays["key"], guidance=1.0)
+        return per_sample.mean(), {"words": word_contrast(conditioning)}
+
+    def is_text(path: str, _: mx.array) -> bool:
+        return not path.startswith("transformer.")
+
+    def is_block_matrix(path: str, weight: mx.array) -> bool:
+        return "transformer_blocks" in path and weight.ndim == 2 and ".norm" not in path
+
+    optimizer = Grouped(
+        [
+            (Muon(), settings.muon_rate, is_block_matrix),
+            (AdamW(beta2=0.99, weight_decay=0.0), settings.text_rate, is_text),
+            (AdamW(beta2=0.99, weight_decay=0.0), settings.adamw_rate, None),
+        ]
+    )
+    ema = EMA(model.trainable_parameters(), settings.ema_decay)
+    step = Step(model, optimizer, loss, ema=ema)
+
+    def rate(update: int) -> float:
+        warm = min(1.0, (update + 1) / settings.warmup)
+        return warm * min(1.0, (settings.updates - update) / (settings.decay_share * settings.updates))
+
+    run(work / "flux", step, batch, rate, settings.updates, settings.checkpoint_every, settings)
+    model.update(ema.state["average"])
+    return pipeline
+
+
+def word_contrast(conditioning: dict[str, mx.array]) -> mx.array:
+    """How far apart the prompts of a batch are, relative to their size: near zero, the text encoders collapsed."""
+    pooled = conditioning["pooled"]
+    return mx.sqrt(mx.var(pooled, axis=0).sum() / mx.square(pooled).sum(axis=1).mean())
