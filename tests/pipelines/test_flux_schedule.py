@@ -1,0 +1,105 @@
+"""FLUX's noise levels: ends, order, shift, and what training draws."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step, noised
+from mflux_vae_train.randomness import Stream, sample_keys
+
+SCHEDULES = {
+    "schnell": FlowMatchSchedule(),
+    "static": FlowMatchSchedule(shift=3.0),
+    "dev": FlowMatchSchedule(shift=3.0, use_dynamic_shifting=True),
+}
+
+
+@pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES.keys())
+def schedule(request: pytest.FixtureRequest) -> FlowMatchSchedule:
+    return request.param
+
+
+def keys(count: int, start: int = 0) -> mx.array:
+    return sample_keys(1, Stream.NOISE, 0, range(start, start + count))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_levels_fall_from_noise_to_image(schedule: FlowMatchSchedule, steps: int) -> None:
+    levels = schedule.sigmas(steps, 1024)
+    assert levels.shape == (steps + 1,) and levels.dtype == np.float32
+    assert levels[0] == 1 and levels[-1] == 0
+    assert (np.diff(levels) < 0).all()
+
+
+def test_unshifted_levels_are_even() -> None:
+    np.testing.assert_allclose(SCHEDULES["schnell"].sigmas(4, 256), [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
+
+
+def test_shift_moves_towards_noise_more_for_larger_images() -> None:
+    plain, dev = SCHEDULES["schnell"].sigmas(10, 1), SCHEDULES["dev"]
+    small, large = dev.sigmas(10, 256), dev.sigmas(10, 4096)
+    assert (plain[1:-1] < small[1:-1]).all() and (small[1:-1] < large[1:-1]).all()
+    # at the two ends of the line mu is base_shift and max_shift: sigma 1/2 -> e^mu / (e^mu + 1)
+    for tokens, mu in ((256, 0.5), (4096, 1.15)):
+        assert dev.shifted(np.float32(0.5), tokens) == pytest.approx(1 / (1 + np.exp(-mu)), rel=1e-6)
+
+
+def test_no_step_is_refused(schedule: FlowMatchSchedule) -> None:
+    with pytest.raises(SettingsError, match="at least 1 step"):
+        schedule.sigmas(0, 256)
+
+
+def test_config_round_trip(schedule: FlowMatchSchedule) -> None:
+    assert FlowMatchSchedule.from_dict(schedule.to_dict()) == schedule
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_karras_sigmas": True}, {"shift_terminal": 0.02}, {"_class_name": "DDIMScheduler"}]
+)
+def test_other_schedulers_are_refused(change: dict) -> None:
+    with pytest.raises(SettingsError, match="not supported"):
+        FlowMatchSchedule.from_dict(FlowMatchSchedule().to_dict() | change)
+
+
+@pytest.mark.parametrize("weighting", ["logit_normal", "uniform", "schnell"])
+def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, weighting: str) -> None:
+    def draw(key: mx.array) -> np.ndarray:
+        return np.array(schedule.training_sigmas(key, weighting=weighting, image_tokens=16))
+
+    levels = draw(keys(500))
+    assert levels.shape == (500,) and levels.dtype == np.float32
+    assert (levels > 0).all() and (levels <= 1).all()
+    np.testing.assert_allclose(draw(keys(3, start=200)), levels[200:203], rtol=1e-6)
+
+
+def test_training_levels_are_spread_as_named() -> None:
+    def draw(weighting: str) -> np.ndarray:
+        return np.array(
+            SCHEDULES["schnell"].training_sigmas(keys(2000), weighting=weighting, image_tokens=16)
+        )
+
+    logits = np.log(draw("logit_normal") / (1 - draw("logit_normal")))
+    assert logits.mean() == pytest.approx(0, abs=0.1) and logits.std() == pytest.approx(1, abs=0.1)
+    uniform = np.histogram(draw("uniform"), bins=4, range=(0, 1))[0]
+    levels, counts = np.unique(draw("schnell"), return_counts=True)
+    assert levels.tolist() == [0.25, 0.5, 0.75, 1.0]
+    for count in (*uniform, *counts):
+        assert count == pytest.approx(500, abs=100)
+
+
+def test_unknown_weighting_is_refused() -> None:
+    with pytest.raises(SettingsError, match="logit_normal"):
+        FlowMatchSchedule().training_sigmas(keys(1), weighting="cosmap", image_tokens=16)  # type: ignore[arg-type]
+
+
+def test_the_true_velocity_leads_from_noise_to_the_image(schedule: FlowMatchSchedule) -> None:
+    image, noise = mx.random.normal((2, 3, 4, 5), key=mx.random.key(0))
+    levels = schedule.sigmas(5, 256).tolist()
+    x = noise
+    for level, following in zip(levels, levels[1:], strict=False):
+        np.testing.assert_allclose(x, noised(image, noise, mx.full(3, level)), atol=1e-5)
+        x = euler_step(x, noise - image, level, following)
+    np.testing.assert_allclose(x, image, atol=1e-5)
