@@ -87,9 +87,7 @@ def to_pixels(pictures: np.ndarray) -> np.ndarray:
 
 def to_pictures(pixels: np.ndarray) -> np.ndarray:
     """[-1, 1] -> uint8, rounded; values outside are clipped and NaN becomes black."""
-    scaled = np.nan_to_num(
-        (np.asarray(pixels, dtype=np.float32) + 1.0) * 127.5, nan=0.0, posinf=255.0, neginf=0.0
-    )
+    scaled = np.nan_to_num((np.asarray(pixels, dtype=np.float32) + 1.0) * 127.5, nan=0.0, posinf=255.0, neginf=0.0)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
