@@ -55,9 +55,7 @@ def open_pipeline(model: str) -> DiffusionPipeline:
         class_name = _class_of(folder)
         if class_name not in known:
             opens = ", ".join(sorted(filter(_opens_folders, known))) or "none"
-            raise SettingsError(
-                f"{folder} holds a {class_name}, which nothing installed opens (known: {opens})"
-            )
+            raise SettingsError(f"{folder} holds a {class_name}, which nothing installed opens (known: {opens})")
         return _open(known[class_name], str(folder))
     raise SettingsError(_unknown(model, known))
 
@@ -68,16 +66,12 @@ def _by_name() -> dict[str, list[EntryPoint]]:
     for entry in sorted(entry_points(group=GROUP), key=_precedence):
         others = known.setdefault(entry.name, [])
         # An editable install can show one distribution twice; that is no conflict.
-        if all(
-            (_distribution(other), other.value) != (_distribution(entry), entry.value) for other in others
-        ):
+        if all((_distribution(other), other.value) != (_distribution(entry), entry.value) for other in others):
             others.append(entry)
     for name, entries in known.items():
         if len(entries) > 1:
             who = ", ".join(f"{_distribution(entry)} ({entry.value})" for entry in entries)
-            warnings.warn(
-                f"pipeline {name!r} is registered more than once: {who}; the first counts", stacklevel=3
-            )
+            warnings.warn(f"pipeline {name!r} is registered more than once: {who}; the first counts", stacklevel=3)
     return known
 
 
@@ -129,9 +123,7 @@ def _unknown(model: str, known: dict[str, list[EntryPoint]]) -> str:
     usable = [name for name in names if any(_load(entry, []) for entry in known[name])]
     near = get_close_matches(model, usable, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return (
-        f"there is no pipeline or folder {model!r}{hint} (pipelines: {', '.join(usable) or 'none installed'})"
-    )
+    return f"there is no pipeline or folder {model!r}{hint} (pipelines: {', '.join(usable) or 'none installed'})"
 
 
 def _class_of(folder: Path) -> str:

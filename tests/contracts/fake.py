@@ -80,14 +80,10 @@ class FakePipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         self.prompts_encoded += prompts
-        rows = [
-            np.frombuffer(hashlib.sha256(prompt.encode()).digest()[:WORDS], np.uint8) for prompt in prompts
-        ]
+        rows = [np.frombuffer(hashlib.sha256(prompt.encode()).digest()[:WORDS], np.uint8) for prompt in prompts]
         return {"embedding": mx.array(np.stack(rows).astype(np.float32) / 128 - 1)}
 
-    def loss(
-        self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float
-    ) -> mx.array:
+    def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         def draw(one: mx.array) -> tuple[mx.array, mx.array]:
             for_noise, for_time = mx.random.split(one)
             return mx.random.normal(latents.shape[1:], key=for_noise), mx.random.uniform(key=for_time)

@@ -101,9 +101,7 @@ class PipelineContract:
             assert bool(mx.isfinite(array.astype(mx.float32)).all()), name
         for index, prompt in enumerate(PROMPTS):
             for name, array in pipeline.encode_prompts([prompt]).items():
-                assert array.shape[1:] == conditioning[name].shape[1:], (
-                    f"{name} depends on the length of a prompt"
-                )
+                assert array.shape[1:] == conditioning[name].shape[1:], f"{name} depends on the length of a prompt"
                 np.testing.assert_allclose(array[0], conditioning[name][index], **CLOSE)
 
     def test_prompts_differ(self, conditioning):
@@ -122,9 +120,7 @@ class PipelineContract:
                 latents[index : index + 1], rows(conditioning, index), key=keys(index), guidance=guidance
             )
             np.testing.assert_allclose(alone[0], together[index], **CLOSE)
-        mixed = pipeline.loss(
-            latents[mx.array([2, 0])], rows(conditioning, 2, 0), key=keys(2, 0), guidance=guidance
-        )
+        mixed = pipeline.loss(latents[mx.array([2, 0])], rows(conditioning, 2, 0), key=keys(2, 0), guidance=guidance)
         np.testing.assert_allclose(mixed, together[mx.array([2, 0])], **CLOSE)
         other = pipeline.loss(latents, conditioning, key=keys(5, 1, 2), guidance=guidance)
         assert float(mx.abs(other[0] - together[0])) > 1e-6, "the key is not used"
@@ -171,9 +167,7 @@ class PipelineContract:
             state = [np.array(array) for array in mx.random.state]
             loss = pipeline.loss(latents, conditioning, key=keys(0, 1, 2), guidance=guidance)
             results.append((np.array(loss), np.array(sample(conditioning, keys(0, 1, 2)))))
-            assert all(
-                (np.array(now) == then).all() for now, then in zip(mx.random.state, state, strict=True)
-            )
+            assert all((np.array(now) == then).all() for now, then in zip(mx.random.state, state, strict=True))
         for first, second in zip(*results, strict=True):
             assert (first == second).all()
 

@@ -91,7 +91,7 @@ def test_a_broken_one_does_not_disturb_the_others(install, recwarn):
 
 def test_what_is_no_pipeline_is_refused_with_what_it_lacks(install):
     install(("mine", "plug:no_pipeline", "their-dist"))
-    with pytest.raises(PluginError, match="lacks .*denoiser.*encode_images"):
+    with pytest.raises(PluginError, match=r"lacks .*denoiser.*encode_images"):
         registry.open_pipeline("mine")
 
 
@@ -99,9 +99,7 @@ def test_a_name_taken_twice_is_reported_and_the_order_is_stable(install):
     entries = [("mine", "plug:second", "zebra"), ("mine", "plug:first", "aardvark")]
     for order in (entries, entries[::-1]):
         install(*order)
-        with pytest.warns(
-            UserWarning, match=r"aardvark \(plug:first\), zebra \(plug:second\); the first counts"
-        ):
+        with pytest.warns(UserWarning, match=r"aardvark \(plug:first\), zebra \(plug:second\); the first counts"):
             registry.open_pipeline("mine")
     assert install.opened == ["first(mine)", "first(mine)"]
 
