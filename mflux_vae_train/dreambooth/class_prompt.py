@@ -15,29 +15,31 @@ from __future__ import annotations
 
 import re
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 IDENTIFIERS = frozenset({"sks", "ohwx", "zwx", "xyz", "xjy", "hta", "bnha", "olis", "ukj"})
 """Rare tokens in common use for DreamBooth, with those that the vowel rule alone would miss."""
 
-ABBREVIATIONS = frozenset(
-    "bmw brr cctv cgi dslr dvd fps gps hdr hmm html http jpg kbps lcd ltd mph mrs mtv nfl nhl nth pdf"
-    " phd png psst pvc rgb rpg rpm shh slr sms svg tsk usb vhs".split()
+ABBREVIATIONS = _words(
+    "bmw brr cctv cgi dslr dvd fps gps hdr hmm html http jpg kbps lcd ltd mph mrs mtv nfl nhl nth pdf phd png"
+    " psst pvc rgb rpg rpm shh slr sms svg tsk usb vhs"
 )
 
-FUNCTION_WORDS = frozenset(
-    "a about above across after against along among an and are around as at be behind being below"
-    " beneath beside between beyond but by can character concept do does down during for from had has"
-    " have he her his i if in inside into is it its like my near of off on onto or our out outside over"
-    " person's s she so some style than that the their them then there these they this those through"
-    " thing to toward towards under until up upon was we were what when where which while who wearing"
-    " will with within without you your".split()
+FUNCTION_WORDS = _words(
+    "a about above across after against along among an and are around as at be behind being below beneath"
+    " beside between beyond but by can character concept do does down during for from had has have he her his i"
+    " if in inside into is it its like my near of off on onto or our out outside over person's s she so some"
+    " style than that the their them then there these they this those through thing to toward towards under"
+    " until up upon was we were what when where which while who wearing will with within without you your"
 )
 
-NOUNS_IN_ING = frozenset(
-    "building drawing duckling earring king painting ring sapling sibling string wing".split()
-)
+NOUNS_IN_ING = _words("building drawing duckling earring king painting ring sapling sibling string wing")
 
-DETERMINERS = frozenset("a an the my your his her our their this that one".split())
-PREPOSITIONS = frozenset("at beside by for from in like near of on under with".split())
+DETERMINERS = _words("a an the my your his her our their this that one")
+PREPOSITIONS = _words("at beside by for from in like near of on under with")
 
 
 def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:

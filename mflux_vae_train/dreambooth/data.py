@@ -49,27 +49,32 @@ def load_pictures(folder: str | Path, resolution: int) -> Pictures:
     if not paths:
         others = f" among its {skipped} files" if skipped else ""
         raise ImageError(f"{folder} holds no picture{others}: {', '.join(EXTENSIONS)} count")
+    arrays = [load_image(path, resolution=resolution) for path in paths]
+    return Pictures(paths=paths, skipped=skipped, arrays=arrays, fingerprint=fingerprint(paths))
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """A hash of the contents of files, in order; their names do not count."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(_content(path)).digest())
-    arrays = [load_image(path, resolution=resolution) for path in paths]
-    return Pictures(paths=paths, skipped=skipped, arrays=arrays, fingerprint=digest.hexdigest()[:16])
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def pictures_at_once(resolution: int) -> int:
+    """How many pictures an autoencoder or sampler gets together: a million pixels, at most sixteen."""
+    return max(1, min(16, 2**20 // resolution**2))
 
 
 def encode_pictures(
-    encode: Callable[[mx.array], mx.array],
-    pictures: Sequence[np.ndarray | Path],
-    *,
-    resolution: int,
-    batch_size: int,
+    encode: Callable[[mx.array], mx.array], pictures: Sequence[np.ndarray | Path], *, resolution: int
 ) -> mx.array:
-    """Pictures -> latents (N, ...), a batch at a time; paths are only read when their turn comes."""
+    """Pictures -> latents (N, ...), some at a time; paths are only read when their turn comes."""
+    batch_size = pictures_at_once(resolution)
     latents = []
     for start in range(0, len(pictures), batch_size):
         group = pictures[start : start + batch_size]
-        arrays = [
-            load_image(item, resolution=resolution) if isinstance(item, Path) else item for item in group
-        ]
+        arrays = [load_image(item, resolution=resolution) if isinstance(item, Path) else item for item in group]
         latents.append(encode(mx.array(to_pixels(np.stack(arrays)))))
         mx.eval(latents[-1])
     return mx.concatenate(latents)
@@ -108,9 +113,7 @@ class Plan:
         """Positions of the instance samples in each micro-batch of an update."""
         window = self.batch_size * self.accumulation
         first, end = update * window, min((update + 1) * window, self.samples)
-        return [
-            range(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)
-        ]
+        return [range(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +172,9 @@ def caption_dropped(seed: int, update: int, draw: int, share: float) -> bool:
     return share > 0 and rng(seed, Stream.CAPTION_DROPOUT, update, draw).random() < share
 
 
-def micro_batches(
-    cache: Cache, plan: Plan, *, update: int, seed: int, caption_dropout: float
-) -> list[MicroBatch]:
+def micro_batches(cache: Cache, plan: Plan, *, update: int, seed: int, caption_dropout: float) -> list[MicroBatch]:
     """The micro-batches of one update."""
     return [
-        micro_batch(
-            cache, plan, update=update, positions=positions, seed=seed, caption_dropout=caption_dropout
-        )
+        micro_batch(cache, plan, update=update, positions=positions, seed=seed, caption_dropout=caption_dropout)
         for positions in plan.micro_batches(update)
     ]
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror}): remove or replace it") from error

@@ -23,9 +23,7 @@ def dreambooth_loss(
         prior_loss_weight: None where the micro-batch has no prior samples.
     """
     conditioning = {
-        name.removeprefix(CONDITIONING): array
-        for name, array in arrays.items()
-        if name.startswith(CONDITIONING)
+        name.removeprefix(CONDITIONING): array for name, array in arrays.items() if name.startswith(CONDITIONING)
     }
     per_sample = pipeline.loss(arrays["latents"], conditioning, key=arrays["key"], guidance=guidance)
     return combine(per_sample, prior_loss_weight)

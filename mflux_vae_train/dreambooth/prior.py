@@ -10,12 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.images import find_images, image_text, save_image, to_pictures
+from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
+from mflux_vae_train.dreambooth.data import pictures_at_once
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
-
-GROUP_SIZE = 4
-"""Pictures sampled together. Fixed, so that a picture does not depend on which others were there already."""
 
 PROMPT_KEY = "prompt"
 """PNG text chunk that says what a generated class picture was asked to show."""
@@ -25,13 +23,15 @@ def present_class_images(folder: Path, class_prompt: str) -> list[Path]:
     """Class pictures that are there already, sorted by name; none where there is no folder.
 
     Raises:
+        ImageError: one of them cannot be read.
         SettingsError: one of them was generated for another class prompt.
     """
     if not folder.is_dir():
         return []
     paths, _ = find_images(folder)
     for path in paths:
-        made_for = image_text(path).get(PROMPT_KEY, class_prompt) if path.suffix == ".png" else class_prompt
+        load_image(path)
+        made_for = image_text(path).get(PROMPT_KEY, class_prompt)
         if made_for != class_prompt:
             raise SettingsError(
                 f"{path} was generated for {made_for!r}, not {class_prompt!r}: give another --class_data_dir"
@@ -69,20 +69,26 @@ def generate_class_images(
         conditioning: one row, the class prompt's.
     """
     wanted = set(indices)
+    # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
+    size = pictures_at_once(resolution)
     with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=None) as bar:
-        for group in sorted({index // GROUP_SIZE for index in wanted}):
-            members = range(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+        for group in sorted({index // size for index in wanted}):
+            members = range(group * size, (group + 1) * size)
             keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
-            for index, picture in zip(
-                members, sampled(pipeline, conditioning, keys, resolution, guidance), strict=True
-            ):
+            pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+            for index, picture in zip(members, pictures, strict=True):
                 if index in wanted:
                     save_image(folder / file_name(index), picture, text={PROMPT_KEY: class_prompt})
                     bar.update()
 
 
 def sampled(
-    pipeline: DiffusionPipeline, conditioning: Conditioning, keys: mx.array, resolution: int, guidance: float
+    pipeline: DiffusionPipeline,
+    conditioning: Conditioning,
+    keys: mx.array,
+    *,
+    resolution: int,
+    guidance: float,
 ) -> list[np.ndarray]:
     """Square pictures (uint8) of one prompt, one per key, with the pipeline's own number of steps."""
     rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}

@@ -39,9 +39,7 @@ def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
     def pipeline_loss(which: int, part: slice) -> mx.array:
         rows = mx.array([which] * 3)
         conditioning = {name: array[rows] for name, array in prompts.items()}
-        return pipeline.loss(
-            batch.arrays["latents"][part], conditioning, key=batch.arrays["key"][part], guidance=1.0
-        )
+        return pipeline.loss(batch.arrays["latents"][part], conditioning, key=batch.arrays["key"][part], guidance=1.0)
 
     expected = pipeline_loss(0, slice(0, 3)).mean()
     if weight is not None:

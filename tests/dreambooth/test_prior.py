@@ -63,9 +63,7 @@ def test_a_gap_is_filled_and_own_pictures_count(tmp_path):
 def test_another_seed_gives_other_pictures(tmp_path):
     generate(tmp_path / "a", [0])
     generate(tmp_path / "b", [0], seed=1)
-    assert (
-        pictures_in(tmp_path / "a")["class-00000.png"] != pictures_in(tmp_path / "b")["class-00000.png"]
-    ).any()
+    assert (pictures_in(tmp_path / "a")["class-00000.png"] != pictures_in(tmp_path / "b")["class-00000.png"]).any()
 
 
 def test_pictures_of_another_class_are_refused(tmp_path):

@@ -1,0 +1,140 @@
+"""What the user left open, decided: by the pipeline's recommendations, the prompt the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.config import DreamBoothSettings, advice
+from mflux_vae_train.dreambooth.class_prompt import derive_class_prompt
+from mflux_vae_train.dreambooth.data import Plan
+from mflux_vae_train.pipelines.protocol import Recommended
+
+PREVIEWS_IN_A_RUN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """A run without an open question.
+
+    Attributes:
+        settings: as the user gave them, with everything decided that was left open.
+        plan: samples, updates and micro-batches that follow.
+        notes: what was decided and why, one line each, to be said at the start.
+        class_prompt, class_folder, prior_loss_weight: None without prior preservation.
+        rank, lora_alpha: None where all weights are trained.
+
+    The other attributes repeat settings, as the numbers and texts that they are by now.
+    """
+
+    settings: DreamBoothSettings
+    plan: Plan
+    notes: Sequence[str]
+    resolution: int
+    learning_rate: float
+    guidance: float
+    caption_dropout: float
+    validation_prompt: str
+    validation_steps: int
+    class_prompt: str | None
+    class_folder: Path | None
+    prior_loss_weight: float | None
+    rank: int | None
+    lora_alpha: float | None
+
+
+def choose_resolution(settings: DreamBoothSettings, recommended: Recommended) -> int:
+    """Side of the training pictures.
+
+    Raises:
+        SettingsError: the pipeline cannot do it.
+    """
+    resolution, multiple = settings.resolution or recommended.resolution, recommended.size_multiple
+    if resolution % multiple:
+        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
+        near = f"{below} or {above}" if below else f"{above}"
+        raise SettingsError(f"--resolution is {resolution}; a multiple of {multiple} is needed, such as {near}")
+    return resolution
+
+
+def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: int) -> Choices:
+    """Decides what is open.
+
+    Args:
+        pictures: number of instance pictures.
+
+    Raises:
+        SettingsError: prior preservation is asked for without a class prompt, or the pipeline cannot do the
+            resolution.
+    """
+    plan = _plan(settings, pictures)
+    class_prompt, notes = _class_prompt(settings)
+    lora, prior = settings.train_mode == "lora", class_prompt is not None
+    rank = settings.rank or recommended.rank
+    suggested: dict[str, Any] = {
+        "resolution": choose_resolution(settings, recommended),
+        "learning_rate": recommended.learning_rate if lora else recommended.learning_rate_full,
+        "guidance": recommended.guidance,
+        "caption_dropout": recommended.caption_dropout,
+        "validation_prompt": settings.instance_prompt,
+        "validation_steps": max(1, -(-plan.updates // PREVIEWS_IN_A_RUN)),
+        "rank": rank if lora else None,
+        "lora_alpha": float(rank) if lora else None,
+        "prior_loss_weight": recommended.prior_loss_weight if prior else None,
+        "class_data_dir": str(Path(settings.output_dir) / "class_images") if prior else None,
+    }
+    left_open = {
+        name: value for name, value in suggested.items() if value is not None and getattr(settings, name) is None
+    }
+    if left_open:
+        said = ", ".join(f"{name} {_shown(value)}" for name, value in left_open.items())
+        notes = [f"chosen: {said}", *notes]
+    decided = {name: getattr(settings, name) for name in suggested} | left_open
+    final = replace(
+        settings,
+        **left_open,
+        class_prompt=class_prompt,
+        with_prior_preservation=prior,
+        max_train_steps=plan.updates,
+    )
+    class_data_dir = decided.pop("class_data_dir")
+    return Choices(
+        **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
+        settings=final,
+        plan=plan,
+        notes=[*notes, *advice(settings)],
+        class_prompt=class_prompt,
+        class_folder=Path(class_data_dir) if prior else None,
+    )
+
+
+def _plan(settings: DreamBoothSettings, pictures: int) -> Plan:
+    batch_size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    if settings.num_train_epochs is None:
+        samples = settings.max_train_steps * batch_size * accumulation
+    else:
+        samples = settings.num_train_epochs * pictures
+    return Plan(samples=samples, batch_size=batch_size, accumulation=accumulation)
+
+
+def _class_prompt(settings: DreamBoothSettings) -> tuple[str | None, list[str]]:
+    """The class prompt, None where prior preservation is off; and what to say about it."""
+    if settings.with_prior_preservation is False:
+        return None, ["prior preservation is off, as asked"]
+    if settings.class_prompt is not None:
+        return settings.class_prompt, [f"class prompt: {settings.class_prompt!r}"]
+    derived, why = derive_class_prompt(settings.instance_prompt)
+    if derived is not None:
+        return derived, [f"class prompt: {derived!r} ({why})"]
+    if settings.with_prior_preservation:
+        raise SettingsError(f"--with_prior_preservation needs --class_prompt: {why}")
+    return None, [f"prior preservation is off: {why}; give --class_prompt to turn it on"]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,85 @@
+"""``mflux-train-dreambooth``: a command line for `DreamBooth.train`.
+
+Imports are late, so that ``--help`` and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+PROG = "mflux-train-dreambooth"
+LOGGERS = ("mflux_vae", "mflux_vae_train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; errors are one line on standard error.
+
+    Returns:
+        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM.
+    """
+    from mflux_vae.errors import MfluxVaeError
+
+    try:
+        return _run(argv)
+    except MfluxVaeError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        print(f"{PROG}: {interrupt or 'interrupted'}", file=sys.stderr)
+        return getattr(interrupt, "exit_code", 130)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from mflux_vae_train.config import DreamBoothSettings
+    from mflux_vae_train.flags import settings_from
+
+    settings = settings_from(DreamBoothSettings, argv, prog=PROG, description=_description())
+    # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    handler, show = _Console(), warnings.showwarning
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
+    try:
+        from mflux_vae_train.dreambooth.train import DreamBooth
+        from mflux_vae_train.pipelines.registry import open_pipeline
+
+        DreamBooth(open_pipeline(settings.model)).train(settings)
+    finally:
+        warnings.showwarning = show
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+    return 0
+
+
+def _description() -> str:
+    # The registry would import MLX; names alone can be had from the metadata.
+    names = sorted({entry.name for entry in entry_points(group="mflux_vae_train.pipelines")})
+    pipelines = ", ".join(name for name in names if not name.endswith("Pipeline"))
+    return (
+        "Teach a diffusion pipeline a subject from a few pictures (DreamBooth). The same command continues an"
+        f" interrupted run. Pipelines installed: {pipelines or 'none'}."
+    )
+
+
+class _Console(logging.Handler):
+    """Lines on standard output, warnings on standard error, neither through the middle of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+        else:
+            tqdm.write(record.getMessage(), file=sys.stdout)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

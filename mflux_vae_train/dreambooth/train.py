@@ -1,0 +1,265 @@
+"""DreamBooth (arXiv:2208.12242) on any pipeline: from settings to adapter, in the order of the steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import MfluxVaeError, PluginError, TrainingError
+from mflux_vae_train import checkpoint, lora, state
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth import report, run_folder
+from mflux_vae_train.dreambooth.choices import Choices
+from mflux_vae_train.dreambooth.data import Cache, encode_pictures, fingerprint, micro_batches
+from mflux_vae_train.dreambooth.objective import dreambooth_loss
+from mflux_vae_train.dreambooth.preparation import Preparation, prepare
+from mflux_vae_train.dreambooth.previews import Previews
+from mflux_vae_train.dreambooth.prior import generate_class_images, present_class_images
+from mflux_vae_train.dreambooth.result import result_path, save_result
+from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
+from mflux_vae_train.loop import fit
+from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+from mflux_vae_train.pipelines.registry import missing_members
+from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.step import Arrays, Loss, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        result: the adapter (safetensors), or after full training a pipeline folder or the denoiser's weights;
+            None after a dry run.
+        updates: optimizer updates that this call made; 0 where nothing was left to do.
+    """
+
+    result: Path | None
+    updates: int
+
+
+class DreamBooth:
+    """Teaches a pipeline a subject from a few pictures.
+
+    Args:
+        pipeline: any object that keeps the contract of `DiffusionPipeline`.
+
+    Attributes:
+        Settings, Error: what `train` takes, and what it raises, for those who were only given this class.
+
+    Raises:
+        PluginError: the object lacks some of it.
+    """
+
+    Settings = DreamBoothSettings
+    Error = MfluxVaeError
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        missing = missing_members(pipeline)
+        if missing:
+            raise PluginError(f"a {type(pipeline).__name__} cannot be trained: it lacks {', '.join(missing)}")
+        self.pipeline = pipeline
+
+    def train(self, settings: DreamBoothSettings) -> Outcome:
+        """Trains, or continues where an interrupted run of the same settings stopped.
+
+        Afterwards the pipeline carries what it learnt: the adapter in its denoiser, or the trained weights. A
+        dry run leaves it as it was, and so does a run that was complete already.
+
+        Raises:
+            InputError: settings, pictures or output folder cannot be used; said before anything long begins.
+            TrainingError: the loss is not finite, nothing is learnt, or a checkpoint is broken.
+            Interrupted: a signal arrived during training; a checkpoint was written.
+        """
+        folder = RunFolder(Path(settings.output_dir))
+        run = prepare(self.pipeline, settings, folder)
+        if settings.dry_run:
+            _say([*run.lines, "dry run: nothing was written"])
+            return Outcome(result=None, updates=0)
+        if run.standing.complete:
+            result = result_path(self.pipeline, settings.train_mode, folder)
+            _say([f"already complete: {result}"])
+            return Outcome(result=result, updates=0)
+        run_folder.claim(folder, run.identity, run.choices.settings)
+        with run_folder.logged(folder.log):
+            _say(run.lines)
+            return _train(self.pipeline, run, folder)
+
+
+def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> Outcome:
+    began = time.monotonic()
+    choices, plan, settings = run.choices, run.choices.plan, run.choices.settings
+
+    # prompts, class pictures and latents: each encoded once
+    prompts = _encode_prompts(pipeline, choices)
+    class_pictures = _class_pictures(pipeline, run, _row(prompts, CLASS))
+    cache = Cache(
+        instance=encode_pictures(pipeline.encode_images, run.pictures.arrays, resolution=choices.resolution),
+        prior=encode_pictures(pipeline.encode_images, class_pictures, resolution=choices.resolution)
+        if class_pictures
+        else None,
+        prompts=prompts,
+    )
+    mx.clear_cache()
+
+    # what is trained, and how
+    denoiser = pipeline.denoiser
+    _make_trainable(pipeline, choices)
+    optimizer = AdamW(
+        beta1=settings.adam_beta1,
+        beta2=settings.adam_beta2,
+        epsilon=settings.adam_epsilon,
+        weight_decay=settings.adam_weight_decay,
+    )
+    step = Step(denoiser, optimizer, _loss(pipeline, choices), max_grad_norm=settings.max_grad_norm)
+    rate = learning_rate(
+        peak=choices.learning_rate,
+        total=plan.updates,
+        warmup=settings.lr_warmup_steps,
+        shape=settings.lr_scheduler,
+    )
+
+    # where an earlier part of the run stopped
+    objects = {"denoiser": state.parameters(denoiser), "optimizer": state.tree_of(optimizer.state)}
+    identity = {**run.identity, "class pictures": fingerprint(class_pictures)}
+    start = 0
+    if run.standing.checkpoint is not None:
+        start = checkpoint.load(run.standing.checkpoint, objects, fingerprint=identity)
+        _say([f"continuing after update {start}, from {run.standing.checkpoint}"])
+
+    # what happens beside the updates
+    def save_checkpoint(updates: int) -> None:
+        limit = settings.checkpoints_total_limit
+        checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
+
+    def save() -> None:
+        save_result(pipeline, settings.train_mode, folder)
+
+    preview = Previews(
+        pipeline, _row(prompts, VALIDATION), choices, instance=run.pictures.arrays, samples=folder.samples
+    )
+    if start == 0:
+        preview(0)
+
+    # the updates; of the hooks, what must not be lost comes first
+    with MetricsLog(folder.metrics, resumed_at=start) as metrics, ProgressBar(plan.updates, start) as bar:
+        fit(
+            step=step,
+            batches=lambda update: micro_batches(
+                cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
+            ),
+            learning_rate=rate,
+            total=plan.updates,
+            start=start,
+            observers=[metrics, bar],
+            hooks=[
+                lambda record: _check_that_it_learns(denoiser, record),
+                every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                every(None, lambda record: save()),
+                every(choices.validation_steps, lambda record: preview(record.update)),
+            ],
+            checkpoint=save_checkpoint,
+        )
+    if start == plan.updates:  # an earlier process ended between its last checkpoint and the end of the run
+        save()
+        preview(start)
+
+    # the end
+    result = result_path(pipeline, settings.train_mode, folder)
+    if not report.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
+        _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
+    run_folder.finish(folder, run.identity, result)
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    memory = mx.get_peak_memory() / 2**30
+    _say([f"saved {result} after {minutes}:{seconds:02} minutes, with {memory:.1f} GB; see {folder.samples}"])
+    return Outcome(result=result, updates=plan.updates - start)
+
+
+INSTANCE, CLASS, EMPTY, VALIDATION = range(4)
+"""Rows of the encoded prompts; the first three are those of `data.Cache`."""
+
+
+def _encode_prompts(pipeline: DiffusionPipeline, choices: Choices) -> Conditioning:
+    instance = choices.settings.instance_prompt
+    prompts = [instance, choices.class_prompt or instance, "", choices.validation_prompt]
+    conditioning = pipeline.encode_prompts(prompts)
+    mx.eval(conditioning)
+    return conditioning
+
+
+def _row(conditioning: Conditioning, index: int) -> Conditioning:
+    return {name: array[index : index + 1] for name, array in conditioning.items()}
+
+
+def _class_pictures(pipeline: DiffusionPipeline, run: Preparation, conditioning: Conditioning) -> list[Path]:
+    """The class pictures, sorted by name, after generating those that are missing."""
+    choices = run.choices
+    if choices.class_folder is None or choices.class_prompt is None:
+        return []
+    if run.class_missing:
+        began = time.monotonic()
+        generate_class_images(
+            pipeline,
+            conditioning,
+            run.class_missing,
+            choices.class_folder,
+            class_prompt=choices.class_prompt,
+            resolution=choices.resolution,
+            guidance=choices.guidance,
+            seed=choices.settings.seed,
+        )
+        _say([f"generated {len(run.class_missing)} class pictures in {time.monotonic() - began:.0f} s"])
+    return present_class_images(choices.class_folder, choices.class_prompt)[: choices.settings.num_class_images]
+
+
+def _make_trainable(pipeline: DiffusionPipeline, choices: Choices) -> None:
+    if choices.rank is None:
+        pipeline.denoiser.unfreeze()
+        return
+    settings = choices.settings
+    lora.add_lora(
+        pipeline.denoiser,
+        pipeline.lora_targets(),
+        rank=choices.rank,
+        alpha=choices.lora_alpha,
+        dropout=settings.lora_dropout,
+        seed=settings.seed,
+    )
+
+
+def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:
+    def loss(denoiser: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        with lora.dropout_keys(denoiser, arrays["dropout_key"]):
+            return dreambooth_loss(
+                pipeline, arrays, guidance=choices.guidance, prior_loss_weight=choices.prior_loss_weight
+            )
+
+    return loss
+
+
+def _check_that_it_learns(denoiser: nn.Module, record: Record) -> None:
+    """After the first update something must have changed; otherwise hours would be spent on nothing."""
+    if record.update > 1:
+        return
+    adapters = lora.layers(denoiser).values()
+    unmoved = bool(adapters) and not any(bool(mx.any(layer.lora_b != 0)) for layer in adapters)
+    if record.metrics["grad_norm"] == 0 or unmoved:
+        raise TrainingError(
+            "the first update changed nothing: the loss does not reach what is trained"
+            " (a guidance or prompt that the pipeline ignores, or adapted layers that it does not use)"
+        )
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.choices import choose
+from tests.contracts.fake import FakePipeline
+
+RECOMMENDED = FakePipeline.recommended
+
+
+def chosen(prompt="a photo of sks dog", pictures=5, **given):
+    settings = DreamBoothSettings(model="fake", instance_data_dir="pictures", instance_prompt=prompt, **given)
+    return choose(settings, RECOMMENDED, pictures=pictures)
+
+
+def test_the_pipeline_decides_what_is_left_open_and_it_is_said():
+    choices = chosen()
+    settings = choices.settings
+    assert settings.resolution == RECOMMENDED.resolution
+    assert settings.learning_rate == RECOMMENDED.learning_rate
+    assert settings.guidance == RECOMMENDED.guidance
+    assert settings.caption_dropout == RECOMMENDED.caption_dropout
+    assert settings.prior_loss_weight == RECOMMENDED.prior_loss_weight
+    assert (settings.rank, settings.lora_alpha) == (RECOMMENDED.rank, RECOMMENDED.rank)
+    assert settings.validation_prompt == "a photo of sks dog"
+    assert settings.validation_steps == 100
+    said = " ".join(choices.notes)
+    for words in ("learning_rate 0.02", "resolution 16", "guidance 1.5", "rank 2", "'a photo of a dog'"):
+        assert words in said
+
+
+def test_what_the_user_gives_stands():
+    given = {
+        "learning_rate": 1e-5,
+        "resolution": 32,
+        "guidance": 7.5,
+        "rank": 3,
+        "lora_alpha": 1.5,
+        "caption_dropout": 0.0,
+        "prior_loss_weight": 0.0,
+        "validation_prompt": "x",
+        "validation_steps": 7,
+        "class_prompt": "a dog",
+        "class_data_dir": "dogs",
+    }
+    choices = chosen(**given)
+    assert {name: getattr(choices.settings, name) for name in given} == given
+    assert not any(note.startswith("chosen") for note in choices.notes)
+
+
+def test_what_was_chosen_chooses_the_same_again():
+    once = chosen(num_train_epochs=3).settings
+    assert choose(once, RECOMMENDED, pictures=5).settings == once
+
+
+def test_full_training_has_its_own_rate_and_no_rank():
+    settings = chosen(train_mode="full").settings
+    assert settings.learning_rate == RECOMMENDED.learning_rate_full
+    assert settings.rank is None and settings.lora_alpha is None
+
+
+@pytest.mark.parametrize(("given", "near"), [(18, "16 or 20"), (9, "8 or 12")])
+def test_a_resolution_the_pipeline_cannot_do_is_refused(given, near):
+    with pytest.raises(SettingsError, match=f"--resolution is {given}; a multiple of 4 is needed, such as {near}"):
+        chosen(resolution=given)
+
+
+def test_prior_preservation_is_on_where_a_class_prompt_is_known():
+    assert chosen().settings.with_prior_preservation
+    assert chosen("a photo of xyz", class_prompt="a dog").settings.with_prior_preservation
+
+
+def test_prior_preservation_is_off_where_none_is_known_and_it_is_said_why():
+    choices = chosen("a photo of xyz")
+    assert choices.settings.with_prior_preservation is False and choices.settings.class_prompt is None
+    assert any("prior preservation is off: no class word follows" in note for note in choices.notes)
+
+
+def test_prior_preservation_asked_for_without_a_class_prompt_is_an_error():
+    with pytest.raises(SettingsError, match="needs --class_prompt: no class word follows"):
+        chosen("a photo of xyz", with_prior_preservation=True)
+
+
+def test_prior_preservation_can_be_turned_off():
+    assert chosen(with_prior_preservation=False).settings.class_prompt is None
+
+
+def test_epochs_replace_updates():
+    choices = chosen(num_train_epochs=3, train_batch_size=2, gradient_accumulation_steps=2)
+    assert choices.plan.samples == 15 and choices.plan.updates == 4
+    assert choices.settings.max_train_steps == 4
+
+
+def test_seed_000s_example_is_understood():
+    choices = chosen(
+        "a photo of xyz",
+        guidance=7.5,
+        num_class_images=10,
+        learning_rate=5e-6,
+        lr_warmup_steps=50,
+        max_train_steps=800,
+    )
+    assert dataclasses.asdict(choices.settings)["guidance"] == 7.5
+    assert choices.plan.updates == 800

@@ -1,0 +1,159 @@
+"""The command line: what it prints, how it exits, and that it answers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+
+from mflux_vae.errors import TrainingError
+from mflux_vae_train.dreambooth import cli
+from mflux_vae_train.dreambooth import train as train_module
+from mflux_vae_train.loop import Interrupted
+from mflux_vae_train.pipelines import registry
+from tests.contracts.fake import FakePipeline
+
+
+@pytest.fixture
+def run(instance_dir, tmp_path, monkeypatch, capsys):
+    """Runs the command line on the fake pipeline; gives back exit status, standard output, standard error."""
+    monkeypatch.setattr(registry, "open_pipeline", lambda model: FakePipeline())
+
+    def main(*flags: str, instance=instance_dir, prompt="a photo of sks dog"):
+        status = cli.main(
+            [
+                "--model=fake",
+                f"--instance_data_dir={instance}",
+                f"--instance_prompt={prompt}",
+                f"--output_dir={tmp_path / 'out'}",
+                "--max_train_steps=2",
+                "--num_class_images=2",
+                "--num_validation_images=1",
+                *flags,
+            ]
+        )
+        return status, *capsys.readouterr()
+
+    return main
+
+
+def test_it_trains_and_says_what_it_does(run, tmp_path):
+    status, out, err = run()
+    assert status == 0, err
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    assert "5 instance pictures" in out and "class prompt: 'a photo of a dog'" in out and "saved" in out
+    assert run()[1].startswith("already complete")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--instance_data_dir=nowhere"], "nowhere does not exist"),
+        (["--learning_rte=1"], "did you mean --learning_rate?"),
+        (["--rank=many"], "--rank is 'many'"),
+        (["--resolution=18"], "a multiple of 4"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--with_prior_preservation", "--instance_prompt=a photo of xyz"], "needs --class_prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, flags, message):
+    status, _, err = run(*flags)
+    assert status == 2
+    (line,) = err.splitlines()
+    assert line.startswith("mflux-train-dreambooth: error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_pipeline_is_bad_input(run, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: [])
+    status, _, err = run("--model=tinny")
+    assert status == 2 and "no pipeline or folder 'tinny'" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(TrainingError("it broke"), 1), (KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM, 3), 143)],
+)
+def test_exit_codes(run, monkeypatch, error, expected):
+    def fails(self, settings):
+        raise error
+
+    monkeypatch.setattr(train_module.DreamBooth, "train", fails)
+    status, _, err = run()
+    assert status == expected and len(err.splitlines()) == 1
+
+
+def test_warnings_are_one_line(run, monkeypatch):
+    def opens(model):
+        warnings.warn("a plugin is broken", stacklevel=1)
+        return FakePipeline()
+
+    monkeypatch.setattr(registry, "open_pipeline", opens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = run("--dry_run")
+    assert status == 0 and "warning: a plugin is broken\n" in err
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path):
+    status, out, _ = run("--dry_run")
+    assert status == 0 and "nothing was written" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_written_by_a_run_are_a_config(run, tmp_path, capsys):
+    assert run()[0] == 0
+    assert cli.main([f"--config={tmp_path / 'out' / 'settings.yaml'}"]) == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    began = time.monotonic()
+    code = (
+        "import sys; from mflux_vae_train.dreambooth.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'transformers', 'torch', 'PIL', 'mlx_lm'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--instance_prompt" in result.stdout and "Pipelines installed" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - began < 3  # generous: the machine may be busy
+
+
+SLOW = """
+import sys
+import mflux_vae
+from mflux_vae_train.dreambooth import cli
+from mflux_vae_train.pipelines import registry
+from tests.contracts.fake import FakePipeline
+registry.open_pipeline = lambda model: FakePipeline()
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path, number, status):
+    out = tmp_path / "out"
+    flags = ["--model=fake", f"--instance_data_dir={instance_dir}", "--instance_prompt=a photo of sks dog"]
+    flags += [f"--output_dir={out}", "--max_train_steps=1000000", "--num_class_images=1"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *flags], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    assert "a checkpoint was written" in err.splitlines()[-1]
+    assert len(list(out.glob("checkpoint-*"))) == 1
