@@ -136,12 +136,12 @@ def _over_group(values: mx.array, groups: int) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
-    return x * sigmoid(x)
+    return _silu(x) if is_cpu() else x * mx.sigmoid(x)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return x * sigmoid(1.702 * x)
+    return silu(1.702 * x) / 1.702
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -151,12 +151,7 @@ def gelu(x: mx.array) -> mx.array:
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in the tanh approximation (`gelu_new` of transformers, `gelu-approximate` of diffusers)."""
-    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x))."""
-    return _sigmoid(x) if is_cpu() else mx.sigmoid(x)
+    return _gelu_tanh(x) if is_cpu() else 0.5 * x * (1 + mx.tanh(_gelu_argument(x)))
 
 
 def tanh(x: mx.array) -> mx.array:
@@ -164,8 +159,15 @@ def tanh(x: mx.array) -> mx.array:
     return _tanh(x) if is_cpu() else mx.tanh(x)
 
 
-# Rational minimax approximation of tanh, degree 13 over 6: exact to float32 rounding within the clamp, 1 beyond it.
-# MLX's CPU exp and tanh are scalar calls: five times slower than these multiplications when they are fused.
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x))."""
+    return 0.5 * tanh(0.5 * x) + 0.5 if is_cpu() else mx.sigmoid(x)
+
+
+# On a CPU MLX's exp and tanh are scalar calls, and every operation of a formula is a pass over memory. Below, each
+# activation and each gradient is one fused pass over a rational function.
+
+# Minimax approximation of tanh, degree 13 over 6: exact to float32 rounding within the clamp, 1 beyond it.
 _TANH_CLAMP = 7.90531110763549805
 _TANH_ODD = (
     -2.76076847742355e-16,
@@ -178,12 +180,16 @@ _TANH_ODD = (
 )
 _TANH_EVEN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
+_GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
+"""sqrt(2 / pi) and the cubic coefficient of Hendrycks and Gimpel 2016."""
+
+Pointwise = Callable[..., mx.array]
+
 
 def _rational_tanh(x: mx.array) -> mx.array:
     x = mx.clip(x, -_TANH_CLAMP, _TANH_CLAMP)
     square = x * x
-    odd, even = _horner(square, _TANH_ODD), _horner(square, _TANH_EVEN)
-    return x * odd / even
+    return x * _horner(square, _TANH_ODD) / _horner(square, _TANH_EVEN)
 
 
 def _horner(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
@@ -193,34 +199,62 @@ def _horner(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
     return value
 
 
-def _rational_sigmoid(x: mx.array) -> mx.array:
-    return _rational_tanh(x * 0.5) * 0.5 + 0.5
+def _gelu_argument(x: mx.array) -> mx.array:
+    return _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
 
 
-@cache
-def _fused(fn: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """`fn` as one pass over memory where the machine can compile, else as it is."""
-    return mx.compile(fn, shapeless=True) if can_compile() else fn
+def _tanh_slope(x: mx.array) -> mx.array:
+    t = _rational_tanh(x)
+    return 1 - t * t
 
 
-@mx.custom_function
-def _tanh(x: mx.array) -> mx.array:
-    return _fused(_rational_tanh)(x)
+def _silu_value(x: mx.array) -> mx.array:
+    return x * (0.5 * _rational_tanh(0.5 * x) + 0.5)
 
 
-@_tanh.vjp
-def _tanh_vjp(_, cotangent, y):
-    return cotangent * (1 - y * y)
+def _silu_slope(x: mx.array) -> mx.array:
+    s = 0.5 * _rational_tanh(0.5 * x) + 0.5
+    return s * (1 + x * (1 - s))
 
 
-@mx.custom_function
-def _sigmoid(x: mx.array) -> mx.array:
-    return _fused(_rational_sigmoid)(x)
+def _gelu_tanh_value(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + _rational_tanh(_gelu_argument(x)))
 
 
-@_sigmoid.vjp
-def _sigmoid_vjp(_, cotangent, y):
-    return cotangent * (y * (1 - y))
+def _gelu_tanh_slope(x: mx.array) -> mx.array:
+    t = _rational_tanh(_gelu_argument(x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (_GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x))
+
+
+def _pointwise(value: Pointwise, slope: Pointwise) -> Pointwise:
+    """A function of each element with its derivative, both in float32 whatever the dtype, each in one pass."""
+
+    @cache
+    def fused() -> tuple[Pointwise, Pointwise]:
+        def forward(x: mx.array) -> mx.array:
+            return value(x.astype(mx.float32)).astype(x.dtype)
+
+        def backward(cotangent: mx.array, x: mx.array) -> mx.array:
+            return (cotangent.astype(mx.float32) * slope(x.astype(mx.float32))).astype(x.dtype)
+
+        if not can_compile():
+            return forward, backward
+        return mx.compile(forward, shapeless=True), mx.compile(backward, shapeless=True)
+
+    @mx.custom_function
+    def function(x: mx.array) -> mx.array:
+        return fused()[0](x)
+
+    @function.vjp
+    def function_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return fused()[1](cotangent, x)
+
+    return function
+
+
+_tanh = _pointwise(_rational_tanh, _tanh_slope)
+_silu = _pointwise(_silu_value, _silu_slope)
+_gelu_tanh = _pointwise(_gelu_tanh_value, _gelu_tanh_slope)
 
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
