@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -52,7 +52,8 @@ def save(
     arrays, values = flatten(objects)
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".checkpoint-{step}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in output_dir.glob(".checkpoint-*"):  # of a process that was killed while writing
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         mx.save_safetensors(str(temporary / ARRAYS), arrays)
@@ -62,14 +63,17 @@ def save(
         (temporary / VALUES).write_text(text, encoding="utf-8")
         for path in (temporary / ARRAYS, temporary / VALUES, temporary):
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(output_dir / f".checkpoint-{step}.replaced")
         temporary.rename(final)
         _sync(output_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(output_dir / f".checkpoint-{step}.replaced", ignore_errors=True)
     if total_limit is not None:
-        for _, old in _found(output_dir)[total_limit:]:
+        others = [folder for _, folder in _found(output_dir) if folder != final]
+        for old in others[total_limit - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -101,21 +105,15 @@ def read(folder: str | Path) -> dict[str, Any]:
         checksums = content.pop("sha256")
         whole = checksums == {ARRAYS: _checksum(folder / ARRAYS), VALUES: _digest(content)}
     except FileNotFoundError as error:
-        raise TrainingError(
-            f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing"
-        ) from error
+        raise TrainingError(f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise TrainingError(f"{folder}: broken checkpoint: {VALUES} cannot be read ({error})") from error
     if not whole:
-        raise TrainingError(
-            f"{folder}: broken checkpoint: its checksum does not hold; resume from another one"
-        )
+        raise TrainingError(f"{folder}: broken checkpoint: its checksum does not hold; resume from another one")
     return content
 
 
-def load(
-    folder: str | Path, objects: Mapping[str, Stateful], *, fingerprint: Mapping[str, Any] | None = None
-) -> int:
+def load(folder: str | Path, objects: Mapping[str, Stateful], *, fingerprint: Mapping[str, Any] | None = None) -> int:
     """Restore all objects from a checkpoint, or none.
 
     Returns:
@@ -136,8 +134,8 @@ def load(
         raise SettingsError(
             f"{folder}: belongs to another run: {'; '.join(changed)}; use the same, or a new --output_dir"
         )
-    arrays = mx.load(str(Path(folder) / ARRAYS))
-    assert isinstance(arrays, dict)  # a safetensors file is one
+    arrays = cast("dict[str, mx.array]", mx.load(str(Path(folder) / ARRAYS)))
+    mx.eval(arrays)  # reading is lazy, and the file may be pruned before the arrays are used
     restore(objects, arrays, content["values"], where=str(folder))
     return int(content["step"])
 

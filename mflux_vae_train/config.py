@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -29,9 +30,7 @@ def flag(
         choices: the allowed strings, where only some are.
         least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "least": least, **limits}
-    )
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +49,7 @@ class DreamBoothSettings:
     instance_data_dir: str = flag("folder with the pictures of the subject")
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog"')
     output_dir: str = flag("folder for adapter, checkpoints, samples and logs", "dreambooth-output")
-    resolution: int | None = flag(
-        "side of a training picture in pixels (none: the pipeline's)", None, least=8
-    )
+    resolution: int | None = flag("side of a training picture in pixels (none: the pipeline's)", None, least=8)
 
     # prior preservation
     class_prompt: str | None = flag(
@@ -61,18 +58,14 @@ class DreamBoothSettings:
     class_data_dir: str | None = flag(
         "folder with class pictures, filled up by the base model (none: in --output_dir)", None
     )
-    with_prior_preservation: bool | None = flag(
-        "keep the class alive (none: on where a class prompt is known)", None
-    )
+    with_prior_preservation: bool | None = flag("keep the class alive (none: on where a class prompt is known)", None)
     prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's)", None, least=0)
     num_class_images: int = flag("class pictures wanted; missing ones are generated", 10, least=1)
 
     # how much, how fast
     train_mode: str = flag("train a low-rank adapter, or all weights", "lora", choices=("lora", "full"))
     rank: int | None = flag("rank of the adapter (none: the pipeline's)", None, least=1)
-    lora_alpha: float | None = flag(
-        "scale of the adapter is alpha / rank (none: alpha = rank)", None, above=0
-    )
+    lora_alpha: float | None = flag("scale of the adapter is alpha / rank (none: alpha = rank)", None, above=0)
     lora_dropout: float = flag("dropout in front of the adapter", 0.0, least=0, below=1)
     train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1)
     gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
@@ -86,14 +79,10 @@ class DreamBoothSettings:
         least=0,
         below=1,
     )
-    guidance: float | None = flag(
-        "guidance of class pictures and previews (none: the pipeline's)", None, least=0
-    )
+    guidance: float | None = flag("guidance of class pictures and previews (none: the pipeline's)", None, least=0)
 
     # optimizer
-    learning_rate: float | None = flag(
-        "peak learning rate (none: the pipeline's for the train mode)", None, above=0
-    )
+    learning_rate: float | None = flag("peak learning rate (none: the pipeline's for the train mode)", None, above=0)
     lr_scheduler: str = flag("shape after warm-up", "cosine", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = flag("updates of linear warm-up", 50, least=0)
     max_grad_norm: float = flag("clip gradients to this global norm", 1.0, above=0)
@@ -104,13 +93,9 @@ class DreamBoothSettings:
 
     # watching and resuming
     validation_prompt: str | None = flag("prompt of the previews (none: --instance_prompt)", None)
-    validation_steps: int | None = flag(
-        "updates between previews (none: eight times over the run)", None, least=1
-    )
+    validation_steps: int | None = flag("updates between previews (none: eight times over the run)", None, least=1)
     num_validation_images: int = flag("pictures in a preview; 0 for no previews", 4, least=0)
-    checkpointing_steps: int | None = flag(
-        "updates between checkpoints (none: only at the end)", 200, least=1
-    )
+    checkpointing_steps: int | None = flag("updates between checkpoints (none: only at the end)", 200, least=1)
     checkpoints_total_limit: int | None = flag("checkpoints kept, newest first (none: all)", 2, least=1)
     resume_from_checkpoint: str | None = flag('"latest" in --output_dir, or the folder of a checkpoint', None)
     seed: int = flag("every random draw is a function of it", 0, least=0, below=2**32)
@@ -122,15 +107,11 @@ class DreamBoothSettings:
             if not getattr(self, name).strip():
                 raise SettingsError(f"--{name} is empty")
         if self.class_prompt is not None and not self.class_prompt.strip():
-            raise SettingsError(
-                "--class_prompt is empty; leave it out to have it derived from --instance_prompt"
-            )
+            raise SettingsError("--class_prompt is empty; leave it out to have it derived from --instance_prompt")
         if self.train_mode == "full":
             given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
             if given or self.lora_dropout:
-                named = ", ".join(
-                    f"--{name}" for name in [*given, *(["lora_dropout"] if self.lora_dropout else [])]
-                )
+                named = ", ".join(f"--{name}" for name in [*given, *(["lora_dropout"] if self.lora_dropout else [])])
                 raise SettingsError(f"{named}: only with --train_mode lora, and --train_mode is full")
 
 
@@ -162,7 +143,7 @@ def kind_of(hint: Any) -> tuple[type, bool]:
 
 
 def check_fields(settings: Any) -> None:
-    """Check every field's type, choices and limits; whole numbers become floats where a float is asked for.
+    """Check every field's type, choices and limits. Whole numbers become floats, paths become text.
 
     Raises:
         SettingsError: naming the flag, the value and what is allowed.
@@ -170,12 +151,14 @@ def check_fields(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         kind, optional = kind_of(hints[field.name])
-        value = getattr(settings, field.name)
+        value: Any = getattr(settings, field.name)
         if value is None and optional:
             continue
         if kind is float and type(value) is int:
             value = float(value)
-            object.__setattr__(settings, field.name, value)
+        elif kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        object.__setattr__(settings, field.name, value)  # frozen for everyone else
         if type(value) is not kind:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
         choices, limits = field.metadata.get("choices"), _limits(field)
@@ -189,13 +172,13 @@ def _limits(field: dataclasses.Field[Any]) -> list[tuple[str, typing.Callable[[f
     m = field.metadata
     limits: list[tuple[str, typing.Callable[[float], bool]]] = []
     if m.get("least") is not None:
-        limits.append((f"at least {m['least']:g}", lambda v: v >= m["least"]))
+        limits.append((f"at least {m['least']}", lambda v: v >= m["least"]))
     if m.get("above") is not None:
-        limits.append((f"above {m['above']:g}", lambda v: v > m["above"]))
+        limits.append((f"above {m['above']}", lambda v: v > m["above"]))
     if m.get("most") is not None:
-        limits.append((f"at most {m['most']:g}", lambda v: v <= m["most"]))
+        limits.append((f"at most {m['most']}", lambda v: v <= m["most"]))
     if m.get("below") is not None:
-        limits.append((f"below {m['below']:g}", lambda v: v < m["below"]))
+        limits.append((f"below {m['below']}", lambda v: v < m["below"]))
     return limits
 
 

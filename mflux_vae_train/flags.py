@@ -28,9 +28,7 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def parser_from(
-    cls: type, *, prog: str | None = None, description: str | None = None
-) -> argparse.ArgumentParser:
+def parser_from(cls: type, *, prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
     """An argument parser with one flag per field of `cls`, and ``--config``.
 
     Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
@@ -39,14 +37,10 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
-    parser = _Parser(
-        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of settings; flags given here win over it"
-    )
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in _fields(cls):
         kind, _ = kind_of(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
         choices = field.metadata["choices"]
@@ -74,7 +68,7 @@ def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_opti
     """
     parser = parser_from(cls, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in _fields(cls)}
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
@@ -118,7 +112,7 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in _fields(cls)}
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -144,13 +138,17 @@ def _convert(cls: type, name: str, value: Any) -> Any:
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [f.name for f in _fields(cls) if f.default is dataclasses.MISSING]
     missing = [name for name in missing if name not in values]
     if missing:
         dashes = "--" if prefix == "--" else ""
         where = "" if prefix == "--" else prefix
         raise SettingsError(f"{where}missing: " + ", ".join(dashes + name for name in missing))
     return cls(**values)
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)
 
 
 def _spellings(name: str) -> list[str]:

@@ -59,19 +59,16 @@ class MetricsLog:
 
     def __init__(self, path: str | Path, *, resumed_at: int = 0) -> None:
         path = Path(path)
-        kept = [line for line in read_metrics(path) if line["update"] <= resumed_at] if resumed_at else []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            keep = _bytes_up_to(path, resumed_at) if resumed_at and path.exists() else 0
+            self._file = path.open("a", encoding="utf-8")
+            self._file.truncate(keep)
         except OSError as error:
             raise TrainingError(f"{path}: the metrics log cannot be written ({error})") from error
-        for line in kept:
-            self._write(line)
 
     def __call__(self, record: Record) -> None:
-        self._write({"update": record.update, **record.metrics, "seconds": round(record.seconds, 4)})
-
-    def _write(self, line: dict[str, Any]) -> None:
+        line = {"update": record.update, **record.metrics, "seconds": round(record.seconds, 4)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -96,6 +93,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _bytes_up_to(path: Path, update: int) -> int:
+    """Length of the log's beginning with whole lines of updates up to this one."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["update"] > update:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        length += len(line)
+    return length
+
+
 class ProgressBar:
     """A bar with loss (smoothed), rate and time left; on something that is no terminal, a log line now and
     then.
@@ -109,9 +119,7 @@ class ProgressBar:
     def __init__(self, total: int, start: int = 0, *, interval: float = 30.0) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=total, initial=start, unit="update", dynamic_ncols=True, disable=None, smoothing=0.1
-        )
+        self._bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, disable=None, smoothing=0.1)
         self._loss: float | None = None
         self._interval, self._began, self._start, self._said = (
             interval,

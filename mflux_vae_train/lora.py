@@ -66,9 +66,7 @@ def add_lora(
         inputs = layer.lora_a.shape[0]
         salt = zlib.crc32(path.encode())
         limit = 1 / math.sqrt(inputs)
-        layer.lora_a = mx.array(
-            rng(seed, Stream.INIT, salt).uniform(-limit, limit, (inputs, rank)), mx.float32
-        )
+        layer.lora_a = mx.array(rng(seed, Stream.INIT, salt).uniform(-limit, limit, (inputs, rank)), mx.float32)
         layer.dropout = KeyedDropout(dropout, salt, keys)
         adapted.append((path, layer))
     module.update_modules(tree_unflatten(adapted))
@@ -164,6 +162,8 @@ def adapter_metadata(module: nn.Module, prefix: str) -> dict[str, str]:
     """Metadata of the safetensors file: the PEFT configuration, keys prefixed, as JSON. Alpha lives only
     there."""
     adapted = layers(module)
+    if not adapted:
+        raise ValueError("the module has no adapters to save")
     first = next(iter(adapted.values()))
     rank = int(first.lora_a.shape[1])
     config = {
@@ -204,20 +204,16 @@ def load_adapter(module: nn.Module, path: str | Path, prefix: str) -> list[str]:
     stored = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items()}
     ranks = {value.shape[0] for key, value in stored.items() if key.endswith(_A) and value.ndim == 2}
     config = {
-        key.removeprefix(f"{prefix}."): value
-        for key, value in json.loads(metadata.get(METADATA_KEY, "{}")).items()
+        key.removeprefix(f"{prefix}."): value for key, value in json.loads(metadata.get(METADATA_KEY, "{}")).items()
     }
     if len(ranks) != 1 or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise WeightsError(
-            f"{path}: one rank and one alpha for all layers are expected; found ranks {sorted(ranks)}"
-        )
+        raise WeightsError(f"{path}: one rank and one alpha for all layers are expected; found ranks {sorted(ranks)}")
     rank = ranks.pop()
 
     named = (
-        adapted
-        or {key.removesuffix(end) for key in stored for end in (_A, _B) if key.endswith(end)} & linears.keys()
+        adapted or {key.removesuffix(end) for key in stored for end in (_A, _B) if key.endswith(end)} & linears.keys()
     )
-    expected = {}
+    expected: dict[str, tuple[int, int]] = {}
     for name in named:
         outputs, inputs = _dimensions(linears[name])
         expected |= {name + _A: (rank, inputs), name + _B: (outputs, rank)}
@@ -234,17 +230,15 @@ def load_adapter(module: nn.Module, path: str | Path, prefix: str) -> list[str]:
     if not adapted:
         add_lora(module, sorted(named), rank=rank)
     for name, layer in layers(module).items():
-        layer.lora_a, layer.lora_b = stored[name + _A].T, stored[name + _B].T
+        # contiguous as trained: a transposed view would go another way through BLAS and round differently
+        layer.lora_a = mx.contiguous(stored[name + _A].T.astype(mx.float32))
+        layer.lora_b = mx.contiguous(stored[name + _B].T.astype(mx.float32))
         layer.scale = float(config.get("lora_alpha", rank)) / rank
     return sorted(named)
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:
-    return {
-        path: layer
-        for path, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.QuantizedLinear))
-    }
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
 
 
 def _dimensions(layer: Any) -> tuple[int, int]:

@@ -89,9 +89,7 @@ class Muon(optim.Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         if gradient.ndim < 2:
-            raise ValueError(
-                f"Muon is for matrices and convolutions; a parameter of shape {gradient.shape} is AdamW's"
-            )
+            raise ValueError(f"Muon is for matrices and convolutions; a parameter of shape {gradient.shape} is AdamW's")
         rate = self.learning_rate.astype(mx.float32) * self.rate_scale
         g = gradient.astype(mx.float32)
         v = self.momentum * state["v"] + (1 - self.momentum) * g

@@ -16,9 +16,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 """Share of the peak rate when a share `done` in [0, 1] of the time after warm-up has passed."""
 
 
-def learning_rate(
-    *, peak: float, total: int, warmup: int = 0, shape: str = "constant"
-) -> Callable[[int], float]:
+def learning_rate(*, peak: float, total: int, warmup: int = 0, shape: str = "constant") -> Callable[[int], float]:
     """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`.
 
     rate(u) = peak (u + 1) / (warmup + 1) for u < warmup: already the first update learns, rate(warmup) is the
@@ -30,14 +28,10 @@ def learning_rate(
     """
     if warmup >= total:
         shorter = total // 10
-        logger.warning(
-            "warm-up of %d updates does not fit a run of %d; shortened to %d", warmup, total, shorter
-        )
+        logger.warning("warm-up of %d updates does not fit a run of %d; shortened to %d", warmup, total, shorter)
         warmup = shorter
     elif warmup > total / 2:
-        logger.warning(
-            "warm-up takes %d of %d updates; less leaves more time at the full rate", warmup, total
-        )
+        logger.warning("warm-up takes %d of %d updates; less leaves more time at the full rate", warmup, total)
     decay = SHAPES[shape]
 
     def rate(update: int) -> float:

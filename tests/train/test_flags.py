@@ -1,0 +1,138 @@
+"""Flags and YAML: every flag reaches its field; both ways agree; mistakes are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.config import DreamBoothSettings, kind_of
+from mflux_vae_train.flags import from_yaml, parser_from, settings_from, to_yaml
+
+NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
+FIELDS = {field.name: field for field in dataclasses.fields(DreamBoothSettings)}
+HINTS = typing.get_type_hints(DreamBoothSettings)
+
+
+def other_than_default(name: str) -> Any:
+    """An allowed value that differs from the default."""
+    field, (kind, _) = FIELDS[name], kind_of(HINTS[name])
+    if choices := field.metadata["choices"]:
+        return next(choice for choice in choices if choice != field.default)
+    if kind is bool:
+        return field.default is not True
+    if kind is str:
+        return "some text"
+    if kind is int:
+        return 16
+    return 0.25
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_every_flag_reaches_its_field(name: str, hyphens: bool) -> None:
+    value = other_than_default(name)
+    flag = "--" + (name.replace("_", "-") if hyphens else name)
+    words = [flag] if value is True else [flag, str(value)]
+    assert getattr(settings_from(DreamBoothSettings, NEEDED + words), name) == value
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_yaml_key_reaches_its_field(name: str, tmp_path: Path) -> None:
+    value = other_than_default(name)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name}: {value}\n")
+    needed = [word for word in NEEDED if not word.startswith(f"--{name}=")]
+    settings = settings_from(DreamBoothSettings, [*needed, "--config", str(path)])
+    assert getattr(settings, name) == value
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    values = {name: other_than_default(name) for name in FIELDS}
+    settings = DreamBoothSettings(
+        **values | {"train_mode": "lora", "learning_rate": 5e-6, "instance_prompt": "ein Foto: «sks» # Hund"}
+    )
+    for one in (settings, settings_from(DreamBoothSettings, NEEDED)):
+        path = tmp_path / "settings.yaml"
+        path.write_text(to_yaml(one), encoding="utf-8")
+        assert from_yaml(DreamBoothSettings, path) == one
+
+
+def test_flags_win_over_the_file_which_wins_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\nlearning-rate: 1e-4\nrank: 8\n")  # YAML 1.1 reads 1e-4 as text
+    settings = settings_from(DreamBoothSettings, [*NEEDED, f"--config={path}", "--seed=5", "--rank=none"])
+    assert (settings.seed, settings.learning_rate, settings.rank) == (5, 1e-4, None)
+    assert settings.max_train_steps == 800
+
+
+def test_a_boolean_can_be_turned_off() -> None:
+    off = settings_from(DreamBoothSettings, [*NEEDED, "--no_with_prior_preservation"])
+    assert off.with_prior_preservation is False
+    assert settings_from(DreamBoothSettings, NEEDED).with_prior_preservation is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning_rat=1"], "did you mean --learning_rate?"),
+        (["--zzz"], "unknown flag --zzz"),
+        (["sks"], "'sks' belongs to no flag"),
+        (["--rank=four"], "--rank is 'four'; a whole number"),
+        (["--rank"], "--rank"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(words: list[str], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings_from(DreamBoothSettings, NEEDED + words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_required_flags_are_listed() -> None:
+    with pytest.raises(SettingsError, match="missing: --instance_data_dir, --instance_prompt"):
+        settings_from(DreamBoothSettings, ["--model=tiny"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rat: 1", "did you mean learning_rate?"),
+        ("- a\n- b", "holds a list"),
+        ("a: [", "is no YAML"),
+        ("rank: four", "--rank is 'four'"),
+        ("train_batch_size: 1.5", "--train_batch_size is 1.5"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        settings_from(DreamBoothSettings, [*NEEDED, "--config", str(path)])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        from_yaml(DreamBoothSettings, tmp_path / "nowhere.yaml")
+
+
+def test_help_names_every_flag_once() -> None:
+    text = parser_from(DreamBoothSettings).format_help()
+    for name in FIELDS:
+        assert f"  --{name}" in text
+    assert "--train-batch-size" not in text
+
+
+def test_config_and_flags_import_neither_transformers_nor_numpy_nor_yaml() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import mflux_vae.errors; package = set(sys.modules) - before\n"
+        "import mflux_vae_train.config, mflux_vae_train.flags\n"
+        "new = set(sys.modules) - before - package\n"
+        "sys.exit(', '.join(sorted({'mlx.nn', 'numpy', 'transformers', 'yaml'} & new)) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,181 @@
+"""The loop: order, interruption, and that a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mflux_vae_train import checkpoint, lora, state
+from mflux_vae_train.ema import EMA
+from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
+from mflux_vae_train.loop import Interrupted, fit
+from mflux_vae_train.optimizers import AdamW, Muon, muon_with_adamw
+from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.step import Step
+from tests.train.tiny import Net, loss, window
+
+
+class Run:
+    """A training that keeps everything a run keeps."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.net = Net()
+        if kind == "lora":
+            lora.add_lora(self.net, ["blocks.*", "out"], rank=2, dropout=0.2)
+        optimizer = muon_with_adamw(Muon(), AdamW(), ["out.*"]) if kind == "muon" else AdamW()
+        self.ema = EMA(self.net.trainable_parameters(), decay=0.5)
+        self.step = Step(self.net, optimizer, self.loss, ema=self.ema)
+        self.objects = {
+            "parameters": state.parameters(self.net),
+            "optimizer": state.tree_of(optimizer.state),
+            "ema": state.tree_of(self.ema.state),
+        }
+
+    def loss(self, model: Any, arrays: Any) -> Any:
+        with lora.dropout_keys(model, arrays["key"]):
+            return loss(model, arrays)
+
+    def train(self, start: int, hooks: list[Any]) -> None:
+        with MetricsLog(self.folder / "metrics.jsonl", resumed_at=start) as log:
+            fit(
+                step=self.step,
+                batches=window,
+                learning_rate=learning_rate(peak=1e-2, total=8, warmup=2, shape="cosine"),
+                total=8,
+                start=start,
+                observers=[log],
+                hooks=hooks,
+                checkpoint=self.save,
+            )
+
+    def save(self, updates: int) -> None:
+        checkpoint.save(self.folder, updates, self.objects, fingerprint={"seed": 0}, total_limit=2)
+
+    def everything(self) -> dict[str, mx.array]:
+        return dict(tree_flatten({name: one.read() for name, one in self.objects.items()}))
+
+    def metrics(self) -> list[dict[str, float]]:
+        return [line | {"seconds": 0} for line in read_metrics(self.folder / "metrics.jsonl")]
+
+
+def send(number: int, at: int) -> Any:
+    """A hook that signals this process in the middle of the run."""
+    return lambda record: os.kill(os.getpid(), number) if record.update == at else None
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "muon"])
+def test_resumed_equals_uninterrupted_bitwise(kind: str, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", kind)
+    whole.train(0, [])
+
+    first = Run(tmp_path / "parts", kind)
+    first.train(0, [every(3, lambda record: first.save(record.update), last=False), lambda record: None])
+    # as if the process had died after update 7: the log is ahead of checkpoint-6 and its last line is torn
+    log = tmp_path / "parts" / "metrics.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:7]) + '{"update": 8, "lo')
+
+    second = Run(tmp_path / "parts", kind)
+    folder = checkpoint.latest(tmp_path / "parts")
+    assert folder is not None
+    start = checkpoint.load(folder, second.objects, fingerprint={"seed": 0})
+    assert start == 6
+    second.train(start, [])
+
+    expected = whole.everything()
+    found = second.everything()
+    assert expected.keys() == found.keys()
+    for path in expected:
+        assert mx.array_equal(found[path], expected[path]), path
+    assert second.metrics() == whole.metrics()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_checkpoint_and_it_can_go_on(number: int, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", "full")
+    whole.train(0, [])
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    first = Run(tmp_path / "parts", "full")
+    later: list[int] = []
+    with pytest.raises(Interrupted) as caught:
+        first.train(0, [send(number, at=4), lambda record: later.append(record.update)])
+    assert caught.value.exit_code == 128 + number
+    assert caught.value.update == 4
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert later == [1, 2, 3]  # what is costly is left out once the signal is there
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert len(first.metrics()) == 4
+
+    second = Run(tmp_path / "parts", "full")
+    start = checkpoint.load(tmp_path / "parts" / "checkpoint-4", second.objects, fingerprint={"seed": 0})
+    second.train(start, [])
+    for path, x in whole.everything().items():
+        assert mx.array_equal(second.everything()[path], x), path
+    assert second.metrics() == whole.metrics()
+
+
+def test_a_second_signal_has_its_default_effect() -> None:
+    seen = []
+
+    def during(record: Record) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.extend([signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)])
+
+    with pytest.raises(Interrupted):
+        fit(step=lambda *_: {"loss": 0.0}, batches=window, learning_rate=float, total=2, hooks=[during])
+    assert seen == [signal.SIG_DFL, signal.SIG_DFL]
+
+
+def test_hooks_run_when_due_after_the_observers() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def named(name: str) -> Any:
+        return lambda record: calls.append((name, record.update))
+
+    fit(
+        step=lambda update, batches, rate: {"loss": float(update)},
+        batches=window,
+        learning_rate=lambda update: 0.1,
+        start=1,
+        total=5,
+        observers=[named("log")],
+        hooks=[every(2, named("save")), every(None, named("end")), every(3, named("look"), last=False)],
+    )
+    assert calls == [
+        ("log", 2),
+        ("save", 2),
+        ("log", 3),
+        ("look", 3),
+        ("log", 4),
+        ("save", 4),
+        ("log", 5),
+        ("save", 5),
+        ("end", 5),
+    ]
+
+
+def test_a_metrics_log_starts_anew_unless_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "metrics.jsonl"
+    for _ in range(2):
+        with MetricsLog(path) as log:
+            log(Record(update=1, total=2, metrics={"loss": 0.5}, seconds=0.25))
+    assert read_metrics(path) == [{"update": 1, "loss": 0.5, "seconds": 0.25}]
+    assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+def test_without_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), ProgressBar(total=3, interval=1000) as bar:
+        for update in (1, 2, 3):
+            metrics = {"loss": 1.0, "learning_rate": 1e-4}
+            bar(Record(update=update, total=3, metrics=metrics, seconds=0.1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert lines[0].startswith("update 3 of 3, loss 1.0000, rate 1.00e-04")

@@ -1,0 +1,184 @@
+"""Adapters: what is adapted, that they start as the base, that files carry everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.weights.files import read_safetensors, write_safetensors
+from mflux_vae_train import lora
+from mflux_vae_train.randomness import Stream, sample_keys
+from tests.train.tiny import Net
+
+X = mx.array(np.linspace(-1, 1, 12).reshape(3, 4), mx.float32)
+
+
+def adapted(*, trained: bool = True, dropout: float = 0.0, alpha: float | None = 4.0, seed: int = 0) -> Net:
+    net = Net()
+    lora.add_lora(net, ["blocks.*"], rank=2, alpha=alpha, dropout=dropout, seed=seed)
+    if trained:
+        net.update(tree_map(lambda x: x + 0.1, net.trainable_parameters()))
+    return net
+
+
+def test_matching_layers_are_adapted_and_nothing_else_is_trainable() -> None:
+    net = Net()
+    assert lora.add_lora(net, ["blocks.*"], rank=2) == ["blocks.0", "blocks.1"]
+    paths = sorted(path for path, _ in tree_flatten(net.trainable_parameters()))
+    assert paths == [f"blocks.{i}.lora_{x}" for i in (0, 1) for x in "ab"]
+    with pytest.raises(ValueError, match="already"):
+        lora.add_lora(net, ["out"], rank=2)
+
+
+def test_no_match_is_an_error_that_names_layers() -> None:
+    with pytest.raises(SettingsError, match=r"to_q.*blocks\.0"):
+        lora.add_lora(Net(), ["*.to_q"], rank=2)
+
+
+def test_untrained_equals_the_base_and_disabled_does_always() -> None:
+    base = Net()(X)
+    assert mx.array_equal(adapted(trained=False)(X), base)
+    net = adapted()
+    with_adapter = net(X)
+    assert not mx.allclose(with_adapter, base)
+    with lora.disabled(net):
+        assert mx.array_equal(net(X), base)
+    assert mx.array_equal(net(X), with_adapter)
+
+
+def test_start_is_a_function_of_seed_and_path() -> None:
+    one, same, other = (lora.layers(adapted(seed=seed)) for seed in (1, 1, 2))
+    assert mx.array_equal(one["blocks.0"].lora_a, same["blocks.0"].lora_a)
+    assert not mx.array_equal(one["blocks.0"].lora_a, other["blocks.0"].lora_a)
+    fewer = Net()
+    lora.add_lora(fewer, ["blocks.1"], rank=2, seed=1)
+    alone = lora.layers(fewer)["blocks.1"].lora_a
+    assert mx.array_equal(alone + 0.1, one["blocks.1"].lora_a)
+
+
+def test_fused_equals_adapted() -> None:
+    net = adapted()
+    expected = net(X)
+    lora.fuse(net)
+    assert not lora.layers(net)
+    assert mx.allclose(net(X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_a_sample_depends_on_its_key_alone() -> None:
+    net = adapted(dropout=0.5)
+    keys = sample_keys(0, Stream.LORA_DROPOUT, 0, [0, 1, 2])
+    whole = net(X)
+    with lora.dropout_keys(net, keys):
+        together = net(X)
+        again = net(X)
+    rows = []
+    for i in range(3):
+        with lora.dropout_keys(net, keys[i : i + 1]):
+            rows.append(net(X[i : i + 1]))
+    assert mx.array_equal(together, again)
+    assert mx.allclose(together, mx.concatenate(rows), rtol=1e-6, atol=1e-6)
+    assert not mx.allclose(together, whole)
+    assert mx.array_equal(net(X), whole)  # off outside the block
+
+
+def test_dropout_keeps_the_mean() -> None:
+    drop = lora.layers(adapted(dropout=0.25))["blocks.0"].dropout
+    drop._keys.rows = sample_keys(0, Stream.LORA_DROPOUT, 0, range(64))
+    out = drop(mx.ones((64, 100)))
+    assert set(np.unique(np.array(out)).round(4)) == {0.0, np.float32(4 / 3).round(4)}
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_file_round_trip_keeps_weights_and_alpha(tmp_path: Path) -> None:
+    net = adapted(alpha=4.0)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    lora.save_adapter(net, path, "transformer")
+    tensors, metadata = read_safetensors(path)
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == {
+        "transformer.blocks.0.lora_A.weight": (2, 4),
+        "transformer.blocks.0.lora_B.weight": (8, 2),
+        "transformer.blocks.1.lora_A.weight": (2, 8),
+        "transformer.blocks.1.lora_B.weight": (4, 2),
+    }
+    config = json.loads(metadata[lora.METADATA_KEY])
+    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 4.0)
+    assert config["transformer.target_modules"] == ["blocks.0", "blocks.1"]
+    for fresh in (Net(), adapted(alpha=1.0, seed=9)):
+        assert lora.load_adapter(fresh, path, "transformer") == ["blocks.0", "blocks.1"]
+        assert mx.array_equal(fresh(X), net(X))
+
+
+def test_without_metadata_alpha_is_the_rank(tmp_path: Path) -> None:
+    net = adapted(alpha=None)
+    write_safetensors(tmp_path / "a.safetensors", lora.adapter_tensors(net, "unet"), {})
+    fresh = Net()
+    lora.load_adapter(fresh, tmp_path / "a.safetensors", "unet")
+    assert mx.array_equal(fresh(X), net(X))
+
+
+def test_a_file_that_does_not_fit_is_refused_with_all_faults(tmp_path: Path) -> None:
+    net = adapted()
+    tensors = lora.adapter_tensors(net, "transformer")
+    del tensors["transformer.blocks.0.lora_B.weight"]
+    tensors["transformer.nowhere.lora_A.weight"] = mx.zeros((2, 4))
+    tensors["transformer.blocks.1.lora_A.weight"] = mx.zeros((2, 5))
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, tensors, lora.adapter_metadata(net, "transformer"))
+    fresh = Net()
+    with pytest.raises(WeightsError) as caught:
+        lora.load_adapter(fresh, path, "transformer")
+    for fault in (
+        "missing transformer.blocks.0.lora_B.weight",
+        "unknown transformer.nowhere.lora_A.weight",
+        "transformer.blocks.1.lora_A.weight is (2, 5), expected (2, 8)",
+    ):
+        assert fault in str(caught.value)
+    assert not lora.layers(fresh)
+
+
+def test_a_file_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    write_safetensors(
+        tmp_path / "a.safetensors",
+        {"t.blocks.0.lora_A.weight": mx.zeros((2, 4)), "t.blocks.1.lora_A.weight": mx.zeros((3, 8))},
+        {},
+    )
+    with pytest.raises(WeightsError, match=r"ranks \[2, 3\]"):
+        lora.load_adapter(Net(), tmp_path / "a.safetensors", "t")
+
+
+@pytest.mark.parity
+def test_diffusers_and_peft_read_the_file_alpha_included(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    pytest.importorskip("diffusers")
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
+    from safetensors.torch import load_file
+
+    class Theirs(torch.nn.Module, PeftAdapterMixin):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)])
+            self.out = torch.nn.Linear(4, 3, bias=False)
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            h = torch.tanh(self.blocks[0](x)) + 0.1
+            return self.out(torch.tanh(self.blocks[1](h)))
+
+    net = adapted(alpha=4.0)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    lora.save_adapter(net, path, "transformer")
+    theirs = Theirs()
+    base = {key: torch.tensor(np.array(value)) for key, value in tree_flatten(Net().parameters())}
+    theirs.load_state_dict(base)
+    theirs.load_lora_adapter(load_file(path), prefix="transformer", metadata=_load_sft_state_dict_metadata(str(path)))
+    assert theirs.peft_config["default_0"].lora_alpha == 4
+    with torch.no_grad():
+        out = theirs(torch.tensor(np.array(X))).numpy()
+    np.testing.assert_allclose(out, np.array(net(X)), rtol=1e-5, atol=1e-6)

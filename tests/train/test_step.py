@@ -1,0 +1,132 @@
+"""One update: accumulation, averaging, clipping, refusal of numbers that are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mflux_vae.errors import TrainingError
+from mflux_vae_train.ema import EMA
+from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.step import MicroBatch, Step, global_norm
+from tests.train.tiny import Net, batch, loss
+
+
+def after(windows: list[list[MicroBatch]], **options: Any) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    net = Net()
+    step = Step(net, AdamW(), loss, **options)
+    metrics = [step(update, micro, 1e-2) for update, micro in enumerate(windows)]
+    return {path: np.array(x) for path, x in tree_flatten(net.parameters())}, metrics
+
+
+@pytest.mark.parametrize("cut", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]]])
+def test_accumulated_micro_batches_equal_one_batch(cut: list[list[int]]) -> None:
+    whole, measured = after([[batch([0, 1, 2, 3], update)] for update in range(3)])
+    parts, accumulated = after([[batch(samples, update) for samples in cut] for update in range(3)])
+    for path in whole:
+        np.testing.assert_allclose(parts[path], whole[path], rtol=1e-5, atol=1e-6)
+    for one, other in zip(measured, accumulated, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_gradients_are_the_mean_over_the_window_clipped_by_global_norm() -> None:
+    net = Net()
+    samples = batch([0, 1, 2])
+    gradient = nn.value_and_grad(net, lambda: loss(net, samples.arrays)[0])()[1]
+    norm = global_norm(gradient).item()
+    before = dict(tree_flatten(net.parameters()))
+    step = Step(net, optim.SGD(learning_rate=0.0), loss, max_grad_norm=norm / 2)
+    metrics = step(0, [batch([0, 1]), batch([2])], 0.5)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert metrics["learning_rate"] == 0.5
+    for path, slope in tree_flatten(gradient):
+        moved = np.array(dict(tree_flatten(net.parameters()))[path])
+        np.testing.assert_allclose(moved, np.array(before[path] - 0.5 * 0.5 * slope), rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_are_averaged_by_weight() -> None:
+    def named(model: nn.Module, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        return loss(model, arrays)[0], {"first": arrays["x"][0, 0]}
+
+    one, two = batch([0, 1]), batch([2])
+    measured = Step(Net(), AdamW(), named)(0, [one, two], 1e-3)
+    expected = (2 * one.arrays["x"][0, 0].item() + two.arrays["x"][0, 0].item()) / 3
+    assert measured["first"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(broken: float) -> None:
+    net = Net()
+    before = dict(tree_flatten(net.parameters()))
+    bad = batch([2])
+    bad = MicroBatch(arrays={**bad.arrays, "y": bad.arrays["y"] * broken}, weight=1)
+    step = Step(net, AdamW(), loss)
+    with pytest.raises(TrainingError, match="update 8"):
+        step(7, [batch([0]), bad], 1e-2)
+    for path, x in tree_flatten(net.parameters()):
+        assert mx.array_equal(x, before[path])
+    assert step.optimizer.state["step"].item() == 0
+
+
+def test_frozen_parameters_stay_and_a_model_without_others_is_refused() -> None:
+    net = Net()
+    net.freeze()
+    with pytest.raises(TrainingError, match="nothing to train"):
+        Step(net, AdamW(), loss)
+    net.out.unfreeze()
+    before = dict(tree_flatten(net.parameters()))
+    Step(net, AdamW(), loss)(0, [batch([0])], 1e-2)
+    changed = [path for path, x in tree_flatten(net.parameters()) if not mx.array_equal(x, before[path])]
+    assert changed == ["out.weight"]
+
+
+def test_the_model_is_usable_after_an_error_in_the_loss() -> None:
+    def failing(model: nn.Module, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        loss(model, arrays)
+        raise RuntimeError("in the middle")
+
+    net = Net()
+    step = Step(net, AdamW(), failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        step(0, [batch([0])], 1e-2)
+    assert mx.isfinite(net(mx.ones((1, 4)))).all()
+
+
+def test_no_global_random_state_is_used() -> None:
+    mx.random.seed(1)
+    one, _ = after([[batch([0, 1])]])
+    mx.random.seed(2)
+    other, _ = after([[batch([0, 1])]])
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path])
+
+
+def test_compiled_equals_plain() -> None:
+    """With few kernels, as a CPU calls a C++ compiler for each."""
+
+    def run(compile: bool) -> tuple[dict[str, Any], dict[str, float]]:
+        net = nn.Linear(4, 3, bias=False)
+        net.weight = mx.full((3, 4), 0.5)
+        ema = EMA(net.trainable_parameters(), decay=0.5)
+        step = Step(
+            net, AdamW(), lambda model, arrays: (mx.square(model(arrays["x"])).mean(), {}), ema=ema, compile=compile
+        )
+        metrics = {}
+        for update in range(3):
+            arrays = [{"x": batch([i], update).arrays["x"]} for i in (0, 1)]
+            metrics = step(update, [MicroBatch(arrays=each, weight=1) for each in arrays], 1e-2)
+        state = [net.parameters(), step.optimizer.state, ema.state]
+        return {path: np.array(x) for path, x in tree_flatten(state)}, metrics
+
+    (plain, measured), (compiled, again) = run(False), run(True)
+    assert plain.keys() == compiled.keys()
+    for path in plain:
+        np.testing.assert_allclose(compiled[path], plain[path], rtol=1e-5, atol=1e-7)
+    assert measured == pytest.approx(again, rel=1e-5)
