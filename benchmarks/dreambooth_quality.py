@@ -1,0 +1,166 @@
+"""Does DreamBooth teach the subject, and does the class survive? Measured by the checker on the embedded pipeline.
+
+    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [any training flag]
+
+For each of several subjects that the base has never seen, with and without prior preservation, over several seeds:
+
+- subject_fidelity: share of pictures of "a photo of sks <class>" that show the subject;
+- class_retention: share of pictures of "a photo of a <class>" that show the class and not the subject;
+- diversity: mean distance between two pictures of the class (RMS over pixels, [0, 1]), relative to the base's;
+- prompts: share of pictures of other prompts of the world with shape, colour and background right; base beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.machine import describe
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.flags import settings_from
+from mflux_vae_train.pipelines import tiny
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.tiny.checker import is_subject, shows_class
+from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures
+from mflux_vae_train.pipelines.tiny.world import SUBJECTS, Subject, article, evaluation_prompts, subject_images
+
+INSTANCE_IMAGES = 5
+PICTURES = 32
+PROMPTS = 96
+EVALUATION_SEED = 1234
+TOKEN = "sks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Shares in [0, 1], but for `diversity` (a ratio to the base) and `seconds` of training."""
+
+    subject_fidelity: float
+    class_retention: float
+    diversity: float
+    prompts: float
+    seconds: float
+
+
+def measure(pipeline: DiffusionPipeline, subject: Subject, base_spread: float, seconds: float) -> Measured:
+    """What `pipeline` draws after training on `subject`."""
+    named = pictures(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
+    plain = _class_pictures(pipeline, subject)
+    return Measured(
+        subject_fidelity=float(np.mean([is_subject(image, subject) for image in named])),
+        class_retention=float(
+            np.mean([shows_class(image, subject.shape) and not is_subject(image, subject) for image in plain])
+        ),
+        diversity=spread(plain) / base_spread,
+        prompts=_other_prompts(pipeline, subject),
+        seconds=seconds,
+    )
+
+
+def spread(images: np.ndarray) -> float:
+    """Mean RMS distance between two pictures, in units of the full range."""
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    squared = np.square(flat[:, None] - flat[None]).mean(axis=2)
+    return float(np.sqrt(squared[np.triu_indices(len(images), 1)]).mean())
+
+
+def run(subject: Subject, seed: int, prior: bool, given: DreamBoothSettings, base_spread: float) -> Measured:
+    """One training and its measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / "photos"
+        photos.mkdir()
+        for index, image in enumerate(subject_images(subject, INSTANCE_IMAGES, seed=seed)):
+            Image.fromarray(image).save(photos / f"{index}.png")
+        settings = replace(
+            given,
+            instance_data_dir=str(photos),
+            output_dir=str(Path(folder) / "out"),
+            instance_prompt=f"a photo of {TOKEN} {subject.shape}",
+            class_prompt=f"a photo of {article(subject.shape)} {subject.shape}",
+            with_prior_preservation=prior,
+            num_validation_images=0,
+            checkpointing_steps=None,
+            seed=seed,
+        )
+        pipeline = tiny.load()
+        began = time.monotonic()
+        DreamBooth(pipeline).train(settings)
+        return measure(pipeline, subject, base_spread, time.monotonic() - began)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; unknown flags go to the training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, prior preservation only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--subjects", type=int, default=3, help=f"how many of {len(SUBJECTS)} (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    arguments, flags = parser.parse_known_args(argv)
+    required = ["--model=tiny", "--instance_data_dir=-", "--instance_prompt=-"]
+    given = settings_from(DreamBoothSettings, [*required, *flags])
+    logging.getLogger("mflux_vae_train").setLevel(logging.WARNING)
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    plan = [
+        (subject, seed, prior)
+        for prior in ((True,) if arguments.quick else (True, False))
+        for subject in SUBJECTS[: arguments.subjects]
+        for seed in seeds
+    ]
+    base = tiny.load()
+    before = {
+        subject: (spread(_class_pictures(base, subject)), _other_prompts(base, subject))
+        for subject in SUBJECTS[: arguments.subjects]
+    }
+    results = [
+        {
+            "subject": f"{subject.colour} {subject.shape} with {subject.core} core",
+            "seed": seed,
+            "prior_preservation": prior,
+            "prompts_before": before[subject][1],
+            **asdict(run(subject, seed, prior, given, before[subject][0])),
+        }
+        for subject, seed, prior in tqdm(plan, file=sys.stderr, disable=None)
+    ]
+    if arguments.json:
+        print(json.dumps({"machine": describe(), "runs": results}))
+        return 0
+    print(describe())
+    columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
+    print(f"{'subject':32}{'prior':>6}{'seed':>5}" + "".join(f"{name:>18}" for name in columns))
+    for row in results:
+        shown = "".join(f"{row[name]:18.2f}" for name in columns)
+        print(f"{row['subject']:32}{'yes' if row['prior_preservation'] else 'no':>6}{row['seed']:>5}{shown}")
+    for prior in sorted({row["prior_preservation"] for row in results}, reverse=True):
+        rows = [row for row in results if row["prior_preservation"] == prior]
+        means = "".join(f"{np.mean([row[name] for row in rows]):18.2f}" for name in columns)
+        print(f"{'mean':32}{'yes' if prior else 'no':>6}{'':5}{means}")
+    return 0
+
+
+def _class_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
+    prompt = f"a photo of {article(subject.shape)} {subject.shape}"
+    return pictures(pipeline, [prompt] * PICTURES, seed=EVALUATION_SEED + 1)
+
+
+def _other_prompts(pipeline: DiffusionPipeline, subject: Subject) -> float:
+    """Accuracy on prompts of the world with another shape."""
+    others = [(prompt, truth) for prompt, truth in evaluation_prompts(True) if truth.shape != subject.shape]
+    chosen = np.random.default_rng(EVALUATION_SEED).choice(len(others), PROMPTS, replace=False)
+    prompts, truths = zip(*(others[index] for index in chosen), strict=True)
+    return accuracy(pictures(pipeline, prompts, seed=EVALUATION_SEED + 2), truths).all
+
+
+if __name__ == "__main__":
+    sys.exit(main())
