@@ -56,6 +56,7 @@ def generate_class_images(
     indices: Sequence[int],
     folder: Path,
     *,
+    count: int,
     class_prompt: str,
     resolution: int,
     guidance: float,
@@ -63,17 +64,18 @@ def generate_class_images(
 ) -> None:
     """Samples the class pictures with the given numbers and writes each as a PNG.
 
-    Picture i is a function of (seed, i): an interrupted run goes on with the same pictures.
+    Picture i is a function of (seed, i, count): an interrupted run goes on with the same pictures.
 
     Args:
         conditioning: one row, the class prompt's.
+        indices: which of range(count) are missing.
     """
     wanted = set(indices)
     # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
     size = pictures_at_once(resolution)
     with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=None) as bar:
         for group in sorted({index // size for index in wanted}):
-            members = range(group * size, (group + 1) * size)
+            members = range(group * size, min((group + 1) * size, count))
             keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
             pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
             for index, picture in zip(members, pictures, strict=True):

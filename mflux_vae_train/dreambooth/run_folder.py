@@ -72,12 +72,10 @@ class Standing:
     Attributes:
         complete: it was finished; there is nothing to do.
         checkpoint: where to continue, None for the beginning.
-        begun: the folder already belongs to this run.
     """
 
     complete: bool = False
     checkpoint: Path | None = None
-    begun: bool = False
 
 
 def identity_of(settings: DreamBoothSettings, *, pipeline: str, pictures: str) -> dict[str, Any]:
@@ -114,15 +112,16 @@ def standing(folder: RunFolder, identity: Mapping[str, Any], resume_from: str | 
                 f"--output_dir {folder.root} holds another run ({'; '.join(differences)}): "
                 "repeat its settings to continue it, or give another folder"
             )
-    begun = before is not None
     if resume_from not in (None, "latest"):
         path = Path(resume_from)
         if not path.is_dir():
             raise SettingsError(f"--resume_from_checkpoint {path} is not a folder: give 'latest' or a checkpoint-N")
-        return Standing(checkpoint=path, begun=begun)
-    if before is not None and before["finished"] and _has_result(folder, before):
-        return Standing(complete=True, begun=True)
-    return Standing(checkpoint=checkpoint.latest(folder.root) if begun else None, begun=begun)
+        return Standing(checkpoint=path)
+    if before is None:
+        return Standing()
+    if before["finished"] and _has_result(folder, before):
+        return Standing(complete=True)
+    return Standing(checkpoint=checkpoint.latest(folder.root))
 
 
 def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings) -> None:

@@ -180,8 +180,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    memory = mx.get_peak_memory() / 2**30
-    _say([f"saved {result} after {minutes}:{seconds:02} minutes, with {memory:.1f} GB; see {folder.samples}"])
+    peak = mx.get_peak_memory() / 2**30
+    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak:.1f} GB); see {folder.samples}"])
     return Outcome(result=result, updates=plan.updates - start)
 
 
@@ -213,6 +213,7 @@ def _class_pictures(pipeline: DiffusionPipeline, run: Preparation, conditioning:
             conditioning,
             run.class_missing,
             choices.class_folder,
+            count=choices.settings.num_class_images,
             class_prompt=choices.class_prompt,
             resolution=choices.resolution,
             guidance=choices.guidance,

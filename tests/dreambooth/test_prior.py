@@ -18,6 +18,7 @@ def generate(folder, indices, *, seed=0, prompt=PROMPT):
         pipeline.encode_prompts([prompt]),
         indices,
         folder,
+        count=6,
         class_prompt=prompt,
         resolution=16,
         guidance=1.5,
@@ -49,6 +50,10 @@ def test_an_interrupted_generation_goes_on_identically(tmp_path):
     assert whole.keys() == parts.keys()
     for name, picture in whole.items():
         np.testing.assert_array_equal(picture, parts[name])
+
+
+def test_no_more_is_sampled_than_is_wanted(tmp_path):
+    assert generate(tmp_path, range(6)).images_sampled == 6
 
 
 def test_a_gap_is_filled_and_own_pictures_count(tmp_path):
