@@ -37,8 +37,7 @@ def save(
 ) -> Path:
     """Write ``output_dir/checkpoint-{step}``; then delete the oldest beyond `total_limit`.
 
-    The final name appears only after everything has reached the disk. A checkpoint of the same step is
-    replaced.
+    The final name appears only after everything has reached the disk. A checkpoint of the same step is replaced.
 
     Args:
         step: optimizer updates made.

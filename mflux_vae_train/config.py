@@ -1,10 +1,10 @@
-"""Settings of a DreamBooth run. Each field is a command-line flag, a key of the YAML file, and a line of the
-help."""
+"""Settings of a DreamBooth run. Each field is a command-line flag, a key of the YAML file, and a line of the help."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import types
 import typing
@@ -35,8 +35,7 @@ def flag(
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothSettings:
-    """Everything a DreamBooth run can be told. `None` means that the run or the pipeline chooses, and says
-    what.
+    """Everything a DreamBooth run can be told. `None` means that the run or the pipeline chooses, and says what.
 
     A *step* is an optimizer update everywhere: warm-up, schedule, checkpoints and validation count updates.
 
@@ -159,31 +158,31 @@ def check_fields(settings: Any) -> None:
         elif kind is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
         object.__setattr__(settings, field.name, value)  # frozen for everyone else
-        if type(value) is not kind:
-            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
-        choices, limits = field.metadata.get("choices"), _limits(field)
-        if choices and value not in choices:
-            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
-        if kind in (int, float) and not (math.isfinite(value) and all(holds(value) for _, holds in limits)):
+        choices = field.metadata.get("choices")
+        fits = type(value) is kind and (not choices or value in choices)
+        if fits and kind in (int, float):
+            fits = math.isfinite(value) and all(
+                holds(value, field.metadata[name])
+                for name, (_, holds) in LIMITS.items()
+                if field.metadata.get(name) is not None
+            )
+        if not fits:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
 
 
-def _limits(field: dataclasses.Field[Any]) -> list[tuple[str, typing.Callable[[float], bool]]]:
-    m = field.metadata
-    limits: list[tuple[str, typing.Callable[[float], bool]]] = []
-    if m.get("least") is not None:
-        limits.append((f"at least {m['least']}", lambda v: v >= m["least"]))
-    if m.get("above") is not None:
-        limits.append((f"above {m['above']}", lambda v: v > m["above"]))
-    if m.get("most") is not None:
-        limits.append((f"at most {m['most']}", lambda v: v <= m["most"]))
-    if m.get("below") is not None:
-        limits.append((f"below {m['below']}", lambda v: v < m["below"]))
-    return limits
+LIMITS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
     if field.metadata.get("choices"):
         return "allowed are " + ", ".join(field.metadata["choices"])
     noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    return " ".join([noun, " and ".join(text for text, _ in _limits(field))]).strip() + " is allowed"
+    limits = [
+        f"{word} {field.metadata[name]}" for name, (word, _) in LIMITS.items() if field.metadata.get(name) is not None
+    ]
+    return " ".join([noun, " and ".join(limits)]).strip() + " is allowed"

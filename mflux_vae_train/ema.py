@@ -12,8 +12,7 @@ from mlx.utils import tree_map
 
 
 class EMA:
-    """average <- d average + (1 - d) parameters, with d = min(decay, (1 + n) / (10 + n)) at update n
-    (0-based).
+    """average <- d average + (1 - d) parameters, with d = min(decay, (1 + n) / (10 + n)) at update n (0-based).
 
     The warm-up of d (as in TensorFlow's ExponentialMovingAverage with `num_updates`) forgets the initial
     parameters quickly. Averages are kept in float32.
@@ -35,8 +34,7 @@ class EMA:
         mx.eval(self.state)
 
     def update(self, parameters: Any) -> None:
-        """Take in the parameters after an update. Lazy: may run inside a compiled function that captures
-        `state`."""
+        """Take in the parameters after an update. Lazy: may run inside a compiled function that captures `state`."""
         n = self.state["updates"]
         keep = mx.minimum(self.decay, (1 + n) / (10 + n))
         self.state["average"] = tree_map(

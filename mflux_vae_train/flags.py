@@ -1,5 +1,4 @@
-"""A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is
-named.
+"""A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is named.
 
 Flags are spelled as the fields, ``--train_batch_size``, or with hyphens. A flag on the command line wins over
 ``--config run.yaml``, which wins over the default.

@@ -107,8 +107,7 @@ def _bytes_up_to(path: Path, update: int) -> int:
 
 
 class ProgressBar:
-    """A bar with loss (smoothed), rate and time left; on something that is no terminal, a log line now and
-    then.
+    """A bar with loss (smoothed), rate and time left; on something that is no terminal, a log line now and then.
 
     Args:
         total: updates of the whole run.

@@ -51,8 +51,7 @@ def fit(
             a last partial window is simply a shorter list.
         learning_rate: update -> rate.
         observers: cheap hooks that see every update, an interrupted one included: metrics log, progress bar.
-        hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses
-            nothing.
+        hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses nothing.
         checkpoint: called with the number of updates made when a signal ends the run early.
 
     Raises:
@@ -83,8 +82,7 @@ def fit(
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into. From then on signals have their default effect
-    again."""
+    """A list that the first SIGINT or SIGTERM is put into. From then on signals have their default effect again."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received

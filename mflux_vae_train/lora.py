@@ -107,8 +107,7 @@ class _DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose mask for sample i depends on (its key, this layer) alone; the identity where no keys are
-    set.
+    """Dropout whose mask for sample i depends on (its key, this layer) alone; the identity where no keys are set.
 
     mlx.nn's Dropout draws from the global generator: a mask would depend on what else is in the batch and on
     all draws before, and a resumed run or one that accumulates differently would not be the same run.
@@ -149,8 +148,7 @@ def dropout_keys(module: nn.Module, rows: mx.array) -> Iterator[None]:
 
 
 def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
-    """``{prefix}.{path}.lora_A.weight`` (rank, in) and ``.lora_B.weight`` (out, rank) of every adapted
-    layer."""
+    """``{prefix}.{path}.lora_A.weight`` (rank, in) and ``.lora_B.weight`` (out, rank) of every adapted layer."""
     tensors = {}
     for path, layer in layers(module).items():
         tensors[f"{prefix}.{path}{_A}"] = layer.lora_a.T
@@ -159,8 +157,7 @@ def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
 
 
 def adapter_metadata(module: nn.Module, prefix: str) -> dict[str, str]:
-    """Metadata of the safetensors file: the PEFT configuration, keys prefixed, as JSON. Alpha lives only
-    there."""
+    """Metadata of the safetensors file: the PEFT configuration, keys prefixed, as JSON. Alpha lives only there."""
     adapted = layers(module)
     if not adapted:
         raise ValueError("the module has no adapters to save")
@@ -186,55 +183,65 @@ def save_adapter(module: nn.Module, path: str | Path, prefix: str) -> None:
 
 
 def load_adapter(module: nn.Module, path: str | Path, prefix: str) -> list[str]:
-    """Read such a file into a module: adds the layers where there are none yet; rank and alpha are the
-    file's.
+    """Read such a file into a module: adds the layers where there are none yet; rank and alpha are the file's.
 
     Returns:
         the adapted paths.
 
     Raises:
-        WeightsError: missing, unknown and misshapen keys, all listed; or ranks or alphas that differ by
-        layer.
+        WeightsError: missing, unknown and misshapen keys, all listed; ranks or alphas that differ by layer; or
+            metadata that cannot be read.
     """
     from mflux_vae.weights.files import read_safetensors
 
     tensors, metadata = read_safetensors(path)
+    rank, alpha = _rank_and_alpha(tensors, metadata, prefix, path)
     adapted = layers(module)
     linears = {name: layer.linear for name, layer in adapted.items()} or _linears(module)
-    stored = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items()}
-    ranks = {value.shape[0] for key, value in stored.items() if key.endswith(_A) and value.ndim == 2}
-    config = {
-        key.removeprefix(f"{prefix}."): value for key, value in json.loads(metadata.get(METADATA_KEY, "{}")).items()
+    in_file = {
+        key.removeprefix(f"{prefix}.").removesuffix(end) for key in tensors for end in (_A, _B) if key.endswith(end)
     }
-    if len(ranks) != 1 or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise WeightsError(f"{path}: one rank and one alpha for all layers are expected; found ranks {sorted(ranks)}")
-    rank = ranks.pop()
+    names = sorted(adapted) or sorted(in_file & linears.keys())
 
-    named = (
-        adapted or {key.removesuffix(end) for key in stored for end in (_A, _B) if key.endswith(end)} & linears.keys()
-    )
     expected: dict[str, tuple[int, int]] = {}
-    for name in named:
+    for name in names:
         outputs, inputs = _dimensions(linears[name])
-        expected |= {name + _A: (rank, inputs), name + _B: (outputs, rank)}
-    faults = [f"missing {prefix}.{key}" for key in expected if key not in stored]
-    faults += [f"unknown {prefix}.{key}" for key in stored if key not in expected]
+        expected |= {f"{prefix}.{name}{_A}": (rank, inputs), f"{prefix}.{name}{_B}": (outputs, rank)}
+    faults = [f"missing {key}" for key in expected if key not in tensors]
+    faults += [f"unknown {key}" for key in tensors if key not in expected]
     faults += [
-        f"{prefix}.{key} is {tuple(stored[key].shape)}, expected {shape}"
+        f"{key} is {tuple(tensors[key].shape)}, expected {shape}"
         for key, shape in expected.items()
-        if key in stored and tuple(stored[key].shape) != shape
+        if key in tensors and tuple(tensors[key].shape) != shape
     ]
     if faults:
         raise WeightsError(f"{path}: does not fit this model: " + "; ".join(sorted(faults)))
 
     if not adapted:
-        add_lora(module, sorted(named), rank=rank)
+        add_lora(module, names, rank=rank)
     for name, layer in layers(module).items():
         # contiguous as trained: a transposed view would go another way through BLAS and round differently
-        layer.lora_a = mx.contiguous(stored[name + _A].T.astype(mx.float32))
-        layer.lora_b = mx.contiguous(stored[name + _B].T.astype(mx.float32))
-        layer.scale = float(config.get("lora_alpha", rank)) / rank
-    return sorted(named)
+        layer.lora_a = mx.contiguous(tensors[f"{prefix}.{name}{_A}"].T.astype(mx.float32))
+        layer.lora_b = mx.contiguous(tensors[f"{prefix}.{name}{_B}"].T.astype(mx.float32))
+        layer.scale = alpha / rank
+    return names
+
+
+def _rank_and_alpha(
+    tensors: dict[str, mx.array], metadata: dict[str, str], prefix: str, path: str | Path
+) -> tuple[int, float]:
+    ranks = {x.shape[0] for key, x in tensors.items() if key.startswith(f"{prefix}.") and key.endswith(_A) and x.ndim}
+    if not ranks:
+        raise WeightsError(f"{path}: holds no adapter for {prefix!r}: no key {prefix}.*{_A}")
+    try:
+        config = json.loads(metadata.get(METADATA_KEY, "{}"))
+        several = config.get(f"{prefix}.rank_pattern") or config.get(f"{prefix}.alpha_pattern")
+        alpha = float(config.get(f"{prefix}.lora_alpha", min(ranks)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: its {METADATA_KEY} cannot be read ({error})") from error
+    if len(ranks) > 1 or several:
+        raise WeightsError(f"{path}: its layers differ in rank or alpha (ranks {sorted(ranks)}); one of each is read")
+    return ranks.pop(), alpha
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class AdamW(optim.AdamW):
         return w.astype(parameter.dtype)
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        # Moments in float32 whatever the parameter's dtype: squares of small gradients vanish in half
-        # precision.
+        # Moments in float32 whatever the parameter's dtype: squares of small gradients vanish in half precision.
         state["m"] = mx.zeros(parameter.shape, mx.float32)
         state["v"] = mx.zeros(parameter.shape, mx.float32)
 
@@ -103,8 +102,7 @@ class Muon(optim.Optimizer):
 
 
 def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
-    """(rows, columns) -> the nearest matrix with singular values near 1 (about 0.7 to 1.2 after five
-    steps)."""
+    """(rows, columns) -> the nearest matrix with singular values near 1 (about 0.7 to 1.2 after five steps)."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

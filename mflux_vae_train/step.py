@@ -1,5 +1,4 @@
-"""One optimizer update: accumulate micro-batches, average, clip, update. It knows no image, prompt or
-adapter.
+"""One optimizer update: accumulate micro-batches, average, clip, update. It knows no image, prompt or adapter.
 
 Gradients and update are pure functions of arrays, which `mx.compile` may fuse. No global random state is
 read: whatever is random comes inside the micro-batch, as keys.
@@ -23,8 +22,7 @@ from mflux_vae_train.ema import EMA
 
 Arrays: TypeAlias = Mapping[str, mx.array]
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
-"""(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same
-way)."""
+"""(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
 
 
 @dataclass(frozen=True, kw_only=True)

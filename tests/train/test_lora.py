@@ -182,3 +182,13 @@ def test_diffusers_and_peft_read_the_file_alpha_included(tmp_path: Path) -> None
     with torch.no_grad():
         out = theirs(torch.tensor(np.array(X))).numpy()
     np.testing.assert_allclose(out, np.array(net(X)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora.save_adapter(adapted(), path, "unet")
+    with pytest.raises(WeightsError, match="no adapter for 'transformer'"):
+        lora.load_adapter(Net(), path, "transformer")
+    write_safetensors(path, lora.adapter_tensors(adapted(), "unet"), {lora.METADATA_KEY: "{"})
+    with pytest.raises(WeightsError, match="cannot be read"):
+        lora.load_adapter(Net(), path, "unet")
