@@ -97,28 +97,28 @@ def resized(picture: np.ndarray, factor: float) -> np.ndarray:
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def strip(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of equal size side by side, without a gap."""
-    return np.concatenate(list(pictures), axis=1)
+def strip(pictures: Sequence[np.ndarray], *, gap: int = 0) -> np.ndarray:
+    """Pictures of equal size side by side, with `gap` white pixels in between."""
+    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (white, picture)]
+    return np.concatenate(parts[1:], axis=1)
 
 
-def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 1, gap: int = 4) -> np.ndarray:
+def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np.ndarray:
     """Strips below each other on white, each with its label at the left.
 
     Args:
         rows: label and uint8 (H, W, 3); widths may differ.
-        scale: pixels are repeated this many times, so that small pictures can be seen.
         gap: white pixels around each row.
     """
     font = ImageFont.load_default(size=14)
-    enlarged = [(label, picture.repeat(scale, axis=0).repeat(scale, axis=1)) for label, picture in rows]
     margin = max(round(font.getlength(label)) for label, _ in rows) + 2 * gap
-    width = margin + max(picture.shape[1] for _, picture in enlarged) + gap
-    height = gap + sum(picture.shape[0] + gap for _, picture in enlarged)
+    width = margin + max(picture.shape[1] for _, picture in rows) + gap
+    height = gap + sum(picture.shape[0] + gap for _, picture in rows)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     top = gap
-    for label, picture in enlarged:
+    for label, picture in rows:
         draw.text((gap, top + picture.shape[0] // 2), label, fill="black", font=font, anchor="lm")
         canvas.paste(Image.fromarray(picture), (margin, top))
         top += picture.shape[0] + gap

@@ -125,8 +125,8 @@ def test_a_saved_picture_comes_back_with_its_text_and_leaves_no_other_file(tmp_p
 
 def test_rows_are_stacked_with_labels_at_the_left():
     red = np.full((8, 8, 3), RED, dtype=np.uint8)
-    sheet = images.labelled_rows([("one", images.strip([red, red])), ("three hundred", red)], scale=4)
-    assert sheet.shape[0] == 2 * 32 + 3 * 4
-    assert (sheet == np.array(RED)).all(-1).sum() == 3 * 32 * 32
-    left = sheet[:, : sheet.shape[1] - 64 - 4]
+    sheet = images.labelled_rows([("one", images.strip([red, red], gap=3)), ("three hundred", red)])
+    assert sheet.shape[0] == 2 * 8 + 3 * 4
+    assert (sheet == np.array(RED)).all(-1).sum() == 3 * 8 * 8
+    left = sheet[:, : sheet.shape[1] - 19 - 4]
     assert (left < 128).all(-1).any()

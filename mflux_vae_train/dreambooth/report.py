@@ -33,14 +33,22 @@ def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: in
         # Evenly spaced, first and last among them.
         chosen = np.linspace(0, len(previews) - 1, MOST_ROWS).round().astype(int)
         previews = [previews[index] for index in chosen]
-    rows = [("subject", strip(instance[: max(columns, 4)]))]
-    rows += [("untrained" if update == 0 else f"step {update}", load_image(path)) for update, path in previews]
     side = instance[0].shape[0]
-    if side > LARGEST_SIDE:
-        rows = [(label, resized(row, LARGEST_SIDE / side)) for label, row in rows]
+    rows = [("subject", list(instance[: max(columns, 4)]))]
+    for update, path in previews:
+        row = load_image(path)
+        rows.append(("untrained" if update == 0 else f"step {update}", np.split(row, row.shape[1] // side, axis=1)))
     path = samples / "progress.png"
-    save_image(path, labelled_rows(rows, scale=-(-SMALLEST_SIDE // side)))
+    save_image(path, labelled_rows([(label, _sized(row, side)) for label, row in rows]))
     return path
+
+
+def _sized(row: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Pictures beside each other, in a size that can be looked at."""
+    if side > LARGEST_SIDE:
+        return strip([resized(picture, LARGEST_SIDE / side) for picture in row], gap=4)
+    scale = -(-SMALLEST_SIDE // side)
+    return strip([picture.repeat(scale, axis=0).repeat(scale, axis=1) for picture in row], gap=4)
 
 
 def write_loss_curve(records: Sequence[Mapping[str, float]], path: Path) -> bool:

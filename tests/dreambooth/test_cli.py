@@ -139,8 +139,7 @@ sys.exit(cli.main())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path, number, status):
+def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path):
     out = tmp_path / "out"
     flags = ["--model=fake", f"--instance_data_dir={instance_dir}", "--instance_prompt=a photo of sks dog"]
     flags += [f"--output_dir={out}", "--max_train_steps=1000000", "--num_class_images=1"]
@@ -150,10 +149,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path, number,
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == status, err
+    assert process.returncode == 143, err
     assert "a checkpoint was written" in err.splitlines()[-1]
     assert len(list(out.glob("checkpoint-*"))) == 1

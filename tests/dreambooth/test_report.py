@@ -22,7 +22,7 @@ def test_the_overview_has_the_subject_first_and_a_row_per_preview(tmp_path):
     enlarged = 16 * 8  # to 128 pixels
     assert sheet.shape[0] == 4 * enlarged + 5 * 4
     middles = [4 + row * (enlarged + 4) + enlarged // 2 for row in range(4)]
-    column = sheet.shape[1] - 4 - 4 * enlarged + 5
+    column = sheet.shape[1] - 4 - (4 * enlarged + 3 * 4) + 5
     assert [int(sheet[middle, column, 0]) for middle in middles[1:]] == [50, 55, 60]
     assert tuple(sheet[middles[0] - enlarged // 4, column]) == (255, 140, 0)
 
