@@ -47,9 +47,11 @@ def _run(argv: Sequence[str] | None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
     try:
+        from mflux_vae_train.dreambooth.preparation import check_pictures
         from mflux_vae_train.dreambooth.train import DreamBooth
         from mflux_vae_train.pipelines.registry import open_pipeline
 
+        check_pictures(settings)  # before many gigabytes of weights are read
         DreamBooth(open_pipeline(settings.model)).train(settings)
     finally:
         warnings.showwarning = show

@@ -6,12 +6,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.images import find_images, load_image
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
@@ -40,6 +42,18 @@ class Preparation:
     identity: Mapping[str, Any]
     standing: Standing
     lines: Sequence[str]
+
+
+def check_pictures(settings: DreamBoothSettings) -> None:
+    """What can be known of the pictures without a pipeline: that there are some, and all can be read.
+
+    Raises:
+        ImageError: no instance pictures, or a picture that cannot be read.
+    """
+    load_pictures(settings.instance_data_dir, resolution=settings.resolution or 8)
+    if settings.class_data_dir is not None and Path(settings.class_data_dir).is_dir():
+        for path in find_images(settings.class_data_dir)[0]:
+            load_image(path)
 
 
 def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Preparation:

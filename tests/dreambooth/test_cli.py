@@ -69,6 +69,16 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_are_checked_before_weights_are_read(run, monkeypatch, instance_dir):
+    def opens(model):
+        raise AssertionError("the pipeline was opened")
+
+    monkeypatch.setattr(registry, "open_pipeline", opens)
+    (instance_dir / "picture-3.png").write_bytes(b"not a picture")
+    status, _, err = run()
+    assert status == 2 and "picture-3.png" in err
+
+
 def test_an_unknown_pipeline_is_bad_input(run, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [])
