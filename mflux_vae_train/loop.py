@@ -17,17 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; the update was finished and a checkpoint written.
+    """SIGINT or SIGTERM arrived; the update was finished and, where there is a way to, a checkpoint written.
 
     Attributes:
         exit_code: what a command line should exit with: 130 after SIGINT, 143 after SIGTERM.
         update: updates made.
     """
 
-    def __init__(self, signum: int, update: int) -> None:
-        super().__init__(
-            f"interrupted by {signal.Signals(signum).name} after update {update}; a checkpoint was written"
-        )
+    def __init__(self, signum: int, update: int, *, saved: bool) -> None:
+        left = "a checkpoint was written" if saved else "no checkpoint was asked for"
+        super().__init__(f"interrupted by {signal.Signals(signum).name} after update {update}; {left}")
         self.exit_code = 128 + signum
         self.update = update
 
@@ -77,7 +76,7 @@ def fit(
             if received:
                 if checkpoint is not None:
                     checkpoint(record.update)
-                raise Interrupted(received[0], record.update)
+                raise Interrupted(received[0], record.update, saved=checkpoint is not None)
 
 
 @contextmanager

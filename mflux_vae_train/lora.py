@@ -75,10 +75,9 @@ def add_lora(
 
 
 def layers(module: nn.Module) -> dict[str, Any]:
-    """The adapted layers by path."""
-    from mlx_lm.tuner.lora import LoRALinear
-
-    return {path: layer for path, layer in sorted(module.named_modules()) if isinstance(layer, LoRALinear)}
+    """The layers that `add_lora` adapted, by path: they carry its dropout. (No import of mlx-lm just to look.)"""
+    modules = sorted(module.named_modules(), key=lambda item: item[0])
+    return {path: layer for path, layer in modules if isinstance(layer.get("dropout"), KeyedDropout)}
 
 
 @contextmanager
