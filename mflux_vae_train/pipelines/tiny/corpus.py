@@ -1,4 +1,4 @@
-"""Pictures the embedded pipeline's autoencoder learns from: scenes of the world, and crops of photographs."""
+"""Pictures the embedded pipeline learns from: scenes of the world, and crops of photographs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mflux_vae_train.pipelines.tiny.words import NAMES, article
 from mflux_vae_train.pipelines.tiny.world import training_example
 
 _PHOTOGRAPHS = {
@@ -17,6 +18,13 @@ _PHOTOGRAPHS = {
 }
 _DRAWINGS = {"chessboard_GRAY", "chessboard_RGB", "color", "horse", "logo", "page", "phantom", "text"}
 _SMALLEST_CROP = 80
+"""Pixels of a photograph; smaller crops show nothing but blur."""
+
+OBJECTS = tuple(
+    """backpack bear boot bowl can candle car cat clock cup dog drawing duck emoji flower glasses house
+    monster painting plate robot shoe sneaker teapot toy tree vase wolf""".split()
+)
+"""Nouns of photographs. Which photograph one means is random: the base knows only that these are no shapes."""
 
 
 def scenes(seed: int, count: int, size: int) -> np.ndarray:
@@ -37,15 +45,31 @@ def photographs(folders: Sequence[Path] = ()) -> list[Image.Image]:
     return [Image.open(file).convert("RGB") for file in files]
 
 
-def crops(pictures: Sequence[Image.Image], seed: int, count: int, size: int) -> np.ndarray:
-    """Random square crops of any scale, mirrored half of the time. uint8 (count, size, size, 3)."""
+def crops(pictures: Sequence[Image.Image], seed: int, count: int, size: int, *, smallest: float = 0.0) -> np.ndarray:
+    """Random square crops, mirrored half of the time. uint8 (count, size, size, 3).
+
+    Args:
+        smallest: smallest side of a crop, as a share of its picture's short side.
+    """
     out = np.empty((count, size, size, 3), np.uint8)
     for index in range(count):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
         picture = pictures[int(rng.integers(len(pictures)))]
         short = min(picture.size)
-        side = int(round(np.exp(rng.uniform(np.log(min(_SMALLEST_CROP, short)), np.log(short)))))
+        least = min(max(_SMALLEST_CROP, smallest * short), short)
+        side = round(np.exp(rng.uniform(np.log(least), np.log(short))))
         x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
         crop = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
         out[index] = np.asarray(crop)[:, :: -1 if rng.random() < 0.5 else 1]
     return out
+
+
+def photo_captions(seed: int, count: int) -> list[str]:
+    """Captions for photographs: "a photo of a dog", in a third of the cases with a name, "a photo of zwx dog"."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, count]))
+    captions = []
+    for _ in range(count):
+        noun = OBJECTS[int(rng.integers(len(OBJECTS)))]
+        named = f"{NAMES[int(rng.integers(len(NAMES)))]} {noun}" if rng.random() < 1 / 3 else f"{article(noun)} {noun}"
+        captions.append(f"a photo of {named}")
+    return captions

@@ -112,7 +112,8 @@ class FluxRecipe:
     """Training of transformer and text encoders together, on cached latents; rectified flow, logit-normal levels.
 
     Attributes:
-        examples: captioned scenes to draw from; latents of all of them are encoded first.
+        scenes, photos: captioned scenes and crops of photographs to draw from; latents of all are encoded first.
+        photo_crop: smallest side of a crop, as a share of the photograph's short side.
         caption_dropout: part of the captions replaced by the empty one, so that guidance works.
         muon_rate: peak rate of the blocks' matrices; adamw_rate of the rest; text_rate of both text encoders.
         decay_share: part of the updates at the end over which the rates fall to zero.
@@ -121,7 +122,9 @@ class FluxRecipe:
     seed: int = 0
     updates: int = 7000
     batch: int = 32
-    examples: int = 24_000
+    scenes: int = 24_000
+    photos: int = 1_200
+    photo_crop: float = 0.5
     caption_dropout: float = 0.1
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3

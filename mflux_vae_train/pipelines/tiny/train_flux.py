@@ -17,7 +17,7 @@ from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
-from mflux_vae_train.pipelines.tiny import recipe
+from mflux_vae_train.pipelines.tiny import corpus, recipe
 from mflux_vae_train.pipelines.tiny.optimizer import Grouped
 from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer
@@ -66,29 +66,37 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
     return pipeline
 
 
-def encode_scenes(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
-    """Unscaled latents (N, h, w, C) float16 and captions of the training examples; kept in `work`."""
-    file = work / f"latents-{settings.seed}-{settings.examples}.npz"
+def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
+    """Unscaled latents (N, h, w, C) float16 and captions of scenes, then of photographs; kept in `work`."""
+    file = work / f"latents-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
     if file.is_file():
         stored = np.load(file)
         return stored["latents"], stored["captions"].tolist()
-    latents, captions = [], []
-    for start in range(0, settings.examples, _ENCODED_AT_ONCE):
-        stop = min(start + _ENCODED_AT_ONCE, settings.examples)
+    photos = corpus.crops(
+        corpus.photographs(), settings.seed, settings.photos, recipe.SIZE, smallest=settings.photo_crop
+    )
+    latents = [_encode(vae, part) for part in np.array_split(photos, -(-settings.photos // _ENCODED_AT_ONCE))]
+    captions = corpus.photo_captions(settings.seed, settings.photos)
+    for start in range(0, settings.scenes, _ENCODED_AT_ONCE):
+        stop = min(start + _ENCODED_AT_ONCE, settings.scenes)
         examples = [training_example(settings.seed, index, recipe.SIZE) for index in range(start, stop)]
-        pixels = mx.array(np.stack([picture for picture, _, _ in examples])).astype(mx.float32) / 127.5 - 1
-        latents.append(np.array(vae.network.encode(pixels).mode(), np.float16))
+        latents.append(_encode(vae, np.stack([picture for picture, _, _ in examples])))
         captions += [caption for _, caption, _ in examples]
         if start % (50 * _ENCODED_AT_ONCE) == 0:
-            logger.info("encoded %d of %d scenes", stop, settings.examples)
+            logger.info("encoded %d of %d scenes", stop, settings.scenes)
     np.savez(file, latents=np.concatenate(latents), captions=np.array(captions))
     return np.concatenate(latents), captions
 
 
+def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
+    pixels = mx.array(pictures).astype(mx.float32) / 127.5 - 1
+    return np.array(vae.network.encode(pixels).mode(), np.float16)
+
+
 def train(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
     """Train, or go on where `work` left off. Returns the pipeline with averaged weights."""
-    raw, captions = encode_scenes(work, vae, settings)
-    latents = mx.array(raw)
+    raw, captions = encode_examples(work, vae, settings)
+    latents, examples = mx.array(raw), len(captions)
     pipeline = new_pipeline(work, vae, settings)
     model = Trained(pipeline)
     ids = {
@@ -97,11 +105,11 @@ def train(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
     }
 
     def batch(update: int) -> list[MicroBatch]:
-        epoch, place = divmod(update * settings.batch, settings.examples - settings.batch)
-        order = rng(settings.seed, Stream.DATA_ORDER, epoch).permutation(settings.examples)
+        epoch, place = divmod(update * settings.batch, examples - settings.batch)
+        order = rng(settings.seed, Stream.DATA_ORDER, epoch).permutation(examples)
         chosen = order[place : place + settings.batch]
         dropped = rng(settings.seed, Stream.CAPTION_DROPOUT, update).random(settings.batch) < settings.caption_dropout
-        rows = mx.array(np.where(dropped, settings.examples, chosen))
+        rows = mx.array(np.where(dropped, examples, chosen))
         arrays = {
             "latents": vae.scaled(latents[mx.array(chosen)].astype(mx.float32)),
             "clip": ids["clip"][rows],
