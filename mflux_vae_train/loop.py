@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
         update: updates made.
     """
 
-    def __init__(self, signum: int, update: int, *, saved: bool) -> None:
+    def __init__(self, signum: int, update: int, *, saved: bool = True) -> None:
         left = "a checkpoint was written" if saved else "no checkpoint was asked for"
         super().__init__(f"interrupted by {signal.Signals(signum).name} after update {update}; {left}")
         self.exit_code = 128 + signum
