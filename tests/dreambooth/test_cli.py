@@ -88,7 +88,7 @@ def test_an_unknown_pipeline_is_bad_input(run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(TrainingError("it broke"), 1), (KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM, 3), 143)],
+    [(TrainingError("it broke"), 1), (KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM, 3, saved=True), 143)],
 )
 def test_exit_codes(run, monkeypatch, error, expected):
     def fails(self, settings):
