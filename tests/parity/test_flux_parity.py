@@ -116,9 +116,7 @@ def test_full_size_has_the_published_keys_and_shapes(name: str) -> None:
 def test_sigmas_agree_bit_for_bit(steps: int, tokens: int, settings: dict) -> None:
     ours = FlowMatchSchedule(**settings)
     theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(ours.to_dict())
-    mu = calculate_shift(
-        tokens, ours.base_image_seq_len, ours.max_image_seq_len, ours.base_shift, ours.max_shift
-    )
+    mu = calculate_shift(tokens, ours.base_image_seq_len, ours.max_image_seq_len, ours.base_shift, ours.max_shift)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     np.testing.assert_array_equal(ours.sigmas(steps, tokens), theirs.sigmas.numpy())
     assert FlowMatchSchedule.from_dict(dict(theirs.config)) == ours

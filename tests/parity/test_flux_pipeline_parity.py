@@ -31,9 +31,7 @@ def open_theirs(folder: Path):
 def draw_theirs(theirs, noise: np.ndarray, **arguments) -> np.ndarray:
     """Images in [0, 1] from NHWC noise."""
     batch, height, width, channels = noise.shape
-    packed = theirs._pack_latents(
-        torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), batch, channels, height, width
-    )
+    packed = theirs._pack_latents(torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), batch, channels, height, width)
     return theirs(
         PROMPTS,
         height=height * 8,
@@ -74,9 +72,7 @@ def test_prompts_are_encoded_alike(tmp_path: Path) -> None:
     ours = small_pipeline(tmp_path / "parts")
     ours.save_pretrained(tmp_path / "saved", "float32")
     prompts = [*PROMPTS, ""]
-    embeds, pooled, _ = open_theirs(tmp_path / "saved").encode_prompt(
-        prompts, max_sequence_length=TEXT_TOKENS
-    )
+    embeds, pooled, _ = open_theirs(tmp_path / "saved").encode_prompt(prompts, max_sequence_length=TEXT_TOKENS)
     found = ours.encode_prompts(prompts)
     for mine, reference in ((found["prompt_embeds"], embeds), (found["pooled"], pooled)):
         expected = reference.detach().numpy()

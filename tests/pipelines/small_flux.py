@@ -16,7 +16,7 @@ from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
-WORDS = "a an and blue circle dog of on photo red sks star".split()
+WORDS = ["a", "an", "and", "blue", "circle", "dog", "of", "on", "photo", "red", "sks", "star"]
 TEXT_TOKENS = 12
 
 RECOMMENDED = Recommended(
@@ -54,9 +54,7 @@ def drawn(module: nn.Module, seed: int) -> nn.Module:
     parameters = tree_flatten(module.parameters())
     keys = mx.random.split(mx.random.key(seed), len(parameters))
     module.update(
-        tree_unflatten(
-            [(name, _draw(name, value, key)) for (name, value), key in zip(parameters, keys, strict=True)]
-        )
+        tree_unflatten([(name, _draw(name, value, key)) for (name, value), key in zip(parameters, keys, strict=True)])
     )
     return module
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -77,9 +79,7 @@ def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, we
 
 def test_training_levels_are_spread_as_named() -> None:
     def draw(weighting: str) -> np.ndarray:
-        return np.array(
-            SCHEDULES["schnell"].training_sigmas(keys(2000), weighting=weighting, image_tokens=16)
-        )
+        return np.array(SCHEDULES["schnell"].training_sigmas(keys(2000), weighting=weighting, image_tokens=16))
 
     logits = np.log(draw("logit_normal") / (1 - draw("logit_normal")))
     assert logits.mean() == pytest.approx(0, abs=0.1) and logits.std() == pytest.approx(1, abs=0.1)
@@ -99,7 +99,7 @@ def test_the_true_velocity_leads_from_noise_to_the_image(schedule: FlowMatchSche
     image, noise = mx.random.normal((2, 3, 4, 5), key=mx.random.key(0))
     levels = schedule.sigmas(5, 256).tolist()
     x = noise
-    for level, following in zip(levels, levels[1:], strict=False):
+    for level, following in pairwise(levels):
         np.testing.assert_allclose(x, noised(image, noise, mx.full(3, level)), atol=1e-5)
         x = euler_step(x, noise - image, level, following)
     np.testing.assert_allclose(x, image, atol=1e-5)

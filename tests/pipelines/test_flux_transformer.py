@@ -115,9 +115,7 @@ def test_rotation_keeps_length_and_sees_only_distance() -> None:
     rope = rotation(mx.array([[0.0, row, 3.0] for row in range(8)]), (4, 6, 6))
     x, y = mx.random.normal((2, 1, 1, 1, 16), key=mx.random.key(0))
     q, k = (rotate(mx.broadcast_to(a, (1, 8, 1, 16)), rope)[0, :, 0] for a in (x, y))
-    np.testing.assert_allclose(
-        mx.linalg.norm(q, axis=-1), mx.broadcast_to(mx.linalg.norm(x), (8,)), rtol=1e-5
-    )
+    np.testing.assert_allclose(mx.linalg.norm(q, axis=-1), mx.broadcast_to(mx.linalg.norm(x), (8,)), rtol=1e-5)
     scores = np.array(q @ k.T)
     for distance in range(8):
         np.testing.assert_allclose(np.diag(scores, distance), scores[0, distance], rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +18,7 @@ Rotation = tuple[mx.array, mx.array]
 """Cosine and sine of every position's angles, each (N, 1, head_dim / 2) float32."""
 
 
-def sinusoidal(
-    values: mx.array, channels: int = SINUSOIDAL_CHANNELS, max_period: float = 10_000.0
-) -> mx.array:
+def sinusoidal(values: mx.array, channels: int = SINUSOIDAL_CHANNELS, max_period: float = 10_000.0) -> mx.array:
     """(B,) -> (B, channels) float32: all cos(v w_i), then all sin(v w_i); w_i = max_period^(-2i/channels)."""
     half = channels // 2
     # In float64 first: 1000 * guidance magnifies an error in a frequency.
@@ -76,9 +75,22 @@ def rotation(ids: mx.array, axes_dims: Sequence[int]) -> Rotation:
 
 
 def rotate(x: mx.array, by: Rotation) -> mx.array:
-    """Turn neighbouring channels of (B, N, heads, head_dim), as pairs, by their position's angles."""
-    cos, sin = by
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    """Turn neighbouring channels of (B, N, heads, head_dim), as pairs, by their position's angles; float32 inside."""
+    turned = cast(mx.array, _turn_with_vjp(x.astype(mx.float32), *by))
+    return turned.astype(x.dtype)
+
+
+def _turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    return mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+_turn_with_vjp = mx.custom_function(_turn)
+
+
+@_turn_with_vjp.vjp
+def _turn_back(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    """The gradient of a rotation is the rotation back, cheaper than those of the slices. Angles are not learnt."""
+    _, cos, sin = primals
+    return _turn(cotangent, cos, -sin), mx.zeros_like(cos), mx.zeros_like(sin)

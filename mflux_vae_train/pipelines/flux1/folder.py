@@ -128,9 +128,7 @@ def _read_recommended(path: Path) -> tuple[Recommended | None, SigmaWeighting | 
     values = read_json(path)
     weighting = values.pop("sigma_weighting", None)
     if weighting not in (None, *get_args(SigmaWeighting)):
-        raise SettingsError(
-            f"{path}: sigma_weighting {weighting!r} is none of {', '.join(get_args(SigmaWeighting))}"
-        )
+        raise SettingsError(f"{path}: sigma_weighting {weighting!r} is none of {', '.join(get_args(SigmaWeighting))}")
     try:
         return Recommended(**values), weighting
     except TypeError as error:

@@ -134,9 +134,7 @@ class FluxPipeline:
         tokens = self.tokenizer_2.encode(prompts, self.max_text_tokens)
         return {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
 
-    def loss(
-        self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float
-    ) -> mx.array:
+    def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
 
         x_s = (1 - s) x0 + s e, target e - x0 (Lipman et al. 2023); noise and error are float32 always.
@@ -148,9 +146,7 @@ class FluxPipeline:
         grid = latents.shape[1], latents.shape[2]
         clean = pack(latents.astype(mx.float32))
         noise = pack(_noise(keys[:, 0], latents.shape[1:]))
-        sigma = self.schedule.training_sigmas(
-            keys[:, 1], weighting=self.sigma_weighting, image_tokens=clean.shape[1]
-        )
+        sigma = self.schedule.training_sigmas(keys[:, 1], weighting=self.sigma_weighting, image_tokens=clean.shape[1])
         velocity = self._velocity(noised(clean, noise, sigma), sigma, conditioning, guidance, grid)
         return mx.mean(mx.square(velocity - (noise - clean)), axis=(1, 2))
 
@@ -179,9 +175,7 @@ class FluxPipeline:
         """
         height, width = size
         if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise SettingsError(
-                f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}"
-            )
+            raise SettingsError(f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}")
         grid = height // VAE_FACTOR, width // VAE_FACTOR
         if latents is None:
             latents = _noise(key, (*grid, self.denoiser.config.in_channels // PATCH**2))

@@ -63,14 +63,10 @@ class FlowMatchSchedule:
         """
         kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if kind != "FlowMatchEulerDiscreteScheduler":
-            raise SettingsError(
-                f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is"
-            )
+            raise SettingsError(f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is")
         for name, value in _FIXED.items():
             if config.get(name, value) != value:
-                raise SettingsError(
-                    f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is"
-                )
+                raise SettingsError(f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,9 +103,7 @@ class FlowMatchSchedule:
             # 0 would have no noise to predict, and dynamic shifting divides by it
             levels = 1 - mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))(key)
         elif weighting == "schnell":
-            levels = (
-                mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
-            )
+            levels = mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
         else:
             known = ", ".join(get_args(SigmaWeighting))
             raise SettingsError(f"sigma weighting {weighting!r} is unknown; known are {known}")

@@ -166,9 +166,7 @@ class JointAttention(SingleAttention):
     def joint(self, image: mx.array, text: mx.array, rope: Rotation) -> tuple[mx.array, mx.array]:
         """Image (B, N, D) and text (B, L, D) -> what attention adds to each."""
         q, k, v = (self._heads_of(layer(image)) for layer in (self.to_q, self.to_k, self.to_v))
-        tq, tk, tv = (
-            self._heads_of(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        )
+        tq, tk, tv = (self._heads_of(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         q = mx.concatenate([self.norm_added_q(tq), self.norm_q(q)], axis=1)
         k = mx.concatenate([self.norm_added_k(tk), self.norm_k(k)], axis=1)
         both = self._attend(q, k, mx.concatenate([tv, v], axis=1), rope)
@@ -259,9 +257,7 @@ class FluxTransformer(nn.Module):
         """
         if (guidance is not None) != self.config.guidance_embeds:
             needs = "needs" if self.config.guidance_embeds else "takes no"
-            raise ValueError(
-                f"this FLUX transformer {needs} guidance (guidance_embeds={self.config.guidance_embeds})"
-            )
+            raise ValueError(f"this FLUX transformer {needs} guidance (guidance_embeds={self.config.guidance_embeds})")
         conditioning = silu(
             self.time_text_embed(
                 timestep.astype(mx.float32) * 1000,
@@ -289,9 +285,7 @@ def init_weights(model: FluxTransformer, key: mx.array) -> None:
     """
     shapes = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     keys = mx.random.split(key, len(shapes))
-    drawn = [
-        (name, _initial(name, shape, one)) for (name, shape), one in zip(shapes.items(), keys, strict=True)
-    ]
+    drawn = [(name, _initial(name, shape, one)) for (name, shape), one in zip(shapes.items(), keys, strict=True)]
     model.update(tree_unflatten(drawn))
 
 
