@@ -1,4 +1,4 @@
-"""Point functions that a loaded library calls at another library, after the fact (Linux, ELF64).
+"""Point functions that a loaded library calls at another library, after the fact (Linux, 64-bit ELF).
 
 Python binds an extension's symbols while importing it, so a program that imports `mlx.core` before this package has
 MLX bound to its own slow BLAS already. The binding is an entry in a table of the library, and tables can be written.
@@ -8,10 +8,10 @@ Layout: System V ABI, "Dynamic Linking": link_map (dlinfo(3)), Elf64_Dyn, Elf64_
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import struct
+from collections.abc import Iterator
 
-_DT_STRTAB, _DT_SYMTAB, _DT_JMPREL, _DT_PLTRELSZ = 5, 6, 23, 2
+_DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_JMPREL = 2, 5, 6, 23
 _RELA_SIZE, _SYM_SIZE = 24, 24
 _RTLD_DI_LINKMAP = 2
 
@@ -24,31 +24,47 @@ def rebind(library: ctypes.CDLL, prefix: str, source: ctypes.CDLL) -> int:
     Returns:
         number of functions bound; 0 where the library has none or its table is read-only.
     """
-    if ctypes.sizeof(ctypes.c_void_p) != 8:
-        return 0
-    base, table = _dynamic_table(library)
-    if not {_DT_STRTAB, _DT_SYMTAB, _DT_JMPREL, _DT_PLTRELSZ} <= table.keys():
-        return 0
     writable = _writable_ranges()
     bound = 0
-    for at in range(table[_DT_JMPREL], table[_DT_JMPREL] + table[_DT_PLTRELSZ], _RELA_SIZE):
-        offset, info, _ = struct.unpack("<QQq", ctypes.string_at(at, _RELA_SIZE))
-        symbol = ctypes.string_at(table[_DT_SYMTAB] + (info >> 32) * _SYM_SIZE, 4)
-        name = ctypes.string_at(table[_DT_STRTAB] + struct.unpack("<I", symbol)[0]).decode()
-        slot = base + offset
-        if name.startswith(prefix) and hasattr(source, name) and any(a <= slot < b for a, b in writable):
-            address = ctypes.cast(getattr(source, name), ctypes.c_void_p).value
-            ctypes.c_uint64.from_address(slot).value = address or 0
+    for name, slot in slots(library, prefix):
+        if hasattr(source, name) and any(start <= slot < end for start, end in writable):
+            ctypes.c_uint64.from_address(slot).value = address_of(source, name)
             bound += 1
     return bound
 
 
+def address_of(library: ctypes.CDLL, name: str) -> int:
+    """Where a function of a library lies in memory."""
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+
+
+def slots(library: ctypes.CDLL, prefix: str) -> Iterator[tuple[str, int]]:
+    """Names of the functions `prefix...` that `library` imports, each with the address of its table entry."""
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        return
+    base, table = _dynamic_table(library)
+    if not {_DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_JMPREL} <= table.keys():
+        return
+    # glibc has added the load address to the addresses in this table, musl has not
+    strings, symbols, entries = (
+        table[tag] + (base if table[tag] < base else 0) for tag in (_DT_STRTAB, _DT_SYMTAB, _DT_JMPREL)
+    )
+    for at in range(entries, entries + table[_DT_PLTRELSZ], _RELA_SIZE):
+        offset, info, _ = struct.unpack("<QQq", ctypes.string_at(at, _RELA_SIZE))
+        (name_at,) = struct.unpack("<I", ctypes.string_at(symbols + (info >> 32) * _SYM_SIZE, 4))
+        name = ctypes.string_at(strings + name_at).decode()
+        if name.startswith(prefix):
+            yield name, base + offset
+
+
 def _dynamic_table(library: ctypes.CDLL) -> tuple[int, dict[int, int]]:
     """Load address and dynamic section (tag -> value) of a loaded library."""
-    libdl = ctypes.CDLL(ctypes.util.find_library("dl") or None)
     link_map = ctypes.c_void_p()
-    libdl.dlinfo.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
-    if libdl.dlinfo(library._handle, _RTLD_DI_LINKMAP, ctypes.byref(link_map)) != 0 or not link_map.value:
+    dlinfo = getattr(ctypes.CDLL(None), "dlinfo", None)
+    if dlinfo is None:
+        return 0, {}
+    dlinfo.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    if dlinfo(library._handle, _RTLD_DI_LINKMAP, ctypes.byref(link_map)) != 0 or not link_map.value:
         return 0, {}
     base, _, at = struct.unpack("<QQQ", ctypes.string_at(link_map.value, 24))
     table: dict[int, int] = {}

@@ -4,7 +4,7 @@ MLX's CPU wheel for Linux links netlib's reference BLAS, thirty times slower tha
 symbols are unversioned, so a library that is already in the process's global scope wins: opening MKL (the `mkl`
 wheel) or OpenBLAS (Debian's `libopenblas0`) with RTLD_GLOBAL before `mlx.core` is imported is all it takes, and
 where MLX was imported first, its table of functions is rewritten (`rebind`).
-Nothing here applies to Metal or CUDA.
+Metal and CUDA compute without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -25,65 +24,64 @@ BLAS_VARIABLE = "MFLUX_VAE_BLAS"
 
 _MKL = "libmkl_rt.so"
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+_CBLAS = "cblas_"
 _CACHE_SHARE = 0.25
 
 
-def _open_blas() -> str | None:
+def _open_blas() -> tuple[str | None, str]:
     """Open a fast BLAS with RTLD_GLOBAL, and bind MLX to it where `mlx.core` was imported before this package.
 
     Returns:
-        path of the library; None where none is needed or none was found (then a warning names the cure).
+        path of the library, or None; and what the user can do in that case.
     """
-    if sys.platform != "linux":
-        return None
-    loaded = sys.modules.get("mlx.core")
+    imported = sys.modules.get("mlx.core")
     choice = os.environ.get(BLAS_VARIABLE, "auto")
-    for candidate in [] if choice == "none" else _candidates() if choice == "auto" else [choice]:
+    cure = "pip install mkl" if platform.machine() == "x86_64" else "apt install libopenblas0"
+    if choice != "auto":
+        cure = f"unset {BLAS_VARIABLE} (now {choice!r}), {cure}"
+    for candidate in _candidates(choice):
         try:
             library = ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL)
+            if not hasattr(library, f"{_CBLAS}sgemm"):
+                continue
+            if imported is None or rebind(_libmlx(imported), _CBLAS, library):
+                return str(candidate), ""
+            cure = "import mflux_vae before mlx"
         except OSError:
             continue
-        if not hasattr(library, "cblas_sgemm"):
-            continue
-        if loaded is None:
-            return str(candidate)
-        libmlx = Path(str(loaded.__file__)).parent / "lib" / "libmlx.so"
-        if libmlx.is_file() and rebind(ctypes.CDLL(str(libmlx)), "cblas_", library):
-            return str(candidate)
-        _warn("MLX is bound to its own slow BLAS already; cure: import mflux_vae before mlx")
-        return None
-    cure = "pip install mkl" if platform.machine() == "x86_64" else "apt install libopenblas0"
-    _warn(f"no fast BLAS found: MLX is about 30 times slower on this CPU; cure: {cure}")
-    return None
+    return None, cure
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _candidates() -> list[str | Path]:
-    """MKL where pip put it, then whatever OpenBLAS the dynamic linker knows."""
-    found: list[str | Path] = []
+def _candidates(choice: str) -> list[str | Path]:
+    """What to try, best first: MKL where pip put it, then whatever OpenBLAS the dynamic linker knows."""
+    if choice != "auto":
+        return [] if choice == "none" else [choice]
     try:
         files = importlib.metadata.files("mkl") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    found += [Path(str(file.locate())) for file in files if file.name.startswith(_MKL)]
-    return [*found, *_OPENBLAS]
+    return [*(Path(str(file.locate())) for file in files if file.name.startswith(_MKL)), *_OPENBLAS]
+
+
+def _libmlx(core: object) -> ctypes.CDLL:
+    """MLX's library: beside its extension module, or the extension itself."""
+    extension = Path(str(getattr(core, "__file__", None)))
+    library = extension.parent / "lib" / "libmlx.so"
+    return ctypes.CDLL(str(library if library.is_file() else extension))
 
 
 def _memory_bytes() -> int:
     """Physical memory, or the container's limit where that is smaller."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-blas = _open_blas()
-"""Path of the BLAS in use; None on Metal, or where MLX's own is used."""
+blas, _cure = _open_blas() if sys.platform == "linux" else (None, "")
+"""Path of the BLAS that was opened for MLX; None where MLX uses the one it came with."""
 
 import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is imported)
 
@@ -91,11 +89,6 @@ import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is importe
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU (no Metal, no CUDA, or the default device was set to the CPU)."""
     return mx.default_device().type == mx.DeviceType.cpu
-
-
-def can_compile() -> bool:
-    """Whether `mx.compile` works here: on a CPU it runs g++ when a function is first evaluated."""
-    return not is_cpu() or shutil.which("g++") is not None
 
 
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
@@ -107,6 +100,9 @@ def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
     return mx.float32 if is_cpu() else (requested or mx.bfloat16)
 
 
-if is_cpu():
+if sys.platform == "linux" and is_cpu():
     # The default of 32 MB makes every large temporary a fresh mmap that page-faults: nine times slower.
     mx.set_cache_limit(int(_memory_bytes() * _CACHE_SHARE))
+    if blas is None:
+        _message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {_cure}"
+        warnings.warn(_message, RuntimeWarning, stacklevel=1)
