@@ -14,9 +14,14 @@ from mflux_vae import kernels
 
 
 class Conv2d(nn.Module):
-    """Convolution with bias; weight (O, kh, kw, C), initialised as torch does (uniform, Kaiming with a = sqrt 5)."""
+    """Convolution with bias, in the dtype of its weight, whatever that of its input.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: kernels.Padding = 0):
+    The weight is (O, kh, kw, C), initialised as torch does (uniform, Kaiming with a = sqrt 5).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: kernels.Padding = 0
+    ):
         super().__init__()
         bound = (in_channels * kernel * kernel) ** -0.5
         self.weight = mx.random.uniform(-bound, bound, (out_channels, kernel, kernel, in_channels))
@@ -24,6 +29,7 @@ class Conv2d(nn.Module):
         self._stride, self._padding = stride, padding
 
     def __call__(self, x: mx.array) -> mx.array:
+        x = x.astype(self.weight.dtype)
         return kernels.conv2d(x, self.weight, self.bias, stride=self._stride, padding=self._padding)
 
 

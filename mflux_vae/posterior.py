@@ -9,12 +9,12 @@ import mlx.core as mx
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
     """A normal distribution with independent components.
 
     Attributes:
-        mean: (B, ...) unscaled latents.
+        mean: (B, ...) unscaled latents, float32.
         logvar: same shape; log variance, clamped to [-30, 20] as in diffusers and latent-diffusion.
     """
 
@@ -23,8 +23,8 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: mx.array) -> DiagonalGaussian:
-        """Split (..., 2C) into mean and log variance."""
-        mean, logvar = mx.split(moments, 2, axis=-1)
+        """Split (..., 2C), of any dtype, into mean and log variance."""
+        mean, logvar = mx.split(moments.astype(mx.float32), 2, axis=-1)
         return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
 
     def mode(self) -> mx.array:
@@ -37,8 +37,7 @@ class DiagonalGaussian:
         Args:
             key: random key; None draws from MLX's global state.
         """
-        noise = mx.random.normal(self.mean.shape, dtype=mx.float32, key=key)
-        return self.mean + mx.exp(0.5 * self.logvar) * noise.astype(self.mean.dtype)
+        return self.mean + mx.exp(0.5 * self.logvar) * mx.random.normal(self.mean.shape, key=key)
 
     def kl(self) -> mx.array:
         """Kullback-Leibler divergence from the standard normal, in nats, summed per sample. (B,)."""

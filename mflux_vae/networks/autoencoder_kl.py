@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +15,13 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.layers import Conv2d, Downsample, GroupNorm, MidBlock, ResnetBlock, Stage, Upsample
 from mflux_vae.posterior import DiagonalGaussian
 
+# What diffusers takes where a config.json is silent, as far as it is not what published autoencoders have.
+_ABSENT = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """Field names and defaults are those of diffusers' `AutoencoderKL` config.json.
+    """Field names are those of the config.json of diffusers' `AutoencoderKL`; defaults are Stable Diffusion's.
 
     Attributes:
         in_channels, out_channels: channels of an image.
@@ -48,7 +52,11 @@ class AutoencoderKLConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        uneven = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        counts = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise SettingsError(f"AutoencoderKL: {name} must be positive, not {getattr(self, name)}")
+        uneven = [c for c in self.block_out_channels if c < 1 or c % self.norm_num_groups]
         if uneven or not self.block_out_channels:
             raise SettingsError(
                 f"AutoencoderKL: block_out_channels {self.block_out_channels} must be multiples of "
@@ -65,15 +73,21 @@ class AutoencoderKLConfig:
         """Read diffusers' config.json; what only describes its block classes is checked, not kept.
 
         Raises:
-            SettingsError: the configuration names a block or activation that this network does not have.
+            SettingsError: the configuration asks for what this network does not have, or is no configuration.
         """
         for key, wanted in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if unknown := set(config.get(key, [wanted])) - {wanted}:
                 raise SettingsError(f"AutoencoderKL: {key} {sorted(unknown)} not supported; only {wanted}")
-        if config.get("act_fn", "silu") != "silu":
+        if config.get("act_fn", "silu") not in ("silu", "swish"):
             raise SettingsError(f"AutoencoderKL: act_fn {config['act_fn']!r} not supported; only 'silu'")
-        known = {name: value for name, value in config.items() if name in cls.__dataclass_fields__ and value is not None}
-        return cls(**known)
+        for key in ("latents_mean", "latents_std"):
+            if config.get(key) is not None:
+                raise SettingsError(f"AutoencoderKL: {key} not supported; only scaling_factor and shift_factor")
+        given = {key: value for key, value in config.items() if key in cls.__dataclass_fields__ and value is not None}
+        try:
+            return cls(**{**_ABSENT, **given})
+        except TypeError as error:
+            raise SettingsError(f"AutoencoderKL: a value of the wrong type in its configuration ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What diffusers reads."""
@@ -99,7 +113,7 @@ class Encoder(nn.Module):
         previous = channels[0]
         for level, width in enumerate(channels):
             widths = [previous] + [width] * config.layers_per_block
-            resnets = [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)]
+            resnets = [ResnetBlock(a, b, groups) for a, b in pairwise(widths)]
             last = level == len(channels) - 1
             self.down_blocks.append(Stage(resnets, down=None if last else Downsample(width)))
             previous = width
@@ -127,7 +141,7 @@ class Decoder(nn.Module):
         previous = channels[0]
         for level, width in enumerate(channels):
             widths = [previous] + [width] * (config.layers_per_block + 1)
-            resnets = [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)]
+            resnets = [ResnetBlock(a, b, groups) for a, b in pairwise(widths)]
             last = level == len(channels) - 1
             self.up_blocks.append(Stage(resnets, up=None if last else Upsample(width)))
             previous = width

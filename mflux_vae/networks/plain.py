@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ NEGATIVE_SLOPE = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig:
-    """
+    """What a `PlainAutoencoder` is made of.
+
     Attributes:
         in_channels, out_channels: channels of an image.
         latent_channels: channels of a latent.
@@ -37,8 +39,11 @@ class PlainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
-        if self.latent_channels < 1 or not self.channels:
-            raise SettingsError(f"latent_channels ({self.latent_channels}) and channels {self.channels} must be positive")
+        for name in ("in_channels", "out_channels", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"PlainAutoencoder: {name} must be positive, not {getattr(self, name)}")
+        if not self.channels or min(self.channels) < 1:
+            raise SettingsError(f"PlainAutoencoder: channels {self.channels} must be positive numbers, one per level")
 
     @property
     def downsampling(self) -> int:
@@ -47,10 +52,18 @@ class PlainConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PlainConfig:
-        """Read config.json; keys that start with an underscore are bookkeeping."""
-        return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+        """Read config.json; keys that start with an underscore are bookkeeping.
+
+        Raises:
+            SettingsError: an unknown key, or a value of the wrong type.
+        """
+        try:
+            return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+        except TypeError as error:
+            raise SettingsError(f"PlainAutoencoder: not its configuration ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads."""
         return {"_class_name": "PlainAutoencoder", **asdict(self), "channels": list(self.channels)}
 
 
@@ -96,42 +109,60 @@ class Up(nn.Module):
         return self.res(self.conv(repeat_pixels(leaky_relu(x))))
 
 
+class Encoder(nn.Module):
+    """Pixels to latent moments: (B, H, W, in) -> (B, H/f, W/f, 2 * latent)."""
+
+    def __init__(self, config: PlainConfig):
+        super().__init__()
+        top = config.channels[-1]
+        self.conv_in = _convolution(config.in_channels, config.channels[0])
+        self.down = [Down(a, b) for a, b in pairwise(config.channels)]
+        self.bottleneck = [ResBlock(top) for _ in range(config.bottleneck_blocks)]
+        self.mu = Conv2d(top, config.latent_channels, 3, padding=1)
+        self.logvar = Conv2d(top, config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in [*self.down, *self.bottleneck]:
+            x = block(x)
+        x = leaky_relu(x)
+        return mx.concatenate([self.mu(x), self.logvar(x)], axis=-1)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels: (B, h, w, latent) -> (B, f*h, f*w, out)."""
+
+    def __init__(self, config: PlainConfig):
+        super().__init__()
+        top = config.channels[-1]
+        self.conv_in = _convolution(config.latent_channels, top)
+        self.bottleneck = [ResBlock(top) for _ in range(config.bottleneck_blocks)]
+        self.up = [Up(a, b) for a, b in pairwise(reversed(config.channels))]
+        self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.conv_in(z)
+        for block in [*self.bottleneck, *self.up]:
+            x = block(x)
+        return self.conv_out(leaky_relu(x))
+
+
 class PlainAutoencoder(nn.Module):
-    """Images in [-1, 1] to a diagonal Gaussian over latents, and back."""
+    """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled."""
 
     def __init__(self, config: PlainConfig | None = None):
         super().__init__()
         self.config = config = config or PlainConfig()
-        widths, top = config.channels, config.channels[-1]
-        self.encoder = {
-            "conv_in": _convolution(config.in_channels, widths[0]),
-            "down": [Down(a, b) for a, b in zip(widths, widths[1:], strict=False)],
-            "bottleneck": [ResBlock(top) for _ in range(config.bottleneck_blocks)],
-            "mu": Conv2d(top, config.latent_channels, 3, padding=1),
-            "logvar": Conv2d(top, config.latent_channels, 3, padding=1),
-        }
-        self.decoder = {
-            "conv_in": _convolution(config.latent_channels, top),
-            "bottleneck": [ResBlock(top) for _ in range(config.bottleneck_blocks)],
-            "up": [Up(a, b) for a, b in zip(widths[::-1], widths[-2::-1], strict=False)],
-            "conv_out": Conv2d(widths[0], config.out_channels, 3, padding=1),
-        }
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
 
     def encode(self, pixels: mx.array) -> DiagonalGaussian:
         """(B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
-        x = self.encoder["conv_in"](pixels)
-        for block in [*self.encoder["down"], *self.encoder["bottleneck"]]:
-            x = block(x)
-        x = leaky_relu(x)
-        moments = mx.concatenate([self.encoder["mu"](x), self.encoder["logvar"](x)], axis=-1)
-        return DiagonalGaussian.from_moments(moments)
+        return DiagonalGaussian.from_moments(self.encoder(pixels))
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
-        x = self.decoder["conv_in"](latents)
-        for block in [*self.decoder["bottleneck"], *self.decoder["up"]]:
-            x = block(x)
-        return self.decoder["conv_out"](leaky_relu(x))
+        return self.decoder(latents)
 
 
 def _convolution(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv2d:

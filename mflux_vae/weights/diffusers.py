@@ -1,4 +1,4 @@
-"""diffusers' naming of autoencoder weights. Ours is the same, but for the layout of convolution kernels."""
+"""Key tables of diffusers' folders. Our names are diffusers' own; convolution kernels change their layout."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+SAME_NAMES = (Rule("{path}", "{path}", conv_to_mlx, conv_from_mlx),)
+"""Names as they are; also for networks of this project that are stored beside diffusers' own."""
+
 AUTOENCODER_KL = (
     *(
         Rule(f"{{path}}.attentions.{{i}}.{old}.{{kind}}", f"{{path}}.attentions.{{i}}.{new}.{{kind}}", reads_only=True)
         for old, new in _OLD_ATTENTION.items()
     ),
-    Rule("{path}", "{path}", conv_to_mlx, conv_from_mlx),
+    *SAME_NAMES,
 )
+"""diffusers' `AutoencoderKL`, the attention names of its first releases included."""

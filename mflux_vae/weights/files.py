@@ -25,9 +25,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
     try:
-        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+    tensors, metadata = loaded
     return dict(tensors), dict(metadata)
 
 

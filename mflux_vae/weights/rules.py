@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,8 +19,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
 
-Transform = Callable[[mx.array], mx.array]
-Tensors = Mapping[str, mx.array]
+Transform: TypeAlias = Callable[[mx.array], mx.array]
+Tensors: TypeAlias = Mapping[str, mx.array]
+Step: TypeAlias = Callable[[str, mx.array], "tuple[str, mx.array] | None"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class Rule:
 
 
 def to_mlx(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, mx.array]:
-    """A checkpoint's tensors under our names and layouts; keys that no rule knows keep their names."""
+    """A checkpoint's tensors under our names and layouts; keys that no rule knows keep their names.
+
+    Raises:
+        WeightsError: two of the checkpoint's keys are names of the same tensor.
+    """
     return _apply(tensors, [rule.read for rule in rules])
 
 
@@ -71,12 +77,15 @@ def from_mlx(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, mx.array]:
     return _apply(tensors, [rule.write for rule in rules])
 
 
-def _apply(tensors: Tensors, steps: Sequence[Callable[[str, mx.array], tuple[str, mx.array] | None]]) -> dict[str, mx.array]:
+def _apply(tensors: Tensors, steps: Sequence[Step]) -> dict[str, mx.array]:
     out: dict[str, mx.array] = {}
+    source: dict[str, str] = {}
     for key, tensor in tensors.items():
         new_key, new = next((done for step in steps if (done := step(key, tensor)) is not None), (key, tensor))
+        if new_key in out:
+            raise WeightsError(f"{key} and {source[new_key]} are two names of one tensor, {new_key}; remove one")
         if new_key:
-            out[new_key] = new
+            out[new_key], source[new_key] = new, key
     return out
 
 
