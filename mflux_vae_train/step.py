@@ -86,9 +86,10 @@ class Step:
         self._gradients = mx.value_and_grad(objective)
         self._apply = apply
         if not is_cpu() if compile is None else compile:
-            state = [optimizer.state, *([ema.state] if ema is not None else [])]
             self._gradients = mx.compile(self._gradients)
-            self._apply = mx.compile(apply, inputs=state, outputs=state)
+            if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
+                state = [optimizer.state, *([ema.state] if ema is not None else [])]
+                self._apply = mx.compile(apply, inputs=state, outputs=state)
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """Make update number `update` (0-based, for messages) from all of `batches`.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mflux_vae.images import load_image
 from mflux_vae_train.pipelines.tiny.words import NAMES, article
 from mflux_vae_train.pipelines.tiny.world import training_example
 
@@ -42,7 +43,7 @@ def photographs(folders: Sequence[Path] = ()) -> list[Image.Image]:
             files += sorted(f for pattern in patterns for f in root.glob(pattern) if f.stem not in _DRAWINGS)
     for folder in folders:
         files += sorted(f for f in folder.rglob("*") if f.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    return [Image.open(file).convert("RGB") for file in files]
+    return [Image.fromarray(load_image(file)) for file in files]
 
 
 def crops(pictures: Sequence[Image.Image], seed: int, count: int, size: int, *, smallest: float = 0.0) -> np.ndarray:

@@ -120,8 +120,8 @@ class FluxRecipe:
     """
 
     seed: int = 0
-    updates: int = 7000
-    batch: int = 32
+    updates: int = 3200
+    batch: int = 48
     scenes: int = 24_000
     photos: int = 1_200
     photo_crop: float = 0.5
@@ -129,12 +129,12 @@ class FluxRecipe:
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3
     text_rate: float = 5e-4
-    warmup: int = 100
+    warmup: int = 60
     decay_share: float = 0.4
     ema_decay: float = 0.999
     clip_embedding_std: float = 0.5
     t5_bias_std: float = 2.0
-    checkpoint_every: int = 500
+    checkpoint_every: int = 200
 
 
 @dataclass(frozen=True, kw_only=True)

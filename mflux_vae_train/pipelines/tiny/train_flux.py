@@ -68,10 +68,11 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
 
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
     """Unscaled latents (N, h, w, C) float16 and captions of scenes, then of photographs; kept in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
     file = work / f"latents-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
     if file.is_file():
-        stored = np.load(file)
-        return stored["latents"], stored["captions"].tolist()
+        with np.load(file) as stored:
+            return stored["latents"], stored["captions"].tolist()
     photos = corpus.crops(
         corpus.photographs(), settings.seed, settings.photos, recipe.SIZE, smallest=settings.photo_crop
     )
@@ -93,8 +94,12 @@ def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
     return np.array(vae.network.encode(pixels).mode(), np.float16)
 
 
-def train(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
-    """Train, or go on where `work` left off. Returns the pipeline with averaged weights."""
+def train(work: Path, vae: VAE, settings: recipe.FluxRecipe, *, compile: bool = True) -> FluxPipeline:
+    """Train, or go on where `work` left off. Returns the pipeline with averaged weights.
+
+    Args:
+        compile: fuse the step; the compiler's minute pays in hours of batches of one shape.
+    """
     raw, captions = encode_examples(work, vae, settings)
     latents, examples = mx.array(raw), len(captions)
     pipeline = new_pipeline(work, vae, settings)
@@ -138,7 +143,7 @@ def train(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
         ]
     )
     ema = EMA(model.trainable_parameters(), settings.ema_decay)
-    step = Step(model, optimizer, loss, ema=ema)
+    step = Step(model, optimizer, loss, ema=ema, compile=compile)
 
     def rate(update: int) -> float:
         warm = min(1.0, (update + 1) / settings.warmup)

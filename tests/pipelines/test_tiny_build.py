@@ -1,0 +1,85 @@
+"""The embedded pipeline's build, at a size that says nothing of quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from mflux_vae import VAE, AutoencoderKL
+from mflux_vae.images import load_image
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.tiny import build, corpus, recipe, train_flux, train_vae
+
+VAE_RECIPE = recipe.VAERecipe(updates=4, batch=2, scenes=4, crops=4, warmup=1, checkpoint_every=2)
+FLUX_RECIPE = recipe.FluxRecipe(updates=3, batch=4, scenes=8, photos=3, warmup=1, checkpoint_every=1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        noise = np.random.default_rng(index).integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    return [folder]
+
+
+@pytest.fixture
+def no_samples(monkeypatch, photos):
+    """Photographs of the test alone, whatever is installed."""
+    pictures = [Image.fromarray(load_image(path)) for path in sorted(photos[0].iterdir())]
+    monkeypatch.setattr(corpus, "photographs", lambda folders=(): pictures)
+
+
+def test_autoencoder_is_built_once_and_its_latents_are_scaled(tmp_path, photos, no_samples):
+    vae = build.autoencoder(tmp_path / "work", VAE_RECIPE, photos)
+    pixels = mx.array(corpus.scenes(0, 16, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
+    latents = vae.encode_nhwc(pixels)
+    assert abs(latents.mean().item()) < 0.2 and abs(mx.sqrt(mx.var(latents)).item() - 1) < 0.2
+    again = build.autoencoder(tmp_path / "work", VAE_RECIPE, photos)
+    assert mx.array_equal(again.encode_nhwc(pixels), latents)
+
+
+def test_an_interrupted_autoencoder_training_ends_as_if_it_had_not_been(tmp_path, photos, no_samples, monkeypatch):
+    pictures = corpus.photographs(photos)
+    whole = train_vae.train(tmp_path / "whole", VAE_RECIPE, pictures)
+    real = train_vae.Step.__call__
+
+    def interrupted(self, update, *arguments):
+        if update == 3:
+            raise KeyboardInterrupt
+        return real(self, update, *arguments)
+
+    monkeypatch.setattr(train_vae.Step, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_vae.train(tmp_path / "parts", VAE_RECIPE, pictures)
+    monkeypatch.setattr(train_vae.Step, "__call__", real)
+    resumed = train_vae.train(tmp_path / "parts", VAE_RECIPE, pictures)
+    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+
+
+def test_transformer_and_text_encoders_train_and_save(tmp_path, no_samples):
+    vae = VAE(network=AutoencoderKL(replace(recipe.VAE, scaling_factor=0.5)))
+    pipeline = train_flux.train(tmp_path / "work", vae, FLUX_RECIPE, compile=False)
+    pipeline.save_pretrained(tmp_path / "out")
+    opened = FluxPipeline.from_pretrained(tmp_path / "out")
+    assert opened.recommended == recipe.RECOMMENDED
+    assert opened.sigma_weighting == "logit_normal"
+    prompts = ["a red star on snow", "completely different"]
+    embeds = opened.encode_prompts(prompts)["prompt_embeds"]
+    assert embeds.shape == (2, recipe.TEXT_TOKENS, recipe.WIDTH_TEXT)
+    assert not mx.array_equal(embeds[0], embeds[1])
+    before = [line for line in (tmp_path / "work" / "flux" / "metrics.jsonl").read_text().splitlines()]
+    assert len(before) == FLUX_RECIPE.updates
+
+
+def test_photo_captions_name_objects():
+    captions = corpus.photo_captions(0, 50)
+    assert captions == corpus.photo_captions(0, 50)
+    assert all(caption.split()[-1] in corpus.OBJECTS for caption in captions)
