@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from mflux_vae.runtime import is_cpu
 
-Padding = int | tuple[tuple[int, int], tuple[int, int]]
+Padding: TypeAlias = int | tuple[tuple[int, int], tuple[int, int]]
 
 # Where a product per kernel tap beats one product over gathered patches, measured with MKL and OpenBLAS on x86-64.
 _SHIFTED_MAX_CHANNELS = 256
 _SHIFTED_MIN_WIDTH = 12
+_PIXELS_SUMMED_AT_ONCE = 4096
 
 _custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
 
@@ -44,14 +45,18 @@ def conv2d(
         ValueError: the kernel is larger than the padded image, or their channels differ.
     """
     (top, bottom), (left, right) = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    height, width = x.shape[1] + top + bottom, x.shape[2] + left + right
+    if height < weight.shape[1] or width < weight.shape[2] or x.shape[3] != weight.shape[3]:
+        raise ValueError(
+            f"no convolution of {x.shape} (B, H, W, C), {height} x {width} when padded, "
+            f"with a kernel {weight.shape} (O, kh, kw, C)"
+        )
     native = not is_cpu() or stride > 2
     if native and top == bottom and left == right:
         y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
         return y if bias is None else y + bias
     if top or bottom or left or right:
         x = mx.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
-    if x.shape[1] < weight.shape[1] or x.shape[2] < weight.shape[2] or x.shape[3] != weight.shape[3]:
-        raise ValueError(f"no convolution of padded {x.shape} (B, H, W, C) with {weight.shape} (O, kh, kw, C)")
     if native:
         y = mx.conv2d(x, weight, stride=stride)
     else:
@@ -129,11 +134,19 @@ def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: 
     shape, dtype = x.shape, x.dtype
     batch, channels = shape[0], shape[-1]
     x = x.reshape(batch, -1, channels).astype(mx.float32)
-    mean = _over_group(mx.mean(x, axis=1), groups)
+    mean = _over_group(_over_pixels(x, shape[-2]), groups)
     x = x - mean[:, None]
-    variance = _over_group(mx.mean(mx.square(x), axis=1), groups)
+    variance = _over_group(_over_pixels(mx.square(x), shape[-2]), groups)
     scale = mx.rsqrt(variance + eps) * weight
     return (x * scale[:, None] + bias).astype(dtype).reshape(shape)
+
+
+def _over_pixels(x: mx.array, width: int) -> mx.array:
+    """Mean over axis 1, many pixels row by row: MLX's CPU adds one after the other, and rounds as often."""
+    batch, pixels, channels = x.shape
+    if pixels > _PIXELS_SUMMED_AT_ONCE:
+        x = mx.mean(x.reshape(batch, -1, width, channels), axis=2)
+    return mx.mean(x, axis=1)
 
 
 def _over_group(values: mx.array, groups: int) -> mx.array:
@@ -145,12 +158,12 @@ def _over_group(values: mx.array, groups: int) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
-    return x * sigmoid(x)
+    return _silu(x) if is_cpu() else x * mx.sigmoid(x)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return x * sigmoid(1.702 * x)
+    return silu(1.702 * x) / 1.702
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -161,23 +174,24 @@ def gelu(x: mx.array) -> mx.array:
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in the tanh approximation (`gelu_new` of transformers, `gelu-approximate` of diffusers)."""
-    wide = x.astype(mx.float32)
-    return (0.5 * wide * (1 + tanh(0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)))).astype(x.dtype)
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x))."""
-    return _sigmoid(x.astype(mx.float32)).astype(x.dtype) if is_cpu() else mx.sigmoid(x)
+    return _gelu_tanh(x) if is_cpu() else 0.5 * x * (1 + mx.tanh(_gelu_argument(x)))
 
 
 def tanh(x: mx.array) -> mx.array:
     """Hyperbolic tangent."""
-    return _tanh(x.astype(mx.float32)).astype(x.dtype) if is_cpu() else mx.tanh(x)
+    return _tanh(x) if is_cpu() else mx.tanh(x)
 
 
-# Rational minimax approximation of tanh, degree 13 over 6: exact to float32 rounding within the clamp, 1 beyond it.
-# MLX's CPU exp and tanh are scalar calls: five times slower than these multiplications when they are fused.
-# Its smallest coefficients vanish in half precision: callers pass float32.
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x))."""
+    return _sigmoid(x) if is_cpu() else mx.sigmoid(x)
+
+
+# On a CPU MLX's exp and tanh are scalar calls, and every operation of a formula is a pass over memory. Below, each
+# activation and each gradient is one fused pass over a rational function.
+
+# Minimax approximation of tanh, degree 13 over 6: exact to float32 rounding within the clamp, 1 beyond it.
+# Its smallest coefficients vanish in half precision.
 _TANH_CLAMP = 7.90531110763549805
 _TANH_ODD = (
     -2.76076847742355e-16,
@@ -190,12 +204,16 @@ _TANH_ODD = (
 )
 _TANH_EVEN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
+_GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
+"""sqrt(2 / pi) and the cubic coefficient of Hendrycks and Gimpel 2016."""
+
+Pointwise: TypeAlias = Callable[..., mx.array]
+
 
 def _rational_tanh(x: mx.array) -> mx.array:
     x = mx.clip(x, -_TANH_CLAMP, _TANH_CLAMP)
     square = x * x
-    odd, even = _horner(square, _TANH_ODD), _horner(square, _TANH_EVEN)
-    return x * odd / even
+    return x * _horner(square, _TANH_ODD) / _horner(square, _TANH_EVEN)
 
 
 def _horner(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
@@ -205,39 +223,77 @@ def _horner(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
     return value
 
 
-def _rational_sigmoid(x: mx.array) -> mx.array:
-    return _rational_tanh(x * 0.5) * 0.5 + 0.5
+def _gelu_argument(x: mx.array) -> mx.array:
+    return _GELU_SCALE * (x + _GELU_CUBE * x * x * x)
 
 
-@cache
-def _fused(fn: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """`fn` as one pass over memory where the machine can compile, else as it is."""
-    compiled = mx.compile(fn, shapeless=True)
-    try:
-        mx.eval(compiled(mx.zeros((2,))))
-    except RuntimeError:  # MLX does without a compiler, but not with one that fails or has nowhere to write
-        return fn
-    return compiled
+def _tanh_slope(x: mx.array) -> mx.array:
+    t = _rational_tanh(x)
+    return 1 - t * t
 
 
-@_custom_function
-def _tanh(x: mx.array) -> mx.array:
-    return _fused(_rational_tanh)(x)
+def _sigmoid_value(x: mx.array) -> mx.array:
+    return 0.5 * _rational_tanh(0.5 * x) + 0.5
 
 
-@_tanh.vjp
-def _tanh_vjp(_x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    return cotangent * (1 - y * y)
+def _sigmoid_slope(x: mx.array) -> mx.array:
+    s = _sigmoid_value(x)
+    return s * (1 - s)
 
 
-@_custom_function
-def _sigmoid(x: mx.array) -> mx.array:
-    return _fused(_rational_sigmoid)(x)
+def _silu_value(x: mx.array) -> mx.array:
+    return x * _sigmoid_value(x)
 
 
-@_sigmoid.vjp
-def _sigmoid_vjp(_x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-    return cotangent * (y * (1 - y))
+def _silu_slope(x: mx.array) -> mx.array:
+    s = _sigmoid_value(x)
+    return s * (1 + x * (1 - s))
+
+
+def _gelu_tanh_value(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + _rational_tanh(_gelu_argument(x)))
+
+
+def _gelu_tanh_slope(x: mx.array) -> mx.array:
+    t = _rational_tanh(_gelu_argument(x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (_GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x))
+
+
+def _pointwise(value: Pointwise, slope: Pointwise) -> Pointwise:
+    """A function of each element with its derivative, both in float32 whatever the dtype, each in one pass."""
+
+    def forward(x: mx.array) -> mx.array:
+        return value(x.astype(mx.float32)).astype(x.dtype)
+
+    def backward(cotangent: mx.array, x: mx.array) -> mx.array:
+        return (cotangent.astype(mx.float32) * slope(x.astype(mx.float32))).astype(x.dtype)
+
+    @cache
+    def fused() -> tuple[Pointwise, Pointwise]:
+        """Compiled where the machine can, which is tried once: MLX does without a compiler, not with a broken one."""
+        compiled = mx.compile(forward, shapeless=True), mx.compile(backward, shapeless=True)
+        trial = mx.zeros((2,))
+        try:
+            mx.eval(compiled[0](trial), compiled[1](trial, trial))
+        except RuntimeError:
+            return forward, backward
+        return compiled
+
+    @_custom_function
+    def function(x: mx.array) -> mx.array:
+        return fused()[0](x)
+
+    @function.vjp
+    def function_vjp(x: mx.array, cotangent: mx.array, _y: mx.array) -> mx.array:
+        return fused()[1](cotangent, x)
+
+    return function
+
+
+_tanh = _pointwise(_rational_tanh, _tanh_slope)
+_sigmoid = _pointwise(_sigmoid_value, _sigmoid_slope)
+_silu = _pointwise(_silu_value, _silu_slope)
+_gelu_tanh = _pointwise(_gelu_tanh_value, _gelu_tanh_slope)
 
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
