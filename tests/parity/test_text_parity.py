@@ -68,9 +68,7 @@ def shaken(model):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(
-                0.2 * torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num(1.0)
-            )
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num(1.0))
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
@@ -121,9 +119,7 @@ def test_clip_large_has_the_published_keys() -> None:
     with torch.device("meta"):
         theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
     ours = clip.CLIPTextModel(clip.CLIPTextConfig(**CLIP_L))
-    assert shapes(ours) == {
-        key: tuple(v.shape) for key, v in clip.published_names(theirs.state_dict()).items()
-    }
+    assert shapes(ours) == {key: tuple(v.shape) for key, v in clip.published_names(theirs.state_dict()).items()}
 
 
 def test_t5_xxl_has_the_published_keys() -> None:
@@ -187,9 +183,7 @@ def test_fresh_weights_have_transformers_spread(which: str) -> None:
     for key, value in tree_flatten(ours.parameters()):
         spread, error = theirs[key].std().item(), 8 / np.sqrt(value.size)
         assert float(mx.std(value)) == pytest.approx(spread, rel=error), key
-        assert float(mx.mean(value)) == pytest.approx(theirs[key].mean().item(), abs=error * spread + 1e-7), (
-            key
-        )
+        assert float(mx.mean(value)) == pytest.approx(theirs[key].mean().item(), abs=error * spread + 1e-7), key
 
 
 WORDS = "a an and are area blue dog grass in light night of on photo sks star starry stars tree zwx".split()
@@ -221,9 +215,7 @@ def assert_same_ids(theirs, folder: Path) -> None:
     assert ours.max_length == theirs.model_max_length
     for length in (3, 16, 77):
         expected = theirs(TEXTS, padding="max_length", max_length=length, truncation=True).input_ids
-        for text, row, right in zip(
-            TEXTS, np.array(ours.encode(TEXTS, length)).tolist(), expected, strict=True
-        ):
+        for text, row, right in zip(TEXTS, np.array(ours.encode(TEXTS, length)).tolist(), expected, strict=True):
             assert row == right, (text, length)
 
 
@@ -241,9 +233,7 @@ def test_t5_tokenizers_agree(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_clip_tokenizers_agree_on_folders_like_the_published_ones(
-    tmp_path: Path, normalized: bool, fast: bool
-) -> None:
+def test_clip_tokenizers_agree_on_folders_like_the_published_ones(tmp_path: Path, normalized: bool, fast: bool) -> None:
     """With the special tokens described, with and without `tokenizer.json`."""
     size = build_clip_tokenizer(WORDS, tmp_path, 77)
     if not fast:

@@ -12,9 +12,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.text import clip, t5
 
 CLIP = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2)
-T5 = dict(
-    vocab_size=60, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
-)
+T5 = dict(vocab_size=60, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu")
 
 
 def fresh_clip(**settings) -> clip.CLIPTextModel:
@@ -109,9 +107,7 @@ def test_relative_position_buckets() -> None:
     assert np.array_equal(buckets[:-1, :-1], buckets[1:, 1:])  # distance is all that counts
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("relu", mx.float16), ("relu", mx.bfloat16), ("gated-gelu", mx.float16)]
-)
+@pytest.mark.parametrize(("kind", "dtype"), [("relu", mx.float16), ("relu", mx.bfloat16), ("gated-gelu", mx.float16)])
 def test_t5_outlives_the_range_of_half_precision(kind: str, dtype: mx.Dtype) -> None:
     model = fresh_t5(feed_forward_proj=kind)
     for block in model.encoder.block:
@@ -195,7 +191,5 @@ def test_published_names_of_every_kind_of_file() -> None:
     assert clip.published_names({"final_layer_norm.bias": one}) == expected
     old = {"text_model.embeddings.position_ids": two, "text_model.final_layer_norm.bias": one}
     assert clip.published_names(old) == expected
-    assert t5.published_names({"shared.weight": one, "encoder.embed_tokens.weight": two}) == {
-        "shared.weight": one
-    }
+    assert t5.published_names({"shared.weight": one, "encoder.embed_tokens.weight": two}) == {"shared.weight": one}
     assert t5.published_names({"encoder.embed_tokens.weight": two}) == {"shared.weight": two}

@@ -80,9 +80,7 @@ def test_padding_ids_are_the_published_ones(tokenizer: Tokenizer, kind: str) -> 
 
 def test_any_text_has_ids_within_the_vocabulary(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
-    points = np.concatenate(
-        [rng.integers(0, 0xD800, 3000), rng.integers(0xE000, 0x110000, 3000), np.arange(256)]
-    )
+    points = np.concatenate([rng.integers(0, 0xD800, 3000), rng.integers(0xE000, 0x110000, 3000), np.arange(256)])
     rng.shuffle(points)
     texts = ["".join(map(chr, chunk)) for chunk in np.array_split(points, 300)]
     texts += ["A\u0301\u0302", "👩‍👩‍👧", "</s><pad><unk><|endoftext|><extra_id_0>", "\0", "▁star"]
@@ -174,7 +172,7 @@ def test_clear_errors_for_bad_folders(tmp_path: Path, folders: dict[str, Path], 
         with pytest.raises(WeightsError, match="do not fit together"):
             load_tokenizer(broken)
         (broken / "merges.txt").unlink()
-    with pytest.raises(WeightsError, match="neither tokenizer.json nor"):
+    with pytest.raises(WeightsError, match=r"neither tokenizer\.json nor"):
         load_tokenizer(broken)
     (broken / "tokenizer_config.json").write_text("{")
     with pytest.raises(WeightsError, match="not JSON"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -92,9 +93,7 @@ def test_subject_images_vary_and_repeat_by_seed() -> None:
     assert len({(scene.x, scene.y, scene.radius) for scene in scenes}) == 6
     images = world.subject_images(subject, 6, size=96, seed=2)
     assert all(image.shape == (96, 96, 3) and image.dtype == np.uint8 for image in images)
-    assert np.array_equal(
-        images, [world.render(scene, 96) for scene in world.subject_scenes(subject, 6, seed=2)]
-    )
+    assert np.array_equal(images, [world.render(scene, 96) for scene in world.subject_scenes(subject, 6, seed=2)])
     assert scenes != world.subject_scenes(subject, 6, seed=3)
 
 
@@ -144,7 +143,7 @@ def test_articles_fit_the_word_after_them(training: list[tuple[str, Scene]]) -> 
     prompts = [caption for caption, _ in training] + [prompt for prompt, _ in world.evaluation_prompts(True)]
     for prompt in prompts:
         words = prompt.split()
-        for word, following in zip(words, words[1:], strict=False):
+        for word, following in itertools.pairwise(words):
             if word in ("a", "an"):
                 assert (word == "an") == (following[0] in "aeiou"), prompt
     assert any("an orange" in prompt for prompt in prompts)

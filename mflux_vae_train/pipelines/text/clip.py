@@ -58,9 +58,7 @@ class CLIPTextConfig:
     def __post_init__(self) -> None:
         if self.hidden_act not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
-            raise SettingsError(
-                f"CLIP text config: hidden_act {self.hidden_act!r} is unknown; known are {known}"
-            )
+            raise SettingsError(f"CLIP text config: hidden_act {self.hidden_act!r} is unknown; known are {known}")
         if self.hidden_size % self.num_attention_heads:
             raise SettingsError(
                 f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
@@ -157,9 +155,7 @@ class CLIPTextEmbeddings(nn.Module):
         positions = self.position_embedding.weight
         length = input_ids.shape[1]
         if length > positions.shape[0]:
-            raise SettingsError(
-                f"CLIP reads at most {positions.shape[0]} tokens, not {length}: shorten max_length"
-            )
+            raise SettingsError(f"CLIP reads at most {positions.shape[0]} tokens, not {length}: shorten max_length")
         return self.token_embedding(input_ids) + positions[:length]
 
 

@@ -112,9 +112,7 @@ class T5Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_heads
-            )
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def position_bias(self, length: int) -> mx.array:
         """Additive attention bias (1, heads, L, L)."""

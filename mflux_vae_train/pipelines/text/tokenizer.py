@@ -100,9 +100,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(backend, pad_id=pad_id, max_length=max_length)
 
 
-def clip_backend(
-    vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: str, eos: str, unk: str
-) -> Backend:
+def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: str, eos: str, unk: str) -> Backend:
     """CLIP's byte-pair encoding: lower case, words apart from digits and punctuation, `</w>` at a word's end.
 
     The regular expression is OpenAI's (Radford et al., 2021, `simple_tokenizer.py`), the normalization that
@@ -130,9 +128,7 @@ def clip_backend(
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     pieces = pre_tokenizers.Split(Regex(_CLIP_PIECES), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.RobertaProcessing(
         (eos, vocab[eos]), (bos, vocab[bos]), trim_offsets=False, add_prefix_space=False
@@ -152,9 +148,7 @@ def _open_tokenizer_json(path: Path) -> Backend:
 def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
     vocab = _read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    pairs = (
-        line.strip().partition(" ") for line in lines if line.strip() and not line.startswith("#version")
-    )
+    pairs = (line.strip().partition(" ") for line in lines if line.strip() and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in pairs]
     bos = _content(settings.get("bos_token")) or "<|startoftext|>"
     eos = _content(settings.get("eos_token")) or "<|endoftext|>"
@@ -181,9 +175,7 @@ def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
         if text is not None and text not in marked and backend.token_to_id(text) is not None:
             tokens[text] = {"normalized": False}
     described = settings.get("added_tokens_decoder") or {}
-    for index in sorted(
-        described, key=int
-    ):  # tokens that are new to the vocabulary get their ids in this order
+    for index in sorted(described, key=int):  # tokens that are new to the vocabulary get their ids in this order
         tokens[described[index]["content"]] = {name: bool(described[index].get(name)) for name in flags}
     backend.add_special_tokens([AddedToken(text, **kind) for text, kind in tokens.items()])
 

@@ -71,9 +71,7 @@ def read(image: np.ndarray) -> Reading:
     pixel = 1 / (SIDE * radius)
     body = DISTANCES[shape](u, v) < -(OUTLINE_WIDTH / radius + pixel)
     if shape == "moon":
-        return Reading(
-            shape=shape, colour=_colour(pixels[body]), core=None, background=background, overlap=overlap
-        )
+        return Reading(shape=shape, colour=_colour(pixels[body]), core=None, background=background, overlap=overlap)
     from_centre = np.hypot(u, v)
     colour = _colour(pixels[body & (from_centre > CORE_RADIUS + 1.5 * pixel)])
     core = _colour(pixels[from_centre < CORE_RADIUS - 1.5 * pixel])
@@ -114,9 +112,7 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
         or image.dtype != np.uint8
         or not (image.shape[0] == image.shape[1] >= SIDE)
     ):
-        raise ImageError(
-            f"a picture to be read is uint8 (H, H, 3) with H >= {SIDE}, not {image.dtype} {image.shape}"
-        )
+        raise ImageError(f"a picture to be read is uint8 (H, H, 3) with H >= {SIDE}, not {image.dtype} {image.shape}")
     if image.shape[0] > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX))
     return image.astype(np.float32)

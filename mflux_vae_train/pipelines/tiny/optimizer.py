@@ -26,6 +26,6 @@ class Grouped(optim.MultiOptimizer):
         return self.optimizers[0].learning_rate / self._rates[0]
 
     @learning_rate.setter
-    def learning_rate(self, factor: float) -> None:
+    def learning_rate(self, factor: float | mx.array) -> None:
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             optimizer.learning_rate = factor * rate

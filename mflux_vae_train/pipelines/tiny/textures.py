@@ -40,9 +40,7 @@ class _Tile:
 
     def dot(self, x: float, y: float, radius: float, fill: RGB) -> None:
         for dx, dy in self._offsets():
-            self._draw.ellipse(
-                (x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), fill=fill
-            )
+            self._draw.ellipse((x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius), fill=fill)
 
     def place(self) -> tuple[float, float]:
         x, y = self.rng.uniform(0, MASTER, 2)

@@ -6,6 +6,7 @@ pieces. The same words give the same files, byte for byte.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import string
@@ -116,7 +117,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     """
     ranks: dict[tuple[str, str], int] = {}
     texts = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
-    while pairs := Counter(pair for text in texts for pair in zip(text, text[1:], strict=False)):
+    while pairs := Counter(pair for text in texts for pair in itertools.pairwise(text)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         ranks[best] = len(ranks)
         texts = [_merged(text, ranks) for text in texts]
@@ -126,9 +127,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 def _merged(text: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Merge neighbours, the earliest learnt first, until no known pair is left."""
     text = list(text)
-    while known := [
-        (ranks[pair], place) for place, pair in enumerate(zip(text, text[1:], strict=False)) if pair in ranks
-    ]:
+    while known := [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(text)) if pair in ranks]:
         place = min(known)[1]
         text[place : place + 2] = [text[place] + text[place + 1]]
     return text
@@ -159,9 +158,7 @@ def _made(folder: str | Path) -> Path:
     return folder
 
 
-def _write_settings(
-    folder: Path, kind: str, max_length: int, special: dict[str, str], more: dict[str, Any]
-) -> None:
+def _write_settings(folder: Path, kind: str, max_length: int, special: dict[str, str], more: dict[str, Any]) -> None:
     _write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": kind, "model_max_length": max_length, **special, **more}
     _write_json(folder / "tokenizer_config.json", settings)

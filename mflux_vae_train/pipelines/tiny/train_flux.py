@@ -23,7 +23,7 @@ from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 from mflux_vae_train.pipelines.tiny.world import EXTRA_WORDS, WORDS, training_example
 from mflux_vae_train.randomness import Stream, rng, sample_keys
-from mflux_vae_train.step import MicroBatch, Step
+from mflux_vae_train.step import Arrays, MicroBatch, Step
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def train(work: Path, vae: VAE, settings: recipe.FluxRecipe, *, compile: bool = 
         }
         return [MicroBatch(arrays=arrays, weight=settings.batch)]
 
-    def loss(model: nn.Module, arrays):
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         _, pooled = model.clip(arrays["clip"])
         conditioning = {"prompt_embeds": model.t5(arrays["t5"]), "pooled": pooled}
         per_sample = pipeline.loss(arrays["latents"], conditioning, key=arrays["key"], guidance=1.0)

@@ -13,12 +13,12 @@ from PIL import Image
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.pipelines.tiny import corpus, recipe
 from mflux_vae_train.optimizers import AdamW, Muon
+from mflux_vae_train.pipelines.tiny import corpus, recipe
 from mflux_vae_train.pipelines.tiny.optimizer import Grouped
 from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.randomness import Stream, rng, sample_keys
-from mflux_vae_train.step import MicroBatch, Step
+from mflux_vae_train.step import Arrays, MicroBatch, Step
 
 LOGVAR_BIAS = -5.0
 
@@ -28,7 +28,7 @@ def initialise(network: AutoencoderKL, seed: int) -> None:
     draw = rng(seed, Stream.INIT)
     latent = network.config.latent_channels
     new: list[tuple[str, mx.array]] = []
-    for name, value in tree_flatten(network.parameters()):
+    for name, value in dict(tree_flatten(network.parameters())).items():
         if value.ndim == 4:
             rows = value.shape[0]
             matrix = draw.standard_normal((rows, value.size // rows))
@@ -63,7 +63,7 @@ def train(work: Path, settings: recipe.VAERecipe, pictures: Sequence[Image.Image
         key = sample_keys(settings.seed, Stream.NOISE, update, [0])[0]
         return [MicroBatch(arrays={"pixels": pixels, "key": key}, weight=settings.batch)]
 
-    def loss(model: nn.Module, arrays):
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         pixels = arrays["pixels"]
         posterior = model.encode(pixels)
         difference = model.decode(posterior.sample(arrays["key"])) - pixels

@@ -39,9 +39,7 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def phrase(
-    noun: str | None, background: str | None, rng: np.random.Generator, *, articles: bool = True
-) -> str:
+def phrase(noun: str | None, background: str | None, rng: np.random.Generator, *, articles: bool = True) -> str:
     """A caption for a noun ("red star"), a background, or both, with a random opening.
 
     "a photo of a red star on grass", "a picture of sand", "a heart in the snow". At most 12 words.

@@ -237,9 +237,7 @@ def _individual(rng: np.random.Generator) -> Scene:
         )
         pair = (colour, core)
         if colour != core and (shape, colour) not in UNSEEN_PAIRS and pair not in _SUBJECT_PAIRS | _TOO_CLOSE:
-            return place(
-                Scene(shape=shape, colour=colour, core=core, background=_pick(rng, BACKGROUNDS)), rng
-            )
+            return place(Scene(shape=shape, colour=colour, core=core, background=_pick(rng, BACKGROUNDS)), rng)
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...], shares: tuple[float, ...] | None = None) -> str:
