@@ -22,42 +22,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM.
     """
+    handler, show = _Console(), warnings.showwarning
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    # Before anything of ours is imported: on a CPU without a fast BLAS, that is what warns.
+    warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
+    try:
+        return _run_or_say_why_not(argv)
+    finally:
+        warnings.showwarning = show
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
+def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
     from mflux_vae.errors import MfluxVaeError
 
     try:
-        return _run(argv)
+        _run(argv)
+        return 0
     except MfluxVaeError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder without permission; the traceback is in the run's log
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
-        print(f"{PROG}: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"{PROG}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return getattr(interrupt, "exit_code", 130)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None) -> None:
     from mflux_vae_train.config import DreamBoothSettings
     from mflux_vae_train.flags import settings_from
 
     settings = settings_from(DreamBoothSettings, argv, prog=PROG, description=_description())
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    handler, show = _Console(), warnings.showwarning
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
-    try:
-        from mflux_vae_train.dreambooth.preparation import check_pictures
-        from mflux_vae_train.dreambooth.train import DreamBooth
-        from mflux_vae_train.pipelines.registry import open_pipeline
+    from mflux_vae_train.dreambooth.preparation import check_pictures
+    from mflux_vae_train.dreambooth.train import DreamBooth
+    from mflux_vae_train.pipelines.registry import open_pipeline
 
-        check_pictures(settings)  # before many gigabytes of weights are read
-        DreamBooth(open_pipeline(settings.model)).train(settings)
-    finally:
-        warnings.showwarning = show
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
-    return 0
+    check_pictures(settings)  # before many gigabytes of weights are read
+    DreamBooth(open_pipeline(settings.model)).train(settings)
 
 
 def _description() -> str:

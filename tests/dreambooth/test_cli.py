@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 
+from mflux_vae import runtime
 from mflux_vae.errors import TrainingError
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.dreambooth import train as train_module
@@ -87,16 +88,22 @@ def test_an_unknown_pipeline_is_bad_input(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
-    [(TrainingError("it broke"), 1), (KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM, 3, saved=True), 143)],
+    ("error", "expected", "words"),
+    [
+        (TrainingError("it broke"), 1, "error: it broke"),
+        (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(signal.SIGTERM, 3, saved=True), 143, "interrupted by SIGTERM after update 3"),
+    ],
 )
-def test_exit_codes(run, monkeypatch, error, expected):
+def test_exit_codes(run, monkeypatch, error, expected, words):
     def fails(self, settings):
         raise error
 
     monkeypatch.setattr(train_module.DreamBooth, "train", fails)
     status, _, err = run()
-    assert status == expected and len(err.splitlines()) == 1
+    (line,) = err.splitlines()
+    assert status == expected and line.startswith(f"mflux-train-dreambooth: {words}")
 
 
 def test_warnings_are_one_line(run, monkeypatch):
@@ -109,6 +116,17 @@ def test_warnings_are_one_line(run, monkeypatch):
         warnings.simplefilter("always")
         status, _, err = run("--dry_run")
     assert status == 0 and "warning: a plugin is broken\n" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fast BLAS is opened on Linux only")
+def test_a_missing_blas_is_one_line():
+    code = "import sys; from mflux_vae_train.dreambooth import cli; sys.exit(cli.main(['--no_such_flag']))"
+    environment = {**os.environ, "MFLUX_VAE_BLAS": "none"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    *before, mistake = result.stderr.splitlines()
+    assert result.returncode == 2 and "unknown flag --no_such_flag" in mistake
+    assert len(before) == (1 if runtime.is_cpu() else 0)  # CUDA computes without it
+    assert all(line.startswith("warning: MLX has no fast BLAS") for line in before)
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path):
