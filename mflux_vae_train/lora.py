@@ -54,10 +54,7 @@ def add_lora(
     if layers(module):
         raise ValueError("the module has adapters already; fuse them first")
     linears = _linears(module)
-    targets = sorted(path for path in linears if any(fnmatchcase(path, pattern) for pattern in patterns))
-    if not targets:
-        some = ", ".join(sorted(linears)[:8]) or "none at all"
-        raise SettingsError(f"no linear layer matches {', '.join(patterns)}; the module has {some}")
+    targets = list(matching(module, patterns))
     module.freeze()
     keys = _DropoutKeys()
     adapted = []
@@ -72,6 +69,20 @@ def add_lora(
     module.update_modules(tree_unflatten(adapted))
     mx.eval(module.trainable_parameters())
     return targets
+
+
+def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
+    """Paths of the linear layers that match a pattern, sorted, each with (inputs + outputs): weights per rank.
+
+    Raises:
+        SettingsError: none matches; some that are there are named.
+    """
+    linears = _linears(module)
+    matched = sorted(path for path in linears if any(fnmatchcase(path, pattern) for pattern in patterns))
+    if not matched:
+        some = ", ".join(sorted(linears)[:8]) or "none at all"
+        raise SettingsError(f"no linear layer matches {', '.join(patterns)}; the module has {some}")
+    return {path: sum(_dimensions(linears[path])) for path in matched}
 
 
 def layers(module: nn.Module) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError
@@ -79,7 +77,9 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
         *choices.notes,
     ]
     if choices.class_folder is not None:
-        lines.append(f"class pictures in {choices.class_folder}: {present} there, {len(missing)} to generate")
+        wanted = settings.num_class_images
+        used = f", the first {wanted} are used" if present > wanted else ""
+        lines.append(f"class pictures in {choices.class_folder}: {present} there, {len(missing)} to generate{used}")
     lines += [
         f"training {trained}",
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} pictures, {epochs:.4g} epochs;"
@@ -114,18 +114,6 @@ def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:
         sizes = tree_map(lambda array: array.size, denoiser.parameters())
         return f"all {tree_reduce(operator.add, sizes, 0):,} weights"
     patterns = pipeline.lora_targets()
-    linears = {
-        path: layer for path, layer in denoiser.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))
-    }
-    matched = [path for path in linears if any(fnmatchcase(path, pattern) for pattern in patterns)]
-    if not matched:
-        raise SettingsError(
-            f"nothing to train: {', '.join(patterns)} match none of the {len(linears)} linear layers of {pipeline.name}"
-        )
-    size = choices.rank * sum(_inputs_and_outputs(linears[path]) for path in matched)
-    return f"a LoRA of rank {choices.rank} on {len(matched)} layers: {size:,} weights"
-
-
-def _inputs_and_outputs(layer: nn.Module) -> int:
-    outputs, inputs = layer.weight.shape
-    return int(outputs + (inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs))
+    matched = lora.matching(denoiser, patterns)
+    size = choices.rank * sum(matched.values())
+    return f"a LoRA of rank {choices.rank} on {len(matched)} layers: {size:,} weights ({', '.join(patterns)})"

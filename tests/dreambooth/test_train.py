@@ -185,6 +185,17 @@ def test_class_pictures_that_are_there_are_reused(settings, tmp_path):
     assert_equal_adapters(tmp_path / "out", tmp_path / "second")
 
 
+def test_more_class_pictures_than_wanted_are_left_out_and_it_is_said(settings, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    dogs = tmp_path / "dogs"
+    for index in range(6):
+        save_image(dogs / f"{index}.png", np.full((16, 16, 3), 40 * index, np.uint8))
+    pipeline = FakePipeline()
+    DreamBooth(pipeline).train(settings(class_data_dir=str(dogs), num_class_images=4))
+    assert "6 there, 0 to generate, the first 4 are used" in caplog.text
+    assert pipeline.images_encoded == 5 + 4
+
+
 def test_without_previews_there_are_none(settings, tmp_path):
     DreamBooth(FakePipeline()).train(settings(num_validation_images=0))
     assert not (tmp_path / "out" / "samples").exists()
@@ -425,7 +436,7 @@ def test_a_checkpoint_that_is_not_there(settings):
 def test_targets_that_match_nothing(settings):
     pipeline = FakePipeline()
     pipeline.lora_targets = lambda: ["attention.*"]
-    refused(settings(), r"nothing to train: attention\.\* match none of the 3 linear layers", pipeline=pipeline)
+    refused(settings(), r"no linear layer matches attention\.\*; the module has blocks\.0\.to_out", pipeline=pipeline)
 
 
 def test_a_pipeline_with_an_adapter(settings, tmp_path):
@@ -478,7 +489,7 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(settings, tmp_path
         "1 other files skipped",
         "learning_rate 0.02",
         "0 there, 4 to generate",
-        "a LoRA of rank 2 on 2 layers: 172 weights",
+        "a LoRA of rank 2 on 2 layers: 172 weights (proj_in, blocks.*.to_out)",
         "6 updates of 2 x 1 pictures, 2 epochs",
         "nothing was written",
     ):
