@@ -1,4 +1,4 @@
-"""What the user left open, decided: by the pipeline's recommendations, the prompt the pictures."""
+"""What the user left open, decided: by the pipeline's recommendations, the prompt and the pictures."""
 
 from __future__ import annotations
 

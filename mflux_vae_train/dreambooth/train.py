@@ -16,7 +16,7 @@ from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import report, run_folder
 from mflux_vae_train.dreambooth.choices import Choices
-from mflux_vae_train.dreambooth.data import Cache, encode_pictures, fingerprint, micro_batches
+from mflux_vae_train.dreambooth.data import CLASS, EMPTY, Cache, encode_pictures, fingerprint, micro_batches
 from mflux_vae_train.dreambooth.objective import dreambooth_loss
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.previews import Previews
@@ -185,8 +185,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     return Outcome(result=result, updates=plan.updates - start)
 
 
-INSTANCE, CLASS, EMPTY, VALIDATION = range(4)
-"""Rows of the encoded prompts; the first three are those of `data.Cache`."""
+VALIDATION = EMPTY + 1
+"""Row of the previews' prompt, after the rows that `data.Cache` has."""
 
 
 def _encode_prompts(pipeline: DiffusionPipeline, choices: Choices) -> Conditioning:

@@ -19,7 +19,7 @@ class Recommended:
 
     Attributes:
         resolution: side of a training image in pixels; a multiple of `size_multiple`.
-        size_multiple: sizes are floored to a multiple of this many pixels.
+        size_multiple: sides of images are multiples of this many pixels; others are refused.
         learning_rate: peak rate for LoRA.
         learning_rate_full: peak rate for training all weights.
         guidance: classifier-free (or embedded) guidance for class images and previews.

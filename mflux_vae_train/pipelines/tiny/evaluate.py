@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
+from mflux_vae.images import to_pictures
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.tiny.checker import read, shows
 from mflux_vae_train.pipelines.tiny.world import Scene
@@ -48,7 +48,7 @@ def pictures(
             guidance=advice.guidance if guidance is None else guidance,
             key=sample_keys(seed, Stream.EVALUATION, 0, range(start, start + len(chunk))),
         )
-        drawn.append(np.array(mx.round((images + 1) * 127.5).astype(mx.uint8)))
+        drawn.append(to_pictures(np.array(images)))
     return np.concatenate(drawn)
 
 
