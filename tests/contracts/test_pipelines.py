@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from mflux_vae_train.pipelines import tiny
 from tests.contracts.fake import FakePipeline
 from tests.contracts.pipeline_contract import PipelineContract
 
 PIPELINES = {
     "fake": FakePipeline,
+    "tiny": tiny.load,
 }
 
 
