@@ -97,4 +97,5 @@ def sampled(
     pixels = pipeline.sample(
         rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
     )
-    return list(to_pictures(np.array(pixels)))
+    # whatever dtype a host's pipeline draws in: numpy knows no bfloat16
+    return list(to_pictures(np.array(pixels.astype(mx.float32))))

@@ -73,7 +73,7 @@ class DiffusionPipeline(Protocol):
     def sample(
         self, conditioning: Conditioning, *, size: tuple[int, int], steps: int, guidance: float, key: mx.array
     ) -> mx.array:
-        """Conditioning -> images (B, H, W, 3) in [-1, 1]; `size` is (height, width) in pixels."""
+        """Conditioning -> images (B, H, W, 3) in [-1, 1], float32; `size` is (height, width) in pixels."""
         ...
 
     def lora_targets(self) -> Sequence[str]:

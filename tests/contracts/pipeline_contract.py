@@ -149,6 +149,7 @@ class PipelineContract:
         images = sample(conditioning, keys(0, 1, 2))
         multiple = pipeline.recommended.size_multiple
         assert images.shape == (3, 2 * multiple, 3 * multiple, 3)
+        assert images.dtype == mx.float32
         assert bool(mx.isfinite(images).all())
         assert float(mx.abs(images).max()) < 20, "images are not in [-1, 1], even roughly"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mflux_vae import kernels, runtime
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, unpack
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -189,6 +190,21 @@ def test_half_precision_files_are_half_as_large(schnell: FluxPipeline, folder: P
     assert FluxPipeline.from_pretrained(tmp_path / "half").dtype == mx.float32
     with pytest.raises(SettingsError, match="float16"):
         schnell.save_pretrained(tmp_path / "other", "int8")
+
+
+def test_off_the_cpu_it_computes_in_bfloat16_and_answers_in_float32(
+    schnell: FluxPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "is_cpu", lambda: False)
+    monkeypatch.setattr(kernels, "is_cpu", lambda: False)
+    opened = FluxPipeline.from_pretrained(folder)
+    assert opened.dtype == opened.vae.network.encoder.conv_in.weight.dtype == mx.bfloat16
+    arguments = {"size": (32, 16), "steps": 2, "guidance": 1.5, "key": keys(1, 2, 3)}
+    images, exact = (p.sample(p.encode_prompts(PROMPTS), **arguments) for p in (opened, schnell))
+    latents = opened.encode_images(exact)
+    loss = opened.loss(latents, opened.encode_prompts(PROMPTS), key=keys(1, 2, 3), guidance=1.0)
+    assert images.dtype == latents.dtype == loss.dtype == mx.float32
+    assert float(mx.abs(images - exact).mean()) < 0.05
 
 
 def test_saving_over_the_own_folder_keeps_the_tokenizers(folder: Path) -> None:

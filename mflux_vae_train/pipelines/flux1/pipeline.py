@@ -160,7 +160,7 @@ class FluxPipeline:
         key: mx.array,
         latents: mx.array | None = None,
     ) -> mx.array:
-        """Conditioning -> images (B, H, W, 3) in [-1, 1].
+        """Conditioning -> images (B, H, W, 3) in [-1, 1], float32.
 
         Guidance is embedded where the model was trained so; else, above 1, classifier-free against the empty
         prompt (Ho and Salimans 2022).
@@ -232,7 +232,8 @@ class FluxPipeline:
         pixels = latents.shape[1] * latents.shape[2] * VAE_FACTOR**2
         images = []
         for start in range(0, latents.shape[0], rows := max(1, _DECODED_AT_ONCE // pixels)):
-            images.append(self.vae.decode_nhwc(latents[start : start + rows]))
+            # float32 whatever the network computes in: numpy knows no bfloat16
+            images.append(self.vae.decode_nhwc(latents[start : start + rows]).astype(mx.float32))
             mx.eval(images[-1])
         return mx.concatenate(images)
 
