@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
-
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
 
 MLP_RATIO = 4
