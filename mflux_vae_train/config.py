@@ -107,6 +107,13 @@ class DreamBoothSettings:
                 raise SettingsError(f"--{name} is empty")
         if self.class_prompt is not None and not self.class_prompt.strip():
             raise SettingsError("--class_prompt is empty; leave it out to have it derived from --instance_prompt")
+        folders: dict[str, str] = {}
+        for name in ("instance_data_dir", "class_data_dir", "output_dir"):
+            if (folder := getattr(self, name)) is None:
+                continue
+            # what a run writes into one, class pictures or a loss curve, would be taken for pictures of the other
+            if (other := folders.setdefault(os.path.realpath(folder), name)) != name:
+                raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; each needs its own")
         if self.train_mode == "full":
             given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
             if given or self.lora_dropout:

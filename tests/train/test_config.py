@@ -47,6 +47,21 @@ def test_empty_texts_and_adapter_flags_in_full_mode_are_refused() -> None:
         DreamBoothSettings(**NEEDED, train_mode="full", rank=4, lora_dropout=0.1)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        {"output_dir": "pictures"},
+        {"class_data_dir": "x/../pictures/"},
+        {"output_dir": "out", "class_data_dir": Path("out")},
+    ],
+)
+def test_folders_that_would_take_each_others_pictures_are_refused(folders: dict) -> None:
+    with pytest.raises(SettingsError, match="are the same folder") as caught:
+        DreamBoothSettings(**(NEEDED | folders))
+    assert all(f"--{name}" in str(caught.value) for name in list(folders)[-1:])
+    DreamBoothSettings(**NEEDED, output_dir="pictures/out", class_data_dir="pictures/out/class")
+
+
 def test_documented_ranges_draw_advice_and_forbid_nothing() -> None:
     assert advice(DreamBoothSettings(**NEEDED)) == []
     assert advice(DreamBoothSettings(**NEEDED, train_batch_size=4, gradient_accumulation_steps=8)) == []
