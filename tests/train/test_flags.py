@@ -28,7 +28,7 @@ def other_than_default(name: str) -> Any:
     if kind is bool:
         return field.default is not True
     if kind is str:
-        return "some text"
+        return f"some text for {name}"  # each another: folders must differ
     if kind is int:
         return 16
     return 0.25
