@@ -1,9 +1,10 @@
 """Do previews come to look like the photographs? On the embedded pipeline.
 
-    python -m benchmarks.dreambooth_photos FOLDER [FOLDER ...] [--class_noun dog] [--output DIR] [any training flag]
+    python -m benchmarks.dreambooth_photos FOLDER [FOLDER ...] [--class_noun dog] [--output DIR] [--flag=value ...]
 
 For each folder of photographs: the mean distance (RMS, [0, 1]) of pictures of "a photo of sks <class>" to the nearest
-photograph, both shrunk to 16 x 16, with the base and after training, from the same noise; and the picture of the run.
+photograph, both shrunk to 16 x 16, with the base and after training, from the same noise; and the picture of the run. Flags of
+`mflux-train-dreambooth`, written with `=`, change the training.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def run(folder: Path, noun: str, given: DreamBoothSettings, output: Path) -> dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; unknown flags go to the training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--class_noun", help="default: the folder's name without digits")
     parser.add_argument("--output", type=Path, help="where the runs go (default: a temporary folder)")

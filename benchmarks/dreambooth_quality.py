@@ -1,6 +1,9 @@
 """Does DreamBooth teach the subject, and does the class survive? Measured by the checker on the embedded pipeline.
 
-    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [any training flag]
+    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--flag=value ...]
+
+Flags of `mflux-train-dreambooth` change the training; what is trained on, the prompts, the seed, previews and
+checkpoints are the benchmark's own.
 
 For each of several subjects that the base has never seen, with and without prior preservation, over several seeds:
 
@@ -102,7 +105,9 @@ def run(subject: Subject, seed: int, prior: bool, given: DreamBoothSettings, bas
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; unknown flags go to the training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, prior preservation only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--subjects", type=int, default=3, help=f"how many of {len(SUBJECTS)} (default 3)")

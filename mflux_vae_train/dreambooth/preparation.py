@@ -85,6 +85,8 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} pictures, {epochs:.4g} epochs;"
         f" learning rate {choices.learning_rate:g}, {settings.lr_scheduler}",
     ]
+    if settings.resume_from_checkpoint == "latest" and state.checkpoint is None and not state.complete:
+        lines.append(f"no checkpoint in {folder.root} yet: the run begins")
     return Preparation(
         choices=choices,
         pictures=pictures,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae import kernels, runtime
+from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig, kernels, runtime
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, unpack
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -261,3 +261,11 @@ def test_wrong_recommendations_are_refused(folder: Path, change: dict) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(SettingsError, match=r"recommended\.json"):
         FluxPipeline.from_pretrained(folder)
+
+
+def test_an_autoencoder_of_another_model_is_refused(tmp_path):
+    small_pipeline(tmp_path / "parts").save_pretrained(tmp_path / "saved")
+    other = AutoencoderKLConfig(latent_channels=8, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    VAE(network=AutoencoderKL(other)).save_pretrained(tmp_path / "saved" / "vae")
+    with pytest.raises(WeightsError, match=r"do not belong together: latents of 8 channels"):
+        FluxPipeline.from_pretrained(tmp_path / "saved")

@@ -26,6 +26,7 @@ from mflux_vae.runtime import compute_dtype
 from mflux_vae.vae import STEM, VAE
 from mflux_vae.weights.files import DTYPES, read_folder, read_json, write_json, write_safetensors
 from mflux_vae.weights.rules import load_strict
+from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, SigmaWeighting
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.protocol import Recommended
@@ -66,10 +67,18 @@ def read(folder: Path, dtype: mx.Dtype | None) -> dict[str, Any]:
     _load(transformer, folder / "transformer", STEM, dtype)
     _load(text_encoder, folder / "text_encoder", _TEXT_STEM, dtype, clip.published_names)
     _load(text_encoder_2, folder / "text_encoder_2", _TEXT_STEM, dtype, t5.published_names)
+    vae = VAE.from_pretrained(folder / "vae", dtype)
+    packed = PATCH**2 * vae.latent_channels
+    if (vae.spatial_scale, transformer.config.in_channels) != (VAE_FACTOR, packed):
+        raise WeightsError(
+            f"{folder}: autoencoder and transformer do not belong together: latents of {vae.latent_channels} channels "
+            f"at 1/{vae.spatial_scale} of the size, and {transformer.config.in_channels} inputs; {packed} inputs and "
+            f"1/{VAE_FACTOR} are needed"
+        )
     recommended, weighting = _read_recommended(folder / "recommended.json")
     return {
         "transformer": transformer,
-        "vae": VAE.from_pretrained(folder / "vae", dtype),
+        "vae": vae,
         "text_encoder": text_encoder,
         "text_encoder_2": text_encoder_2,
         "tokenizer_folder": folder / "tokenizer",

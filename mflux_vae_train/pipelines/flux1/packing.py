@@ -7,6 +7,8 @@ import mlx.core as mx
 from mflux_vae.errors import ImageError
 
 PATCH = 2
+VAE_FACTOR = 8
+"""Pixels per latent in each direction."""
 
 
 def pack(latents: mx.array) -> mx.array:

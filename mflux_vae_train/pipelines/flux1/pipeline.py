@@ -12,7 +12,7 @@ import mlx.core as mx
 from mflux_vae.errors import SettingsError
 from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.flux1 import folder as layout
-from mflux_vae_train.pipelines.flux1.packing import PATCH, image_ids, pack, text_ids, unpack
+from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
     FlowMatchSchedule,
@@ -26,7 +26,6 @@ from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 
-VAE_FACTOR = 8
 SIZE_MULTIPLE = VAE_FACTOR * PATCH
 
 _DECODED_AT_ONCE = 2**20

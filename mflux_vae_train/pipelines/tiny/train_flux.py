@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mflux_vae import VAE
 from mflux_vae_train.ema import EMA
@@ -69,7 +71,8 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
     """Unscaled latents (N, h, w, C) float16 and captions of scenes, then of photographs; kept in `work`."""
     work.mkdir(parents=True, exist_ok=True)
-    file = work / f"latents-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
+    weights = b"".join(np.array(value).tobytes() for _, value in tree_flatten(vae.network.parameters()))
+    file = work / f"latents-{zlib.crc32(weights):08x}-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
     if file.is_file():
         with np.load(file) as stored:
             return stored["latents"], stored["captions"].tolist()
