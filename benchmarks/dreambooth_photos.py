@@ -1,10 +1,10 @@
 """Do previews come to look like the photographs? On the embedded pipeline.
 
-    python -m benchmarks.dreambooth_photos FOLDER [FOLDER ...] [--class_noun dog] [--output DIR] [--flag=value ...]
+    python -m benchmarks.dreambooth_photos FOLDER ... [--class_noun dog] [--output DIR] [--flag=value ...]
 
 For each folder of photographs: the mean distance (RMS, [0, 1]) of pictures of "a photo of sks <class>" to the nearest
-photograph, both shrunk to 16 x 16, with the base and after training, from the same noise; and the picture of the run. Flags of
-`mflux-train-dreambooth`, written with `=`, change the training.
+photograph, both shrunk to 16 x 16, with the base and after training, from the same noise; and the picture of the run.
+Flags of `mflux-train-dreambooth`, written with `=`, change the training.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ LEVELS = 255
 
 @pytest.fixture(scope="module")
 def theirs():
-    pipeline = diffusers.FluxPipeline.from_pretrained(tiny.WEIGHTS, torch_dtype=torch.float32)
+    pipeline = diffusers.FluxPipeline.from_pretrained(tiny.WEIGHTS).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
