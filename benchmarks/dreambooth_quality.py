@@ -128,25 +128,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject: (spread(_class_pictures(base, subject)), _other_prompts(base, subject))
         for subject in SUBJECTS[: arguments.subjects]
     }
-    results = [
-        {
+    columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
+    if not arguments.json:
+        print(describe())
+        print(f"{'subject':32}{'prior':>6}{'seed':>5}" + "".join(f"{name:>18}" for name in columns), flush=True)
+    results = []
+    for subject, seed, prior in tqdm(plan, file=sys.stderr, disable=None):
+        row = {
             "subject": f"{subject.colour} {subject.shape} with {subject.core} core",
             "seed": seed,
             "prior_preservation": prior,
             "prompts_before": before[subject][1],
             **asdict(run(subject, seed, prior, given, before[subject][0])),
         }
-        for subject, seed, prior in tqdm(plan, file=sys.stderr, disable=None)
-    ]
+        results.append(row)
+        if not arguments.json:
+            shown = "".join(f"{row[name]:18.2f}" for name in columns)
+            print(f"{row['subject']:32}{'yes' if prior else 'no':>6}{seed:>5}{shown}", flush=True)
     if arguments.json:
         print(json.dumps({"machine": describe(), "runs": results}))
         return 0
-    print(describe())
-    columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
-    print(f"{'subject':32}{'prior':>6}{'seed':>5}" + "".join(f"{name:>18}" for name in columns))
-    for row in results:
-        shown = "".join(f"{row[name]:18.2f}" for name in columns)
-        print(f"{row['subject']:32}{'yes' if row['prior_preservation'] else 'no':>6}{row['seed']:>5}{shown}")
     for prior in sorted({row["prior_preservation"] for row in results}, reverse=True):
         rows = [row for row in results if row["prior_preservation"] == prior]
         means = "".join(f"{np.mean([row[name] for row in rows]):18.2f}" for name in columns)

@@ -43,13 +43,13 @@ TRANSFORMER = FluxTransformerConfig(
 RECOMMENDED = Recommended(
     resolution=SIZE,
     size_multiple=16,
-    learning_rate=2e-3,
+    learning_rate=4e-3,
     learning_rate_full=1e-4,
     guidance=2.5,
     steps=14,
-    rank=8,
+    rank=32,
     caption_dropout=0.1,
-    prior_loss_weight=1.0,
+    prior_loss_weight=0.5,
 )
 
 
