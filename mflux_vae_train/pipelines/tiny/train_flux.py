@@ -71,7 +71,8 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
     """Unscaled latents (N, h, w, C) float16 and captions of scenes, then of photographs; kept in `work`."""
     work.mkdir(parents=True, exist_ok=True)
-    weights = b"".join(np.array(value).tobytes() for _, value in tree_flatten(vae.network.parameters()))
+    parameters = dict(tree_flatten(vae.network.parameters()))
+    weights = b"".join(np.array(value).tobytes() for value in parameters.values())
     file = work / f"latents-{zlib.crc32(weights):08x}-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
     if file.is_file():
         with np.load(file) as stored:
