@@ -1,4 +1,4 @@
-"""AdamW as torch computes it, and Muon for matrices and convolutions beside it.
+"""AdamW as torch computes it, Muon for matrices and convolutions, and groups of both behind one schedule.
 
 Learning rates are arrays in the optimizer's state, set for each update by the step.
 """
@@ -6,9 +6,8 @@ Learning rates are arrays in the optimizer's state, set for each update by the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -60,9 +59,6 @@ class Muon(optim.Optimizer):
 
     Differs from mlx's own in three points: weight decay is decoupled; a convolution (O, kH, kW, I) counts as
     a matrix (O, kH kW I) in the factor sqrt(max(1, rows / columns)) too; the iteration runs in float32.
-
-    Args:
-        rate_scale: the learning rate is multiplied by it; a schedule shared with AdamW can serve both.
     """
 
     def __init__(
@@ -71,17 +67,11 @@ class Muon(optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         steps: int = 5,
-        rate_scale: float = 1.0,
         learning_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        self.momentum, self.weight_decay, self.steps, self.rate_scale = (
-            momentum,
-            weight_decay,
-            steps,
-            rate_scale,
-        )
+        self.momentum, self.weight_decay, self.steps = momentum, weight_decay, steps
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         state["v"] = mx.zeros(parameter.shape, mx.float32)
@@ -89,7 +79,7 @@ class Muon(optim.Optimizer):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         if gradient.ndim < 2:
             raise ValueError(f"Muon is for matrices and convolutions; a parameter of shape {gradient.shape} is AdamW's")
-        rate = self.learning_rate.astype(mx.float32) * self.rate_scale
+        rate = self.learning_rate.astype(mx.float32)
         g = gradient.astype(mx.float32)
         v = self.momentum * state["v"] + (1 - self.momentum) * g
         state["v"] = v
@@ -113,17 +103,28 @@ def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
     return x.T if tall else x
 
 
-def muon_with_adamw(muon: Muon, adamw: AdamW, adamw_patterns: Sequence[str] = ()) -> optim.MultiOptimizer:
-    """Muon for matrices and convolutions, AdamW for vectors and for what `adamw_patterns` names.
+Filter: TypeAlias = Callable[[str, mx.array], bool]
+
+
+class Grouped(optim.MultiOptimizer):
+    """Several optimizers behind one learning rate, which is a factor on each one's own peak rate.
 
     Args:
-        adamw_patterns: fnmatch patterns over parameter paths: embeddings, and the first and last layer.
+        groups: (optimizer, its peak rate, which parameters are its); the last one takes what is left.
     """
 
-    def is_muon(path: str, parameter: mx.array) -> bool:
-        return parameter.ndim >= 2 and not any(fnmatchcase(path, pattern) for pattern in adamw_patterns)
+    def __init__(self, groups: Sequence[tuple[optim.Optimizer, float, Filter | None]]):
+        super().__init__([optimizer for optimizer, _, _ in groups], [f for _, _, f in groups[:-1]])
+        self._rates = [rate for _, rate, _ in groups]
 
-    return optim.MultiOptimizer([muon, adamw], [is_muon])
+    @property
+    def learning_rate(self) -> mx.array:
+        return self.optimizers[0].learning_rate / self._rates[0]
+
+    @learning_rate.setter
+    def learning_rate(self, factor: float | mx.array) -> None:
+        for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+            optimizer.learning_rate = factor * rate
 
 
 def _one_minus_power(beta: float, n: mx.array) -> mx.array:

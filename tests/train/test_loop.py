@@ -16,7 +16,7 @@ from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
 from mflux_vae_train.loop import Interrupted, fit
-from mflux_vae_train.optimizers import AdamW, Muon, muon_with_adamw
+from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.schedule import learning_rate
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
@@ -30,7 +30,11 @@ class Run:
         self.net = Net()
         if kind == "lora":
             lora.add_lora(self.net, ["blocks.*", "out"], rank=2, dropout=0.2)
-        optimizer = muon_with_adamw(Muon(), AdamW(), ["out.*"]) if kind == "muon" else AdamW()
+        groups = [
+            (Muon(), 1.0, lambda path, weight: weight.ndim >= 2 and not path.startswith("out.")),
+            (AdamW(), 1.0, None),
+        ]
+        optimizer = Grouped(groups) if kind == "muon" else AdamW()
         self.ema = EMA(self.net.trainable_parameters(), decay=0.5)
         self.step = Step(self.net, optimizer, self.loss, ema=self.ema)
         self.objects = {

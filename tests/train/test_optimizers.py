@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.optimizers import AdamW, Muon, muon_with_adamw, orthogonalize
+from mflux_vae_train.optimizers import AdamW, Grouped, Muon, orthogonalize
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
@@ -90,9 +90,14 @@ def test_muon_refuses_vectors() -> None:
         run(Muon(), np.zeros(3), [np.ones(3)], [1e-2])
 
 
-def test_muon_with_adamw_splits_by_shape_and_pattern_and_both_learn() -> None:
+def test_groups_split_the_parameters_and_all_learn() -> None:
     net = Net()
-    optimizer = muon_with_adamw(Muon(), AdamW(), adamw_patterns=["out.*"])
+    optimizer = Grouped(
+        [
+            (Muon(), 1.0, lambda path, weight: weight.ndim >= 2 and not path.startswith("out.")),
+            (AdamW(), 1.0, None),
+        ]
+    )
     step = Step(net, optimizer, loss)
     muons, adamws = ({path for path, _ in tree_flatten(state)} for state in optimizer.state["states"])
     assert {"blocks.0.weight.v", "blocks.1.weight.v"} <= muons
@@ -102,3 +107,10 @@ def test_muon_with_adamw_splits_by_shape_and_pattern_and_both_learn() -> None:
     after = dict(tree_flatten(net.parameters()))
     assert all(not mx.array_equal(before[path], after[path]) for path in before)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_group_s_rate_is_its_share_of_the_schedule() -> None:
+    optimizer = Grouped([(Muon(), 0.5, lambda _, weight: weight.ndim >= 2), (AdamW(), 2.0, None)])
+    optimizer.learning_rate = 0.2
+    assert [one.learning_rate.item() for one in optimizer.optimizers] == pytest.approx([0.1, 0.4])
+    assert optimizer.learning_rate.item() == pytest.approx(0.2)

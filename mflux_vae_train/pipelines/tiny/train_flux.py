@@ -13,14 +13,13 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import VAE
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.optimizers import AdamW, Muon
+from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.pipelines.flux1 import transformer as flux
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 from mflux_vae_train.pipelines.tiny import corpus, recipe
-from mflux_vae_train.pipelines.tiny.optimizer import Grouped
 from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 from mflux_vae_train.pipelines.tiny.world import EXTRA_WORDS, WORDS, training_example

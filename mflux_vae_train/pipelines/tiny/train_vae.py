@@ -13,9 +13,8 @@ from PIL import Image
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.optimizers import AdamW, Muon
+from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.pipelines.tiny import corpus, recipe
-from mflux_vae_train.pipelines.tiny.optimizer import Grouped
 from mflux_vae_train.pipelines.tiny.run import run
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.step import Arrays, MicroBatch, Step
