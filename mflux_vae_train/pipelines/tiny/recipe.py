@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
@@ -9,6 +10,7 @@ from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
+from mflux_vae_train.pipelines.tiny.world import CAPTION_SHARES
 
 SIZE = 64
 """Side of a picture, pixels."""
@@ -114,6 +116,7 @@ class FluxRecipe:
     Attributes:
         scenes, photos: captioned scenes and crops of photographs to draw from; latents of all are encoded first.
         photo_crop: smallest side of a crop, as a share of the photograph's short side.
+        caption_shares: kinds of captions, see `world.CAPTION_SHARES`.
         caption_dropout: part of the captions replaced by the empty one, so that guidance works.
         muon_rate: peak rate of the blocks' matrices; adamw_rate of the rest; text_rate of both text encoders.
         decay_share: part of the updates at the end over which the rates fall to zero.
@@ -125,6 +128,7 @@ class FluxRecipe:
     scenes: int = 24_000
     photos: int = 1_200
     photo_crop: float = 0.5
+    caption_shares: Mapping[str, float] = field(default_factory=lambda: dict(CAPTION_SHARES))
     caption_dropout: float = 0.1
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3
@@ -139,7 +143,22 @@ class FluxRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything `build` needs."""
+    """Everything `build` needs.
+
+    Attributes:
+        flux: rounds of training, each from the weights of the one before. After the first round prompts that leave
+            something open still blended colours; the second sees new scenes, and more captions of that kind.
+    """
 
     vae: VAERecipe = field(default_factory=VAERecipe)
-    flux: FluxRecipe = field(default_factory=FluxRecipe)
+    flux: tuple[FluxRecipe, ...] = (
+        FluxRecipe(),
+        FluxRecipe(
+            seed=1,
+            updates=3600,
+            batch=64,
+            scenes=36_000,
+            photos=1_800,
+            caption_shares={"full": 0.38, "open": 0.38, "individual": 0.22, "background": 0.02},
+        ),
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -68,11 +70,12 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
 
 
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
-    """Unscaled latents (N, h, w, C) float16 and captions of scenes, then of photographs; kept in `work`."""
+    """Unscaled latents (N, h, w, C) float16 and captions of photographs, then of scenes; kept in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     parameters = dict(tree_flatten(vae.network.parameters()))
-    weights = b"".join(np.array(value).tobytes() for value in parameters.values())
-    file = work / f"latents-{zlib.crc32(weights):08x}-{settings.seed}-{settings.scenes}-{settings.photos}.npz"
+    source = b"".join(np.array(value).tobytes() for value in parameters.values())
+    source += json.dumps([settings.seed, settings.scenes, settings.photos, dict(settings.caption_shares)]).encode()
+    file = work / f"latents-{zlib.crc32(source):08x}.npz"
     if file.is_file():
         with np.load(file) as stored:
             return stored["latents"], stored["captions"].tolist()
@@ -83,7 +86,10 @@ def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[
     captions = corpus.photo_captions(settings.seed, settings.photos)
     for start in range(0, settings.scenes, _ENCODED_AT_ONCE):
         stop = min(start + _ENCODED_AT_ONCE, settings.scenes)
-        examples = [training_example(settings.seed, index, recipe.SIZE) for index in range(start, stop)]
+        examples = [
+            training_example(settings.seed, index, recipe.SIZE, settings.caption_shares)
+            for index in range(start, stop)
+        ]
         latents.append(_encode(vae, np.stack([picture for picture, _, _ in examples])))
         captions += [caption for _, caption, _ in examples]
         if start % (50 * _ENCODED_AT_ONCE) == 0:
@@ -97,15 +103,23 @@ def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
     return np.array(vae.network.encode(pixels).mode(), np.float16)
 
 
-def train(work: Path, vae: VAE, settings: recipe.FluxRecipe, *, compile: bool = True) -> FluxPipeline:
-    """Train, or go on where `work` left off. Returns the pipeline with averaged weights.
+def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile: bool = True) -> FluxPipeline:
+    """Train in rounds, or go on where `work` left off. Returns the pipeline with averaged weights.
 
     Args:
         compile: fuse the step; the compiler's minute pays in hours of batches of one shape.
     """
+    pipeline = new_pipeline(work, vae, rounds[0])
+    for number, settings in enumerate(rounds, start=1):
+        train_round(work, f"flux-{number}", pipeline, settings, compile=compile)
+    return pipeline
+
+
+def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.FluxRecipe, *, compile: bool) -> None:
+    """Train the pipeline, checkpoints in `work / name`, and leave the averaged weights in it."""
+    vae = pipeline.vae
     raw, captions = encode_examples(work, vae, settings)
     latents, examples = mx.array(raw), len(captions)
-    pipeline = new_pipeline(work, vae, settings)
     model = Trained(pipeline)
     ids = {
         name: tokenizer.encode([*captions, ""], recipe.TEXT_TOKENS)  # the last row is the empty caption
@@ -152,9 +166,8 @@ def train(work: Path, vae: VAE, settings: recipe.FluxRecipe, *, compile: bool = 
         warm = min(1.0, (update + 1) / settings.warmup)
         return warm * min(1.0, (settings.updates - update) / (settings.decay_share * settings.updates))
 
-    run(work / "flux", step, batch, rate, settings.updates, settings.checkpoint_every, settings)
+    run(work / name, step, batch, rate, settings.updates, settings.checkpoint_every, settings)
     model.update(ema.state["average"])
-    return pipeline
 
 
 def word_contrast(conditioning: dict[str, mx.array]) -> mx.array:

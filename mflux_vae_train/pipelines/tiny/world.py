@@ -11,6 +11,7 @@ Pictures are pure functions of their scene, training examples of (seed, index).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,10 +151,10 @@ def place(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, x=x, y=y, radius=float(rng.uniform(*RADII)), texture_seed=int(rng.integers(2**31)))
 
 
-def training_scene(seed: int, index: int) -> tuple[str, Scene]:
-    """Caption and scene of a training example, without drawing it: a function of (seed, index) alone."""
+def training_scene(seed: int, index: int, shares: Mapping[str, float] = CAPTION_SHARES) -> tuple[str, Scene]:
+    """Caption and scene of a training example, without drawing it: a function of the arguments alone."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    kind = _pick(rng, tuple(CAPTION_SHARES), tuple(CAPTION_SHARES.values()))
+    kind = _pick(rng, tuple(shares), tuple(shares.values()))
     if kind == "individual":
         scene = _individual(rng)
         return _naming(scene, rng), scene
@@ -166,9 +167,11 @@ def training_scene(seed: int, index: int) -> tuple[str, Scene]:
     return phrase(noun, scene.background if said in ("both", "background") else None, rng), scene
 
 
-def training_example(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, str, Scene]:
+def training_example(
+    seed: int, index: int, size: int = 64, shares: Mapping[str, float] = CAPTION_SHARES
+) -> tuple[np.ndarray, str, Scene]:
     """Picture (size, size, 3) uint8, caption and scene of a training example: a function of the arguments."""
-    caption, scene = training_scene(seed, index)
+    caption, scene = training_scene(seed, index, shares)
     return render(scene, size), caption, scene
 
 
