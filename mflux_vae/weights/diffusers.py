@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx
 
+STEM = "diffusion_pytorch_model"
+"""Name of the weights file in a folder of diffusers' layout."""
+
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 SAME_NAMES = (Rule("{path}", "{path}", conv_to_mlx, conv_from_mlx),)

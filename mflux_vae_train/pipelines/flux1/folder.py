@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.runtime import compute_dtype
-from mflux_vae.vae import STEM, VAE
+from mflux_vae.vae import VAE
+from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import DTYPES, read_folder, read_json, write_json, write_safetensors
 from mflux_vae.weights.rules import load_strict
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
