@@ -124,21 +124,32 @@ def _patches(x: mx.array, kh: int, kw: int) -> mx.array:
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Group normalisation over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
 
-    Statistics are two-pass, in float32: reductions over pixels, then over the few channels of a group.
-
     Args:
         x: (B, ..., C), normalised over every axis between batch and channels.
         groups: a divisor of C.
         weight, bias: (C,).
     """
-    shape, dtype = x.shape, x.dtype
-    batch, channels = shape[0], shape[-1]
+    return group_norm_apply(x, *group_norm_statistics(x, groups), weight, bias, eps)
+
+
+def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """Mean and variance of each group, per sample, spread over its channels: both (B, C), float32.
+
+    Two passes: reductions over pixels, then over the few channels of a group.
+    """
+    batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
     x = x.reshape(batch, -1, channels).astype(mx.float32)
-    mean = _over_group(_over_pixels(x, shape[-2]), groups)
-    x = x - mean[:, None]
-    variance = _over_group(_over_pixels(mx.square(x), shape[-2]), groups)
-    scale = mx.rsqrt(variance + eps) * weight
-    return (x * scale[:, None] + bias).astype(dtype).reshape(shape)
+    mean = _over_group(_over_pixels(x, width), groups)
+    return mean, _over_group(_over_pixels(mx.square(x - mean[:, None]), width), groups)
+
+
+def group_norm_apply(
+    x: mx.array, mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float
+) -> mx.array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (B, ..., C), the statistics (B, C)."""
+    spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+    scale = (mx.rsqrt(variance + eps) * weight).reshape(spread)
+    return ((x.astype(mx.float32) - mean.reshape(spread)) * scale + bias).astype(x.dtype)
 
 
 def _over_pixels(x: mx.array, width: int) -> mx.array:
