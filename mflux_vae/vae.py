@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mflux_vae.errors import ImageError, SettingsError, WeightsError
-from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mflux_vae import loading
+from mflux_vae.as_mflux import MfluxVAE
+from mflux_vae.errors import ImageError
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.runtime import compute_dtype
-from mflux_vae.weights.diffusers import AUTOENCODER_KL, SAME_NAMES
-from mflux_vae.weights.files import DTYPES, read_folder, read_json, write_json, write_safetensors
-from mflux_vae.weights.rules import Rule, from_mlx, load_strict, to_mlx
-
-STEM = "diffusion_pytorch_model"
-"""Name of the weights file in a folder of diffusers' layout."""
-
-
-@dataclass(frozen=True)
-class _Family:
-    """A kind of network: how it is built from its config.json, and how its weights are named on disk."""
-
-    build: Callable[[Mapping[str, Any]], nn.Module]
-    rules: Sequence[Rule]
-
-
-FAMILIES = {
-    "AutoencoderKL": _Family(lambda config: AutoencoderKL(AutoencoderKLConfig.from_dict(config)), AUTOENCODER_KL),
-    "PlainAutoencoder": _Family(lambda config: PlainAutoencoder(PlainConfig.from_dict(config)), SAME_NAMES),
-}
-"""By the `_class_name` of config.json."""
+from mflux_vae.reporting import known, log, reported, shape
 
 
 class VAE(nn.Module):
@@ -45,6 +24,9 @@ class VAE(nn.Module):
     `VAE(latent_channels=4)` builds an untrained one with LeakyReLU residual blocks (64-128-256-512 channels);
     `VAE.from_pretrained` opens a trained one; `VAE(network=...)` wraps any network that has `config`, `encode`
     and `decode` as `AutoencoderKL` has.
+
+    Sizes need not be multiples of `spatial_scale`: edge pixels are repeated at the right and at the bottom up to
+    the next one. A call of the VAE crops its reconstruction to the size of its image, and `decode` to `size`.
 
     Args:
         latent_channels: channels of a latent of the network that is built.
@@ -64,17 +46,17 @@ class VAE(nn.Module):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
+        """Channels of a latent, as `encode` returns it."""
         return self.config.latent_channels
 
     @property
     def spatial_scale(self) -> int:
-        """Pixels per latent in each direction."""
+        """Pixels per latent in each direction, as `encode` returns it."""
         return self.config.downsampling
 
     @property
     def scaling_factor(self) -> float:
-        """Scaled latents are (latents - shift_factor) * scaling_factor."""
+        """Scaled latents are (latents - shift_factor) * scaling_factor, but where statistics scale them instead."""
         return self.config.scaling_factor
 
     @property
@@ -82,12 +64,17 @@ class VAE(nn.Module):
         """See `scaling_factor`."""
         return self.config.shift_factor or 0.0
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the weights, which the network computes in."""
+        return next((weight.dtype for weight in _weights(self.network)), mx.float32)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> VAE:
-        """Open a folder in diffusers' layout: `config.json` and `diffusion_pytorch_model.safetensors`.
+    def from_pretrained(cls, source: str | Path, dtype: mx.Dtype | None = None) -> VAE:
+        """Open a trained autoencoder.
 
         Args:
-            folder: an autoencoder's folder, or a pipeline's, which has one named `vae`.
+            source: see `loading.open_network`.
             dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
                 configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
 
@@ -95,20 +82,14 @@ class VAE(nn.Module):
             WeightsError: files are missing or broken, of an unknown kind, or do not fit the configuration.
             SettingsError: the configuration asks for what the network does not have.
         """
-        folder = Path(folder)
-        if (folder / "model_index.json").is_file():
-            folder = folder / "vae"
-        config = read_json(folder / "config.json")
-        family = _family(config, folder)
-        network = family.build(config)
-        dtype = compute_dtype(dtype)
-        if dtype == mx.float16 and getattr(network.config, "force_upcast", False):
-            dtype = mx.float32
-        load_strict(network, to_mlx(read_folder(folder, STEM), family.rules), where=str(folder), dtype=dtype)
-        return cls(network=network)
+        vae = cls(network=loading.open_network(source, dtype))
+        count = sum(weight.size for weight in _weights(vae.network))
+        kind, precision = type(vae.network).__name__, str(vae.dtype).removeprefix("mlx.core.")
+        log.info("%s: %s with %.1f million parameters, computing in %s", source, kind, count / 1e6, precision)
+        return vae
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write the folder that `from_pretrained` opens; an `AutoencoderKL` also opens in diffusers.
+        """Write the folder that `from_pretrained` opens, and diffusers too where it has such a network.
 
         Args:
             folder: made where it is missing.
@@ -118,27 +99,22 @@ class VAE(nn.Module):
             SettingsError: another dtype.
             WeightsError: a network of a kind that `from_pretrained` does not know.
         """
-        if dtype not in DTYPES:
-            raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
-        folder = Path(folder)
-        config = self.config.to_dict()
-        tensors = from_mlx(dict(tree_flatten(self.network.parameters())), _family(config, folder).rules)
-        write_safetensors(folder / f"{STEM}.safetensors", {k: v.astype(DTYPES[dtype]) for k, v in tensors.items()})
-        write_json(folder / "config.json", config)
+        loading.save_network(self.network, folder, dtype)
 
     def encode(self, image: mx.array, *, sample: bool = False, key: mx.array | None = None) -> mx.array:
         """Image to latents, scaled for the denoiser.
 
         Args:
-            image: (B, C, H, W) in [0, 255], uint8 or floating point; H and W multiples of `spatial_scale`.
+            image: (B, C, H, W) in [0, 255], uint8 or floating point, of any size (see the class).
             sample: draw from the posterior instead of taking its mode.
             key: random key for the draw; None uses MLX's global state.
 
         Returns:
-            (B, latent_channels, H / spatial_scale, W / spatial_scale), float32.
+            (B, latent_channels, ceil(H / spatial_scale), ceil(W / spatial_scale)), float32.
 
         Raises:
-            ImageError: wrong number of axes or channels, or a size that is no multiple.
+            ImageError: wrong number of axes or channels, no pixels, or floating-point values that are no such image:
+                all within [-1, 1] and some negative, infinite, or not a number.
         """
         posterior = self.posterior(image)
         latents = posterior.sample(key) if sample else posterior.mode()
@@ -148,51 +124,102 @@ class VAE(nn.Module):
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
         self._check(image)
         # NCHW [0, 255] -> NHWC [-1, 1]
-        return self.network.encode(image.astype(mx.float32).transpose(0, 2, 3, 1) / 127.5 - 1)
+        pixels = padded(image.astype(mx.float32).transpose(0, 2, 3, 1) / 127.5 - 1, self.spatial_scale)
+        log.debug("image %s -> pixels %s", shape(image), shape(pixels))
+        return self._encode(pixels)
 
-    def decode(self, latent: mx.array) -> mx.array:
-        """Scaled latents (B, latent_channels, h, w) to an image (B, C, H, W), float32 in [0, 255].
+    def decode(self, latent: mx.array, *, size: tuple[int, int] | None = None) -> mx.array:
+        """Scaled latents to an image.
+
+        Args:
+            latent: (B, latent_channels, h, w).
+            size: height and width to crop to, at the right and at the bottom; None keeps spatial_scale * (h, w).
+
+        Returns:
+            (B, C, H, W), float32 in [0, 255].
 
         Raises:
-            ImageError: wrong number of axes or channels.
+            ImageError: wrong number of axes or channels, or a size that the latents cannot have.
         """
-        if latent.ndim != 4 or latent.shape[1] != self.latent_channels:
+        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or not latent.size:
             raise ImageError(f"latents are {tuple(latent.shape)}, expected (B, {self.latent_channels}, h, w)")
-        return _image(self.decode_nhwc(latent.transpose(0, 2, 3, 1)))
+        full = latent.shape[2] * self.spatial_scale, latent.shape[3] * self.spatial_scale
+        size = size or full
+        if any(not most - self.spatial_scale < side <= most for side, most in zip(size, full, strict=True)):
+            raise ImageError(f"latents of {full[0]} x {full[1]} pixels cannot be an image of {size[0]} x {size[1]}")
+        return _image(self.decode_nhwc(latent.transpose(0, 2, 3, 1)), size)
 
     def __call__(self, image: mx.array) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
         posterior = self.posterior(image)
-        return _image(self.network.decode(posterior.mode())), posterior
+        return _image(self._decode(posterior.mode()), image.shape[2:]), posterior
 
     def encode_nhwc(self, pixels: mx.array) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent), the posterior's mode: for pipelines."""
-        return self.scaled(self.network.encode(pixels).mode())
+        return self.scaled(self._encode(padded(pixels, self.spatial_scale)).mode())
 
     def decode_nhwc(self, latents: mx.array) -> mx.array:
         """Scaled latents (B, h, w, latent) -> (B, H, W, C), about [-1, 1], not clipped: for pipelines."""
-        return self.network.decode(latents / self.scaling_factor + self.shift_factor)
+        return self._decode(latents / self.scaling_factor + self.shift_factor)
 
     def scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents of the network -> what the denoiser sees: (latents - shift_factor) * scaling_factor."""
+        """Raw latents of the network, NHWC -> what the denoiser sees: (latents - shift_factor) * scaling_factor."""
         return (latents - self.shift_factor) * self.scaling_factor
 
+    def as_mflux(self) -> MfluxVAE:
+        """What replaces `flux.vae` of mflux: the same network, with mflux's shapes and ranges."""
+        return MfluxVAE(self)
+
+    def _encode(self, pixels: mx.array) -> DiagonalGaussian:
+        """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
+        return reported("encode", pixels.astype(self.dtype), self.network.encode)
+
+    def _decode(self, latents: mx.array) -> mx.array:
+        """Raw latents to NHWC about [-1, 1]."""
+        return reported("decode", latents.astype(self.dtype), self.network.decode)
+
     def _check(self, image: mx.array) -> None:
-        channels, factor = self.config.in_channels, self.spatial_scale
-        if image.ndim != 4 or image.shape[1] != channels:
+        channels = self.config.in_channels
+        if image.ndim != 4 or image.shape[1] != channels or not image.size:
             raise ImageError(f"image is {tuple(image.shape)}, expected (B, {channels}, H, W) with values in [0, 255]")
-        height, width = image.shape[2:]
-        if height % factor or width % factor or not height or not width:
-            raise ImageError(f"image is {height} x {width} pixels; resize or crop it to multiples of {factor}")
+        if mx.issubdtype(image.dtype, mx.floating):
+            _check_range(image)
 
 
-def _image(pixels: mx.array) -> mx.array:
-    """NHWC about [-1, 1] -> NCHW float32 in [0, 255]."""
-    return mx.clip((pixels.astype(mx.float32) + 1) * 127.5, 0, 255).transpose(0, 3, 1, 2)
+def _weights(network: nn.Module) -> list[mx.array]:
+    return list(dict(tree_flatten(network.parameters())).values())
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> _Family:
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in FAMILIES:
-        raise WeightsError(f"{folder}: autoencoders of class {name!r} are not known; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def padded(pixels: mx.array, factor: int) -> mx.array:
+    """(B, H, W, C) with its last row and column repeated, until both sides are multiples of `factor`."""
+    bottom, right = (-side % factor for side in pixels.shape[1:3])
+    if not bottom and not right:
+        return pixels
+    return mx.pad(pixels, [(0, 0), (0, bottom), (0, right), (0, 0)], mode="edge")
+
+
+def _image(pixels: mx.array, size: tuple[int, ...]) -> mx.array:
+    """NHWC about [-1, 1] -> NCHW float32 in [0, 255], cropped to height and width."""
+    pixels = pixels[:, : size[0], : size[1]]
+    image = mx.clip((pixels.astype(mx.float32) + 1) * 127.5, 0, 255).transpose(0, 3, 1, 2)
+    log.debug("pixels -> image %s", shape(image))
+    return image
+
+
+def _check_range(image: mx.array) -> None:
+    """Refuses what is in [-1, 1] or not finite; an image that looks like [0, 1] is warned about once."""
+    global _warned
+    ends = mx.stack([image.min(), image.max()]).astype(mx.float32)
+    if not known(ends):  # no values yet inside mx.compile
+        return
+    least, most = cast("list[float]", ends.tolist())
+    if not math.isfinite(most - least):
+        raise ImageError("image holds values that are infinite or not a number; expected [0, 255]")
+    if -1 <= least < 0 and most <= 1:
+        raise ImageError(f"image is in [{least:.3g}, {most:.3g}], expected [0, 255]: give (image + 1) * 127.5")
+    if least >= 0 and 0 < most <= 1 and not _warned:
+        _warned = True
+        log.warning("image is in [%.3g, %.3g], expected [0, 255]: almost black, or to be given times 255", least, most)
+
+
+_warned = False
