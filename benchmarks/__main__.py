@@ -1,0 +1,20 @@
+"""Every claim about speed and memory, measured, in one table.
+
+    python -m benchmarks [--quick] [--json] [--only NAME]
+
+On a GPU that MLX and torch both know, the same rows are measured there. Peers are optional (extra `parity`): what is
+not installed is said below the table. How well DreamBooth learns is measured elsewhere: `benchmarks.dreambooth_quality`
+and `benchmarks.dreambooth_photos`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import vae_speed
+from benchmarks.harness import main
+
+SCRIPTS = {"vae_speed": vae_speed.rows}
+
+if __name__ == "__main__":
+    sys.exit(main(SCRIPTS, __doc__))

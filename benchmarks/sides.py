@@ -1,0 +1,65 @@
+"""What the sides of several scripts have in common: devices, dtypes, and a repetition's end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Work
+
+
+def torch_device(gpu: bool) -> str:
+    """`cpu`, or what torch calls the GPU; TF32 is allowed there, as MLX uses it.
+
+    Raises:
+        RuntimeError: MLX has a GPU and this torch has none.
+    """
+    import torch
+
+    if not gpu:
+        return "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    raise RuntimeError("MLX computes on a GPU that this torch does not know; install the torch that does")
+
+
+def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
+    """A repetition ends when its outputs are numpy arrays on the host; the peak is CUDA's own on CUDA."""
+    import torch
+
+    def finished() -> dict[str, np.ndarray]:
+        return {name: np.asarray(to_numpy(value)) for name, value in run().items()}
+
+    if device != "cuda":
+        return Work(run=finished)
+    return Work(run=finished, peak=torch.cuda.max_memory_allocated, reset=torch.cuda.reset_peak_memory_stats)
+
+
+def to_numpy(value: Any) -> Any:
+    """A tensor on the host; a number as it is."""
+    return value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
+
+
+def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
+    """A repetition ends when its outputs are numpy arrays; the peak is MLX's own on a GPU."""
+    import mlx.core as mx
+
+    def finished() -> dict[str, np.ndarray]:
+        outputs = run()
+        mx.eval(outputs)
+        arrays = {k: v.astype(mx.float32) if isinstance(v, mx.array) else v for k, v in outputs.items()}
+        return {name: np.array(array) for name, array in arrays.items()}
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return Work(run=finished)
+    return Work(run=finished, peak=mx.get_peak_memory, reset=mx.reset_peak_memory)
+
+
+def nhwc(tensor: Any) -> Any:
+    """(B, C, H, W) -> (B, H, W, C), a view."""
+    return tensor.permute(0, 2, 3, 1)

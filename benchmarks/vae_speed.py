@@ -1,0 +1,169 @@
+"""Encode and decode of Stable Diffusion's autoencoder: against diffusers, against MLX as the wheel comes, and
+against itself at 256 pixels, per pixel.
+
+    python -m benchmarks.vae_speed [--quick] [--only "encode 256"]
+
+FLUX.1's autoencoder has the same layers but for 16 latent channels and no 1x1 convolutions: its time is the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Options, Row, Side, Work, main
+from benchmarks.sides import mlx_work, nhwc, torch_device, torch_work
+from benchmarks.weights import fill_mlx, fill_torch, noise
+
+FACTOR, LATENT = 8, 4
+TORCH = ("diffusers.models.autoencoders.autoencoder_kl", "torch")
+OURS = ("mflux_vae.networks.autoencoder_kl",)
+LAYOUTS = {"channels first": False, "channels last": True}
+
+
+def rows(options: Options) -> list[Row]:
+    """The measurements."""
+    against_torch, wheel, growth = ((256,), 64, (128, 512)) if options.quick else ((256, 512), 128, (128, 512, 1024))
+    works = [(what, size) for size in against_torch for what in ("encode", "decode")]
+    measured = [
+        Row(
+            work=f"SD autoencoder, {what} {size}x{size}",
+            ours=_ours(what, size),
+            peers=[_torch(options, what, size, layout) for layout in LAYOUTS],
+            beside=[] if options.quick else _half_precision(options, what, size),
+            target=1.3,
+            tolerance=1e-2 if options.gpu else 1e-3,
+        )
+        for what, size in works
+    ]
+    if not options.gpu:
+        measured += [
+            Row(
+                work=f"SD autoencoder, {what} {wheel}x{wheel}, MLX as the wheel comes",
+                ours=_ours(what, wheel),
+                peers=[
+                    Side(
+                        name="mlx.nn",
+                        build="benchmarks.plain_mlx:build",
+                        settings={"what": what, "size": wheel},
+                        imports=("mlx.nn",),
+                        environment={"MFLUX_VAE_BLAS": "none"},
+                    )
+                ],
+                target=60,
+                rounds=1 if options.quick else 2,
+            )
+            for what in ("encode", "decode")
+        ]
+    measured += [
+        Row(
+            work=f"SD autoencoder, {what} {size}x{size} against itself at 256, per pixel",
+            ours=_ours(what, size, name=f"at {size}"),
+            peers=[_ours(what, 256, name="at 256")],
+            target=1 / 1.3,
+            tolerance=None,
+            rounds=3,
+        )
+        for size in growth
+        for what in ("encode", "decode")
+    ]
+    return measured
+
+
+def inputs(what: str, size: int) -> np.ndarray:
+    """Pixels (1, size, size, 3) in [-1, 1], or raw latents (1, size / 8, size / 8, 4)."""
+    if what == "encode":
+        return np.tanh(noise("pixels", (1, size, size, 3)))
+    return noise("latents", (1, size // FACTOR, size // FACTOR, LATENT))
+
+
+def ours(what: str, size: int, half: bool = False) -> Work:
+    """This project's network."""
+    import mlx.core as mx
+
+    from mflux_vae.networks.autoencoder_kl import AutoencoderKL
+
+    network = AutoencoderKL()
+    fill_mlx(network)
+    dtype = mx.bfloat16 if half else mx.float32
+    network.set_dtype(dtype)
+    given = mx.array(inputs(what, size)).astype(dtype)
+    if what == "encode":
+        return mlx_work(lambda: {"output": network.encode(given).mean})
+    return mlx_work(lambda: {"output": network.decode(given)})
+
+
+def diffusers(what: str, size: int, channels_last: bool, half: bool, gpu: bool) -> Work:
+    """diffusers' network."""
+    import torch
+
+    device = torch_device(gpu)
+    dtype = torch.bfloat16 if half else torch.float32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = _diffusers_model(torch).to(device, dtype, memory_format=layout)
+    given = torch.from_numpy(inputs(what, size)).permute(0, 3, 1, 2)
+    given = given.to(device, dtype).contiguous(memory_format=layout)
+
+    def run() -> dict[str, Any]:
+        with torch.inference_mode():
+            if what == "encode":
+                return {"output": nhwc(network.encode(given).latent_dist.mean)}
+            return {"output": nhwc(network.decode(given).sample)}
+
+    return torch_work(run, device)
+
+
+def _diffusers_model(torch: Any) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    network = AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=LATENT,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+    )
+    fill_torch(network)
+    return network.eval()
+
+
+def _ours(what: str, size: int, *, name: str = "mflux-vae", half: bool = False) -> Side:
+    return Side(
+        name=name,
+        build="benchmarks.vae_speed:ours",
+        settings={"what": what, "size": size, "half": half},
+        imports=OURS,
+        units=size * size,
+        compared=not half,
+    )
+
+
+def _torch(options: Options, what: str, size: int, layout: str, *, half: bool = False) -> Side:
+    return Side(
+        name=f"torch, {'bfloat16, ' if half else ''}{layout}",
+        build="benchmarks.vae_speed:diffusers",
+        settings={
+            "what": what,
+            "size": size,
+            "channels_last": LAYOUTS[layout],
+            "half": half,
+            "gpu": options.gpu,
+        },
+        imports=TORCH,
+        units=size * size,
+        compared=not half,
+    )
+
+
+def _half_precision(options: Options, what: str, size: int) -> Sequence[Side]:
+    """bfloat16 for the record; ours only where it is fast: MLX's CPU has no half-precision products."""
+    own = [_ours(what, size, name="mflux-vae, bfloat16", half=True)] if options.gpu else []
+    return [*own, _torch(options, what, size, "channels last", half=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main({"vae_speed": rows}, __doc__))

@@ -1,0 +1,52 @@
+"""Random weights that both sides of a measurement can make for themselves: a function of a tensor's name and shape."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
+    """float32 in torch's layout: matrices and kernels of spread gain / sqrt(inputs), norms near 1, biases near 0."""
+    draws = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    if len(shape) > 1:
+        return draws * np.float32(gain / np.sqrt(np.prod(shape[1:])))
+    return draws * np.float32(0.1) + np.float32(name.endswith("weight"))
+
+
+def fill_torch(model: object, gains: Mapping[str, float] | None = None) -> None:
+    """Gives every parameter of a torch module its weights."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+            parameter.copy_(torch.from_numpy(tensor(name, tuple(parameter.shape), gain_of(name, gains))))
+
+
+def fill_mlx(model: object, gains: Mapping[str, float] | None = None) -> None:
+    """Gives every parameter of an MLX module that has torch's names the same weights, kernels in MLX's layout."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    drawn = []
+    for name, parameter in tree_flatten(model.parameters()):  # type: ignore[attr-defined]
+        shape, gain = parameter.shape, gain_of(name, gains)
+        if len(shape) == 4:  # (O, kh, kw, I) <- (O, I, kh, kw)
+            array = tensor(name, (shape[0], shape[3], shape[1], shape[2]), gain).transpose(0, 2, 3, 1)
+        else:
+            array = tensor(name, shape, gain)
+        drawn.append((name, mx.array(np.ascontiguousarray(array))))
+    model.update(tree_unflatten(drawn))  # type: ignore[attr-defined]
+    mx.eval(model.parameters())  # type: ignore[attr-defined]
+
+
+def gain_of(name: str, gains: Mapping[str, float] | None) -> float:
+    """The gain of the first entry that the name holds, else 1."""
+    return next((gain for part, gain in (gains or {}).items() if part in name), 1.0)
+
+
+def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 inputs."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
