@@ -5,29 +5,157 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import cache, partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.weights.pickles import read_pickle
+from mflux_vae.weights.stored import LARGEST_DIMENSION, Stored, read_numbers
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": ("bool", 1),
+    **{
+        f"{kind[0].upper()}{bits}": (f"{kind}{bits}", bits // 8) for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+    },
+    **{f"F{bits}": (f"float{bits}", bits // 8) for bits in (16, 32, 64)},
+    "BF16": ("bfloat16", 2),
+    "C64": ("complex64", 8),
+    **{name: (name.lower(), 1) for name in ("F8_E4M3", "F8_E5M2", "F8_E8M0")},
+}
+"""Name in numpy and MLX, where they have it, and bytes of each of the format's dtypes."""
+
+Entry: TypeAlias = "tuple[tuple[int, ...], str, int]"
+
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000
+"""As in the reference implementation."""
+
+
+def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Tensors, unread, and metadata of a weights file: safetensors or torch's, whatever its name says.
+
+    Raises:
+        WeightsError: no such file; not a whole file of either kind; see `header` and `pickles.read_pickle`.
+    """
+    path = Path(path)
+    if _is_torchs(path):
+        return read_pickle(path), {}
+    entries, metadata = header(path)
+    if all(hasattr(mx, dtype) and dtype != "float64" for _, dtype, _ in entries.values()):
+
+        @cache
+        def loaded() -> dict[str, mx.array]:
+            return read_safetensors(path)[0]
+
+        def load(name: str) -> mx.array:
+            return loaded()[name]
+
+    else:  # MLX refuses the whole file
+
+        def load(name: str) -> mx.array:
+            shape, dtype, first = entries[name]
+            return read_numbers(np.memmap(path, np.uint8, "r", first), name, dtype, shape)
+
+    return {name: Stored(shape, dtype, partial(load, name)) for name, (shape, dtype, _) in entries.items()}, metadata
+
+
+def _is_torchs(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and any(start[4:8])):  # no header is that long
+        return True
+    return path.suffix != ".safetensors" and start[8:] != b"{"
+
+
+def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Shape, dtype and first byte of every tensor of a safetensors file by name, and its metadata.
+
+    All that the header says is checked against the file, as the format asks: MLX takes it at its word.
+
+    Raises:
+        WeightsError: no such file, or not a whole safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES:
+                raise ValueError(f"it has {size} bytes")
+            if length > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes, in a file of {size}")
+            text = file.read(length)
+        told = json.loads(text, object_pairs_hook=_without_doubles)
+        return _entries(told, _LENGTH_BYTES + length, size)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).replace("\n", " ")
+        raise WeightsError(f"{path}: not a whole safetensors file ({reason}); copy or download it again") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return content
+
+
+def _entries(told: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a header tells, if its tensors fill the bytes from `start` to `size` without gap; else a ValueError."""
+    if not isinstance(told, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = told.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    entries: dict[str, Entry] = {}
+    places = []
+    for name, entry in told.items():
+        try:
+            shape, kind, (first, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"no shape, dtype and place of {name[:100]}") from None
+        if kind not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} is of an unknown kind, {str(kind)[:20]}")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in shape):
+            raise ValueError(f"{name} has an impossible shape")
+        dtype, width = _SAFETENSORS_DTYPES[kind]
+        if type(first) is not int or type(end) is not int or end - first != prod(shape) * width:
+            raise ValueError(f"{name} is {kind} of shape {shape}, which does not fit the bytes {first} to {end}")
+        entries[name] = tuple(shape), dtype, start + first
+        places.append((first, end, name))
+    reached = 0
+    for first, end, name in sorted(places):
+        if first != reached:
+            raise ValueError(f"{name} begins at byte {first}, and what stands before it ends at {reached}")
+        reached = end
+    if start + reached != size:
+        raise ValueError(f"its tensors have {reached} bytes, and the file {size - start} for them")
+    return entries, metadata
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Tensors are loaded when they are first used.
 
     Raises:
-        WeightsError: there is no such file, or it is not a whole safetensors file.
+        WeightsError: there is no such file, it is not a whole safetensors file, or has numbers that MLX has not.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
+    header(path)
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+        raise WeightsError(f"{path}: MLX does not read it ({error})") from error
     tensors, metadata = loaded
     return dict(tensors), dict(metadata)
 
