@@ -1,11 +1,19 @@
-"""Images to latents and back, for image-diffusion pipelines in MLX."""
+"""Images to latents and back, for image-diffusion pipelines in MLX.
+
+The names below are imported when they are first asked for, so that a command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from mflux_vae import runtime as runtime  # first: it opens a fast BLAS
 from mflux_vae.errors import ImageError, InputError, MfluxVaeError, SettingsError, WeightsError
-from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
-from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.vae import VAE
+
+if TYPE_CHECKING:
+    from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+    from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+    from mflux_vae.posterior import DiagonalGaussian
+    from mflux_vae.vae import VAE
 
 __all__ = [
     "VAE",
@@ -20,3 +28,19 @@ __all__ = [
     "SettingsError",
     "WeightsError",
 ]
+
+_HOMES = {
+    "VAE": "vae",
+    "AutoencoderKL": "networks.autoencoder_kl",
+    "AutoencoderKLConfig": "networks.autoencoder_kl",
+    "DiagonalGaussian": "posterior",
+    "PlainAutoencoder": "networks.plain",
+    "PlainConfig": "networks.plain",
+}
+"""Where the names live that are imported late."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
