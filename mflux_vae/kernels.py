@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+from mflux_vae.overriding import overridable, pointwise
 from mflux_vae.runtime import is_cpu
 
 Padding: TypeAlias = int | tuple[tuple[int, int], tuple[int, int]]
@@ -26,6 +27,7 @@ _PIXELS_SUMMED_AT_ONCE = 4096
 _custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
 
 
+@overridable
 def conv2d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, *, stride: int = 1, padding: Padding = 0
 ) -> mx.array:
@@ -121,6 +123,7 @@ def _patches(x: mx.array, kh: int, kw: int) -> mx.array:
     return mx.as_strided(mx.contiguous(x), shape, strides).reshape(-1, kh * kw * channels)
 
 
+@overridable
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Group normalisation over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
 
@@ -167,32 +170,38 @@ def _over_group(values: mx.array, groups: int) -> mx.array:
     return mx.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
 
 
+@pointwise
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
     return _silu(x) if is_cpu() else x * mx.sigmoid(x)
 
 
+@pointwise
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
     return silu(1.702 * x) / 1.702
 
 
+@pointwise
 def gelu(x: mx.array) -> mx.array:
     """Exact GELU, x * Phi(x)."""
     wide = x.astype(mx.float32)
     return (wide * (1 + mx.erf(wide * 0.7071067811865476)) * 0.5).astype(x.dtype)
 
 
+@pointwise
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in the tanh approximation (`gelu_new` of transformers, `gelu-approximate` of diffusers)."""
     return _gelu_tanh(x) if is_cpu() else 0.5 * x * (1 + mx.tanh(_gelu_argument(x)))
 
 
+@pointwise
 def tanh(x: mx.array) -> mx.array:
     """Hyperbolic tangent."""
     return _tanh(x) if is_cpu() else mx.tanh(x)
 
 
+@pointwise
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x))."""
     return _sigmoid(x) if is_cpu() else mx.sigmoid(x)
