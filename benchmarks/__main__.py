@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import vae_speed
+from benchmarks import flux_training, text_encoders, vae_speed, vae_training
 from benchmarks.harness import main
 
-SCRIPTS = {"vae_speed": vae_speed.rows}
+SCRIPTS = {
+    "vae_speed": vae_speed.rows,
+    "vae_training": vae_training.rows,
+    "flux_training": flux_training.rows,
+    "text_encoders": text_encoders.rows,
+}
 
 if __name__ == "__main__":
     sys.exit(main(SCRIPTS, __doc__))

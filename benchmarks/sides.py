@@ -9,6 +9,9 @@ import numpy as np
 
 from benchmarks.harness import Work
 
+TRAINED = 3
+"""Training steps before anything is compared or timed: the optimizer's state then exists, and has been used."""
+
 
 def torch_device(gpu: bool) -> str:
     """`cpu`, or what torch calls the GPU; TF32 is allowed there, as MLX uses it.
@@ -28,13 +31,15 @@ def torch_device(gpu: bool) -> str:
     raise RuntimeError("MLX computes on a GPU that this torch does not know; install the torch that does")
 
 
-def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
+def torch_work(run: Callable[[], Mapping[str, Any]], device: str, *, warm_up: int = 0) -> Work:
     """A repetition ends when its outputs are numpy arrays on the host; the peak is CUDA's own on CUDA."""
     import torch
 
     def finished() -> dict[str, np.ndarray]:
         return {name: np.asarray(to_numpy(value)) for name, value in run().items()}
 
+    for _ in range(warm_up):
+        finished()
     if device != "cuda":
         return Work(run=finished)
     return Work(run=finished, peak=torch.cuda.max_memory_allocated, reset=torch.cuda.reset_peak_memory_stats)
@@ -45,7 +50,7 @@ def to_numpy(value: Any) -> Any:
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
 
 
-def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
+def mlx_work(run: Callable[[], Mapping[str, Any]], *, warm_up: int = 0) -> Work:
     """A repetition ends when its outputs are numpy arrays; the peak is MLX's own on a GPU."""
     import mlx.core as mx
 
@@ -55,6 +60,8 @@ def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
         arrays = {k: v.astype(mx.float32) if isinstance(v, mx.array) else v for k, v in outputs.items()}
         return {name: np.array(array) for name, array in arrays.items()}
 
+    for _ in range(warm_up):
+        finished()
     if mx.default_device().type == mx.DeviceType.cpu:
         return Work(run=finished)
     return Work(run=finished, peak=mx.get_peak_memory, reset=mx.reset_peak_memory)

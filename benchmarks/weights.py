@@ -16,12 +16,13 @@ def tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
     return draws * np.float32(0.1) + np.float32(name.endswith("weight"))
 
 
-def fill_torch(model: object, gains: Mapping[str, float] | None = None) -> None:
-    """Gives every parameter of a torch module its weights."""
+def fill_torch(model: object, gains: Mapping[str, float] | None = None, prefix: str = "") -> None:
+    """Gives every parameter of a torch module its weights; names that lack the prefix get it."""
     import torch
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+            name = name if name.startswith(prefix) else prefix + name
             parameter.copy_(torch.from_numpy(tensor(name, tuple(parameter.shape), gain_of(name, gains))))
 
 

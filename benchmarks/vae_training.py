@@ -1,0 +1,137 @@
+"""A training step of an autoencoder (forward, backward, clipping, AdamW) against torch.
+
+    python -m benchmarks.vae_training [--quick]
+
+Stable Diffusion's size at 128x128, batch 1, and the embedded pipeline's at 64x64, batch 8. The loss is the mean
+squared error of the reconstruction from a sampled latent, and the KL divergence.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Options, Row, Side, Work, main
+from benchmarks.sides import TRAINED, mlx_work, torch_device, torch_work
+from benchmarks.vae_speed import LAYOUTS, OURS, TORCH
+from benchmarks.weights import fill_mlx, fill_torch, noise
+
+KL_WEIGHT = 1e-6
+RATE = 1e-5
+
+SD: dict[str, Any] = {}
+TINY: dict[str, Any] = {
+    "block_out_channels": (16, 32, 64, 96),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": False,
+}
+"""As in `mflux_vae_train.pipelines.tiny.recipe`, which torch's process must not import."""
+
+CASES = {"SD": (SD, 128, 1), "tiny": (TINY, 64, 8)}
+"""Configuration, pixels, batch."""
+
+
+def rows(options: Options) -> list[Row]:
+    """The measurements."""
+    return [
+        Row(
+            work=f"{name} autoencoder, training step {size}x{size}, batch {batch}",
+            ours=Side(name="mflux-vae", build="benchmarks.vae_training:ours", settings={"case": name}, imports=IMPORTS),
+            peers=[
+                Side(
+                    name=f"torch, {layout}",
+                    build="benchmarks.vae_training:diffusers",
+                    settings={"case": name, "channels_last": last, "gpu": options.gpu},
+                    imports=TORCH,
+                )
+                for layout, last in LAYOUTS.items()
+            ],
+            target=1.0,
+        )
+        for name, (_, size, batch) in CASES.items()
+    ]
+
+
+IMPORTS = (*OURS, "mflux_vae_train.step", "mflux_vae_train.optimizers")
+
+
+def inputs(case: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (B, H, W, 3) in [-1, 1], and noise (B, H / 8, W / 8, latent)."""
+    settings, size, batch = CASES[case]
+    latent = (batch, size // 8, size // 8, settings.get("latent_channels", 4))
+    return np.tanh(noise("pixels", (batch, size, size, 3))), noise("noise", latent)
+
+
+def ours(case: str) -> Work:
+    """This project's network and step."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+    from mflux_vae_train.optimizers import AdamW
+    from mflux_vae_train.step import Arrays, MicroBatch, Step
+
+    network = AutoencoderKL(AutoencoderKLConfig(**CASES[case][0]))
+    fill_mlx(network)
+    pixels, draws = (mx.array(array) for array in inputs(case))
+
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        posterior = model.encode(arrays["pixels"])
+        latents = posterior.mean + mx.exp(0.5 * posterior.logvar) * arrays["noise"]
+        error = mx.square(model.decode(latents) - arrays["pixels"]).mean()
+        return error + KL_WEIGHT * posterior.kl().mean(), {}
+
+    step = Step(network, AdamW(weight_decay=1e-2), loss)
+    batch = MicroBatch(arrays={"pixels": pixels, "noise": draws}, weight=len(pixels))
+
+    def run() -> dict[str, float]:
+        told = step(0, [batch], RATE)
+        return {name: told[name] for name in ("loss", "grad_norm")}
+
+    return mlx_work(run, warm_up=TRAINED)
+
+
+def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
+    """diffusers' network and torch's optimizer."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    device = torch_device(gpu)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    settings = {"layers_per_block": 2, "block_out_channels": (128, 256, 512, 512), **CASES[case][0]}
+    levels = len(settings["block_out_channels"])
+    network = AutoencoderKL(
+        **settings,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+    fill_torch(network)
+    network = network.train().to(device, memory_format=layout)
+    pixels, draws = (
+        torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
+        for array in inputs(case)
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
+
+    def run() -> dict[str, Any]:
+        posterior = network.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * draws
+        error = (network.decode(latents).sample - pixels).square().mean()
+        loss = error + KL_WEIGHT * posterior.kl().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": loss, "grad_norm": norm}
+
+    return torch_work(run, device, warm_up=TRAINED)
+
+
+if __name__ == "__main__":
+    sys.exit(main({"vae_training": rows}, __doc__))
