@@ -1,13 +1,17 @@
 """Picture files <-> arrays, and grids of pictures. The only file that knows Pillow.
 
-Pictures are uint8 arrays (H, W, 3), RGB; networks take (B, H, W, 3) in [-1, 1].
+Pictures are uint8 arrays (H, W, 3), RGB, or (H, W, 1) for networks of one channel; networks take (B, H, W, C) in
+[-1, 1].
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -33,8 +37,49 @@ def find_images(folder: str | Path) -> tuple[list[Path], int]:
     return images, len(files) - len(images)
 
 
+Source: TypeAlias = "str | Path | Image.Image | np.ndarray"
+"""What a picture is read from."""
+
+log = logging.getLogger("mflux_vae")
+
+
+def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> list[np.ndarray]:
+    """Pictures from files, Pillow's images and arrays, each in its own size.
+
+    Args:
+        sources: one, or any number; files and Pillow's images as `load_image` reads them. Arrays are (H, W) or
+            (H, W, C), C being 1, 3, or 4 for a picture with opacity, which is laid over white; uint8, bool, uint16
+            with 65535 for white, or floating point in [0, 255], rounded.
+        channels: 3, or 1 for brightness: 0.299 R + 0.587 G + 0.114 B, rounded.
+
+    Returns:
+        uint8 (H, W, channels) each.
+
+    Raises:
+        ImageError: see `load_image`; an array of another shape, dtype or range, or not finite; other channels.
+    """
+    if isinstance(sources, str | Path | Image.Image | np.ndarray):
+        sources = [sources]
+    if channels not in (1, 3):
+        raise ImageError(f"pictures have 3 channels or 1, and this network {channels}: give it arrays instead")
+    pictures = []
+    for index, source in enumerate(sources):
+        if isinstance(source, str | Path):
+            image = _read(source)
+        elif isinstance(source, Image.Image):
+            image = _upright(source, f"picture {index}")
+        else:
+            image = _from_array(source, f"picture {index}")
+        pictures.append(np.array(image) if channels == 3 else np.array(image.convert("L"))[..., None])
+    return pictures
+
+
 def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray:
-    """One picture as RGB: upright by its EXIF orientation, transparency over white, 16-bit grey in 8 bits.
+    """One picture as RGB: upright by its EXIF orientation, transparency over white, 16-bit levels in 8 bits.
+
+    Colours are taken as they are stored; a colour profile is not applied. Of an animation or several pages it is the
+    first. Of a picture with more than 89 million pixels Pillow warns, at twice as many it refuses to read it
+    (`PIL.Image.MAX_IMAGE_PIXELS`); a width alone is no reason.
 
     Args:
         resolution: with it, the short side is resized to this many pixels and the centre square is kept.
@@ -43,32 +88,33 @@ def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray
         uint8 (H, W, 3), or (resolution, resolution, 3).
 
     Raises:
-        ImageError: the file is missing, broken, cut short, or of a kind without a defined brightness.
+        ImageError: the file is missing, broken, cut short, too large, or of a kind without a defined brightness.
     """
-    try:
-        with Image.open(path) as opened:
-            image = _to_rgb(ImageOps.exif_transpose(opened), path)
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path} is not a picture that can be read: remove or replace it") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read ({_one_line(error)}): remove or replace it") from error
-    if resolution is not None:
-        image = _centre_square(image, resolution)
-    return np.array(image)
+    image = _read(path)
+    return np.array(image if resolution is None else _centre_square(image, resolution))
 
 
 def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str] | None = None) -> None:
-    """Writes uint8 (H, W, 3) as PNG, whole or not at all; `text` becomes PNG text chunks."""
+    """Writes uint8 (H, W, 3), (H, W, 1) or (H, W) as PNG, whole or not at all; `text` becomes PNG text chunks.
+
+    Raises:
+        ImageError: the file cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
+    image = Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
     partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(picture).save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written ({_one_line(error)}): choose another place") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def image_text(path: str | Path) -> dict[str, str]:
@@ -125,14 +171,78 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np
     return np.array(canvas)
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _read(path: str | Path) -> Image.Image:
+    """A file as RGB; errors as `load_image` says."""
+    try:
+        with Image.open(path) as opened:
+            if getattr(opened, "is_animated", False):
+                log.info("%s has several frames or pages: the first is taken", path)
+            return _upright(opened, path)
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        what = "is not a picture that can be read" if os.path.getsize(path) else "is empty"
+        raise ImageError(f"{path} {what}: remove or replace it") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels: make it smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"{path} cannot be read ({_one_line(error)}): remove or replace it") from error
+
+
+def _upright(image: Image.Image, name: str | Path) -> Image.Image:
+    """Any of Pillow's images -> RGB, turned as its EXIF orientation says."""
+    return _to_rgb(ImageOps.exif_transpose(image), name)
+
+
+def _from_array(source: object, name: str) -> Image.Image:
+    """(H, W) or (H, W, C) -> RGB."""
+    try:
+        array = np.asarray(source)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.empty(0, object)
+    if array.dtype.kind not in "buf":
+        raise ImageError(
+            f"{name} is {_kind(source)}: give a file's name, one of Pillow's images, or an array of numbers"
+        )
+    if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"{name} is an array {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if array.dtype.kind == "b":
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = _eight_bits(array)
+    elif array.dtype != np.uint8:
+        array = _rounded(array.astype(np.float64), name)
+    return _to_rgb(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array), name)
+
+
+def _rounded(array: np.ndarray, name: str) -> np.ndarray:
+    """Numbers in [0, 255] -> uint8."""
+    if not np.isfinite(array).all():
+        raise ImageError(f"{name} holds values that are infinite or not a number; expected [0, 255]")
+    least, most = array.min(), array.max()
+    if least < 0 or most > 255:
+        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}], expected [0, 255]")
+    if 0 < most <= 1:
+        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}], expected [0, 255]: give it times 255")
+    return np.rint(array).astype(np.uint8)
+
+
+def _kind(source: object) -> str:
+    return f"a {type(source).__name__}" if not isinstance(source, np.ndarray) else f"an array of {source.dtype}"
+
+
+def _eight_bits(levels: np.ndarray) -> np.ndarray:
+    """[0, 65535] -> uint8, rounded."""
+    return np.clip(np.rint(levels.astype(np.float64) / 257.0), 0, 255).astype(np.uint8)
+
+
+def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     """Any Pillow mode -> RGB."""
     if image.mode == "F":
-        raise ImageError(f"{path} holds floating-point numbers without a range: save it as an 8-bit PNG")
+        raise ImageError(f"{name} holds floating-point numbers without a range: save it as an 8-bit PNG")
     if image.mode.startswith("I"):
         # Pillow's own conversion would clip everything above 255 to white.
-        levels = np.asarray(image).astype(np.float64) / 257.0
-        return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
