@@ -116,19 +116,9 @@ class _Refused(Exception):
     """What is wrong with the pickle."""
 
 
-_BROKEN = (
-    *(
-        _Refused,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ),
-    *(OSError, EOFError, struct.error, zipfile.BadZipFile, NotImplementedError, RuntimeError),
+_BROKEN: tuple[type[Exception], ...] = (
+    *(_Refused, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, Warning, struct.error, zipfile.BadZipFile),
 )
 """What reading a file that is not what it says may raise."""
 
