@@ -155,7 +155,7 @@ class Recipe:
         FluxRecipe(),
         FluxRecipe(
             seed=1,
-            updates=3600,
+            updates=3000,
             batch=64,
             scenes=36_000,
             photos=1_800,
