@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import kernels
+from mflux_vae.overriding import overridable
 
 
 class Conv2d(nn.Module):
@@ -75,6 +76,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = [nn.Linear(channels, channels)]
 
+    @overridable
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
         h = self.group_norm(x).reshape(batch, 1, height * width, channels)
@@ -104,6 +106,7 @@ class Upsample(nn.Module):
         return self.conv(repeat_pixels(x))
 
 
+@overridable
 def repeat_pixels(x: mx.array) -> mx.array:
     """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
     batch, height, width, channels = x.shape

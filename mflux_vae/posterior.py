@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mflux_vae.overriding import pointwise
+
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -24,8 +26,8 @@ class DiagonalGaussian:
     @classmethod
     def from_moments(cls, moments: mx.array) -> DiagonalGaussian:
         """Split (..., 2C), of any dtype, into mean and log variance."""
-        mean, logvar = mx.split(moments.astype(mx.float32), 2, axis=-1)
-        return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
+        moments, channels = moments.astype(mx.float32), moments.shape[-1] // 2
+        return cls(moments[..., :channels], _clamped(moments[..., channels:]))
 
     def mode(self) -> mx.array:
         """The most likely latents: the mean."""
@@ -43,3 +45,8 @@ class DiagonalGaussian:
         """Kullback-Leibler divergence from the standard normal, in nats, summed per sample. (B,)."""
         terms = mx.square(self.mean) + mx.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * terms.reshape(terms.shape[0], -1).sum(axis=1)
+
+
+@pointwise
+def _clamped(logvar: mx.array) -> mx.array:
+    return mx.clip(logvar, *LOGVAR_RANGE)

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.overriding import pointwise
 from mflux_vae.posterior import DiagonalGaussian
 
 NEGATIVE_SLOPE = 0.2
@@ -67,8 +68,14 @@ class PlainConfig:
         return {"_class_name": "PlainAutoencoder", **asdict(self), "channels": list(self.channels)}
 
 
+@pointwise
 def leaky_relu(x: mx.array) -> mx.array:
     return mx.maximum(x, NEGATIVE_SLOPE * x)
+
+
+@pointwise
+def _beside(a: mx.array, b: mx.array) -> mx.array:
+    return mx.concatenate([a, b], axis=-1)
 
 
 class ResBlock(nn.Module):
@@ -126,7 +133,7 @@ class Encoder(nn.Module):
         for block in [*self.down, *self.bottleneck]:
             x = block(x)
         x = leaky_relu(x)
-        return mx.concatenate([self.mu(x), self.logvar(x)], axis=-1)
+        return _beside(self.mu(x), self.logvar(x))
 
 
 class Decoder(nn.Module):
