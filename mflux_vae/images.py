@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -49,7 +48,7 @@ def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> lis
     Args:
         sources: one, or any number; files and Pillow's images as `load_image` reads them. Arrays are (H, W) or
             (H, W, C), C being 1, 3, or 4 for a picture with opacity, which is laid over white; uint8, bool, uint16
-            with 65535 for white, or floating point in [0, 255], rounded.
+            with 65535 for white, or any other numbers in [0, 255], rounded.
         channels: 3, or 1 for brightness: 0.299 R + 0.587 G + 0.114 B, rounded.
 
     Returns:
@@ -98,23 +97,20 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
     """Writes uint8 (H, W, 3), (H, W, 1) or (H, W) as PNG, whole or not at all; `text` becomes PNG text chunks.
 
     Raises:
-        ImageError: the file cannot be written there.
+        OSError: it cannot be written there.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
     image = Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, path)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be written ({_one_line(error)}): choose another place") from error
     finally:
-        with suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def image_text(path: str | Path) -> dict[str, str]:
@@ -200,7 +196,7 @@ def _from_array(source: object, name: str) -> Image.Image:
         array = np.asarray(source)
     except (TypeError, ValueError, RuntimeError):
         array = np.empty(0, object)
-    if array.dtype.kind not in "buf":
+    if array.dtype.kind not in "biuf":
         raise ImageError(
             f"{name} is {_kind(source)}: give a file's name, one of Pillow's images, or an array of numbers"
         )

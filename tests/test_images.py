@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mflux_vae import images
 from mflux_vae.errors import ImageError
+from tests.vae.odd_pictures import PICTURES
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -38,36 +40,6 @@ def test_exif_orientation_is_applied(tmp_path):
     assert tuple(picture[2, 10]) == RED and tuple(picture[30, 10]) == WHITE
 
 
-@pytest.mark.parametrize(
-    ("mode", "value", "expected"),
-    [
-        ("L", 128, (128, 128, 128)),
-        ("I;16", 128 * 257, (128, 128, 128)),
-        ("I", 65535, WHITE),
-        ("RGBA", (255, 0, 0, 0), WHITE),
-        ("RGBA", (255, 0, 0, 255), RED),
-        ("LA", (0, 0), WHITE),
-        ("1", 1, WHITE),
-    ],
-)
-def test_every_mode_becomes_rgb(tmp_path, mode, value, expected):
-    name = "image.tiff" if mode == "I" else "image.png"
-    Image.new(mode, (8, 8), value).save(tmp_path / name)
-    assert tuple(images.load_image(tmp_path / name)[4, 4]) == expected
-
-
-def test_a_palette_with_a_transparent_colour_lies_over_white(tmp_path):
-    image = Image.new("P", (8, 8), 0)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    image.save(tmp_path / "image.png", transparency=0)
-    assert tuple(images.load_image(tmp_path / "image.png")[0, 0]) == WHITE
-
-
-def test_cmyk_becomes_rgb(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "image.jpg")
-    assert tuple(images.load_image(tmp_path / "image.jpg")[0, 0]) == WHITE
-
-
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (20, 20), (7, 90)])
 def test_the_centre_square_is_kept(tmp_path, size):
     image = Image.new("RGB", size, WHITE)
@@ -87,25 +59,79 @@ def test_resizing_keeps_the_mean_brightness(tmp_path):
     assert abs(small.mean() - noise.mean()) < 2
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n broken"])
-def test_a_broken_picture_is_named(tmp_path, content):
-    (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        images.load_image(tmp_path / "broken.png")
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_odd_picture_is_read_as_it_looks_or_refused_in_one_line(tmp_path, name, channels):
+    odd, path = PICTURES[name], tmp_path / name
+    odd.write(path)
+    if odd.error is not None:
+        with pytest.raises(ImageError) as told:
+            images.load_images([path], channels=channels)
+        assert str(told.value).startswith(f"{path} {odd.error}") and "\n" not in str(told.value)
+        return
+    (picture,) = images.load_images(path, channels=channels)
+    assert picture.dtype == np.uint8 and picture.shape == (*odd.size, channels)
+    red, green, blue = odd.colour
+    expected = odd.colour if channels == 3 else 0.299 * red + 0.587 * green + 0.114 * blue
+    np.testing.assert_allclose(picture, np.broadcast_to(expected, picture.shape), atol=2)
 
 
-def test_a_picture_cut_short_is_named(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    images.save_image(tmp_path / "whole.png", noise)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(ImageError, match=r"cut\.png"):
-        images.load_image(tmp_path / "cut.png")
+def test_of_several_frames_the_first_is_taken_and_said(tmp_path, caplog):
+    PICTURES["animated.gif"].write(tmp_path / "animated.gif")
+    with caplog.at_level("INFO", logger="mflux_vae"):
+        images.load_image(tmp_path / "animated.gif")
+    assert "animated.gif has several frames or pages: the first is taken" in caplog.text
 
 
-def test_pictures_without_a_range_are_refused(tmp_path):
-    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
-    with pytest.raises(ImageError, match="floating-point"):
-        images.load_image(tmp_path / "float.tiff")
+ARRAYS = {
+    "grey": (np.full((4, 6), 77, np.uint8), 77),
+    "one channel": (np.full((4, 6, 1), 77, np.uint8), 77),
+    "bool": (np.ones((4, 6), bool), 255),
+    "16 bits": (np.full((4, 6, 3), 77 * 257, np.uint16), 77),
+    "float": (np.full((4, 6, 3), 76.6, np.float32), 77),
+    "black floats": (np.zeros((4, 6, 3)), 0),
+    "opacity": (np.dstack([np.zeros((4, 6, 3)), np.full((4, 6), 0.0)]), 255),
+    "16 bits with opacity": (np.full((4, 6, 4), 65535, np.uint16), 255),
+    "strided": (np.full((8, 12, 3), 77, np.uint8)[::2, ::2], 77),
+    "pillow": (Image.new("CMYK", (6, 4), (0, 0, 0, 0)), 255),
+    "mlx": (mx.full((4, 6, 3), 77, mx.uint8), 77),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_are_pictures_too(kind):
+    source, level = ARRAYS[kind]
+    for channels in (1, 3):
+        (picture,) = images.load_images([source], channels=channels)
+        assert picture.dtype == np.uint8 and picture.shape == (4, 6, channels) and (picture == level).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.full((4, 6, 3), np.nan), "not a number"),
+        (np.full((4, 6, 3), np.inf), "infinite"),
+        (np.full((4, 6, 3), -0.5), r"is in \[-0.5, -0.5\], expected \[0, 255\]"),
+        (np.full((4, 6, 3), 256), r"is in \[256, 256\]"),
+        (np.full((4, 6, 3), 0.5), "times 255"),
+        (np.zeros((3, 4, 6), np.uint8), r"array \(3, 4, 6\)"),
+        (np.zeros((1, 3, 4, 6), np.uint8), r"array \(1, 3, 4, 6\)"),
+        (np.zeros((0, 6, 3), np.uint8), r"array \(0, 6, 3\)"),
+        (np.zeros((4, 6), complex), "array of complex128"),
+        (7, r"array \(\)"),
+        (None, "a NoneType"),
+        (b"bytes", "a bytes"),
+        (Image.new("F", (4, 4)), "floating-point"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_place(source, message):
+    with pytest.raises(ImageError, match=rf"^picture 1 .*{message}"):
+        images.load_images([np.zeros((4, 6, 3), np.uint8), source])
+
+
+def test_networks_of_other_channels_are_given_arrays():
+    with pytest.raises(ImageError, match="this network 4"):
+        images.load_images([], channels=4)
 
 
 def test_pixels_and_pictures_are_inverse_and_clipped():
@@ -130,3 +156,13 @@ def test_rows_are_stacked_with_labels_at_the_left():
     assert (sheet == np.array(RED)).all(-1).sum() == 3 * 8 * 8
     left = sheet[:, : sheet.shape[1] - 19 - 4]
     assert (left < 128).all(-1).any()
+
+
+def test_a_picture_of_one_channel_is_saved_as_such_and_a_failed_save_leaves_nothing(tmp_path):
+    images.save_image(tmp_path / "grey.png", np.full((4, 6, 1), 77, np.uint8))
+    with Image.open(tmp_path / "grey.png") as image:
+        assert image.mode == "L" and image.size == (6, 4)
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(OSError):
+        images.save_image(tmp_path / "taken.png", np.zeros((4, 6, 3), np.uint8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grey.png", "taken.png"]
