@@ -87,6 +87,7 @@ class Row:
         target: least ratio that is claimed, if any.
         tolerance: largest difference of outputs, relative to the largest value; None where sides differ in size.
         rounds: at most so many repetitions of each side, where they are slow.
+        unit: what a side's `units` are, where their number per second is of interest.
     """
 
     work: str
@@ -96,6 +97,7 @@ class Row:
     target: float | None = None
     tolerance: float | None = 1e-3
     rounds: int | None = None
+    unit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,8 +384,8 @@ def table(results: Sequence[Result]) -> str:
         row, ours, best = result.row, result.ours, result.best
         cells = [
             row.work,
-            f"{ours.median:.3g} s" if ours else "",
-            f"{best.median:.3g} s ({best.name})" if best else "",
+            duration(row, ours) if ours else "",
+            f"{duration(row, best)} ({best.name})" if best else "",
             ratio(result.ratio),
             "" if row.target is None else f"≥ {row.target:.3g}{' (missed)' if result.met is False else ''}",
             megabytes(ours.memory) if ours else "",
@@ -401,6 +403,11 @@ def table(results: Sequence[Result]) -> str:
             if side is not best
         ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), "", NOTE])
+
+
+def duration(row: Row, side: Measured) -> str:
+    """ "12.5 s", or "12.5 s, 1.6 steps/s" where the row has a unit."""
+    return f"{side.median:.3g} s" + (f", {1 / side.pace:.3g} {row.unit}/s" if row.unit else "")
 
 
 def ratio(value: float | None) -> str:
@@ -478,7 +485,7 @@ def told(result: Result) -> str:
     """A row in one line."""
     if result.ours is None:
         return result.failure or "; ".join(result.missing)
-    parts = [f"{result.ours.median:.3g} s"]
+    parts = [duration(result.row, result.ours)]
     parts += [f"{ratio(result.ratio)} the speed"] if result.ratio else []
     parts += [f"{ratio(result.memory_ratio)} the memory"] if result.memory_ratio else []
     return ", ".join([*parts, *result.missing])

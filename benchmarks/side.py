@@ -16,6 +16,9 @@ import numpy as np
 
 from benchmarks.harness import Work
 
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in a unit of `ru_maxrss`."""
+
 
 def main() -> None:
     """Build what the first line says, then answer until the other end is closed."""
@@ -74,7 +77,7 @@ def _status(name: str) -> int:
 
 
 def _highest() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 if __name__ == "__main__":

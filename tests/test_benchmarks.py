@@ -1,0 +1,212 @@
+"""The harness of the measurements: what is compared, in which order, what is said. Nothing here depends on a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import harness
+from benchmarks.__main__ import SCRIPTS
+from benchmarks.harness import Measured, Options, Process, Result, Row, Side, SideFailed, Work
+from benchmarks.weights import tensor
+
+OURS, FIRST, LAST = (Side(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
+ROW = Row(work="a work", ours=OURS, peers=[FIRST, LAST], target=1.3)
+
+
+class Fake:
+    """Sides without processes: an output and a time by name; `order` is who was asked to run."""
+
+    def __init__(self, seconds: dict[str, list[float]], outputs: dict[str, float] | None = None) -> None:
+        self.seconds, self.outputs, self.order = seconds, outputs or {}, []
+
+    def __call__(self, side: Side, threads: int) -> FakeRun:
+        return FakeRun(self, side.name)
+
+
+class FakeRun:
+    def __init__(self, all_sides: Fake, name: str) -> None:
+        self.all, self.name, self.asked = all_sides, name, 0
+
+    def __enter__(self) -> FakeRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def output(self, path: Path) -> None:
+        np.savez(path, answer=np.array([1.0, self.all.outputs.get(self.name, 2.0)]))
+
+    def time(self) -> float:
+        self.all.order.append(self.name)
+        self.asked += 1
+        return self.all.seconds[self.name][self.asked - 1]
+
+    def memory(self) -> tuple[int, int]:
+        return len(self.name) * 2**20, 7
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(harness, "PAUSE", 0.0)
+
+
+def measured(row: Row, fake: Fake, rounds: int = 3) -> Result:
+    return harness.measure(row, rounds=rounds, threads=1, open_side=fake)
+
+
+def side(name: str = "ours", seconds: float = 2.0, units: float = 1.0, memory: int = 10) -> Measured:
+    return Measured(name=name, seconds=[seconds], units=units, memory=memory, base=0, error=None)
+
+
+def test_sides_take_turns_and_medians_are_compared_with_the_fastest_peer():
+    fake = Fake({"ours": [2.0, 9.0, 1.0], "first": [6.0, 5.0, 0.0], "last": [3.0, 3.0, 30.0]})
+    result = measured(ROW, fake)
+    assert fake.order == ["ours", "first", "last"] * 3
+    assert result.ours.median == 2.0 and result.best.name == "last"
+    assert result.ratio == 1.5 and result.met
+    assert result.memory_ratio == 1.0
+    assert result.ours.error is None and result.best.error == 0.0
+    assert not replace(result, row=replace(ROW, target=1.6)).met
+
+
+def test_seconds_count_per_unit_of_work_and_memory_only_at_equal_size():
+    result = Result(row=ROW, ours=side(seconds=8.0, units=4.0), peers=[side("peer", seconds=1.5)])
+    assert result.ratio == 0.75
+    assert result.memory_ratio is None
+    assert replace(result, ours=side(memory=5), peers=[side("peer")]).memory_ratio == 0.5
+
+
+def test_what_disagrees_is_not_timed():
+    fake = Fake({}, {"last": 2.01})
+    result = measured(ROW, fake)
+    assert fake.order == []
+    assert result.ratio is None and result.met is None
+    assert result.failure == "last and ours disagree: relative error 0.005, allowed 0.001"
+    assert "a work: not measured, last and ours disagree" in harness.table([result])
+
+
+def test_half_precision_is_timed_beside_and_its_error_told():
+    half = Side(name="half", build="nowhere:half", compared=False)
+    fake = Fake({"ours": [2.0], "half": [1.0]}, {"half": 2.2})
+    result = measured(replace(ROW, peers=[], beside=[half]), fake, rounds=1)
+    assert result.best is None and result.ratio is None
+    assert result.beside[0].error == pytest.approx(0.1)
+    assert "a work, beside: half 1 s, 4 MB, error 1.0e-01" in harness.table([result])
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [({"a": np.zeros(2)}, "outputs are"), ({"b": np.zeros(3)}, "outputs are"), ({"b": np.full(2, np.nan)}, "finite")],
+)
+def test_other_names_shapes_and_nan_disagree(output, words):
+    with pytest.raises(harness.Disagreement, match=words):
+        harness.relative_error(output, {"b": np.ones(2)})
+
+
+def test_a_missing_peer_is_said_and_the_rest_is_measured():
+    absent = replace(FIRST, imports=("no_such_package.inside", "numpy"))
+    fake = Fake({"ours": [2.0], "last": [3.0]})
+    result = measured(replace(ROW, peers=[absent, LAST]), fake, rounds=1)
+    assert result.missing == ["first: no_such_package is not installed"]
+    assert result.ratio == 1.5
+    alone = measured(replace(ROW, peers=[absent]), fake, rounds=1)
+    assert alone.ratio is None and alone.failure is None
+    text = harness.table([alone])
+    assert "| a work | 2 s |  |  | ≥ 1.3 |" in text
+    assert "a work: first: no_such_package is not installed" in text
+    assert "no_such_package" in harness.told(alone)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (1.304, "1.30x"), (0.5, "0.50x"), (9.994, "9.99x"), (63.7, "64x")]
+)
+def test_ratios_are_short(value, text):
+    assert harness.ratio(value) == text
+
+
+def test_the_table_says_what_was_missed_and_rates_where_asked():
+    row = replace(ROW, unit="steps")
+    result = Result(row=row, ours=side(seconds=2.0, units=8.0), peers=[side("peer", seconds=2.0, units=8.0)])
+    assert "| 2 s, 4 steps/s | 2 s, 4 steps/s (peer) | 1.00x | ≥ 1.3 (missed) | 0 MB | 0 MB | 1.00x |" in harness.table(
+        [result]
+    )
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["ratio"] == 1.0 and data["met"] is False
+    assert [(one["name"], one["role"]) for one in data["sides"]] == [("ours", "ours"), ("peer", "peer")]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_row_names_what_exists_and_no_two_have_one_name(quick, gpu):
+    rows = list(harness.select(SCRIPTS, Options(quick=quick, gpu=gpu), []))
+    assert len({row.work for row in rows}) == len(rows)
+    for row in rows:
+        sides = [row.ours, *row.peers, *row.beside]
+        assert len({one.name for one in sides}) == len(sides)
+        for one in sides:
+            module, function = one.build.split(":")
+            source = (harness.ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+            assert f"def {function}(" in source
+            assert json.loads(json.dumps(dict(one.settings))) == one.settings
+
+
+def test_rows_are_chosen_by_script_or_by_a_part_of_their_name():
+    scripts = {
+        "one": lambda options: [replace(ROW, work="encode 1"), replace(ROW, work="decode 1")],
+        "two": lambda options: [replace(ROW, work="encode 2")],
+    }
+    assert [row.work for row in harness.select(scripts, Options(), ["one"])] == ["encode 1", "decode 1"]
+    assert [row.work for row in harness.select(scripts, Options(), ["encode"])] == ["encode 1", "encode 2"]
+    assert len(list(harness.select(scripts, Options(), []))) == 3
+
+
+def test_weights_are_a_function_of_name_and_shape():
+    one = tensor("conv.weight", (8, 4, 3, 3))
+    assert np.array_equal(one, tensor("conv.weight", (8, 4, 3, 3)))
+    assert not np.array_equal(one, tensor("other.weight", (8, 4, 3, 3)))
+    assert np.std(one) == pytest.approx(36**-0.5, rel=0.15)
+    assert np.mean(tensor("norm.weight", (500,))) == pytest.approx(1, abs=0.05)
+    assert np.mean(tensor("norm.bias", (500,))) == pytest.approx(0, abs=0.05)
+
+
+def doubled(count: int) -> Work:
+    """A side for the process below."""
+    return Work(run=lambda: {"answer": 2 * np.arange(count)})
+
+
+def broken() -> Work:
+    print("printing must not disturb the answers")
+
+    def fail() -> dict[str, int]:
+        raise ValueError("no more paper")
+
+    return Work(run=fail)
+
+
+def test_a_process_builds_runs_and_measures(tmp_path):
+    with Process(Side(name="doubled", build="tests.test_benchmarks:doubled", settings={"count": 3}), threads=1) as run:
+        run.output(tmp_path / "out.npz")
+        assert np.load(tmp_path / "out.npz")["answer"].tolist() == [0, 2, 4]
+        assert run.time() >= 0
+        memory, base = run.memory()
+        assert memory >= 0 and base > 2**20
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        ("tests.test_benchmarks:broken", "no more paper"),
+        ("tests.test_benchmarks:nothing", "AttributeError"),
+    ],
+)
+def test_a_side_that_fails_says_why_in_one_line(build, words, tmp_path):
+    with (
+        Process(Side(name="broken", build=build), threads=1) as run,
+        pytest.raises(SideFailed, match=rf"^broken: .*{words}"),
+    ):
+        run.output(tmp_path / "out.npz")
