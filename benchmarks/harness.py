@@ -330,7 +330,8 @@ def _sides(row: Row) -> list[Side]:
 
 def _compared(row: Row, sides: Sequence[Side], runs: Sequence[Runs], folder: Path) -> list[float | None]:
     """Warms every side up and compares what came out with the first one's."""
-    outputs, errors = [], []
+    outputs: list[dict[str, np.ndarray]] = []
+    errors: list[float | None] = []
     for index, (side, run) in enumerate(zip(sides, runs, strict=True)):
         path = folder / f"{index}.npz"
         run.output(path)

@@ -40,7 +40,8 @@ def main() -> None:
             work = getattr(import_module(module), function)(**question["settings"])
         assert work is not None
         if "output" in question:
-            np.savez(question["output"], **{name: np.asarray(array) for name, array in work.run().items()})
+            outputs: dict[str, Any] = {name: np.asarray(array) for name, array in work.run().items()}
+            np.savez(question["output"], **outputs)
             (work.reset or reset_peak)()
         elif "time" in question:
             began = time.perf_counter()

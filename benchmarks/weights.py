@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,31 +17,32 @@ def tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
     return draws * np.float32(0.1) + np.float32(name.endswith("weight"))
 
 
-def fill_torch(model: object, gains: Mapping[str, float] | None = None, prefix: str = "") -> None:
+def fill_torch(model: Any, gains: Mapping[str, float] | None = None, prefix: str = "") -> None:
     """Gives every parameter of a torch module its weights; names that lack the prefix get it."""
     import torch
 
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters():
             name = name if name.startswith(prefix) else prefix + name
             parameter.copy_(torch.from_numpy(tensor(name, tuple(parameter.shape), gain_of(name, gains))))
 
 
-def fill_mlx(model: object, gains: Mapping[str, float] | None = None) -> None:
+def fill_mlx(model: Any, gains: Mapping[str, float] | None = None) -> None:
     """Gives every parameter of an MLX module that has torch's names the same weights, kernels in MLX's layout."""
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
     drawn = []
-    for name, parameter in tree_flatten(model.parameters()):  # type: ignore[attr-defined]
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, parameter in parameters.items():
         shape, gain = parameter.shape, gain_of(name, gains)
         if len(shape) == 4:  # (O, kh, kw, I) <- (O, I, kh, kw)
             array = tensor(name, (shape[0], shape[3], shape[1], shape[2]), gain).transpose(0, 2, 3, 1)
         else:
             array = tensor(name, shape, gain)
         drawn.append((name, mx.array(np.ascontiguousarray(array))))
-    model.update(tree_unflatten(drawn))  # type: ignore[attr-defined]
-    mx.eval(model.parameters())  # type: ignore[attr-defined]
+    model.update(tree_unflatten(drawn))
+    mx.eval(model.parameters())
 
 
 def gain_of(name: str, gains: Mapping[str, float] | None) -> float:
