@@ -24,7 +24,8 @@ TABLE = (
     Rule("features.{n}.{kind}", "features.{n}.{kind}", conv_to_mlx, conv_from_mlx),
     # the `lpips` package's own names, where a whole network was saved
     Rule("net.slice{i}.{n}.{kind}", "features.{n}.{kind}", conv_to_mlx, conv_from_mlx, reads_only=True),
-    Rule("lin{i}.model.{j}.weight", "linear.{i}", mx.flatten, lambda weight: weight.reshape(1, -1, 1, 1)),
+    Rule("lin{i}.model.1.weight", "linear.{i}", mx.flatten, lambda weight: weight.reshape(1, -1, 1, 1)),
+    Rule("lin{i}.model.0.weight", "linear.{i}", mx.flatten, reads_only=True),  # built without dropout
     Rule("lins.{path}", None),  # the same tensors again
     Rule("scaling_layer.{path}", None),
 )
