@@ -114,10 +114,11 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
 
 
 def image_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file; empty for any other file."""
+    """The text chunks of a PNG file that stand before its pixels, which are not read; empty for any other file."""
     try:
         with Image.open(path) as image:
-            return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
+            text = image.info if image.format == "PNG" else {}
+            return {str(name): str(value) for name, value in text.items() if isinstance(value, str)}
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path} cannot be read ({_one_line(error)}): remove or replace it") from error
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae.ahead import ahead
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, find_images, load_image, to_pixels
 from mflux_vae_train.randomness import Stream, rng, sample_keys
@@ -49,15 +51,15 @@ def load_pictures(folder: str | Path, resolution: int) -> Pictures:
     if not paths:
         others = f" among its {skipped} files" if skipped else ""
         raise ImageError(f"{folder} holds no picture{others}: {', '.join(EXTENSIONS)} count")
-    arrays = [load_image(path, resolution=resolution) for path in paths]
+    arrays = list(ahead(partial(load_image, resolution=resolution), paths))
     return Pictures(paths=paths, skipped=skipped, arrays=arrays, fingerprint=fingerprint(paths))
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
     """A hash of the contents of files, in order; their names do not count."""
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for content in ahead(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths):
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 
@@ -69,13 +71,16 @@ def pictures_at_once(resolution: int) -> int:
 def encode_pictures(
     encode: Callable[[mx.array], mx.array], pictures: Sequence[np.ndarray | Path], *, resolution: int
 ) -> mx.array:
-    """Pictures -> latents (N, ...), some at a time; paths are only read when their turn comes."""
+    """Pictures -> latents (N, ...), some at a time; files of the next ones are read meanwhile, no more than that."""
     batch_size = pictures_at_once(resolution)
+
+    def pixels(picture: np.ndarray | Path) -> np.ndarray:
+        return to_pixels(load_image(picture, resolution=resolution) if isinstance(picture, Path) else picture)
+
+    coming = ahead(pixels, pictures, limit=batch_size)
     latents = []
-    for start in range(0, len(pictures), batch_size):
-        group = pictures[start : start + batch_size]
-        arrays = [load_image(item, resolution=resolution) if isinstance(item, Path) else item for item in group]
-        latents.append(encode(mx.array(to_pixels(np.stack(arrays)))))
+    while group := list(islice(coming, batch_size)):
+        latents.append(encode(mx.array(np.stack(group))))
         mx.eval(latents[-1])
     return mx.concatenate(latents)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx.utils import tree_map, tree_reduce
 
+from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, load_image
 from mflux_vae_train import lora
@@ -50,8 +51,8 @@ def check_pictures(settings: DreamBoothSettings) -> None:
     """
     load_pictures(settings.instance_data_dir, resolution=settings.resolution or 8)
     if settings.class_data_dir is not None and Path(settings.class_data_dir).is_dir():
-        for path in find_images(settings.class_data_dir)[0]:
-            load_image(path)
+        for _ in ahead(load_image, find_images(settings.class_data_dir)[0]):
+            pass  # reading is what is asked for
 
 
 def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Preparation:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
 from mflux_vae_train.dreambooth.data import pictures_at_once
@@ -19,24 +20,31 @@ PROMPT_KEY = "prompt"
 """PNG text chunk that says what a generated class picture was asked to show."""
 
 
+def class_images(folder: Path) -> list[Path]:
+    """Class pictures that are there, sorted by name; none where there is no folder. They are not looked at."""
+    return find_images(folder)[0] if folder.is_dir() else []
+
+
 def present_class_images(folder: Path, class_prompt: str) -> list[Path]:
-    """Class pictures that are there already, sorted by name; none where there is no folder.
+    """As `class_images`, and each is read, as a mistake must show before anything long begins.
 
     Raises:
         ImageError: one of them cannot be read.
         SettingsError: one of them was generated for another class prompt.
     """
-    if not folder.is_dir():
-        return []
-    paths, _ = find_images(folder)
-    for path in paths:
-        load_image(path)
-        made_for = image_text(path).get(PROMPT_KEY, class_prompt)
-        if made_for != class_prompt:
+    paths = class_images(folder)
+    for path, made_for in zip(paths, ahead(_made_for, paths), strict=True):
+        if made_for not in (None, class_prompt):
             raise SettingsError(
                 f"{path} was generated for {made_for!r}, not {class_prompt!r}: give another --class_data_dir"
             )
     return paths
+
+
+def _made_for(path: Path) -> str | None:
+    """The prompt that a class picture was generated for, as far as it says so; the whole file is read."""
+    load_image(path)
+    return image_text(path).get(PROMPT_KEY)
 
 
 def missing_indices(present: Sequence[Path], wanted: int) -> list[int]:

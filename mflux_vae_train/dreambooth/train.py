@@ -20,7 +20,7 @@ from mflux_vae_train.dreambooth.data import CLASS, EMPTY, Cache, encode_pictures
 from mflux_vae_train.dreambooth.objective import dreambooth_loss
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.previews import Previews
-from mflux_vae_train.dreambooth.prior import generate_class_images, present_class_images
+from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
 from mflux_vae_train.dreambooth.result import result_path, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
@@ -220,7 +220,7 @@ def _class_pictures(pipeline: DiffusionPipeline, run: Preparation, conditioning:
             seed=choices.settings.seed,
         )
         _say([f"generated {len(run.class_missing)} class pictures in {time.monotonic() - began:.0f} s"])
-    return present_class_images(choices.class_folder, choices.class_prompt)[: choices.settings.num_class_images]
+    return class_images(choices.class_folder)[: choices.settings.num_class_images]
 
 
 def _make_trainable(pipeline: DiffusionPipeline, choices: Choices) -> None:

@@ -67,6 +67,31 @@ def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
         np.testing.assert_allclose(latent, array[0, 0] / 127.5 - 1, atol=1e-5)
 
 
+def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "load_image", lambda path, **_: read.append(path) or np.zeros((600, 600, 3), np.uint8))
+    paths = [instance_dir / f"{index}.png" for index in range(12)]
+    at_encoding = []
+
+    def encode(pixels):
+        at_encoding.append(len(read))
+        return pixels[:, 0, 0]
+
+    assert data.encode_pictures(encode, paths, resolution=600).shape == (12, 3)
+    assert sorted(read) == sorted(paths)
+    assert all(count <= 2 * (batch + 2) for batch, count in enumerate(at_encoding))
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_broken_picture_is_named_wherever_it_stands(instance_dir, broken):
+    path = instance_dir / f"picture-{broken}.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
+        data.load_pictures(instance_dir, 16)
+    with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
+        data.encode_pictures(lambda pixels: pixels, sorted(instance_dir.glob("*.png")), resolution=16)
+
+
 def test_the_order_runs_through_all_and_is_shuffled_anew():
     epochs = [[data.shuffled(3, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
