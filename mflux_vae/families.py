@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.nn as nn
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
+from mflux_vae.weights.compvis import bfl, compvis
 from mflux_vae.weights.diffusers import AUTOENCODER_KL, SAME_NAMES
 from mflux_vae.weights.rules import Rule
+from mflux_vae.weights.taesd import taesd
+
+Table: TypeAlias = "Sequence[Rule] | Callable[[Iterable[str]], Sequence[Rule]]"
 
 
 @dataclass(frozen=True)
@@ -21,20 +27,30 @@ class Family:
     Attributes:
         config: its configuration's class: `from_dict` reads a config.json, `to_dict` writes one.
         network: its class, built from a configuration.
-        tables: key tables by naming; `diffusers` is the one of folders.
+        tables: key tables by naming; `diffusers` is the one of folders. Some depend on the network's keys, by their
+            names or by ours.
     """
 
     config: Any
     network: Any
-    tables: Mapping[str, Sequence[Rule]]
+    tables: Mapping[str, Table]
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """An untrained network as a config.json describes it; a SettingsError where it does not have what is asked."""
         return self.network(self.config.from_dict(config))
 
+    def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
+        """The key table for a network with these keys."""
+        table = self.tables[naming]
+        return table(keys) if callable(table) else table
+
+
+_KL: dict[str, Table] = {"diffusers": AUTOENCODER_KL, "compvis": compvis, "bfl": bfl}
 
 FAMILIES = {
-    "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, {"diffusers": AUTOENCODER_KL}),
+    "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
+    "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
+    "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }
 """By the `_class_name` of config.json."""

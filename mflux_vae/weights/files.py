@@ -19,6 +19,9 @@ from mflux_vae.weights.stored import LARGEST_DIMENSION, Stored, read_numbers
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of weights files."""
+
 _SAFETENSORS_DTYPES = {
     "BOOL": ("bool", 1),
     **{
@@ -175,24 +178,38 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
-def read_folder(folder: str | Path, stem: str) -> dict[str, mx.array]:
-    """Tensors of `{stem}.safetensors`, or of the shards that `{stem}.safetensors.index.json` names.
+def open_folder(folder: str | Path, stem: str) -> dict[str, Stored]:
+    """Tensors, unread, of `{stem}.safetensors`, or of the shards that `{stem}.safetensors.index.json` names, or of
+    what older releases wrote: `{stem}.bin`; each also as the half-precision variant, `{stem}.fp16...`.
 
     Raises:
-        WeightsError: neither is there, a shard is missing or broken, or the index names a file outside the folder.
+        WeightsError: none is there, a shard is missing or broken, or the index names a file outside the folder.
     """
     folder = Path(folder)
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return read_safetensors(folder / f"{stem}.safetensors")[0]
+    for kind in ("safetensors", "bin"):
+        for variant in (stem, f"{stem}.fp16"):
+            index = folder / f"{stem}.{kind}.index{variant.removeprefix(stem)}.json"
+            if index.is_file():
+                return _open_shards(index)
+            if (folder / f"{variant}.{kind}").is_file():
+                return open_weights(folder / f"{variant}.{kind}")[0]
+    raise WeightsError(f"{folder / stem}.safetensors: no such weights file")
+
+
+def read_folder(folder: str | Path, stem: str) -> dict[str, mx.array]:
+    """As `open_folder`, and read; safetensors are read when the arrays are first used."""
+    return {name: stored.load() for name, stored in open_folder(folder, stem).items()}
+
+
+def _open_shards(index: Path) -> dict[str, Stored]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{index}: no weight_map; copy or download it again")
-    tensors: dict[str, mx.array] = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name:
             raise WeightsError(f"{index}: names {name!r}, which is not a file of this folder")
-        tensors.update(read_safetensors(folder / name)[0])
+        tensors.update(open_weights(index.parent / name)[0])
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise WeightsError(f"{index}: its shards lack {', '.join(absent)}")
     return tensors
