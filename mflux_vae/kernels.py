@@ -171,6 +171,12 @@ def _over_group(values: mx.array, groups: int) -> mx.array:
 
 
 @pointwise
+def relu(x: mx.array) -> mx.array:
+    """max(x, 0)."""
+    return mx.maximum(x, 0)
+
+
+@pointwise
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
     return _silu(x) if is_cpu() else x * mx.sigmoid(x)

@@ -6,6 +6,7 @@ Attribute names are those of diffusers, so that parameter paths and checkpoint k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,9 +49,9 @@ class GroupNorm(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a skip connection."""
+    """norm, SiLU, conv, twice, beside a skip connection; in training with dropout before the second convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, dropout: float = 0.0):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
@@ -58,10 +59,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
+        if dropout:
+            self.dropout = nn.Dropout(dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
         h = self.conv1(kernels.silu(self.norm1(x)))
-        h = self.conv2(kernels.silu(self.norm2(h)))
+        h = kernels.silu(self.norm2(h))
+        h = self.conv2(self.dropout(h) if "dropout" in self else h)
         return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
 
 
@@ -84,26 +88,63 @@ class Attention(nn.Module):
         return x + self.to_out[0](h).reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """Halves height and width; pads at the right and the bottom only, as the published autoencoders do."""
+class LinearAttention(nn.Module):
+    """latent-diffusion's linear attention: one head, keys normalised over pixels; no norm, no skip connection.
 
-    def __init__(self, channels: int):
+    Its cost grows with the number of pixels, not with its square (Katharopoulos et al. 2020).
+
+    Args:
+        groups: not used; for the signature of `Attention`.
+    """
+
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)))
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    @overridable
+    def __call__(self, x: mx.array) -> mx.array:
+        batch, height, width, channels = x.shape
+        q, k, v = mx.split(self.to_qkv(x.reshape(batch, height * width, channels)), 3, axis=-1)
+        context = kernels.softmax(k, axis=1).swapaxes(1, 2) @ v
+        return self.to_out(q @ context).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halves height and width; pads at the right and the bottom only, as the published autoencoders do.
+
+    Args:
+        conv: False for the mean of every four pixels.
+    """
+
+    def __init__(self, channels: int, *, conv: bool = True):
+        super().__init__()
+        if conv:
+            self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(x)
+        return self.conv(x) if "conv" in self else average_pixels(x)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then a convolution."""
+    """Doubles height and width by repeating pixels, then a convolution, unless `conv` is False."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, conv: bool = True):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        if conv:
+            self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(repeat_pixels(x))
+        x = repeat_pixels(x)
+        return self.conv(x) if "conv" in self else x
+
+
+@overridable
+def average_pixels(x: mx.array) -> mx.array:
+    """Mean of every 2x2 pixels; an odd last row or column is left out. (B, H, W, C) -> (B, H // 2, W // 2, C)."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
 @overridable
@@ -115,32 +156,42 @@ def repeat_pixels(x: mx.array) -> mx.array:
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, then down- or upsampling where there is one."""
+    """Residual blocks at one resolution, attention after each where given, then down- or upsampling where given."""
 
-    def __init__(self, resnets: Sequence[ResnetBlock], *, down: Downsample | None = None, up: Upsample | None = None):
+    def __init__(
+        self,
+        resnets: Sequence[nn.Module],
+        attentions: Sequence[nn.Module] = (),
+        *,
+        down: Downsample | None = None,
+        up: Upsample | None = None,
+    ):
         super().__init__()
         self.resnets = list(resnets)
+        if attentions:
+            self.attentions = list(attentions)
         if down is not None:
             self.downsamplers = [down]
         if up is not None:
             self.upsamplers = [up]
 
     def __call__(self, x: mx.array) -> mx.array:
-        for resnet in self.resnets:
+        for resnet, attention in zip_longest(self.resnets, self.get("attentions", [])):
             x = resnet(x)
+            x = x if attention is None else attention(x)
         for resample in [*self.get("downsamplers", []), *self.get("upsamplers", [])]:
             x = resample(x)
         return x
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention where asked for, residual block, at the lowest resolution."""
+    """Residual block, attention where given, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int, *, attention: bool):
+    def __init__(self, channels: int, groups: int, *, attention: nn.Module | None, dropout: float = 0.0):
         super().__init__()
-        self.resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
-        if attention:
-            self.attentions = [Attention(channels, groups)]
+        self.resnets = [ResnetBlock(channels, channels, groups, dropout=dropout) for _ in range(2)]
+        if attention is not None:
+            self.attentions = [attention]
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.resnets[0](x)

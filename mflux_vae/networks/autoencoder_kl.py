@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import Conv2d, Downsample, GroupNorm, MidBlock, ResnetBlock, Stage, Upsample
+from mflux_vae.layers import (
+    Attention,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    LinearAttention,
+    MidBlock,
+    ResnetBlock,
+    Stage,
+    Upsample,
+)
+from mflux_vae.networks.ddconfig import kl_settings
+from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.posterior import DiagonalGaussian
 
-# What diffusers takes where a config.json is silent, as far as it is not what published autoencoders have.
-_ABSENT = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+"""diffusers' names of a level without and with attention."""
+
+ATTENTION_TYPES = {"vanilla": Attention, "linear": LinearAttention}
+
+C = TypeVar("C", bound="AutoencoderKLConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderKLConfig:
+class AutoencoderKLConfig(ScaledConfig):
     """Field names are those of the config.json of diffusers' `AutoencoderKL`; defaults are Stable Diffusion's.
+
+    Levels are counted from the full resolution, 0, downwards, in encoder and decoder alike. The fields from
+    `decoder_block_out_channels` on are beyond diffusers' `AutoencoderKL`: `to_dict` leaves them out where they have
+    their defaults.
 
     Attributes:
         in_channels, out_channels: channels of an image.
@@ -30,10 +51,20 @@ class AutoencoderKLConfig:
         layers_per_block: residual blocks of an encoder level; the decoder has one more.
         norm_num_groups: groups of every group norm; divides every number of channels.
         scaling_factor, shift_factor: the denoiser sees (latents - shift) * scale.
+        latents_mean, latents_std: per channel; where given, the denoiser sees (latents - mean) * scale / std instead.
         use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents.
         mid_block_add_attention: attention at the lowest resolution.
         force_upcast: whether the network overflows in float16.
         sample_size: side of the images it was trained on, pixels.
+        encoder_attention, decoder_attention: levels with attention after each residual block. diffusers spells them as
+            kinds of blocks (`down_block_types`, `up_block_types`), and so do `from_dict` and `to_dict`.
+        decoder_block_out_channels: the decoder's channels where they are not the encoder's.
+        attention_type: of all attention: "vanilla", or "linear" (latent-diffusion's: no norm, no skip connection).
+        dropout: share of values that residual blocks drop in training; changes nothing in evaluation mode.
+        resample_with_conv: False for average pooling and repeated pixels in place of convolutions.
+        double_z: False for an encoder without variances: its posterior is a point.
+        z_channels: channels inside of the quant convolutions where they are not `latent_channels`.
+        stem_channels: channels before the first level where they are not that level's.
     """
 
     in_channels: int = 3
@@ -44,82 +75,198 @@ class AutoencoderKLConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     force_upcast: bool = True
     sample_size: int = 512
+    encoder_attention: tuple[int, ...] = ()
+    decoder_attention: tuple[int, ...] = ()
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    attention_type: str = "vanilla"
+    dropout: float = 0.0
+    resample_with_conv: bool = True
+    double_z: bool = True
+    z_channels: int | None = None
+    stem_channels: int | None = None
+
+    NAME: ClassVar[str] = "AutoencoderKL"
+    ABSENT: ClassVar[Mapping[str, Any]] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
+    """What diffusers takes where a config.json is silent, as far as it is not what published autoencoders have."""
+    UNKNOWN_TO_DIFFUSERS: ClassVar[tuple[str, ...]] = (
+        "decoder_block_out_channels",
+        "attention_type",
+        "dropout",
+        "resample_with_conv",
+        "double_z",
+        "z_channels",
+        "stem_channels",
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        counts = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
-        for name in counts:
+        for name in ("block_out_channels", "encoder_attention", "decoder_attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("decoder_block_out_channels", "latents_mean", "latents_std"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
             if getattr(self, name) < 1:
-                raise SettingsError(f"AutoencoderKL: {name} must be positive, not {getattr(self, name)}")
-        uneven = [c for c in self.block_out_channels if c < 1 or c % self.norm_num_groups]
-        if uneven or not self.block_out_channels:
+                raise SettingsError(f"{self.NAME}: {name} must be positive, not {getattr(self, name)}")
+        for name in ("block_out_channels", "decoder_block_out_channels"):
+            widths = getattr(self, name) or ()
+            if any(c < 1 or c % self.norm_num_groups for c in widths) or not self.block_out_channels:
+                raise SettingsError(
+                    f"{self.NAME}: {name} {widths} must be multiples of norm_num_groups ({self.norm_num_groups})"
+                )
+        levels = len(self.block_out_channels)
+        if len(self.decoder_widths) != levels:
             raise SettingsError(
-                f"AutoencoderKL: block_out_channels {self.block_out_channels} must be multiples of "
-                f"norm_num_groups ({self.norm_num_groups})"
+                f"{self.NAME}: block_out_channels and decoder_block_out_channels differ in length, "
+                f"{levels} and {len(self.decoder_widths)}"
             )
+        for name in ("encoder_attention", "decoder_attention"):
+            if beyond := [level for level in getattr(self, name) if not 0 <= level < levels]:
+                raise SettingsError(f"{self.NAME}: {name} {beyond} beyond the levels 0 to {levels - 1}")
+        for name in ("latents_mean", "latents_std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.latent_channels:
+                raise SettingsError(f"{self.NAME}: {name} has {len(given)} values for {self.latent_channels} channels")
+        if self.attention_type not in ATTENTION_TYPES:
+            kinds = ", ".join(ATTENTION_TYPES)
+            raise SettingsError(f"{self.NAME}: attention_type is one of {kinds}, not {self.attention_type!r}")
+        if not 0 <= self.dropout < 1:
+            raise SettingsError(f"{self.NAME}: dropout is at least 0 and below 1, not {self.dropout}")
+        if not self.scaling_factor:
+            raise SettingsError(f"{self.NAME}: scaling_factor must not be 0")
+        if self.z_channels not in (None, self.latent_channels) and not (
+            self.use_quant_conv and self.use_post_quant_conv
+        ):
+            raise SettingsError(f"{self.NAME}: z_channels that are not latent_channels need both quant convolutions")
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each of the decoder's levels."""
+        return self.decoder_block_out_channels or self.block_out_channels
+
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderKLConfig:
-        """Read diffusers' config.json; what only describes its block classes is checked, not kept.
+    def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:
+        """Read a config.json of diffusers or of `to_dict`.
 
         Raises:
             SettingsError: the configuration asks for what this network does not have, or is no configuration.
         """
-        for key, wanted in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if unknown := set(config.get(key, [wanted])) - {wanted}:
-                raise SettingsError(f"AutoencoderKL: {key} {sorted(unknown)} not supported; only {wanted}")
         if config.get("act_fn", "silu") not in ("silu", "swish"):
-            raise SettingsError(f"AutoencoderKL: act_fn {config['act_fn']!r} not supported; only 'silu'")
-        for key in ("latents_mean", "latents_std"):
-            if config.get(key) is not None:
-                raise SettingsError(f"AutoencoderKL: {key} not supported; only scaling_factor and shift_factor")
+            raise SettingsError(f"{cls.NAME}: act_fn {config['act_fn']!r} not supported; only 'silu'")
         given = {key: value for key, value in config.items() if key in cls.__dataclass_fields__ and value is not None}
+        given = {**cls.ABSENT, **given}
         try:
-            return cls(**{**_ABSENT, **given})
+            levels = len(given.get("block_out_channels", cls.block_out_channels))
+            given["encoder_attention"] = _attention_levels(cls.NAME, config, "down_block_types", DOWN, levels)
+            turned = _attention_levels(cls.NAME, config, "up_block_types", UP, levels)
+            given["decoder_attention"] = tuple(sorted(levels - 1 - block for block in turned))
+            return cls(**given)
         except TypeError as error:
-            raise SettingsError(f"AutoencoderKL: a value of the wrong type in its configuration ({error})") from error
+            raise SettingsError(f"{cls.NAME}: a value of the wrong type in its configuration ({error})") from error
+
+    @classmethod
+    def from_ddconfig(cls: type[C], ddconfig: Mapping[str, Any], embed_dim: int | None = None, **settings: Any) -> C:
+        """Read latent-diffusion's `ddconfig`, or a whole configuration of its YAML files that holds one.
+
+        Args:
+            ddconfig: see `networks.ddconfig.kl_settings`.
+            embed_dim: channels of a latent; None for what the configuration says beside its `ddconfig`, or z_channels.
+            settings: fields that latent-diffusion does not have, such as `scaling_factor`, 1 where nothing says more.
+
+        Raises:
+            SettingsError: something is missing, unknown or not supported.
+        """
+        try:
+            return cls(**{"scaling_factor": 1.0, **kl_settings(ddconfig, embed_dim), **settings})
+        except TypeError as error:
+            raise SettingsError(f"{cls.NAME}: a value of the wrong type in its ddconfig ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What diffusers reads."""
-        levels = len(self.block_out_channels)
+        """What diffusers reads, where it has such a network.
+
+        Where it has not, `_class_name` is `AutoencoderKLExtended`, which diffusers refuses by its name instead of
+        building another network, and `_not_in_diffusers` lists why. `dropout` alone is no such case: diffusers ignores
+        it, with a warning.
+        """
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        beyond = [
+            name for name in self.UNKNOWN_TO_DIFFUSERS if getattr(self, name) != self.__dataclass_fields__[name].default
+        ]
+        for name in ("encoder_attention", "decoder_attention", *self.UNKNOWN_TO_DIFFUSERS):
+            if name not in beyond:
+                del values[name]
+        levels = range(len(self.block_out_channels))
+        head: dict[str, Any] = {"_class_name": self.NAME}
+        if reasons := [name for name in beyond if name != "dropout"]:
+            head = {"_class_name": f"{self.NAME}Extended", "_not_in_diffusers": reasons}
         return {
-            "_class_name": "AutoencoderKL",
+            **head,
             "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **asdict(self),
-            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": [DOWN[level in self.encoder_attention] for level in levels],
+            "up_block_types": [UP[level in self.decoder_attention] for level in reversed(levels)],
+            **values,
         }
 
 
+def _attention_levels(
+    network: str, config: Mapping[str, Any], key: str, kinds: Sequence[str], levels: int
+) -> tuple[int, ...]:
+    """Which of diffusers' blocks have attention, by their place in its list."""
+    blocks = config.get(key) or [kinds[0]] * levels
+    if unknown := set(blocks) - set(kinds):
+        raise SettingsError(f"{network}: {key} {sorted(unknown)} not supported; only {', '.join(kinds)}")
+    if len(blocks) != levels:
+        raise SettingsError(f"{network}: {len(blocks)} {key} for {levels} block_out_channels")
+    return tuple(i for i, kind in enumerate(blocks) if kind == kinds[1])
+
+
+def _stage(config: AutoencoderKLConfig, widths: Sequence[int], attention: bool, **resample: Any) -> Stage:
+    """A level: residual blocks from each width to the next, attention after each where asked for."""
+    resnets = [ResnetBlock(a, b, config.norm_num_groups, dropout=config.dropout) for a, b in pairwise(widths)]
+    kind = ATTENTION_TYPES[config.attention_type]
+    attentions = [kind(width, config.norm_num_groups) for width in widths[1:]] if attention else []
+    return Stage(resnets, attentions, **resample)
+
+
+def _mid_block(config: AutoencoderKLConfig, width: int) -> MidBlock:
+    kind = ATTENTION_TYPES[config.attention_type]
+    attention = kind(width, config.norm_num_groups) if config.mid_block_add_attention else None
+    return MidBlock(width, config.norm_num_groups, attention=attention, dropout=config.dropout)
+
+
 class Encoder(nn.Module):
-    """Pixels to latent moments: (B, H, W, in) -> (B, H/f, W/f, 2 * latent)."""
+    """Pixels to latent moments: (B, H, W, in) -> (B, H/f, W/f, 2 * z), or z without variances."""
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
-        channels, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
+        channels = config.block_out_channels
+        previous = config.stem_channels or channels[0]
+        self.conv_in = Conv2d(config.in_channels, previous, 3, padding=1)
         self.down_blocks = []
-        previous = channels[0]
         for level, width in enumerate(channels):
             widths = [previous] + [width] * config.layers_per_block
-            resnets = [ResnetBlock(a, b, groups) for a, b in pairwise(widths)]
-            last = level == len(channels) - 1
-            self.down_blocks.append(Stage(resnets, down=None if last else Downsample(width)))
+            down = Downsample(width, conv=config.resample_with_conv) if level < len(channels) - 1 else None
+            self.down_blocks.append(_stage(config, widths, level in config.encoder_attention, down=down))
             previous = width
-        self.mid_block = MidBlock(previous, groups, attention=config.mid_block_add_attention)
-        self.conv_norm_out = GroupNorm(groups, previous)
-        self.conv_out = Conv2d(previous, 2 * config.latent_channels, 3, padding=1)
+        self.mid_block = _mid_block(config, previous)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, previous)
+        self.conv_out = Conv2d(
+            previous, (1 + config.double_z) * (config.z_channels or config.latent_channels), 3, padding=1
+        )
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
@@ -130,22 +277,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels: (B, h, w, latent) -> (B, f*h, f*w, out)."""
+    """Latents to pixels: (B, h, w, z) -> (B, f*h, f*w, out)."""
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
-        channels, groups = tuple(reversed(config.block_out_channels)), config.norm_num_groups
-        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidBlock(channels[0], groups, attention=config.mid_block_add_attention)
+        channels = config.decoder_widths
+        previous = channels[-1]
+        self.conv_in = Conv2d(config.z_channels or config.latent_channels, previous, 3, padding=1)
+        self.mid_block = _mid_block(config, previous)
         self.up_blocks = []
-        previous = channels[0]
-        for level, width in enumerate(channels):
-            widths = [previous] + [width] * (config.layers_per_block + 1)
-            resnets = [ResnetBlock(a, b, groups) for a, b in pairwise(widths)]
-            last = level == len(channels) - 1
-            self.up_blocks.append(Stage(resnets, up=None if last else Upsample(width)))
-            previous = width
-        self.conv_norm_out = GroupNorm(groups, previous)
+        for level in reversed(range(len(channels))):
+            widths = [previous] + [channels[level]] * (config.layers_per_block + 1)
+            up = Upsample(channels[level], conv=config.resample_with_conv) if level else None
+            self.up_blocks.append(_stage(config, widths, level in config.decoder_attention, up=up))
+            previous = channels[level]
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, previous)
         self.conv_out = Conv2d(previous, config.out_channels, 3, padding=1)
 
     def __call__(self, z: mx.array) -> mx.array:
@@ -155,24 +301,45 @@ class Decoder(nn.Module):
         return self.conv_out(kernels.silu(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled."""
+class AutoencoderKL(ScaledLatents):
+    """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled.
+
+    A new network is in evaluation mode: `train()` turns its dropout on, where it has any.
+    """
 
     def __init__(self, config: AutoencoderKLConfig | None = None):
         super().__init__()
-        self.config = config = config or AutoencoderKLConfig()
+        self.config: AutoencoderKLConfig = config or AutoencoderKLConfig()
+        config = self.config
+        z, latent, times = config.z_channels or config.latent_channels, config.latent_channels, 1 + config.double_z
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            self.quant_conv = Conv2d(times * z, times * latent, 1)
         if config.use_post_quant_conv:
-            self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
+            self.post_quant_conv = Conv2d(latent, z, 1)
+        self.eval()
 
     def encode(self, pixels: mx.array) -> DiagonalGaussian:
         """(B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
         moments = self.encoder(pixels)
-        return DiagonalGaussian.from_moments(self.quant_conv(moments) if "quant_conv" in self else moments)
+        moments = self.quant_conv(moments) if "quant_conv" in self else moments
+        return DiagonalGaussian.from_moments(moments) if self.config.double_z else DiagonalGaussian.point(moments)
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(latents) if "post_quant_conv" in self else latents)
+
+    def to_scaled(self, latents: mx.array) -> mx.array:
+        """Raw latents (B, h, w, latent) -> what a denoiser sees: see `AutoencoderKLConfig`."""
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            return super().to_scaled(latents)
+        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        return (latents - mean) * (self.config.scaling_factor / std)
+
+    def from_scaled(self, latents: mx.array) -> mx.array:
+        """The inverse of `to_scaled`."""
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            return super().from_scaled(latents)
+        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        return latents * (std / self.config.scaling_factor) + mean

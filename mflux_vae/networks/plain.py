@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.overriding import pointwise
 from mflux_vae.posterior import DiagonalGaussian
 
@@ -19,7 +20,7 @@ NEGATIVE_SLOPE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainConfig:
+class PlainConfig(ScaledConfig):
     """What a `PlainAutoencoder` is made of.
 
     Attributes:
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
         return self.conv_out(leaky_relu(x))
 
 
-class PlainAutoencoder(nn.Module):
+class PlainAutoencoder(ScaledLatents):
     """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled."""
 
     def __init__(self, config: PlainConfig | None = None):

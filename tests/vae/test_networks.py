@@ -85,14 +85,14 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+        ({"down_block_types": ["DownEncoderBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
         ({"up_block_types": ["UpBlock2D"]}, "UpBlock2D"),
         ({"act_fn": "mish"}, "mish"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean"),
+        ({"latents_mean": [0.0] * 3}, "latents_mean has 3 values for 4 channels"),
         ({"norm_num_groups": 3}, "multiples of norm_num_groups"),
         ({"block_out_channels": []}, "block_out_channels"),
         ({"block_out_channels": 128}, "wrong type"),
-        ({"block_out_channels": ["128"]}, "wrong type"),
+        ({"block_out_channels": ["128"] * 4}, "wrong type"),
         ({"latent_channels": "4"}, "wrong type"),
         ({"latent_channels": 0}, "latent_channels must be positive"),
         ({"layers_per_block": 0}, "layers_per_block must be positive"),

@@ -1,0 +1,132 @@
+"""FLUX.2's autoencoder: Stable Diffusion's network, its latents in 2x2 patches and normalised by running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLFlux2Config(AutoencoderKLConfig):
+    """Field names are those of the config.json of diffusers' `AutoencoderKLFlux2`; defaults are FLUX.2's.
+
+    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` have no part in it.
+
+    Attributes:
+        batch_norm_eps: added to the running variance.
+        batch_norm_momentum: of the statistics' training; kept for what continues it.
+        patch_size: latents in a patch, down and across.
+    """
+
+    latent_channels: int = 32
+    scaling_factor: float = 1.0
+    sample_size: int = 1024
+    batch_norm_eps: float = 1e-4
+    batch_norm_momentum: float = 0.1
+    patch_size: tuple[int, int] = (2, 2)
+
+    NAME: ClassVar[str] = "AutoencoderKLFlux2"
+    ABSENT: ClassVar[Mapping[str, Any]] = {}
+    UNKNOWN_TO_DIFFUSERS: ClassVar[tuple[str, ...]] = tuple(
+        name for name in AutoencoderKLConfig.UNKNOWN_TO_DIFFUSERS if name != "decoder_block_out_channels"
+    )
+    _SCALING: ClassVar[Mapping[str, Any]] = {
+        "scaling_factor": 1.0,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+
+    def _check(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        super()._check()
+        if len(self.patch_size) != 2 or self.patch_size[0] != self.patch_size[1] or self.patch_size[0] < 1:
+            raise SettingsError(f"{self.NAME}: patch_size {self.patch_size} is not the side of a square, twice")
+        if given := [name for name, idle in self._SCALING.items() if getattr(self, name) != idle]:
+            raise SettingsError(f"{self.NAME}: {', '.join(given)} have no part in it; its statistics scale latents")
+
+    @property
+    def scaled_channels(self) -> int:
+        """Channels of a scaled latent: those of a patch."""
+        return self.latent_channels * self.patch_size[0] * self.patch_size[1]
+
+    @property
+    def scaled_downsampling(self) -> int:
+        """Pixels per scaled latent in each direction."""
+        return self.downsampling * self.patch_size[0]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderKLFlux2Config:
+        """As `AutoencoderKLConfig.from_dict`."""
+        return super().from_dict({key: value for key, value in config.items() if key not in cls._SCALING})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `AutoencoderKLConfig.to_dict`; diffusers takes no `force_upcast` here: only one that differs is kept."""
+        idle = {*self._SCALING, "force_upcast"} if self.force_upcast else {*self._SCALING}
+        return {key: value for key, value in super().to_dict().items() if key not in idle}
+
+
+class RunningStatistics(nn.Module):
+    """What a batch norm without scale and shift has seen: mean and variance per channel. Never trained by gradients."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.running_mean = mx.zeros((channels,))
+        self.running_var = mx.ones((channels,))
+        self.num_batches_tracked = mx.array(0, mx.int64)
+        self.freeze(recurse=False)
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Stay frozen."""
+        return self
+
+
+class AutoencoderKLFlux2(AutoencoderKL):
+    """`AutoencoderKL` whose scaled latents are patches, normalised: (B, h, w, C) -> (B, h/2, w/2, 4C)."""
+
+    config: AutoencoderKLFlux2Config
+
+    def __init__(self, config: AutoencoderKLFlux2Config | None = None):
+        super().__init__(config or AutoencoderKLFlux2Config())
+        self.bn = RunningStatistics(self.config.scaled_channels)
+
+    def to_scaled(self, latents: mx.array) -> mx.array:
+        """Raw latents (B, h, w, C) -> (B, h/p, w/p, p*p*C), what a denoiser sees.
+
+        Raises:
+            ImageError: the sides are no multiples of the patches'.
+        """
+        mean, std = self._statistics()
+        return (patchified(latents, self.config.patch_size[0]) - mean) / std
+
+    def from_scaled(self, latents: mx.array) -> mx.array:
+        """The inverse of `to_scaled`."""
+        mean, std = self._statistics()
+        return unpatchified(latents * std + mean, self.config.patch_size[0])
+
+    def _statistics(self) -> tuple[mx.array, mx.array]:
+        variance = self.bn.running_var.astype(mx.float32)
+        return self.bn.running_mean.astype(mx.float32), mx.sqrt(variance + self.config.batch_norm_eps)
+
+
+def patchified(x: mx.array, side: int) -> mx.array:
+    """(B, side * h, side * w, C) -> (B, h, w, C * side * side): channels in the order (channel, row, column)."""
+    batch, height, width, channels = x.shape
+    if height % side or width % side:
+        raise ImageError(f"latents of {height} x {width} are no patches of {side} x {side}: pad the image")
+    x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, height // side, width // side, channels * side * side)
+
+
+def unpatchified(x: mx.array, side: int) -> mx.array:
+    """The inverse of `patchified`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, channels // side**2, side, side).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, side * height, side * width, channels // side**2)

@@ -1,0 +1,187 @@
+"""TAESD and its family: small autoencoders for the latents of Stable Diffusion, SDXL, SD3 and FLUX (Bohan 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae import kernels
+from mflux_vae.errors import SettingsError
+from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
+from mflux_vae.posterior import DiagonalGaussian
+
+_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+"""What diffusers' configuration can say and every published network says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTinyConfig(ScaledConfig):
+    """Field names are those of the config.json of diffusers' `AutoencoderTiny`; defaults are TAESD's.
+
+    Attributes:
+        in_channels, out_channels: channels of an image.
+        latent_channels: channels of a latent.
+        encoder_block_out_channels, decoder_block_out_channels: channels of each level, all the same in each half.
+        num_encoder_blocks, num_decoder_blocks: residual blocks of each level, in the order of the computation.
+        latent_magnitude, latent_shift: latents / (2 * magnitude) + shift are about [0, 1], for storing them in bytes.
+        scaling_factor, shift_factor: the denoiser sees (latents - shift) * scale; its latents are the network's own.
+        force_upcast: whether the network overflows in float16.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_magnitude: float = 3
+    latent_shift: float = 0.5
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    force_upcast: bool = False
+
+    def __post_init__(self) -> None:
+        for half in ("encoder", "decoder"):
+            widths, blocks = (
+                tuple(getattr(self, f"{half}_block_out_channels")),
+                tuple(getattr(self, f"num_{half}_blocks")),
+            )
+            object.__setattr__(self, f"{half}_block_out_channels", widths)
+            object.__setattr__(self, f"num_{half}_blocks", blocks)
+            if len(widths) != len(blocks) or not widths or min(blocks) < 0:
+                raise SettingsError(
+                    f"AutoencoderTiny: {half} widths {widths} and blocks {blocks} are not one per level"
+                )
+            if len(set(widths)) > 1 or widths[0] < 1:
+                raise SettingsError(f"AutoencoderTiny: {half}_block_out_channels {widths} must be one number, repeated")
+        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+            raise SettingsError("AutoencoderTiny: num_encoder_blocks and num_decoder_blocks differ in length")
+        for name in ("in_channels", "out_channels", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"AutoencoderTiny: {name} must be positive, not {getattr(self, name)}")
+        if not self.scaling_factor:
+            raise SettingsError("AutoencoderTiny: scaling_factor must not be 0")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent in each direction."""
+        return 2 ** (len(self.num_encoder_blocks) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderTinyConfig:
+        """Read diffusers' config.json.
+
+        Raises:
+            SettingsError: the configuration asks for what this network does not have, or is no configuration.
+        """
+        for key, fixed in _FIXED.items():
+            if config.get(key, fixed) != fixed:
+                raise SettingsError(f"AutoencoderTiny: {key} {config[key]!r} not supported; only {fixed!r}")
+        given = {key: value for key, value in config.items() if key in cls.__dataclass_fields__ and value is not None}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise SettingsError(f"AutoencoderTiny: a value of the wrong type in its configuration ({error})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """What diffusers reads."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"_class_name": "AutoencoderTiny", **_FIXED, **values}
+
+
+class Bare(Conv2d):
+    """A 3x3 convolution without bias."""
+
+    def __init__(self, channels: int, *, stride: int = 1):
+        super().__init__(channels, channels, 3, stride=stride, padding=1)
+        del self["bias"]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x.astype(self.weight.dtype)
+        return kernels.conv2d(x, self.weight, stride=self._stride, padding=self._padding)
+
+
+class Relu(nn.Module):
+    """A module, because it counts in the numbers that layers have in files."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return kernels.relu(x)
+
+
+class RepeatPixels(nn.Module):
+    """As `Relu`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return repeat_pixels(x)
+
+
+class Block(nn.Module):
+    """Three convolutions beside a skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        convolutions = [Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        self.conv = [convolutions[0], Relu(), convolutions[1], Relu(), convolutions[2]]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = x
+        for layer in self.conv:
+            h = layer(h)
+        return kernels.relu(h + x)
+
+
+class Layers(nn.Module):
+    """One after the other, numbered."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers = layers
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _encoder(config: AutoencoderTinyConfig) -> Layers:
+    """Pixels in [0, 1] to latents: (B, H, W, in) -> (B, H/f, W/f, latent)."""
+    width = config.encoder_block_out_channels[0]
+    layers: list[nn.Module] = []
+    for level, blocks in enumerate(config.num_encoder_blocks):
+        layers.append(Bare(width, stride=2) if level else Conv2d(config.in_channels, width, 3, padding=1))
+        layers += [Block(width) for _ in range(blocks)]
+    return Layers([*layers, Conv2d(width, config.latent_channels, 3, padding=1)])
+
+
+def _decoder(config: AutoencoderTinyConfig) -> Layers:
+    """Latents to pixels in about [0, 1]: (B, h, w, latent) -> (B, f*h, f*w, out)."""
+    width = config.decoder_block_out_channels[0]
+    layers: list[nn.Module] = [Conv2d(config.latent_channels, width, 3, padding=1), Relu()]
+    for blocks in config.num_decoder_blocks[:-1]:
+        layers += [*(Block(width) for _ in range(blocks)), RepeatPixels(), Bare(width)]
+    layers += [Block(width) for _ in range(config.num_decoder_blocks[-1])]
+    return Layers([*layers, Conv2d(width, config.out_channels, 3, padding=1)])
+
+
+class AutoencoderTiny(ScaledLatents):
+    """Convolutions and ReLU, no norms, no attention, no variances; images in [-1, 1], latents a denoiser's own."""
+
+    def __init__(self, config: AutoencoderTinyConfig | None = None):
+        super().__init__()
+        self.config = config or AutoencoderTinyConfig()
+        self.encoder = _encoder(self.config)
+        self.decoder = _decoder(self.config)
+
+    def encode(self, pixels: mx.array) -> DiagonalGaussian:
+        """(B, H, W, C) in [-1, 1] -> (B, H/f, W/f, latent), a posterior that is a point."""
+        return DiagonalGaussian.point(self.encoder(pixels * 0.5 + 0.5))
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """(B, h, w, latent) -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
+        return self.decoder(kernels.tanh(latents / 3) * 3) * 2 - 1

