@@ -1,7 +1,7 @@
 """A network's own code on an image too large for it: layer by layer, in strips of rows, to the untiled result.
 
-`run(network.decode, latents, pixels)` calls the network with a stand-in for the array. The network's functions note
-what they would compute (`mflux_vae.overriding`) instead of computing it; the notes are then worked off strip by strip:
+`Job.run(function, x)` calls the function with a stand-in for the array. The network's functions note what they would
+compute (`mflux_vae.overriding`) instead of computing it; the notes are then worked off strip by strip:
 
 - Convolutions, sums and whatever a norm takes its statistics of are *held*: computed in order from top to bottom,
   each row once, and dropped as soon as nothing below asks for it again.
@@ -29,30 +29,38 @@ _BELOW_ALL = 1 << 40
 
 
 class Job:
-    """What the stand-ins of one run share.
+    """One run through a network, and what its stand-ins share.
 
     Attributes:
-        pixels: of a strip, at the resolution of what is computed.
-        evaluate: called with arrays that are needed now; `mx.eval`, or something that only keeps count.
+        pixels: of a strip, at the resolution of what is computed; None for everything in one piece.
+        held: bytes of all strips that are held now.
         normed: what norms take statistics of, in the order of the network's code.
     """
 
-    def __init__(self, pixels: int, evaluate: Callable[..., None] = mx.eval):
+    def __init__(self, pixels: int | None):
         self.pixels = pixels
-        self.evaluate = evaluate
+        self.held = 0
         self.normed: list[Held] = []
 
+    def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
+        """`function(x)`: (B, H, W, C) to any number of such arrays."""
+        answers: Any = function(Source(self, x))  # type: ignore[arg-type]
+        results = [Held(self, _first, [answer]) for answer in answers]
+        for held in self.normed:  # in their order, so that none has to call for the one before
+            held.reach(held.shape[1])
+        return [result.rows(0, result.shape[1]) for result in results]
 
-def run(function: Callable[[mx.array], Any], x: mx.array, pixels: int) -> Any:
-    """`function(x)` for one image x (1, H, W, C), in strips of about `pixels` pixels: an array, or a tuple of them."""
-    job = Job(pixels)
-    answer: Any = function(Source(job, x))  # type: ignore[arg-type]
-    several = isinstance(answer, tuple)
-    results = [Held(job, _first, [value]) for value in (answer if several else (answer,))]
-    for held in job.normed:  # in their order, so that none has to call for the one before
-        held.advance(held.shape[1])
-    arrays = tuple(result.rows(0, result.shape[1]) for result in results)
-    return arrays if several else arrays[0]
+    def compute(self, held: Held, start: int, stop: int) -> mx.array:
+        """Rows start to stop, computed now."""
+        strip = held.compute(start, stop)
+        mx.eval(strip)
+        return strip
+
+    def statistics(self, strip: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+        """A strip's share in a group norm's statistics, computed now."""
+        mean, variance = kernels.group_norm_statistics(strip, groups)
+        mx.eval(mean, variance)
+        return mean, variance
 
 
 class Stand:
@@ -64,8 +72,13 @@ class Stand:
         self.job, self.shape, self.dtype, self.inputs = job, tuple(shape), dtype, inputs
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Rows start to stop, start <= stop <= H."""
+        """Rows start to stop; what is passed through is left to MLX's next evaluation."""
         raise NotImplementedError
+
+    def reach(self, stop: int) -> None:
+        """Compute all that is held of what the rows above `stop` need."""
+        for stand in self.inputs:
+            stand.reach(stop)
 
     def release(self, reader: int, start: int) -> None:
         """`reader` will not ask for rows above `start` any more; with 0, said first: it is going to ask."""
@@ -85,7 +98,7 @@ class Stand:
         return self if dtype == self.dtype else _applied(self.job, _astype, (self, dtype), {})
 
     def __getitem__(self, index: Any) -> Stand:
-        dots, channels = index  # (..., start:stop)
+        dots, channels = index
         if dots is not Ellipsis or channels.step is not None:
             raise TypeError(f"an image in strips gives a range of its channels, x[..., start:stop], not x[{index}]")
         return _applied(self.job, _channels, (self, channels.start, channels.stop), {})
@@ -95,6 +108,9 @@ class Stand:
 
     def __sub__(self, other: Any) -> Stand:
         return _applied(self.job, _subtract, (self, other), {})
+
+    def __rsub__(self, other: Any) -> Stand:
+        return _applied(self.job, _subtract, (other, self), {})
 
     def __mul__(self, other: Any) -> Stand:
         return _applied(self.job, _multiply, (self, other), {})
@@ -121,8 +137,8 @@ class Pointwise(Stand):
 
     def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
         example = function(*(_example(stand, rows=1) for stand in inputs))
-        height, (batch, _, width, channels) = inputs[0].shape[1], example.shape
-        super().__init__(job, (batch, height, width, channels), example.dtype, inputs)
+        batch, _, width, channels = example.shape
+        super().__init__(job, (batch, inputs[0].shape[1], width, channels), example.dtype, inputs)
         self._function = function
 
     def rows(self, start: int, stop: int) -> mx.array:
@@ -141,26 +157,53 @@ class Repeated(Stand):
         repeated = repeat_pixels(self.inputs[0].rows(first, (stop + 1) // 2))
         return repeated[:, start - 2 * first : stop - 2 * first]
 
+    def reach(self, stop: int) -> None:
+        super().reach((stop + 1) // 2)
+
     def release(self, reader: int, start: int) -> None:
         super().release(reader, start // 2)
 
 
+class GroupNorm(Stand):
+    """`kernels.group_norm`, its statistics of all rows."""
+
+    def __init__(self, job: Job, x: Stand, groups: int, weight: mx.array, bias: mx.array, eps: float):
+        held = x if isinstance(x, Held) and x.groups is None else Held(job, _first, [x])
+        super().__init__(job, held.shape, held.dtype, [held])
+        held.groups = groups
+        job.normed.append(held)
+        self._held, self._weight, self._bias, self._eps = held, weight, bias, eps
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        x, statistics = self._held.rows(start, stop), self._held.statistics()
+        return kernels.group_norm_apply(x, *statistics, self._weight, self._bias, self._eps)
+
+    def reach(self, stop: int) -> None:
+        super().reach(self.shape[1])
+
+
 class Held(Stand):
-    """Computed from top to bottom, each row once, by a function of the inputs' same rows; kept while it is read."""
+    """Computed from top to bottom, each row once, by a function of the inputs' same rows; kept while it is read.
+
+    Attributes:
+        step: rows of a strip.
+        groups: of the group norm that takes its statistics; None for none.
+        in_its_stead: narrower arrays made of this one that are better held for later.
+    """
 
     def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
-        pointwise = Pointwise(job, function, inputs)
-        self._hold(job, pointwise.shape, pointwise.dtype, inputs)
+        alike = Pointwise(job, function, inputs)
+        self._hold(job, alike.shape, alike.dtype, inputs)
         self._function = function
 
-    def _hold(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand]) -> None:
+    def _hold(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand], cost: int = 1) -> None:
         super().__init__(job, shape, dtype, inputs)
-        self.step = max(job.pixels // self.shape[2], 1)
+        self.step = max(job.pixels // (self.shape[2] * cost), 1) if job.pixels else self.shape[1]
+        self.groups: int | None = None
         self.in_its_stead: list[Held] = []
         self._strips: list[tuple[int, mx.array]] = []
         self._done = 0
         self._needed: dict[int, int] = {}
-        self._groups: int | None = None
         self._statistics: list[tuple[int, mx.array, mx.array]] = []
         super().release(id(self), 0)
 
@@ -168,53 +211,44 @@ class Held(Stand):
         """Rows start to stop from the inputs'."""
         return self._function(*(stand.rows(start, stop) for stand in self.inputs))
 
-    def input_row(self, row: int) -> int:
+    def first_input_row(self, row: int) -> int:
         """The first row of the inputs that rows from `row` on need."""
         return row
 
-    def advance(self, stop: int) -> None:
-        """Compute the rows above `stop` that are not computed yet."""
-        while self._done < min(stop, self.shape[1]):
-            start, self._done = self._done, min(self._done + self.step, self.shape[1])
-            strip = self.compute(start, self._done)
+    def reach(self, stop: int) -> None:
+        height = self.shape[1]
+        while self._done < min(stop, height):
+            start, self._done = self._done, min(self._done + self.step, height)
+            strip = self.job.compute(self, start, self._done)
             self._strips.append((start, strip))
-            if self._groups is not None:
-                self._statistics.append((strip.shape[1], *kernels.group_norm_statistics(strip, self._groups)))
-                self.job.evaluate(strip, *self._statistics[-1][1:])
-            else:
-                self.job.evaluate(strip)
-            super().release(id(self), self.input_row(self._done) if self._done < self.shape[1] else _BELOW_ALL)
+            self.job.held += strip.nbytes
+            if self.groups is not None:
+                self._statistics.append((strip.shape[1], *self.job.statistics(strip, self.groups)))
+            super().release(id(self), self.first_input_row(self._done) if self._done < height else _BELOW_ALL)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        self.advance(stop)
-        pieces = [
-            x[:, max(start - at, 0) : stop - at] for at, x in self._strips if start < at + x.shape[1] and at < stop
-        ]
+        self.reach(stop)
+        pieces = [strip[:, max(start - at, 0) : stop - at] for at, strip in self.strips(start, stop)]
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+
+    def strips(self, start: int, stop: int) -> list[tuple[int, mx.array]]:
+        """What is held of the rows start to stop: strips, each with its first row."""
+        return [(at, strip) for at, strip in self._strips if start < at + strip.shape[1] and at < stop]
 
     def release(self, reader: int, start: int) -> None:
         self._needed[reader] = start
         if start:
             for held in self.in_its_stead:
-                held.advance(start)
-            needed = min(self._needed.values())
-            self._strips = [(at, x) for at, x in self._strips if at + x.shape[1] > needed]
-
-    @property
-    def watched(self) -> bool:
-        """Whether a norm has asked for statistics."""
-        return self._groups is not None
-
-    def watch(self, groups: int) -> None:
-        """Take statistics of the strips, over all rows, for a group norm."""
-        self._groups = groups
-        self.job.normed.append(self)
+                held.reach(start)
+            kept = self.strips(min(self._needed.values()), self.shape[1])
+            self.job.held -= sum(strip.nbytes for _, strip in self._strips) - sum(strip.nbytes for _, strip in kept)
+            self._strips = kept
 
     def statistics(self) -> tuple[mx.array, mx.array]:
-        """Mean and variance of each group, spread over its channels: (1, C) each, float32 (Chan et al. 1979)."""
-        self.advance(self.shape[1])
+        """Mean and variance of each group, spread over its channels: (B, C) each, float32 (Chan et al. 1979)."""
+        self.reach(self.shape[1])
         if len(self._statistics) > 1:
-            rows, means, variances = zip(*self._statistics, strict=True)
+            rows, means, variances = (list(values) for values in zip(*self._statistics, strict=True))
             share = (mx.array(rows, mx.float32) / self.shape[1])[:, None, None]
             mean = (mx.stack(means) * share).sum(axis=0)
             variance = ((mx.stack(variances) + mx.square(mx.stack(means) - mean)) * share).sum(axis=0)
@@ -237,37 +271,24 @@ class Convolution(Held):
     ):
         (top, _), self._sides = ((padding, padding),) * 2 if isinstance(padding, int) else padding
         example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
-        self._parameters, self._stride, self._top = (weight, bias), stride, top
-        self._hold(job, example.shape, example.dtype, [x])
-        self.step = max(self.step // stride**2, 1)
-        narrows = self.shape[1:3] == x.shape[1:3] and weight.shape[1] == 1 and self.shape[3] < x.shape[3]
-        if narrows and isinstance(x, Held):  # then it is the one to keep for later
+        self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
+        self._hold(job, example.shape, example.dtype, [x], cost=stride**2)
+        if isinstance(x, Held) and self.shape[3] < x.shape[3] and weight.shape[1] == stride == 1:
             x.in_its_stead.append(self)
 
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        """First row of the input that rows start to stop see, and the one after the last, padding included."""
+        return start * self.stride - self._top, (stop - 1) * self.stride - self._top + self.weight.shape[1]
+
     def compute(self, start: int, stop: int) -> mx.array:
-        (x,), (weight, bias) = self.inputs, self._parameters
-        first, end = self.input_row(start, clip=False), self.input_row(stop - 1, clip=False) + weight.shape[1]
+        (x,), (first, end) = self.inputs, self.window(start, stop)
         rows = x.rows(max(first, 0), min(end, x.shape[1]))
-        self.job.evaluate(rows)
+        mx.eval(rows)  # what went into them can go before the convolution takes memory of its own
         padding = ((max(-first, 0), max(end - x.shape[1], 0)), self._sides)
-        return kernels.conv2d(rows, weight, bias, stride=self._stride, padding=padding)
+        return kernels.conv2d(rows, self.weight, self._bias, stride=self.stride, padding=padding)
 
-    def input_row(self, row: int, clip: bool = True) -> int:
-        first = row * self._stride - self._top
-        return max(first, 0) if clip else first
-
-
-class GroupNorm(Stand):
-    """`kernels.group_norm` with statistics of all rows."""
-
-    def __init__(self, job: Job, x: Stand, groups: int, weight: mx.array, bias: mx.array, eps: float):
-        held = x if isinstance(x, Held) and not x.watched else Held(job, _first, [x])
-        super().__init__(job, x.shape, x.dtype, [held])
-        held.watch(groups)
-        self._held, self._parameters = held, (weight, bias, eps)
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        return kernels.group_norm_apply(self._held.rows(start, stop), *self._held.statistics(), *self._parameters)
+    def first_input_row(self, row: int) -> int:
+        return max(self.window(row, row)[0], 0)
 
 
 class Whole(Held):
@@ -300,7 +321,7 @@ def _applied(job: Job, function: Callable[..., Any], arguments: Sequence[Any], n
 
 
 def _example(stand: Stand, rows: int | None = None) -> mx.array:
-    """An array of a stand-in's shape, never computed: what functions make of it has the shape of their results."""
+    """An array of a stand-in's shape, never computed: what a function makes of it has the shape of its result."""
     batch, height, width, channels = stand.shape
     return mx.zeros((batch, rows or height, width, channels), stand.dtype)
 

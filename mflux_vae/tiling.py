@@ -1,4 +1,4 @@
-"""Images too large for one piece: blended tiles, or strips that give the untiled result.
+"""Running a network on images of any size: in one piece, in strips that give the same result, or in blended tiles.
 
 `Tiling("blend")` runs the network on overlapping tiles and fades each into the next. Every tile has its own norm
 statistics and attention, so tones differ from the untiled result a little.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,10 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.runtime import is_cpu
+from mflux_vae.strips import Job
+
+Function: TypeAlias = Callable[[mx.array], Sequence[mx.array]]
 
 
 @dataclass(frozen=True)
@@ -46,27 +50,55 @@ class Tiling:
         if not 0 <= self.overlap <= 0.5:
             raise SettingsError(f"tiles overlap by 0 to 0.5 of their side, not {self.overlap}")
 
-
-def encode(network: nn.Module, pixels: mx.array, plan: Tiling) -> DiagonalGaussian:
-    """`network.encode` in pieces. (B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
-    mean, logvar = _blended(lambda tile: _moments(network, tile), pixels, plan, 1, network.config.downsampling)
-    return DiagonalGaussian(mean, logvar)
-
-
-def decode(network: nn.Module, latents: mx.array, plan: Tiling) -> mx.array:
-    """`network.decode` in pieces. (B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
-    (pixels,) = _blended(lambda tile: (network.decode(tile),), latents, plan, network.config.downsampling, 1)
-    return pixels
+    @property
+    def strip_pixels(self) -> int:
+        """Pixels of a strip in exact mode."""
+        return max(self.tile**2 // 16, 1)
 
 
-def _moments(network: nn.Module, pixels: mx.array) -> tuple[mx.array, mx.array]:
-    posterior = network.encode(pixels)
-    return posterior.mean, posterior.logvar
+def encode(network: nn.Module, pixels: mx.array, plan: Tiling | None) -> DiagonalGaussian:
+    """`network.encode`, as planned. (B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
+    return DiagonalGaussian(*_run(function_of(network, "encode"), pixels, plan, 1, network.config.downsampling))
 
 
-def _blended(
-    function: Callable[[mx.array], Sequence[mx.array]], x: mx.array, plan: Tiling, up: int, down: int
-) -> list[mx.array]:
+def decode(network: nn.Module, latents: mx.array, plan: Tiling | None) -> mx.array:
+    """`network.decode`, as planned. (B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
+    return _run(function_of(network, "decode"), latents, plan, network.config.downsampling, 1)[0]
+
+
+def function_of(network: nn.Module, what: str) -> Function:
+    """`network.encode` or `network.decode` as a function from one array to a list of them."""
+
+    def encode(pixels: mx.array) -> list[mx.array]:
+        posterior = network.encode(pixels)
+        return [posterior.mean, posterior.logvar]
+
+    def decode(latents: mx.array) -> list[mx.array]:
+        return [network.decode(latents)]
+
+    return {"encode": encode, "decode": decode}[what]
+
+
+def _run(function: Function, x: mx.array, plan: Tiling | None, up: int, down: int) -> Sequence[mx.array]:
+    if plan is None:
+        return _in_one_piece(function, x)
+    if plan.mode == "blend":
+        return _blended(function, x, plan, up, down)
+    images = [Job(plan.strip_pixels).run(function, image) for image in mx.split(x, x.shape[0])]
+    return images[0] if len(images) == 1 else [mx.concatenate(list(results)) for results in zip(*images, strict=True)]
+
+
+def _in_one_piece(function: Function, x: mx.array) -> Sequence[mx.array]:
+    """The function itself; on a CPU layer by layer, for MLX's CPU stream takes memory a hundred operations ahead."""
+    if is_cpu():
+        try:
+            return Job(None).run(function, x)
+        except ValueError:
+            pass  # under mx.compile nothing can be computed yet
+    return function(x)
+
+
+def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) -> list[mx.array]:
     """Run a function on overlapping tiles of x and join its results, whose sides are those of x times up / down.
 
     Args:
@@ -78,7 +110,7 @@ def _blended(
     results: list[mx.array] = []
     for (top, bottom), across in zip(rows, fades(rows, up), strict=True):
         for (left, right), along in zip(columns, fades(columns, up), strict=True):
-            pieces = function(x[:, top * down : bottom * down, left * down : right * down])
+            pieces = _in_one_piece(function, x[:, top * down : bottom * down, left * down : right * down])
             weight = mx.array(across[:, None, None] * along[:, None], mx.float32)
             if not results:
                 shape = x.shape[0], x.shape[1] * up // down, x.shape[2] * up // down
@@ -90,7 +122,7 @@ def _blended(
 
 
 def spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
-    """Start and end of each tile along an axis: all of one size, evenly spread, neighbours sharing `overlap` or more."""
+    """Start and end of each tile along an axis: all of one size, evenly spread, neighbours share `overlap` or more."""
     if length <= tile:
         return [(0, length)]
     shared = min(int(np.ceil(tile * overlap)), tile - 1)
