@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import dreambooth_speed, flux_training, text_encoders, vae_speed, vae_training
+from benchmarks import dreambooth_speed, flux_training, reading, text_encoders, vae_speed, vae_training
 from benchmarks.harness import main
 
 SCRIPTS = {
@@ -19,6 +19,7 @@ SCRIPTS = {
     "vae_training": vae_training.rows,
     "flux_training": flux_training.rows,
     "text_encoders": text_encoders.rows,
+    "reading": reading.rows,
     "dreambooth_speed": dreambooth_speed.rows,
 }
 
