@@ -51,6 +51,7 @@ def rows(options: Options) -> list[Row]:
                         settings={"what": what, "size": wheel},
                         imports=("mlx.nn",),
                         environment={"MFLUX_VAE_BLAS": "none"},
+                        units=wheel * wheel,
                     )
                 ],
                 target=60,

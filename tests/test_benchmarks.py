@@ -148,6 +148,7 @@ def test_every_row_names_what_exists_and_no_two_have_one_name(quick, gpu):
     for row in rows:
         sides = [row.ours, *row.peers, *row.beside]
         assert len({one.name for one in sides}) == len(sides)
+        assert row.tolerance is None or len({one.units for one in sides}) == 1  # what is compared is the same work
         for one in sides:
             module, function = one.build.split(":")
             source = (harness.ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
