@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import mlx.core as mx
-
-from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx
+from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx, matrix_to_mlx, pointwise_from_mlx
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _LINEAR_ATTENTION = {"to_qkv": "to_qkv", "to_out": "to_out"}
@@ -61,20 +59,10 @@ def _level(theirs: str, ours: str, sampling: str) -> list[Rule]:
 
 def _attention(theirs: str, ours: str) -> list[Rule]:
     return [
-        Rule(f"{theirs}.{their}.{{kind}}", f"{ours}.{our}.{{kind}}", _matrix, _pointwise)
+        Rule(f"{theirs}.{their}.{{kind}}", f"{ours}.{our}.{{kind}}", matrix_to_mlx, pointwise_from_mlx)
         for their, our in {**_ATTENTION, **_LINEAR_ATTENTION}.items()
     ]
 
 
 def _kernels(theirs: str, ours: str) -> Rule:
     return Rule(theirs, ours, conv_to_mlx, conv_from_mlx)
-
-
-def _matrix(tensor: mx.array) -> mx.array:
-    """The kernel of a 1x1 convolution (O, I, 1, 1) -> (O, I), which some files have already."""
-    return tensor.reshape(tensor.shape[:2]) if tensor.shape[2:] == (1, 1) else tensor
-
-
-def _pointwise(tensor: mx.array) -> mx.array:
-    """(O, I) -> (O, I, 1, 1); a bias as it is."""
-    return tensor[:, :, None, None] if tensor.ndim == 2 else tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx
+from mflux_vae.weights.rules import Rule, conv_from_mlx, conv_to_mlx, matrix_to_mlx
 
 STEM = "diffusion_pytorch_model"
 """Name of the weights file in a folder of diffusers' layout."""
@@ -14,9 +14,15 @@ SAME_NAMES = (Rule("{path}", "{path}", conv_to_mlx, conv_from_mlx),)
 
 AUTOENCODER_KL = (
     *(
-        Rule(f"{{path}}.attentions.{{i}}.{old}.{{kind}}", f"{{path}}.attentions.{{i}}.{new}.{{kind}}", reads_only=True)
+        Rule(
+            f"{{path}}.attentions.{{i}}.{name}.{{kind}}",
+            f"{{path}}.attentions.{{i}}.{new}.{{kind}}",
+            matrix_to_mlx,
+            reads_only=True,
+        )
         for old, new in _OLD_ATTENTION.items()
+        for name in (old, new)
     ),
     *SAME_NAMES,
 )
-"""diffusers' `AutoencoderKL`, the attention names of its first releases included."""
+"""diffusers' `AutoencoderKL`; attention also under the names of its first releases, and as 1x1 convolutions."""

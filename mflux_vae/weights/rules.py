@@ -136,3 +136,13 @@ def conv_to_mlx(tensor: mx.array) -> mx.array:
 def conv_from_mlx(tensor: mx.array) -> mx.array:
     """A convolution kernel OHWI -> OIHW; anything else as it is."""
     return tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+
+
+def matrix_to_mlx(tensor: mx.array) -> mx.array:
+    """The kernel of a 1x1 convolution (O, I, 1, 1) -> a matrix (O, I); anything else as it is."""
+    return tensor.reshape(tensor.shape[:2]) if tensor.shape[2:] == (1, 1) else tensor
+
+
+def pointwise_from_mlx(tensor: mx.array) -> mx.array:
+    """A matrix (O, I) -> the kernel of a 1x1 convolution (O, I, 1, 1); anything else as it is."""
+    return tensor[:, :, None, None] if tensor.ndim == 2 else tensor

@@ -62,8 +62,10 @@ def of_arrays(arrays: dict[str, np.ndarray], old: bool = False) -> tuple[dict[st
     """Opcodes of each array by name, and each storage's bytes by key."""
     tensors, storages = {}, {}
     for index, (key, array) in enumerate(arrays.items()):
-        strides = tuple(step // array.itemsize for step in array.strides)
         base = array if array.base is None else array.base
+        if not base.flags.c_contiguous or base.dtype != array.dtype:
+            base = array = array.copy(order="C")
+        strides = tuple(step // array.itemsize for step in array.strides)
         tensors[key] = tensor(str(index), KINDS[array.dtype.name], base.size, array.shape, strides, old=old)
         storages[str(index)] = base.tobytes()
     return tensors, storages
