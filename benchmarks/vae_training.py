@@ -51,6 +51,7 @@ def rows(options: Options) -> list[Row]:
                     imports=TORCH,
                 )
                 for layout, last in LAYOUTS.items()
+                if last or not options.quick
             ],
             target=1.0,
         )
