@@ -1,62 +1,107 @@
-"""Write diffusers' own answers for a small autoencoder, which the tests compare with where diffusers is absent.
+"""Write diffusers' own answers for small autoencoders, which the tests compare with where diffusers is absent.
 
     python -m tests.parity.make_golden
 
-The folder holds an `AutoencoderKL` as diffusers saves it (half precision) and `golden.safetensors`: `pixels` in
-[-1, 1], the encoder's `moments`, and `decoded`, the image of the moments' mean; NCHW, computed in float32.
+Each folder holds a network as diffusers saves it (half precision) and `golden.safetensors`: `pixels` in [-1, 1], the
+encoder's `moments` (TAESD's: its latents), and `decoded`, the image of their mean; FLUX.2's also `scaled`, what its
+pipeline makes of that mean. NCHW, computed in float32.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2Pipeline
 from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).parents[1] / "vae" / "golden"
 SIZE_LIMIT = 200_000
-"""Bytes of the whole folder."""
+"""Bytes of a folder."""
 
-SETTINGS = {
+BLOCKS = {
     "block_out_channels": (8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "layers_per_block": 1,
-    "latent_channels": 6,
     "norm_num_groups": 4,
     "sample_size": 32,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
 }
+NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "": (AutoencoderKL, {**BLOCKS, "latent_channels": 6, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    "attention": (
+        AutoencoderKL,
+        {
+            **BLOCKS,
+            "block_out_channels": (8, 8, 16),
+            "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
+            "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+            "latents_mean": (0.5, -0.25, 0.125, 1.0),
+            "latents_std": (2.0, 0.5, 1.5, 3.0),
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+    ),
+    "flux2": (AutoencoderKLFlux2, {**BLOCKS, "decoder_block_out_channels": (4, 8, 8), "latent_channels": 3}),
+    "tiny": (
+        AutoencoderTiny,
+        {
+            "encoder_block_out_channels": (8, 8, 8),
+            "decoder_block_out_channels": (8, 8, 8),
+            "num_encoder_blocks": (1, 1, 2),
+            "num_decoder_blocks": (2, 1, 1),
+            "latent_channels": 5,
+        },
+    ),
+}
+"""By folder: class and settings."""
 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights nowhere zero or one, of a size that keeps the signal's."""
+    """Weights nowhere zero or one, of a size that keeps the signal's; statistics as if trained."""
     draws = torch.Generator().manual_seed(seed)
     for name, value in sorted(model.named_parameters()):
         spread = (value.numel() // value.shape[0]) ** -0.5 if value.ndim > 1 else 0.2
         offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         value.copy_(offset + spread * torch.randn(value.shape, generator=draws))
+    for name, value in sorted(model.named_buffers()):
+        if name.endswith(("running_mean", "running_var")):
+            value.copy_(torch.rand(value.shape, generator=draws) + 0.25)
 
 
 @torch.no_grad()
+def answers(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a network makes of pixels, and what its own pipelines make of that."""
+    if isinstance(model, AutoencoderTiny):
+        latents = model.encode(pixels).latents
+        return {"moments": latents, "decoded": model.decode(latents).sample}
+    moments = model.encode(pixels).latent_dist.parameters
+    mean = moments.chunk(2, dim=1)[0]
+    found = {"moments": moments, "decoded": model.decode(mean).sample}
+    if isinstance(model, AutoencoderKLFlux2):
+        center, variance = (part.view(1, -1, 1, 1) for part in (model.bn.running_mean, model.bn.running_var))
+        patches = Flux2Pipeline._patchify_latents(mean)
+        found["scaled"] = (patches - center) / torch.sqrt(variance + model.config.batch_norm_eps)
+    return found
+
+
 def main() -> None:
-    """Write the folder anew."""
-    model = AutoencoderKL(**SETTINGS)
-    randomise(model)
-    model.half().save_pretrained(GOLDEN)
-    model = AutoencoderKL.from_pretrained(GOLDEN, torch_dtype=torch.float32).eval()
-    pixels = 2 * torch.rand(2, 3, 20, 28, generator=torch.Generator().manual_seed(1)) - 1
-    pixels = pixels.half().float()
-    moments = model.quant_conv(model.encoder(pixels))
-    decoded = model.decode(moments.chunk(2, dim=1)[0]).sample
-    tensors = {"pixels": pixels, "moments": moments, "decoded": decoded}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, GOLDEN / "golden.safetensors")
-    size = sum(file.stat().st_size for file in GOLDEN.iterdir())
-    if size > SIZE_LIMIT:
-        raise SystemExit(f"{GOLDEN} has {size} bytes, more than {SIZE_LIMIT}")
+    """Write the folders anew."""
+    for name, (kind, settings) in NETWORKS.items():
+        folder = GOLDEN / name
+        model = kind(**settings)
+        randomise(model)
+        model.half().save_pretrained(folder)
+        model = kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        size = (2, 3, 24, 32) if name else (2, 3, 20, 28)
+        pixels = (2 * torch.rand(size, generator=torch.Generator().manual_seed(1)) - 1).half().float()
+        tensors = {"pixels": pixels, **answers(model, pixels)}
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "golden.safetensors")
+        written = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        if written > SIZE_LIMIT:
+            raise SystemExit(f"{folder} has {written} bytes, more than {SIZE_LIMIT}")
 
 
 if __name__ == "__main__":
