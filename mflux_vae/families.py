@@ -50,10 +50,7 @@ _KL: dict[str, Table] = {"diffusers": AUTOENCODER_KL, "compvis": compvis, "bfl":
 FAMILIES = {
     "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
     "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
-    # what diffusers has no configuration for: linear attention, pooling, other widths (see AutoencoderKLConfig.to_dict)
-    "AutoencoderKLExtended": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
-    "AutoencoderKLFlux2Extended": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
     "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }
-"""By the `_class_name` of config.json."""
+"""By the `_class_name` of config.json (`opening.family_of`)."""

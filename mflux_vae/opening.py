@@ -144,7 +144,10 @@ def _same_scaling(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
-    """The kind of network that a config.json is of; a WeightsError where there is no such kind."""
+    """The kind of network that a config.json is of; a WeightsError where there is no such kind.
+
+    What diffusers has no configuration for (see `AutoencoderKLConfig.to_dict`) has `Extended` at the end of its name.
+    """
     name = str(config.get("_class_name", "AutoencoderKL"))
     if (family := name.removesuffix("Extended")) not in FAMILIES:
         raise WeightsError(f"{where}: autoencoders of class {name!r} are not known; known: {', '.join(FAMILIES)}")
