@@ -60,7 +60,11 @@ def _fitting(
     network: nn.Module, what: Literal["encode", "decode"], batch: int, height: int, width: int
 ) -> Tiling | None:
     available = limit()
-    whole = peak_bytes(network, what, batch, height, width)
+    try:
+        whole = peak_bytes(network, what, batch, height, width)
+    except (AttributeError, TypeError, ValueError) as error:  # a network of others, of operations that are not known here
+        logger.debug("the memory that %s takes cannot be estimated (%s)", type(network).__name__, error)
+        return None
     if whole <= available:
         return None
     tiles = [512, 256, SMALLEST_TILE]
@@ -167,17 +171,17 @@ class _Walk(Job):
         if isinstance(held, Convolution):
             (x,), (first, end) = held.inputs, held.window(start, stop)
             first, end = max(first, 0), min(end, x.shape[1])
-            x.reach(end)
+            x.reach(first, end)
             self._take(_read(x, first, end))
             rows = 0 if _is_view(x, first, end) else _bytes(x, first, end)
             self._take(rows + _convolution(held, (x.shape[0], end - first, *x.shape[2:]), strip))
         elif isinstance(held, Whole):
             for x in held.inputs:
-                x.reach(x.shape[1])
+                x.reach(0, x.shape[1])
             self._take(sum(_read(x, 0, x.shape[1]) for x in held.inputs) + _whole(held, strip))
         else:
             for x in held.inputs:
-                x.reach(stop)
+                x.reach(start, stop)
             self._take(sum(_read(x, start, stop) for x in held.inputs) + strip.nbytes)
         return strip
 
