@@ -38,6 +38,9 @@ MAY_IMPORT = {
     "plugin": {"component", "shared", "core", "pipelines", "dreambooth", "plugin"},
 }
 
+BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.commands": {"tqdm"}}
+"""What modules of the component need beside MLX and numpy."""
+
 ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.opening": {"yaml"}}
 """What modules of the component import inside the functions that use it."""
 
@@ -174,7 +177,7 @@ def test_the_component_needs_mlx_and_numpy_and_pillow_for_pictures_only() -> Non
     for module in modules():
         if room(module) == "component":
             known = modules().keys() | sys.stdlib_module_names
-            allowed = {"mlx", "numpy", *(["PIL"] if module == "mflux_vae.images" else [])}
+            allowed = {"mlx", "numpy", *BESIDE.get(module, ())}
             assert imports(module, at_top=True) - known <= allowed, module
             assert imports(module) - known <= allowed | ON_DEMAND.get(module, set()), module
 
