@@ -100,7 +100,7 @@ def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if length > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes, in a file of {size}")
             text = file.read(length)
-        told = json.loads(text, object_pairs_hook=_without_doubles)
+        told = json.loads(text.decode(), object_pairs_hook=_without_doubles)
         return _entries(told, _LENGTH_BYTES + length, size)
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).replace("\n", " ")
@@ -128,7 +128,7 @@ def _entries(told: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[s
             shape, kind, (first, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"no shape, dtype and place of {name[:100]}") from None
-        if kind not in _SAFETENSORS_DTYPES:
+        if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{name} is of an unknown kind, {str(kind)[:20]}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in shape):
             raise ValueError(f"{name} has an impossible shape")

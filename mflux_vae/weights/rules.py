@@ -139,8 +139,8 @@ def conv_from_mlx(tensor: mx.array) -> mx.array:
 
 
 def matrix_to_mlx(tensor: mx.array) -> mx.array:
-    """The kernel of a 1x1 convolution (O, I, 1, 1) -> a matrix (O, I); anything else as it is."""
-    return tensor.reshape(tensor.shape[:2]) if tensor.shape[2:] == (1, 1) else tensor
+    """The kernel of a convolution over single pixels, (O, I, 1, 1) or (O, I, 1) -> (O, I); anything else as it is."""
+    return tensor.reshape(tensor.shape[:2]) if tensor.shape[2:] in ((1, 1), (1,)) else tensor
 
 
 def pointwise_from_mlx(tensor: mx.array) -> mx.array:
