@@ -93,8 +93,8 @@ def _in_one_piece(function: Function, x: mx.array) -> Sequence[mx.array]:
     if is_cpu():
         try:
             return Job(None).run(function, x)
-        except ValueError:
-            pass  # under mx.compile nothing can be computed yet
+        except (AttributeError, TypeError, ValueError):
+            pass  # under mx.compile nothing can be computed yet; networks of others may ask for an array
     return function(x)
 
 
