@@ -29,7 +29,7 @@ PICTURES = 8
 """Made for a projection when none are given, of 16 x 16 latents each."""
 
 _AT_ONCE = 4
-_RIDGE = 1e-5
+_RIDGE = 1e-8
 
 
 class Previewer:
