@@ -141,8 +141,8 @@ def resized(picture: np.ndarray, factor: float) -> np.ndarray:
 
 
 def strip(pictures: Sequence[np.ndarray], *, gap: int = 0) -> np.ndarray:
-    """Pictures of equal size side by side, with `gap` white pixels in between."""
-    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    """Pictures of equal height and channels side by side, with `gap` white pixels in between."""
+    white = np.full((pictures[0].shape[0], gap, pictures[0].shape[2]), 255, np.uint8)
     parts = [part for picture in pictures for part in (white, picture)]
     return np.concatenate(parts[1:], axis=1)
 

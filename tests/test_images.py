@@ -166,3 +166,9 @@ def test_a_picture_of_one_channel_is_saved_as_such_and_a_failed_save_leaves_noth
     with pytest.raises(OSError):
         images.save_image(tmp_path / "taken.png", np.zeros((4, 6, 3), np.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grey.png", "taken.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_strip_has_gaps_of_white(channels):
+    left, right = np.full((4, 6, channels), 10, np.uint8), np.full((4, 3, channels), 20, np.uint8)
+    assert images.strip([left, right], gap=2)[2, :, 0].tolist() == [10] * 6 + [255] * 2 + [20] * 3
