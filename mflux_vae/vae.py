@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mflux_vae import loading
+from mflux_vae import loading, memory
+from mflux_vae import tiling as pieces
 from mflux_vae.as_mflux import MfluxVAE
 from mflux_vae.errors import ImageError
+from mflux_vae.memory import Asked
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.reporting import known, log, reported, shape
@@ -22,11 +24,15 @@ class VAE(nn.Module):
     """An image autoencoder.
 
     `VAE(latent_channels=4)` builds an untrained one with LeakyReLU residual blocks (64-128-256-512 channels);
-    `VAE.from_pretrained` opens a trained one; `VAE(network=...)` wraps any network that has `config`, `encode`
-    and `decode` as `AutoencoderKL` has.
+    `VAE.from_pretrained` opens a trained one; `VAE(network=...)` wraps any network that has `config`, `encode`,
+    `decode`, `to_scaled` and `from_scaled` as `AutoencoderKL` has.
 
     Sizes need not be multiples of `spatial_scale`: edge pixels are repeated at the right and at the bottom up to
     the next one. A call of the VAE crops its reconstruction to the size of its image, and `decode` to `size`.
+
+    `tiling`, wherever it is asked: None cuts a call into pieces only where it would not fit into memory (`peak_bytes`);
+    False never; True and "exact" always, with the values of one piece; "blend" into overlapping tiles that are
+    blended; a `Tiling` says more.
 
     Args:
         latent_channels: channels of a latent of the network that is built.
@@ -47,22 +53,22 @@ class VAE(nn.Module):
     @property
     def latent_channels(self) -> int:
         """Channels of a latent, as `encode` returns it."""
-        return self.config.latent_channels
+        return self.config.scaled_channels
 
     @property
     def spatial_scale(self) -> int:
         """Pixels per latent in each direction, as `encode` returns it."""
-        return self.config.downsampling
+        return self.config.scaled_downsampling
 
     @property
     def scaling_factor(self) -> float:
         """Scaled latents are (latents - shift_factor) * scaling_factor, but where statistics scale them instead."""
-        return self.config.scaling_factor
+        return getattr(self.config, "scaling_factor", None) or 1.0
 
     @property
     def shift_factor(self) -> float:
         """See `scaling_factor`."""
-        return self.config.shift_factor or 0.0
+        return getattr(self.config, "shift_factor", None) or 0.0
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -70,19 +76,14 @@ class VAE(nn.Module):
         return next((weight.dtype for weight in _weights(self.network)), mx.float32)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, dtype: mx.Dtype | None = None) -> VAE:
-        """Open a trained autoencoder.
+    def from_pretrained(
+        cls, source: str | Path, dtype: mx.Dtype | None = None, *, config: loading.Config | None = None
+    ) -> VAE:
+        """Open a trained autoencoder: a folder, a pipeline's folder, a file in any naming, a preset, or one on the hub.
 
-        Args:
-            source: see `loading.open_network`.
-            dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
-                configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
-
-        Raises:
-            WeightsError: files are missing or broken, of an unknown kind, or do not fit the configuration.
-            SettingsError: the configuration asks for what the network does not have.
+        Arguments and errors as in `loading.open_network`.
         """
-        vae = cls(network=loading.open_network(source, dtype))
+        vae = cls(network=loading.open_network(source, dtype, config=config))
         count = sum(weight.size for weight in _weights(vae.network))
         kind, precision = type(vae.network).__name__, str(vae.dtype).removeprefix("mlx.core.")
         log.info("%s: %s with %.1f million parameters, computing in %s", source, kind, count / 1e6, precision)
@@ -101,13 +102,16 @@ class VAE(nn.Module):
         """
         loading.save_network(self.network, folder, dtype)
 
-    def encode(self, image: mx.array, *, sample: bool = False, key: mx.array | None = None) -> mx.array:
+    def encode(
+        self, image: mx.array, *, sample: bool = False, key: mx.array | None = None, tiling: Asked = None
+    ) -> mx.array:
         """Image to latents, scaled for the denoiser.
 
         Args:
             image: (B, C, H, W) in [0, 255], uint8 or floating point, of any size (see the class).
             sample: draw from the posterior instead of taking its mode.
             key: random key for the draw; None uses MLX's global state.
+            tiling: see the class.
 
         Returns:
             (B, latent_channels, ceil(H / spatial_scale), ceil(W / spatial_scale)), float32.
@@ -116,24 +120,25 @@ class VAE(nn.Module):
             ImageError: wrong number of axes or channels, no pixels, or floating-point values that are no such image:
                 all within [-1, 1] and some negative, infinite, or not a number.
         """
-        posterior = self.posterior(image)
+        posterior = self.posterior(image, tiling=tiling)
         latents = posterior.sample(key) if sample else posterior.mode()
         return self.scaled(latents).transpose(0, 3, 1, 2)
 
-    def posterior(self, image: mx.array) -> DiagonalGaussian:
+    def posterior(self, image: mx.array, *, tiling: Asked = None) -> DiagonalGaussian:
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
         self._check(image)
         # NCHW [0, 255] -> NHWC [-1, 1]
         pixels = padded(image.astype(mx.float32).transpose(0, 2, 3, 1) / 127.5 - 1, self.spatial_scale)
         log.debug("image %s -> pixels %s", shape(image), shape(pixels))
-        return self._encode(pixels)
+        return self._encode(pixels, tiling)
 
-    def decode(self, latent: mx.array, *, size: tuple[int, int] | None = None) -> mx.array:
+    def decode(self, latent: mx.array, *, size: tuple[int, int] | None = None, tiling: Asked = None) -> mx.array:
         """Scaled latents to an image.
 
         Args:
             latent: (B, latent_channels, h, w).
             size: height and width to crop to, at the right and at the bottom; None keeps spatial_scale * (h, w).
+            tiling: see the class.
 
         Returns:
             (B, C, H, W), float32 in [0, 255].
@@ -147,36 +152,53 @@ class VAE(nn.Module):
         size = size or full
         if any(not most - self.spatial_scale < side <= most for side, most in zip(size, full, strict=True)):
             raise ImageError(f"latents of {full[0]} x {full[1]} pixels cannot be an image of {size[0]} x {size[1]}")
-        return _image(self.decode_nhwc(latent.transpose(0, 2, 3, 1)), size)
+        return _image(self.decode_nhwc(latent.transpose(0, 2, 3, 1), tiling=tiling), size)
 
-    def __call__(self, image: mx.array) -> tuple[mx.array, DiagonalGaussian]:
+    def __call__(self, image: mx.array, *, tiling: Asked = None) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
-        posterior = self.posterior(image)
-        return _image(self._decode(posterior.mode()), image.shape[2:]), posterior
+        posterior = self.posterior(image, tiling=tiling)
+        return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
 
-    def encode_nhwc(self, pixels: mx.array) -> mx.array:
+    def encode_nhwc(self, pixels: mx.array, *, tiling: Asked = None) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent), the posterior's mode: for pipelines."""
-        return self.scaled(self._encode(padded(pixels, self.spatial_scale)).mode())
+        return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
-    def decode_nhwc(self, latents: mx.array) -> mx.array:
+    def decode_nhwc(self, latents: mx.array, *, tiling: Asked = None) -> mx.array:
         """Scaled latents (B, h, w, latent) -> (B, H, W, C), about [-1, 1], not clipped: for pipelines."""
-        return self._decode(latents / self.scaling_factor + self.shift_factor)
+        return self._decode(self.network.from_scaled(latents), tiling)
 
     def scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents of the network, NHWC -> what the denoiser sees: (latents - shift_factor) * scaling_factor."""
-        return (latents - self.shift_factor) * self.scaling_factor
+        """Raw latents of the network, NHWC -> what the denoiser sees, mostly (raw - shift_factor) * scaling_factor."""
+        return self.network.to_scaled(latents)
 
     def as_mflux(self) -> MfluxVAE:
         """What replaces `flux.vae` of mflux: the same network, with mflux's shapes and ranges."""
         return MfluxVAE(self)
 
-    def _encode(self, pixels: mx.array) -> DiagonalGaussian:
-        """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
-        return reported("encode", pixels.astype(self.dtype), self.network.encode)
+    def peak_bytes(
+        self, what: Literal["encode", "decode"], height: int, width: int, *, batch: int = 1, tiling: Asked = None
+    ) -> int:
+        """Estimate of the memory that a call needs beyond the weights, by itself or with what it cuts into pieces.
 
-    def _decode(self, latents: mx.array) -> mx.array:
+        Args:
+            what: encode or decode.
+            height, width, batch: of the image, in pixels.
+            tiling: see the class.
+        """
+        height, width = (side + -side % self.spatial_scale for side in (height, width))
+        plan = memory.plan(self.network, what, batch, height, width, tiling)
+        return memory.peak_bytes(self.network, what, batch, height, width, plan)
+
+    def _encode(self, pixels: mx.array, tiling: Asked) -> DiagonalGaussian:
+        """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
+        plan = memory.plan(self.network, "encode", *pixels.shape[:3], tiling)
+        return reported("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
+
+    def _decode(self, latents: mx.array, tiling: Asked) -> mx.array:
         """Raw latents to NHWC about [-1, 1]."""
-        return reported("decode", latents.astype(self.dtype), self.network.decode)
+        batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in latents.shape[1:3])
+        plan = memory.plan(self.network, "decode", batch, height, width, tiling)
+        return reported("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
 
     def _check(self, image: mx.array) -> None:
         channels = self.config.in_channels

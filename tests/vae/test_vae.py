@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError, runtime
+from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError, memory, runtime
 from mflux_vae.families import FAMILIES
+from mflux_vae.networks.scaling import ScaledLatents
+from mflux_vae.tiling import Tiling
 from mflux_vae.weights.diffusers import STEM
 from tests.vae.small import pictures, small_kl, small_plain
 
@@ -29,9 +31,10 @@ def weights(vae: VAE) -> dict[str, mx.array]:
 
 def test_shapes_of_the_default_network() -> None:
     vae = VAE(latent_channels=4)
-    latents = vae.encode(mx.zeros((1, 3, 512, 512), dtype=mx.uint8))
+    traced = mx.compile(lambda image: (vae.encode(image), vae.decode(vae.encode(image))))  # shapes, uncomputed
+    latents, image = traced(mx.zeros((1, 3, 512, 512), dtype=mx.uint8))
     assert latents.shape == (1, 4, 64, 64)
-    assert vae.decode(latents).shape == (1, 3, 512, 512)
+    assert image.shape == (1, 3, 512, 512)
     assert (vae.latent_channels, vae.spatial_scale, vae.scaling_factor, vae.shift_factor) == (4, 8, 1.0, 0.0)
     assert VAE(latent_channels=16).encode(mx.zeros((1, 3, 64, 72))).shape == (1, 16, 8, 9)
 
@@ -61,7 +64,7 @@ def test_decode_takes_the_scale_back_and_clips_to_the_range_of_pixels(build: Bui
 
 
 def test_scale_and_shift_cancel() -> None:
-    class Identity(nn.Module):
+    class Identity(ScaledLatents):
         """Latents are the pixels of every eighth row and column."""
 
         config = small_plain(**SCALES).config
@@ -142,6 +145,24 @@ def test_any_size_is_padded_with_its_edge_and_cropped_back(build: Build) -> None
     for size in ((16, 30), (19, 33), (0, 0)):  # too few pixels for so many latents, too many, none
         with pytest.raises(ImageError, match="24 x 32 pixels cannot be an image of"):
             vae.decode(latents, size=size)
+
+
+@both
+def test_cut_into_pieces_it_gives_the_same(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, image = VAE(network=build()), pictures(2, 44, 60)
+    latents = vae.encode(image, tiling=False)
+    whole = vae.decode(latents, size=(44, 60), tiling=False)
+    exact = Tiling("exact", tile=64)
+    np.testing.assert_allclose(vae.encode(image, tiling=exact), latents, atol=1e-4)
+    np.testing.assert_allclose(vae.decode(latents, size=(44, 60), tiling=exact), whole, atol=0.1)
+    np.testing.assert_allclose(vae(image, tiling=exact)[0], whole, atol=0.1)
+    blended = vae.decode(latents, size=(44, 60), tiling=Tiling("blend", tile=24))
+    assert blended.shape == whole.shape and not mx.array_equal(blended, whole)
+
+    assert 0 < vae.peak_bytes("decode", 44, 60, tiling=exact) < vae.peak_bytes("decode", 44, 60)
+    assert vae.peak_bytes("encode", 41, 57) == vae.peak_bytes("encode", 48, 64)
+    monkeypatch.setattr(memory, "limit", lambda: 1)
+    np.testing.assert_allclose(vae.decode(vae.encode(image), size=(44, 60)), whole, atol=60)  # cut by itself
 
 
 def test_values_of_another_range_are_refused_or_doubted_once(caplog: pytest.LogCaptureFixture) -> None:
