@@ -62,7 +62,7 @@ def _fitting(
     available = limit()
     try:
         whole = peak_bytes(network, what, batch, height, width)
-    except (AttributeError, TypeError, ValueError) as error:  # a network of others, of operations that are not known here
+    except (AttributeError, TypeError, ValueError) as error:  # a network of others, of other operations
         logger.debug("the memory that %s takes cannot be estimated (%s)", type(network).__name__, error)
         return None
     if whole <= available:

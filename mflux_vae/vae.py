@@ -191,7 +191,8 @@ class VAE(nn.Module):
 
     def _encode(self, pixels: mx.array, tiling: Asked) -> DiagonalGaussian:
         """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
-        plan = memory.plan(self.network, "encode", *pixels.shape[:3], tiling)
+        batch, height, width, _ = pixels.shape
+        plan = memory.plan(self.network, "encode", batch, height, width, tiling)
         return reported("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
 
     def _decode(self, latents: mx.array, tiling: Asked) -> mx.array:

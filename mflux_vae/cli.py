@@ -1,0 +1,148 @@
+"""``mflux-vae``: what a weights file is, pictures to latents and back, how well, and one naming into another.
+
+Imports are late, so that ``--help`` and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mflux_vae.errors import MfluxVaeError, SettingsError
+
+PROG = "mflux-vae"
+PRECISIONS = ("float32", "float16", "bfloat16")
+LOGGER = "mflux_vae"
+
+MODEL = "a folder in diffusers' layout, a weights file in any naming, a preset's name (info lists them), a hub id"
+CONFIG = "what to take a file for, where it does not say: a preset's name, a config.json, a YAML with a ddconfig"
+PICTURES = "picture files, or folders of them"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; errors are one line on standard error.
+
+    Returns:
+        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    handler, show, logger = _Console(), warnings.showwarning, logging.getLogger(LOGGER)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
+    try:
+        settings = vars(_parser().parse_args(argv))
+        settings.pop("debug")
+        settings.pop("run")(**settings)
+        return 0
+    except KeyboardInterrupt as interrupt:
+        return _said(str(interrupt) or "interrupted", 130)
+    except MfluxVaeError as error:
+        return _said(f"error: {error}", error.exit_code)
+    except Exception as error:  # a full disk, too little memory
+        if debug:
+            raise
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        return _said(f"error: {kind}{error} (--debug shows where)", 1)
+    finally:
+        warnings.showwarning = show
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROG, description="Images to latents and back, with any autoencoder in wide use.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="say shapes, time and memory at each stage")
+        added.set_defaults(run=lambda **settings: _run(name, settings))
+        return added
+
+    info = command("info", "What a weights file or folder is: family, parameters, scaling, memory.")
+    info.add_argument("model", nargs="?", help=f"{MODEL}; none: the presets")
+    info.add_argument("--config", help=CONFIG)
+    info.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
+
+    encode = command("encode", "Pictures to one file of latents. The same command continues an interrupted one.")
+    encode.add_argument("pictures", nargs="+", help=PICTURES)
+    encode.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    _add_model(encode)
+
+    decode = command("decode", "A file of latents to PNG files of the pictures' names and sizes.")
+    decode.add_argument("latents", help="a file that encode wrote")
+    decode.add_argument("--output", required=True, metavar="FOLDER", help="for the PNG files")
+    _add_model(decode, needed=False)
+
+    reconstruct = command("reconstruct", "Pictures to latents and back: what is lost, seen and measured.")
+    reconstruct.add_argument("pictures", nargs="+", help=PICTURES)
+    reconstruct.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="for PNG files of original, reconstruction and amplified difference side by side",
+    )
+    reconstruct.add_argument("--amplify", type=float, default=8.0, metavar="X", help="the difference (default: 8)")
+    reconstruct.add_argument("--json", dest="as_json", action="store_true", help="the measurements as JSON")
+    _add_model(reconstruct)
+
+    convert = command("convert", "Weights from any naming into another.")
+    convert.add_argument("model", help=MODEL)
+    convert.add_argument("output", help="the file or folder to write")
+    convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl or taesd")
+    convert.add_argument("--config", help=CONFIG)
+    convert.add_argument("--dtype", choices=PRECISIONS, help="of the numbers (default: as stored)")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """What every command has that computes."""
+    default = "" if needed else " (default: the one that the latents were made with)"
+    parser.add_argument("--model", required=needed, help=MODEL + default)
+    parser.add_argument("--config", help=CONFIG)
+    parser.add_argument(
+        "--dtype", choices=PRECISIONS, help="to compute in (default: bfloat16; on a CPU always float32)"
+    )
+    parser.add_argument(
+        "--tiling",
+        choices=("auto", "off", "blend", "exact"),
+        default="auto",
+        help="cut large images: auto (default) where memory asks for it, off, blend (overlapping tiles), exact (the"
+        " values of one piece)",
+    )
+    parser.add_argument("--tile", type=int, default=512, metavar="N", help="size of a tile in pixels (default: 512)")
+
+
+def _run(name: str, settings: dict[str, Any]) -> None:
+    from mflux_vae import commands
+
+    getattr(commands, name)(**settings)
+
+
+def _said(line: str, code: int) -> int:
+    print(f"{PROG}: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists commands and flags)")
+
+
+class _Console(logging.Handler):
+    """Lines on standard error, not through the middle of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
