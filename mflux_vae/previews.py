@@ -41,7 +41,7 @@ class Previewer:
         detail: pixels per latent in each direction, a divisor of `vae.spatial_scale`; None for 1, or for all with
             `tiny`.
         pictures: (B, C, H, W) in [0, 255], to compute the projection from; None for synthetic ones. The VAE encodes
-            and decodes them once, which with a large one takes about as long as a picture of 512 x 512.
+            and decodes them once: as many pixels as a picture of 360 x 360 has (720 x 720 for FLUX.2).
         cache: file to keep the projection in; computed anew where it is another VAE's, missing or broken.
 
     Raises:
