@@ -81,11 +81,15 @@ class RunningStatistics(nn.Module):
         self.running_mean = mx.zeros((channels,))
         self.running_var = mx.ones((channels,))
         self.num_batches_tracked = mx.array(0, mx.int64)
-        self.freeze(recurse=False)
 
-    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Stay frozen."""
-        return self
+    @property
+    def _no_grad(self) -> set[str]:
+        """Where MLX looks for what is frozen: all of it, whatever `unfreeze` of a module around it says."""
+        return {*self}
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        pass
 
 
 class AutoencoderKLFlux2(AutoencoderKL):
