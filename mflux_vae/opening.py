@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -157,14 +158,17 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
 def _local(source: Source) -> tuple[Path, str | None]:
     """The file or folder on this machine, downloaded where it has to be; and the preset that was named."""
     path = Path(source).expanduser()
-    if path.exists():
-        return path, None
+    with suppress(OSError):  # a name may be too long for one of a file
+        if path.exists():
+            return path, None
     text = str(source)
     if preset := presets.find(text):
         return hub.fetch(preset.repository, preset.inside), preset.name
+    if folder := presets.registered(text):
+        return folder, None
     if isinstance(source, str) and (named := hub.split(source)):
         return hub.fetch(*named), None
-    raise WeightsError(f"{source}: no such file or folder; known presets: {', '.join(presets.PRESETS)}")
+    raise WeightsError(f"{source}: no such file or folder; known presets: {', '.join(presets.names())}")
 
 
 def _only_file(folder: Path) -> Path:
@@ -173,7 +177,8 @@ def _only_file(folder: Path) -> Path:
     halves = [file for file in files if "encoder" in file.stem]
     if len(files) == 1 or (len(files) == 2 and len(halves) == 1):
         return (halves or files)[0]
-    raise WeightsError(f"{folder / 'config.json'}: no such file; of {len(files)} weights files, name the one to open")
+    cure = f"of its {len(files)} weights files, name the one to open" if files else "nor are there weights"
+    raise WeightsError(f"{folder / 'config.json'}: no such file; {cure}")
 
 
 def _of_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -72,8 +72,11 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _is_torchs(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:  # `header` says it
+        return False
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and any(start[4:8])):  # no header is that long
         return True
     return path.suffix != ".safetensors" and start[8:] != b"{"

@@ -570,8 +570,20 @@ def test_a_folder_without_configuration_has_one_file(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "vae.safetensors", named(network, "compvis"))
     assert same(parameters(loading.open_network(tmp_path)), parameters(network))
     write_safetensors(tmp_path / "other.safetensors", named(network))
-    with pytest.raises(WeightsError, match=r"config\.json: no such file; of 2 weights files, name the one"):
+    with pytest.raises(WeightsError, match=r"config\.json: no such file; of its 2 weights files, name the one"):
         loading.open_network(tmp_path)
+
+
+def test_folders_and_files_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"config\.json: no such file; nor are there weights"):
+        loading.open_network(tmp_path)
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(WeightsError, match="nor are there weights"):
+        loading.open_network(tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="no such weights file"):
+        loading.open_network("/dev/null")
+    with pytest.raises(WeightsError, match="no such file or folder"):
+        loading.open_network(tmp_path / ("x" * 5000))
 
 
 def test_tensors_are_read_when_they_are_used(tmp_path: Path) -> None:
