@@ -16,23 +16,31 @@ from mflux_vae.overriding import overridable
 
 
 class Conv2d(nn.Module):
-    """Convolution with bias, in the dtype of its weight, whatever that of its input.
+    """Convolution, in the dtype of its weight, whatever that of its input.
 
     The weight is (O, kh, kw, C), initialised as torch does (uniform, Kaiming with a = sqrt 5).
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: kernels.Padding = 0
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: kernels.Padding = 0,
+        bias: bool = True,
     ):
         super().__init__()
         bound = (in_channels * kernel * kernel) ** -0.5
         self.weight = mx.random.uniform(-bound, bound, (out_channels, kernel, kernel, in_channels))
-        self.bias = mx.random.uniform(-bound, bound, (out_channels,))
+        if bias:
+            self.bias = mx.random.uniform(-bound, bound, (out_channels,))
         self._stride, self._padding = stride, padding
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x.astype(self.weight.dtype)
-        return kernels.conv2d(x, self.weight, self.bias, stride=self._stride, padding=self._padding)
+        return kernels.conv2d(x, self.weight, self.get("bias"), stride=self._stride, padding=self._padding)
 
 
 class GroupNorm(nn.Module):

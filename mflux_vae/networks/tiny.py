@@ -95,18 +95,6 @@ class AutoencoderTinyConfig(ScaledConfig):
         return {"_class_name": "AutoencoderTiny", **_FIXED, **values}
 
 
-class Bare(Conv2d):
-    """A 3x3 convolution without bias."""
-
-    def __init__(self, channels: int, *, stride: int = 1):
-        super().__init__(channels, channels, 3, stride=stride, padding=1)
-        del self["bias"]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x.astype(self.weight.dtype)
-        return kernels.conv2d(x, self.weight, stride=self._stride, padding=self._padding)
-
-
 class Relu(nn.Module):
     """A module, because it counts in the numbers that layers have in files."""
 
@@ -149,12 +137,16 @@ class Layers(nn.Module):
         return x
 
 
+def _convolution(channels: int, *, stride: int = 1) -> Conv2d:
+    return Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+
+
 def _encoder(config: AutoencoderTinyConfig) -> Layers:
     """Pixels in [0, 1] to latents: (B, H, W, in) -> (B, H/f, W/f, latent)."""
     width = config.encoder_block_out_channels[0]
     layers: list[nn.Module] = []
     for level, blocks in enumerate(config.num_encoder_blocks):
-        layers.append(Bare(width, stride=2) if level else Conv2d(config.in_channels, width, 3, padding=1))
+        layers.append(_convolution(width, stride=2) if level else Conv2d(config.in_channels, width, 3, padding=1))
         layers += [Block(width) for _ in range(blocks)]
     return Layers([*layers, Conv2d(width, config.latent_channels, 3, padding=1)])
 
@@ -164,7 +156,7 @@ def _decoder(config: AutoencoderTinyConfig) -> Layers:
     width = config.decoder_block_out_channels[0]
     layers: list[nn.Module] = [Conv2d(config.latent_channels, width, 3, padding=1), Relu()]
     for blocks in config.num_decoder_blocks[:-1]:
-        layers += [*(Block(width) for _ in range(blocks)), RepeatPixels(), Bare(width)]
+        layers += [*(Block(width) for _ in range(blocks)), RepeatPixels(), _convolution(width)]
     layers += [Block(width) for _ in range(config.num_decoder_blocks[-1])]
     return Layers([*layers, Conv2d(width, config.out_channels, 3, padding=1)])
 

@@ -23,6 +23,7 @@ from mflux_vae.presets import PRESETS  # noqa: E402
 from mflux_vae.weights.rules import from_mlx  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
 from tests.vae.small import drawn, narrow, pictures, small_flux2, small_kl, small_tiny  # noqa: E402
+from tests.vae.test_presets import PARAMETERS  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""
@@ -38,18 +39,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "attention but in the middle": {"encoder_attention": (3,), "mid_block_add_attention": False},
 }
 SIZES = [(32, 32), (24, 56), (72, 16)]
-
-PARAMETERS = {
-    **dict.fromkeys(["sd1", "sd-vae-ft-mse", "sd2", "sdxl", "sdxl-fp16-fix", "playground"], (83_653_863, 248)),
-    **dict.fromkeys(["sd3", "flux1", "z-image"], (83_819_683, 244)),
-    "flux2": (84_046_115, 251),
-    "flux2-small-decoder": (62_373_091, 251),
-    "kl-f8-d16": (57_266_643, 248),
-    "cogview4": (406_100_643, 288),
-    **dict.fromkeys(["taesd", "taesdxl"], (2_445_063, 134)),
-    **dict.fromkeys(["taesd3", "taef1"], (2_458_899, 134)),
-}
-"""As published; tensors include running statistics, parameters do not."""
 
 
 def settings_of(config: Any) -> dict[str, Any]:
