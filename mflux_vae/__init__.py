@@ -11,7 +11,9 @@ from mflux_vae.errors import ImageError, InputError, MfluxVaeError, SettingsErro
 
 if TYPE_CHECKING:
     from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+    from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
     from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+    from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
     from mflux_vae.posterior import DiagonalGaussian
     from mflux_vae.vae import VAE
 
@@ -19,6 +21,10 @@ __all__ = [
     "VAE",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLFlux2Config",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
     "DiagonalGaussian",
     "ImageError",
     "InputError",
@@ -33,6 +39,10 @@ _HOMES = {
     "VAE": "vae",
     "AutoencoderKL": "networks.autoencoder_kl",
     "AutoencoderKLConfig": "networks.autoencoder_kl",
+    "AutoencoderKLFlux2": "networks.flux2",
+    "AutoencoderKLFlux2Config": "networks.flux2",
+    "AutoencoderTiny": "networks.tiny",
+    "AutoencoderTinyConfig": "networks.tiny",
     "DiagonalGaussian": "posterior",
     "PlainAutoencoder": "networks.plain",
     "PlainConfig": "networks.plain",
