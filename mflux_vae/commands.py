@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mflux_vae import latent_file, loading, memory, metrics
+from mflux_vae import latent_file, loading, memory, metrics, presets
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
 from mflux_vae.families import FAMILIES
 from mflux_vae.images import find_images, image_text, load_images, save_image, strip, to_pictures
@@ -73,6 +73,8 @@ def _list_presets(as_json: bool) -> None:
         return
     for name, row in told.items():
         print(f"{name:20} {row['channels']:3} channels at 1/{row['downsampling']:<3} {row['title']}")
+    for name in presets.names()[len(told) :]:
+        print(f"{name:20} of another package: {presets.registered(name)}")
 
 
 def convert(*, model: str, output: str, naming: str, dtype: str | None, config: str | None) -> None:

@@ -81,6 +81,8 @@ def find(source: Source, config: Config | None = None) -> Opened:
         tensors, metadata = _of_file(path)
         told = told or _written(metadata, str(path)) or (presets.PRESETS[preset].config.to_dict() if preset else None)
     place = recognition.find(tensors, str(path), family_of(told, str(path)) if told else None)
+    if place.naming not in FAMILIES[place.family].tables:  # told wrongly: what is missing and unknown will be listed
+        place = replace(place, naming="diffusers")
     inside = {key[len(place.prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(place.prefix)}
     opened = Opened(where=str(path), family=place.family, naming=place.naming, config=told or {}, tensors=inside)
     if told:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
+from mflux_vae.errors import PluginError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTinyConfig
@@ -200,6 +203,29 @@ PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 def find(name: str) -> Preset | None:
     """The preset with this name, alias, title or repository; case, spaces, `_`, `.` and `-` do not matter."""
     return _BY_NAME.get(_plain(name))
+
+
+GROUP = "mflux_vae.presets"
+"""Entry points by which another package gives an autoencoder of its own a name; each is the path of its folder."""
+
+
+def registered(name: str) -> Path | None:
+    """The folder that an installed package has registered under this name.
+
+    Raises:
+        PluginError: the package cannot be imported, or what it registered is no path.
+    """
+    for entry in entry_points(group=GROUP, name=name):
+        try:
+            return Path(entry.load())
+        except Exception as error:  # whatever a foreign module raises while it is imported
+            raise PluginError(f"preset {name!r} is broken ({entry.value}: {type(error).__name__}: {error})") from error
+    return None
+
+
+def names() -> list[str]:
+    """Of all presets, registered ones too."""
+    return [*PRESETS, *sorted({entry.name for entry in entry_points(group=GROUP)} - PRESETS.keys())]
 
 
 def _plain(name: str) -> str:

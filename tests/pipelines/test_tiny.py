@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 
+from mflux_vae import VAE, presets
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures
@@ -18,6 +20,16 @@ def test_it_is_small_and_its_settings_are_the_recipe_s():
     assert pipeline.name == "tiny"
     assert pipeline.recommended == RECOMMENDED
     assert pipeline.sigma_weighting == "logit_normal"
+
+
+def test_its_autoencoder_is_a_preset_by_the_same_name():
+    vae = VAE.from_pretrained("tiny")
+    assert (vae.latent_channels, vae.spatial_scale) == (16, 8)
+    own = tiny.load().vae
+    assert vae.config == own.config and mx.array_equal(
+        vae.network.decoder.conv_in.bias, own.network.decoder.conv_in.bias
+    )
+    assert presets.names()[-1] == "tiny"
 
 
 def test_pictures_show_what_prompts_say():

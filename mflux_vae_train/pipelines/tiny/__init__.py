@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 """The pipeline's folder, in diffusers' layout."""
 
+VAE_WEIGHTS = WEIGHTS / "vae"
+"""Its autoencoder's folder: what the preset `tiny` of `mflux_vae` names."""
+
 
 def load(model: str = "tiny") -> FluxPipeline:
     """Open the embedded pipeline: what the entry point `tiny` names."""
