@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import mlx.nn as nn
 
+from mflux_vae.errors import SettingsError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
@@ -18,6 +19,10 @@ from mflux_vae.weights.rules import Rule
 from mflux_vae.weights.taesd import taesd
 
 Table: TypeAlias = "Sequence[Rule] | Callable[[Iterable[str]], Sequence[Rule]]"
+
+
+_LARGEST = 2**16
+"""Of the whole numbers in a configuration."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,20 @@ class Family:
     tables: Mapping[str, Table]
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """An untrained network as a config.json describes it; a SettingsError where it does not have what is asked."""
-        return self.network(self.config.from_dict(config))
+        """An untrained network as a config.json describes it.
+
+        Raises:
+            SettingsError: it asks for what the network does not have, or its values are of the wrong kind or size.
+        """
+        name = self.network.__name__
+        numbers = [n for value in config.values() for n in (value if isinstance(value, list) else [value])]
+        if huge := [n for n in numbers if isinstance(n, int) and n > _LARGEST]:
+            raise SettingsError(f"{name}: {huge[0]} in its configuration is more than any autoencoder has")
+        try:
+            return self.network(self.config.from_dict(config))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]
+            raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
 
     def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
         """The key table for a network with these keys."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.weights.pickles import read_pickle
-from mflux_vae.weights.stored import LARGEST_DIMENSION, Stored, read_numbers
+from mflux_vae.weights.stored import LARGEST_DIMENSION, MOST_DIMENSIONS, Stored, read_numbers
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -133,7 +133,8 @@ def _entries(told: Any, start: int, size: int) -> tuple[dict[str, Entry], dict[s
             raise ValueError(f"no shape, dtype and place of {name[:100]}") from None
         if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{name} is of an unknown kind, {str(kind)[:20]}")
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in shape):
+        whole = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS and all(type(n) is int for n in shape)
+        if not whole or not all(0 <= n <= LARGEST_DIMENSION for n in shape):
             raise ValueError(f"{name} has an impossible shape")
         dtype, width = _SAFETENSORS_DTYPES[kind]
         if type(first) is not int or type(end) is not int or end - first != prod(shape) * width:

@@ -25,12 +25,11 @@ from typing import IO, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.weights.stored import LARGEST_DIMENSION, Stored, read_numbers, width
+from mflux_vae.weights.stored import LARGEST_DIMENSION, MOST_DIMENSIONS, Stored, read_numbers, width
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _LARGEST_PICKLE = 2**28
 _LONGEST_KEY = 1000
-_MOST_DIMENSIONS = 64
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 _DTYPES = {
@@ -409,7 +408,7 @@ def _storage(persistent: Any) -> Storage:
 
 def _tensor(arguments: Sequence[Any], dtype: str = "") -> Tensor:
     storage, offset, shape, strides = arguments[:4]
-    if max(len(shape), len(strides)) > _MOST_DIMENSIONS:
+    if max(len(shape), len(strides)) > MOST_DIMENSIONS:
         raise _Refused(f"a tensor of {len(shape)} dimensions")
     numbers = (offset, *shape, *strides)
     whole = all(isinstance(number, int) and number >= 0 for number in numbers)

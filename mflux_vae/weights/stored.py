@@ -14,6 +14,9 @@ from mflux_vae.errors import WeightsError
 LARGEST_DIMENSION = 2**31 - 1
 """MLX counts in 32 bits."""
 
+MOST_DIMENSIONS = 64
+"""As numpy."""
+
 _HELD_AS = {"bfloat16": "uint16"}
 """What holds the bits of a dtype that numpy does not have."""
 

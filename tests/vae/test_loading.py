@@ -487,6 +487,23 @@ def test_configurations_that_do_not_fit_are_refused(config: Any, told: str, tmp_
     assert "\n" not in str(caught.value)
 
 
+ODD = (None, 0, -1, 1.5, 2**40, "", "x", [], {}, [0], [-8], ["a"], [1.5], [2**40], True, float("nan"), 1e300, [[1]])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_configuration_ends_in_a_traceback(name: str) -> None:
+    family, refused = FAMILIES[name], 0
+    usual = family.config().to_dict()
+    for key in usual:
+        for value in ODD:
+            try:
+                family.build({**usual, key: value})
+            except SettingsError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 50
+
+
 # what is no autoencoder
 
 
@@ -499,6 +516,12 @@ def test_files_without_an_autoencoder_say_what_they_hold(tmp_path: Path) -> None
     write_safetensors(tmp_path / "b.safetensors", {f"layer{i}.a.b": mx.ones(2) for i in range(20)})
     with pytest.raises(WeightsError, match=r"layer0\.a, .*, \.\.\.$"):
         loading.open_network(tmp_path / "b.safetensors")
+
+
+def test_a_network_of_another_kind_lists_what_differs(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", named(kl(), "compvis"))
+    with pytest.raises(WeightsError, match=r"missing: .*unknown: "):
+        loading.open_network(tmp_path / "a.safetensors", config=small_plain().config.to_dict())
 
 
 def test_every_wrong_key_is_named(tmp_path: Path) -> None:
