@@ -56,6 +56,14 @@ class GroupNorm(nn.Module):
         return kernels.group_norm(x, self._groups, self.weight, self.bias, self._eps)
 
 
+def norm_silu_conv(norm: GroupNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """conv(silu(norm(x))), plus `residual`."""
+    settings = norm._groups, norm.weight, norm.bias, norm._eps
+    return kernels.norm_silu_conv2d(
+        x, settings, conv.weight, conv.get("bias"), padding=conv._padding, residual=residual
+    )
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, twice, beside a skip connection; in training with dropout before the second convolution."""
 
@@ -71,10 +79,11 @@ class ResnetBlock(nn.Module):
             self.dropout = nn.Dropout(dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(kernels.silu(self.norm1(x)))
-        h = kernels.silu(self.norm2(h))
-        h = self.conv2(self.dropout(h) if "dropout" in self else h)
-        return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        x = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        if "dropout" in self and self.training:
+            return x + self.conv2(self.dropout(kernels.silu(self.norm2(h))))
+        return norm_silu_conv(self.norm2, self.conv2, h, residual=x)
 
 
 class Attention(nn.Module):
@@ -100,12 +109,9 @@ class LinearAttention(nn.Module):
     """latent-diffusion's linear attention: one head, keys normalised over pixels; no norm, no skip connection.
 
     Its cost grows with the number of pixels, not with its square (Katharopoulos et al. 2020).
-
-    Args:
-        groups: not used; for the signature of `Attention`.
     """
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int):
         super().__init__()
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
@@ -143,8 +149,11 @@ class Upsample(nn.Module):
             self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = repeat_pixels(x)
-        return self.conv(x) if "conv" in self else x
+        if "conv" not in self:
+            return kernels.repeat_pixels(x)
+        return kernels.repeat_conv2d(
+            x.astype(self.conv.weight.dtype), self.conv.weight, self.conv.get("bias"), padding=1
+        )
 
 
 @overridable
@@ -153,14 +162,6 @@ def average_pixels(x: mx.array) -> mx.array:
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
-
-
-@overridable
-def repeat_pixels(x: mx.array) -> mx.array:
-    """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
-    batch, height, width, channels = x.shape
-    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 class Stage(nn.Module):

@@ -15,6 +15,8 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mflux_vae.rebind import rebind
@@ -89,6 +91,33 @@ import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is importe
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU (no Metal, no CUDA, or the default device was set to the CPU)."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_BLAS_THREADS = (
+    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+    ("openblas_get_num_threads", "openblas_set_num_threads"),
+)
+
+
+@contextmanager
+def blas_threads(count: int | None) -> Iterator[None]:
+    """Let a matrix product use so many threads, where the BLAS that was opened here can be told; None: no change."""
+    library = ctypes.CDLL(blas) if blas is not None and count is not None else None
+    for get, set_ in _BLAS_THREADS:
+        if library is not None and hasattr(library, get):
+            before = getattr(library, get)()
+            getattr(library, set_)(count)
+            try:
+                yield
+            finally:
+                getattr(library, set_)(before)
+            return
+    yield
 
 
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import kernels
-from mflux_vae.layers import average_pixels, repeat_pixels
+from mflux_vae.layers import average_pixels
 from mflux_vae.overriding import is_pointwise, pointwise
 
 _BELOW_ALL = 1 << 40
@@ -46,8 +46,9 @@ class Job:
 
     def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
         """`function(x)`: (B, H, W, C) to any number of such arrays."""
-        answers: Any = function(Source(self, x))  # type: ignore[arg-type]
-        results = [Held(self, _first, [answer]) for answer in answers]
+        with kernels.deferred():  # arrays that only show a shape are not computed
+            answers: Any = function(Source(self, x))  # type: ignore[arg-type]
+            results = [Held(self, _first, [answer]) for answer in answers]
         finest = max(held.shape[1] * held.shape[2] for held in self.made)
         for held in self.made:
             normed_convolution = isinstance(held, Convolution) and held.groups is not None
@@ -99,7 +100,7 @@ class Stand:
             return Convolution(self.job, *arguments, **named)
         if function is kernels.group_norm:
             return GroupNorm(self.job, *arguments, **named)
-        if function is repeat_pixels:
+        if function is kernels.repeat_pixels:
             return Repeated(self)
         if function is average_pixels:
             return Averaged(self)
@@ -165,7 +166,7 @@ class Repeated(Stand):
 
     def rows(self, start: int, stop: int) -> mx.array:
         first = start // 2
-        repeated = repeat_pixels(self.inputs[0].rows(first, (stop + 1) // 2))
+        repeated = kernels.repeat_pixels(self.inputs[0].rows(first, (stop + 1) // 2))
         return repeated[:, start - 2 * first : stop - 2 * first]
 
     def reach(self, start: int, stop: int) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.runtime import is_cpu
 from mflux_vae.strips import Job
 
 Function: TypeAlias = Callable[[mx.array], Sequence[mx.array]]
@@ -81,21 +80,11 @@ def function_of(network: nn.Module, what: str) -> Function:
 
 def _run(function: Function, x: mx.array, plan: Tiling | None, up: int, down: int) -> Sequence[mx.array]:
     if plan is None:
-        return _in_one_piece(function, x)
+        return function(x)
     if plan.mode == "blend":
         return _blended(function, x, plan, up, down)
     images = [Job(plan.strip_pixels).run(function, image) for image in mx.split(x, x.shape[0])]
     return images[0] if len(images) == 1 else [mx.concatenate(list(results)) for results in zip(*images, strict=True)]
-
-
-def _in_one_piece(function: Function, x: mx.array) -> Sequence[mx.array]:
-    """The function itself; on a CPU layer by layer, for MLX's CPU stream takes memory a hundred operations ahead."""
-    if is_cpu():
-        try:
-            return Job(None).run(function, x)
-        except (AttributeError, TypeError, ValueError):
-            pass  # under mx.compile nothing can be computed yet; networks of others may ask for an array
-    return function(x)
 
 
 def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) -> list[mx.array]:
@@ -110,7 +99,7 @@ def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) 
     results: list[mx.array] = []
     for (top, bottom), across in zip(rows, fades(rows, up), strict=True):
         for (left, right), along in zip(columns, fades(columns, up), strict=True):
-            pieces = _in_one_piece(function, x[:, top * down : bottom * down, left * down : right * down])
+            pieces = function(x[:, top * down : bottom * down, left * down : right * down])
             weight = mx.array(across[:, None, None] * along[:, None], mx.float32)
             if not results:
                 shape = x.shape[0], x.shape[1] * up // down, x.shape[2] * up // down

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.layers import (
     Attention,
@@ -22,6 +21,7 @@ from mflux_vae.layers import (
     ResnetBlock,
     Stage,
     Upsample,
+    norm_silu_conv,
 )
 from mflux_vae.networks.ddconfig import kl_settings
 from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
@@ -31,7 +31,7 @@ DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 """diffusers' names of a level without and with attention."""
 
-ATTENTION_TYPES = {"vanilla": Attention, "linear": LinearAttention}
+ATTENTION_TYPES = ("vanilla", "linear")
 
 C = TypeVar("C", bound="AutoencoderKLConfig")
 
@@ -51,7 +51,7 @@ class AutoencoderKLConfig(ScaledConfig):
         layers_per_block: residual blocks of an encoder level; the decoder has one more.
         norm_num_groups: groups of every group norm; divides every number of channels.
         scaling_factor, shift_factor: the denoiser sees (latents - shift) * scale.
-        latents_mean, latents_std: per channel; where given, the denoiser sees (latents - mean) * scale / std instead.
+        latents_mean, latents_std: per channel; where both are given, the denoiser sees (latents - mean) * scale / std.
         use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents.
         mid_block_add_attention: attention at the lowest resolution.
         force_upcast: whether the network overflows in float16.
@@ -106,19 +106,30 @@ class AutoencoderKLConfig(ScaledConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("block_out_channels", "encoder_attention", "decoder_attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("decoder_block_out_channels", "latents_mean", "latents_std"):
+        for name in ("block_out_channels", "decoder_block_out_channels", "latents_mean", "latents_std"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
+        for name in ("encoder_attention", "decoder_attention"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        # one network, one configuration
+        for name, same in (
+            ("decoder_block_out_channels", self.block_out_channels),
+            ("z_channels", self.latent_channels),
+            ("stem_channels", next(iter(self.block_out_channels), None)),
+        ):
+            if getattr(self, name) == same:
+                object.__setattr__(self, name, None)
         self._check()
 
     def _check(self) -> None:
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{self.NAME}: {name} must be positive, not {getattr(self, name)}")
-        for name in ("block_out_channels", "decoder_block_out_channels"):
-            widths = getattr(self, name) or ()
+        if self.z_channels is not None and self.z_channels < 1:
+            raise SettingsError(f"{self.NAME}: z_channels must be positive, not {self.z_channels}")
+        for name in ("block_out_channels", "decoder_block_out_channels", "stem_channels"):
+            given = getattr(self, name)
+            widths = () if given is None else (given,) if name == "stem_channels" else given
             if any(c < 1 or c % self.norm_num_groups for c in widths) or not self.block_out_channels:
                 raise SettingsError(
                     f"{self.NAME}: {name} {widths} must be multiples of norm_num_groups ({self.norm_num_groups})"
@@ -143,9 +154,7 @@ class AutoencoderKLConfig(ScaledConfig):
             raise SettingsError(f"{self.NAME}: dropout is at least 0 and below 1, not {self.dropout}")
         if not self.scaling_factor:
             raise SettingsError(f"{self.NAME}: scaling_factor must not be 0")
-        if self.z_channels not in (None, self.latent_channels) and not (
-            self.use_quant_conv and self.use_post_quant_conv
-        ):
+        if self.z_channels is not None and not (self.use_quant_conv and self.use_post_quant_conv):
             raise SettingsError(f"{self.NAME}: z_channels that are not latent_channels need both quant convolutions")
 
     @property
@@ -234,17 +243,21 @@ def _attention_levels(
     return tuple(i for i, kind in enumerate(blocks) if kind == kinds[1])
 
 
+def _attention(config: AutoencoderKLConfig, width: int) -> nn.Module:
+    if config.attention_type == "linear":
+        return LinearAttention(width)
+    return Attention(width, config.norm_num_groups)
+
+
 def _stage(config: AutoencoderKLConfig, widths: Sequence[int], attention: bool, **resample: Any) -> Stage:
     """A level: residual blocks from each width to the next, attention after each where asked for."""
     resnets = [ResnetBlock(a, b, config.norm_num_groups, dropout=config.dropout) for a, b in pairwise(widths)]
-    kind = ATTENTION_TYPES[config.attention_type]
-    attentions = [kind(width, config.norm_num_groups) for width in widths[1:]] if attention else []
+    attentions = [_attention(config, width) for width in widths[1:]] if attention else []
     return Stage(resnets, attentions, **resample)
 
 
 def _mid_block(config: AutoencoderKLConfig, width: int) -> MidBlock:
-    kind = ATTENTION_TYPES[config.attention_type]
-    attention = kind(width, config.norm_num_groups) if config.mid_block_add_attention else None
+    attention = _attention(config, width) if config.mid_block_add_attention else None
     return MidBlock(width, config.norm_num_groups, attention=attention, dropout=config.dropout)
 
 
@@ -273,7 +286,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(kernels.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -298,7 +311,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(kernels.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(ScaledLatents):

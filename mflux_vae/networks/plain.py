@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.layers import Conv2d
 from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.overriding import pointwise
 from mflux_vae.posterior import DiagonalGaussian
@@ -114,7 +115,7 @@ class Up(nn.Module):
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.res(self.conv(repeat_pixels(leaky_relu(x))))
+        return self.res(self.conv(kernels.repeat_pixels(leaky_relu(x))))
 
 
 class Encoder(nn.Module):

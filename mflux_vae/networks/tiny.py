@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import Conv2d, repeat_pixels
+from mflux_vae.layers import Conv2d
 from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.posterior import DiagonalGaussian
 
@@ -106,7 +106,7 @@ class RepeatPixels(nn.Module):
     """As `Relu`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return repeat_pixels(x)
+        return kernels.repeat_pixels(x)
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig, kernels, runtime
+from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig, runtime
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, unpack
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -196,7 +196,7 @@ def test_off_the_cpu_it_computes_in_bfloat16_and_answers_in_float32(
     schnell: FluxPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "is_cpu", lambda: False)
-    monkeypatch.setattr(kernels, "is_cpu", lambda: False)
+    monkeypatch.setattr(runtime, "is_cpu", lambda: False)
     opened = FluxPipeline.from_pretrained(folder)
     assert opened.dtype == opened.vae.network.encoder.conv_in.weight.dtype == mx.bfloat16
     arguments = {"size": (32, 16), "steps": 2, "guidance": 1.5, "key": keys(1, 2, 3)}

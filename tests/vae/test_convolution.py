@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mflux_vae import kernels
+from mflux_vae import kernels, runtime
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -78,7 +78,7 @@ def test_the_shapes_of_autoencoders(shape: tuple[int, ...], stride: int) -> None
 @given(convolutions())
 def test_any_shape_on_other_devices(case: tuple[Any, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "is_cpu", lambda: False)
+        patch.setattr(runtime, "is_cpu", lambda: False)
         compare(*case)
 
 

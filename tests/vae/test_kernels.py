@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mflux_vae import kernels
+from mflux_vae import kernels, runtime
 
 HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
@@ -19,7 +19,7 @@ HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 @pytest.fixture(params=["cpu", "other"], autouse=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both ways: the CPU's forms, and MLX's own operations as Metal and CUDA use them."""
-    monkeypatch.setattr(kernels, "is_cpu", lambda: request.param == "cpu")
+    monkeypatch.setattr(runtime, "is_cpu", lambda: request.param == "cpu")
     yield
 
 

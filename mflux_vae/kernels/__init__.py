@@ -1,0 +1,45 @@
+"""Convolution, normalisation, activation and attention: what layers call, fast on every device, one definition each.
+
+Metal and CUDA use MLX's own operations. On a CPU MLX's convolution copies patches through memory, its gradients do
+so several times over, and its transcendental functions are scalar; the forms in this package avoid that. Arrays are
+NHWC. Every function answers in the dtype of its (first) argument; half precision is widened where it would lose
+more than its own rounding.
+
+`bands`        an output filled in place, band by band, on every core
+`fusion`       a formula as one pass over memory, with the machine's widest vectors
+"""
+
+from mflux_vae.kernels.attention import attention, softmax
+from mflux_vae.kernels.bands import deferred
+from mflux_vae.kernels.convolution import Padding, conv2d, norm_silu_conv2d, repeat_conv2d, repeat_pixels
+from mflux_vae.kernels.normalization import (
+    group_norm,
+    group_norm_apply,
+    group_norm_statistics,
+    layer_norm,
+    rms_norm,
+)
+from mflux_vae.kernels.pointwise import gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu, tanh
+
+__all__ = [
+    "Padding",
+    "attention",
+    "conv2d",
+    "deferred",
+    "gelu",
+    "gelu_tanh",
+    "group_norm",
+    "group_norm_apply",
+    "group_norm_statistics",
+    "layer_norm",
+    "norm_silu_conv2d",
+    "quick_gelu",
+    "relu",
+    "repeat_conv2d",
+    "repeat_pixels",
+    "rms_norm",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "tanh",
+]

@@ -1,0 +1,83 @@
+"""An output computed in bands, on every core and in bounded memory, for the CPU.
+
+MLX's graph says what depends on what, not when: of a hundred bands it would run all first steps, then all second
+ones, and every step's results would lie in memory at once. And all its operations but matrix products run on one
+core. So where nothing differentiates or traces, the large operations of this package do not only describe their
+result, they compute it: a few bands at a time, each on a stream (and so a core) of its own, written in place into
+the output. What a band leaves behind in the buffer cache the next one uses while it is still in the core's cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae import runtime
+
+_MAX_STREAMS = 8
+
+
+class _Local(threading.local):
+    """MLX's streams belong to the thread that made them, and so does what it is doing."""
+
+    streams: list[mx.Stream] | None = None
+    deferred = False
+
+
+_local = _Local()
+
+
+def computes_now(*arrays: mx.array) -> bool:
+    """Whether results are computed at once: on a CPU, where no argument is part of a trace, unless `deferred`.
+
+    The arguments' own computation begins.
+    """
+    if _local.deferred or not runtime.is_cpu():
+        return False
+    try:
+        mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
+    before, _local.deferred = _local.deferred, True
+    try:
+        yield
+    finally:
+        _local.deferred = before
+
+
+def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> mx.array:
+    """`y` with each band written where its index says.
+
+    Args:
+        y: no other reference to it may exist, or every band costs a copy of the whole.
+        bands: (index into y, what to put there); the functions are called one after the other, their results
+            computed side by side.
+    """
+    streams = _streams()
+    remaining = iter(bands)
+    with runtime.blas_threads(1 if len(streams) > 1 else None):
+        while together := list(islice(remaining, len(streams))):
+            for stream, (index, band) in zip(streams, together, strict=False):
+                with mx.stream(stream):
+                    y[index] = band()
+            mx.eval(y)
+    return y
+
+
+def _streams() -> list[mx.Stream]:
+    """One for each core, the default one first; this thread's."""
+    if _local.streams is None:
+        more = min(runtime.cores(), _MAX_STREAMS) - 1
+        _local.streams = [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(more))]
+    return _local.streams

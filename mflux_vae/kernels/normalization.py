@@ -1,0 +1,124 @@
+"""Group, layer and root-mean-square normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae import runtime
+from mflux_vae.kernels.bands import computes_now, filled
+from mflux_vae.kernels.fusion import fused
+from mflux_vae.overriding import overridable
+
+_PIXELS_SUMMED_AT_ONCE = 4096
+_BAND_ELEMENTS = 1 << 18
+
+
+@overridable
+def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Group normalisation over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
+
+    Args:
+        x: (B, ..., C), normalised over every axis between batch and channels.
+        groups: a divisor of C.
+        weight, bias: (C,).
+    """
+    return group_norm_apply(x, *group_norm_statistics(x, groups), weight, bias, eps)
+
+
+def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """Mean and variance of each group, per sample, spread over its channels: both (B, C), float32.
+
+    Two passes: reductions over pixels, then over the few channels of a group.
+    """
+    batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
+    if computes_now(x):
+        return _statistics_in_bands(x.reshape(batch, -1, channels), groups)
+    x = x.reshape(batch, -1, channels).astype(mx.float32)
+    mean = _over_group(_over_pixels(x, width), groups)
+    return mean, _over_group(_over_pixels(mx.square(x - mean[:, None]), width), groups)
+
+
+def group_norm_apply(
+    x: mx.array, mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float
+) -> mx.array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (B, ..., C), the statistics (B, C)."""
+    spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+    scale = (mx.rsqrt(variance + eps) * weight).reshape(spread)
+    return ((x.astype(mx.float32) - mean.reshape(spread)) * scale + bias).astype(x.dtype)
+
+
+def group_norm_affine(
+    x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """Group norm as a factor and a summand for each image and channel, (B, C) each, float32."""
+    mean, variance = group_norm_statistics(x, groups)
+    scale = mx.rsqrt(variance + eps) * weight
+    return scale, bias - mean * scale
+
+
+def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+    """`group_norm_statistics` of x (B, N, C): those of each band's channels, merged (Chan et al. 1979)."""
+    batch, pixels, channels = x.shape
+    at_once = max(1, min(pixels, _PIXELS_SUMMED_AT_ONCE, _BAND_ELEMENTS // channels))
+    starts = range(0, pixels, at_once)
+
+    def band(image: int, start: int) -> mx.array:
+        """Mean and variance of each channel, (2, C); sums as products, which use every lane of a vector."""
+        part = x[image, start : start + at_once].astype(mx.float32)
+        ones, share = mx.ones((1, part.shape[0])), 1 / part.shape[0]
+        mean = ones @ part * share
+        return mx.concatenate([mean, ones @ _squared_distance(part, mean) * share])
+
+    def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
+        for image in range(batch):
+            for index, start in enumerate(starts):
+                yield (image, index), partial(band, image, start)
+
+    y = mx.zeros((batch, len(starts), 2, channels))
+    mx.eval(y)
+    means, variances = mx.unflatten(filled(y, bands()).swapaxes(1, 2), -1, (groups, -1)).swapaxes(0, 1)
+    share = mx.array([min(at_once, pixels - start) / pixels for start in starts]).reshape(-1, 1, 1)
+    share = share / (channels // groups)
+    mean = (means * share).sum(axis=(1, 3), keepdims=True)
+    variance = ((variances + mx.square(means - mean)) * share).sum(axis=(1, 3), keepdims=True)
+    shape = (batch, groups, channels // groups)
+    return tuple(mx.broadcast_to(v[:, 0], shape).reshape(batch, channels) for v in (mean, variance))  # type: ignore[return-value]
+
+
+@fused
+def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
+    difference = x - y
+    return difference * difference
+
+
+def _over_pixels(x: mx.array, width: int) -> mx.array:
+    """Mean over axis 1, many pixels row by row: MLX's CPU adds one after the other, and rounds as often."""
+    batch, pixels, channels = x.shape
+    if pixels > _PIXELS_SUMMED_AT_ONCE:
+        x = mx.mean(x.reshape(batch, -1, width, channels), axis=2)
+    return mx.mean(x, axis=1)
+
+
+def _over_group(values: mx.array, groups: int) -> mx.array:
+    """Mean over each group's channels, spread back over them. (B, C) -> (B, C)."""
+    batch, channels = values.shape
+    mean = mx.mean(values.reshape(batch, groups, -1), axis=-1, keepdims=True)
+    return mx.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
+    if not runtime.is_cpu():
+        return mx.fast.rms_norm(x, weight, eps)
+    wide = x.astype(mx.float32)
+    y = (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return y if weight is None else y * weight
+
+
+def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+    """Layer normalisation over the last axis; weight and bias may be absent."""
+    return mx.fast.layer_norm(x, weight, bias, eps)
