@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -24,6 +23,7 @@ from mflux_vae.families import FAMILIES
 from mflux_vae.images import find_images, image_text, load_images, save_image, strip, to_pictures
 from mflux_vae.latent_file import Entry, Unfinished
 from mflux_vae.presets import PRESETS
+from mflux_vae.reporting import log
 from mflux_vae.tiling import Tiling
 from mflux_vae.vae import VAE
 from mflux_vae.weights.files import DTYPES
@@ -106,8 +106,8 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
     targets = _targets(entries, output)
     vae, tiling = _open(model=model or str(made_with.get("model")), **opening)
     weights = _crc32_of_weights(vae)
-    if weights != made_with.get("weights"):
-        print(f"warning: {latents} was made with other weights than those of {model}", file=sys.stderr)
+    if made_with.get("weights") not in (None, weights):
+        log.warning("%s was made with other weights than those of %s", latents, model or made_with["model"])
     marks = {name: f"decoded {_crc32(entry.latents):08x} {weights:08x} {opening}" for name, entry in entries.items()}
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.families import FAMILIES
-from mflux_vae.opening import CONFIG_KEY, COUNTER, HALVES, Config, Source, equal_preset, family_of, find
+from mflux_vae.opening import CONFIG_KEY, COUNTER, HALVES, Config, Opened, Source, equal_preset, family_of, find
 from mflux_vae.reporting import log
 from mflux_vae.runtime import compute_dtype
 from mflux_vae.weights.diffusers import STEM
@@ -72,10 +72,18 @@ def open_network(source: Source, dtype: mx.Dtype | None = None, *, config: Confi
     opened = find(source, config)
     if opened.assumed:
         log.warning("%s", opened.assumed)
-    network = FAMILIES[opened.family].build(opened.config)
+    network = _built(opened)
     tensors = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     load_strict(network, _complete(tensors, network), where=opened.where, dtype=_dtype(network, dtype))
     return network
+
+
+def _built(opened: Opened) -> nn.Module:
+    """Its network, untrained; errors say where the configuration is from."""
+    try:
+        return FAMILIES[opened.family].build(opened.config)
+    except SettingsError as error:
+        raise SettingsError(f"{opened.where}: {error}") from error
 
 
 def describe(source: Source, *, config: Config | None = None) -> Description:
@@ -137,7 +145,7 @@ def convert(
     if naming not in family.tables:
         raise SettingsError(f"{opened.family} has the namings {', '.join(family.tables)}, not {naming!r}")
     ours = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
-    network = family.build(opened.config)
+    network = _built(opened)
     load_strict(network, _complete(ours, network), where=opened.where)  # what does not fit is told before it is written
     tensors = from_mlx(ours, family.rules(naming, ours))
     return _write(target, tensors if dtype is None else _cast(tensors, dtype), opened.config, naming)

@@ -104,7 +104,7 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
         dtype: to convert floating-point tensors to; None keeps theirs.
 
     Raises:
-        WeightsError: names every missing, unknown and misshapen key.
+        WeightsError: names every missing, unknown and misshapen key, and every one with whole numbers for real ones.
     """
     own = dict(tree_flatten(module.parameters()))
     faults = _listed("missing", sorted(own.keys() - tensors.keys()))
@@ -114,7 +114,12 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
         for key in sorted(own.keys() & tensors.keys())
         if tensors[key].shape != own[key].shape
     ]
-    if faults := faults + _listed("misshapen", misshapen):
+    whole = [
+        f"{key} is {tensor.dtype}"
+        for key, tensor in sorted(tensors.items())
+        if key in own and mx.issubdtype(own[key].dtype, mx.floating) > mx.issubdtype(tensor.dtype, mx.floating)
+    ]
+    if faults := faults + _listed("misshapen", misshapen) + _listed("of the wrong type", whole):
         raise WeightsError(f"{where}: the weights are not this network's: {'; '.join(faults)}")
     converted = {
         key: tensor.astype(dtype) if dtype is not None and mx.issubdtype(tensor.dtype, mx.floating) else tensor
