@@ -47,12 +47,10 @@ def kl_settings(config: Mapping[str, Any], embed_dim: int | None = None) -> dict
     widths = [given["ch"] * factor for factor in given.get("ch_mult", (1, 2, 4, 8))]
     resolutions = given.get("attn_resolutions", ()) if _ATTENTION[kind] != "none" else ()
     attention = tuple(i for i in range(len(widths)) if given["resolution"] // 2**i in resolutions)
-    latent_channels = embed_dim or given["z_channels"]
-    double_z = given.get("double_z", True)
     settings = {
         "in_channels": given["in_channels"],
         "out_channels": given["out_ch"],
-        "latent_channels": latent_channels,
+        "latent_channels": embed_dim or given["z_channels"],
         "block_out_channels": widths,
         "layers_per_block": given["num_res_blocks"],
         "sample_size": given["resolution"],
@@ -62,9 +60,9 @@ def kl_settings(config: Mapping[str, Any], embed_dim: int | None = None) -> dict
         "mid_block_add_attention": _ATTENTION[kind] != "none",
         "dropout": given.get("dropout", 0.0),
         "resample_with_conv": given.get("resamp_with_conv", True),
-        "double_z": double_z,
-        "z_channels": None if latent_channels == given["z_channels"] else given["z_channels"],
-        "stem_channels": None if widths[:1] == [given["ch"]] else given["ch"],
+        "double_z": given.get("double_z", True),
+        "z_channels": given["z_channels"],
+        "stem_channels": given["ch"],
     }
     return settings if scale is None else {**settings, "scaling_factor": scale}
 

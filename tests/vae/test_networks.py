@@ -172,6 +172,8 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
         ({"decoder_block_out_channels": [96, 192, 384, 100]}, "decoder_block_out_channels"),
         ({"attention_type": "flash"}, "vanilla, linear, not 'flash'"),
         ({"dropout": 1.0}, "dropout"),
+        ({"stem_channels": 100}, "stem_channels"),
+        ({"z_channels": -4}, "z_channels must be positive"),
         ({"scaling_factor": 0.0}, "scaling_factor"),
         ({"z_channels": 8, "use_quant_conv": False}, "z_channels"),
         ({"latent_channels": 0}, "latent_channels must be positive"),
@@ -181,6 +183,16 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
 def test_what_the_network_has_not_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         AutoencoderKLConfig.from_dict({**AutoencoderKLConfig().to_dict(), **changes})
+
+
+def test_one_network_has_one_configuration() -> None:
+    said = AutoencoderKLConfig(
+        encoder_attention=(3, 1, 3),
+        decoder_block_out_channels=(128, 256, 512, 512),
+        z_channels=4,
+        stem_channels=128,
+    )
+    assert said == AutoencoderKLConfig(encoder_attention=(1, 3))
 
 
 @pytest.mark.parametrize("name", ["encoder_attention", "decoder_attention"])
@@ -344,7 +356,7 @@ def test_without_variances_a_posterior_is_a_point(build: Any) -> None:
 
 def test_linear_attention_is_a_sum_over_pixels() -> None:
     mx.random.seed(0)
-    layer = LinearAttention(3, groups=1)
+    layer = LinearAttention(3)
     x = mx.random.normal((2, 4, 5, 3))
     q, k, v = np.split(np.array(x).reshape(2, 20, 3) @ np.array(layer.to_qkv.weight).T, 3, axis=-1)
     weights = np.exp(k) / np.exp(k).sum(axis=1, keepdims=True)
