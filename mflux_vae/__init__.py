@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
     from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
     from mflux_vae.posterior import DiagonalGaussian
+    from mflux_vae.previews import Previewer
+    from mflux_vae.tiling import Tiling
     from mflux_vae.vae import VAE
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "MfluxVaeError",
     "PlainAutoencoder",
     "PlainConfig",
+    "Previewer",
     "SettingsError",
+    "Tiling",
     "WeightsError",
 ]
 
@@ -46,6 +50,8 @@ _HOMES = {
     "DiagonalGaussian": "posterior",
     "PlainAutoencoder": "networks.plain",
     "PlainConfig": "networks.plain",
+    "Previewer": "previews",
+    "Tiling": "tiling",
 }
 """Where the names live that are imported late."""
 

@@ -94,7 +94,7 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
     for name in _progress(new, of=len(files)):
         with _about(str(files[name])):
             (picture,) = load_images(files[name], channels=vae.config.in_channels)
-            latents = vae.encode(_image(picture), tiling=tiling)[0]
+            (latents,) = vae.encode_images(picture, tiling=tiling)
             unfinished.add(name, Entry(latents, picture.shape[:2], _crc32_of(files[name])))
     unfinished.finish(list(files))
     print(f"{target}: latents of {_count(files)}, {len(new)} of them new")
@@ -112,8 +112,8 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):
         with _about(f"{latents}: {name}"):
-            image = vae.decode(entries[name].latents[None], size=entries[name].size, tiling=tiling)
-            save_image(targets[name], _picture(image[0]), text={MARK: marks[name]})
+            (image,) = vae.decode_images([entries[name].latents], [entries[name].size], tiling=tiling)
+            save_image(targets[name], np.array(image), text={MARK: marks[name]})
     print(f"{output}: {_count(targets)}, {len(new)} of them new")
 
 

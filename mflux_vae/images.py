@@ -104,13 +104,18 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
-    image = Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
+    image = to_image(picture)
     partial = path.with_name(f".{path.name}.partial")
     try:
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def to_image(picture: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 3), (H, W, 1) or (H, W) as one of Pillow's images."""
+    return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
 
 
 def image_text(path: str | Path) -> dict[str, str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from mflux_vae import loading, memory
+from mflux_vae import images, loading, memory
 from mflux_vae import tiling as pieces
 from mflux_vae.as_mflux import MfluxVAE
 from mflux_vae.errors import ImageError
@@ -121,8 +123,10 @@ class VAE(nn.Module):
                 all within [-1, 1] and some negative, infinite, or not a number.
         """
         posterior = self.posterior(image, tiling=tiling)
-        latents = posterior.sample(key) if sample else posterior.mode()
-        return self.scaled(latents).transpose(0, 3, 1, 2)
+        raw = posterior.sample(key) if sample else posterior.mode()
+        latents = self.scaled(raw).transpose(0, 3, 1, 2)
+        log.debug("raw latents %s -> latents %s", shape(raw), shape(latents))
+        return latents
 
     def posterior(self, image: mx.array, *, tiling: Asked = None) -> DiagonalGaussian:
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
@@ -152,7 +156,57 @@ class VAE(nn.Module):
         size = size or full
         if any(not most - self.spatial_scale < side <= most for side, most in zip(size, full, strict=True)):
             raise ImageError(f"latents of {full[0]} x {full[1]} pixels cannot be an image of {size[0]} x {size[1]}")
-        return _image(self.decode_nhwc(latent.transpose(0, 2, 3, 1), tiling=tiling), size)
+        raw = self.network.from_scaled(latent.transpose(0, 2, 3, 1))
+        log.debug("latents %s -> raw latents %s", shape(latent), shape(raw))
+        return _image(self._decode(raw, tiling), size)
+
+    def encode_images(
+        self,
+        pictures: images.Source | Sequence[images.Source],
+        *,
+        sample: bool = False,
+        key: mx.array | None = None,
+        tiling: Asked = None,
+    ) -> list[mx.array]:
+        """Pictures, each of any size, to scaled latents, one after the other.
+
+        Args:
+            pictures: files, Pillow's images and arrays: see `images.load_images`.
+            sample, key, tiling: as in `encode`; each picture has a draw of its own.
+
+        Returns:
+            (latent_channels, h, w) for each.
+
+        Raises:
+            ImageError: one that cannot be read.
+        """
+        loaded = images.load_images(pictures, channels=self.config.in_channels)
+        keys = [None] * len(loaded) if key is None else list(mx.random.split(key, len(loaded)))
+        return [
+            self.encode(mx.array(picture.transpose(2, 0, 1)[None]), sample=sample, key=own, tiling=tiling)[0]
+            for picture, own in zip(loaded, keys, strict=True)
+        ]
+
+    def decode_images(
+        self, latents: Sequence[mx.array], sizes: Sequence[tuple[int, int]] | None = None, *, tiling: Asked = None
+    ) -> list[images.Image.Image]:
+        """Scaled latents to Pillow's images, one after the other.
+
+        Args:
+            latents: (latent_channels, h, w) for each.
+            sizes: height and width of each, as in `decode`.
+            tiling: see the class.
+
+        Raises:
+            ImageError: as `decode`, or another number of sizes than of latents.
+        """
+        if sizes is not None and len(sizes) != len(latents):
+            raise ImageError(f"{len(sizes)} sizes for {len(latents)} latents")
+        made = []
+        for index, each in enumerate(latents):
+            image = self.decode(each[None], size=sizes[index] if sizes else None, tiling=tiling)[0].transpose(1, 2, 0)
+            made.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
+        return made
 
     def __call__(self, image: mx.array, *, tiling: Asked = None) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
@@ -225,7 +279,7 @@ def _image(pixels: mx.array, size: tuple[int, ...]) -> mx.array:
     """NHWC about [-1, 1] -> NCHW float32 in [0, 255], cropped to height and width."""
     pixels = pixels[:, : size[0], : size[1]]
     image = mx.clip((pixels.astype(mx.float32) + 1) * 127.5, 0, 255).transpose(0, 3, 1, 2)
-    log.debug("pixels -> image %s", shape(image))
+    log.debug("pixels %s -> image %s", shape(pixels), shape(image))
     return image
 
 

@@ -21,7 +21,9 @@ def test_exported_names() -> None:
         "MfluxVaeError",
         "PlainAutoencoder",
         "PlainConfig",
+        "Previewer",
         "SettingsError",
+        "Tiling",
         "WeightsError",
     ]
     for name in mflux_vae.__all__:

@@ -53,7 +53,7 @@ def test_pictures(
     picture: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    monkeypatch.setattr(VAE, "encode", lambda vae, image, tiling: shapes.append(image.shape) or mx.zeros((1, 4, 3, 5)))
+    monkeypatch.setattr(VAE, "encode", lambda vae, image, **_: shapes.append(image.shape) or mx.zeros((1, 4, 3, 5)))
     path, file = tmp_path / picture, tmp_path / "latents.safetensors"
     odd = PICTURES[picture]
     odd.write(path)

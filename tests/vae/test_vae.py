@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError, memory, runtime
 from mflux_vae.families import FAMILIES
@@ -190,6 +191,31 @@ def test_values_of_another_range_are_refused_or_doubted_once(caplog: pytest.LogC
 def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match=r"expected \(B, 4, h, w\)"):
         VAE(network=small_plain()).decode(mx.zeros(shape))
+
+
+# pictures
+
+
+@both
+def test_pictures_of_many_sizes_and_kinds_and_back(build: Build, tmp_path: Path) -> None:
+    vae = VAE(network=build())
+    draw = np.random.default_rng(0)
+    arrays = [draw.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((24, 32), (9, 20), (8, 8))]
+    Image.fromarray(arrays[1]).save(tmp_path / "a.png")
+    latents = vae.encode_images([arrays[0], tmp_path / "a.png", Image.fromarray(arrays[2])])
+    assert [value.shape for value in latents] == [(4, 3, 4), (4, 2, 3), (4, 1, 1)]
+    sizes = [array.shape[:2] for array in arrays]
+    images = vae.decode_images(latents, sizes)
+    for array, value, image in zip(arrays, latents, images, strict=True):
+        tensor = mx.array(array.transpose(2, 0, 1)[None])
+        assert mx.array_equal(value, vae.encode(tensor)[0])
+        assert image.size == array.shape[1::-1] and image.mode == "RGB"
+        np.testing.assert_allclose(np.array(image).transpose(2, 0, 1), vae(tensor)[0][0], atol=0.51)
+    assert [image.size for image in vae.decode_images(latents)] == [(32, 24), (24, 16), (8, 8)]
+    with pytest.raises(ImageError, match="1 sizes for 3 latents"):
+        vae.decode_images(latents, sizes[:1])
+    one, again, other = (vae.encode_images(arrays, sample=True, key=mx.random.key(seed))[0] for seed in (1, 1, 2))
+    assert mx.array_equal(one, again) and not mx.array_equal(one, other)
 
 
 # as a module
