@@ -225,9 +225,9 @@ class VAE(nn.Module):
         """Raw latents of the network, NHWC -> what the denoiser sees, mostly (raw - shift_factor) * scaling_factor."""
         return self.network.to_scaled(latents)
 
-    def as_mflux(self) -> MfluxVAE:
+    def as_mflux(self, *, tiling: Asked = None) -> MfluxVAE:
         """What replaces `flux.vae` of mflux: the same network, with mflux's shapes and ranges."""
-        return MfluxVAE(self)
+        return MfluxVAE(self, tiling)
 
     def peak_bytes(
         self, what: Literal["encode", "decode"], height: int, width: int, *, batch: int = 1, tiling: Asked = None
