@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
+from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.overriding import is_pointwise
 from mflux_vae.runtime import is_cpu
 from mflux_vae.strips import Convolution, Held, Job, Repeated, Source, Stand, Whole
 from mflux_vae.tiling import Tiling, function_of, spans
@@ -136,35 +138,72 @@ def peak_bytes(
     height, width = max(height // factor, 1), max(width // factor, 1)
     function = function_of(network, what)
     cell, channels = (factor, network.config.in_channels) if what == "encode" else (1, network.config.latent_channels)
-    if tiling is None or tiling.mode == "exact":
-        images, pixels = (batch, None) if tiling is None else (1, tiling.strip_pixels)
-        peak, results = _walked(function, (images, height * cell, width * cell, channels), pixels)
-        # images of a batch come one after the other, and are joined at last
-        return peak if images == batch else max(peak + (batch - 1) * results, 2 * batch * results)
+    if tiling is None:
+        return _in_one_piece(function, (batch, height * cell, width * cell, channels))[0]
+    if tiling.mode == "exact":
+        walk = _Walk(tiling.strip_pixels)
+        results = _bytes(walk.run(function, mx.zeros((1, height * cell, width * cell, channels))))
+        # images come one after the other, and are joined at last
+        return max(walk.peak + (batch - 1) * results, 2 * batch * results if batch > 1 else 0)
     tile = max(tiling.tile // factor, 1)
     (top, bottom), (left, right) = (spans(length, tile, tiling.overlap)[0] for length in (height, width))
-    peak, results = _walked(function, (batch, (bottom - top) * cell, (right - left) * cell, channels), None)
+    peak, results = _in_one_piece(function, (batch, (bottom - top) * cell, (right - left) * cell, channels))
     canvas = results * height * width // ((bottom - top) * (right - left))
-    return canvas + max(peak, 3 * results + canvas)
+    return canvas + max(peak, 3 * results + canvas)  # a tile joins the others in a copy of them
 
 
-def _walked(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...], pixels: int | None) -> tuple[int, int]:
+def _in_one_piece(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...]) -> tuple[int, int]:
     """Bytes at the peak of one call, and of its results."""
-    walk = _Walk(pixels)
-    results = walk.run(function, mx.zeros(shape))
-    return walk.peak, sum(result.nbytes for result in results)
+    tally = _Tally()
+    with kernels.deferred():
+        results = function(_Weighed(tally, shape, mx.float32, 0))
+    return tally.peak, sum(result.size for result in results)
 
 
-class _Walk(Job):
-    """A job that computes nothing and keeps count.
+class _Tally(Job):
+    """What arrays take together.
 
     Attributes:
-        peak: the most bytes at any step.
+        peak: the most bytes at any time.
     """
 
-    def __init__(self, pixels: int | None):
+    def __init__(self, pixels: int | None = None):
         super().__init__(pixels)
         self.peak = 0
+
+    def take(self, transient: int) -> None:
+        """Bytes besides those held are needed for a moment."""
+        self.peak = max(self.peak, self.held + transient)
+
+
+class _Weighed(Stand):
+    """Stands in for an array and counts while Python keeps it: what network code holds on to is what it costs."""
+
+    def __init__(self, tally: _Tally, shape: Sequence[int], dtype: mx.Dtype, size: int):
+        super().__init__(tally, shape, dtype)
+        self.size = size
+        tally.held += size
+
+    def __del__(self) -> None:
+        self.job.held -= self.size
+
+    def __mlx_function__(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+        tally: Any = self.job
+        if function in kernels.FUSED and not (is_cpu() and self.dtype == mx.float32):
+            return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]
+        example = function(*map(_example, arguments), **{name: _example(value) for name, value in named.items()})
+        if function in _WEIGHTS:
+            transient = _convolution(self.shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
+        elif function is kernels.group_norm or is_pointwise(function) or function is kernels.repeat_pixels:
+            transient = 0
+        else:
+            transient = _attention(example.shape)
+        tally.take(transient + example.nbytes)
+        return _Weighed(tally, example.shape, example.dtype, example.nbytes)
+
+
+class _Walk(_Tally):
+    """A run in strips that computes nothing and keeps count."""
 
     def compute(self, held: Held, start: int, stop: int) -> mx.array:
         strip = mx.zeros((held.shape[0], stop - start, *held.shape[2:]), held.dtype)  # never computed
@@ -172,65 +211,59 @@ class _Walk(Job):
             (x,), (first, end) = held.inputs, held.window(start, stop)
             first, end = max(first, 0), min(end, x.shape[1])
             x.reach(first, end)
-            self._take(_read(x, first, end))
-            rows = 0 if _is_view(x, first, end) else _bytes(x, first, end)
-            self._take(rows + _convolution(held, (x.shape[0], end - first, *x.shape[2:]), strip))
+            read = _read(x, first, end)
+            shape = x.shape[0], end - first, *x.shape[2:]
+            rows = prod(shape) * x.dtype.size if read else 0
+            self.take(max(read, rows + _convolution(shape, held.weight, held.stride) + strip.nbytes))
         elif isinstance(held, Whole):
             for x in held.inputs:
                 x.reach(0, x.shape[1])
-            self._take(sum(_read(x, 0, x.shape[1]) for x in held.inputs) + _whole(held, strip))
+            self.take(sum(_read(x, 0, x.shape[1]) for x in held.inputs) + _attention(held.shape) + strip.nbytes)
         else:
             for x in held.inputs:
                 x.reach(start, stop)
-            self._take(sum(_read(x, start, stop) for x in held.inputs) + strip.nbytes)
+            self.take(sum(_read(x, start, stop) for x in held.inputs) + strip.nbytes)
         return strip
 
     def statistics(self, strip: mx.array, groups: int) -> tuple[mx.array, mx.array]:
-        self._take(2 * strip.size * 4)  # centred, squared: float32
         few = mx.zeros((strip.shape[0], strip.shape[3]))
         return few, few
 
-    def _take(self, transient: int) -> None:
-        self.peak = max(self.peak, self.held + transient)
+
+def _example(value: Any) -> Any:
+    return mx.zeros(value.shape, value.dtype) if isinstance(value, Stand) else value
 
 
-def _bytes(x: Stand, start: int, stop: int) -> int:
-    return prod((x.shape[0], stop - start, *x.shape[2:])) * x.dtype.size
-
-
-def _is_view(x: Stand, start: int, stop: int) -> bool:
-    """Whether rows are read without a copy."""
-    return isinstance(x, Source) or (isinstance(x, Held) and len(x.strips(start, stop)) == 1)
+def _bytes(arrays: Sequence[mx.array]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def _read(x: Stand, start: int, stop: int) -> int:
-    """Bytes taken while rows are read: each step of what is passed through has its own."""
-    if _is_view(x, start, stop):
+    """Bytes taken while rows are read; 0 where they need no copy. Each step of what is passed through has its own."""
+    if isinstance(x, Source) or (isinstance(x, Held) and len(x.strips(start, stop)) == 1):
         return 0
-    inputs = (start // 2, (stop + 1) // 2) if isinstance(x, Repeated) else (start, stop)
-    through = sum(_read(stand, *inputs) for stand in x.inputs) if not isinstance(x, Held) else 0
-    return through + _bytes(x, start, stop)
+    through = 0
+    if not isinstance(x, Held):
+        rows = (start // 2, (stop + 1) // 2) if isinstance(x, Repeated) else (start, stop)
+        through = sum(_read(stand, *rows) for stand in x.inputs)
+    return through + prod((x.shape[0], stop - start, *x.shape[2:])) * x.dtype.size
 
 
-# What a step takes besides its input. On a CPU MLX dispatches about a hundred operations ahead and frees memory as
-# they end, so that all arrays that one convolution makes on its way are there at once.
+_WEIGHTS: dict[Callable[..., Any], int] = {
+    kernels.conv2d: 1,
+    kernels.repeat_conv2d: 1,
+    kernels.norm_silu_conv2d: 2,
+}
+"""Which argument of a convolution is the weight."""
 
 
-def _convolution(held: Convolution, shape: tuple[int, ...], strip: mx.array) -> int:
-    """Bytes of a convolution's own arrays, its result included."""
-    batch, _, width, channels = shape
-    _, kh, kw, _ = held.weight.shape
-    x = prod(shape) * strip.dtype.size
-    if not is_cpu():
-        return x + strip.nbytes
-    if kh == kw == 1:
-        return 2 * strip.nbytes
-    if channels > 256 or width < 12 or held.stride == 2:
-        return x + kh * kw * strip.shape[1] * strip.shape[2] * batch * channels * strip.dtype.size + 2 * strip.nbytes
-    return x + (kh * kw + 1) * strip.nbytes
+def _convolution(shape: Sequence[int], weight: mx.array, stride: int) -> int:
+    """Bytes of a convolution's own; on Metal and CUDA a copy of the padded image."""
+    return kernels.workspace_bytes(shape, weight.shape, stride) if is_cpu() else 4 * prod(shape)
 
 
-def _whole(held: Whole, strip: mx.array) -> int:
-    """Bytes that attention takes: norm, queries, keys, values, scores of all pixels with all, twice, and the sum."""
-    pixels = strip.shape[1] * strip.shape[2]
-    return 8 * strip.nbytes + 2 * strip.shape[0] * pixels**2 * 4
+def _attention(shape: Sequence[int]) -> int:
+    """Norm, queries, keys, values, the sum and its projection; and scores, scaled, as weights, and on their way."""
+    batch, height, width, _ = shape
+    pixels = height * width
+    return 4 * (6 * prod(shape) + 3 * min(batch * pixels**2, kernels.SCORES_AT_ONCE))

@@ -104,31 +104,33 @@ class Stand:
             return Repeated(self)
         if function is average_pixels:
             return Averaged(self)
+        if function in kernels.FUSED:
+            return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]  # step by step
         return _applied(self.job, function, arguments, named)
 
     def astype(self, dtype: mx.Dtype) -> Stand:
-        return self if dtype == self.dtype else _applied(self.job, _astype, (self, dtype), {})
+        return self if dtype == self.dtype else self.__mlx_function__(_astype, (self, dtype), {})
 
     def __getitem__(self, index: Any) -> Stand:
         dots, channels = index
         if dots is not Ellipsis or channels.step is not None:
             raise TypeError(f"an image in strips gives a range of its channels, x[..., start:stop], not x[{index}]")
-        return _applied(self.job, _channels, (self, channels.start, channels.stop), {})
+        return self.__mlx_function__(_channels, (self, channels.start, channels.stop), {})
 
     def __add__(self, other: Any) -> Stand:
-        return _applied(self.job, _add, (self, other), {})
+        return self.__mlx_function__(_add, (self, other), {})
 
     def __sub__(self, other: Any) -> Stand:
-        return _applied(self.job, _subtract, (self, other), {})
+        return self.__mlx_function__(_subtract, (self, other), {})
 
     def __rsub__(self, other: Any) -> Stand:
-        return _applied(self.job, _subtract, (other, self), {})
+        return self.__mlx_function__(_subtract, (other, self), {})
 
     def __mul__(self, other: Any) -> Stand:
-        return _applied(self.job, _multiply, (self, other), {})
+        return self.__mlx_function__(_multiply, (self, other), {})
 
     def __truediv__(self, other: Any) -> Stand:
-        return _applied(self.job, _divide, (self, other), {})
+        return self.__mlx_function__(_divide, (self, other), {})
 
     __radd__, __rmul__ = __add__, __mul__
 

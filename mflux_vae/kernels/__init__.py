@@ -9,9 +9,17 @@ more than its own rounding.
 `fusion`       a formula as one pass over memory, with the machine's widest vectors
 """
 
-from mflux_vae.kernels.attention import attention, softmax
+from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
 from mflux_vae.kernels.bands import deferred
-from mflux_vae.kernels.convolution import Padding, conv2d, norm_silu_conv2d, repeat_conv2d, repeat_pixels
+from mflux_vae.kernels.convolution import (
+    FUSED,
+    Padding,
+    conv2d,
+    norm_silu_conv2d,
+    repeat_conv2d,
+    repeat_pixels,
+    workspace_bytes,
+)
 from mflux_vae.kernels.normalization import (
     group_norm,
     group_norm_apply,
@@ -22,6 +30,8 @@ from mflux_vae.kernels.normalization import (
 from mflux_vae.kernels.pointwise import gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu, tanh
 
 __all__ = [
+    "FUSED",
+    "SCORES_AT_ONCE",
     "Padding",
     "attention",
     "conv2d",
@@ -42,4 +52,5 @@ __all__ = [
     "silu",
     "softmax",
     "tanh",
+    "workspace_bytes",
 ]

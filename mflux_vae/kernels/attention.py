@@ -1,19 +1,49 @@
-"""Softmax and scaled dot-product attention."""
+"""Softmax and scaled dot-product attention.
+
+MLX's CPU computes softmax's exponentials one at a time, and attention would hold the scores of all queries with all
+keys. Where results are computed at once (see `bands`), attention takes a few heads or queries after the other, and
+divides its result by the sums instead of all the scores.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from mflux_vae import runtime
+from mflux_vae.kernels.bands import computes_now, filled
+from mflux_vae.kernels.fusion import fused
 
-_SCORES_AT_ONCE = 1 << 23
+_BAND_SCORES = 1 << 20
+_SMALLEST = 1 << 15
+"""Fewer scores are not worth a band."""
+SCORES_AT_ONCE = 1 << 23
 _FUSED_MAX_WIDTH = 128
 """MLX's attention on Metal and CUDA makes no scores up to this width of a head."""
 
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
     """Softmax, summed in float32 whatever the dtype."""
+    if x.size >= _SMALLEST and computes_now(x):
+        wide = x.astype(mx.float32)
+        powers = exp(wide - mx.max(wide, axis=axis, keepdims=True))
+        return (powers / mx.sum(powers, axis=axis, keepdims=True)).astype(x.dtype)
     return mx.softmax(x, axis=axis, precise=True)
+
+
+@fused
+def exp(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0, to 1e-7 of 1: Pade's 3/3 approximation at x / 8, to the eighth power; no less than 1e-21."""
+    x = mx.where(x < -36.0, -36.0, x)
+    square = x * x
+    even, odd = 120 + (12 / 64) * square, x * (60 / 8 + square * (1 / 512))
+    root = (even + odd) / (even - odd)
+    root = root * root
+    root = root * root
+    return root * root
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None = None) -> mx.array:
@@ -27,15 +57,19 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
     Returns:
         (B, heads, N, d).
     """
-    queries = max(_SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]), 1)
-    materialised = runtime.is_cpu() or q.shape[3] > _FUSED_MAX_WIDTH
-    if queries >= q.shape[2] or not materialised:
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if scores >= _SMALLEST and computes_now(q, k, v, *([] if mask is None else [mask])):
+        dtype = q.dtype
+        q, k, v = (mx.contiguous(a.astype(mx.float32)) for a in (q, k, v))
+        return _in_bands(q, k, v, scale, mask).astype(dtype)
+    queries = max(SCORES_AT_ONCE // (scores // q.shape[2]), 1)
+    if runtime.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
         return _attention(q, k, v, scale, mask)
     parts = []
     for start in range(0, q.shape[2], queries):
         here = slice(start, start + queries)
-        part_of_mask = mask if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., here, :]
-        parts.append(_attention(q[:, :, here], k, v, scale, part_of_mask))
+        part = None if mask is None else _part(mask, (slice(None), slice(None), here))
+        parts.append(_attention(q[:, :, here], k, v, scale, part))
         try:
             mx.eval(parts[-1])
         except ValueError:  # inside a trace nothing can be computed yet, and parts would save nothing
@@ -48,3 +82,37 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arr
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     scores = (q * scale) @ k.swapaxes(-1, -2)
     return softmax(scores if mask is None else scores + mask) @ v
+
+
+def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    batch, heads, queries, _ = q.shape
+    per_head = queries * k.shape[2]
+    heads_at_once = max(1, min(heads, _BAND_SCORES // per_head))
+    at_once = queries if heads_at_once > 1 else max(1, min(queries, _BAND_SCORES // k.shape[2]))
+
+    def band(index: tuple[slice, slice, slice]) -> mx.array:
+        keys, values = k[index[:2]], v[index[:2]]
+        scores = (q[index] * scale) @ keys.swapaxes(-1, -2)
+        if mask is not None:
+            scores = scores + _part(mask, index)
+        powers = exp(scores - mx.max(scores, axis=-1, keepdims=True))
+        sums = powers @ mx.ones((k.shape[2], 1))
+        return (powers @ values) / sums
+
+    def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
+        for image in range(batch):
+            for head in range(0, heads, heads_at_once):
+                for query in range(0, queries, at_once):
+                    rows = slice(query, min(query + at_once, queries))
+                    index = slice(image, image + 1), slice(head, min(head + heads_at_once, heads)), rows
+                    yield index, partial(band, index)
+
+    y = mx.zeros((batch, heads, queries, v.shape[3]))
+    mx.eval(y)
+    return filled(y, bands())
+
+
+def _part(mask: mx.array, index: tuple[slice, slice, slice]) -> mx.array:
+    """What a mask says of some images, heads and queries; its axes of length 1 are for all."""
+    mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+    return mask[tuple(slice(None) if n == 1 else i for n, i in zip(mask.shape, index, strict=False))]

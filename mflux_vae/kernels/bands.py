@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mflux_vae import runtime
 
-_MAX_STREAMS = 8
+MAX_STREAMS = 8
 
 
 class _Local(threading.local):
@@ -78,6 +78,6 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
 def _streams() -> list[mx.Stream]:
     """One for each core, the default one first; this thread's."""
     if _local.streams is None:
-        more = min(runtime.cores(), _MAX_STREAMS) - 1
+        more = min(runtime.cores(), MAX_STREAMS) - 1
         _local.streams = [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(more))]
     return _local.streams

@@ -14,7 +14,7 @@ products of the same kinds: MLX's own input gradient of a stride-2 convolution c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mflux_vae import runtime
 from mflux_vae.kernels import winograd
-from mflux_vae.kernels.bands import computes_now, filled
+from mflux_vae.kernels.bands import MAX_STREAMS, computes_now, filled
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.pointwise import silu
@@ -40,6 +40,8 @@ _TAPS_LAST_SHARE = 4
 """Taps last where input channels are so many times the output channels."""
 _BAND_ELEMENTS = 1 << 21
 """Of the largest array that a band makes, so that it stays in the core's cache or near it."""
+_REMEMBERED_MAX_PIXELS = 256
+"""Transforming a weight takes 144 pixels' worth of products, remembering it four times its memory."""
 _BAND_TILES = (64, 256)
 """Winograd's tiles in a band: fewer make thin matrices, more do not make faster ones."""
 
@@ -88,6 +90,7 @@ def conv2d(
     return y if bias is None else y + bias
 
 
+@overridable
 def norm_silu_conv2d(
     x: mx.array,
     norm: tuple[int, mx.array, mx.array, float],
@@ -115,6 +118,7 @@ def norm_silu_conv2d(
     return _in_bands(rows, x.shape, weight, bias, 1, sides, residual)
 
 
+@overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
     """conv2d(repeat_pixels(x), weight, bias), without the four times larger image in memory."""
     if not _fuses(x, weight):
@@ -136,6 +140,10 @@ def repeat_pixels(x: mx.array) -> mx.array:
     batch, height, width, channels = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+FUSED = (norm_silu_conv2d, repeat_conv2d)
+"""Where a stand-in for an array is to be treated step by step, their `__wrapped__` does it."""
 
 
 def _fuses(x: Any, *others: mx.array | None) -> bool:
@@ -175,7 +183,8 @@ def _in_bands(
         across = -(-out_w // winograd.TILE)
         images, at_once = _share(batch, -(-out_h // winograd.TILE), tiles // across)
         at_once *= winograd.TILE
-        kernel = winograd.remembered(weight)
+        pixels = batch * out_h * out_w
+        kernel = (winograd.remembered if pixels <= _REMEMBERED_MAX_PIXELS else winograd.transformed)(weight)
     else:
         per_row = out_w * kh * kw * (out if form == "taps last" else channels)
         images, at_once = _share(batch, out_h, _BAND_ELEMENTS // per_row)
@@ -208,6 +217,29 @@ def _in_bands(
     y = mx.zeros((batch, out_h, out_w, out))
     mx.eval(y)
     return filled(y, bands())
+
+
+def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
+    """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
+
+    Every stream has a band, all of whose steps' results are there at once. The factors count them in pixels of a
+    channel. Winograd, for a tile of 16 pixels: of the input those with their margins, twice, and 36 places, twice; of
+    the output 36 places, and the pixels three times. Else the gathered windows, and half as much for what is around.
+
+    Args:
+        shape: of the argument, (B, H, W, C).
+        weight: (O, kh, kw, C).
+    """
+    batch, height, width, channels = shape
+    out, kh, kw, _ = weight
+    streams = min(runtime.cores(), MAX_STREAMS)
+    form = _form((kh, kw), stride, channels, out)
+    if form == "winograd":
+        tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
+        most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
+        return 4 * (min(streams * tiles, most) * (120 * channels + 84 * out) + 36 * channels * out)
+    gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
+    return 4 * min(streams * _BAND_ELEMENTS, gathered) * 3 // 2
 
 
 def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:
