@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import TRAINED, mlx_work, torch_device, torch_work
+from benchmarks.sides import mlx_work, torch_device, torch_work, training
 from benchmarks.weights import fill_mlx, fill_torch, noise, tensor
 
 RANK, RATE = 16, 1e-4
@@ -106,7 +106,7 @@ def ours() -> Work:
         told = step(0, [batch], RATE)
         return {name: told[name] for name in ("loss", "grad_norm")}
 
-    return mlx_work(run, warm_up=TRAINED)
+    return mlx_work(training(run))
 
 
 def diffusers(gpu: bool) -> Work:
@@ -145,7 +145,7 @@ def diffusers(gpu: bool) -> Work:
         optimizer.step()
         return {"loss": loss, "grad_norm": norm}
 
-    return torch_work(run, device, warm_up=TRAINED)
+    return torch_work(training(run), device)
 
 
 def _lora_a(path: str, width: int) -> np.ndarray:

@@ -9,9 +9,6 @@ import numpy as np
 
 from benchmarks.harness import Work
 
-TRAINED = 2
-"""Training steps before anything is compared or timed: the optimizer's state then exists, and has been used."""
-
 
 def torch_device(gpu: bool) -> str:
     """`cpu`, or what torch calls the GPU; TF32 is allowed there, as MLX uses it.
@@ -31,15 +28,13 @@ def torch_device(gpu: bool) -> str:
     raise RuntimeError("MLX computes on a GPU that this torch does not know; install the torch that does")
 
 
-def torch_work(run: Callable[[], Mapping[str, Any]], device: str, *, warm_up: int = 0) -> Work:
+def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
     """A repetition ends when its outputs are numpy arrays on the host; the peak is CUDA's own on CUDA."""
     import torch
 
     def finished() -> dict[str, np.ndarray]:
         return {name: np.asarray(to_numpy(value)) for name, value in run().items()}
 
-    for _ in range(warm_up):
-        finished()
     if device != "cuda":
         return Work(run=finished)
     return Work(run=finished, peak=torch.cuda.max_memory_allocated, reset=torch.cuda.reset_peak_memory_stats)
@@ -50,7 +45,7 @@ def to_numpy(value: Any) -> Any:
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
 
 
-def mlx_work(run: Callable[[], Mapping[str, Any]], *, warm_up: int = 0) -> Work:
+def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
     """A repetition ends when its outputs are numpy arrays; the peak is MLX's own on a GPU."""
     import mlx.core as mx
 
@@ -60,8 +55,6 @@ def mlx_work(run: Callable[[], Mapping[str, Any]], *, warm_up: int = 0) -> Work:
         arrays = {k: v.astype(mx.float32) if isinstance(v, mx.array) else v for k, v in outputs.items()}
         return {name: np.array(array) for name, array in arrays.items()}
 
-    for _ in range(warm_up):
-        finished()
     if mx.default_device().type == mx.DeviceType.cpu:
         return Work(run=finished)
     return Work(run=finished, peak=mx.get_peak_memory, reset=mx.reset_peak_memory)
@@ -70,3 +63,14 @@ def mlx_work(run: Callable[[], Mapping[str, Any]], *, warm_up: int = 0) -> Work:
 def nhwc(tensor: Any) -> Any:
     """(B, C, H, W) -> (B, H, W, C), a view."""
     return tensor.permute(0, 2, 3, 1)
+
+
+def training(step: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+    """A training step after two others, so that the optimizer's state exists and has been used.
+
+    Compared are the first step's loss and norm of the gradients, and later losses; later norms would not do, as
+    Adam's first updates make a whole step of every rounding.
+    """
+    first = {f"first {name}": to_numpy(value) for name, value in step().items()}
+    step()
+    return lambda: {**first, "loss": step()["loss"]}

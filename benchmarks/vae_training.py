@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import TRAINED, mlx_work, torch_device, torch_work
+from benchmarks.sides import mlx_work, torch_device, torch_work, training
 from benchmarks.vae_speed import LAYOUTS, OURS, TORCH
 from benchmarks.weights import fill_mlx, fill_torch, noise
 
@@ -95,7 +95,7 @@ def ours(case: str) -> Work:
         told = step(0, [batch], RATE)
         return {name: told[name] for name in ("loss", "grad_norm")}
 
-    return mlx_work(run, warm_up=TRAINED)
+    return mlx_work(training(run))
 
 
 def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
@@ -131,7 +131,7 @@ def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
         optimizer.step()
         return {"loss": loss, "grad_norm": norm}
 
-    return torch_work(run, device, warm_up=TRAINED)
+    return torch_work(training(run), device)
 
 
 if __name__ == "__main__":
