@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,20 +105,29 @@ _BLAS_THREADS = (
 )
 
 
+_telling = threading.Lock()
+_told: list[int] = []
+"""What was before, once for each caller that is within `one_blas_thread`."""
+
+
 @contextmanager
-def blas_threads(count: int | None) -> Iterator[None]:
-    """Let a matrix product use so many threads, where the BLAS that was opened here can be told; None: no change."""
-    library = ctypes.CDLL(blas) if blas is not None and count is not None else None
-    for get, set_ in _BLAS_THREADS:
-        if library is not None and hasattr(library, get):
-            before = getattr(library, get)()
-            getattr(library, set_)(count)
-            try:
-                yield
-            finally:
-                getattr(library, set_)(before)
-            return
-    yield
+def one_blas_thread() -> Iterator[None]:
+    """Let a matrix product use one thread, where the BLAS that was opened here can be told; callers have their own."""
+    library = ctypes.CDLL(blas) if blas is not None else None
+    get, tell = next((names for names in _BLAS_THREADS if hasattr(library, names[0])), (None, None))
+    if get is None or tell is None:
+        yield
+        return
+    with _telling:
+        _told.append(_told[0] if _told else getattr(library, get)())
+        getattr(library, tell)(1)
+    try:
+        yield
+    finally:
+        with _telling:
+            before = _told.pop()
+            if not _told:
+                getattr(library, tell)(before)
 
 
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:

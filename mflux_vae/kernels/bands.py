@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -66,7 +66,7 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
     """
     streams = _streams()
     remaining = iter(bands)
-    with runtime.blas_threads(1 if len(streams) > 1 else None):
+    with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():
         while together := list(islice(remaining, len(streams))):
             for stream, (index, band) in zip(streams, together, strict=False):
                 with mx.stream(stream):

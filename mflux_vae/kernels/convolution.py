@@ -222,9 +222,9 @@ def _in_bands(
 def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
     """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
 
-    Every stream has a band, all of whose steps' results are there at once. The factors count them in pixels of a
-    channel. Winograd, for a tile of 16 pixels: of the input those with their margins, twice, and 36 places, twice; of
-    the output 36 places, and the pixels three times. Else the gathered windows, and half as much for what is around.
+    Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
+    input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
+    nearly twice; and the transformed weights, twice. Else the gathered windows, and the rows they come from, twice.
 
     Args:
         shape: of the argument, (B, H, W, C).
@@ -237,9 +237,9 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
         most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
-        return 4 * (min(streams * tiles, most) * (120 * channels + 84 * out) + 36 * channels * out)
+        return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + 72 * channels * out)
     gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
-    return 4 * min(streams * _BAND_ELEMENTS, gathered) * 3 // 2
+    return round(4 * min(streams * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
 
 
 def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:

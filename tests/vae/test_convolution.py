@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mflux_vae import kernels, runtime
+from mflux_vae.kernels import convolution, winograd
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -117,3 +119,82 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, ...], stride: int) -> No
 def test_an_image_as_large_as_the_kernel_gives_one_pixel() -> None:
     x = mx.array(np.arange(9.0, dtype=np.float32).reshape(1, 3, 3, 1))
     assert kernels.conv2d(x, mx.ones((1, 3, 3, 1))).tolist() == [[[[36.0]]]]
+
+
+def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
+    keys = mx.random.split(mx.random.key(channels))
+    return channels // 4, mx.random.normal((channels,), key=keys[0]), mx.random.normal((channels,), key=keys[1]), 1e-6
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 19), st.sampled_from([4, 32, 36])),
+    out=st.sampled_from([1, 8, 32, 40]),
+    tiles=st.sampled_from([(1, 1), (3, 3), (64, 256)]),
+    elements=st.sampled_from([200, 5000, 1 << 21]),
+    bias=st.booleans(),
+)
+def test_bands_of_any_size(shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, bias: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "_BAND_TILES", tiles)
+        patch.setattr(convolution, "_BAND_ELEMENTS", elements)
+        compare(shape, out, (3, 3), 1, 1, bias)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(1, 12, 16, 32), (3, 7, 9, 32), (2, 16, 5, 8)])
+def test_what_goes_with_a_convolution_changes_nothing(shape: tuple[int, ...], residual: bool, traced: bool) -> None:
+    keys = mx.random.split(mx.random.key(5), 4)
+    out, channels, norm = 36, shape[-1], norm_of(shape[-1])
+    x, added = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])
+    weight, bias = mx.random.normal((out, 3, 3, channels), key=keys[2]), mx.random.normal((out,), key=keys[3])
+
+    def normed(x: mx.array) -> mx.array:
+        given = added if residual else None
+        return kernels.norm_silu_conv2d(x, norm, weight, bias, padding=1, residual=given)
+
+    def repeated(x: mx.array) -> mx.array:
+        return kernels.repeat_conv2d(x, weight, bias, padding=1)
+
+    y = reference(kernels.silu(kernels.group_norm(x, *norm)), weight, bias, 1, 1)
+    assert distance((mx.compile(normed) if traced else normed)(x), y + added if residual else y) <= FORWARD
+    twice = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+    y = reference(twice, weight, bias, 1, 1)
+    assert distance((mx.compile(repeated) if traced else repeated)(x), y) <= FORWARD
+    slope, theirs = (mx.grad(lambda x, f=f: mx.square(f(x)).sum())(x) for f in (repeated, lambda x: reference(
+        mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2), weight, bias, 1, 1)))  # fmt: skip
+    assert distance(slope, theirs) <= BACKWARD
+
+
+def test_changed_weights_are_noticed_and_old_ones_forgotten() -> None:
+    keys = mx.random.split(mx.random.key(6))
+    x, weight = mx.random.normal((1, 8, 8, 32), key=keys[0]), mx.random.normal((32, 3, 3, 32), key=keys[1])
+    known = len(winograd._remembered)
+
+    def agrees(weight: mx.array) -> bool:
+        return distance(kernels.conv2d(x, weight, padding=1), reference(x, weight, None, 1, 1)) <= FORWARD
+
+    assert agrees(weight) and agrees(weight) and len(winograd._remembered) == known + 1
+    weight[0] = 3.0  # the same object, other contents
+    assert agrees(weight)
+    weight += 1
+    assert agrees(weight) and len(winograd._remembered) == known + 1
+    del weight
+    assert len(winograd._remembered) == known
+
+
+def test_nothing_is_computed_while_deferred() -> None:
+    before = mx.get_active_memory()
+    with kernels.deferred():
+        y = kernels.conv2d(mx.zeros((1, 512, 512, 32)), mx.zeros((32, 3, 3, 32)), padding=1)
+    assert mx.get_active_memory() - before < 1 << 20 < y.nbytes
+
+
+def test_in_several_threads() -> None:
+    x, weight = mx.random.normal((2, 40, 40, 32)), mx.random.normal((32, 3, 3, 32))
+    mx.eval(x, weight)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: np.array(kernels.conv2d(x, weight, padding=1)), range(6)))
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])

@@ -182,6 +182,26 @@ def test_attention_and_its_gradients(masked: bool) -> None:
         close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("scores", [600, 3000, 1 << 20])
+@pytest.mark.parametrize("mask_shape", [None, (60,), (1, 1, 50, 60), (2, 1, 1, 60), (2, 3, 50, 60)])
+def test_attention_in_bands_of_heads_or_queries(
+    scores: int, mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mflux_vae.kernels.attention._SMALLEST", 1)
+    monkeypatch.setattr("mflux_vae.kernels.attention._BAND_SCORES", scores)
+    q, k, v = normal(2, 3, 50, 16), normal(2, 3, 60, 16, seed=1), normal(2, 3, 60, 8, seed=2)
+    mask = None if mask_shape is None else mx.where(normal(*mask_shape, seed=3) < 0, -mx.inf, 0.0)
+    scores_of_all = 0.3 * (q @ k.swapaxes(-1, -2))
+    formula = mx.softmax(scores_of_all if mask is None else scores_of_all + mask, axis=-1) @ v
+    close(kernels.attention(q, k, v, scale=0.3, mask=mask), formula, 3e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_softmax_of_large_arrays(axis: int) -> None:
+    x = 20 * normal(40, 30, 50)
+    close(kernels.softmax(x, axis=axis), mx.softmax(x, axis=axis), 2e-6)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_softmax_and_attention_in_half_precision(dtype: mx.Dtype) -> None:
     weights = kernels.softmax(normal(4, 3000).astype(dtype))
