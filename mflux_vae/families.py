@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
@@ -55,6 +56,9 @@ class Family:
         except (TypeError, ValueError, ArithmeticError) as error:
             reason = str(error).partition("\n")[0]
             raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
+        finally:
+            # else the draws of many networks that nobody computes pile up, deeper than MLX can follow
+            mx.eval(mx.random.state[0])
 
     def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
         """The key table for a network with these keys."""

@@ -138,7 +138,7 @@ def _shapes(opened: Opened) -> dict[str, tuple[int, ...]]:
 @cache
 def _preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
     preset = presets.PRESETS[name]
-    network = FAMILIES[preset.family].network(preset.config)  # arrays are lazy: nothing is computed
+    network = FAMILIES[preset.family].build(preset.config.to_dict())  # arrays are lazy: nothing is computed
     return {path: tensor.shape for path, tensor in dict(tree_flatten(network.parameters())).items()}
 
 
