@@ -237,7 +237,8 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
         most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
-        return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + 72 * channels * out)
+        weights = 0 if batch * height * width <= _REMEMBERED_MAX_PIXELS else 72 * channels * out
+        return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + weights)
     gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
     return round(4 * min(streams * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
 

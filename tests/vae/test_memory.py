@@ -1,0 +1,163 @@
+"""The estimate of a call's memory against what is measured; what there is; and the plan that follows from both."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mflux_vae import memory, tiling
+from mflux_vae.errors import SettingsError
+from mflux_vae.networks.autoencoder_kl import AutoencoderKL
+from mflux_vae.networks.plain import PlainAutoencoder
+from mflux_vae.networks.tiny import AutoencoderTiny
+from mflux_vae.tiling import Tiling
+from tests.vae.small import drawn, small_kl
+
+PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend", 64)}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+whats = pytest.mark.parametrize("what", ["encode", "decode"])
+
+
+def measured(network: nn.Module, what: str, batch: int, height: int, width: int, plan: Tiling | None) -> int:
+    """The second call's peak."""
+    shape = (batch, height, width, 3) if what == "encode" else (batch, height // 8, width // 8, 4)
+    x = mx.random.normal(shape, key=mx.random.key(0))
+    mx.eval(x, network.parameters())
+    for _ in range(2):
+        gc.collect()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        result = getattr(tiling, what)(network, x, plan)
+        mx.eval(result if what == "decode" else [result.mean, result.logvar])
+        del result
+    return mx.get_peak_memory() - before
+
+
+built: dict[str, nn.Module] = {}
+
+
+def network_of(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    if name not in built:
+        built[name] = build()
+    return built[name]
+
+
+@plans
+@whats
+def test_the_estimate_is_within_20_percent(what: str, plan: Tiling | None) -> None:
+    network = network_of("small", lambda: small_kl(block_out_channels=(16, 32, 32, 32)))
+    estimate = memory.peak_bytes(network, what, 2, 128, 96, plan)
+    assert estimate == pytest.approx(measured(network, what, 2, 128, 96, plan), rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(1, 256, 256), (2, 128, 192), (1, 512, 384)], ids=str)
+@pytest.mark.parametrize("build", [AutoencoderKL, AutoencoderTiny, PlainAutoencoder])
+@plans
+@whats
+def test_the_estimate_at_full_size(
+    what: str, plan: Tiling | None, build: Callable[[], nn.Module], size: tuple[int, int, int]
+) -> None:
+    network = network_of(build.__name__, lambda: drawn(build()))
+    estimate, taken = memory.peak_bytes(network, what, *size, plan), measured(network, what, *size, plan)
+    print(f"{build.__name__} {what} {size} {plan}: {estimate / 1e6:.0f} MB estimated, {taken / 1e6:.0f} MB measured")
+    assert estimate == pytest.approx(taken, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@whats
+def test_exact_tiling_of_a_large_image(what: str) -> None:
+    network = network_of("AutoencoderKL", lambda: drawn(AutoencoderKL()))
+    shape = (1, 768, 1024, 3) if what == "encode" else (1, 96, 128, 4)
+    x = mx.random.uniform(-1, 1, shape, key=mx.random.key(0))
+    results, peaks = [], []
+    for plan in (None, Tiling("exact", 512)):
+        mx.eval(x, network.parameters())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        result = getattr(tiling, what)(network, x, plan)
+        results.append(result if what == "decode" else result.mean)
+        mx.eval(results)
+        peaks.append(mx.get_peak_memory() - before)
+        del result
+    difference = mx.abs(results[0] - results[1]).max().item()
+    print(f"{what}: difference {difference:.1e}, peak {peaks[1] / 1e6:.0f} of {peaks[0] / 1e6:.0f} MB")
+    assert difference <= 2 / 255
+    assert peaks[1] <= 0.4 * peaks[0]
+
+
+def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
+    network = AutoencoderKL()
+    for what in ("encode", "decode"):
+        sizes = [memory.peak_bytes(network, what, 1, side, side) for side in (256, 512, 1024)]
+        assert 3 < sizes[1] / sizes[0] < 4.5
+        assert 3.5 < sizes[2] / sizes[1] < 4.5
+        whole, exact = (memory.peak_bytes(network, what, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512)))
+        assert exact < 0.4 * whole
+
+
+def test_a_plan_is_made_only_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = AutoencoderKL()
+
+    def planned(available: float) -> Tiling | None:
+        monkeypatch.setattr(memory, "limit", lambda: int(available))
+        return memory.plan(network, "decode", 1, 256, 384)
+
+    whole = memory.peak_bytes(network, "decode", 1, 256, 384)
+    exact = memory.peak_bytes(network, "decode", 1, 256, 384, Tiling("exact", 512))
+    with caplog.at_level(logging.INFO, "mflux_vae"):
+        assert planned(whole) is None
+        assert not caplog.records
+        assert planned(whole - 1) == Tiling("exact", 512)
+        assert "exact" in caplog.text
+    smaller = planned(exact - 1)
+    assert smaller is not None
+    assert smaller.mode == "exact"
+    assert smaller.tile < 512
+    last = planned(0)
+    assert last is not None
+    assert last.mode == "blend"
+
+
+@pytest.mark.parametrize(
+    ("asked", "plan"),
+    [
+        (False, None),
+        (True, Tiling("exact")),
+        ("exact", Tiling("exact")),
+        ("blend", Tiling("blend")),
+        (Tiling("blend", 64), Tiling("blend", 64)),
+    ],
+)
+def test_what_is_asked_for_is_done(asked: memory.Asked, plan: Tiling | None) -> None:
+    assert memory.plan(small_kl(), "encode", 1, 8, 8, asked) == plan
+
+
+def test_another_tiling_is_refused() -> None:
+    with pytest.raises(SettingsError, match="'tiles'"):
+        memory.plan(small_kl(), "encode", 1, 8, 8, "tiles")  # type: ignore[arg-type]
+
+
+def test_there_is_memory() -> None:
+    assert 1 << 26 < memory.limit() < 1 << 50
+
+
+def test_a_containers_limit(tmp_path: Path) -> None:
+    assert memory._granted(tmp_path) == 1 << 62
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    assert memory._granted(tmp_path) == 1 << 62
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._granted(tmp_path) == 500
