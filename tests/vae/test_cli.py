@@ -235,10 +235,12 @@ def program(*arguments: object) -> list[str]:
 
 def test_help_is_answered_at_once_and_loads_nothing_heavy() -> None:
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = os.times()
         done = subprocess.run(program("--help"), capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        # of the processor: on a busy machine a clock tells about others
+        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
         assert done.returncode == 0 and "reconstruct" in done.stdout, done.stderr
     assert min(seconds) < 0.5, seconds
     code = "import sys; from mflux_vae.cli import main; main(['encode', '--help'])"
