@@ -24,6 +24,7 @@ from mflux_vae import runtime
 from mflux_vae.kernels import winograd
 from mflux_vae.kernels.bands import MAX_STREAMS, computes_now, filled
 from mflux_vae.kernels.fusion import fused
+from mflux_vae.kernels.gathering import windows
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.pointwise import silu
 from mflux_vae.overriding import overridable
@@ -180,8 +181,7 @@ def _in_bands(
     form = _form((kh, kw), stride, channels, out)
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
-        across = -(-out_w // winograd.TILE)
-        images, at_once = _share(batch, -(-out_h // winograd.TILE), tiles // across)
+        images, at_once = _share(batch, _tiles(out_h), tiles // _tiles(out_w))
         at_once *= winograd.TILE
         pixels = batch * out_h * out_w
         kernel = (winograd.remembered if pixels <= _REMEMBERED_MAX_PIXELS else winograd.transformed)(weight)
@@ -192,18 +192,14 @@ def _in_bands(
     def band(these: slice, start: int, stop: int) -> mx.array:
         """Rows start to stop of the result."""
         first, end = start * stride - top, (stop - 1) * stride + kh - top
-        beyond = right
-        if form == "winograd":  # whole tiles; what is too much is cut
-            end = first + _whole(stop - start) + 2
-            beyond = _whole(out_w) + 2 - width - left
-        x = rows(these, max(first, 0), min(end, height))
-        x = _padded(x, ((max(-first, 0), max(end - height, 0)), (left, max(beyond, 0))))
+        x = rows(these, max(first, 0), max(min(end, height), 0))
         if form == "winograd":
-            y = winograd.convolve(x[:, :, : _whole(out_w) + 2], kernel)
-            y = (mx.contiguous(y) if bias is None else _plus(y, bias)).reshape(y.shape[0], end - first - 2, -1, out)
-            y = y[:, : stop - start, :out_w]
+            count = _tiles(stop - start), _tiles(out_w)
+            y = winograd.convolve(x, kernel, count, (max(-first, 0), left))
+            y = mx.contiguous(y) if bias is None else _plus(y, bias)
+            y = _uncut(y)[:, : stop - start, :out_w]
         else:
-            y = _valid(x, weight, stride)
+            y = _piece(x, weight, stride, ((max(-first, 0), max(end - height, 0)), (left, right)))
             y = y if bias is None else _plus(y, bias)
         return y if residual is None else _plus(residual[these, start:stop], y)
 
@@ -224,7 +220,7 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
 
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
     input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
-    nearly twice; and the transformed weights, twice. Else the gathered windows, and the rows they come from, twice.
+    nearly twice; and the weights, reordered and transformed. Else the gathered windows, and twice the rows they are of.
 
     Args:
         shape: of the argument, (B, H, W, C).
@@ -237,7 +233,7 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
         most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
-        weights = 0 if batch * height * width <= _REMEMBERED_MAX_PIXELS else 72 * channels * out
+        weights = 0 if batch * height * width <= _REMEMBERED_MAX_PIXELS else 45 * channels * out
         return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + weights)
     gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
     return round(4 * min(streams * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
@@ -251,9 +247,15 @@ def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:
     return 1, -(-rows // pieces)
 
 
-def _whole(length: int) -> int:
-    """Up to whole tiles."""
-    return -(-length // winograd.TILE) * winograd.TILE
+def _tiles(length: int) -> int:
+    """How many of Winograd's tiles cover a length."""
+    return -(-length // winograd.TILE)
+
+
+def _uncut(y: mx.array) -> mx.array:
+    """Tiles (B, h, 4, w, 4, O) -> (B, 4 h, 4 w, O)."""
+    batch, down, tall, across, wide, out = y.shape
+    return y.reshape(batch, down * tall, across * wide, out)
 
 
 @fused
@@ -279,38 +281,29 @@ def _padded(x: mx.array, sides: Sides) -> mx.array:
     return mx.pad(x, [(0, 0), *sides, (0, 0)]) if any(map(any, sides)) else x
 
 
-def _valid(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
-    """Convolution without padding, in one piece."""
+def _piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0), (0, 0))) -> mx.array:
+    """Convolution in one piece."""
     batch, height, width, channels = x.shape
     out, kh, kw, _ = weight.shape
-    out_h, out_w = (height - kh) // stride + 1, (width - kw) // stride + 1
+    (top, bottom), (left, right) = sides
+    out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
     if kh == kw == stride == 1:
-        return x @ weight.reshape(out, channels).T
+        return _padded(x, sides) @ weight.reshape(out, channels).T
     form = _form((kh, kw), stride, channels, out)
     if form == "winograd":
-        x = _padded(x, ((0, _whole(out_h) - out_h), (0, _whole(out_w) - out_w)))
-        y = winograd.convolve(x, winograd.transformed(weight))
-        return y.reshape(batch, _whole(out_h), _whole(out_w), out)[:, :out_h, :out_w]
+        y = winograd.convolve(x, winograd.transformed(weight), (_tiles(out_h), _tiles(out_w)), (top, left))
+        return _uncut(y)[:, :out_h, :out_w]
     if form == "taps last":
         # (B, H, W, taps * O), of which each tap's is read where the tap points
-        each = x @ weight.transpose(3, 1, 2, 0).reshape(channels, -1)
+        each = _padded(x @ weight.transpose(3, 1, 2, 0).reshape(channels, -1), sides)
         taps = [
             each[:, i : i + out_h, j : j + out_w, (i * kw + j) * out : (i * kw + j + 1) * out]
             for i in range(kh)
             for j in range(kw)
         ]
         return sum(taps[1:], taps[0])
-    patches = _patches(x, kh, kw, stride)
+    patches = windows(x, (kh, kw), stride, (out_h, out_w), (top, left))
     return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
-
-
-def _patches(x: mx.array, kh: int, kw: int, stride: int = 1) -> mx.array:
-    """(B, H, W, C) -> (B * out_h * out_w, kh * kw * C): every window, one row each."""
-    batch, height, width, channels = x.shape
-    shape = (batch, (height - kh) // stride + 1, (width - kw) // stride + 1, kh, kw * channels)
-    row = width * channels
-    strides = (height * row, stride * row, stride * channels, row, 1)
-    return mx.as_strided(mx.contiguous(x), shape, strides).reshape(-1, kh * kw * channels)
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -330,8 +323,8 @@ def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
 
 @_custom_function
 def _conv_valid(x: mx.array, weight: mx.array) -> mx.array:
-    """`_valid` with stride 1, and with gradients."""
-    return _valid(x, weight)
+    """Convolution without padding, stride 1, with gradients."""
+    return _piece(x, weight)
 
 
 @_conv_valid.vjp
@@ -341,5 +334,5 @@ def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y:
     out, kh, kw, _ = weight.shape
     margin = _padded(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
     grad_x = _conv_valid(margin, weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
-    grad_w = cotangent.reshape(-1, out).T @ _patches(x, kh, kw)
+    grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, cotangent.shape[1:3])
     return grad_x, grad_w.reshape(weight.shape)
