@@ -6,6 +6,7 @@ NHWC. Every function answers in the dtype of its (first) argument; half precisio
 more than its own rounding.
 
 `bands`        an output filled in place, band by band, on every core
+`gathering`    windows of an image
 `fusion`       a formula as one pass over memory, with the machine's widest vectors
 """
 

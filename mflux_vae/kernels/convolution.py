@@ -84,7 +84,7 @@ def conv2d(
     if x.dtype != mx.float32:  # products of halves are thirty times slower
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
         return y if bias is None else y + bias
-    if computes_now(x, weight):
+    if weight.shape[1:3] != (1, 1) and computes_now(x, weight):
         return _in_bands(_rows_of(x), x.shape, weight, bias, stride, sides)
     x = _padded(x, sides)
     y = _conv_valid(*(_space_to_depth(x, weight) if stride == 2 else (x, weight)))
@@ -334,5 +334,5 @@ def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y:
     out, kh, kw, _ = weight.shape
     margin = _padded(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
     grad_x = _conv_valid(margin, weight[:, ::-1, ::-1].transpose(3, 1, 2, 0))
-    grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, cotangent.shape[1:3])
+    grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, (cotangent.shape[1], cotangent.shape[2]))
     return grad_x, grad_w.reshape(weight.shape)

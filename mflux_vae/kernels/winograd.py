@@ -13,6 +13,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae.kernels.gathering import windows
+
 TILE = 4
 _WINDOW = TILE + 2
 
@@ -33,9 +35,9 @@ def _matrices() -> tuple[mx.array, mx.array, mx.array]:
 
 
 def transformed(weight: mx.array) -> mx.array:
-    """(O, 3, 3, C) -> (36, C, O): the weights at each of the 36 places."""
+    """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places."""
     out, _, _, channels = weight.shape
-    return (_matrices()[1] @ weight.transpose(1, 2, 3, 0).reshape(9, -1)).reshape(-1, channels, out)
+    return (_matrices()[1] @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)
 
 
 _remembered: dict[int, tuple[weakref.ref[mx.array], mx.array, mx.array]] = {}
@@ -62,24 +64,21 @@ def _address(x: mx.array) -> int:
     return np.asarray(x).ctypes.data
 
 
-def convolve(x: mx.array, weight: mx.array) -> mx.array:
-    """Convolution without padding of whole tiles.
+def convolve(x: mx.array, weight: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:
+    """Convolution in whole tiles.
 
     Args:
-        x: (B, 4 h + 2, 4 w + 2, C).
-        weight: `transformed`, (36, C, O).
+        x: (B, H, W, C).
+        weight: `transformed`, (36, O, C).
+        count: of tiles, down (h) and across (w).
+        origin: zeros above and to the left of the image; there are as many below and to the right as it takes.
 
     Returns:
         (B, h, 4, w, 4, O), a view; (B, 4 h, 4 w, O) once it is copied.
     """
-    batch, height, width, channels = x.shape
-    down, across, out = (height - 2) // TILE, (width - 2) // TILE, weight.shape[2]
+    out, channels = weight.shape[1:]
     pixels, _, results = _matrices()
-    row = width * channels
-    strides = (row, channels, height * row, TILE * row, TILE * channels, 1)
-    # every pixel of every tile, by its place in the tile: (36, tiles * C)
-    tiles = mx.as_strided(mx.contiguous(x), (_WINDOW, _WINDOW, batch, down, across, channels), strides)
-    tiles = pixels @ tiles.reshape(_WINDOW * _WINDOW, -1)
-    products = tiles.reshape(_WINDOW * _WINDOW, -1, channels) @ weight
+    tiles = pixels @ windows(x, (_WINDOW, _WINDOW), TILE, count, origin, by_place=True)
+    products = tiles.reshape(_WINDOW * _WINDOW, -1, channels) @ weight.swapaxes(1, 2)
     y = results @ products.reshape(_WINDOW * _WINDOW, -1)
-    return y.reshape(TILE, TILE, batch, down, across, out).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(TILE, TILE, x.shape[0], *count, out).transpose(2, 3, 0, 4, 1, 5)

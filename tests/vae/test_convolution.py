@@ -188,7 +188,7 @@ def test_nothing_is_computed_while_deferred() -> None:
     before = mx.get_active_memory()
     with kernels.deferred():
         y = kernels.conv2d(mx.zeros((1, 512, 512, 32)), mx.zeros((32, 3, 3, 32)), padding=1)
-    assert mx.get_active_memory() - before < 1 << 20 < y.nbytes
+    assert mx.get_active_memory() - before < 8 << 20 < y.nbytes
 
 
 def test_in_several_threads() -> None:
