@@ -58,7 +58,7 @@ class Family:
             raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
         finally:
             # else the draws of many networks that nobody computes pile up, deeper than MLX can follow
-            mx.eval(mx.random.state[0])
+            mx.eval(mx.random.state)
 
     def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
         """The key table for a network with these keys."""

@@ -87,8 +87,7 @@ def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[
     for start in range(0, settings.scenes, _ENCODED_AT_ONCE):
         stop = min(start + _ENCODED_AT_ONCE, settings.scenes)
         examples = [
-            training_example(settings.seed, index, recipe.SIZE, settings.caption_shares)
-            for index in range(start, stop)
+            training_example(settings.seed, index, recipe.SIZE, settings.caption_shares) for index in range(start, stop)
         ]
         latents.append(_encode(vae, np.stack([picture for picture, _, _ in examples])))
         captions += [caption for _, caption, _ in examples]
