@@ -45,13 +45,13 @@ TRANSFORMER = FluxTransformerConfig(
 RECOMMENDED = Recommended(
     resolution=SIZE,
     size_multiple=16,
-    learning_rate=4e-3,
+    learning_rate=3e-3,
     learning_rate_full=1e-4,
-    guidance=2.5,
+    guidance=1.5,
     steps=14,
-    rank=32,
+    rank=16,
     caption_dropout=0.1,
-    prior_loss_weight=0.5,
+    prior_loss_weight=0.3,
 )
 
 
