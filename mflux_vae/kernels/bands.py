@@ -20,6 +20,7 @@ import mlx.core as mx
 from mflux_vae import runtime
 
 MAX_STREAMS = 8
+_KEPT_FOR_REUSE = 64 << 20
 
 
 class _Local(threading.local):
@@ -64,6 +65,8 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
         bands: (index into y, what to put there); the functions are called one after the other, their results
             computed side by side.
     """
+    if mx.get_cache_memory() > 3 * y.nbytes + _KEPT_FOR_REUSE:
+        mx.clear_cache()  # MLX gives a buffer only to what is as large: those of other layers would just lie there
     streams = _streams()
     remaining = iter(bands)
     with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():

@@ -1,10 +1,11 @@
 """Two-dimensional convolution.
 
-On a CPU one of four forms is chosen by shape (`_form`; `python -m benchmarks.convolutions` measures the choice):
+On a CPU one of five forms is chosen by shape (`_form`; `python -m benchmarks.convolutions` measures the choice):
 
 - *Winograd* (3x3, stride 1, enough channels): a quarter of the products, see `winograd`;
 - *taps last* (few output channels): one product of all pixels with all taps' weights, whose few results are then
   shifted and added;
+- *shifts* (stride 1, few channels, wide images): a product per tap, of the flattened image from where the tap points;
 - *patches* (all others): windows gathered into rows, one product;
 - 1x1: a product as it is.
 
@@ -37,6 +38,9 @@ Rows: TypeAlias = Callable[[slice, int, int], mx.array]
 """(images, start, stop) -> those images' rows start to stop of what is convolved, (b, stop - start, W, C)."""
 
 _WINOGRAD_MIN_CHANNELS = 32
+_SHIFTS_MIN_CHANNELS = 8
+_SHIFTS_MIN_WIDTH = 12
+"""Where rows are shorter, too much of what is multiplied runs over their ends."""
 _TAPS_LAST_SHARE = 4
 """Taps last where input channels are so many times the output channels."""
 _BAND_ELEMENTS = 1 << 21
@@ -155,13 +159,16 @@ def _fuses(x: Any, *others: mx.array | None) -> bool:
     return computes_now(*arrays)
 
 
-def _form(kernel: tuple[int, int], stride: int, channels: int, out: int) -> Literal["winograd", "taps last", "patches"]:
+Form: TypeAlias = Literal["winograd", "taps last", "shifts", "patches"]
+
+
+def _form(kernel: tuple[int, int], stride: int, channels: int, out: int) -> Form:
     """The fastest form of a shape, measured with MKL on two cores of an AVX-512 server."""
     if stride == 1 and out * _TAPS_LAST_SHARE <= channels and out <= 32:
         return "taps last"
     if kernel == (3, 3) and stride == 1 and min(channels, out) >= _WINOGRAD_MIN_CHANNELS:
         return "winograd"
-    return "patches"
+    return "shifts" if stride == 1 and _SHIFTS_MIN_CHANNELS <= channels < _WINOGRAD_MIN_CHANNELS else "patches"
 
 
 def _in_bands(
@@ -302,6 +309,18 @@ def _piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0
             for j in range(kw)
         ]
         return sum(taps[1:], taps[0])
+    if form == "shifts" and out_w >= _SHIFTS_MIN_WIDTH:
+        x = _padded(x, sides)
+        _, height, width, _ = x.shape
+        flat = x.reshape(-1, channels)
+        rows = flat.shape[0] - (kh - 1) * width - (kw - 1)
+        y = flat[:rows] @ weight[:, 0, 0].T
+        for tap in range(1, kh * kw):
+            i, j = divmod(tap, kw)
+            start = i * width + j
+            y = mx.addmm(y, flat[start : start + rows], weight[:, i, j].T)
+        # what runs over a row's end is never read
+        return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
     patches = windows(x, (kh, kw), stride, (out_h, out_w), (top, left))
     return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
 

@@ -1,7 +1,7 @@
 """Windows of an image, gathered pixel by pixel.
 
-A pixel's channels lie side by side, and `mx.take` moves them in one go: four times faster than a copy of overlapping
-strides. Pixels outside the image come from a row of zeros behind it, so that nothing is padded.
+A pixel's channels lie side by side, and `mx.take` moves them in one go: up to four times faster than a copy of
+overlapping strides. Pixels outside the image come from a row of zeros behind it, so that nothing is padded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
+
+_FEW_CHANNELS = 64
+"""With fewer, a copy of a window's rows is faster after all: its pixels lie side by side, too."""
 
 
 def windows(
@@ -35,6 +38,14 @@ def windows(
         (B * windows, pixels of a window * C); by place (pixels of a window, B * windows * C).
     """
     batch, height, width, channels = x.shape
+    inside = not any(origin) and all(
+        step * (n - 1) + k <= size for n, k, size in zip(count, window, x.shape[1:3], strict=False)
+    )
+    if inside and not by_place and channels < _FEW_CHANNELS:
+        row = width * channels
+        strides = (height * row, step * row, step * channels, row, 1)
+        shape = (batch, *count, window[0], window[1] * channels)
+        return mx.as_strided(mx.contiguous(x), shape, strides).reshape(-1, window[0] * shape[-1])
     flat = mx.concatenate([x.reshape(-1, channels), mx.zeros((1, channels), x.dtype)])
     pixels = mx.take(flat, _places((batch, height, width), window, step, count, origin, by_place), axis=0)
     size = window[0] * window[1]
