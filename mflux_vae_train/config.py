@@ -1,4 +1,7 @@
-"""Settings of a DreamBooth run. Each field is a command-line flag, a key of the YAML file, and a line of the help."""
+"""Settings of a DreamBooth run. Each field is a command-line flag, a key of the YAML file, and a line of the help.
+
+`flag`, `check_fields` and `kind_of` are what other dataclasses of settings are made with, too.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ def flag(
     *,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    aliases: tuple[str, ...] = (),
     **limits: Any,
 ) -> Any:
     """A field that is also a flag.
@@ -29,8 +33,10 @@ def flag(
         default: left out, the flag is required.
         choices: the allowed strings, where only some are.
         least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
+        aliases: other names of the flag and of the key.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, **limits})
+    metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +147,20 @@ def advice(settings: DreamBoothSettings) -> list[str]:
 
 
 def kind_of(hint: Any) -> tuple[type, bool]:
-    """(the type without None, whether None is allowed) of a field's type hint."""
+    """(the type without None, of a tuple that of its members, whether None is allowed) of a field's type hint."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kinds = [k for k in typing.get_args(hint) if k is not type(None)]
-        return kinds[0], True
-    return hint, False
+        return kind_of(kinds[0])[0], True
+    return (typing.get_args(hint)[0] if is_tuple(hint) else hint), False
+
+
+def is_tuple(hint: Any) -> bool:
+    """Whether a field takes any number of values, at least one."""
+    return typing.get_origin(hint) is tuple
 
 
 def check_fields(settings: Any) -> None:
-    """Check every field's type, choices and limits. Whole numbers become floats, paths become text.
+    """Check every field's type, choices and limits. Whole numbers become floats, paths become text, lists tuples.
 
     Raises:
         SettingsError: naming the flag, the value and what is allowed.
@@ -160,21 +171,29 @@ def check_fields(settings: Any) -> None:
         value: Any = getattr(settings, field.name)
         if value is None and optional:
             continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        elif kind is str and isinstance(value, os.PathLike):
-            value = os.fspath(value)
+        if is_tuple(hints[field.name]):
+            value = tuple(value) if isinstance(value, list | tuple) else (value,)
+            fits = bool(value) and all(_fits(field, kind, member) for member in value)
+        else:
+            if kind is float and type(value) is int:
+                value = float(value)
+            elif kind is str and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            fits = _fits(field, kind, value)
         object.__setattr__(settings, field.name, value)  # frozen for everyone else
-        choices = field.metadata.get("choices")
-        fits = type(value) is kind and (not choices or value in choices)
-        if fits and kind in (int, float):
-            fits = math.isfinite(value) and all(
-                holds(value, field.metadata[name])
-                for name, (_, holds) in LIMITS.items()
-                if field.metadata.get(name) is not None
-            )
         if not fits:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+
+
+def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
+    choices = field.metadata.get("choices")
+    if type(value) is not kind or (choices and value not in choices):
+        return False
+    limits = [(holds, field.metadata[name]) for name, (_, holds) in LIMITS.items() if name in field.metadata]
+    number: Any = value
+    return kind not in (int, float) or (
+        math.isfinite(number) and all(limit is None or holds(number, limit) for holds, limit in limits)
+    )
 
 
 LIMITS = {

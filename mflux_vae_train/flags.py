@@ -1,7 +1,7 @@
 """A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is named.
 
 Flags are spelled as the fields, ``--train_batch_size``, or with hyphens. A flag on the command line wins over
-``--config run.yaml``, which wins over the default.
+``--config run.yaml``, which wins over ``--preset name`` where there are presets, which wins over the default.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import kind_of
+from mflux_vae_train.config import is_tuple, kind_of
 
 T = TypeVar("T")
+
+Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""By name: values of fields that replace the defaults."""
 
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
 
@@ -36,26 +40,39 @@ def parser_from(cls: type, *, prog: str | None = None, description: str | None =
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    add_flags(parser, cls)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | None = None) -> None:
+    """Adds what `parser_from` has to any parser, and ``--preset`` where there are presets."""
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
+    if presets:
+        add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags win over it")
     hints = typing.get_type_hints(cls)
     for field in _fields(cls):
         kind, _ = kind_of(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
-        choices = field.metadata["choices"]
+        choices, aliases = field.metadata["choices"], field.metadata["aliases"]
         metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
-        for i, name in enumerate(_spellings(field.name)):
+        if aliases:
+            text += f" (also {', '.join(f'--{alias}' for alias in aliases)})"
+        names = [spelling for name in (field.name, *aliases) for spelling in _spellings(name)]
+        for i, name in enumerate(names):
             shown = argparse.SUPPRESS if i else text
             if kind is bool:
-                parser.add_argument(name, dest=field.name, action="store_true", help=shown)
+                add(name, dest=field.name, action="store_true", help=shown)
+            elif is_tuple(hints[field.name]):
+                add(name, dest=field.name, metavar=metavar, nargs="+", help=shown)
             else:
-                parser.add_argument(name, dest=field.name, metavar=metavar, help=shown)
+                add(name, dest=field.name, metavar=metavar, help=shown)
         if kind is bool:
             negative = f"no_{field.name}"
             for i, name in enumerate(_spellings(negative) if field.default is not False else []):
                 shown = argparse.SUPPRESS if i else f"the opposite of --{field.name}"
-                parser.add_argument(name, dest=field.name, action="store_false", help=shown)
-    return parser
+                add(name, dest=field.name, action="store_false", help=shown)
 
 
 def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_options: Any) -> T:
@@ -74,9 +91,20 @@ def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_opti
             hint = _hint(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
             raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
         raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
-    given = vars(namespace)
-    config = given.pop("config", None)
-    values = _read_yaml(cls, Path(config)) if config else {}
+    return settings_of(cls, vars(namespace))
+
+
+def settings_of(cls: type[T], given: Mapping[str, Any], presets: Presets | None = None) -> T:
+    """Settings from what a parser with `add_flags` found.
+
+    Raises:
+        SettingsError: as `settings_from`, and an unknown preset.
+    """
+    given = dict(given)
+    config, preset = given.pop("config", None), given.pop("preset", None)
+    below = _read_yaml(cls, Path(config), presets) if config else {}
+    preset = below.pop("preset", None) if preset is None else preset
+    values = {**_of_preset(preset, presets or {}), **below}
     values |= {name: _convert(cls, name, value) for name, value in given.items()}
     return _build(cls, values, "--")
 
@@ -98,7 +126,13 @@ def to_yaml(settings: Any) -> str:
     return text
 
 
-def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
+def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
+    if name is not None and name not in presets:
+        raise SettingsError(f"--preset is {name!r}; allowed are {', '.join(presets)}")
+    return {} if name is None else presets[name]
+
+
+def _read_yaml(cls: type, path: Path, presets: Presets | None = None) -> dict[str, Any]:
     import yaml
 
     try:
@@ -111,12 +145,16 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
-    known = {f.name for f in _fields(cls)}
+    known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if presets and name == "preset":
+            values[name] = value
+            continue
         if name not in known:
             raise SettingsError(f"{path}: unknown setting {key!r}{_hint(name, known)}")
+        name = known[name]
         # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
         values[name] = _convert(cls, name, value) if isinstance(value, str) else value
     return values
@@ -124,11 +162,19 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
 
 def _convert(cls: type, name: str, value: Any) -> Any:
     """Text -> the field's type; what is no text stays. The dataclass checks limits afterwards."""
-    kind, optional = kind_of(typing.get_type_hints(cls)[name])
+    hint = typing.get_type_hints(cls)[name]
+    kind, optional = kind_of(hint)
+    if is_tuple(hint):
+        members = value.replace(",", " ").split() if isinstance(value, str) else value
+        return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
         return value
     if optional and value.strip().lower() in ("none", "null"):
         return None
+    return _member(kind, name, value)
+
+
+def _member(kind: type, name: str, value: str) -> Any:
     try:
         return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):

@@ -16,12 +16,19 @@ SHAPES: dict[str, Callable[[float], float]] = {
 """Share of the peak rate when a share `done` in [0, 1] of the time after warm-up has passed."""
 
 
-def learning_rate(*, peak: float, total: int, warmup: int = 0, shape: str = "constant") -> Callable[[int], float]:
-    """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`.
+STAIRCASE = "staircase"
+"""A shape that does not depend on the length of the run."""
+
+
+def learning_rate(
+    *, peak: float, total: int, warmup: int = 0, shape: str = "constant", gamma: float = 1.0, stair: int = 1
+) -> Callable[[int], float]:
+    """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`; or a staircase.
 
     rate(u) = peak (u + 1) / (warmup + 1) for u < warmup: already the first update learns, rate(warmup) is the
     peak. rate(u) = peak SHAPES[shape]((u - warmup) / (total - warmup)) from there on; the last update is
-    total - 1.
+    total - 1. With the shape `STAIRCASE` it is peak gamma^floor(u / stair), as torch's ExponentialLR has it where a
+    stair is an epoch, and its StepLR where it is several.
 
     A warm-up as long as the whole run would never reach the peak: it is shortened to a tenth, with a warning
     in the log. One that takes more than half of the run gets a warning only.
@@ -32,11 +39,13 @@ def learning_rate(*, peak: float, total: int, warmup: int = 0, shape: str = "con
         warmup = shorter
     elif warmup > total / 2:
         logger.warning("warm-up takes %d of %d updates; less leaves more time at the full rate", warmup, total)
-    decay = SHAPES[shape]
+    decay = SHAPES["constant" if shape == STAIRCASE else shape]
 
     def rate(update: int) -> float:
         if update < warmup:
             return peak * (update + 1) / (warmup + 1)
+        if shape == STAIRCASE:
+            return peak * gamma ** (update // stair)
         return peak * decay(min(1.0, (update - warmup) / (total - warmup)))
 
     return rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings, kind_of
-from mflux_vae_train.flags import from_yaml, parser_from, settings_from, to_yaml
+from mflux_vae_train.config import DreamBoothSettings, check_fields, flag, kind_of
+from mflux_vae_train.flags import add_flags, from_yaml, parser_from, settings_from, settings_of, to_yaml
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
 FIELDS = {field.name: field for field in dataclasses.fields(DreamBoothSettings)}
@@ -136,3 +137,47 @@ def test_config_and_flags_import_neither_transformers_nor_numpy_nor_yaml() -> No
         "sys.exit(', '.join(sorted({'mlx.nn', 'numpy', 'transformers', 'yaml'} & new)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small:
+    """With what `DreamBoothSettings` does not have: several values, other names, presets."""
+
+    widths: tuple[int, ...] = flag("widths", (1, 2), least=1)
+    rate: float = flag("rate", 0.5, aliases=("lr",))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+PRESETS = {"wide": {"widths": (64,), "rate": 0.25}}
+
+
+def small(*words: str) -> Small:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Small, PRESETS)
+    return settings_of(Small, vars(parser.parse_args(words)), PRESETS)
+
+
+def test_several_values_and_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    assert small() == Small() and small("--widths", "3", "4", "--lr", "2").widths == (3, 4)
+    assert small("--lr", "2").rate == 2.0
+    for text in ("widths: [3, 4]\nlr: 2\n", "widths: 3 4\nrate: 2.0\n", to_yaml(Small(widths=(3, 4), rate=2.0))):
+        path.write_text(text)
+        assert from_yaml(Small, path) == Small(widths=(3, 4), rate=2.0)
+    for words in (["--widths", "0"], ["--widths", "a"]):
+        with pytest.raises(SettingsError, match="--widths is"):
+            small(*words)
+    with pytest.raises(SettingsError, match="--widths is"):
+        Small(widths=())
+
+
+def test_presets_lie_under_the_file_and_the_flags(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: wide\nrate: 3\n")
+    assert small("--preset", "wide") == Small(widths=(64,), rate=0.25)
+    assert small("--preset", "wide", "--lr", "1") == Small(widths=(64,), rate=1.0)
+    assert small("--config", str(path)) == Small(widths=(64,), rate=3.0)
+    with pytest.raises(SettingsError, match="allowed are wide"):
+        small("--preset", "narrow")
