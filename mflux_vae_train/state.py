@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import TrainingError
 
@@ -37,6 +38,22 @@ def parameters(module: nn.Module) -> Stateful:
         module.update(tree)
 
     return Stateful(read=module.trainable_parameters, write=write)
+
+
+def buffers(module: nn.Module) -> Stateful:
+    """The arrays of a module that are no trainable parameters, such as running statistics."""
+
+    def write(tree: Tree) -> None:
+        module.update(tree)
+
+    return Stateful(read=lambda: buffers_of(module), write=write)
+
+
+def buffers_of(module: nn.Module) -> Tree:
+    """Their tree."""
+    trained = dict(tree_flatten(module.trainable_parameters()))
+    own = [item for item in tree_flatten(module.parameters()) if item[0] not in trained]
+    return tree_unflatten(own) if own else {}
 
 
 def tree_of(tree: Tree) -> Stateful:

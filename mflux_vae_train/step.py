@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce
 from mflux_vae.errors import TrainingError
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.ema import EMA
+from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
@@ -44,11 +46,14 @@ class Step:
     """Updates the trainable parameters of `model`, the optimizer's state and the moving average.
 
     Args:
-        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants.
+        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants, unless
+            `buffers`.
         optimizer: any `mlx.optimizers` one; its learning rate is set for each update.
         loss: see `Loss`.
         max_grad_norm: gradients are scaled down to this global norm.
         ema: moving average to keep along.
+        buffers: whether a forward pass may replace the arrays that are no trainable parameters, as batch
+            normalisation does with its running statistics (see `state.buffers`).
         compile: None decides: yes on Metal and CUDA, never on a CPU. There `mx.compile` calls a C++ compiler for
             every new kernel: a six-block transformer's first update took half a minute more, and later ones
             were no faster with an adapter and slower with all weights trained.
@@ -62,6 +67,7 @@ class Step:
         *,
         max_grad_norm: float = 1.0,
         ema: EMA | None = None,
+        buffers: bool = False,
         compile: bool | None = None,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
@@ -71,10 +77,11 @@ class Step:
         # Arrays that were never evaluated would be computed again in every compiled call.
         mx.eval(model.parameters(), optimizer.state)
 
-        def objective(parameters: Any, arrays: Arrays, share: mx.array) -> tuple[mx.array, Any]:
+        def objective(parameters: Any, kept: Any, arrays: Arrays, share: mx.array) -> tuple[mx.array, Any]:
             model.update(parameters)
+            model.update(kept)
             value, metrics = loss(model, arrays)
-            return value * share, {name: metric * share for name, metric in metrics.items()}
+            return value * share, ({name: metric * share for name, metric in metrics.items()}, self._buffers())
 
         def apply(parameters: Any, gradients: Any, norm: mx.array) -> Any:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
@@ -83,6 +90,7 @@ class Step:
                 ema.update(parameters)
             return parameters
 
+        self._buffers: Callable[[], Any] = partial(buffers_of, model) if buffers else dict
         self._gradients = mx.value_and_grad(objective)
         self._apply = apply
         if not is_cpu() if compile is None else compile:
@@ -105,19 +113,21 @@ class Step:
 
         # accumulate: shares add up to 1, so the sum of the micro-batches' gradients is the average
         total = sum(batch.weight for batch in batches)
-        parameters = self.model.trainable_parameters()
+        parameters, before = self.model.trainable_parameters(), self._buffers()
+        kept = before
         loss, gradients = mx.array(0.0), None
         metrics: dict[str, mx.array] = {}
         for batch in batches:
             share = mx.array(batch.weight / total)
             try:
-                (part, measured), slope = self._gradients(parameters, batch.arrays, share)
+                (part, (measured, kept)), slope = self._gradients(parameters, kept, batch.arrays, share)
             finally:  # differentiation and tracing leave their placeholders in the module
                 self.model.update(parameters)
+                self.model.update(before)
             loss = loss + part
             metrics = {name: metrics.get(name, 0.0) + value for name, value in measured.items()}
             gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
-            mx.eval(loss, metrics, gradients)  # frees this micro-batch's activations
+            mx.eval(loss, metrics, gradients, kept)  # frees this micro-batch's activations
 
         # check: once per update, before anything is changed
         norm = global_norm(gradients)
@@ -132,6 +142,7 @@ class Step:
         self.optimizer.learning_rate = learning_rate
         parameters = self._apply(parameters, gradients, norm)
         self.model.update(parameters)
+        self.model.update(kept)
         mx.eval(parameters, self.optimizer.state, self.ema.state if self.ema is not None else [])
         return {
             "loss": measured_loss,

@@ -130,3 +130,35 @@ def test_compiled_equals_plain() -> None:
     for path in plain:
         np.testing.assert_allclose(compiled[path], plain[path], rtol=1e-5, atol=1e-7)
     assert measured == pytest.approx(again, rel=1e-5)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = Net(), nn.BatchNorm(3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(self.net(x))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_running_statistics_follow_every_micro_batch_and_no_failed_update(compile: bool) -> None:
+    def normed(model: nn.Module, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        value = mx.square(model(arrays["x"]) - 1 + arrays["x"].sum()).mean()
+        return value, {}
+
+    model = Normed()
+    step = Step(model, AdamW(), normed, buffers=True, compile=compile)
+    micro = [batch([0, 1, 2]), batch([3, 4])]
+    expected = mx.zeros(3)
+    for part in micro:
+        expected = 0.9 * expected + 0.1 * model.net(part.arrays["x"]).mean(axis=0)
+    mx.eval(expected)
+    step(0, micro, 1e-3)
+    np.testing.assert_allclose(model.norm.running_mean, expected, rtol=1e-5, atol=1e-7)
+
+    before = np.array(model.norm.running_mean)
+    broken = MicroBatch(arrays={"x": mx.full(micro[0].arrays["x"].shape, mx.inf)}, weight=1)
+    with pytest.raises(TrainingError, match="update 2"):
+        step(1, [micro[0], broken], 1e-3)
+    np.testing.assert_array_equal(model.norm.running_mean, before)
