@@ -22,6 +22,8 @@ from mflux_vae.kernels.convolution import (
     workspace_bytes,
 )
 from mflux_vae.kernels.normalization import (
+    batch_norm_apply,
+    batch_statistics,
     group_norm,
     group_norm_apply,
     group_norm_statistics,
@@ -29,13 +31,17 @@ from mflux_vae.kernels.normalization import (
     rms_norm,
 )
 from mflux_vae.kernels.pointwise import gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu, tanh
+from mflux_vae.kernels.transposed import conv_transpose2d
 
 __all__ = [
     "FUSED",
     "SCORES_AT_ONCE",
     "Padding",
     "attention",
+    "batch_norm_apply",
+    "batch_statistics",
     "conv2d",
+    "conv_transpose2d",
     "deferred",
     "gelu",
     "gelu_tanh",

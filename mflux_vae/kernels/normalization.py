@@ -110,6 +110,24 @@ def _over_group(values: mx.array, groups: int) -> mx.array:
     return mx.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
 
 
+def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean and (biased) variance of each channel over a batch, in two passes. (N, C) -> (C,) each.
+
+    Sums are products with ones, which use every lane of a vector and all cores.
+    """
+    ones = mx.full((1, x.shape[0]), 1 / x.shape[0])
+    mean = (ones @ x)[0]
+    return mean, (ones @ mx.square(x - mean))[0]
+
+
+def batch_norm_apply(
+    x: mx.array, mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float
+) -> mx.array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (..., C), all others (C,)."""
+    scale = mx.rsqrt(variance + eps) * weight
+    return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
     if not runtime.is_cpu():

@@ -95,17 +95,18 @@ def _silu_value(x: mx.array) -> mx.array:
     return 0.5 * x + mx.where(size > _ALL, 0.5 * size, (x * x) * p / q)
 
 
-def _silu_slope(x: mx.array) -> mx.array:
-    t = _half_tanh(x)
-    return (0.5 + t) + x * (0.25 - t * t)
+def _silu_slope(x: mx.array, y: mx.array) -> mx.array:
+    sigmoid = mx.where(mx.abs(x) < 1e-30, 0.5, y / x)
+    return sigmoid + y * (1 - sigmoid)
 
 
 def _quick_gelu_value(x: mx.array) -> mx.array:
     return _silu_value(1.702 * x) * (1 / 1.702)
 
 
-def _quick_gelu_slope(x: mx.array) -> mx.array:
-    return _silu_slope(1.702 * x)
+def _quick_gelu_slope(x: mx.array, _y: mx.array) -> mx.array:
+    x = 1.702 * x
+    return _silu_slope(x, _silu_value(x))  # y times 1.702 has another rounding error, which x would magnify
 
 
 def _gelu_argument(x: mx.array) -> mx.array:
@@ -116,7 +117,7 @@ def _gelu_tanh_value(x: mx.array) -> mx.array:
     return x * (0.5 + _half_tanh(2 * _gelu_argument(x)))
 
 
-def _gelu_tanh_slope(x: mx.array) -> mx.array:
+def _gelu_tanh_slope(x: mx.array, _y: mx.array) -> mx.array:
     t = _half_tanh(2 * _gelu_argument(x))
     return (0.5 + t) + x * (1 - 4 * (t * t)) * (0.5 * _GELU_SCALE + 1.5 * _GELU_SCALE * _GELU_CUBE * (x * x))
 
@@ -125,38 +126,38 @@ def _tanh_value(x: mx.array) -> mx.array:
     return 2 * _half_tanh(2 * x)
 
 
-def _tanh_slope(x: mx.array) -> mx.array:
-    t = _half_tanh(2 * x)
-    return 1 - 4 * (t * t)
+def _tanh_slope(_x: mx.array, y: mx.array) -> mx.array:
+    return 1 - y * y
 
 
 def _sigmoid_value(x: mx.array) -> mx.array:
     return 0.5 + _half_tanh(x)
 
 
-def _sigmoid_slope(x: mx.array) -> mx.array:
-    t = _half_tanh(x)
-    return 0.25 - t * t
+def _sigmoid_slope(_x: mx.array, y: mx.array) -> mx.array:
+    return y * (1 - y)
 
 
-def _differentiable(value: Pointwise, slope: Pointwise) -> Pointwise:
-    """A function of each element with its derivative, both in float32 whatever the dtype."""
+def _differentiable(value: Pointwise, slope: Callable[[mx.array, mx.array], mx.array]) -> Pointwise:
+    """A function of each element with its derivative, given (x, value), both in float32 whatever the dtype."""
 
     @fused
     def forward(x: mx.array) -> mx.array:
         return value(x.astype(mx.float32)).astype(x.dtype)
 
     @fused
-    def backward(cotangent: mx.array, x: mx.array) -> mx.array:
-        return (cotangent.astype(mx.float32) * slope(x.astype(mx.float32))).astype(x.dtype)
+    def backward(cotangent: mx.array, x: mx.array, y: mx.array) -> mx.array:
+        wide = x.astype(mx.float32)
+        y = y if y.dtype == mx.float32 else value(wide)  # half a precision's y is too coarse
+        return (cotangent.astype(mx.float32) * slope(wide, y)).astype(x.dtype)
 
     @_custom_function
     def function(x: mx.array) -> mx.array:
         return forward(x)
 
     @function.vjp
-    def function_vjp(x: mx.array, cotangent: mx.array, _y: mx.array) -> mx.array:
-        return backward(cotangent, x)
+    def function_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+        return backward(cotangent, x, y)
 
     return function
 
