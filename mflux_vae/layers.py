@@ -5,7 +5,7 @@ Attribute names are those of diffusers, so that parameter paths and checkpoint k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 import mlx.core as mx
@@ -54,6 +54,86 @@ class GroupNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return kernels.group_norm(x, self._groups, self.weight, self.bias, self._eps)
+
+
+class TransposedConv2d(nn.Module):
+    """Transposed 3x3 convolution with stride 2 and padding 1, which doubles the resolution, or doubles it less one.
+
+    The weight is (O, 3, 3, C), initialised as torch does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        bound = (out_channels * 9) ** -0.5
+        self.weight = mx.random.uniform(-bound, bound, (out_channels, 3, 3, in_channels))
+        self.bias = mx.random.uniform(-bound, bound, (out_channels,))
+
+    def __call__(self, x: mx.array, *, size: tuple[int, int] | None = None) -> mx.array:
+        return kernels.conv_transpose2d(x.astype(self.weight.dtype), self.weight, self.bias, size=size)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, as torch computes it (Ioffe and Szegedy 2015).
+
+    In evaluation it uses the running statistics, in training the batch's. It then does not change the running ones,
+    so that a training step remains a function of arrays: `batch_statistics` takes out what was seen, inside the
+    function that is differentiated or compiled, and `fold_statistics` moves the running ones towards it afterwards.
+    No gradient trains them, and `unfreeze` does not either.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+        self.running_mean = mx.zeros((channels,))
+        self.running_var = mx.ones((channels,))
+        self._eps, self.momentum = eps, momentum
+
+    @property
+    def _no_grad(self) -> set[str]:
+        """Where MLX looks for what is frozen."""
+        frozen: set[str] = self.__dict__.setdefault("_frozen", set())
+        frozen |= {"running_mean", "running_var"}
+        return frozen
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        self.__dict__["_frozen"] = set(names)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            flat = x.astype(mx.float32).reshape(-1, x.shape[-1])
+            mean, variance = kernels.batch_statistics(flat)
+            count = flat.shape[0]
+            self._seen = [mx.stop_gradient(mean), mx.stop_gradient(variance) * (count / max(count - 1, 1))]
+        return kernels.batch_norm_apply(x, mean, variance, self.weight, self.bias, self._eps)
+
+
+def batch_statistics(module: nn.Module) -> dict[str, mx.array]:
+    """What the batch norms of a module saw in its last call in training, and forget now.
+
+    Returns:
+        mean and (unbiased) variance by the names of the running ones in `module.parameters()`, (C,) each; empty without
+        batch norms or in evaluation. Of several micro-batches the averages may be folded in.
+    """
+    seen: dict[str, mx.array] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, BatchNorm) and "_seen" in part:
+            mean, variance = part.pop("_seen")
+            prefix = f"{name}." if name else ""
+            seen |= {f"{prefix}running_mean": mean, f"{prefix}running_var": variance}
+    return seen
+
+
+def fold_statistics(module: nn.Module, seen: Mapping[str, mx.array]) -> None:
+    """Move the running statistics of a module's batch norms towards `seen`, by each norm's momentum."""
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(part, BatchNorm) and f"{prefix}running_mean" in seen:
+            for kind in ("running_mean", "running_var"):
+                old, new = part[kind], seen[f"{prefix}{kind}"]
+                part[kind] = old + part.momentum * (new.astype(old.dtype) - old)
 
 
 def norm_silu_conv(norm: GroupNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:

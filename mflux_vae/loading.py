@@ -22,6 +22,9 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import DTYPES, write_json, write_safetensors
 from mflux_vae.weights.rules import from_mlx, load_strict, to_mlx
 
+_SEEN = ("running_mean", "running_var", "num_batches_tracked")
+"""What batch norms store besides their parameters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
@@ -50,7 +53,7 @@ class Description:
 
 
 def open_network(source: Source, dtype: mx.Dtype | None = None, *, config: Config | None = None) -> nn.Module:
-    """Open an autoencoder.
+    """Open an autoencoder, in evaluation: dropout is off, batch norms use what they stored.
 
     Args:
         source: one of
@@ -75,7 +78,7 @@ def open_network(source: Source, dtype: mx.Dtype | None = None, *, config: Confi
     network = _built(opened)
     tensors = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     load_strict(network, _complete(tensors, network), where=opened.where, dtype=_dtype(network, dtype))
-    return network
+    return network.eval()
 
 
 def _built(opened: Opened) -> nn.Module:
@@ -96,7 +99,9 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
         naming=opened.naming,
         config=opened.config,
         tensors=len(stored),
-        parameters=sum(prod(tensor.shape) for name, tensor in opened.tensors.items() if not name.startswith("bn.")),
+        parameters=sum(
+            prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _SEEN
+        ),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored})),
         preset=opened.preset or equal_preset(opened),
         assumed=opened.assumed,

@@ -30,6 +30,8 @@ _SIGNS = {
     ("AutoencoderKL", "compvis"): r"(?:encoder|decoder)\.mid\.block_1\.conv1\.weight",
     ("AutoencoderTiny", "diffusers"): r"(?:encoder|decoder)\.layers\.0\.weight",
     ("AutoencoderTiny", "taesd"): r"(?:taesd_)?(?:encoder\.0|decoder\.1)\.weight",
+    ("FlatAutoencoder", "diffusers"): r"encoder\.mean\.weight",
+    ("FlatAutoencoder", "pytorch-vae"): r"fc_mu\.weight",
     ("PlainAutoencoder", "diffusers"): r"encoder\.mu\.weight",
 }
 """By family and naming: a key that no other has."""
@@ -183,7 +185,17 @@ def _plain(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-_SETTINGS = {"AutoencoderKL": _kl, "AutoencoderKLFlux2": _kl, "AutoencoderTiny": _tiny, "PlainAutoencoder": _plain}
+def _flat(shapes: Shapes) -> dict[str, Any]:
+    raise ValueError("nothing tells the size of its images, nor what its output is")
+
+
+_SETTINGS = {
+    "AutoencoderKL": _kl,
+    "AutoencoderKLFlux2": _kl,
+    "AutoencoderTiny": _tiny,
+    "FlatAutoencoder": _flat,
+    "PlainAutoencoder": _plain,
+}
 
 
 def _numbers(shapes: Shapes, path: str) -> list[int]:

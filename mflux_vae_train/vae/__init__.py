@@ -1,0 +1,1 @@
+"""Training autoencoders: losses, data, the trainer and its command."""
