@@ -113,13 +113,22 @@ class ProgressBar:
         total: updates of the whole run.
         start: updates made before this process began.
         interval: seconds between log lines where there is no terminal.
+        also: what else to show of an update, by name.
     """
 
-    def __init__(self, total: int, start: int = 0, *, interval: float = 30.0) -> None:
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        *,
+        interval: float = 30.0,
+        also: Callable[[Record], dict[str, str]] = lambda record: {},
+    ) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, disable=None, smoothing=0.1)
         self._loss: float | None = None
+        self._also = also
         self._interval, self._began, self._start, self._said = (
             interval,
             time.monotonic(),
@@ -132,7 +141,12 @@ class ProgressBar:
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         if not self._bar.disable:
             self._bar.set_postfix(
-                loss=f"{self._loss:.4f}", rate=f"{record.metrics['learning_rate']:.1e}", refresh=False
+                {
+                    "loss": f"{self._loss:.4f}",
+                    "rate": f"{record.metrics['learning_rate']:.1e}",
+                    **self._also(record),
+                },
+                refresh=False,
             )
             self._bar.update(1)
             return
@@ -141,9 +155,10 @@ class ProgressBar:
             self._said = now
             pace = (now - self._began) / (record.update - self._start)
             left = pace * (record.total - record.update)
+            also = "".join(f", {name} {text}" for name, text in self._also(record).items())
             logger.info(
-                "update %d of %d, loss %.4f, rate %.2e, %.2f s per update, %s left",
-                record.update, record.total, self._loss, record.metrics["learning_rate"], pace, _clock(left),
+                "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s left",
+                record.update, record.total, self._loss, also, record.metrics["learning_rate"], pace, _clock(left),
             )  # fmt: skip
 
     def __enter__(self) -> ProgressBar:

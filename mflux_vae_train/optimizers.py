@@ -1,4 +1,4 @@
-"""AdamW as torch computes it, Muon for matrices and convolutions, and groups of both behind one schedule.
+"""AdamW and Adam as torch computes them, Muon for matrices and convolutions, and groups of both behind one schedule.
 
 Learning rates are arrays in the optimizer's state, set for each update by the step.
 """
@@ -52,6 +52,17 @@ class AdamW(optim.AdamW):
         # Moments in float32 whatever the parameter's dtype: squares of small gradients vanish in half precision.
         state["m"] = mx.zeros(parameter.shape, mx.float32)
         state["v"] = mx.zeros(parameter.shape, mx.float32)
+
+
+class Adam(AdamW):
+    """Adam (arXiv:1412.6980), step for step torch.optim.Adam: weight decay is part of the gradient."""
+
+    def __init__(self, *, weight_decay: float = 0.0, **settings: float) -> None:
+        super().__init__(weight_decay=0.0, **settings)
+        self.decay = weight_decay
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        return super().apply_single(gradient + self.decay * parameter, parameter, state)
 
 
 class Muon(optim.Optimizer):

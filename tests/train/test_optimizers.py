@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.optimizers import AdamW, Grouped, Muon, orthogonalize
+from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon, orthogonalize
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
@@ -39,6 +39,12 @@ def test_adamw_is_the_bias_corrected_decoupled_formula() -> None:
         w = w - rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
     ours = run(AdamW(weight_decay=0.1), start, gradients, rates)
     np.testing.assert_allclose(ours, w, rtol=2e-6, atol=2e-7)
+
+
+def test_adam_decays_through_the_gradient() -> None:
+    start, gradients, rates = series(5, 3, length=1)  # at the first update the step is the gradient's sign
+    ours = run(Adam(weight_decay=0.1), start, gradients, rates)
+    np.testing.assert_allclose(ours, start - rates[0] * np.sign(gradients[0] + 0.1 * start), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parity
