@@ -152,6 +152,18 @@ def strip(pictures: Sequence[np.ndarray], *, gap: int = 0) -> np.ndarray:
     return np.concatenate(parts[1:], axis=1)
 
 
+def grid(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 2) -> np.ndarray:
+    """Pictures of one size in rows of `columns`, with `gap` white pixels in between; the last row is filled with white.
+
+    uint8 (H, W, C) each -> uint8 (rows * H + gaps, columns * W + gaps, C).
+    """
+    columns = min(columns, len(pictures))
+    blank = np.full_like(pictures[0], 255)
+    filled = [*pictures, *[blank] * (-len(pictures) % columns)]
+    rows = [strip(filled[start : start + columns], gap=gap) for start in range(0, len(filled), columns)]
+    return strip([row.transpose(1, 0, 2) for row in rows], gap=gap).transpose(1, 0, 2)
+
+
 def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np.ndarray:
     """Strips below each other on white, each with its label at the left.
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.families import FAMILIES
-from mflux_vae.opening import CONFIG_KEY, COUNTER, HALVES, Config, Opened, Source, equal_preset, family_of, find
+from mflux_vae.opening import CONFIG_KEY, COUNTER, HALVES, Config, Opened, Source, equal_preset, family_of, find, settings_of
 from mflux_vae.reporting import log
 from mflux_vae.runtime import compute_dtype
 from mflux_vae.weights.diffusers import STEM
@@ -81,6 +81,20 @@ def open_network(source: Source, dtype: mx.Dtype | None = None, *, config: Confi
     return network.eval()
 
 
+def new_network(config: Config) -> nn.Module:
+    """An untrained network, drawn from MLX's global random state.
+
+    Args:
+        config: a preset's name; a config.json; a YAML file or dictionary with latent-diffusion's `ddconfig`.
+
+    Raises:
+        WeightsError: it is of an unknown kind.
+        SettingsError: it cannot be read, or asks for what the network does not have.
+    """
+    told = settings_of(config)
+    return FAMILIES[family_of(told, str(config))].build(told)
+
+
 def _built(opened: Opened) -> nn.Module:
     """Its network, untrained; errors say where the configuration is from."""
     try:
@@ -112,7 +126,7 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
     """Write the folder that `open_network` opens, and diffusers too where it has such a network.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing; or a file that ends in .safetensors, which then knows its configuration.
         dtype: of the stored weights: float32, float16 or bfloat16.
 
     Raises:

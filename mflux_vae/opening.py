@@ -67,7 +67,7 @@ class Opened:
 
 def find(source: Source, config: Config | None = None) -> Opened:
     """See `loading.open_network` for arguments and errors."""
-    told = None if config is None else _settings(config)
+    told = None if config is None else settings_of(config)
     path, preset = _local(source)
     if path.is_dir() and (path / "model_index.json").is_file():
         path = path / "vae"
@@ -211,7 +211,7 @@ def _written(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     return config
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Any]:
     """A preset's name, a file or a dictionary, diffusers' or latent-diffusion's -> as in a config.json."""
     if not isinstance(config, Mapping):
         if not (path := Path(config)).is_file():
