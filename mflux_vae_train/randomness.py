@@ -26,6 +26,8 @@ class Stream(IntEnum):
     PREVIEW = 6
     AUGMENT = 7
     EVALUATION = 8
+    HELD_OUT = 9
+    DIGITS = 10
 
 
 def sample_keys(seed: int, stream: Stream, step: int, samples: Iterable[int]) -> mx.array:
