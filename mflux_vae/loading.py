@@ -15,7 +15,18 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.families import FAMILIES
-from mflux_vae.opening import CONFIG_KEY, COUNTER, HALVES, Config, Opened, Source, equal_preset, family_of, find, settings_of
+from mflux_vae.opening import (
+    CONFIG_KEY,
+    COUNTER,
+    HALVES,
+    Config,
+    Opened,
+    Source,
+    equal_preset,
+    family_of,
+    find,
+    settings_of,
+)
 from mflux_vae.reporting import log
 from mflux_vae.runtime import compute_dtype
 from mflux_vae.weights.diffusers import STEM
