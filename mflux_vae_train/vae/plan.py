@@ -1,0 +1,66 @@
+"""How many updates a training makes, and what each of them sees: functions of the update alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mflux_vae.images import to_pixels
+from mflux_vae_train import schedule
+from mflux_vae_train.randomness import Stream, sample_keys
+from mflux_vae_train.step import MicroBatch
+from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.data import Augmentation, Batches, Source
+
+
+class Plan:
+    """Updates, epochs and rates of a training.
+
+    Batches run on from one epoch into the next; an epoch ends with the update that is nearest to its end.
+
+    Attributes:
+        images: in an update.
+        per_epoch: updates.
+        total: updates of the whole run.
+    """
+
+    def __init__(self, settings: VAETrainingSettings, train: Source) -> None:
+        self._settings = settings
+        self.images = settings.batch_size * settings.gradient_accumulation_steps
+        self.per_epoch = max(1, round(len(train) / self.images))
+        self.total = self.per_epoch * settings.num_epochs
+        augmentation = Augmentation(flip=settings.augment_flip, shift=settings.augment_shift)
+        self._batches = Batches(train, batch=self.images, seed=settings.seed, augmentation=augmentation)
+        self.close = self._batches.close
+
+    def learning_rate(self) -> Callable[[int], float]:
+        """Update -> rate."""
+        settings = self._settings
+        stairs = {"exponential": 1, "step": settings.lr_step_epochs}
+        stair = stairs.get(settings.lr_scheduler)
+        return schedule.learning_rate(
+            peak=settings.learning_rate,
+            total=self.total,
+            warmup=settings.lr_warmup_steps,
+            shape=settings.lr_scheduler if stair is None else schedule.STAIRCASE,
+            gamma=settings.lr_gamma,
+            stair=self.per_epoch * (stair or 1),
+        )
+
+    def batches(self, update: int, *, beta: float) -> list[MicroBatch]:
+        """What `Objective` takes."""
+        pixels = to_pixels(self._batches(update))
+        keys = sample_keys(self._settings.seed, Stream.NOISE, update, range(self.images))
+        size = self._settings.batch_size
+        return [
+            MicroBatch(
+                arrays={
+                    "pixels": mx.array(pixels[start : start + size]),
+                    "key": keys[start : start + size],
+                    "beta": mx.array(beta),
+                },
+                weight=size,
+            )
+            for start in range(0, self.images, size)
+        ]

@@ -1,0 +1,49 @@
+"""Gradient checkpointing (arXiv:1604.06174): blocks keep their input alone, and compute again in the backward pass."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mflux_vae.layers import batch_statistics, fold_statistics
+
+
+def recompute_blocks(network: nn.Module) -> int:
+    """Make every block of encoder and decoder that consists of layers a recomputed one, in training mode.
+
+    The blocks get a class of their own, derived from what they were; parameters, their names and results stay.
+
+    Returns:
+        how many there are.
+    """
+    blocks: list[Any] = []
+    for half in network.children().values():
+        children: Any = tree_flatten(half.children(), is_leaf=lambda node: isinstance(node, nn.Module))
+        blocks += [block for _, block in children if block.children()]
+    for block in blocks:
+        kind: Any = type(block)
+        block.__class__ = _recomputing(kind)
+    return len(blocks)
+
+
+@cache
+def _recomputing(kind: Any) -> Any:
+    def call(self: Any, x: mx.array, *settings: Any) -> mx.array:
+        if not self.training:
+            return kind.__call__(self, x, *settings)
+
+        def inner(parameters: Any, x: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+            self.update(parameters)
+            return kind.__call__(self, x, *settings), batch_statistics(self)
+
+        own = self.trainable_parameters()
+        y, seen = mx.checkpoint(inner)(own, x)
+        self.update(own)  # tracing leaves its placeholders
+        fold_statistics(self, seen)
+        return y
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__doc__": kind.__doc__})

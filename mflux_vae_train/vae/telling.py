@@ -1,0 +1,30 @@
+"""What a progress bar shows of an autoencoder's training."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mflux_vae_train.hooks import Record
+
+
+class Progress:
+    """Reconstruction error, divergence and latent units in use of an update; images per second, smoothed; memory.
+
+    Args:
+        images: in an update.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._images, self._speed = images, 0.0
+
+    def __call__(self, record: Record) -> dict[str, str]:
+        speed = self._images / max(record.seconds, 1e-9)
+        self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
+        metrics = record.metrics
+        return {
+            "rec": f"{metrics['rec']:.4g}",
+            "KL": f"{metrics['kl']:.4g}",
+            "active": f"{metrics['active']:.0f}",
+            "images/s": f"{self._speed:.3g}",
+            "memory": f"{mx.get_peak_memory() / 2**30:.2f} GB",
+        }

@@ -1,0 +1,275 @@
+"""Training an autoencoder: from settings to weights, in the order of the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae import loading
+from mflux_vae.errors import SettingsError
+from mflux_vae.runtime import is_cpu
+from mflux_vae_train import checkpoint, flags, state
+from mflux_vae_train.ema import EMA
+from mflux_vae_train.hooks import Hook, MetricsLog, ProgressBar, Record, every
+from mflux_vae_train.loop import fit
+from mflux_vae_train.optimizers import Adam, AdamW
+from mflux_vae_train.step import Step
+from mflux_vae_train.vae.config import VAETrainingSettings, advice, settings_from_dict
+from mflux_vae_train.vae.data import Source, open_data, split
+from mflux_vae_train.vae.network import build, new_critic, parameter_count
+from mflux_vae_train.vae.objective import CriticToo, Objective, critic_loss
+from mflux_vae_train.vae.plan import Plan
+from mflux_vae_train.vae.recompute import recompute_blocks
+from mflux_vae_train.vae.telling import Progress
+from mflux_vae_train.vae.validation import Validation, collapse
+
+logger = logging.getLogger(__name__)
+
+FREE = frozenset({"experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu"})
+"""Settings that may change when a run is continued: they do not shape its result."""
+
+LASTING = frozenset({"constant", "exponential", "step"})
+"""Schedules that do not depend on the length of the run, which may then be made longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        best: weights with the lowest validation loss; they know their configuration, and `mflux_vae` opens them.
+        last: weights at the end.
+        folder: of the run.
+        updates: that this call made; 0 where nothing was left to do.
+        metrics: of the last validation.
+    """
+
+    best: Path
+    last: Path
+    folder: Path
+    updates: int
+    metrics: Mapping[str, float]
+
+
+class _Enough(Exception):
+    """Early stopping."""
+
+
+class VAETrainer:
+    """Trains an autoencoder from settings.
+
+    Args:
+        config: settings, or a dictionary of some of them, as `get_default_config` gives all.
+
+    Attributes:
+        network: what is trained; after `train` with the weights of the last update, or their moving average.
+
+    Raises:
+        InputError: settings or data cannot be used.
+    """
+
+    def __init__(self, config: VAETrainingSettings | Mapping[str, Any]) -> None:
+        self.settings = config if isinstance(config, VAETrainingSettings) else settings_from_dict(config)
+        if self.settings.cpu:
+            mx.set_default_device(mx.cpu)
+        if self.settings.mixed_precision and is_cpu():
+            raise SettingsError("--mixed_precision: a CPU computes in float32; leave it out")
+        self.folder = Path(self.settings.output_dir) / "checkpoints" / self.settings.name
+        self.network = build(self.settings)
+
+    def train(self) -> Outcome:
+        """Trains, or continues where an interrupted run of the same settings stopped.
+
+        Raises:
+            SettingsError: the folder holds another run, or cannot be written.
+            TrainingError: the loss is not finite, or a checkpoint is broken.
+            Interrupted: a signal arrived; a checkpoint was written.
+        """
+        settings, network, folder = self.settings, self.network, self.folder
+        for line in advice(settings):
+            logger.warning("%s", line)
+
+        # data, and how it is cut
+        train, held_out = _data(settings)
+        plan = Plan(settings, train)
+
+        # what is trained, and how
+        network.train()
+        if settings.gradient_checkpointing:
+            recompute_blocks(network)
+        ema = EMA(network.trainable_parameters(), settings.ema_decay) if settings.ema_decay else None
+        critic = new_critic(settings, network) if settings.disc_start is not None else None
+        objective = Objective(settings, network, dataset_size=len(train), critic=critic)
+        options: dict[str, Any] = {"max_grad_norm": settings.max_grad_norm or math.inf}
+        step = Step(network, _optimizer(settings), objective, ema=ema, buffers=True, **options)
+        objects = {
+            "network": state.parameters(network),
+            "buffers": state.buffers(network),
+            "optimizer": state.tree_of(step.optimizer.state),
+        }
+        if ema is not None:
+            objects["ema"] = state.tree_of(ema.state)
+        steps: Any = step
+        if critic is not None:
+            steps = CriticToo(
+                step, Step(critic, _optimizer(settings), critic_loss, **options), settings.disc_start or 0
+            )
+            objects["critic"] = state.parameters(critic)
+            objects["critic optimizer"] = state.tree_of(steps.critic.optimizer.state)
+        watch: dict[str, Any] = {"best": math.inf, "since": 0, "collapsed": False, "metrics": {}}
+
+        def remember(tree: Any) -> None:
+            watch.update(json.loads(tree["seen"]))
+
+        # where an earlier part of the run stopped
+        identity = _identity(settings, train, held_out)
+        objects["watch"] = state.Stateful(read=lambda: {"seen": json.dumps(watch)}, write=remember)
+        newest = checkpoint.latest(folder)
+        start = checkpoint.load(newest, objects, fingerprint=identity) if newest else 0
+        _claim(folder, settings)
+        logger.info(
+            "%s: %s parameters, %d images and %d held out, %d updates in %d epochs%s",
+            settings.name, f"{parameter_count(network):,}", len(train), len(held_out), plan.total, settings.num_epochs,
+            f", going on after update {start}" if start else "",
+        )  # fmt: skip
+
+        # what happens beside the updates
+        best, last = folder / "best_model.safetensors", folder / "last_model.safetensors"
+
+        @contextmanager
+        def as_saved() -> Iterator[None]:
+            """The network in evaluation, with averaged weights where there are any."""
+            with ExitStack() as stack:
+                if ema is not None:
+                    stack.enter_context(ema.swapped_in(network))
+                network.eval()
+                stack.callback(network.train)
+                yield
+
+        validation = Validation(objective, network, held_out, settings, folder / "samples")
+
+        def validate(record: Record) -> None:
+            with as_saved():
+                watch["metrics"] = validation.measured()
+                better = watch["metrics"]["loss"] < watch["best"]
+                watch["best"] = min(watch["best"], watch["metrics"]["loss"])
+                watch["since"] = 0 if better else watch["since"] + 1
+                if better:
+                    loading.save_network(network, best)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in watch["metrics"].items())
+            best_so_far = ", the best so far" if better else ""
+            logger.info("epoch %d: %s%s", record.update // plan.per_epoch, numbers, best_so_far)
+            warning = collapse(watch["metrics"], network)
+            told = watch["collapsed"]
+            watch["collapsed"] = warning is not None and record.update > plan.total / 10  # a young one is no wonder
+            if watch["collapsed"] and not told:
+                logger.warning("%s", warning)
+
+        def pictures(record: Record) -> None:
+            with as_saved():
+                validation.pictures(record.update)
+
+        def save(updates: int) -> None:
+            with as_saved():
+                loading.save_network(network, last)
+            checkpoint.save(folder, updates, objects, fingerprint=identity, total_limit=2)
+
+        def stop(record: Record) -> None:
+            if settings.early_stopping is not None and watch["since"] >= settings.early_stopping:
+                raise _Enough
+
+        # the updates; of the hooks, what must not be lost comes first
+        epochs = plan.per_epoch
+        with ExitStack() as stack:
+            stack.callback(plan.close)
+            log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
+            validations = stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start))
+            also = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
+            observers: list[Hook] = [log, stack.enter_context(ProgressBar(plan.total, start, also=also))]
+
+            def note(record: Record) -> None:
+                validations(dataclasses.replace(record, metrics=watch["metrics"]))
+
+            hooks = [
+                every(epochs * settings.val_every, validate),
+                every(epochs * settings.val_every, note),
+                every(epochs * settings.save_every, lambda record: save(record.update)),
+                every(epochs * settings.samples_every if settings.samples_every else None, pictures),
+                stop,
+            ]
+            if settings.tensorboard:
+                from mflux_vae_train.vae.tensorboard import Events
+
+                events = stack.enter_context(Events(folder / "tensorboard"))
+                observers.append(events)
+                hooks.insert(2, every(epochs * settings.val_every, lambda r: events.validation(r, watch["metrics"])))
+            made = start
+            try:
+                stop(Record(update=start, total=plan.total, metrics={}, seconds=0.0))
+                fit(
+                    step=steps,
+                    batches=lambda update: plan.batches(update, beta=objective.beta_at(update)),
+                    learning_rate=plan.learning_rate(),
+                    total=plan.total,
+                    start=start,
+                    observers=observers,
+                    hooks=hooks,
+                    checkpoint=save,
+                )
+                made = max(start, plan.total)
+            except _Enough:
+                logger.info("no better loss in %d validations: that is enough", watch["since"])
+        if ema is not None:
+            network.update(ema.state["average"])
+        network.eval()
+        logger.info("best loss %.6g; see %s", watch["best"], folder)
+        return Outcome(best=best, last=last, folder=folder, updates=made - start, metrics=watch["metrics"])
+
+
+def _data(settings: VAETrainingSettings) -> tuple[Source, Source]:
+    """Images to train on, and held-out ones: the data's test split, or a share."""
+    train, test = open_data(
+        settings.data,
+        size=settings.image_size,
+        channels=settings.in_channels,
+        kind=settings.data_kind,
+        listed=settings.data_list,
+        seed=settings.seed,
+        count=settings.digits_count,
+    )
+    return split(train, settings.val_share, settings.seed) if test is None else (train, test)
+
+
+def _optimizer(settings: VAETrainingSettings) -> AdamW:
+    kind = Adam if settings.optimizer == "adam" else AdamW
+    return kind(beta1=settings.adam_beta1, beta2=settings.adam_beta2, weight_decay=settings.weight_decay)
+
+
+def _identity(settings: VAETrainingSettings, train: Source, held_out: Source) -> dict[str, Any]:
+    """What makes a run this run: its settings, and its images by a few of them."""
+    free = FREE | ({"num_epochs"} if settings.lr_scheduler in LASTING else set())
+    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    some = {index for source in (train, held_out) for index in range(0, len(source), max(1, len(source) // 8))}
+    pictures = [source.item(i) for source in (train, held_out) for i in sorted(some) if i < len(source)]
+    crc = functools.reduce(lambda crc, picture: zlib.crc32(picture.tobytes(), crc), pictures, 0)
+    return {**shaping, "images": f"{len(train)} and {len(held_out)}, {crc:08x}"}
+
+
+def _claim(folder: Path, settings: VAETrainingSettings) -> None:
+    """Writes settings.yaml, which reproduces the run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.yaml").write_text(flags.to_yaml(settings), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--output_dir: {folder} cannot be written ({error.strerror})") from error
