@@ -59,7 +59,7 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
         tokenizer_2_folder=work / "tokenizer_2",
         schedule=FlowMatchSchedule(),
         recommended=recipe.RECOMMENDED,
-        sigma_weighting="logit_normal",
+        sigma_weighting=settings.sigma_weighting,
         name="tiny",
     )
     keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
@@ -110,7 +110,9 @@ def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile:
     """
     pipeline = new_pipeline(work, vae, rounds[0])
     for number, settings in enumerate(rounds, start=1):
+        pipeline.sigma_weighting = settings.sigma_weighting
         train_round(work, f"flux-{number}", pipeline, settings, compile=compile)
+    pipeline.sigma_weighting = recipe.SIGMA_WEIGHTING
     return pipeline
 
 
