@@ -43,8 +43,12 @@ def plan(
             its blended tiles, all with tiles of 512 pixels; or a `Tiling`.
 
     Raises:
-        SettingsError: asked for something else.
+        SettingsError: asked for something else, or for tiles of a network whose latents are vectors.
     """
+    if getattr(network.config, "vectors", False):
+        if asked:
+            raise SettingsError("an autoencoder whose latents are vectors sees the whole image: tiling=None")
+        return None
     if isinstance(asked, Tiling):
         return asked
     if asked is None:
@@ -133,9 +137,14 @@ def peak_bytes(
         batch, height, width: images, and their size in pixels.
         tiling: how the call is tiled.
 
+    Raises:
+        SettingsError: a network whose latents are vectors.
+
     Returns:
         bytes, as the growth of `mx.get_peak_memory()` over `mx.get_active_memory()` before the call.
     """
+    if getattr(network.config, "vectors", False):
+        raise SettingsError("the memory that an autoencoder with vectors for latents takes is not estimated")
     factor = network.config.downsampling
     height, width = max(height // factor, 1), max(width // factor, 1)
     function = function_of(network, what)

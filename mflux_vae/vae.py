@@ -36,6 +36,10 @@ class VAE(nn.Module):
     False never; True and "exact" always, with the values of one piece; "blend" into overlapping tiles that are
     blended; a `Tiling` says more.
 
+    Where a network's latents are vectors (`FlatAutoencoder`), they are (B, latent_channels) everywhere, without h and
+    w. It is for images of one size, `spatial_scale`; smaller ones are padded and cropped as said above, larger ones are
+    refused, and it is never tiled.
+
     Args:
         latent_channels: channels of a latent of the network that is built.
         network: the network to wrap instead; `latent_channels` is then its own.
@@ -71,6 +75,11 @@ class VAE(nn.Module):
     def shift_factor(self) -> float:
         """See `scaling_factor`."""
         return getattr(self.config, "shift_factor", None) or 0.0
+
+    @property
+    def _vectors(self) -> bool:
+        """Whether a latent is a vector."""
+        return getattr(self.config, "vectors", False)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -124,7 +133,8 @@ class VAE(nn.Module):
         """
         posterior = self.posterior(image, tiling=tiling)
         raw = posterior.sample(key) if sample else posterior.mode()
-        latents = self.scaled(raw).transpose(0, 3, 1, 2)
+        scaled = self.scaled(raw)
+        latents = scaled if self._vectors else scaled.transpose(0, 3, 1, 2)
         log.debug("raw latents %s -> latents %s", shape(raw), shape(latents))
         return latents
 
@@ -150,13 +160,16 @@ class VAE(nn.Module):
         Raises:
             ImageError: wrong number of axes or channels, or a size that the latents cannot have.
         """
-        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or not latent.size:
-            raise ImageError(f"latents are {tuple(latent.shape)}, expected (B, {self.latent_channels}, h, w)")
-        full = latent.shape[2] * self.spatial_scale, latent.shape[3] * self.spatial_scale
+        axes = 2 if self._vectors else 4
+        if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
+            expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
+            raise ImageError(f"latents are {tuple(latent.shape)}, expected {expected}")
+        high, wide = latent.shape[2:] or (1, 1)
+        full = high * self.spatial_scale, wide * self.spatial_scale
         size = size or full
         if any(not most - self.spatial_scale < side <= most for side, most in zip(size, full, strict=True)):
             raise ImageError(f"latents of {full[0]} x {full[1]} pixels cannot be an image of {size[0]} x {size[1]}")
-        raw = self.network.from_scaled(latent.transpose(0, 2, 3, 1))
+        raw = self.network.from_scaled(latent if self._vectors else latent.transpose(0, 2, 3, 1))
         log.debug("latents %s -> raw latents %s", shape(latent), shape(raw))
         return _image(self._decode(raw, tiling), size)
 
@@ -251,7 +264,8 @@ class VAE(nn.Module):
 
     def _decode(self, latents: mx.array, tiling: Asked) -> mx.array:
         """Raw latents to NHWC about [-1, 1]."""
-        batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in latents.shape[1:3])
+        sides = latents.shape[1:-1] or (1, 1)
+        batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in sides)
         plan = memory.plan(self.network, "decode", batch, height, width, tiling)
         return reported("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,6 +60,9 @@ class FlatConfig(ScaledConfig):
         for name, known in (("upsampling", ("transposed", "repeat")), ("output", ("sigmoid", "tanh", "linear"))):
             if getattr(self, name) not in known:
                 raise SettingsError(f"FlatAutoencoder: {name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+
+    vectors: ClassVar[bool] = True
+    """Latents have no height and width."""
 
     @property
     def latent_channels(self) -> int:
