@@ -1,0 +1,93 @@
+"""Which form of a convolution is the fastest? On the CPU, for shapes of autoencoders.
+
+    python -m benchmarks.convolutions [--rounds 5]
+
+Milliseconds of each form (medians of alternating runs), MLX's own convolution beside them, and what
+`mflux_vae.kernels.convolution` chooses, starred. Its rule should be changed where the star is far from the least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import get_args
+from unittest.mock import patch
+
+import mlx.core as mx
+
+from benchmarks.machine import describe
+from mflux_vae import runtime
+from mflux_vae.kernels import conv2d, convolution
+
+SHAPES = (
+    # batch, side, channels, output channels, kernel, stride
+    (1, 256, 3, 128, 3, 1),
+    (1, 256, 128, 128, 3, 1),
+    (1, 256, 128, 128, 3, 2),
+    (1, 256, 128, 3, 3, 1),
+    (1, 128, 256, 256, 3, 1),
+    (1, 64, 512, 512, 3, 1),
+    (1, 32, 512, 512, 3, 1),
+    (8, 64, 16, 16, 3, 1),
+    (8, 64, 16, 32, 3, 2),
+    (8, 32, 32, 32, 3, 1),
+    (8, 16, 64, 64, 3, 1),
+    (8, 8, 96, 96, 3, 1),
+)
+OWN = "MLX's own"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each form (default 5)")
+    rounds = parser.parse_args(argv).rounds
+    if not runtime.is_cpu():
+        print("On a GPU all convolutions are MLX's own.")
+        return 0
+    forms = get_args(convolution.Form)
+    print(describe())
+    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in (*forms, OWN)))
+    for batch, side, channels, out, kernel, stride in SHAPES:
+        x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
+        weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
+        mx.eval(x, weight)
+        chosen = convolution._form((kernel, kernel), stride, channels, out)
+        # Winograd's form and shifts are for stride 1
+        possible = [form for form in forms if stride == 1 or form == "patches"]
+        runs = {form: partial(_forced, form, x, weight, stride) for form in possible}
+        runs[OWN] = partial(_own, x, weight, stride)
+        taken = _in_turns(runs, rounds)
+        marks = {name: "*" if name == chosen else " " for name in taken}
+        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in (*forms, OWN)]
+        print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>13}" for cell in cells))
+    return 0
+
+
+def _forced(form: str, x: mx.array, weight: mx.array, stride: int) -> None:
+    with patch.object(convolution, "_form", lambda *_: form):
+        mx.eval(conv2d(x, weight, stride=stride, padding=1))
+
+
+def _own(x: mx.array, weight: mx.array, stride: int) -> None:
+    mx.eval(mx.conv2d(x, weight, stride=stride, padding=1))
+
+
+def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, after a run that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
