@@ -213,22 +213,20 @@ def mnist(path: Path) -> list[np.ndarray]:
 def npz(path: Path) -> list[np.ndarray]:
     """`x_train` and `x_test`, or the only array of pictures."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in ("x_train", "x_test") if name in file.files]
-            if not names:
-                names = [name for name in file.files if file[name].ndim in (3, 4)]
-            found = [file[name] for name in names]
+        with path.open("rb") as stream, zipfile.ZipFile(stream), np.load(stream, allow_pickle=False) as file:
+            names = [name for name in ("x_train", "x_test") if name in file.files] or file.files
+            found = {name: pictures for name in names if (pictures := file[name]).ndim in (3, 4)}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ImageError(f"{path} cannot be read ({error}): give an .npz with an array of pictures") from error
-    if not found or (len(found) > 1 and names != ["x_train", "x_test"]):
+    if not found or (len(found) > 1 and [*found] != ["x_train", "x_test"]):
         raise ImageError(f"{path} has {len(found)} arrays of pictures: give one, or x_train and x_test")
-    for pictures in found:
-        if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (1,), (3,)):
+    for pictures in found.values():
+        if pictures.dtype != np.uint8 or pictures.shape[3:] not in ((), (1,), (3,)):
             what = f"{pictures.dtype} {pictures.shape}"
             raise ImageError(f"{path} holds {what}: expected uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
         if not pictures.size:
             raise ImageError(f"{path} holds no picture")
-    return found
+    return [*found.values()]
 
 
 def idx_files(path: Path, prefix: str) -> list[Path]:
