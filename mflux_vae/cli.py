@@ -1,6 +1,10 @@
 """``mflux-vae``: what a weights file is, pictures to latents and back, how well, and one naming into another.
 
 Imports are late, so that ``--help`` and a mistyped flag are answered at once.
+
+Further commands come from installed packages, through the entry-point group ``mflux_vae.commands``: the entry's name is
+the command's, and the entry a function that adds flags to the parser it is given and returns what runs with their
+values by name. The first line of its docstring is the help.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 from mflux_vae.errors import MfluxVaeError, SettingsError
@@ -17,6 +22,8 @@ from mflux_vae.errors import MfluxVaeError, SettingsError
 PROG = "mflux-vae"
 PRECISIONS = ("float32", "float16", "bfloat16")
 LOGGER = "mflux_vae"
+GROUP = "mflux_vae.commands"
+OWN = ("info", "encode", "decode", "reconstruct", "convert")
 
 MODEL = "a folder in diffusers' layout, a weights file in any naming, a preset's name (info lists them), a hub id"
 CONFIG = "what to take a file for, where it does not say: a preset's name, a config.json, a YAML with a ddconfig"
@@ -36,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     try:
-        settings = vars(_parser().parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(argv))
         settings.pop("debug")
         settings.pop("run")(**settings)
         return 0
     except KeyboardInterrupt as interrupt:
-        return _said(str(interrupt) or "interrupted", 130)
+        return _said(str(interrupt) or "interrupted", getattr(interrupt, "exit_code", 130))
     except MfluxVaeError as error:
         return _said(f"error: {error}", error.exit_code)
     except Exception as error:  # a full disk, too little memory
@@ -55,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.setLevel(level)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     parser = _Parser(prog=PROG, description="Images to latents and back, with any autoencoder in wide use.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -97,7 +105,25 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl or taesd")
     convert.add_argument("--config", help=CONFIG)
     convert.add_argument("--dtype", choices=PRECISIONS, help="of the numbers (default: as stored)")
+
+    for entry in registered:
+        try:
+            add = entry.load()
+            added = command(entry.name, (add.__doc__ or "").strip().partition("\n")[0].replace("%", "%%"))
+            added.set_defaults(run=add(added))
+        except Exception as error:  # whatever a foreign module raises: the other commands work without it
+            logging.getLogger(LOGGER).warning("command %s is broken (%s: %r)", entry.name, entry.value, error)
     return parser
+
+
+def _registered() -> list[EntryPoint]:
+    """Commands of installed packages, by name; of two with one name, and of one with ours, it is said."""
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        other = found.setdefault(entry.name, entry)
+        if entry.name in OWN or other.value != entry.value:
+            logging.getLogger(LOGGER).warning("command %s is there already: %s is left out", entry.name, entry.value)
+    return [entry for name, entry in found.items() if name not in OWN]
 
 
 def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:

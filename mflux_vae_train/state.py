@@ -52,7 +52,7 @@ def buffers(module: nn.Module) -> Stateful:
 def buffers_of(module: nn.Module) -> Tree:
     """Their tree."""
     trained = dict(tree_flatten(module.trainable_parameters()))
-    own = [item for item in tree_flatten(module.parameters()) if item[0] not in trained]
+    own = [item for item in dict(tree_flatten(module.parameters())).items() if item[0] not in trained]
     return tree_unflatten(own) if own else {}
 
 

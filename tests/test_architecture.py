@@ -44,7 +44,7 @@ BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.commands": {"tqdm"}}
 ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.opening": {"yaml"}}
 """What modules of the component import inside the functions that use it."""
 
-LIGHT = ("", ".config", ".flags", ".dreambooth", ".dreambooth.cli")
+LIGHT = ("", ".config", ".console", ".flags", ".dreambooth", ".dreambooth.cli", ".vae", ".vae.cli", ".vae.config")
 """What a command line needs for `--help`."""
 
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
+from mflux_vae_train.console import spoken
+
 PROG = "mflux-train-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
 
@@ -22,18 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM.
     """
-    handler, show = _Console(), warnings.showwarning
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
+    show = warnings.showwarning
     # Before anything of ours is imported: on a CPU without a fast BLAS, that is what warns.
     warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
     try:
-        return _run_or_say_why_not(argv)
+        with spoken(LOGGERS):
+            return _run_or_say_why_not(argv)
     finally:
         warnings.showwarning = show
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
 
 
 def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
@@ -76,19 +74,6 @@ def _description() -> str:
         "Teach a diffusion pipeline a subject from a few pictures (DreamBooth). The same command continues an"
         f" interrupted run. Pipelines installed: {pipelines or 'none'}."
     )
-
-
-class _Console(logging.Handler):
-    """Lines on standard output, warnings on standard error, neither through the middle of a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        if record.levelno >= logging.WARNING:
-            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
-        else:
-            tqdm.write(record.getMessage(), file=sys.stdout)
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ class VAETrainingSettings:
     )
     hidden_dims: tuple[int, ...] = flag("width of each level; each halves the image", (32, 64, 128, 256), least=1)
     max_filters: int | None = flag("widths M/4, M/2, M in place of --hidden_dims", None, least=4)
-    latent_dim: int = flag("length of a latent vector, or a spatial latent's channels", 128, aliases=("latent_dims",))
+    latent_dim: int = flag(
+        "length of a latent vector, or a spatial latent's channels", 128, least=1, aliases=("latent_dims",)
+    )
     batch_norm: bool = flag("batch normalisation (flat)", True)
     upsampling: str = flag(
         "transposed convolutions, or repeated pixels and a convolution (flat)",

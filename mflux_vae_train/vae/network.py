@@ -22,6 +22,9 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 _GROUPS = 32
 """Of group norms, where the widths allow it."""
 
+_CRITIC_SEES = 24
+"""Pixels in each direction from which a discriminator of three strided layers has a patch."""
+
 
 def build(settings: VAETrainingSettings) -> Any:
     """The autoencoder to train, its weights a function of the seed.
@@ -76,10 +79,12 @@ def new_critic(settings: VAETrainingSettings, network: Any) -> PatchDiscriminato
     """The discriminator, its weights a function of the seed.
 
     Raises:
-        SettingsError: latents are vectors.
+        SettingsError: latents are vectors, or images smaller than what it looks at.
     """
     if is_flat(network):
         raise SettingsError("--disc_start: a discriminator is for networks with spatial latents, kl and plain")
+    if settings.image_size < _CRITIC_SEES:
+        raise SettingsError(f"--disc_start: a discriminator needs images of {_CRITIC_SEES} pixels or more")
     _seed(settings.seed, 1)
     critic = PatchDiscriminator(settings.in_channels)
     mx.eval(critic.parameters())

@@ -1,0 +1,35 @@
+"""What training says, on a console."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+class Console(logging.Handler):
+    """Lines on standard output, warnings on standard error, neither through the middle of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+        else:
+            tqdm.write(record.getMessage(), file=sys.stdout)
+            sys.stdout.flush()
+
+
+@contextmanager
+def spoken(loggers: Sequence[str]) -> Iterator[None]:
+    """Within the block what these loggers say at INFO and above comes to the console."""
+    handler = Console()
+    for name in loggers:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeHandler(handler)

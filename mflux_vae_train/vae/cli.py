@@ -1,0 +1,161 @@
+"""The commands that training adds to ``mflux-vae``: train, sample, grid, traverse, interpolate.
+
+Each function adds flags to a parser and returns what runs with their values (see `mflux_vae.cli`). Imports are late, so
+that ``--help`` is answered at once.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mflux_vae_train.flags import add_flags, settings_of
+from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
+
+LOGGER = "mflux_vae_train"
+
+Run = Callable[..., None]
+
+
+def train(parser: ArgumentParser) -> Run:
+    """Train an autoencoder; the same command continues an interrupted run."""
+    add_flags(parser, VAETrainingSettings, PRESETS)
+
+    def run(**given: Any) -> None:
+        settings = settings_of(VAETrainingSettings, given, PRESETS)
+        from mflux_vae_train.console import spoken
+        from mflux_vae_train.vae.train import VAETrainer
+
+        with spoken([LOGGER]):
+            VAETrainer(settings).train()
+
+    return run
+
+
+def sample(parser: ArgumentParser) -> Run:
+    """Images of latents from the prior."""
+    _add_model(parser, "samples")
+    parser.add_argument("--num_samples", type=int, default=16, metavar="N", help="how many (default: 16)")
+
+    def run(*, num_samples: int, **opening: Any) -> None:
+        sampler, file = _opened(**opening)
+        _at_least(1, num_samples=num_samples)
+        sampler.save_samples(sampler.sample_random(num_samples), file)
+        print(file)
+
+    return run
+
+
+def grid(parser: ArgumentParser) -> Run:
+    """Images of a plane of the latent space: two units change, from row to row and from left to right."""
+    _add_model(parser, "latent_grid")
+    parser.add_argument("--grid_size", type=int, default=10, metavar="N", help="rows and columns (default: 10)")
+    parser.add_argument("--dims", type=int, nargs=2, default=(0, 1), metavar="N", help="the units (default: 0 1)")
+    _add_range(parser)
+
+    def run(*, grid_size: int, dims: tuple[int, int], latent_range: tuple[float, float], **opening: Any) -> None:
+        sampler, file = _opened(**opening)
+        _at_least(1, grid_size=grid_size)
+        sampler.save_latent_grid(sampler.generate_latent_grid(grid_size, latent_range, dims=dims), file)
+        print(file)
+
+    return _with_range(run)
+
+
+def traverse(parser: ArgumentParser) -> Run:
+    """What single latent units control: a row for each, in which it alone changes."""
+    _add_model(parser, "traversal")
+    parser.add_argument("--dims", type=int, nargs="+", metavar="N", help="the units (default: the first 16)")
+    parser.add_argument("--num_steps", type=int, default=10, metavar="N", help="images in a row (default: 10)")
+    parser.add_argument("--image", metavar="FILE", help="where the others stay: at a picture's latent (default: 0)")
+    _add_range(parser)
+
+    def run(
+        *,
+        dims: list[int] | None,
+        num_steps: int,
+        image: str | None,
+        latent_range: tuple[float, float],
+        **opening: Any,
+    ) -> None:
+        import numpy as np
+
+        sampler, file = _opened(**opening)
+        _at_least(1, num_steps=num_steps)
+        base = None if image is None else sampler.encode([image])
+        units = range(min(16, sampler.latent_dim)) if dims is None else dims
+        rows = [sampler.traverse_latent(unit, num_steps, latent_range, base=base) for unit in units]
+        sampler.save_samples(np.concatenate(rows), file, columns=num_steps)
+        print(file)
+
+    return _with_range(run)
+
+
+def interpolate(parser: ArgumentParser) -> Run:
+    """Images on the way from one latent to another."""
+    _add_model(parser, "interpolation")
+    parser.add_argument(
+        "--images", nargs=2, metavar="FILE", help="from and to these pictures (default: random latents)"
+    )
+    parser.add_argument("--num_steps", type=int, default=10, metavar="N", help="images (default: 10)")
+    parser.add_argument("--spherical", action="store_true", help="on a great circle, not on the straight line")
+
+    def run(*, images: list[str] | None, num_steps: int, spherical: bool, **opening: Any) -> None:
+        sampler, file = _opened(**opening)
+        ends = sampler.draw(2) if images is None else sampler.encode(images)
+        sampler.save_interpolation(sampler.interpolate_latent(ends[:1], ends[1:], num_steps, spherical=spherical), file)
+        print(file)
+
+    return run
+
+
+def _add_model(parser: ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--model_path",
+        "--model",
+        required=True,
+        metavar="FILE",
+        help="a run's best_model.safetensors, or any autoencoder",
+    )
+    parser.add_argument("--output_dir", default="samples", metavar="FOLDER", help="for the picture (default: samples)")
+    parser.add_argument("--outfile", metavar="FILE", help=f"its name (default: {name}.png in --output_dir)")
+    parser.add_argument("--image_size", type=int, metavar="N", help="of images from spatial latents, in pixels")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn by chance (default: 0)")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    parser.set_defaults(name=name)
+
+
+def _opened(
+    *, model_path: str, output_dir: str, outfile: str | None, image_size: int | None, seed: int, cpu: bool, name: str
+) -> tuple[Any, Path]:
+    """The sampler, and the file to write."""
+    import mlx.core as mx
+
+    from mflux_vae_train.vae.sampler import VAESampler
+
+    _at_least(0, seed=seed)
+    if cpu:
+        mx.set_default_device(mx.cpu)
+    return VAESampler(model_path, image_size=image_size, seed=seed), Path(outfile or f"{output_dir}/{name}.png")
+
+
+def _add_range(parser: ArgumentParser) -> None:
+    parser.add_argument("--latent_range_min", type=float, default=-3.0, metavar="X", help="least value (default: -3)")
+    parser.add_argument("--latent_range_max", type=float, default=3.0, metavar="X", help="largest value (default: 3)")
+
+
+def _with_range(run: Run) -> Run:
+    def ranged(*, latent_range_min: float, latent_range_max: float, **settings: Any) -> None:
+        run(latent_range=(latent_range_min, latent_range_max), **settings)
+
+    return ranged
+
+
+def _at_least(least: int, **given: int) -> None:
+    from mflux_vae.errors import SettingsError
+
+    for name, value in given.items():
+        if value < least:
+            raise SettingsError(f"--{name} is {value}; at least {least} is allowed")
