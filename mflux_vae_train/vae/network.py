@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -73,6 +75,22 @@ def _network(settings: VAETrainingSettings) -> nn.Module:
     return FlatAutoencoder(
         FlatConfig(**common, hidden_dims=widths, **{name: getattr(settings, name) for name in names})
     )
+
+
+def AutoEncoderKL(ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | Path | None = None) -> AutoencoderKL:
+    """latent-diffusion's constructor: its network, new or with the weights of a checkpoint in any naming.
+
+    `encode` and `decode` take (B, H, W, C) in [-1, 1]; `VAETrainer` trains it (`--network_config`, `--init_from`).
+
+    Raises:
+        SettingsError: something in `ddconfig` is missing, unknown or not supported.
+        WeightsError: the checkpoint does not fit.
+    """
+    config = AutoencoderKLConfig.from_ddconfig(ddconfig, embed_dim)
+    if ckpt_path is None:
+        return AutoencoderKL(config)
+    network: Any = loading.open_network(ckpt_path, mx.float32, config=config.to_dict())
+    return network
 
 
 def new_critic(settings: VAETrainingSettings, network: Any) -> PatchDiscriminator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.images import load_image
 from mflux_vae_train import checkpoint, step
+from mflux_vae_train.vae.adversarial import PatchDiscriminator
 from mflux_vae_train.vae.config import (
     PRESETS,
     VAETrainingSettings,
@@ -26,7 +28,7 @@ from mflux_vae_train.vae.config import (
     preset,
     settings_from_dict,
 )
-from mflux_vae_train.vae.network import before_last_layer, build, latent_shape, parameter_count
+from mflux_vae_train.vae.network import AutoEncoderKL, before_last_layer, build, latent_shape, parameter_count
 from mflux_vae_train.vae.recompute import recompute_blocks
 from mflux_vae_train.vae.train import VAETrainer
 
@@ -76,12 +78,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "changes", [RICH, {"loss_type": "tc", "lr_scheduler": "step"}, CRITICISED]
-)
+@pytest.mark.parametrize("changes", [RICH, {"loss_type": "tc", "lr_scheduler": "step"}, CRITICISED])
 def test_resumed_equals_uninterrupted_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
+    monkeypatch.setattr("mflux_vae_train.vae.network.PatchDiscriminator", partial(PatchDiscriminator, width=4))
     whole = trained(tmp_path / "whole", **changes)
     assert whole.updates == 9
 
@@ -230,6 +231,17 @@ def test_a_network_may_be_described_or_opened(tmp_path: Path) -> None:
     )
     described = build(settings_from_dict({**SMALL, "network_config": str(file)}))
     assert latent_shape(described, 12) == (6, 6, 4)
+
+
+def test_latent_diffusions_constructor(tmp_path: Path) -> None:
+    ddconfig: dict[str, Any] = {"ch": 32, "out_ch": 3, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "in_channels": 3}
+    ddconfig |= {"resolution": 16, "z_channels": 6, "double_z": True, "attn_resolutions": [4]}
+    network = AutoEncoderKL(ddconfig, embed_dim=4)
+    pixels = mx.zeros((1, 16, 16, 3))
+    assert network.encode(pixels).mean.shape == (1, 4, 4, 4)
+    loading.save_network(network, tmp_path / "model.safetensors")
+    again = AutoEncoderKL(ddconfig, embed_dim=4, ckpt_path=tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(again.encode(pixels).mean, network.encode(pixels).mean)
 
 
 @pytest.mark.parametrize("changes", [SMALL, SPATIAL, {**SMALL, "network": "plain"}])
