@@ -126,7 +126,7 @@ def _self_attention(scale: float) -> Callable[..., mx.array]:
         return _in_bands(q, k, v, scale, None).astype(qkv[0].dtype)
 
     def slopes(*arrays: mx.array) -> tuple[mx.array, ...]:
-        y = _slopes_in_bands(scale, *(mx.contiguous(a.astype(mx.float32)) for a in arrays))
+        y = _slopes_in_bands(*(mx.contiguous(a.astype(mx.float32)) for a in arrays), scale)
         return tuple(y[i].astype(arrays[0].dtype) for i in range(3))
 
     @_custom_function
@@ -140,7 +140,7 @@ def _self_attention(scale: float) -> Callable[..., mx.array]:
     return function
 
 
-def _slopes_in_bands(scale: float, q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
+def _slopes_in_bands(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, y: mx.array, scale: float) -> mx.array:
     """Gradients of attention with respect to q, k and v, a few heads after the other. (B, heads, N, d) each.
 
     With scores s = scale q k', weights p = exp(s) / sums and the cotangent c (Dao et al. 2022, appendix B.2):

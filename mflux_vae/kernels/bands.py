@@ -121,7 +121,7 @@ def side_by_side(function: Callable[..., Arrays], *arrays: mx.array, constants: 
         results = list(_one_thread_each().map(partial(_computed, function), parts))
     if isinstance(results[0], mx.array):
         return mx.concatenate(results)
-    return tuple(mx.concatenate(list(outputs)) for outputs in zip(*results, strict=True))
+    return tuple(mx.concatenate(outputs) for outputs in zip(*results, strict=True))
 
 
 @cache
