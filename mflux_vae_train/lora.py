@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.kernels import aside, computes_aside
 from mflux_vae_train.randomness import Stream, rng
 
 METADATA_KEY = "lora_adapter_metadata"
-_custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -52,16 +49,17 @@ def add_lora(
     Raises:
         SettingsError: no linear layer matches; some that are there are named.
     """
+    from mlx_lm.tuner.lora import LoRALinear  # imports transformers: seconds
+
     if layers(module):
         raise ValueError("the module has adapters already; fuse them first")
     linears = _linears(module)
     targets = list(matching(module, patterns))
     module.freeze()
-    keys, kind = _DropoutKeys(), _layer_class()
+    keys = _DropoutKeys()
     adapted = []
     for path in targets:
-        layer = kind.from_base(linears[path], r=rank, scale=(rank if alpha is None else alpha) / rank)
-        layer.__class__ = kind  # mlx-lm's function makes its own
+        layer = LoRALinear.from_base(linears[path], r=rank, scale=(rank if alpha is None else alpha) / rank)
         inputs = layer.lora_a.shape[0]
         salt = zlib.crc32(path.encode())
         limit = 1 / math.sqrt(inputs)
@@ -109,53 +107,6 @@ def fuse(module: nn.Module) -> None:
     module.update_modules(tree_unflatten([(path, layer.fuse()) for path, layer in layers(module).items()]))
 
 
-# Layers
-
-
-@cache
-def _layer_class() -> Any:
-    """mlx-lm's layer; where its input and output are computed at once, it keeps nothing else for the gradient."""
-    from mlx_lm.tuner.lora import LoRALinear  # imports transformers: seconds
-
-    class Adapted(LoRALinear):
-        def __call__(self, x: mx.array) -> mx.array:
-            inner = self.linear
-            plain = isinstance(inner, nn.Linear) and inner.weight.dtype == x.dtype == self.lora_a.dtype
-            if computes_aside() and plain and not self.dropout.drops and not inner.trainable_parameters():
-                return _adapted(inner.weight, inner.get("bias"), self.scale)(x, self.lora_a, self.lora_b)
-            return super().__call__(x)
-
-    return Adapted
-
-
-def _adapted(weight: mx.array, bias: mx.array | None, scale: float) -> Any:
-    """x W' + bias + scale x A B as a function of x, A and B."""
-    mx.eval(weight, bias)
-
-    def value(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-        return mx.addmm(y, x @ a, b, alpha=scale)
-
-    def slopes(x: mx.array, a: mx.array, b: mx.array, cotangent: mx.array) -> tuple[mx.array, ...]:
-        x, cotangent = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        inner = cotangent @ b.T * scale
-        return inner, x.T @ inner, (x @ a * scale).T @ cotangent
-
-    @_custom_function
-    def function(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-        return aside(value, x, a, b)
-
-    @function.vjp
-    def function_vjp(xab: tuple[mx.array, ...], cotangent: mx.array, _y: mx.array) -> tuple[mx.array, ...]:
-        x, a, b = xab
-        inner, slope_a, slope_b = aside(slopes, x, a, b, cotangent)
-        # not aside: the first layers' inputs need no gradient, and what nobody asks for is not computed
-        slope_x = mx.addmm(cotangent @ weight, inner.reshape(*x.shape[:-1], -1), a.T)
-        return slope_x, slope_a, slope_b
-
-    return function
-
-
 # Dropout
 
 
@@ -176,14 +127,9 @@ class KeyedDropout(nn.Module):
         super().__init__()
         self.p, self.salt, self._keys = p, salt, keys
 
-    @property
-    def drops(self) -> bool:
-        """Whether it is more than the identity now."""
-        return self.p > 0 and self._keys.rows is not None
-
     def __call__(self, x: mx.array) -> mx.array:
         rows = self._keys.rows
-        if rows is None or not self.drops:
+        if self.p == 0 or rows is None:
             return x
         keep = 1 - self.p
         own = rows ^ mx.array([self.salt, 0], mx.uint32)

@@ -11,7 +11,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import aside, computes_aside, deferred, differentiated_once, side_by_side
+from mflux_vae.kernels.bands import aside, deferred, differentiated_once
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -41,7 +41,6 @@ __all__ = [
     "attention",
     "batch_norm_apply",
     "batch_statistics",
-    "computes_aside",
     "conv2d",
     "conv_transpose2d",
     "deferred",
@@ -58,7 +57,6 @@ __all__ = [
     "repeat_conv2d",
     "repeat_pixels",
     "rms_norm",
-    "side_by_side",
     "sigmoid",
     "silu",
     "softmax",

@@ -140,7 +140,9 @@ def _self_attention(scale: float) -> Callable[..., mx.array]:
     return function
 
 
-def _slopes_in_bands(q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, y: mx.array, scale: float) -> mx.array:
+def _slopes_in_bands(
+    q: mx.array, k: mx.array, v: mx.array, cotangent: mx.array, y: mx.array, scale: float
+) -> mx.array:
     """Gradients of attention with respect to q, k and v, a few heads after the other. (B, heads, N, d) each.
 
     With scores s = scale q k', weights p = exp(s) / sums and the cotangent c (Dao et al. 2022, appendix B.2):

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
-from itertools import islice, pairwise
+from functools import cache
+from itertools import islice
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -99,38 +99,6 @@ def _computed(function: Callable[..., Arrays], arrays: Sequence[mx.array]) -> Ar
     result = function(*arrays)
     mx.eval(result)
     return result
-
-
-def side_by_side(function: Callable[..., Arrays], *arrays: mx.array, constants: Any) -> Arrays:
-    """`function(*arrays)` for parts of the batch at the same time, each in a thread on a core of its own.
-
-    For networks of many small steps, of which only the matrix products would use more than one core. Where nothing
-    is computed at once it is one call.
-
-    Args:
-        arrays: (B, ...) each, cut along the batch; results are joined along it.
-        constants: a tree of all other arrays that `function` uses: threads can share only what has been evaluated.
-    """
-    count = min(runtime.cores(), MAX_STREAMS, arrays[0].shape[0])
-    if count < 2 or not computes_now(*arrays):
-        return function(*arrays)
-    edges = [part * arrays[0].shape[0] // count for part in range(count + 1)]
-    parts = [[array[start:end] for array in arrays] for start, end in pairwise(edges)]
-    mx.eval(parts, constants)
-    with runtime.one_blas_thread():
-        results = list(_one_thread_each().map(partial(_computed, function), parts))
-    if isinstance(results[0], mx.array):
-        return mx.concatenate(results)
-    return tuple(mx.concatenate(outputs) for outputs in zip(*results, strict=True))
-
-
-@cache
-def _one_thread_each() -> ThreadPoolExecutor:
-    def own_stream() -> None:
-        _local.streams = [mx.new_stream(mx.cpu)]
-        mx.set_default_stream(_local.streams[0])
-
-    return ThreadPoolExecutor(min(runtime.cores(), MAX_STREAMS), initializer=own_stream)
 
 
 @cache

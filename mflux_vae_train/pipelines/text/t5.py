@@ -198,19 +198,14 @@ class T5Stack(nn.Module):
 
     def __call__(self, x: mx.array, attention_mask: mx.array | None) -> mx.array:
         bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
-
-        def through(x: mx.array, *masks: mx.array) -> mx.array:
-            added = bias
-            for mask in masks:
-                seen = mask.astype(mx.bool_)[:, None, None, :]
-                added = mx.where(seen, bias, mx.array(mx.finfo(bias.dtype).min, bias.dtype))
-            for block in self.block:
-                x = block(x, added)
-            return self.final_layer_norm(x)
-
-        masks = [] if attention_mask is None else [attention_mask]
+        if attention_mask is not None:
+            seen = attention_mask.astype(mx.bool_)[:, None, None, :]
+            bias = mx.where(seen, bias, mx.array(mx.finfo(bias.dtype).min, bias.dtype))
         # the residual stream outgrows float16 and loses too much in bfloat16: it stays in float32
-        return kernels.side_by_side(through, x.astype(mx.float32), *masks, constants=[self.parameters(), bias])
+        x = x.astype(mx.float32)
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
 
 
 class T5Encoder(nn.Module):
