@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,17 +18,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce
 
 from mflux_vae.errors import TrainingError
-from mflux_vae.kernels import differentiated_once
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
-"""(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way).
-
-It is differentiated once, and differentiates nothing itself: activations and attention have no second gradient then.
-"""
+"""(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +93,8 @@ class Step:
         self._buffers: Callable[[], Any] = partial(buffers_of, model) if buffers else dict
         self._gradients = mx.value_and_grad(objective)
         self._apply = apply
-        self._tracing: Callable[[], AbstractContextManager[None]] = differentiated_once
         if not is_cpu() if compile is None else compile:
             self._gradients = mx.compile(self._gradients)
-            self._tracing = nullcontext
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
                 self._apply = mx.compile(apply, inputs=state, outputs=state)
@@ -127,8 +120,7 @@ class Step:
         for batch in batches:
             share = mx.array(batch.weight / total)
             try:
-                with self._tracing():
-                    (part, (measured, kept)), slope = self._gradients(parameters, kept, batch.arrays, share)
+                (part, (measured, kept)), slope = self._gradients(parameters, kept, batch.arrays, share)
             finally:  # differentiation and tracing leave their placeholders in the module
                 self.model.update(parameters)
                 self.model.update(before)

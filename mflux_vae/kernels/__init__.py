@@ -11,7 +11,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import aside, deferred, differentiated_once
+from mflux_vae.kernels.bands import deferred
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -37,14 +37,12 @@ __all__ = [
     "FUSED",
     "SCORES_AT_ONCE",
     "Padding",
-    "aside",
     "attention",
     "batch_norm_apply",
     "batch_statistics",
     "conv2d",
     "conv_transpose2d",
     "deferred",
-    "differentiated_once",
     "gelu",
     "gelu_tanh",
     "group_norm",

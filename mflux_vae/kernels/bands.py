@@ -10,12 +10,10 @@ the output. What a band leaves behind in the buffer cache the next one uses whil
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,11 +21,6 @@ from mflux_vae import runtime
 
 MAX_STREAMS = 8
 _KEPT_FOR_REUSE = 64 << 20
-_SMALL = 1 << 14
-"""Elements that are not worth the way to another thread and back (0.1 ms)."""
-
-
-Arrays = TypeVar("Arrays", mx.array, tuple[mx.array, ...])
 
 
 class _Local(threading.local):
@@ -35,7 +28,6 @@ class _Local(threading.local):
 
     streams: list[mx.Stream] | None = None
     deferred = False
-    once = False
 
 
 _local = _Local()
@@ -49,9 +41,7 @@ def computes_now(*arrays: mx.array) -> bool:
     if _local.deferred or not runtime.is_cpu():
         return False
     try:
-        # refuses what `mx.grad`, `mx.compile` and the like are tracing; of an array that has been evaluated it
-        # would not see that, of a new one for the same values it does
-        mx.async_eval([mx.stop_gradient(array) for array in arrays])
+        mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
     except ValueError:
         return False
     return True
@@ -65,45 +55,6 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _local.deferred = before
-
-
-@contextmanager
-def differentiated_once() -> Iterator[None]:
-    """Within it `aside` computes: for `mx.value_and_grad` and the like on a CPU, not nested in one another."""
-    before, _local.once = _local.once, runtime.is_cpu()
-    try:
-        yield
-    finally:
-        _local.once = before
-
-
-def computes_aside() -> bool:
-    """Whether `aside` computes at once."""
-    return _local.once
-
-
-def aside(function: Callable[..., Arrays], *arrays: mx.array) -> Arrays:
-    """`function(*arrays)`; within `differentiated_once` it is computed at once, in another thread.
-
-    While a thread differentiates, MLX runs no compiled function in it, and nothing there could be computed in bands.
-    Another thread may do both. Gradients do not find their way through it: `function` is a half of a custom function.
-    """
-    if not _local.once or sum(array.size for array in arrays) < _SMALL:
-        return function(*arrays)
-    mx.eval(arrays)
-    # what another thread computes with loses its graph: it gets arrays that never were part of one
-    return _other_thread().submit(_computed, function, [mx.from_dlpack(array) for array in arrays]).result()
-
-
-def _computed(function: Callable[..., Arrays], arrays: Sequence[mx.array]) -> Arrays:
-    result = function(*arrays)
-    mx.eval(result)
-    return result
-
-
-@cache
-def _other_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, initializer=lambda: mx.set_default_stream(mx.new_stream(mx.cpu)))
 
 
 def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> mx.array:

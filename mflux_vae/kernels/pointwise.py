@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import aside
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import pointwise
 
@@ -154,11 +153,11 @@ def _differentiable(value: Pointwise, slope: Callable[[mx.array, mx.array], mx.a
 
     @_custom_function
     def function(x: mx.array) -> mx.array:
-        return aside(forward, x)
+        return forward(x)
 
     @function.vjp
     def function_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-        return aside(backward, cotangent, x, y)
+        return backward(cotangent, x, y)
 
     return function
 
