@@ -227,7 +227,8 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
 
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
     input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
-    nearly twice; and the weights, reordered and transformed. Else the gathered windows, and twice the rows they are of.
+    nearly twice; and the weights, reordered and transformed. Shifts: the rows, padded too, and the sum before and after
+    a tap. Else the gathered windows, and twice the rows they are of.
 
     Args:
         shape: of the argument, (B, H, W, C).
@@ -242,6 +243,9 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
         most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
         weights = 0 if batch * height * width <= _REMEMBERED_MAX_PIXELS else 45 * channels * out
         return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + weights)
+    if form == "shifts":
+        pixels = min(batch * height * width, streams * _BAND_ELEMENTS // (kh * kw * channels))
+        return 4 * pixels * (2 * channels + 2 * out)
     gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
     return round(4 * min(streams * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
 
