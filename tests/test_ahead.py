@@ -75,6 +75,7 @@ def work(index):
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.2)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of the background
 try:
     list(ahead(work, range(1000), threads=1, limit=1000))
 except KeyboardInterrupt:

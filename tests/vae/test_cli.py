@@ -254,7 +254,9 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(model: Path, tmp_p
         save_image(tmp_path / "many" / f"{index}.png", np.full((256, 256, 3), index, np.uint8))
     out = tmp_path / "out" / "latents.safetensors"
     command = program("encode", tmp_path / "many", "--model", model, "--output", out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background would inherit deafness
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MKL_NUM_THREADS": "1"})
+    signal.signal(signal.SIGINT, before)
     parts = out.with_name(f".{out.name}.parts")
     deadline = time.monotonic() + 60
     while not list(parts.glob("[0-9a-f]*")) and time.monotonic() < deadline:
