@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.weights.pickles import read_pickle
 from mflux_vae.weights.stored import LARGEST_DIMENSION, MOST_DIMENSIONS, Stored, read_numbers
+from mflux_vae.weights.torch_files import read_torch
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -45,11 +45,11 @@ def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Tensors, unread, and metadata of a weights file: safetensors or torch's, whatever its name says.
 
     Raises:
-        WeightsError: no such file; not a whole file of either kind; see `header` and `pickles.read_pickle`.
+        WeightsError: no such file; not a whole file of either kind; see `header` and `torch_files.read_torch`.
     """
     path = Path(path)
     if _is_torchs(path):
-        return read_pickle(path), {}
+        return read_torch(path), {}
     entries, metadata = header(path)
     if all(hasattr(mx, dtype) and dtype != "float64" for _, dtype, _ in entries.values()):
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
@@ -223,6 +223,7 @@ class BetaVAELoss(VAELoss):
 
     Args:
         annealing: "linear", or "cyclical" with a period of `beta_steps`.
+        others: what `VAELoss` takes by keyword.
     """
 
     def __init__(
@@ -233,11 +234,7 @@ class BetaVAELoss(VAELoss):
         loss_type: str = "mse",
         *,
         annealing: str = "linear",
-        reduction: Reduction = "sum",
-        free_bits: float = 0.0,
-        signed: bool = False,
-        perceptual: Distance | None = None,
-        perceptual_weight: float = 1.0,
+        **others: Any,
     ) -> None:
         if annealing not in ANNEALING:
             raise SettingsError(f"annealing is {', '.join(ANNEALING)}, not {annealing!r}")
@@ -245,15 +242,7 @@ class BetaVAELoss(VAELoss):
             raise SettingsError(f"beta_start {beta_start}, beta_end {beta_end}, beta_steps {beta_steps}: none below 0")
         self.beta_start, self.beta_end, self.beta_steps = beta_start, beta_end, beta_steps
         self.annealing, self.step = annealing, 0
-        super().__init__(
-            self.beta_at(0),
-            loss_type,
-            reduction=reduction,
-            free_bits=free_bits,
-            signed=signed,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-        )
+        super().__init__(self.beta_at(0), loss_type, **others)
 
     def beta_at(self, step: int) -> float:
         """The weight in step number `step`, 0-based."""
@@ -278,6 +267,7 @@ class DisentangledVAELoss(VAELoss):
     Args:
         dataset_size: how many samples the data set has, for the estimates; None takes each batch for all of it.
         sampling: see `log_weights`.
+        others: what `VAELoss` takes by keyword, but for `free_bits`: the parts are no sums over components.
     """
 
     def __init__(
@@ -289,19 +279,11 @@ class DisentangledVAELoss(VAELoss):
         alpha: float = 1.0,
         dataset_size: int | None = None,
         sampling: Sampling = "stratified",
-        reduction: Reduction = "sum",
-        signed: bool = False,
-        perceptual: Distance | None = None,
-        perceptual_weight: float = 1.0,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            beta,
-            loss_type,
-            reduction=reduction,
-            signed=signed,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-        )
+        super().__init__(beta, loss_type, **others)
+        if self.free_bits:
+            raise SettingsError("free_bits is for losses of the divergence itself, not of its parts")
         if not (alpha >= 0 and gamma >= 0):
             raise SettingsError(f"alpha {alpha} and gamma {gamma} must not be negative")
         log_weights(1, dataset_size or 1, sampling)  # refuses another kind of sampling

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mflux_vae import WeightsError, loading  # noqa: E402
 from mflux_vae.weights.files import open_weights  # noqa: E402
-from mflux_vae.weights.pickles import read_pickle  # noqa: E402
+from mflux_vae.weights.torch_files import read_torch  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
 from tests.vae.test_loading import flux2, kl, tiny  # noqa: E402
 
@@ -231,7 +231,7 @@ def test_torchs_files_are_read_to_the_bit(new: bool, protocol: int, tmp_path: Pa
         "names": {"a": [1, (2.5, None)], "b": {1, 2}},
     }
     torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
-    read = read_pickle(tmp_path / "a.pt")
+    read = read_torch(tmp_path / "a.pt")
     expected = {f"state_dict.{key}": value for key, value in STATE.items()}
     expected |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
     assert read.keys() == expected.keys()

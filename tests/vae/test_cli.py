@@ -8,31 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae import VAE, cli, commands, latent_file
+from mflux_vae import VAE, commands, latent_file
 from mflux_vae.errors import ImageError
 from mflux_vae.images import image_text, load_image, save_image
+from tests.conftest import Run
 from tests.vae.small import small_kl
 
-Run = Callable[..., tuple[int, str, str]]
 SIZES = {"a.png": (24, 32), "b.png": (17, 9), "c.jpg": (40, 16)}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output, standard error."""
-
-    def main(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return main
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import open_weights, write_safetensors
 from mflux_vae.weights.rules import from_mlx
 from tests.vae.small import drawn, small_kl, small_plain
-from tests.vae.torch_files import of_arrays, write_old, write_zip
+from tests.vae.writing_torch import of_arrays, write_old, write_zip
 
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1, "scaling_factor": 0.5}
 TINY = {"num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)}

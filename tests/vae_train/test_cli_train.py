@@ -7,7 +7,6 @@ import subprocess
 import sys
 import typing
 from argparse import ArgumentParser
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,11 @@ from mflux_vae.images import load_image, save_image
 from mflux_vae_train.config import is_tuple, kind_of
 from mflux_vae_train.flags import add_flags, from_yaml, settings_of, to_yaml
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings, preset
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 FIELDS = {field.name: field for field in dataclasses.fields(VAETrainingSettings)}
 HINTS = typing.get_type_hints(VAETrainingSettings)
 TINY = ("--image_size=12", "--hidden_dims", "4", "6", "--latent_dim=3", "--digits_count=20", "--batchsize=8")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output, standard error."""
-
-    def main(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return main
 
 
 def settings(*words: str) -> VAETrainingSettings:

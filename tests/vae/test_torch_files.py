@@ -16,8 +16,8 @@ import pytest
 
 from mflux_vae import WeightsError
 from mflux_vae.weights.files import open_weights
-from mflux_vae.weights.pickles import read_pickle
-from tests.vae.torch_files import call, dump, name, of_arrays, tensor, write_old, write_zip
+from mflux_vae.weights.torch_files import read_torch
+from tests.vae.writing_torch import call, dump, name, of_arrays, tensor, write_old, write_zip
 
 DRAWS = np.random.default_rng(0)
 BASE = DRAWS.standard_normal((4, 6)).astype(np.float32)
@@ -38,7 +38,7 @@ def written(path: Path, arrays: dict[str, np.ndarray], how: str = "zip") -> Path
 
 @pytest.mark.parametrize("how", WRITERS)
 def test_tensors_come_back_to_the_bit(how: str, tmp_path: Path) -> None:
-    read = read_pickle(written(tmp_path / "a.pt", ARRAYS, how))
+    read = read_torch(written(tmp_path / "a.pt", ARRAYS, how))
     assert read.keys() == ARRAYS.keys()
     for key, array in ARRAYS.items():
         assert read[key].shape == array.shape and read[key].dtype == "float32"
@@ -49,7 +49,7 @@ def test_tensors_come_back_to_the_bit(how: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int64", "uint16"])
 def test_every_dtype_keeps_its_bits(how: str, dtype: str, tmp_path: Path) -> None:
     array = DRAWS.integers(0, 2**14, (2, 3)).astype(dtype)
-    (read,) = read_pickle(written(tmp_path / "a.pt", {"x": array}, how)).values()
+    (read,) = read_torch(written(tmp_path / "a.pt", {"x": array}, how)).values()
     loaded = read.load()
     if dtype == "uint16":  # the bits of bfloat16
         assert read.dtype == "bfloat16" and loaded.dtype == mx.bfloat16
@@ -60,7 +60,7 @@ def test_every_dtype_keeps_its_bits(how: str, dtype: str, tmp_path: Path) -> Non
 
 def test_views_begin_and_step_where_they_say(tmp_path: Path) -> None:
     content = {"part": tensor("0", "Float", 24, (2, 3), (12, 2), offset=7)}
-    read = read_pickle(write_zip(tmp_path / "a.pt", content, {"0": BASE.tobytes()}))
+    read = read_torch(write_zip(tmp_path / "a.pt", content, {"0": BASE.tobytes()}))
     expected = np.lib.stride_tricks.as_strided(BASE.reshape(-1)[7:], (2, 3), (48, 8))
     np.testing.assert_array_equal(np.array(read["part"].load()), expected)
 
@@ -79,7 +79,7 @@ def test_dictionaries_are_opened_and_trainers_leftovers_passed_over(how: Callabl
         },
         {"0": np.array([1, 2], np.float32).tobytes()},
     )
-    read = read_pickle(path)
+    read = read_torch(path)
     assert read.keys() == {"state_dict.encoder.weight", "parameter"}
     assert read["parameter"].load().tolist() == read["state_dict.encoder.weight"].load().tolist() == [1, 2]
 
@@ -118,7 +118,7 @@ def test_nothing_is_executed(attack: Callable[[Path], bytes], how: Callable, tmp
     trap = tmp_path / "executed"
     path = how(tmp_path / "a.pt", {"a": attack(trap), "b": 1}, {})
     with pytest.raises(WeightsError, match=r"a\.pt: not usable as a torch file \(") as caught:
-        read_pickle(path)
+        read_torch(path)
     assert not trap.exists() and "\n" not in str(caught.value)
 
 
@@ -160,7 +160,7 @@ BROKEN = {
 def test_files_that_do_not_hold_together_are_refused(content: object, told: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.pt", content, FLOATS)
     with pytest.raises(WeightsError, match=told) as caught:
-        read_pickle(path)
+        read_torch(path)
     assert "\n" not in str(caught.value)
 
 
@@ -168,13 +168,13 @@ def test_bombs_are_small_when_they_are_refused(tmp_path: Path) -> None:
     one = {"x": tensor("0", "Float", 2**22, (2**22,), (1,))}
     packed = write_zip(tmp_path / "a.pt", one, {"0": bytes(2**24)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(WeightsError, match="is compressed, which torch never does"):
-        read_pickle(packed)
+        read_torch(packed)
     pairs = b"](" + b"(" + dump("a") + b"Nt" + b"e"
     laughs = b")" + b"2\x86" * 300 + b"N"  # a tuple of a tuple of ..., 300 deep, doubled each time
     for content in (b"}" + laughs + b"s", b"}" + b"(" + laughs + b"u", b"}" + pairs + b"0"):
-        assert read_pickle(write_zip(tmp_path / "b.pt", content, {})) == {}
+        assert read_torch(write_zip(tmp_path / "b.pt", content, {})) == {}
     huge = b"}" + b"r\xff\xff\xff\x7f"  # memo number 2**31 - 1
-    assert read_pickle(write_zip(tmp_path / "b.pt", huge, {})) == {}
+    assert read_torch(write_zip(tmp_path / "b.pt", huge, {})) == {}
 
 
 @pytest.mark.parametrize("how", WRITERS)
@@ -183,7 +183,7 @@ def test_every_truncation_is_refused(how: str, tmp_path: Path) -> None:
     for kept in sorted({0, 1, 2, 3, 9, *range(0, len(whole), 41), len(whole) - 1}):
         (tmp_path / "b.pt").write_bytes(whole[:kept])
         with pytest.raises(WeightsError, match=r"b\.pt: not usable as a torch file"):
-            read_pickle(tmp_path / "b.pt")
+            read_torch(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("how", WRITERS)
@@ -196,7 +196,7 @@ def test_flipped_bytes_are_read_or_refused(how: str, tmp_path: Path) -> None:
             broken[draw.randrange(len(whole))] = draw.randrange(256)
         (tmp_path / "b.pt").write_bytes(broken)
         try:
-            for stored in read_pickle(tmp_path / "b.pt").values():
+            for stored in read_torch(tmp_path / "b.pt").values():
                 stored.load()
         except WeightsError:
             refused += 1
@@ -226,9 +226,9 @@ def test_other_archives_are_refused(tmp_path: Path) -> None:
         archive.writestr("word/document.xml", "")
     for path, told in ((script, "TorchScript"), (big, "byte order"), (tmp_path / "c.pt", "without data.pkl")):
         with pytest.raises(WeightsError, match=told):
-            read_pickle(path)
+            read_torch(path)
     with pytest.raises(WeightsError, match="no such weights file"):
-        read_pickle(tmp_path / "d.pt")
+        read_torch(tmp_path / "d.pt")
 
 
 def test_old_files_count_their_storages(tmp_path: Path) -> None:
@@ -237,10 +237,10 @@ def test_old_files_count_their_storages(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole.replace(struct.pack("<q", 4) + bytes(16), struct.pack("<q", 2**60) + bytes(16)))
     with pytest.raises(WeightsError, match="beyond the end"):
-        read_pickle(path)
+        read_torch(path)
     write_old(path, content, {"7": bytes(16)})
     with pytest.raises(WeightsError, match="'7' is of no tensor"):
-        read_pickle(path)
+        read_torch(path)
 
 
 def test_a_file_is_what_its_bytes_say_whatever_its_name(tmp_path: Path) -> None:
