@@ -24,6 +24,7 @@ def flag(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     aliases: tuple[str, ...] = (),
+    group: str | None = None,
     **limits: Any,
 ) -> Any:
     """A field that is also a flag.
@@ -34,8 +35,9 @@ def flag(
         choices: the allowed strings, where only some are.
         least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
         aliases: other names of the flag and of the key.
+        group: heading in ``--help`` for this flag and those after it, up to the next that has one.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, **limits}
+    metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, "group": group, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -156,6 +158,8 @@ def kind_of(hint: Any) -> tuple[type, bool]:
 
 def is_tuple(hint: Any) -> bool:
     """Whether a field takes any number of values, at least one."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(is_tuple(member) for member in typing.get_args(hint))
     return typing.get_origin(hint) is tuple
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import logging
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,24 @@ from mflux_vae_train.config import is_tuple, kind_of
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By name: values of fields that replace the defaults."""
 
+WithoutEffect: TypeAlias = Mapping[str, str]
+"""Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
+
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
+
+
+NOTED = "without_effect"
+"""Where a namespace lists those that were given."""
+
+
+class _Note(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, word: str | None = None) -> None:
+        setattr(namespace, NOTED, [*getattr(namespace, NOTED, ()), self.dest])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,8 +46,14 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists all flags)")
 
 
-def parser_from(cls: type, *, prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of `cls`, and ``--config``.
+def parser_from(
+    cls: type,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    without_effect: WithoutEffect | None = None,
+) -> argparse.ArgumentParser:
+    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` keeps silent `without_effect`.
 
     Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
     ``--no_x``. Numbers that may be None accept ``none``.
@@ -42,6 +63,9 @@ def parser_from(cls: type, *, prog: str | None = None, description: str | None =
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     add_flags(parser, cls)
+    for name in without_effect or {}:
+        spellings, hidden = _spellings(name), argparse.SUPPRESS
+        parser.add_argument(*spellings, action=_Note, nargs="?", default=hidden, help=hidden)
     return parser
 
 
@@ -53,6 +77,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
         add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags win over it")
     hints = typing.get_type_hints(cls)
     for field in _fields(cls):
+        if heading := field.metadata.get("group"):
+            add = functools.partial(parser.add_argument_group(heading).add_argument, default=argparse.SUPPRESS)
         kind, _ = kind_of(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
         choices, aliases = field.metadata["choices"], field.metadata["aliases"]
@@ -65,7 +91,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
             if kind is bool:
                 add(name, dest=field.name, action="store_true", help=shown)
             elif is_tuple(hints[field.name]):
-                add(name, dest=field.name, metavar=metavar, nargs="+", help=shown)
+                add(name, dest=field.name, metavar=metavar, nargs="+", action="extend", help=shown)
             else:
                 add(name, dest=field.name, metavar=metavar, help=shown)
         if kind is bool:
@@ -75,14 +101,22 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
                 add(name, dest=field.name, action="store_false", help=shown)
 
 
-def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_options: Any) -> T:
+def settings_from(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    without_effect: WithoutEffect | None = None,
+    **parser_options: Any,
+) -> T:
     """Settings from a command line (``sys.argv`` where None), with ``--config`` underneath.
+
+    What is given of `without_effect`, as a flag or in the file, is said in the log.
 
     Raises:
         SettingsError: an unknown flag or key (with the nearest known one), a missing required flag, or what
             the dataclass itself refuses.
     """
-    parser = parser_from(cls, **parser_options)
+    parser = parser_from(cls, without_effect=without_effect, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
     known = {f.name for f in _fields(cls)}
     for word in unknown:
@@ -91,18 +125,25 @@ def settings_from(cls: type[T], argv: Sequence[str] | None = None, **parser_opti
             hint = _hint(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
             raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
         raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
-    return settings_of(cls, vars(namespace))
+    return settings_of(cls, vars(namespace), without_effect=without_effect)
 
 
-def settings_of(cls: type[T], given: Mapping[str, Any], presets: Presets | None = None) -> T:
+def settings_of(
+    cls: type[T],
+    given: Mapping[str, Any],
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+) -> T:
     """Settings from what a parser with `add_flags` found.
 
     Raises:
         SettingsError: as `settings_from`, and an unknown preset.
     """
     given = dict(given)
-    config, preset = given.pop("config", None), given.pop("preset", None)
-    below = _read_yaml(cls, Path(config), presets) if config else {}
+    config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(NOTED, [])
+    below = _read_yaml(cls, Path(config), presets, without_effect or {}) if config else {}
+    for name in [*below.pop(NOTED, []), *noted]:
+        logger.warning("--%s has no effect: %s", name, (without_effect or {})[name])
     preset = below.pop("preset", None) if preset is None else preset
     values = {**_of_preset(preset, presets or {}), **below}
     values |= {name: _convert(cls, name, value) for name, value in given.items()}
@@ -132,7 +173,9 @@ def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
     return {} if name is None else presets[name]
 
 
-def _read_yaml(cls: type, path: Path, presets: Presets | None = None) -> dict[str, Any]:
+def _read_yaml(
+    cls: type, path: Path, presets: Presets | None = None, without_effect: WithoutEffect | None = None
+) -> dict[str, Any]:
     import yaml
 
     try:
@@ -146,11 +189,14 @@ def _read_yaml(cls: type, path: Path, presets: Presets | None = None) -> dict[st
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
     known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if presets and name == "preset":
             values[name] = value
+            continue
+        if without_effect and name in without_effect:
+            values.setdefault(NOTED, []).append(name)
             continue
         if name not in known:
             raise SettingsError(f"{path}: unknown setting {key!r}{_hint(name, known)}")
@@ -165,7 +211,9 @@ def _convert(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kind, optional = kind_of(hint)
     if is_tuple(hint):
-        members = value.replace(",", " ").split() if isinstance(value, str) else value
+        members = value
+        if isinstance(value, str):  # numbers stand in a row; a text is one, whatever is in it
+            members = [value] if kind is str else value.replace(",", " ").split()
         return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
         return value

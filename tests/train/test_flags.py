@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings, check_fields, flag, kind_of
+from mflux_vae_train.config import DreamBoothSettings, check_fields, flag, is_tuple, kind_of
 from mflux_vae_train.flags import add_flags, from_yaml, parser_from, settings_from, settings_of, to_yaml
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
@@ -23,6 +23,11 @@ HINTS = typing.get_type_hints(DreamBoothSettings)
 
 def other_than_default(name: str) -> Any:
     """An allowed value that differs from the default."""
+    one = other_single(name)
+    return (one,) if is_tuple(HINTS[name]) else one
+
+
+def other_single(name: str) -> Any:
     field, (kind, _) = FIELDS[name], kind_of(HINTS[name])
     if choices := field.metadata["choices"]:
         return next(choice for choice in choices if choice != field.default)
@@ -40,7 +45,7 @@ def other_than_default(name: str) -> Any:
 def test_every_flag_reaches_its_field(name: str, hyphens: bool) -> None:
     value = other_than_default(name)
     flag = "--" + (name.replace("_", "-") if hyphens else name)
-    words = [flag] if value is True else [flag, str(value)]
+    words = [flag] if value is True else [flag, str(value[0] if isinstance(value, tuple) else value)]
     assert getattr(settings_from(DreamBoothSettings, NEEDED + words), name) == value
 
 
@@ -48,7 +53,7 @@ def test_every_flag_reaches_its_field(name: str, hyphens: bool) -> None:
 def test_every_yaml_key_reaches_its_field(name: str, tmp_path: Path) -> None:
     value = other_than_default(name)
     path = tmp_path / "run.yaml"
-    path.write_text(f"{name}: {value}\n")
+    path.write_text(f"{name}: {list(value) if isinstance(value, tuple) else value}\n")
     needed = [word for word in NEEDED if not word.startswith(f"--{name}=")]
     settings = settings_from(DreamBoothSettings, [*needed, "--config", str(path)])
     assert getattr(settings, name) == value
@@ -151,6 +156,42 @@ class Small:
 
 
 PRESETS = {"wide": {"widths": (64,), "rate": 0.25}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """With texts, any number of them or none."""
+
+    prompts: tuple[str, ...] | None = flag("prompts", None, group="what is said")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_texts_are_collected_and_never_cut(tmp_path: Path) -> None:
+    assert settings_from(Texts, []).prompts is None
+    for words in (["--prompts", "a dog, wet", "a cat"], ["--prompts", "a dog, wet", "--prompts=a cat"]):
+        assert settings_from(Texts, words).prompts == ("a dog, wet", "a cat")
+    path = tmp_path / "run.yaml"
+    for text, expected in (("prompts: a dog, wet", ("a dog, wet",)), ("prompts: [a, b c]", ("a", "b c"))):
+        path.write_text(text)
+        assert from_yaml(Texts, path) == Texts(prompts=expected)
+    path.write_text(to_yaml(Texts(prompts=("x", "y"))))
+    assert from_yaml(Texts, path).prompts == ("x", "y")
+    assert "what is said:" in parser_from(Texts).format_help()
+
+
+@pytest.mark.parametrize("words", [["--old"], ["--old", "3"], ["--old=x"], ["--config", "run.yaml"]])
+def test_a_flag_without_effect_is_said(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("old: 3\nprompts: a\n")
+    settings = settings_from(Texts, [*words, "--prompts=a"], without_effect={"old": "there is nothing old"})
+    assert settings == Texts(prompts=("a",))
+    assert [record.getMessage() for record in caplog.records] == ["--old has no effect: there is nothing old"]
+    with pytest.raises(SettingsError, match="old"):
+        settings_from(Texts, words)
 
 
 def small(*words: str) -> Small:
