@@ -4,13 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mflux_vae.errors import SettingsError
+
 Conditioning = Mapping[str, mx.array]
 """Encoded prompts: named arrays, batch first, of one shape for every prompt, so that rows can be mixed."""
+
+
+WeightingScheme = Literal["none", "uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt", "flux_shift", "schnell"]
+"""How training draws and weights noise levels, see `NoiseSampling`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSampling:
+    """How training draws noise levels, and what an error at each of them counts (Esser et al. 2024, section 3.1).
+
+    With u in [0, 1) and a noise level of 1 - u, so that a large u means little noise, as in diffusers' scripts:
+
+    - ``none``, ``uniform``: u is uniform.
+    - ``logit_normal``: u = sigmoid(N(logit_mean, logit_std)).
+    - ``mode``: u = 1 - r - mode_scale (cos^2(pi r / 2) - 1 + r), r uniform.
+    - ``cosmap``: u uniform, error times 2 / (pi (1 - 2 s + 2 s^2)) at noise level s.
+    - ``sigma_sqrt``: u uniform, error times s^-2.
+    - ``flux_shift``: as logit_normal, then moved towards noise, the more the larger the picture.
+    - ``schnell``: one of the four levels 1/4, 2/4, 3/4, 1 that FLUX.1 schnell was distilled to.
+
+    Attributes:
+        logit_mean: above 0 means less noise (in kohya's scripts, which draw the noise level itself, more).
+        mode_scale: from -1 to 2 / (pi - 2), outside of which levels would leave [0, 1].
+
+    Raises:
+        SettingsError: an unknown scheme.
+    """
+
+    scheme: WeightingScheme = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if self.scheme not in get_args(WeightingScheme):
+            known = ", ".join(get_args(WeightingScheme))
+            raise SettingsError(f"weighting scheme {self.scheme!r} is unknown; known are {known}")
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of noised latents, and what it should have said. All float32.
+
+    Attributes:
+        prediction, target: of the latents' shape (B, ...).
+        weight: what a sample's squared error counts (B,).
+        sigma: its noise level (B,), from 0 for none to 1 for nothing else.
+    """
+
+    prediction: mx.array
+    target: mx.array
+    weight: mx.array
+    sigma: mx.array
+
+    def loss(self) -> mx.array:
+        """Weighted squared error, averaged over each sample: (B,)."""
+        return self.weight * mx.square(self.prediction - self.target).flatten(1).mean(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +85,7 @@ class Recommended:
         rank: LoRA rank.
         caption_dropout: share of training captions replaced by the empty prompt; 0 where guidance needs none.
         prior_loss_weight: weight of the prior-preservation term.
+        weighting_scheme: how training draws and weights noise levels; None where there is no `predict`.
     """
 
     resolution: int
@@ -38,6 +97,7 @@ class Recommended:
     rank: int
     caption_dropout: float
     prior_loss_weight: float = 1.0
+    weighting_scheme: WeightingScheme | None = None
 
 
 @runtime_checkable
@@ -67,7 +127,7 @@ class DiffusionPipeline(Protocol):
         ...
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
-        """The denoising objective, one value per sample (B,), float32, unweighted; differentiable in `denoiser`."""
+        """The denoising objective, one value per sample (B,), float32; differentiable in `denoiser`."""
         ...
 
     def sample(
@@ -78,4 +138,33 @@ class DiffusionPipeline(Protocol):
 
     def lora_targets(self) -> Sequence[str]:
         """Patterns (fnmatch over module paths of `denoiser`) of the linear layers that LoRA adapts by default."""
+        ...
+
+
+# What a pipeline may offer beside it. A trainer asks for these with isinstance, and refuses what needs a missing one.
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A pipeline that shows what its loss is made of. Masks, output preservation and `NoiseSampling` need it."""
+
+    def predict(
+        self,
+        latents: mx.array,
+        conditioning: Conditioning,
+        *,
+        key: mx.array,
+        guidance: float,
+        sampling: NoiseSampling | None = None,
+    ) -> Prediction:
+        """Latents noised as `key` says, and what `denoiser` makes of them; differentiable in `denoiser`.
+
+        Equal keys give equal noise and levels, whatever the denoiser's weights and the conditioning are.
+
+        Args:
+            sampling: None for the recommended scheme; then ``predict(...).loss()`` is what `loss` returns.
+
+        Raises:
+            SettingsError: the pipeline has no such scheme.
+        """
         ...

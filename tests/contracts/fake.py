@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 import mflux_vae.runtime  # noqa: F401  (opens a fast BLAS before MLX is used)
-from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
 
 POOL = 4
 WORDS = 8
@@ -56,6 +57,7 @@ class FakePipeline:
         rank=2,
         caption_dropout=0.1,
         prior_loss_weight=0.5,
+        weighting_scheme="uniform",
     )
 
     def __init__(self, seed: int = 0) -> None:
@@ -84,14 +86,29 @@ class FakePipeline:
         return {"embedding": mx.array(np.stack(rows).astype(np.float32) / 128 - 1)}
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
+        return self.predict(latents, conditioning, key=key, guidance=guidance).loss()
+
+    def predict(
+        self,
+        latents: mx.array,
+        conditioning: Conditioning,
+        *,
+        key: mx.array,
+        guidance: float,
+        sampling: NoiseSampling | None = None,
+    ) -> Prediction:
         def draw(one: mx.array) -> tuple[mx.array, mx.array]:
             for_noise, for_time = mx.random.split(one)
             return mx.random.normal(latents.shape[1:], key=for_noise), mx.random.uniform(key=for_time)
 
+        if sampling is not None and sampling.scheme not in ("uniform", "sigma_sqrt"):
+            raise SettingsError(f"the fake pipeline has no weighting scheme {sampling.scheme}")
         noise, time = mx.vmap(draw)(key)
+        time = mx.maximum(time, 0.01)
         mixed = latents + time[:, None, None, None] * (noise - latents)
         velocity = self.denoiser(mixed, conditioning["embedding"], time)
-        return ((velocity - (noise - latents)) ** 2).flatten(1).mean(axis=1)
+        squared = sampling is not None and sampling.scheme == "sigma_sqrt"
+        return Prediction(velocity, noise - latents, time**-2 if squared else mx.ones_like(time), time)
 
     def sample(
         self, conditioning: Conditioning, *, size: tuple[int, int], steps: int, guidance: float, key: mx.array

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling, Predicts
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.randomness import Stream, sample_keys
 
@@ -144,6 +144,23 @@ class PipelineContract:
         finally:
             pipeline.denoiser.update(saved)
         assert float(mx.abs(after - before).max()) > 0
+
+    def test_a_prediction_is_what_the_loss_is_made_of(self, pipeline, latents, conditioning, guidance):
+        if not isinstance(pipeline, Predicts):
+            assert pipeline.recommended.weighting_scheme is None
+            return
+        asked = {"key": keys(0, 1, 2), "guidance": guidance}
+        found = pipeline.predict(latents, conditioning, **asked)
+        assert found.prediction.shape == found.target.shape == latents.shape
+        assert found.weight.shape == found.sigma.shape == (3,)
+        assert all(array.dtype == mx.float32 and bool(mx.isfinite(array).all()) for array in found)
+        assert bool((found.sigma >= 0).all()) and bool((found.sigma <= 1).all()) and bool((found.weight >= 0).all())
+        np.testing.assert_allclose(found.loss(), pipeline.loss(latents, conditioning, **asked), **CLOSE)
+
+        named = NoiseSampling(scheme=pipeline.recommended.weighting_scheme)
+        again = pipeline.predict(latents, rows(conditioning, 2, 0, 1), **asked, sampling=named)
+        assert mx.array_equal(again.target, found.target), "the noise depends on more than the key"
+        assert mx.array_equal(again.sigma, found.sigma), "the recommended scheme is not the default"
 
     def test_samples_are_images_of_the_asked_size(self, pipeline, conditioning, sample):
         images = sample(conditioning, keys(0, 1, 2))

@@ -29,6 +29,7 @@ RECOMMENDED = Recommended(
     rank=4,
     caption_dropout=0.1,
     prior_loss_weight=0.5,
+    weighting_scheme="logit_normal",
 )
 
 

@@ -24,7 +24,7 @@ WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "t
 
 @pytest.fixture(scope="module")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> FluxPipeline:
-    return small_pipeline(tmp_path_factory.mktemp("schnell"), recommended=RECOMMENDED, sigma_weighting="logit_normal")
+    return small_pipeline(tmp_path_factory.mktemp("schnell"), recommended=RECOMMENDED)
 
 
 @pytest.fixture(scope="module")
@@ -160,17 +160,14 @@ def test_text_length_is_the_tokenizers_and_at_most_the_models(
 
 def test_published_models_have_their_recommendations(tmp_path: Path, dev: FluxPipeline) -> None:
     schnell = small_pipeline(tmp_path)
-    assert (schnell.recommended.guidance, schnell.recommended.steps, schnell.sigma_weighting) == (
-        1.0,
-        4,
-        "schnell",
-    )
-    assert dev.sigma_weighting == "logit_normal"
+    recommended = schnell.recommended
+    assert (recommended.guidance, recommended.steps, recommended.weighting_scheme) == (1.0, 4, "schnell")
+    assert dev.recommended.weighting_scheme == "flux_shift"
 
 
 def test_files_hold_the_pipeline_bit_for_bit(schnell: FluxPipeline, folder: Path) -> None:
     opened = FluxPipeline.from_pretrained(folder)
-    assert (opened.recommended, opened.sigma_weighting) == (RECOMMENDED, "logit_normal")
+    assert opened.recommended == RECOMMENDED
     assert (opened.schedule, opened.name) == (schnell.schedule, "saved")
     for name in ("denoiser", "text_encoder", "text_encoder_2", "vae"):
         before, after = (dict(tree_flatten(getattr(p, name).parameters())) for p in (schnell, opened))
@@ -255,7 +252,7 @@ def test_missing_files_and_foreign_folders_are_named(folder: Path, tmp_path: Pat
         FluxPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change", [{"sigma_weighting": "magic"}, {"unknown": 1}])
+@pytest.mark.parametrize("change", [{"weighting_scheme": "magic"}, {"unknown": 1}])
 def test_wrong_recommendations_are_refused(folder: Path, change: dict) -> None:
     path = folder / "recommended.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step, noised
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, error_weight, euler_step, noised
+from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
 from mflux_vae_train.randomness import Stream, sample_keys
 
 SCHEDULES = {
@@ -66,23 +68,33 @@ def test_other_schedulers_are_refused(change: dict) -> None:
         FlowMatchSchedule.from_dict(FlowMatchSchedule().to_dict() | change)
 
 
-@pytest.mark.parametrize("weighting", ["logit_normal", "uniform", "schnell"])
-def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, weighting: str) -> None:
+@pytest.mark.parametrize("scheme", get_args(WeightingScheme))
+def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, scheme: WeightingScheme) -> None:
     def draw(key: mx.array) -> np.ndarray:
-        return np.array(schedule.training_sigmas(key, weighting=weighting, image_tokens=16))
+        return np.array(schedule.training_sigmas(key, NoiseSampling(scheme=scheme), image_tokens=16))
 
     levels = draw(keys(500))
     assert levels.shape == (500,) and levels.dtype == np.float32
     assert (levels > 0).all() and (levels <= 1).all()
     np.testing.assert_allclose(draw(keys(3, start=200)), levels[200:203], rtol=1e-6)
+    assert np.isfinite(np.array(error_weight(mx.array(levels), NoiseSampling(scheme=scheme)))).all()
 
 
 def test_training_levels_are_spread_as_named() -> None:
-    def draw(weighting: str) -> np.ndarray:
-        return np.array(SCHEDULES["schnell"].training_sigmas(keys(2000), weighting=weighting, image_tokens=16))
+    def draw(scheme: WeightingScheme, **numbers: float) -> np.ndarray:
+        sampling = NoiseSampling(scheme=scheme, **numbers)
+        return np.array(SCHEDULES["schnell"].training_sigmas(keys(2000), sampling, image_tokens=16))
 
-    logits = np.log(draw("logit_normal") / (1 - draw("logit_normal")))
-    assert logits.mean() == pytest.approx(0, abs=0.1) and logits.std() == pytest.approx(1, abs=0.1)
+    def logits(levels: np.ndarray) -> np.ndarray:
+        return np.log(levels / (1 - levels))
+
+    normal = logits(draw("logit_normal"))
+    assert normal.mean() == pytest.approx(0, abs=0.1) and normal.std() == pytest.approx(1, abs=0.1)
+    moved = logits(draw("logit_normal", logit_mean=1.0, logit_std=0.5))
+    assert moved.mean() == pytest.approx(-1, abs=0.1) and moved.std() == pytest.approx(0.5, abs=0.1)
+    # mu at 16 tokens of a line through (256, 0.5) and (4096, 1.15)
+    shifted = logits(draw("flux_shift"))
+    assert shifted.mean() == pytest.approx(0.459, abs=0.1) and shifted.std() == pytest.approx(1, abs=0.1)
     uniform = np.histogram(draw("uniform"), bins=4, range=(0, 1))[0]
     levels, counts = np.unique(draw("schnell"), return_counts=True)
     assert levels.tolist() == [0.25, 0.5, 0.75, 1.0]
@@ -90,9 +102,20 @@ def test_training_levels_are_spread_as_named() -> None:
         assert count == pytest.approx(500, abs=100)
 
 
-def test_unknown_weighting_is_refused() -> None:
+def test_shifting_by_size_is_for_sampling_and_flux_shift_alone() -> None:
+    dev, static, plain = SCHEDULES["dev"], SCHEDULES["static"], SCHEDULES["schnell"]
+
+    def draw(schedule: FlowMatchSchedule, scheme: WeightingScheme) -> mx.array:
+        return schedule.training_sigmas(keys(20), NoiseSampling(scheme=scheme), image_tokens=1024)
+
+    assert mx.array_equal(draw(dev, "uniform"), draw(plain, "uniform"))
+    assert bool((draw(static, "uniform") > draw(plain, "uniform")).all())
+    assert mx.array_equal(draw(dev, "flux_shift"), draw(plain, "flux_shift"))
+
+
+def test_unknown_schemes_are_refused() -> None:
     with pytest.raises(SettingsError, match="logit_normal"):
-        FlowMatchSchedule().training_sigmas(keys(1), weighting="cosmap", image_tokens=16)  # type: ignore[arg-type]
+        NoiseSampling(scheme="cosine")  # type: ignore[arg-type]
 
 
 def test_the_true_velocity_leads_from_noise_to_the_image(schedule: FlowMatchSchedule) -> None:

@@ -9,7 +9,7 @@ from mflux_vae import VAE, presets
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures
-from mflux_vae_train.pipelines.tiny.recipe import RECOMMENDED, SIGMA_WEIGHTING, SIZE
+from mflux_vae_train.pipelines.tiny.recipe import RECOMMENDED, SIZE
 from mflux_vae_train.pipelines.tiny.world import evaluation_prompts
 
 
@@ -19,7 +19,6 @@ def test_it_is_small_and_its_settings_are_the_recipe_s():
     pipeline = open_pipeline("tiny")
     assert pipeline.name == "tiny"
     assert pipeline.recommended == RECOMMENDED
-    assert pipeline.sigma_weighting == SIGMA_WEIGHTING
 
 
 def test_its_autoencoder_is_a_preset_by_the_same_name():

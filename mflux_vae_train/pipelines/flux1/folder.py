@@ -4,8 +4,7 @@
     transformer/  vae/  text_encoder/  text_encoder_2/     config.json and safetensors, one file or shards
     tokenizer/  tokenizer_2/                               copied as they are
 
-`recommended.json` holds the fields of `Recommended` and `sigma_weighting`, for models that are neither
-schnell nor dev.
+`recommended.json` holds the fields of `Recommended`, for models that are neither schnell nor dev.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,9 +27,9 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import DTYPES, read_folder, read_json, write_json, write_safetensors
 from mflux_vae.weights.rules import load_strict
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, SigmaWeighting
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 from mflux_vae_train.pipelines.text import clip, t5
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ def read(folder: Path, dtype: mx.Dtype | None) -> dict[str, Any]:
             f"at 1/{vae.spatial_scale} of the size, and {transformer.config.in_channels} inputs; {packed} inputs and "
             f"1/{VAE_FACTOR} are needed"
         )
-    recommended, weighting = _read_recommended(folder / "recommended.json")
     return {
         "transformer": transformer,
         "vae": vae,
@@ -85,8 +83,7 @@ def read(folder: Path, dtype: mx.Dtype | None) -> dict[str, Any]:
         "tokenizer_folder": folder / "tokenizer",
         "tokenizer_2_folder": folder / "tokenizer_2",
         "schedule": FlowMatchSchedule.from_dict(read_json(folder / "scheduler" / "scheduler_config.json")),
-        "recommended": recommended,
-        "sigma_weighting": weighting,
+        "recommended": _read_recommended(folder / "recommended.json"),
         "name": folder.resolve().name,
     }
 
@@ -106,8 +103,7 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     _copy(pipeline.tokenizer_folder, folder / "tokenizer")
     _copy(pipeline.tokenizer_2_folder, folder / "tokenizer_2")
     write_json(folder / "scheduler" / "scheduler_config.json", pipeline.schedule.to_dict())
-    recommended = asdict(pipeline.recommended) | {"sigma_weighting": pipeline.sigma_weighting}
-    write_json(folder / "recommended.json", recommended)
+    write_json(folder / "recommended.json", asdict(pipeline.recommended))
     write_json(folder / "model_index.json", _INDEX)
 
 
@@ -132,16 +128,14 @@ def _save(module: Any, folder: Path, stem: str, dtype: mx.Dtype) -> None:
     write_json(folder / "config.json", module.config.to_dict())
 
 
-def _read_recommended(path: Path) -> tuple[Recommended | None, SigmaWeighting | None]:
+def _read_recommended(path: Path) -> Recommended | None:
     if not path.is_file():
-        return None, None
-    values = read_json(path)
-    weighting = values.pop("sigma_weighting", None)
-    if weighting not in (None, *get_args(SigmaWeighting)):
-        raise SettingsError(f"{path}: sigma_weighting {weighting!r} is none of {', '.join(get_args(SigmaWeighting))}")
+        return None
     try:
-        return Recommended(**values), weighting
-    except TypeError as error:
+        recommended = Recommended(**read_json(path))
+        NoiseSampling(scheme=recommended.weighting_scheme or "uniform")
+        return recommended
+    except (TypeError, SettingsError) as error:
         raise SettingsError(f"{path}: not the fields of Recommended ({error})") from error
 
 

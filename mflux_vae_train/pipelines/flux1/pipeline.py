@@ -16,12 +16,12 @@ from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
     FlowMatchSchedule,
-    SigmaWeighting,
+    error_weight,
     euler_step,
     noised,
 )
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
@@ -48,8 +48,9 @@ _DEV = Recommended(
     steps=28,
     rank=16,
     caption_dropout=0.0,
+    weighting_scheme="flux_shift",
 )
-_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS)
+_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS, weighting_scheme="schnell")
 
 
 class FluxPipeline:
@@ -60,7 +61,6 @@ class FluxPipeline:
         vae, text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2, schedule: the other parts.
         max_text_tokens: tokens per prompt for T5: what its tokenizer is configured for, at most 512, or 256
             for models without embedded guidance, as the published models were trained.
-        sigma_weighting: how `loss` draws noise levels.
     """
 
     adapter_prefix = "transformer"
@@ -76,14 +76,12 @@ class FluxPipeline:
         tokenizer_2_folder: str | Path,
         schedule: FlowMatchSchedule,
         recommended: Recommended | None = None,
-        sigma_weighting: SigmaWeighting | None = None,
         name: str = "flux1",
     ) -> None:
         """
         Args:
             tokenizer_folder, tokenizer_2_folder: the tokenizers' files; `save_pretrained` copies them.
             recommended: None for dev's numbers where guidance is embedded, else schnell's.
-            sigma_weighting: None for logit-normal where guidance is embedded (dev), else schnell's levels.
         """
         self.guidance_embeds = transformer.config.guidance_embeds
         self.dtype = transformer.x_embedder.weight.dtype
@@ -97,7 +95,6 @@ class FluxPipeline:
         )
         self.schedule = schedule
         self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
-        self.sigma_weighting = sigma_weighting or ("logit_normal" if self.guidance_embeds else "schnell")
         self.name = name
         longest = 512 if self.guidance_embeds else 256
         self.max_text_tokens = min(self.tokenizer_2.max_length or longest, longest)
@@ -134,20 +131,39 @@ class FluxPipeline:
         return {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
-        """Squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
-
-        x_s = (1 - s) x0 + s e, target e - x0 (Lipman et al. 2023); noise and error are float32 always.
+        """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
 
         Args:
             guidance: told to a model with embedded guidance; no matter to others.
         """
+        return self.predict(latents, conditioning, key=key, guidance=guidance).loss()
+
+    def predict(
+        self,
+        latents: mx.array,
+        conditioning: Conditioning,
+        *,
+        key: mx.array,
+        guidance: float,
+        sampling: NoiseSampling | None = None,
+    ) -> Prediction:
+        """The velocity at a random noise level, and the true one.
+
+        x_s = (1 - s) x0 + s e, target e - x0 (Lipman et al. 2023); noise and error are float32 always.
+
+        Args:
+            guidance: as in `loss`.
+            sampling: None for the recommended scheme.
+        """
+        sampling = sampling or NoiseSampling(scheme=self.recommended.weighting_scheme or "uniform")
         keys = mx.vmap(lambda one: mx.random.split(one, 2))(key)
-        grid = latents.shape[1], latents.shape[2]
-        clean = pack(latents.astype(mx.float32))
-        noise = pack(_noise(keys[:, 0], latents.shape[1:]))
-        sigma = self.schedule.training_sigmas(keys[:, 1], weighting=self.sigma_weighting, image_tokens=clean.shape[1])
-        velocity = self._velocity(noised(clean, noise, sigma), sigma, conditioning, guidance, grid)
-        return mx.mean(mx.square(velocity - (noise - clean)), axis=(1, 2))
+        height, width = latents.shape[1:3]
+        clean = latents.astype(mx.float32)
+        noise = _noise(keys[:, 0], latents.shape[1:])
+        tokens = height * width // PATCH**2
+        sigma = self.schedule.training_sigmas(keys[:, 1], sampling, image_tokens=tokens)
+        velocity = self._velocity(pack(noised(clean, noise, sigma)), sigma, conditioning, guidance, (height, width))
+        return Prediction(unpack(velocity, height, width), noise - clean, error_weight(sigma, sampling), sigma)
 
     def sample(
         self,

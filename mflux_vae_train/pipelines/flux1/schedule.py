@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-
-SigmaWeighting = Literal["logit_normal", "uniform", "schnell"]
-"""How training draws sigma: sigmoid of a standard normal; uniform; the levels schnell was distilled to."""
+from mflux_vae_train.pipelines.protocol import NoiseSampling
 
 SCHNELL_STEPS = 4
 
@@ -75,8 +73,12 @@ class FlowMatchSchedule:
 
     def shifted(self, sigma: Levels, image_tokens: int) -> Levels:
         """Move noise levels towards noise as configured; 0 and 1 stay."""
-        if not self.use_dynamic_shifting:
-            return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        if self.use_dynamic_shifting:
+            return self.shifted_by_size(sigma, image_tokens)
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def shifted_by_size(self, sigma: Levels, image_tokens: int) -> Levels:
+        """Move noise levels towards noise by the number of image tokens, whatever is configured for sampling."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         mu = image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
         return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
@@ -95,19 +97,46 @@ class FlowMatchSchedule:
         levels = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
         return np.append(self.shifted(levels, image_tokens), np.float32(0))
 
-    def training_sigmas(self, key: mx.array, *, weighting: SigmaWeighting, image_tokens: int) -> mx.array:
-        """One noise level per sample: (B,) float32 in (0, 1], of `key` (B, 2), shifted as in sampling."""
-        if weighting == "logit_normal":
-            levels = mx.sigmoid(mx.vmap(lambda one: mx.random.normal((), key=one))(key))
-        elif weighting == "uniform":
-            # 0 would have no noise to predict, and dynamic shifting divides by it
-            levels = 1 - mx.vmap(lambda one: mx.random.uniform(shape=(), key=one))(key)
-        elif weighting == "schnell":
-            levels = mx.vmap(lambda one: mx.random.randint(1, SCHNELL_STEPS + 1, (), key=one))(key) / SCHNELL_STEPS
-        else:
-            known = ", ".join(get_args(SigmaWeighting))
-            raise SettingsError(f"sigma weighting {weighting!r} is unknown; known are {known}")
-        return self.shifted(levels, image_tokens)
+    def training_sigmas(self, key: mx.array, sampling: NoiseSampling, *, image_tokens: int) -> mx.array:
+        """One noise level per sample: (B,) float32 in (0, 1], of `key` (B, 2).
+
+        As in diffusers' scripts a fixed `shift` counts in training, too, and shifting by size does not; what
+        FLUX.1 dev is sampled with is the scheme ``flux_shift``.
+        """
+        draw = mx.random.normal if sampling.scheme in _OF_A_NORMAL else mx.random.uniform
+        levels = training_levels(mx.vmap(lambda one: draw(shape=(), key=one))(key), sampling)
+        # where diffusers' table of levels ends: 0 would leave nothing to predict
+        levels = mx.maximum(levels, 1 / self.num_train_timesteps)
+        if sampling.scheme == "flux_shift":
+            return self.shifted_by_size(levels, image_tokens)
+        return levels if self.use_dynamic_shifting else self.shifted(levels, image_tokens)
+
+
+_OF_A_NORMAL = ("logit_normal", "flux_shift")
+
+
+def training_levels(draws: mx.array, sampling: NoiseSampling) -> mx.array:
+    """Random numbers (B,) -> noise levels (B,) in [0, 1], not shifted.
+
+    Args:
+        draws: standard normal for logit_normal and flux_shift, else uniform in [0, 1).
+    """
+    if sampling.scheme in _OF_A_NORMAL:
+        return mx.sigmoid(-(sampling.logit_mean + sampling.logit_std * draws))
+    if sampling.scheme == "mode":
+        return draws + sampling.mode_scale * (mx.square(mx.cos(math.pi / 2 * draws)) - 1 + draws)
+    if sampling.scheme == "schnell":
+        return 1 - mx.floor(draws * SCHNELL_STEPS) / SCHNELL_STEPS
+    return 1 - draws
+
+
+def error_weight(sigma: mx.array, sampling: NoiseSampling) -> mx.array:
+    """What a squared error at a noise level counts: (B,) -> (B,) float32."""
+    if sampling.scheme == "sigma_sqrt":
+        return 1 / mx.square(sigma)
+    if sampling.scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * mx.square(sigma)))
+    return mx.ones_like(sigma)
 
 
 def noised(latents: mx.array, noise: mx.array, sigma: mx.array) -> mx.array:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
-from mflux_vae_train.pipelines.flux1.schedule import SigmaWeighting
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.pipelines.protocol import Recommended, WeightingScheme
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
 from mflux_vae_train.pipelines.tiny.world import CAPTION_SHARES
@@ -53,11 +52,10 @@ RECOMMENDED = Recommended(
     rank=16,
     caption_dropout=0.1,
     prior_loss_weight=0.3,
+    # The highest levels decide which picture becomes of a noise, and logit-normal draws are rarely there: with them a
+    # third of the pictures of a photographed subject stayed what the base had drawn.
+    weighting_scheme="uniform",
 )
-
-SIGMA_WEIGHTING: SigmaWeighting = "uniform"
-"""How DreamBooth draws noise levels. The highest ones decide which picture becomes of a noise, and logit-normal draws
-are rarely there: with them a third of the pictures of a photographed subject stayed what the base had drawn."""
 
 
 def clip_config(vocabulary: int, eos: int, bos: int, pad: int) -> CLIPTextConfig:
@@ -124,7 +122,7 @@ class FluxRecipe:
         caption_shares: kinds of captions, see `world.CAPTION_SHARES`.
         caption_dropout: part of the captions replaced by the empty one, so that guidance works.
         muon_rate: peak rate of the blocks' matrices; adamw_rate of the rest; text_rate of both text encoders.
-        sigma_weighting: how noise levels are drawn.
+        weighting_scheme: how noise levels are drawn.
         decay_share: part of the updates at the end over which the rates fall to zero.
     """
 
@@ -136,7 +134,7 @@ class FluxRecipe:
     photo_crop: float = 0.5
     caption_shares: Mapping[str, float] = field(default_factory=lambda: dict(CAPTION_SHARES))
     caption_dropout: float = 0.1
-    sigma_weighting: SigmaWeighting = "logit_normal"
+    weighting_scheme: WeightingScheme = "logit_normal"
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3
     text_rate: float = 5e-4

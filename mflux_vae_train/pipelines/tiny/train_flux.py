@@ -19,6 +19,7 @@ from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.pipelines.flux1 import transformer as flux
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
+from mflux_vae_train.pipelines.protocol import NoiseSampling
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 from mflux_vae_train.pipelines.tiny import corpus, recipe
@@ -59,7 +60,6 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
         tokenizer_2_folder=work / "tokenizer_2",
         schedule=FlowMatchSchedule(),
         recommended=recipe.RECOMMENDED,
-        sigma_weighting=settings.sigma_weighting,
         name="tiny",
     )
     keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
@@ -110,9 +110,7 @@ def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile:
     """
     pipeline = new_pipeline(work, vae, rounds[0])
     for number, settings in enumerate(rounds, start=1):
-        pipeline.sigma_weighting = settings.sigma_weighting
         train_round(work, f"flux-{number}", pipeline, settings, compile=compile)
-    pipeline.sigma_weighting = recipe.SIGMA_WEIGHTING
     return pipeline
 
 
@@ -141,11 +139,15 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
         }
         return [MicroBatch(arrays=arrays, weight=settings.batch)]
 
+    sampling = NoiseSampling(scheme=settings.weighting_scheme)
+
     def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         _, pooled = model.clip(arrays["clip"])
         conditioning = {"prompt_embeds": model.t5(arrays["t5"]), "pooled": pooled}
-        per_sample = pipeline.loss(arrays["latents"], conditioning, key=arrays["key"], guidance=1.0)
-        return per_sample.mean(), {"words": word_contrast(conditioning)}
+        predicted = pipeline.predict(
+            arrays["latents"], conditioning, key=arrays["key"], guidance=1.0, sampling=sampling
+        )
+        return predicted.loss().mean(), {"words": word_contrast(conditioning)}
 
     def is_text(path: str, _: mx.array) -> bool:
         return not path.startswith("transformer.")
