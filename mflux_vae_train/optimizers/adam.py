@@ -1,0 +1,67 @@
+"""AdamW and Adam as torch computes them."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from mflux_vae_train.optimizers.base import Optimizer, State
+
+
+class AdamW(Optimizer):
+    """AdamW (arXiv:1711.05101) with bias correction, step for step torch.optim.AdamW.
+
+    mlx's own corrects the bias only on request, and loses four digits of 1 - beta2^n at the first updates,
+    where it is a difference of float32 numbers near 1; expm1 keeps them.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 1e-4,
+        learning_rate: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate)
+        self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
+
+    def start(self, weights: mx.array, state: State) -> None:
+        state["m"], state["v"] = mx.zeros_like(weights), mx.zeros_like(weights)
+
+    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+        m, v = self.moments(state, weights.shape)
+        m = self.beta1 * m + (1 - self.beta1) * gradient
+        v = self.beta2 * v + (1 - self.beta2) * mx.square(gradient)
+        self.keep(state, m, v)
+        n = self.step.astype(mx.float32)
+        m = m / one_minus_power(self.beta1, n)
+        v = v / one_minus_power(self.beta2, n)
+        rate = self.learning_rate
+        return weights * (1 - rate * self.weight_decay) - rate * m / (mx.sqrt(v) + self.epsilon)
+
+    def moments(self, state: State, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
+        """First and second moment, float32."""
+        return state["m"], state["v"]
+
+    def keep(self, state: State, m: mx.array, v: mx.array) -> None:
+        """Stores the new moments."""
+        state["m"], state["v"] = m, v
+
+
+class Adam(AdamW):
+    """Adam (arXiv:1412.6980), step for step torch.optim.Adam: weight decay is part of the gradient."""
+
+    def __init__(self, *, weight_decay: float = 0.0, **settings: float) -> None:
+        super().__init__(weight_decay=0.0, **settings)
+        self.decay = weight_decay
+
+    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+        return super().updated(gradient + self.decay * weights, weights, state)
+
+
+def one_minus_power(beta: float, n: mx.array) -> mx.array:
+    """1 - beta^n, to full precision where it is small."""
+    return -mx.expm1(n * math.log(beta)) if beta > 0 else mx.array(1.0)

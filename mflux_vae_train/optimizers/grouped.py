@@ -1,0 +1,32 @@
+"""Groups of parameters, each with an optimizer of its own, behind one schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+Filter: TypeAlias = Callable[[str, mx.array], bool]
+
+
+class Grouped(optim.MultiOptimizer):
+    """Several optimizers behind one learning rate, which is a factor on each one's own peak rate.
+
+    Args:
+        groups: (optimizer, its peak rate, which parameters are its); the last one takes what is left.
+    """
+
+    def __init__(self, groups: Sequence[tuple[optim.Optimizer, float, Filter | None]]):
+        super().__init__([optimizer for optimizer, _, _ in groups], [f for _, _, f in groups[:-1]])
+        self._rates = [rate for _, rate, _ in groups]
+
+    @property
+    def learning_rate(self) -> mx.array:
+        return self.optimizers[0].learning_rate / self._rates[0]
+
+    @learning_rate.setter
+    def learning_rate(self, factor: float | mx.array) -> None:
+        for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+            optimizer.learning_rate = factor * rate
