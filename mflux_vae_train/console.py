@@ -9,10 +9,16 @@ from contextlib import contextmanager
 
 
 class Console(logging.Handler):
-    """Lines on standard output, warnings on standard error, neither through the middle of a progress bar."""
+    """Lines on standard output, warnings on standard error, neither through the middle of a progress bar.
+
+    What a bar shows at the moment, and says for a log's sake only (`on_bar`), is left out.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
+
+        if getattr(record, "on_bar", False):
+            return
 
         if record.levelno >= logging.WARNING:
             tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from mflux_vae.errors import TrainingError
+import mlx.core as mx
 
-logger = logging.getLogger(__name__)
+from mflux_vae.errors import TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +23,14 @@ class Record:
         total: updates the run will make.
         metrics: what the step measured: `loss`, `grad_norm`, `learning_rate` and the loss's own.
         seconds: time this update took.
+        samples: what its micro-batches weigh together: the number of training samples.
     """
 
     update: int
     total: int
     metrics: dict[str, float]
     seconds: float
+    samples: float = 0.0
 
 
 Hook: TypeAlias = Callable[[Record], None]
@@ -51,14 +51,21 @@ class MetricsLog:
 
     Args:
         path: file to write; with `resumed_at` 0 it starts empty, otherwise lines after that update are cut
-            off, so that a resumed run leaves the same log as an uninterrupted one (but for `seconds`).
+            off, so that a resumed run leaves the same log as an uninterrupted one (but for `MEASURED`).
+        also: what else to write of an update, by name.
 
     Raises:
         TrainingError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, resumed_at: int = 0) -> None:
-        path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resumed_at: int = 0,
+        also: Callable[[Record], Mapping[str, float]] = lambda record: {},
+    ) -> None:
+        path, self._also = Path(path), also
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             keep = _bytes_up_to(path, resumed_at) if resumed_at and path.exists() else 0
@@ -68,7 +75,12 @@ class MetricsLog:
             raise TrainingError(f"{path}: the metrics log cannot be written ({error})") from error
 
     def __call__(self, record: Record) -> None:
-        line = {"update": record.update, **record.metrics, "seconds": round(record.seconds, 4)}
+        line = {
+            "update": record.update,
+            **record.metrics,
+            "seconds": round(record.seconds, 4),
+            **self._also(record),
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -79,6 +91,15 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+MEASURED = ("seconds", "memory_gb")
+"""What two equal runs do not have in common."""
+
+
+def resources(record: Record) -> dict[str, float]:
+    """Training samples of an update, and the peak of MLX's memory so far (2^30 bytes)."""
+    return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / 2**30, 3)}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -104,73 +125,3 @@ def _bytes_up_to(path: Path, update: int) -> int:
             break
         length += len(line)
     return length
-
-
-class ProgressBar:
-    """A bar with loss (smoothed), rate and time left; on something that is no terminal, a log line now and then.
-
-    Args:
-        total: updates of the whole run.
-        start: updates made before this process began.
-        interval: seconds between log lines where there is no terminal.
-        also: what else to show of an update, by name.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        start: int = 0,
-        *,
-        interval: float = 30.0,
-        also: Callable[[Record], dict[str, str]] = lambda record: {},
-    ) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, disable=None, smoothing=0.1)
-        self._loss: float | None = None
-        self._also = also
-        self._interval, self._began, self._start, self._said = (
-            interval,
-            time.monotonic(),
-            start,
-            time.monotonic(),
-        )
-
-    def __call__(self, record: Record) -> None:
-        loss = record.metrics["loss"]
-        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        if not self._bar.disable:
-            self._bar.set_postfix(
-                {
-                    "loss": f"{self._loss:.4f}",
-                    "rate": f"{record.metrics['learning_rate']:.1e}",
-                    **self._also(record),
-                },
-                refresh=False,
-            )
-            self._bar.update(1)
-            return
-        now = time.monotonic()
-        if now - self._said >= self._interval or record.update == record.total:
-            self._said = now
-            pace = (now - self._began) / (record.update - self._start)
-            left = pace * (record.total - record.update)
-            also = "".join(f", {name} {text}" for name, text in self._also(record).items())
-            logger.info(
-                "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s left",
-                record.update, record.total, self._loss, also, record.metrics["learning_rate"], pace, _clock(left),
-            )  # fmt: skip
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -61,8 +61,15 @@ def fit(
         for update in range(start, total):
             # one optimizer update
             began = time.monotonic()
-            metrics = step(update, batches(update), learning_rate(update))
-            record = Record(update=update + 1, total=total, metrics=metrics, seconds=time.monotonic() - began)
+            window = batches(update)
+            metrics = step(update, window, learning_rate(update))
+            record = Record(
+                update=update + 1,
+                total=total,
+                metrics=metrics,
+                seconds=time.monotonic() - began,
+                samples=sum(batch.weight for batch in window),
+            )
 
             # tell
             for observer in observers:

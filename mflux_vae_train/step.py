@@ -83,12 +83,13 @@ class Step:
             value, metrics = loss(model, arrays)
             return value * share, ({name: metric * share for name, metric in metrics.items()}, self._buffers())
 
-        def apply(parameters: Any, gradients: Any, norm: mx.array) -> Any:
+        def apply(parameters: Any, gradients: Any, norm: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
-            parameters = optimizer.apply_gradients(tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters)
+            changed = optimizer.apply_gradients(tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters)
             if ema is not None:
-                ema.update(parameters)
-            return parameters
+                ema.update(changed)
+            change = tree_map(lambda new, old: new.astype(mx.float32) - old.astype(mx.float32), changed, parameters)
+            return changed, global_norm(change) / mx.maximum(global_norm(parameters), 1e-20)
 
         self._buffers: Callable[[], Any] = partial(buffers_of, model) if buffers else dict
         self._gradients = mx.value_and_grad(objective)
@@ -103,7 +104,8 @@ class Step:
         """Make update number `update` (0-based, for messages) from all of `batches`.
 
         Returns:
-            `loss`, `grad_norm` (before clipping), `learning_rate` and the loss's own metrics.
+            `loss`, `grad_norm` (before clipping), `update_size` (norm of what the update changed, as a share of the
+            norm of all that trains), `learning_rate` and the loss's own metrics.
 
         Raises:
             TrainingError: loss or gradients are not finite; parameters are then as they were before.
@@ -140,13 +142,14 @@ class Step:
 
         # clip and update
         self.optimizer.learning_rate = learning_rate
-        parameters = self._apply(parameters, gradients, norm)
+        parameters, size = self._apply(parameters, gradients, norm)
         self.model.update(parameters)
         self.model.update(kept)
-        mx.eval(parameters, self.optimizer.state, self.ema.state if self.ema is not None else [])
+        mx.eval(parameters, size, self.optimizer.state, self.ema.state if self.ema is not None else [])
         return {
             "loss": measured_loss,
             "grad_norm": measured_norm,
+            "update_size": float(size),
             "learning_rate": learning_rate,
             **{name: float(value) for name, value in metrics.items()},
         }

@@ -23,11 +23,12 @@ from mflux_vae_train.dreambooth.previews import Previews
 from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
 from mflux_vae_train.dreambooth.result import result_path, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
+from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics, resources
 from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
+from mflux_vae_train.progress import Pace, ProgressBar
 from mflux_vae_train.schedule import learning_rate
 from mflux_vae_train.step import Arrays, Loss, Step
 
@@ -148,11 +149,19 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     preview = Previews(
         pipeline, _row(prompts, VALIDATION), choices, instance=run.pictures.arrays, samples=folder.samples
     )
+    before = time.monotonic()
     if start == 0:
         preview(0)
+    pace, preview_seconds = Pace(plan.updates), time.monotonic() - before
+
+    def speed(record: Record) -> dict[str, str]:
+        return {"images/s": f"{record.samples / max(pace.per_update, 1e-9):.3g}"}
 
     # the updates; of the hooks, what must not be lost comes first
-    with MetricsLog(folder.metrics, resumed_at=start) as metrics, ProgressBar(plan.updates, start) as bar:
+    with (
+        MetricsLog(folder.metrics, resumed_at=start, also=resources) as metrics,
+        ProgressBar(plan.updates, start, also=speed, pace=pace) as bar,
+    ):
         fit(
             step=step,
             batches=lambda update: micro_batches(
@@ -161,12 +170,14 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
             learning_rate=rate,
             total=plan.updates,
             start=start,
-            observers=[metrics, bar],
+            observers=[pace, metrics, bar],
             hooks=[
                 lambda record: _check_that_it_learns(denoiser, record),
-                every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
-                every(choices.validation_steps, lambda record: preview(record.update)),
+                pace.occasionally(
+                    choices.validation_steps, lambda record: preview(record.update), seconds=preview_seconds
+                ),
             ],
             checkpoint=save_checkpoint,
         )

@@ -21,9 +21,10 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train import checkpoint, flags, state
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.hooks import Hook, MetricsLog, ProgressBar, Record, every
+from mflux_vae_train.hooks import Hook, MetricsLog, Record, every
 from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import Adam, AdamW
+from mflux_vae_train.progress import ProgressBar
 from mflux_vae_train.step import Step
 from mflux_vae_train.vae.config import VAETrainingSettings, advice, settings_from_dict
 from mflux_vae_train.vae.data import Source, open_data, split

@@ -10,6 +10,7 @@ import pytest
 
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.hooks import MEASURED
 from mflux_vae_train.pipelines import tiny
 
 EXAMPLE = Path(tiny.__file__).parent / "example"
@@ -55,7 +56,8 @@ def test_resumed_equals_uninterrupted(tmp_path):
     (parts / "checkpoint-4").rmdir()
     (parts / "pytorch_lora_weights.safetensors").unlink()
     resumed = train(parts)
-    assert [{**line, "seconds": 0} for line in resumed] == [{**line, "seconds": 0} for line in whole]
+    measured = dict.fromkeys(MEASURED, 0)
+    assert [{**line, **measured} for line in resumed] == [{**line, **measured} for line in whole]
     adapters = [mx.load(str(folder / "pytorch_lora_weights.safetensors")) for folder in (tmp_path / "whole", parts)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(mx.array_equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

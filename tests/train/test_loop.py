@@ -14,9 +14,10 @@ from mlx.utils import tree_flatten
 
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.hooks import MetricsLog, ProgressBar, Record, every, read_metrics
+from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics
 from mflux_vae_train.loop import Interrupted, fit
 from mflux_vae_train.optimizers import AdamW, Grouped, Muon
+from mflux_vae_train.progress import Pace, ProgressBar, duration
 from mflux_vae_train.schedule import learning_rate
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
@@ -173,6 +174,35 @@ def test_a_metrics_log_starts_anew_unless_resumed(tmp_path: Path) -> None:
             log(Record(update=1, total=2, metrics={"loss": 0.5}, seconds=0.25))
     assert read_metrics(path) == [{"update": 1, "loss": 0.5, "seconds": 0.25}]
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mflux_vae_train.progress.time.monotonic", lambda: now[0])
+
+    def took(seconds: float) -> Any:
+        def hook(record: Record) -> None:
+            now[0] += seconds
+
+        return hook
+
+    pace = Pace(10)
+    hooks = [pace, pace.occasionally(4, took(60.0)), pace.occasionally(None, took(7.0), seconds=20.0)]
+    assert pace.left(0) == 20
+    left = []
+    for update in range(1, 11):
+        for hook in hooks:
+            hook(Record(update=update, total=10, metrics={}, seconds=100.0 if update == 1 else 1.0))
+        left.append(pace.left(update))
+    assert left[2] == 7 * 1.0 + 20  # nothing is known of the previews yet
+    assert left[3:] == [6 + 2 * 60 + 20, 5 + 2 * 60 + 20, 4 + 2 * 60 + 20, 3 + 2 * 60 + 20, 2 + 60 + 20, 1 + 60 + 20, 0]
+    assert now[0] == 3 * 60 + 7
+
+
+def test_times_are_to_the_minute() -> None:
+    assert [duration(seconds) for seconds in (3, 119, 121, 3599, 4800, 90000)] == [
+        *("3 s", "119 s", "2 min", "1 h 00 min", "1 h 20 min", "1 d 1 h"),
+    ]
 
 
 def test_without_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:

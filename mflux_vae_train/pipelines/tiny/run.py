@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae_train import checkpoint
-from mflux_vae_train.hooks import MetricsLog, ProgressBar, every
+from mflux_vae_train.hooks import MetricsLog, every
 from mflux_vae_train.loop import fit
+from mflux_vae_train.progress import ProgressBar
 from mflux_vae_train.state import parameters, tree_of
 from mflux_vae_train.step import MicroBatch, Step
 
