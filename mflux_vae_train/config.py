@@ -42,6 +42,25 @@ def flag(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One subject of a run that teaches several: an item of `DreamBoothSettings.concepts`. None: as the run's own."""
+
+    instance_data_dir: str = flag("folder with the pictures of the subject")
+    instance_prompt: str = flag("prompt that names the subject")
+    class_prompt: str | None = flag("prompt for its class", None)
+    class_data_dir: str | None = flag("folder with pictures of its class", None)
+    repeats: int | None = flag("times that each picture counts in an epoch", None, least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("instance_data_dir", "instance_prompt"):
+            if not getattr(self, name).strip():
+                raise SettingsError(f"--{name} is empty")
+        if self.class_prompt is not None and not self.class_prompt.strip():
+            raise SettingsError("--class_prompt is empty; leave it out to have it derived from --instance_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DreamBoothSettings:
     """Everything a DreamBooth run can be told. `None` means that the run or the pipeline chooses, and says what.
 
@@ -53,10 +72,34 @@ class DreamBoothSettings:
 
     # what is learnt, from what
     model: str = flag("name of a registered pipeline, or a folder that one of them opens")
-    instance_data_dir: str = flag("folder with the pictures of the subject")
-    instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog"')
+    instance_data_dir: str = flag("folder with the pictures of the subject [required]", "")
+    instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
+    concepts: tuple[Concept, ...] | None = flag(
+        "several subjects instead of one: in a YAML file a list of instance_data_dir, instance_prompt, class_prompt,"
+        " class_data_dir, repeats",
+        None,
+    )
     output_dir: str = flag("folder for adapter, checkpoints, samples and logs", "dreambooth-output")
     resolution: int | None = flag("side of a training picture in pixels (none: the pipeline's)", None, least=8)
+    caption_column: str | None = flag(
+        "key of the prompt in metadata.jsonl, which wins over a picture's own .txt file, which wins over"
+        " --instance_prompt (none: text or prompt)",
+        None,
+    )
+    repeats: int = flag("times that each picture counts in an epoch", 1, least=1)
+    center_crop: bool = flag("take the centre of each picture, not --num_crops places of it in turn", True)
+    num_crops: int = flag("places that a picture is cut at with --no_center_crop", 4, least=2)
+    random_flip: bool = flag("mirror half of the samples", False)
+    use_aspect_ratio_buckets: bool = flag(
+        "train each picture in the nearest of eleven shapes with the pixels of --resolution, instead of a square", False
+    )
+    aspect_ratio_buckets: str | None = flag('shapes of your own, "height,width;height,width;..."', None)
+    masked_loss: bool = flag(
+        "errors count by the grey of NAME-mask.png beside NAME.jpg: white fully, black not at all", False
+    )
+    encodings_dir: str | None = flag(
+        "folder where runs share encoded pictures and prompts (none: in --output_dir)", None
+    )
 
     # prior preservation
     class_prompt: str | None = flag(
@@ -65,7 +108,13 @@ class DreamBoothSettings:
     class_data_dir: str | None = flag(
         "folder with class pictures, filled up by the base model (none: in --output_dir)", None
     )
-    with_prior_preservation: bool | None = flag("keep the class alive (none: on where a class prompt is known)", None)
+    prior_preservation: str | None = flag(
+        "keep the class alive by pictures of it; by the base model's own predictions for the class prompt, without"
+        " pictures (dop); or not (none given: class_images where a class prompt is known)",
+        None,
+        choices=("class_images", "dop", "none"),
+    )
+    with_prior_preservation: bool | None = flag("the same as --prior_preservation class_images", None)
     prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's)", None, least=0)
     num_class_images: int = flag("class pictures wanted; missing ones are generated", 10, least=1)
 
@@ -86,6 +135,18 @@ class DreamBoothSettings:
         least=0,
         below=1,
     )
+    weighting_scheme: str | None = flag(
+        "how noise levels are drawn and errors weighted (none given: as the pipeline recommends)",
+        None,
+        choices=("none", "uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt", "flux_shift", "schnell"),
+    )
+    logit_mean: float = flag(
+        "mean of logit_normal and flux_shift: above 0 trains less noisy levels, as in diffusers (in kohya's scripts"
+        " more noisy ones)",
+        0.0,
+    )
+    logit_std: float = flag("standard deviation of logit_normal and flux_shift", 1.0, above=0)
+    mode_scale: float = flag("how much mode prefers the middle levels", 1.29, least=-1, most=1.75)
     guidance: float | None = flag("guidance of class pictures and previews (none: the pipeline's)", None, least=0)
 
     # optimizer
@@ -105,28 +166,57 @@ class DreamBoothSettings:
     checkpointing_steps: int | None = flag("updates between checkpoints (none: only at the end)", 200, least=1)
     checkpoints_total_limit: int | None = flag("checkpoints kept, newest first (none: all)", 2, least=1)
     resume_from_checkpoint: str | None = flag('"latest" in --output_dir, or the folder of a checkpoint', None)
+    allow_changes: bool = flag("continue a run although its data, model or settings have changed", False)
     seed: int = flag("every random draw is a function of it", 0, least=0, below=2**32)
     dry_run: bool = flag("say what would happen, and stop", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("model", "instance_data_dir", "instance_prompt", "output_dir"):
+        self._settle_concepts()
+        for name in ("model", "output_dir"):
             if not getattr(self, name).strip():
                 raise SettingsError(f"--{name} is empty")
-        if self.class_prompt is not None and not self.class_prompt.strip():
-            raise SettingsError("--class_prompt is empty; leave it out to have it derived from --instance_prompt")
-        folders: dict[str, str] = {}
-        for name in ("instance_data_dir", "class_data_dir", "output_dir"):
-            if (folder := getattr(self, name)) is None:
-                continue
-            # what a run writes into one, class pictures or a loss curve, would be taken for pictures of the other
-            if (other := folders.setdefault(os.path.realpath(folder), name)) != name:
-                raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; each needs its own")
+        folders = {os.path.realpath(self.output_dir): "output_dir"}
+        for concept in self.subjects:
+            for name in ("instance_data_dir", "class_data_dir"):
+                if (folder := getattr(concept, name)) is None:
+                    continue
+                # what a run writes into one, class pictures or a loss curve, would be taken for pictures of the other
+                if (other := folders.setdefault(os.path.realpath(folder), name)) != name:
+                    raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; each needs its own")
+        flagged, named = self.with_prior_preservation, self.prior_preservation
+        if None not in (flagged, named) and flagged != (named == "class_images"):
+            raise SettingsError(
+                f"--{'' if flagged else 'no_'}with_prior_preservation contradicts --prior_preservation {named}"
+            )
+        if self.train_mode == "full" and self.prior_preservation == "dop":
+            raise SettingsError(
+                "--prior_preservation dop compares with the base model, which --train_mode full changes"
+            )
         if self.train_mode == "full":
             given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
             if given or self.lora_dropout:
                 named = ", ".join(f"--{name}" for name in [*given, *(["lora_dropout"] if self.lora_dropout else [])])
                 raise SettingsError(f"{named}: only with --train_mode lora, and --train_mode is full")
+
+    @property
+    def subjects(self) -> tuple[Concept, ...]:
+        """The concepts, or the one that these settings themselves describe."""
+        return self.concepts or (Concept(**{name: getattr(self, name) for name in _OF_THE_FIRST}),)
+
+    def _settle_concepts(self) -> None:
+        """Where there are concepts, these settings' own fields are those of the first."""
+        missing = [f"--{name}" for name in _OF_THE_FIRST[:2] if self.concepts is None and not getattr(self, name)]
+        if missing:
+            raise SettingsError("missing: " + ", ".join(missing))
+        for name in _OF_THE_FIRST:
+            first = getattr(self.subjects[0], name)
+            if getattr(self, name) not in ("", None, first):
+                raise SettingsError(f"--{name} is given beside --concepts, which say it of each")
+            object.__setattr__(self, name, first)
+
+
+_OF_THE_FIRST = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
 
 
 # Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong.
@@ -211,7 +301,9 @@ LIMITS = {
 def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
     if field.metadata.get("choices"):
         return "allowed are " + ", ".join(field.metadata["choices"])
-    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        kind, f"a {kind.__name__}"
+    )
     limits = [
         f"{word} {field.metadata[name]}" for name, (word, _) in LIMITS.items() if field.metadata.get(name) is not None
     ]

@@ -30,6 +30,7 @@ WithoutEffect: TypeAlias = Mapping[str, str]
 """Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
 
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
+"""Of settings within settings it is YAML."""
 
 
 NOTED = "without_effect"
@@ -82,7 +83,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
         kind, _ = kind_of(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
         choices, aliases = field.metadata["choices"], field.metadata["aliases"]
-        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kind, "YAML")
         if aliases:
             text += f" (also {', '.join(f'--{alias}' for alias in aliases)})"
         names = [spelling for name in (field.name, *aliases) for spelling in _spellings(name)]
@@ -188,6 +189,17 @@ def _read_yaml(
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
+    return _named(cls, content, f"{path}: ", presets, without_effect)
+
+
+def _named(
+    cls: type,
+    content: Mapping[Any, Any],
+    where: str,
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+) -> dict[str, Any]:
+    """Values by field of what a file holds; `where` begins the messages."""
     known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -199,10 +211,10 @@ def _read_yaml(
             values.setdefault(NOTED, []).append(name)
             continue
         if name not in known:
-            raise SettingsError(f"{path}: unknown setting {key!r}{_hint(name, known)}")
+            raise SettingsError(f"{where}unknown setting {key!r}{_hint(name, known)}")
         name = known[name]
         # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
-        values[name] = _convert(cls, name, value) if isinstance(value, str) else value
+        values[name] = _convert(cls, name, value)
     return values
 
 
@@ -211,9 +223,11 @@ def _convert(cls: type, name: str, value: Any) -> Any:
     hint = typing.get_type_hints(cls)[name]
     kind, optional = kind_of(hint)
     if is_tuple(hint):
-        members = value
+        if value is None:
+            return None
+        members = value if isinstance(value, list | tuple) else [value]
         if isinstance(value, str):  # numbers stand in a row; a text is one, whatever is in it
-            members = [value] if kind is str else value.replace(",", " ").split()
+            members = [value] if kind is str or dataclasses.is_dataclass(kind) else value.replace(",", " ").split()
         return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
         return value
@@ -222,12 +236,29 @@ def _convert(cls: type, name: str, value: Any) -> Any:
     return _member(kind, name, value)
 
 
-def _member(kind: type, name: str, value: str) -> Any:
+def _member(kind: type, name: str, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _nested(kind, name, value)
+    if not isinstance(value, str):
+        return value
     try:
         return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
         raise SettingsError(f"--{name} is {value!r}; {noun} is allowed") from None
+
+
+def _nested(cls: Any, name: str, value: Any) -> Any:
+    """Settings within settings, of a mapping or its YAML."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--{name}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"--{name}: holds {content!r}; 'name: value' pairs are expected")
+    return _build(cls, _named(cls, content, f"--{name}: "), f"--{name}: ")
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
@@ -251,7 +282,7 @@ def _spellings(name: str) -> list[str]:
 def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return " [required]"
-    if field.default is None or field.default is False:
+    if field.default is None or field.default is False or field.default == "":
         return ""
     return f" [{field.default}]".replace("%", "%%")
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings, check_fields, flag, is_tuple, kind_of
+from mflux_vae_train.config import Concept, DreamBoothSettings, check_fields, flag, is_tuple, kind_of
 from mflux_vae_train.flags import add_flags, from_yaml, parser_from, settings_from, settings_of, to_yaml
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
-FIELDS = {field.name: field for field in dataclasses.fields(DreamBoothSettings)}
+FIELDS = {field.name: field for field in dataclasses.fields(DreamBoothSettings) if field.name != "concepts"}
 HINTS = typing.get_type_hints(DreamBoothSettings)
 
 
@@ -46,6 +46,8 @@ def test_every_flag_reaches_its_field(name: str, hyphens: bool) -> None:
     value = other_than_default(name)
     flag = "--" + (name.replace("_", "-") if hyphens else name)
     words = [flag] if value is True else [flag, str(value[0] if isinstance(value, tuple) else value)]
+    if value is False:
+        words = [flag.replace("--", "--no-" if hyphens else "--no_")]
     assert getattr(settings_from(DreamBoothSettings, NEEDED + words), name) == value
 
 
@@ -76,6 +78,47 @@ def test_flags_win_over_the_file_which_wins_over_defaults(tmp_path: Path) -> Non
     settings = settings_from(DreamBoothSettings, [*NEEDED, f"--config={path}", "--seed=5", "--rank=none"])
     assert (settings.seed, settings.learning_rate, settings.rank) == (5, 1e-4, None)
     assert settings.max_train_steps == 800
+
+
+def test_concepts_are_settings_within_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: tiny\n"
+        "concepts:\n"
+        "  - {instance_data_dir: cats, instance_prompt: a sks cat, repeats: 3}\n"
+        "  - instance-data-dir: dogs\n"
+        "    instance_prompt: a xyz dog\n"
+        "    class_prompt: a dog\n"
+    )
+    settings = from_yaml(DreamBoothSettings, path)
+    assert settings.concepts == (
+        Concept(instance_data_dir="cats", instance_prompt="a sks cat", repeats=3),
+        Concept(instance_data_dir="dogs", instance_prompt="a xyz dog", class_prompt="a dog"),
+    )
+    assert settings.subjects == settings.concepts and settings.instance_prompt == "a sks cat"
+    words = [str({name: value for name, value in vars(one).items() if value}) for one in settings.concepts]
+    assert settings_from(DreamBoothSettings, ["--model=tiny", "--concepts", *words]) == settings
+    path.write_text(to_yaml(settings))
+    assert from_yaml(DreamBoothSettings, path) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[{instance_data_dir: a}]", "--concepts: missing: instance_prompt"),
+        ("[{instance_data_di: a}]", "did you mean instance_data_dir?"),
+        ("[a dog]", "'name: value' pairs"),
+        ("[{instance_data_dir: a, instance_prompt: b, repeats: 0}]", "--repeats is 0; a whole number at least 1"),
+        ("[{instance_data_dir: a, instance_prompt: b}]\ninstance_prompt: c", "beside --concepts"),
+        ("[{instance_data_dir: a, instance_prompt: b}]\noutput_dir: a", "are the same folder"),
+    ],
+)
+def test_mistakes_in_concepts_are_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: tiny\nconcepts: {text}\n")
+    with pytest.raises(SettingsError) as caught:
+        from_yaml(DreamBoothSettings, path)
+    assert said in str(caught.value)
 
 
 def test_a_boolean_can_be_turned_off() -> None:
