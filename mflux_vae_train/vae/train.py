@@ -26,6 +26,7 @@ from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import Adam, AdamW
 from mflux_vae_train.progress import ProgressBar
 from mflux_vae_train.step import Step
+from mflux_vae_train.trackers import TensorBoard
 from mflux_vae_train.vae.config import VAETrainingSettings, advice, settings_from_dict
 from mflux_vae_train.vae.data import Source, open_data, split
 from mflux_vae_train.vae.network import build, new_critic, parameter_count
@@ -210,11 +211,13 @@ class VAETrainer:
                 stop,
             ]
             if settings.tensorboard:
-                from mflux_vae_train.vae.tensorboard import Events
+                board = stack.enter_context(TensorBoard(folder / "tensorboard", start=start))
+                observers.append(board)
 
-                events = stack.enter_context(Events(folder / "tensorboard"))
-                observers.append(events)
-                hooks.insert(2, every(epochs * settings.val_every, lambda r: events.validation(r, watch["metrics"])))
+                def report(record: Record) -> None:
+                    board.values("validation", record.update, watch["metrics"])
+
+                hooks.insert(2, every(epochs * settings.val_every, report))
             made = start
             try:
                 stop(Record(update=start, total=plan.total, metrics={}, seconds=0.0))
