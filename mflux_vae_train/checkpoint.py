@@ -13,18 +13,21 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.weights.files import read_safetensors
 from mflux_vae_train.state import Stateful, flatten, restore
 
 logger = logging.getLogger(__name__)
 
 ARRAYS, VALUES = "state.safetensors", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_REPLACED = re.compile(r"\.checkpoint-(\d+)\.replaced")
 
 
 def save(
@@ -37,7 +40,8 @@ def save(
 ) -> Path:
     """Write ``output_dir/checkpoint-{step}``; then delete the oldest beyond `total_limit`.
 
-    The final name appears only after everything has reached the disk. A checkpoint of the same step is replaced.
+    The final name appears only after everything has reached the disk, and goes before anything of it is deleted. A
+    checkpoint of the same step is replaced.
 
     Args:
         step: optimizer updates made.
@@ -45,35 +49,41 @@ def save(
 
     Returns:
         the folder.
+
+    Raises:
+        TrainingError: it cannot be written; the checkpoints of before are as they were.
     """
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     arrays, values = flatten(objects)
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}.writing"
-    for leftover in output_dir.glob(".checkpoint-*"):  # of a process that was killed while writing
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.writing"
     try:
-        mx.save_safetensors(str(temporary / ARRAYS), arrays)
-        content = {"step": step, "fingerprint": dict(fingerprint or {}), "values": values}
-        checksums = {ARRAYS: _checksum(temporary / ARRAYS), VALUES: _digest(content)}
-        text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)
-        (temporary / VALUES).write_text(text, encoding="utf-8")
-        for path in (temporary / ARRAYS, temporary / VALUES, temporary):
-            _sync(path)
-        if final.exists():
-            final.rename(output_dir / f".checkpoint-{step}.replaced")
-        temporary.rename(final)
-        _sync(output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(output_dir / f".checkpoint-{step}.replaced", ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _tidy(output_dir)
+        try:
+            temporary.mkdir()
+            mx.save_safetensors(str(temporary / ARRAYS), arrays)
+            content = {"step": step, "fingerprint": dict(fingerprint or {}), "values": values}
+            checksums = {ARRAYS: _checksum(temporary / ARRAYS), VALUES: _digest(content)}
+            text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)
+            (temporary / VALUES).write_text(text, encoding="utf-8")
+            for path in (temporary / ARRAYS, temporary / VALUES, temporary):
+                _sync(path)
+            if final.exists():
+                final.rename(output_dir / f".{final.name}.replaced")
+            temporary.rename(final)
+            _sync(output_dir)
+        finally:
+            _tidy(output_dir)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what MLX says of a full disk
+        raise TrainingError(
+            f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room and repeat the command"
+        ) from error
     if total_limit is not None:
         others = [folder for _, folder in _found(output_dir) if folder != final]
         for old in others[total_limit - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # to be tried again after the next one
+                old.rename(output_dir / f".{old.name}.removed")
+        _tidy(output_dir)
     return final
 
 
@@ -103,17 +113,27 @@ def read(folder: str | Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         checksums = content.pop("sha256")
         whole = checksums == {ARRAYS: _checksum(folder / ARRAYS), VALUES: _digest(content)}
+        int(content["step"]), dict(content["fingerprint"]), dict(content["values"])
     except FileNotFoundError as error:
         raise TrainingError(f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise TrainingError(f"{folder}: broken checkpoint: {VALUES} cannot be read ({error})") from error
     if not whole:
         raise TrainingError(f"{folder}: broken checkpoint: its checksum does not hold; resume from another one")
     return content
 
 
-def load(folder: str | Path, objects: Mapping[str, Stateful], *, fingerprint: Mapping[str, Any] | None = None) -> int:
+def load(
+    folder: str | Path,
+    objects: Mapping[str, Stateful],
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+) -> int:
     """Restore all objects from a checkpoint, or none.
+
+    Args:
+        allow_changes: another fingerprint is a warning, no error.
 
     Returns:
         optimizer updates made when it was written.
@@ -123,26 +143,46 @@ def load(folder: str | Path, objects: Mapping[str, Stateful], *, fingerprint: Ma
         SettingsError: the run's fingerprint differs; the message names what.
     """
     content = read(folder)
-    before, now = content["fingerprint"], json.loads(json.dumps(dict(fingerprint or {})))
-    changed = [
-        f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise SettingsError(
-            f"{folder}: belongs to another run: {'; '.join(changed)}; use the same, or a new --output_dir"
-        )
-    arrays = cast("dict[str, mx.array]", mx.load(str(Path(folder) / ARRAYS)))
+    if changed := differences(content["fingerprint"], fingerprint or {}):
+        if not allow_changes:
+            raise SettingsError(
+                f"{folder}: belongs to another run: {'; '.join(changed)}; use the same, or a new --output_dir"
+                " (--allow_changes continues all the same)"
+            )
+        logger.warning("%s: continued with changes: %s", folder, "; ".join(changed))
+    arrays, _ = read_safetensors(Path(folder) / ARRAYS)
     mx.eval(arrays)  # reading is lazy, and the file may be pruned before the arrays are used
     restore(objects, arrays, content["values"], where=str(folder))
     return int(content["step"])
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, one text each."""
+    now = json.loads(json.dumps(dict(now)))  # tuples are lists in a file
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
+
+
+def _tidy(output_dir: Path) -> None:
+    """End what was begun: checkpoints half written or half deleted go, one whose successor never came is back."""
+    for leftover in output_dir.glob(".checkpoint-*"):
+        replaced = _REPLACED.fullmatch(leftover.name)
+        if replaced and not (output_dir / f"checkpoint-{replaced[1]}").exists():
+            leftover.rename(output_dir / f"checkpoint-{replaced[1]}")
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _found(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first."""
-    folders = output_dir.iterdir() if output_dir.is_dir() else []
-    found = [(int(m[1]), f) for f in folders if (m := _NAME.fullmatch(f.name)) and f.is_dir()]
+    """(step, folder) of every checkpoint, newest first; one that waits for its successor under another name, too."""
+    folders = {folder.name: folder for folder in output_dir.iterdir()} if output_dir.is_dir() else {}
+    found = []
+    for name, folder in folders.items():
+        replaced = _REPLACED.fullmatch(name)
+        if replaced and f"checkpoint-{replaced[1]}" in folders:
+            continue
+        if (match := replaced or _NAME.fullmatch(name)) and folder.is_dir():
+            found.append((int(match[1]), folder))
     return sorted(found, reverse=True)
 
 

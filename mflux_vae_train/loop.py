@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mflux_vae_train.hooks import Hook, Record
+from mflux_vae_train.owed import Owed
 from mflux_vae_train.step import MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ def fit(
     observers: Sequence[Hook] = (),
     hooks: Sequence[Hook] = (),
     checkpoint: Callable[[int], object] | None = None,
+    owed: Owed | None = None,
 ) -> None:
-    """Make optimizer updates `start` to `total` - 1.
+    """Make optimizer updates `start` to `total` - 1, after what is owed of the update before them.
 
     Args:
         step: (update, its micro-batches, learning rate) -> metrics; changes the model. Usually a `step.Step`.
@@ -52,12 +55,28 @@ def fit(
         observers: cheap hooks that see every update, an interrupted one included: metrics log, progress bar.
         hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses nothing.
         checkpoint: called with the number of updates made when a signal ends the run early.
+        owed: hooks that the part of the run before this one did not come to; kept up to date, for a checkpoint.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM. A second signal ends the process at once.
         TrainingError: from the step, where the loss is not finite.
     """
+    owed = Owed() if owed is None else owed
+    owed.hooks = min(owed.hooks, len(hooks))
+
+    def settle(record: Record) -> None:
+        """Do what is due now, or stop early."""
+        while owed.hooks and not received:
+            owed.hooks -= 1  # before the call: one of them writes checkpoints
+            hooks[len(hooks) - owed.hooks - 1](record)
+        if received:
+            if checkpoint is not None:
+                checkpoint(record.update)
+            raise Interrupted(received[0], record.update, saved=checkpoint is not None)
+
     with _signals() as received:
+        if owed.record is not None and owed.record.update == start:
+            settle(dataclasses.replace(owed.record, total=total))
         for update in range(start, total):
             # one optimizer update
             began = time.monotonic()
@@ -75,15 +94,9 @@ def fit(
             for observer in observers:
                 observer(record)
 
-            # stop early, or do what is due now
-            for hook in hooks:
-                if received:
-                    break
-                hook(record)
-            if received:
-                if checkpoint is not None:
-                    checkpoint(record.update)
-                raise Interrupted(received[0], record.update, saved=checkpoint is not None)
+            # check, save, validate, preview
+            owed.hooks, owed.record = len(hooks), record
+            settle(record)
 
 
 @contextmanager

@@ -170,7 +170,11 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, s
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; the name appears only when the file is complete."""
+    """Write a safetensors file; the name appears only when the file is complete.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.writing.safetensors")
@@ -178,6 +182,8 @@ def write_safetensors(
         arrays = {key: mx.contiguous(tensor) for key, tensor in sorted(tensors.items())}
         mx.save_safetensors(str(temporary), arrays, {"format": "pt", **(metadata or {})})
         _replace(temporary, path)
+    except RuntimeError as error:  # what MLX says of a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -230,7 +236,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object")
@@ -239,11 +245,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object; the name appears only when the file is complete."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file; the name appears only when the file is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolutio
 from mflux_vae_train.dreambooth.data import Pictures, load_pictures
 from mflux_vae_train.dreambooth.prior import missing_indices, present_class_images
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
+from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -67,8 +68,14 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     choices = choose(settings, pipeline.recommended, pictures=len(pictures.paths))
     trained = _trained(pipeline, choices)
     present, missing = _class_pictures(choices)
-    identity = identity_of(choices.settings, pipeline=pipeline.name, pictures=pictures.fingerprint)
-    state = standing(folder, identity, settings.resume_from_checkpoint)
+    looked_at = not settings.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
+    identity = identity_of(
+        choices.settings,
+        pipeline=type(pipeline).__name__,
+        base=of_weights(pipeline.denoiser) if looked_at else "",
+        pictures=pictures.fingerprint,
+    )
+    state = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
 
     skipped = f", {pictures.skipped} other files skipped" if pictures.skipped else ""
     plan, epochs = choices.plan, choices.plan.samples / len(pictures.paths)

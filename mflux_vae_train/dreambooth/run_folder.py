@@ -1,7 +1,8 @@
 """The output folder of a run: what lies where, and whether it belongs to the run that is asked for.
 
-``run.json`` says which run a folder holds: the settings that shape the result, and a hash of the instance
-pictures. The same command continues an unfinished run; any other run is refused.
+``run.json`` says which run a folder holds: the settings that shape the result, and hashes of the instance
+pictures and of the weights that the run began from. The same command continues an unfinished run; any other run is
+refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import MfluxVaeError, SettingsError
+from mflux_vae.redaction import redacted
+from mflux_vae.weights.files import write_json, write_text
 from mflux_vae_train import checkpoint, flags
 from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.lock import Lock
 
 FREE = frozenset(
     {
-        *("instance_data_dir", "class_data_dir", "output_dir"),  # the pictures count, not where they lie
-        *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run"),
+        *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # what is there counts, not where it lies
+        *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
     }
 )
 """Settings that may change when a run is continued: they do not shape its result."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,22 +84,27 @@ class Standing:
     checkpoint: Path | None = None
 
 
-def identity_of(settings: DreamBoothSettings, *, pipeline: str, pictures: str) -> dict[str, Any]:
+def identity_of(settings: DreamBoothSettings, *, pipeline: str, base: str, pictures: str) -> dict[str, Any]:
     """What makes a run this run: plain values by name.
 
     Args:
         settings: with nothing left open.
+        pipeline: which kind it is of.
+        base: fingerprint of the weights that are to be trained.
         pictures: fingerprint of the instance pictures.
     """
     shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
-    return {**shaping, "pipeline": pipeline, "instance pictures": pictures}
+    return {**shaping, "pipeline": pipeline, "base weights": base, "instance pictures": pictures}
 
 
-def standing(folder: RunFolder, identity: Mapping[str, Any], resume_from: str | None) -> Standing:
+def standing(
+    folder: RunFolder, identity: Mapping[str, Any], resume_from: str | None, *, allow_changes: bool = False
+) -> Standing:
     """Looks, and changes nothing.
 
     Args:
         resume_from: None or ``latest`` for the newest checkpoint in the folder, or the path of one.
+        allow_changes: another run in the folder is continued, too, and what differs is a warning.
 
     Raises:
         SettingsError: the folder holds another run (the differences are listed), or files of which it is not
@@ -103,50 +114,49 @@ def standing(folder: RunFolder, identity: Mapping[str, Any], resume_from: str | 
         if place.is_file():
             raise SettingsError(f"--output_dir {folder.root}: {place} is a file, not a folder")
     before = _read(folder)
+    differences = [] if before is None else checkpoint.differences(before["identity"], identity)
     if before is None:
-        _refuse_strangers(folder)
-    else:
-        differences = _differences(before["identity"], identity)
-        if differences:
-            raise SettingsError(
-                f"--output_dir {folder.root} holds another run ({'; '.join(differences)}): "
-                "repeat its settings to continue it, or give another folder"
-            )
+        _refuse_strangers(folder, identity)
+    elif differences and not allow_changes:
+        raise SettingsError(
+            f"--output_dir {folder.root} holds another run ({'; '.join(differences)}): repeat its settings to continue"
+            " it, give another folder, or continue it all the same with --allow_changes"
+        )
+    elif differences:
+        logger.warning("the run in %s goes on with changes: %s", folder.root, "; ".join(differences))
     if resume_from not in (None, "latest"):
         path = Path(resume_from)
         if not path.is_dir():
             raise SettingsError(f"--resume_from_checkpoint {path} is not a folder: give 'latest' or a checkpoint-N")
         return Standing(checkpoint=path)
-    if before is None:
-        return Standing()
-    if before["finished"] and _has_result(folder, before):
+    if before is not None and before["finished"] and not differences and _has_result(folder, before):
         return Standing(complete=True)
     return Standing(checkpoint=checkpoint.latest(folder.root))
 
 
-def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings) -> None:
-    """Makes the folder this run's: writes run.json, and settings.yaml, which reproduces the run."""
+def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings, lock: Lock) -> None:
+    """Makes the folder this run's: takes its lock, writes run.json, and settings.yaml, which reproduces the run."""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        _write(folder.identity, json.dumps({"identity": identity, "finished": False}, indent=1))
-        reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, dry_run=False)
-        _write(folder.settings, flags.to_yaml(reproducing))
+        lock.take()
+        write_json(folder.identity, {"identity": identity, "finished": False})
+        reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, allow_changes=False, dry_run=False)
+        write_text(folder.settings, flags.to_yaml(reproducing))
     except OSError as error:
         raise SettingsError(f"--output_dir {folder.root} cannot be written ({error.strerror})") from error
 
 
 def finish(folder: RunFolder, identity: Mapping[str, Any], result: Path) -> None:
     """Notes that the run is complete, and which file or folder is its result."""
-    content = {"identity": identity, "finished": True, "result": result.name}
-    _write(folder.identity, json.dumps(content, indent=1))
+    write_json(folder.identity, {"identity": identity, "finished": True, "result": result.name})
 
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Within the block, what this package logs is appended to a file, too, and so is what ends it early."""
     package = logging.getLogger("mflux_vae_train")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = _Log(path, encoding="utf-8")
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)
     package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
@@ -164,13 +174,25 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
+class _Log(logging.FileHandler):
+    """A full disk costs lines of the log, not the run, and no traceback on the console for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _read(folder: RunFolder) -> dict[str, Any] | None:
     try:
         content = json.loads(folder.identity.read_text(encoding="utf-8"))
         return {"identity": dict(content["identity"]), "finished": bool(content["finished"]), **content}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(
             f"{folder.identity} is broken ({type(error).__name__}): delete it or give another --output_dir"
         ) from error
@@ -180,22 +202,15 @@ def _has_result(folder: RunFolder, content: Mapping[str, Any]) -> bool:
     return (folder.root / content.get("result", folder.adapter.name)).exists()
 
 
-def _refuse_strangers(folder: RunFolder) -> None:
-    """Files that a run would overwrite, in a folder that is no run's."""
+def _refuse_strangers(folder: RunFolder, identity: Mapping[str, Any]) -> None:
+    """Files that a run would overwrite, in a folder that is no run's; a checkpoint of this run vouches for them."""
     threatened = [path for path in (folder.adapter, folder.metrics, folder.samples) if path.exists()]
     threatened += sorted(folder.root.glob("checkpoint-*"))
-    if threatened:
-        names = ", ".join(path.name for path in threatened)
-        raise SettingsError(f"--output_dir {folder.root} holds {names}, but no run.json: give another folder")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    now = json.loads(json.dumps(now))
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    if not threatened:
+        return
+    if (newest := checkpoint.latest(folder.root)) is not None:
+        told = checkpoint.read(newest)["fingerprint"]
+        if not checkpoint.differences({name: told.get(name) for name in identity}, identity):
+            return
+    names = ", ".join(path.name for path in threatened)
+    raise SettingsError(f"--output_dir {folder.root} holds {names}, but no run.json: give another folder")

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import MfluxVaeError, PluginError, TrainingError
+from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import report, run_folder
@@ -24,8 +24,10 @@ from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
 from mflux_vae_train.dreambooth.result import result_path, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics, resources
+from mflux_vae_train.lock import Lock
 from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.owed import Owed
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.progress import Pace, ProgressBar
@@ -79,22 +81,26 @@ class DreamBooth:
 
         Raises:
             InputError: settings, pictures or output folder cannot be used; said before anything long begins.
-            TrainingError: the loss is not finite, nothing is learnt, or a checkpoint is broken.
+            TrainingError: the loss is not finite, nothing is learnt, a checkpoint is broken, or a disk is full.
             Interrupted: a signal arrived during training; a checkpoint was written.
         """
         folder = RunFolder(Path(settings.output_dir))
-        run = prepare(self.pipeline, settings, folder)
         if settings.dry_run:
-            _say([*run.lines, "dry run: nothing was written"])
+            _say([*prepare(self.pipeline, settings, folder).lines, "dry run: nothing was written"])
             return Outcome(result=None, updates=0)
-        if run.standing.complete:
-            result = result_path(self.pipeline, settings.train_mode, folder)
-            _say([f"already complete: {result}"])
-            return Outcome(result=result, updates=0)
-        run_folder.claim(folder, run.identity, run.choices.settings)
-        with run_folder.logged(folder.log):
-            _say(run.lines)
-            return _train(self.pipeline, run, folder)
+        with Lock(folder.root) as lock:
+            run = prepare(self.pipeline, settings, folder)
+            if run.standing.complete:
+                result = result_path(self.pipeline, settings.train_mode, folder)
+                _say([f"already complete: {result}"])
+                return Outcome(result=result, updates=0)
+            run_folder.claim(folder, run.identity, run.choices.settings, lock)
+            try:
+                with run_folder.logged(folder.log):
+                    _say(run.lines)
+                    return _train(self.pipeline, run, folder)
+            except OSError as error:
+                raise TrainingError(f"{error}; the same command continues where it can be written again") from error
 
 
 def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> Outcome:
@@ -132,11 +138,15 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
 
     # where an earlier part of the run stopped
     objects = {"denoiser": state.parameters(denoiser), "optimizer": state.tree_of(optimizer.state)}
+    owed = Owed()
+    objects["owed"] = owed.stateful()
     identity = {**run.identity, "class pictures": fingerprint(class_pictures)}
     start = 0
-    if run.standing.checkpoint is not None:
-        start = checkpoint.load(run.standing.checkpoint, objects, fingerprint=identity)
-        _say([f"continuing after update {start}, from {run.standing.checkpoint}"])
+    if (found := run.standing.checkpoint) is not None:
+        start = checkpoint.load(found, objects, fingerprint=identity, allow_changes=settings.allow_changes)
+        if start > plan.updates:
+            raise SettingsError(f"{found} is of update {start}, beyond the {plan.updates} that are asked for now")
+        _say([f"continuing after update {start}, from {found}"])
 
     # what happens beside the updates
     def save_checkpoint(updates: int) -> None:
@@ -180,10 +190,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
                 ),
             ],
             checkpoint=save_checkpoint,
+            owed=owed,
         )
-    if start == plan.updates:  # an earlier process ended between its last checkpoint and the end of the run
-        save()
-        preview(start)
 
     # the end
     result = result_path(pipeline, settings.train_mode, folder)

@@ -334,7 +334,7 @@ def test_a_finished_run_is_not_repeated(settings, tmp_path, caplog):
 
 def test_other_settings_are_refused_with_the_differences(settings):
     DreamBooth(FakePipeline()).train(settings())
-    message = r"holds another run \(rank was 2, is 4; learning_rate was 0.02, is 0.1\)"
+    message = r"holds another run \(rank was 2, is now 4; learning_rate was 0.02, is now 0.1\)"
     with pytest.raises(SettingsError, match=message):
         DreamBooth(FakePipeline()).train(settings(learning_rate=0.1, rank=4, lora_alpha=2.0))
 

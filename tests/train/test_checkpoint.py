@@ -99,7 +99,7 @@ def test_a_failure_while_writing_leaves_no_checkpoint_and_keeps_the_old(
 
     monkeypatch.setattr(checkpoint, "_sync", full)
     for step in (1, 2):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(TrainingError, match="No space"):
             checkpoint.save(tmp_path, step, objects, total_limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
