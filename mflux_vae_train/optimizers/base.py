@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 State: TypeAlias = "dict[str, Any]"
 """Of one parameter: named arrays, or dicts of them."""
@@ -38,6 +38,15 @@ class Optimizer(optim.Optimizer):
         if parameter.dtype != mx.float32:
             state[MASTER] = weights
         self.start(weights, state)
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        self.prepare(gradients, parameters)
+        return super().apply_gradients(gradients, parameters)
+
+    def prepare(self, gradients: Any, parameters: Any) -> None:
+        """Initializes the state if `init` was not called: from weights, where MLX takes gradients for their shapes."""
+        if not self._initialized:
+            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         return rounded(self.updated(gradient.astype(mx.float32), exact(parameter, state), state), parameter, state)

@@ -63,8 +63,7 @@ class Prodigy(Optimizer):
         state["w0"] = weights
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        if not self._initialized:
-            self.init(gradients)
+        self.prepare(gradients, parameters)
         self.state["step"] = self.step + 1
         d, rate = self.distance, self.learning_rate
         if self.use_bias_correction:

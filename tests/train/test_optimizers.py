@@ -1,7 +1,8 @@
-"""AdamW against the published formula, Muon's properties, and both together."""
+"""Each optimizer against its published formula, and what all of them promise."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -9,13 +10,24 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon, orthogonalize
+from mflux_vae_train import state
+from mflux_vae_train.optimizers import (
+    Adafactor,
+    Adam,
+    AdamW,
+    AdamW8bit,
+    Grouped,
+    Lion,
+    Muon,
+    Prodigy,
+    orthogonalize,
+)
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
 
 
-def run(optimizer: AdamW | Muon, start: np.ndarray, gradients: list[np.ndarray], rates: list[float]) -> np.ndarray:
+def run(optimizer: Any, start: np.ndarray, gradients: list[np.ndarray], rates: list[float]) -> np.ndarray:
     parameters: dict[str, Any] = {"w": mx.array(start, mx.float32)}
     optimizer.init(parameters)
     for gradient, rate in zip(gradients, rates, strict=True):
@@ -120,3 +132,107 @@ def test_a_group_s_rate_is_its_share_of_the_schedule() -> None:
     optimizer.learning_rate = 0.2
     assert [one.learning_rate.item() for one in optimizer.optimizers] == pytest.approx([0.1, 0.4])
     assert optimizer.learning_rate.item() == pytest.approx(0.2)
+
+
+def test_lion_moves_by_the_sign_of_its_momentum() -> None:
+    start, gradients, rates = series(5, 3)
+    w, m = start.copy(), np.zeros_like(start)
+    for g, rate in zip(gradients, rates, strict=True):
+        w = w - rate * (np.sign(0.9 * m + 0.1 * g) + 0.1 * w)
+        m = 0.99 * m + 0.01 * g
+    np.testing.assert_allclose(run(Lion(weight_decay=0.1), start, gradients, rates), w, rtol=2e-6, atol=2e-7)
+
+
+def test_adafactor_keeps_row_and_column_means_of_the_squares() -> None:
+    start, gradients, rates = series(4, 2, 3, 5)
+    w, rows, columns = start.reshape(4, 30), 0.0, 0.0
+    for n, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        g, share = g.reshape(4, 30), n**-0.8
+        rows = (1 - share) * rows + share * np.mean(g**2, axis=1, keepdims=True)
+        columns = (1 - share) * columns + share * np.mean(g**2, axis=0, keepdims=True)
+        direction = g / np.sqrt(rows * columns / rows.mean())
+        w = w - rate * direction / max(1.0, np.sqrt(np.mean(direction**2)))
+    optimizer = Adafactor()
+    np.testing.assert_allclose(run(optimizer, start, gradients, rates).reshape(4, 30), w, rtol=1e-5, atol=1e-6)
+    assert optimizer.state_bytes(mx.zeros((4, 2, 3, 5))) == 4 * (4 + 30)
+
+
+def test_adafactor_leaves_alone_what_has_no_gradient() -> None:
+    start = np.ones((3, 4))
+    gradient = np.zeros((3, 4))
+    gradient[0] = 1e-9  # and scales what has one, however small it is
+    moved = run(Adafactor(), start, [gradient], [1e-2]) - start
+    assert np.array_equal(moved[1:], np.zeros((2, 4)))
+    np.testing.assert_allclose(moved[0], -1e-2, rtol=0.1)
+
+
+EVERY = {
+    "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "adafactor": Adafactor,
+    "lion": Lion,
+    "muon": Muon,
+    "prodigy": Prodigy,
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_small_updates_of_half_precision_weights_are_not_lost(name: str) -> None:
+    """Each is less than half of bfloat16's spacing below 1, 0.004: without master weights nothing would ever move."""
+    shape = (64, 80)
+    gradient = mx.array(np.random.default_rng(0).normal(size=shape) + 1.0).astype(mx.bfloat16)
+    options = {"d0": 1e-4} if name == "prodigy" else {}
+    optimizers = EVERY[name](**options), EVERY[name](**options)
+    exact, half = ({"w": mx.ones(shape, dtype)} for dtype in (mx.float32, mx.bfloat16))
+    for optimizer, parameters in zip(optimizers, (exact, half), strict=True):
+        optimizer.init(parameters)
+        for _ in range(20):
+            optimizer.learning_rate = 1.0 if name == "prodigy" else 1e-3
+            before = parameters["w"].astype(mx.float32)
+            parameters |= optimizer.apply_gradients({"w": gradient.astype(parameters["w"].dtype)}, parameters)
+            mx.eval(parameters, optimizer.state)
+            if parameters is exact and name != "prodigy":  # whose steps grow
+                assert float(mx.median(mx.abs(exact["w"] - before))) < 0.5 * 2**-8
+    kept = optimizers[1].state["w"]["master"]
+    assert kept.dtype == mx.float32 and mx.array_equal(half["w"], kept.astype(mx.bfloat16))
+    np.testing.assert_allclose(kept, exact["w"], rtol=1e-5, atol=1e-6)
+    assert float(mx.abs(half["w"].astype(mx.float32) - 1).mean()) > 0.0005
+    assert "master" not in optimizers[0].state["w"], "float32 weights need no copy"
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"muon"}))
+def test_each_learns_in_a_step_with_accumulation_and_goes_on_bit_for_bit(name: str) -> None:
+    rate = {"prodigy": 1.0, "lion": 1e-3}.get(name, 1e-2)
+
+    def fresh() -> tuple[Net, Step, dict[str, state.Stateful]]:
+        net = Net()
+        net.blocks[0].freeze()
+        optimizer = EVERY[name]()
+        step = Step(net, optimizer, loss)
+        return net, step, {"net": state.parameters(net), "optimizer": state.tree_of(optimizer.state)}
+
+    net, step, objects = fresh()
+    assert not any("blocks.0" in path for path, _ in tree_flatten(step.optimizer.state)), "state for what is frozen"
+    losses = [step(update, window(0), rate)["loss"] for update in range(30)]
+    assert losses[-1] < 0.9 * losses[0]
+    arrays, values = (copy.copy(one) for one in state.flatten(objects))
+    for update in range(30, 36):
+        step(update, window(update), rate)
+    other, again, others = fresh()
+    state.restore(others, arrays, values, where="memory")
+    for update in range(30, 36):
+        again(update, window(update), rate)
+    for (path, one), (_, two) in zip(tree_flatten(net.parameters()), tree_flatten(other.parameters()), strict=True):
+        assert mx.array_equal(one, two), path
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bytes_of_state_are_those_that_are_kept(name: str) -> None:
+    for parameter in (mx.zeros((70, 100)), mx.zeros((70, 100), mx.bfloat16)):
+        optimizer = EVERY[name]()
+        optimizer.init({"w": parameter})
+        kept = sum(array.nbytes for array in dict(tree_flatten(optimizer.state["w"])).values())
+        assert optimizer.state_bytes(parameter) == kept
+        master = 4 if parameter.dtype == mx.bfloat16 else 0
+        per_weight = {"adamw": 8, "adamw8bit": 2.03, "adafactor": 0.1, "lion": 4, "muon": 4, "prodigy": 16}[name]
+        assert kept / parameter.size == pytest.approx(per_weight + master, rel=0.03)

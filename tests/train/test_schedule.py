@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from mflux_vae_train.schedule import SHAPES, learning_rate
+from mflux_vae_train.schedule import POLYNOMIAL, POLYNOMIAL_END, RESTARTS, SHAPES, learning_rate
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -15,9 +15,9 @@ def test_start_peak_and_end(shape: str) -> None:
     assert 0 < rate(0) == pytest.approx(2e-4 / 51, rel=1e-6)
     assert rate(25) == pytest.approx(2e-4 * 26 / 51, rel=1e-6)
     assert rate(49) < rate(50) == pytest.approx(2e-4, rel=1e-6)
-    middle = {"constant": 2e-4, "linear": 1e-4, "cosine": 1e-4}[shape]
-    assert rate(50 + 375) == pytest.approx(middle, rel=1e-6)
-    end = 2e-4 if shape == "constant" else 0.0
+    flat = shape.startswith("constant")
+    assert rate(50 + 375) == pytest.approx(2e-4 if flat else 1e-4, rel=1e-6)
+    end = 2e-4 if flat else 0.0
     assert rate(800) == pytest.approx(end, abs=1e-12)
     assert rate(900) == pytest.approx(end, abs=1e-12)
     assert max(rate(update) for update in range(801)) == pytest.approx(2e-4, rel=1e-6)
@@ -51,3 +51,11 @@ def test_a_staircase_is_torchs_whatever_the_length_of_the_run() -> None:
         rate = learning_rate(peak=1.0, total=total, warmup=2, shape="staircase", gamma=0.5, stair=10)
         assert [rate(update) for update in (2, 9, 10, 19, 20, 39)] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.125])
         assert rate(0) == pytest.approx(1 / 3)
+
+
+def test_a_cosine_restarts_at_its_peak_and_a_polynomial_bends_with_its_power() -> None:
+    rate = learning_rate(peak=1.0, total=100, shape=RESTARTS, cycles=4)
+    assert [rate(update) for update in (0, 25, 50, 75)] == pytest.approx([1.0] * 4)
+    assert rate(24) < 0.01 and rate(100) == 0
+    rate = learning_rate(peak=1e-2, total=100, shape=POLYNOMIAL, power=2.0)
+    assert [rate(update) for update in (0, 50, 100)] == pytest.approx([1e-2, 0.25e-2, POLYNOMIAL_END], rel=1e-3)
