@@ -67,20 +67,25 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
     """
     if mx.get_cache_memory() > 3 * y.nbytes + _KEPT_FOR_REUSE:
         mx.clear_cache()  # MLX gives a buffer only to what is as large: those of other layers would just lie there
-    streams = _streams()
+    side_by_side = _streams()
     remaining = iter(bands)
-    with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():
-        while together := list(islice(remaining, len(streams))):
-            for stream, (index, band) in zip(streams, together, strict=False):
+    with runtime.one_blas_thread() if len(side_by_side) > 1 else nullcontext():
+        while together := list(islice(remaining, len(side_by_side))):
+            for stream, (index, band) in zip(side_by_side, together, strict=False):
                 with mx.stream(stream):
                     y[index] = band()
             mx.eval(y)
     return y
 
 
+def streams() -> int:
+    """How many bands are computed side by side."""
+    return min(runtime.cores(), MAX_STREAMS)
+
+
 def _streams() -> list[mx.Stream]:
     """One for each core, the default one first; this thread's."""
     if _local.streams is None:
-        more = min(runtime.cores(), MAX_STREAMS) - 1
+        more = streams() - 1
         _local.streams = [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(more))]
     return _local.streams

@@ -1,11 +1,12 @@
 """Two-dimensional convolution.
 
-On a CPU one of five forms is chosen by shape (`_form`; `python -m benchmarks.convolutions` measures the choice):
+On a CPU one of six forms is chosen by shape (`_form`; `python -m benchmarks.convolutions` measures the choice):
 
 - *Winograd* (3x3, stride 1, enough channels): a quarter of the products, see `winograd`;
 - *taps last* (few output channels): one product of all pixels with all taps' weights, whose few results are then
   shifted and added;
 - *shifts* (stride 1, few channels, wide images): a product per tap, of the flattened image from where the tap points;
+- *MLX's own* (stride 1, fewer channels, as pictures have): what takes long is to gather such short pieces;
 - *patches* (all others): windows gathered into rows, one product;
 - 1x1: a product as it is.
 
@@ -23,7 +24,7 @@ import mlx.core as mx
 
 from mflux_vae import runtime
 from mflux_vae.kernels import winograd
-from mflux_vae.kernels.bands import MAX_STREAMS, computes_now, filled
+from mflux_vae.kernels.bands import computes_now, filled, streams
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.gathering import windows
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
@@ -159,7 +160,7 @@ def _fuses(x: Any, *others: mx.array | None) -> bool:
     return computes_now(*arrays)
 
 
-Form: TypeAlias = Literal["winograd", "taps last", "shifts", "patches"]
+Form: TypeAlias = Literal["winograd", "taps last", "shifts", "own", "patches"]
 
 
 def _form(kernel: tuple[int, int], stride: int, channels: int, out: int) -> Form:
@@ -168,7 +169,9 @@ def _form(kernel: tuple[int, int], stride: int, channels: int, out: int) -> Form
         return "taps last"
     if kernel == (3, 3) and stride == 1 and min(channels, out) >= _WINOGRAD_MIN_CHANNELS:
         return "winograd"
-    return "shifts" if stride == 1 and _SHIFTS_MIN_CHANNELS <= channels < _WINOGRAD_MIN_CHANNELS else "patches"
+    if stride == 1 and channels < _WINOGRAD_MIN_CHANNELS:
+        return "shifts" if channels >= _SHIFTS_MIN_CHANNELS else "own"
+    return "patches"
 
 
 def _in_bands(
@@ -186,36 +189,44 @@ def _in_bands(
     out, kh, kw, _ = weight.shape
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
     form = _form((kh, kw), stride, channels, out)
+    outputs = out
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
         images, at_once = _share(batch, _tiles(out_h), tiles // _tiles(out_w))
         at_once *= winograd.TILE
+        if _shares_outputs(batch * _tiles(out_h) * _tiles(out_w), out):
+            images, at_once, outputs = batch, out_h, -(-out // streams())
         pixels = batch * out_h * out_w
-        kernel = (winograd.remembered if pixels <= _REMEMBERED_MAX_PIXELS else winograd.transformed)(weight)
+        kernel = winograd.remembered(weight) if pixels <= _REMEMBERED_MAX_PIXELS else None
+        if kernel is None and outputs == out:
+            kernel = winograd.transformed(weight)
     else:
-        per_row = out_w * kh * kw * (out if form == "taps last" else channels)
+        per_row = out_w * max(kh * kw * (out if form == "taps last" else channels), out)
         images, at_once = _share(batch, out_h, _BAND_ELEMENTS // per_row)
 
-    def band(these: slice, start: int, stop: int) -> mx.array:
+    def band(these: slice, start: int, stop: int, places: slice) -> mx.array:
         """Rows start to stop of the result."""
         first, end = start * stride - top, (stop - 1) * stride + kh - top
         x = rows(these, max(first, 0), max(min(end, height), 0))
         if form == "winograd":
             count = _tiles(stop - start), _tiles(out_w)
-            y = winograd.convolve(x, kernel, count, (max(-first, 0), left))
-            y = mx.contiguous(y) if bias is None else _plus(y, bias)
+            w = winograd.transformed(weight[places]) if kernel is None else kernel[:, places]
+            y = winograd.convolve(x, w, count, (max(-first, 0), left))
+            y = mx.contiguous(y) if bias is None else _plus(y, bias[places])
             y = _uncut(y)[:, : stop - start, :out_w]
         else:
             y = _piece(x, weight, stride, ((max(-first, 0), max(end - height, 0)), (left, right)))
             y = y if bias is None else _plus(y, bias)
-        return y if residual is None else _plus(residual[these, start:stop], y)
+        return y if residual is None else _plus(residual[these, start:stop, :, places], y)
 
     def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
         for image in range(0, batch, images):
             these = slice(image, min(image + images, batch))
             for start in range(0, out_h, at_once):
                 stop = min(start + at_once, out_h)
-                yield (these, slice(start, stop)), partial(band, these, start, stop)
+                for place in range(0, out, outputs):
+                    places = slice(place, min(place + outputs, out))
+                    yield (these, slice(start, stop), slice(None), places), partial(band, these, start, stop, places)
 
     y = mx.zeros((batch, out_h, out_w, out))
     mx.eval(y)
@@ -228,7 +239,8 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
     input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
     nearly twice; and the weights, reordered and transformed. Shifts: the rows, padded too, and the sum before and after
-    a tap. Else the gathered windows, and twice the rows they are of.
+    a tap. MLX's own: the gathered windows, and the sum before and after the bias. Else the gathered windows, and twice
+    the rows they are of.
 
     Args:
         shape: of the argument, (B, H, W, C).
@@ -236,26 +248,40 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     """
     batch, height, width, channels = shape
     out, kh, kw, _ = weight
-    streams = min(runtime.cores(), MAX_STREAMS)
+    side_by_side = streams()
     form = _form((kh, kw), stride, channels, out)
     if form == "winograd":
         tiles = max(_BAND_TILES[0], min(_BAND_TILES[1], _BAND_ELEMENTS // (36 * max(channels, out))))
         most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
         weights = 0 if batch * height * width <= _REMEMBERED_MAX_PIXELS else 45 * channels * out
-        return 4 * (min(streams * tiles, most) * (100 * channels + 64 * out) + weights)
+        read = side_by_side * most if _shares_outputs(most, out) else min(side_by_side * tiles, most)
+        return 4 * (read * 100 * channels + min(side_by_side * tiles, most) * 64 * out + weights)
     if form == "shifts":
-        pixels = min(batch * height * width, streams * _BAND_ELEMENTS // (kh * kw * channels))
+        pixels = min(batch * height * width, side_by_side * _BAND_ELEMENTS // (kh * kw * channels))
         return 4 * pixels * (2 * channels + 2 * out)
+    if form == "own":
+        pixels = min(batch * height * width, side_by_side * _BAND_ELEMENTS // max(kh * kw * channels, out))
+        return 4 * pixels * (kh * kw * channels + channels + 2 * out)
     gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
-    return round(4 * min(streams * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
+    return round(4 * min(side_by_side * _BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
+
+
+def _shares_outputs(tiles: int, out: int) -> bool:
+    """Whether bands are output channels and not rows: where Winograd's weights are the larger part."""
+    return tiles <= min(_BAND_TILES[0], out // 2)
 
 
 def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:
-    """Images and rows of a band where `fit` rows are the right number: several images, or a part of one."""
+    """Images and rows of a band where `fit` rows are the right number: several images, or a part of one.
+
+    Parts are as many as keep all streams busy to the end.
+    """
     if fit >= 2 * rows:
         return min(batch, fit // rows), rows
-    pieces = max(1, round(rows / max(fit, 1)))
-    return 1, -(-rows // pieces)
+    pieces = round(rows / max(fit, 1))
+    if pieces > 1:
+        pieces = streams() * max(1, round(pieces / streams()))
+    return 1, -(-rows // max(pieces, 1))
 
 
 def _tiles(length: int) -> int:
@@ -325,6 +351,8 @@ def _piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0
             y = mx.addmm(y, flat[start : start + rows], weight[:, i, j].T)
         # what runs over a row's end is never read
         return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
+    if form == "own":
+        return mx.conv2d(_padded(x, sides), weight)
     patches = windows(x, (kh, kw), stride, (out_h, out_w), (top, left))
     return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
 

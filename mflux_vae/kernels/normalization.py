@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled
+from mflux_vae.kernels.bands import computes_now, filled, streams
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import overridable
 
 _PIXELS_SUMMED_AT_ONCE = 4096
-_BAND_ELEMENTS = 1 << 18
+_BAND_ELEMENTS = 1 << 20
 
 
 @overridable
@@ -63,7 +63,7 @@ def group_norm_affine(
 def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """`group_norm_statistics` of x (B, N, C): those of each band's channels, merged (Chan et al. 1979)."""
     batch, pixels, channels = x.shape
-    at_once = max(1, min(pixels, _PIXELS_SUMMED_AT_ONCE, _BAND_ELEMENTS // channels))
+    at_once = max(1, min(-(-pixels // streams()), _PIXELS_SUMMED_AT_ONCE, _BAND_ELEMENTS // channels))
     starts = range(0, pixels, at_once)
 
     def band(image: int, start: int) -> mx.array:
