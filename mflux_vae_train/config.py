@@ -151,18 +151,49 @@ class DreamBoothSettings:
 
     # optimizer
     learning_rate: float | None = flag("peak learning rate (none: the pipeline's for the train mode)", None, above=0)
-    lr_scheduler: str = flag("shape after warm-up", "cosine", choices=("constant", "linear", "cosine"))
+    scale_lr: bool = flag("multiply --learning_rate by the number of pictures in an update", False)
+    lr_scheduler: str = flag(
+        "shape after warm-up; constant, too, has one",
+        "cosine",
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_num_cycles: int = flag("cosines one after the other, of cosine_with_restarts", 1, least=1)
+    lr_power: float = flag("power of polynomial", 1.0, above=0)
     lr_warmup_steps: int = flag("updates of linear warm-up", 50, least=0)
+    optimizer: str = flag(
+        "AdamW, with its moments in 8 bits or not; Adafactor; Lion; or Prodigy, which finds its own rate",
+        "adamw",
+        choices=("adamw", "adamw8bit", "adafactor", "lion", "prodigy"),
+    )
+    use_8bit_adam: bool = flag("the same as --optimizer adamw8bit", False)
     max_grad_norm: float = flag("clip gradients to this global norm", 1.0, above=0)
-    adam_beta1: float = flag("decay of AdamW's first moment", 0.9, least=0, below=1)
-    adam_beta2: float = flag("decay of AdamW's second moment", 0.999, least=0, below=1)
+    adam_beta1: float = flag("decay of the first moment (not Adafactor's)", 0.9, least=0, below=1)
+    adam_beta2: float | None = flag(
+        "decay of the second moment (none: 0.999; 0.99 for Lion; Adafactor's grows by itself)", None, least=0, below=1
+    )
     adam_weight_decay: float = flag("decoupled weight decay", 1e-4, least=0)
-    adam_epsilon: float = flag("AdamW's epsilon", 1e-8, above=0)
+    adam_epsilon: float = flag("epsilon of AdamW and Prodigy", 1e-8, above=0)
+    prodigy_beta3: float | None = flag(
+        "decay of what Prodigy finds its rate by (none: the square root of --adam_beta2)", None, above=0, below=1
+    )
+    prodigy_decouple: bool = flag("decay Prodigy's weights as AdamW does", True)
+    prodigy_use_bias_correction: bool = flag("Adam's bias correction in Prodigy", True)
+    prodigy_safeguard_warmup: bool = flag("keep a warm-up out of Prodigy's estimate", True)
 
     # watching and resuming
-    validation_prompt: str | None = flag("prompt of the previews (none: --instance_prompt)", None)
+    validation_prompt: tuple[str, ...] | None = flag(
+        "prompts of the previews, any number of them (none: --instance_prompt)", None
+    )
     validation_steps: int | None = flag("updates between previews (none: eight times over the run)", None, least=1)
-    num_validation_images: int = flag("pictures in a preview; 0 for no previews", 4, least=0)
+    validation_epochs: int | None = flag("epochs between previews, instead of --validation_steps", None, least=1)
+    num_validation_images: int = flag("pictures of each prompt in a preview; 0 for no previews", 4, least=0)
+    report_to: str | None = flag(
+        "where numbers and pictures go beside the run's own report.html; all: those that are installed (extras"
+        " tensorboard, wandb)",
+        None,
+        choices=("tensorboard", "wandb", "all", "none"),
+    )
+    logging_dir: str | None = flag("folder for what --report_to writes (none: logs in --output_dir)", None)
     checkpointing_steps: int | None = flag("updates between checkpoints (none: only at the end)", 200, least=1)
     checkpoints_total_limit: int | None = flag("checkpoints kept, newest first (none: all)", 2, least=1)
     resume_from_checkpoint: str | None = flag('"latest" in --output_dir, or the folder of a checkpoint', None)
@@ -171,6 +202,8 @@ class DreamBoothSettings:
     dry_run: bool = flag("say what would happen, and stop", False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, str):  # diffusers writes AdamW
+            object.__setattr__(self, "optimizer", self.optimizer.lower())
         check_fields(self)
         self._settle_concepts()
         for name in ("model", "output_dir"):
@@ -189,10 +222,16 @@ class DreamBoothSettings:
             raise SettingsError(
                 f"--{'' if flagged else 'no_'}with_prior_preservation contradicts --prior_preservation {named}"
             )
+        if self.validation_steps is not None and self.validation_epochs is not None:
+            raise SettingsError("--validation_steps and --validation_epochs: give one of them")
         if self.train_mode == "full" and self.prior_preservation == "dop":
             raise SettingsError(
                 "--prior_preservation dop compares with the base model, which --train_mode full changes"
             )
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
+            raise SettingsError(f"--use_8bit_adam: only with --optimizer adamw, and --optimizer is {self.optimizer}")
+        if self.use_8bit_adam:
+            object.__setattr__(self, "optimizer", "adamw8bit")
         if self.train_mode == "full":
             given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
             if given or self.lora_dropout:
@@ -226,15 +265,18 @@ USUAL = {
     "guidance": (5.0, 10.0),
     "num_class_images": (5, 100),
 }
+USUAL_RATE = {"full": (1e-6, 1e-5), "lora": (1e-5, 1e-3)}
+"""By train mode: an adapter, which begins at zero, wants more than weights that are there."""
 
 
 def advice(settings: DreamBoothSettings) -> list[str]:
     """One line for each setting outside its usual range: to be logged, never to forbid."""
     lines = []
-    for name, (low, high) in USUAL.items():
+    for name, (low, high) in {**USUAL, "learning_rate": USUAL_RATE[settings.train_mode]}.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
-            lines.append(f"--{name} is {value:g}; usual is {low:g} to {high:g}")
+            where = f" with --train_mode {settings.train_mode}" if name == "learning_rate" else ""
+            lines.append(f"--{name} is {value:g}; usual{where} is {low:g} to {high:g}")
     return lines
 
 

@@ -18,6 +18,7 @@ from mflux_vae_train.dreambooth import report, run_folder
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.data import CLASS, EMPTY, Cache, encode_pictures, fingerprint, micro_batches
 from mflux_vae_train.dreambooth.objective import dreambooth_loss
+from mflux_vae_train.dreambooth.optimization import optimizer_of, schedule_of
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.previews import Previews
 from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
@@ -26,12 +27,10 @@ from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics, resources
 from mflux_vae_train.lock import Lock
 from mflux_vae_train.loop import fit
-from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.owed import Owed
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.progress import Pace, ProgressBar
-from mflux_vae_train.schedule import learning_rate
 from mflux_vae_train.step import Arrays, Loss, Step
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,8 @@ class DreamBooth:
         """
         folder = RunFolder(Path(settings.output_dir))
         if settings.dry_run:
-            _say([*prepare(self.pipeline, settings, folder).lines, "dry run: nothing was written"])
+            run = prepare(self.pipeline, settings, folder)
+            _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
             return Outcome(result=None, updates=0)
         with Lock(folder.root) as lock:
             run = prepare(self.pipeline, settings, folder)
@@ -97,7 +97,7 @@ class DreamBooth:
             run_folder.claim(folder, run.identity, run.choices.settings, lock)
             try:
                 with run_folder.logged(folder.log):
-                    _say(run.lines)
+                    _say(run.lines, run.choices.warnings)
                     return _train(self.pipeline, run, folder)
             except OSError as error:
                 raise TrainingError(f"{error}; the same command continues where it can be written again") from error
@@ -122,19 +122,9 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     # what is trained, and how
     denoiser = pipeline.denoiser
     _make_trainable(pipeline, choices)
-    optimizer = AdamW(
-        beta1=settings.adam_beta1,
-        beta2=settings.adam_beta2,
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-    )
+    optimizer = optimizer_of(settings)
     step = Step(denoiser, optimizer, _loss(pipeline, choices), max_grad_norm=settings.max_grad_norm)
-    rate = learning_rate(
-        peak=choices.learning_rate,
-        total=plan.updates,
-        warmup=settings.lr_warmup_steps,
-        shape=settings.lr_scheduler,
-    )
+    rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
     objects = {"denoiser": state.parameters(denoiser), "optimizer": state.tree_of(optimizer.state)}
@@ -280,6 +270,8 @@ def _check_that_it_learns(denoiser: nn.Module, record: Record) -> None:
         )
 
 
-def _say(lines: Sequence[str]) -> None:
+def _say(lines: Sequence[str], warnings: Sequence[str] = ()) -> None:
     for line in lines:
         logger.info("%s", line)
+    for line in warnings:
+        logger.warning("%s", line)

@@ -1,0 +1,57 @@
+"""Which optimizer a run has, at which rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy
+from mflux_vae_train.optimizers.base import Optimizer
+from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.schedule import learning_rate
+
+LION_SHARE = 0.1
+"""Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
+
+
+def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
+    """Peak learning rate where the user gives none: what the pipeline recommends is meant for AdamW."""
+    if settings.optimizer == "prodigy":
+        return 1.0
+    rate = recommended.learning_rate if settings.train_mode == "lora" else recommended.learning_rate_full
+    return rate * LION_SHARE if settings.optimizer == "lion" else rate
+
+
+def optimizer_of(settings: DreamBoothSettings) -> Optimizer:
+    """The optimizer that `settings` describe; its rate is set by each update."""
+    decay, beta1, epsilon = settings.adam_weight_decay, settings.adam_beta1, settings.adam_epsilon
+    beta2 = settings.adam_beta2 or (0.99 if settings.optimizer == "lion" else 0.999)
+    if settings.optimizer == "adafactor":
+        return Adafactor(weight_decay=decay)
+    if settings.optimizer == "lion":
+        return Lion(beta1=beta1, beta2=beta2, weight_decay=decay)
+    if settings.optimizer == "prodigy":
+        return Prodigy(
+            beta1=beta1,
+            beta2=beta2,
+            beta3=settings.prodigy_beta3,
+            epsilon=epsilon,
+            weight_decay=decay,
+            decouple=settings.prodigy_decouple,
+            use_bias_correction=settings.prodigy_use_bias_correction,
+            safeguard_warmup=settings.prodigy_safeguard_warmup,
+        )
+    kind = AdamW8bit if settings.optimizer == "adamw8bit" else AdamW
+    return kind(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)
+
+
+def schedule_of(settings: DreamBoothSettings, *, peak: float, updates: int) -> Callable[[int], float]:
+    """Update -> rate, over a run of so many."""
+    return learning_rate(
+        peak=peak,
+        total=updates,
+        warmup=settings.lr_warmup_steps,
+        shape=settings.lr_scheduler,
+        cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
