@@ -25,7 +25,8 @@ def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> floa
 def optimizer_of(settings: DreamBoothSettings) -> Optimizer:
     """The optimizer that `settings` describe; its rate is set by each update."""
     decay, beta1, epsilon = settings.adam_weight_decay, settings.adam_beta1, settings.adam_epsilon
-    beta2 = settings.adam_beta2 or (0.99 if settings.optimizer == "lion" else 0.999)
+    usual = 0.99 if settings.optimizer == "lion" else 0.999
+    beta2 = usual if settings.adam_beta2 is None else settings.adam_beta2
     if settings.optimizer == "adafactor":
         return Adafactor(weight_decay=decay)
     if settings.optimizer == "lion":

@@ -22,7 +22,7 @@ NEEDED = {"model": "tiny", "instance_data_dir": "pictures", "instance_prompt": "
         ("learning_rate", 0, "above 0"),
         ("learning_rate", float("nan"), "a number"),
         ("adam_beta2", 1.0, "below 1"),
-        ("lr_scheduler", "cosin", "constant, linear, cosine"),
+        ("lr_scheduler", "cosin", "linear, cosine, cosine_with_restarts"),
         ("train_mode", "dora", "lora, full"),
         ("dry_run", "yes", "true or false"),
         ("instance_prompt", None, "text"),
@@ -68,6 +68,9 @@ def test_documented_ranges_draw_advice_and_forbid_nothing() -> None:
     unusual = DreamBoothSettings(
         **NEEDED, train_batch_size=5, gradient_accumulation_steps=9, guidance=4, num_class_images=200
     )
+    assert advice(DreamBoothSettings(**NEEDED, train_mode="full", learning_rate=5e-6)) == []
+    (slow,) = advice(DreamBoothSettings(**NEEDED, learning_rate=5e-6))
+    assert slow == "--learning_rate is 5e-06; usual with --train_mode lora is 1e-05 to 0.001"
     assert [line.split()[0] for line in advice(unusual)] == [
         "--train_batch_size",
         "--gradient_accumulation_steps",
@@ -87,3 +90,11 @@ def test_settings_are_frozen_and_every_one_has_help() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1  # type: ignore[misc]
     assert all(field.metadata["help"] for field in dataclasses.fields(settings))
+
+
+def test_an_optimizer_may_be_written_as_in_other_programs() -> None:
+    assert DreamBoothSettings(**NEEDED, optimizer="AdamW").optimizer == "adamw"
+    for given in ({"use_8bit_adam": True}, {"optimizer": "AdamW8bit"}):
+        assert DreamBoothSettings(**(NEEDED | given)).optimizer == "adamw8bit"
+    with pytest.raises(SettingsError, match="use_8bit_adam.*prodigy"):
+        DreamBoothSettings(**NEEDED, optimizer="prodigy", use_8bit_adam=True)
