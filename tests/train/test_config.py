@@ -96,5 +96,5 @@ def test_an_optimizer_may_be_written_as_in_other_programs() -> None:
     assert DreamBoothSettings(**NEEDED, optimizer="AdamW").optimizer == "adamw"
     for given in ({"use_8bit_adam": True}, {"optimizer": "AdamW8bit"}):
         assert DreamBoothSettings(**(NEEDED | given)).optimizer == "adamw8bit"
-    with pytest.raises(SettingsError, match="use_8bit_adam.*prodigy"):
+    with pytest.raises(SettingsError, match=r"use_8bit_adam.*prodigy"):
         DreamBoothSettings(**NEEDED, optimizer="prodigy", use_8bit_adam=True)
