@@ -11,6 +11,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.class_prompt import derive_class_prompt
 from mflux_vae_train.dreambooth.data import Plan
+from mflux_vae_train.dreambooth.optimization import default_rate
 from mflux_vae_train.pipelines.protocol import Recommended
 
 PREVIEWS_IN_A_RUN = 8
@@ -24,6 +25,7 @@ class Choices:
         settings: as the user gave them, with everything decided that was left open.
         plan: samples, updates and micro-batches that follow.
         notes: what was decided and why, one line each, to be said at the start.
+        warnings: what is unusual, one line each.
         class_prompt, class_folder, prior_loss_weight: None without prior preservation.
         rank, lora_alpha: None where all weights are trained.
 
@@ -33,11 +35,12 @@ class Choices:
     settings: DreamBoothSettings
     plan: Plan
     notes: Sequence[str]
+    warnings: Sequence[str]
     resolution: int
     learning_rate: float
     guidance: float
     caption_dropout: float
-    validation_prompt: str
+    validation_prompt: Sequence[str]
     validation_steps: int
     class_prompt: str | None
     class_folder: Path | None
@@ -71,16 +74,21 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
             resolution.
     """
     plan = _plan(settings, pictures)
+    warnings = advice(settings)
     class_prompt, notes = _class_prompt(settings)
+    if settings.scale_lr:
+        rate, at_once = _rate(settings, recommended), plan.batch_size * plan.accumulation
+        settings = replace(settings, learning_rate=rate * at_once, scale_lr=False)
+        notes.append(f"learning rate {rate:g} x {at_once} pictures in an update: {rate * at_once:g}")
     lora, prior = settings.train_mode == "lora", class_prompt is not None
     rank = settings.rank or recommended.rank
     suggested: dict[str, Any] = {
         "resolution": choose_resolution(settings, recommended),
-        "learning_rate": recommended.learning_rate if lora else recommended.learning_rate_full,
+        "learning_rate": _rate(settings, recommended),
         "guidance": recommended.guidance,
         "caption_dropout": recommended.caption_dropout,
-        "validation_prompt": settings.instance_prompt,
-        "validation_steps": max(1, -(-plan.updates // PREVIEWS_IN_A_RUN)),
+        "validation_prompt": (settings.instance_prompt,),
+        "validation_steps": _validation_steps(settings, plan, pictures),
         "rank": rank if lora else None,
         "lora_alpha": float(rank) if lora else None,
         "prior_loss_weight": recommended.prior_loss_weight if prior else None,
@@ -99,16 +107,29 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         class_prompt=class_prompt,
         with_prior_preservation=prior,
         max_train_steps=plan.updates,
+        validation_epochs=None,
     )
     class_data_dir = decided.pop("class_data_dir")
     return Choices(
         **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
         settings=final,
         plan=plan,
-        notes=[*notes, *advice(settings)],
+        notes=notes,
+        warnings=warnings,
         class_prompt=class_prompt,
         class_folder=Path(class_data_dir) if prior else None,
     )
+
+
+def _rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
+    return default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
+
+
+def _validation_steps(settings: DreamBoothSettings, plan: Plan, pictures: int) -> int:
+    """Updates between previews."""
+    if settings.validation_epochs is None:
+        return max(1, -(-plan.updates // PREVIEWS_IN_A_RUN))
+    return max(1, round(settings.validation_epochs * pictures / (plan.batch_size * plan.accumulation)))
 
 
 def _plan(settings: DreamBoothSettings, pictures: int) -> Plan:
@@ -135,6 +156,8 @@ def _class_prompt(settings: DreamBoothSettings) -> tuple[str | None, list[str]]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value))
     if isinstance(value, float):
         return f"{value:g}"
     return repr(value) if isinstance(value, str) else str(value)

@@ -14,24 +14,24 @@ import mlx.nn as nn
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import report, run_folder
+from mflux_vae_train.dreambooth import overview, run_folder
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.data import CLASS, EMPTY, Cache, encode_pictures, fingerprint, micro_batches
+from mflux_vae_train.dreambooth.learning import Learning, check_adapter
 from mflux_vae_train.dreambooth.objective import dreambooth_loss
 from mflux_vae_train.dreambooth.optimization import optimizer_of, schedule_of
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
-from mflux_vae_train.dreambooth.previews import Previews
 from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
 from mflux_vae_train.dreambooth.result import result_path, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics, resources
+from mflux_vae_train.dreambooth.watching import Watching
+from mflux_vae_train.hooks import every, read_metrics
 from mflux_vae_train.lock import Lock
 from mflux_vae_train.loop import fit
 from mflux_vae_train.owed import Owed
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
-from mflux_vae_train.progress import Pace, ProgressBar
-from mflux_vae_train.step import Arrays, Loss, Step
+from mflux_vae_train.step import Arrays, Loss, MicroBatch, Step
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     denoiser = pipeline.denoiser
     _make_trainable(pipeline, choices)
     optimizer = optimizer_of(settings)
-    step = Step(denoiser, optimizer, _loss(pipeline, choices), max_grad_norm=settings.max_grad_norm)
+    loss = _loss(pipeline, choices)
+    step = Step(denoiser, optimizer, loss, max_grad_norm=settings.max_grad_norm)
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
@@ -143,41 +144,31 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
         limit = settings.checkpoints_total_limit
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
 
+    def batches(update: int) -> list[MicroBatch]:
+        dropped = choices.caption_dropout
+        return micro_batches(cache, plan, update=update, seed=settings.seed, caption_dropout=dropped)
+
     def save() -> None:
-        save_result(pipeline, settings.train_mode, folder)
-
-    preview = Previews(
-        pipeline, _row(prompts, VALIDATION), choices, instance=run.pictures.arrays, samples=folder.samples
-    )
-    before = time.monotonic()
-    if start == 0:
-        preview(0)
-    pace, preview_seconds = Pace(plan.updates), time.monotonic() - before
-
-    def speed(record: Record) -> dict[str, str]:
-        return {"images/s": f"{record.samples / max(pace.per_update, 1e-9):.3g}"}
+        path = save_result(pipeline, settings.train_mode, folder)
+        if settings.train_mode == "lora":
+            better = check_adapter(denoiser, path, pipeline.adapter_prefix, loss, batches(0)[0].arrays)
+            _say([f"read back, the adapter changes the loss of the first pictures by {-better:+.3g}"])
 
     # the updates; of the hooks, what must not be lost comes first
-    with (
-        MetricsLog(folder.metrics, resumed_at=start, also=resources) as metrics,
-        ProgressBar(plan.updates, start, also=speed, pace=pace) as bar,
-    ):
+    validation = [_row(prompts, VALIDATION + index) for index in range(len(choices.validation_prompt))]
+    with Watching(pipeline, validation, run, folder, start=start) as watching:
         fit(
             step=step,
-            batches=lambda update: micro_batches(
-                cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
-            ),
+            batches=batches,
             learning_rate=rate,
             total=plan.updates,
             start=start,
-            observers=[pace, metrics, bar],
+            observers=watching.observers,
             hooks=[
-                lambda record: _check_that_it_learns(denoiser, record),
-                pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                Learning(denoiser),
+                watching.pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
-                pace.occasionally(
-                    choices.validation_steps, lambda record: preview(record.update), seconds=preview_seconds
-                ),
+                watching.previews(),
             ],
             checkpoint=save_checkpoint,
             owed=owed,
@@ -185,7 +176,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
 
     # the end
     result = result_path(pipeline, settings.train_mode, folder)
-    if not report.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
+    if not overview.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
@@ -195,12 +186,12 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
 
 
 VALIDATION = EMPTY + 1
-"""Row of the previews' prompt, after the rows that `data.Cache` has."""
+"""Row of the previews' first prompt, after the rows that `data.Cache` has."""
 
 
 def _encode_prompts(pipeline: DiffusionPipeline, choices: Choices) -> Conditioning:
     instance = choices.settings.instance_prompt
-    prompts = [instance, choices.class_prompt or instance, "", choices.validation_prompt]
+    prompts = [instance, choices.class_prompt or instance, "", *choices.validation_prompt]
     conditioning = pipeline.encode_prompts(prompts)
     mx.eval(conditioning)
     return conditioning
@@ -255,19 +246,6 @@ def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:
             )
 
     return loss
-
-
-def _check_that_it_learns(denoiser: nn.Module, record: Record) -> None:
-    """After the first update something must have changed; otherwise hours would be spent on nothing."""
-    if record.update > 1:
-        return
-    adapters = lora.layers(denoiser).values()
-    unmoved = bool(adapters) and not any(bool(mx.any(layer.lora_b != 0)) for layer in adapters)
-    if record.metrics["grad_norm"] == 0 or unmoved:
-        raise TrainingError(
-            "the first update changed nothing: the loss does not reach what is trained"
-            " (a guidance or prompt that the pipeline ignores, or adapted layers that it does not use)"
-        )
 
 
 def _say(lines: Sequence[str], warnings: Sequence[str] = ()) -> None:

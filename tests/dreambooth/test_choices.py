@@ -26,7 +26,7 @@ def test_the_pipeline_decides_what_is_left_open_and_it_is_said():
     assert settings.caption_dropout == RECOMMENDED.caption_dropout
     assert settings.prior_loss_weight == RECOMMENDED.prior_loss_weight
     assert (settings.rank, settings.lora_alpha) == (RECOMMENDED.rank, RECOMMENDED.rank)
-    assert settings.validation_prompt == "a photo of sks dog"
+    assert settings.validation_prompt == ("a photo of sks dog",)
     assert settings.validation_steps == 100
     said = " ".join(choices.notes)
     for words in ("learning_rate 0.02", "resolution 16", "guidance 1.5", "rank 2", "'a photo of a dog'"):
@@ -42,7 +42,7 @@ def test_what_the_user_gives_stands():
         "lora_alpha": 1.5,
         "caption_dropout": 0.0,
         "prior_loss_weight": 0.0,
-        "validation_prompt": "x",
+        "validation_prompt": ("x", "y"),
         "validation_steps": 7,
         "class_prompt": "a dog",
         "class_data_dir": "dogs",
@@ -93,6 +93,25 @@ def test_epochs_replace_updates():
     choices = chosen(num_train_epochs=3, train_batch_size=2, gradient_accumulation_steps=2)
     assert choices.plan.samples == 15 and choices.plan.updates == 4
     assert choices.settings.max_train_steps == 4
+
+
+def test_epochs_between_previews_become_updates():
+    settings = chosen(validation_epochs=4, gradient_accumulation_steps=2).settings
+    assert (settings.validation_steps, settings.validation_epochs) == (10, None)  # 4 x 5 pictures, two in an update
+    assert chosen(validation_epochs=1, gradient_accumulation_steps=100).settings.validation_steps == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, RECOMMENDED.learning_rate * 6), (1e-3, 6e-3)])
+def test_a_scaled_learning_rate_is_said_and_scaled_once(given, expected):
+    choices = chosen(scale_lr=True, learning_rate=given, train_batch_size=2, gradient_accumulation_steps=3)
+    assert choices.learning_rate == choices.settings.learning_rate == pytest.approx(expected)
+    assert any(f"x 6 pictures in an update: {expected:g}" in note for note in choices.notes)
+    assert choose(choices.settings, RECOMMENDED, pictures=5).learning_rate == choices.learning_rate
+
+
+def test_what_is_unusual_is_a_warning():
+    assert chosen(guidance=3).warnings == ["--guidance is 3; usual is 5 to 10"]
+    assert not chosen().warnings
 
 
 def test_seed_000s_example_is_understood():

@@ -17,7 +17,7 @@ from mflux_vae.errors import ImageError, PluginError, SettingsError, TrainingErr
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train import flags, loop
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import previews, report
+from mflux_vae_train.dreambooth import overview, previews
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import MEASURED, read_metrics
 from tests.contracts.fake import FakePipeline
@@ -26,7 +26,7 @@ from tests.contracts.fake import FakePipeline
 @pytest.fixture
 def settings(instance_dir, tmp_path, monkeypatch):
     """Settings of a short run; keyword arguments change them. Loss curves, slow to draw, are left out."""
-    monkeypatch.setattr(report, "write_loss_curve", lambda *_: True)
+    monkeypatch.setattr(overview, "write_loss_curve", lambda *_: True)
 
     def make(**changes) -> DreamBoothSettings:
         given = {

@@ -62,7 +62,7 @@ def test_every_yaml_key_reaches_its_field(name: str, tmp_path: Path) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    values = {name: other_than_default(name) for name in FIELDS}
+    values = {name: other_than_default(name) for name in FIELDS} | {"validation_epochs": None}
     settings = DreamBoothSettings(
         **values | {"train_mode": "lora", "learning_rate": 5e-6, "instance_prompt": "ein Foto: «sks» # Hund"}
     )

@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the subject appearing over time, and the loss curve."""
+"""Pictures of a run: the subject appearing over time, and the loss curve."""
 
 from __future__ import annotations
 
@@ -15,32 +15,50 @@ SMALLEST_SIDE, LARGEST_SIDE = 128, 256
 
 
 def preview_file(samples: Path, update: int) -> Path:
-    """Where the previews after an update lie: one row of pictures."""
+    """Where the previews after an update lie: a row of pictures for each prompt."""
     return samples / f"step-{update:05d}.png"
 
 
-def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: int) -> Path:
+def previews(samples: Path) -> list[tuple[int, Path]]:
+    """(update, file) of the previews that there are, in order; of many `MOST_ROWS`, evenly spaced, first and last."""
+    found = sorted((int(path.stem.removeprefix("step-")), path) for path in samples.glob("step-*.png"))
+    if len(found) > MOST_ROWS:
+        chosen = np.linspace(0, len(found) - 1, MOST_ROWS).round().astype(int)
+        found = [found[index] for index in chosen]
+    return found
+
+
+def pictures_of(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
+    """The pictures of a preview, uint8 (side, side, 3) each: a list for each prompt."""
+    sheet = load_image(preview)
+    side = sheet.shape[1] // columns
+    rows = np.split(sheet, sheet.shape[0] // side, axis=0)
+    return [np.split(row, columns, axis=1) for row in rows]
+
+
+def write_progress(samples: Path, instance: Sequence[Path], *, columns: int) -> Path:
     """Writes progress.png: the instance pictures above the previews, a labelled row per update.
 
-    The rows are read from the previews on disk, so that a resumed run shows those of before, too.
+    The rows are read from the previews on disk, so that a resumed run shows those of before, too. Pictures of further
+    prompts stand at the right of the first one's.
 
     Args:
-        instance: uint8 (side, side, 3) each, of the previews' size.
-        columns: pictures in a preview.
+        instance: files of the instance pictures; their centres are shown.
+        columns: pictures of a prompt in a preview.
     """
-    previews = [(int(path.stem.removeprefix("step-")), path) for path in sorted(samples.glob("step-*.png"))]
-    if len(previews) > MOST_ROWS:
-        # Evenly spaced, first and last among them.
-        chosen = np.linspace(0, len(previews) - 1, MOST_ROWS).round().astype(int)
-        previews = [previews[index] for index in chosen]
-    side = instance[0].shape[0]
-    rows = [("subject", list(instance[: max(columns, 4)]))]
-    for update, path in previews:
-        row = load_image(path)
-        rows.append(("untrained" if update == 0 else f"step {update}", np.split(row, row.shape[1] // side, axis=1)))
+    rows = []
+    for update, path in previews(samples):
+        rows.append((label(update), [picture for one in pictures_of(path, columns=columns) for picture in one]))
+    side = rows[0][1][0].shape[0]
+    rows.insert(0, ("subject", [load_image(path, resolution=side) for path in instance[: max(columns, 4)]]))
     path = samples / "progress.png"
     save_image(path, labelled_rows([(label, _sized(row, side)) for label, row in rows]))
     return path
+
+
+def label(update: int) -> str:
+    """What a row of previews is called."""
+    return "untrained" if update == 0 else f"step {update}"
 
 
 def _sized(row: Sequence[np.ndarray], side: int) -> np.ndarray:

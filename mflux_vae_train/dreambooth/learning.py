@@ -1,0 +1,80 @@
+"""Whether a run learns anything: otherwise hours would be spent on nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import TrainingError
+from mflux_vae_train import lora
+from mflux_vae_train.hooks import Record
+from mflux_vae_train.step import Arrays, Loss
+
+PATIENCE = 3
+"""Updates in succession without any gradient that end a run; one alone may be an empty mask."""
+
+
+class Learning:
+    """A hook that ends a run which learns nothing. (A loss or a gradient that is not finite ends it in the step.)
+
+    Looked at is, after the first update of this process, whether it changed what trains, and after every one
+    whether there was a gradient.
+
+    Raises (when called):
+        TrainingError: nothing is learnt; it says what is probably the reason.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser, self._first, self._without = denoiser, True, 0
+
+    def __call__(self, record: Record) -> None:
+        first, self._first = self._first, False
+        self._without = self._without + 1 if record.metrics["grad_norm"] == 0 else 0
+        if self._without and (first or self._without == PATIENCE):
+            which = "the first update" if first else f"the updates up to {record.update}"
+            raise TrainingError(
+                f"{which} changed nothing, all gradients are zero: the loss does not reach what is trained"
+                " (a guidance or prompt that the pipeline ignores, adapted layers that it does not use, black masks)"
+            )
+        if not first:
+            return
+        if record.metrics["learning_rate"] > 0 and record.metrics["update_size"] == 0:
+            raise TrainingError(
+                "the first update changed nothing: its steps are smaller than what the weights' type can hold;"
+                " raise --learning_rate, or train an adapter"
+            )
+        if lora.layers(self._denoiser) and not _differs(self._denoiser):
+            raise TrainingError("the first update changed nothing: every adapter's B is still zero")
+
+
+def check_adapter(denoiser: nn.Module, path: Path, prefix: str, loss: Loss, arrays: Arrays) -> float:
+    """Reads a saved adapter back into the denoiser that it was trained on, and compares with the base model.
+
+    Args:
+        loss, arrays: what is computed with it and without it.
+
+    Returns:
+        the loss without the adapter minus the loss with it.
+
+    Raises:
+        TrainingError: what was saved is no other than the base model, or gives a loss that is not finite.
+    """
+    lora.load_adapter(denoiser, path, prefix)
+    if not _differs(denoiser):
+        raise TrainingError(f"{path}: read back, every adapter's B is zero: it is the base model")
+    adapted = float(loss(denoiser, arrays)[0])
+    with lora.disabled(denoiser):
+        base = float(loss(denoiser, arrays)[0])
+    if not math.isfinite(adapted):
+        raise TrainingError(
+            f"{path}: read back, the adapter gives a loss of {adapted:g}; the base model gives {base:g}"
+        )
+    return base - adapted
+
+
+def _differs(denoiser: nn.Module) -> bool:
+    """Whether an adapter does anything."""
+    return any(bool(mx.any(layer.lora_b != 0)) for layer in lora.layers(denoiser).values())

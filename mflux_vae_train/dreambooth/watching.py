@@ -1,0 +1,89 @@
+"""All that is seen of a run while it goes on: its metrics file, the bar, trackers and previews."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from mflux_vae_train.dreambooth.preparation import Preparation
+from mflux_vae_train.dreambooth.previews import Previews
+from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.hooks import Hook, MetricsLog, Record, resources
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+from mflux_vae_train.progress import Pace, ProgressBar
+from mflux_vae_train.trackers import open_tracker, wanted
+
+
+class Watching:
+    """Opened before the first update and closed after the last.
+
+    Args:
+        prompts: conditioning of each validation prompt, one row.
+        start: updates made before.
+
+    Attributes:
+        observers: for `loop.fit`.
+        pace: the time left; hooks that take long go through it.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[Conditioning],
+        run: Preparation,
+        folder: RunFolder,
+        *,
+        start: int,
+    ) -> None:
+        self._pipeline, self._prompts, self._run, self._folder, self._start = pipeline, prompts, run, folder, start
+        self._stack = ExitStack()
+        self.pace = Pace(run.choices.plan.updates)
+        self.observers: list[Hook] = [self.pace]
+
+    def __enter__(self) -> Watching:
+        run, folder, total, start = self._run, self._folder, self._run.choices.plan.updates, self._start
+        settings, enter = run.choices.settings, self._stack.enter_context
+        logging_dir = Path(settings.logging_dir) if settings.logging_dir else folder.root / "logs"
+        shown = dataclasses.asdict(settings)
+        trackers = [
+            enter(open_tracker(name, logging_dir, run=folder.root.resolve().name, settings=shown, start=start))
+            for name in wanted(settings.report_to)
+        ]
+        self._previews = Previews(
+            self._pipeline,
+            self._prompts,
+            run.choices,
+            instance=run.pictures.paths,
+            samples=folder.samples,
+            trackers=trackers,
+        )
+        began = time.monotonic()
+        if start == 0:
+            self._previews(0)
+        self._preview_seconds = time.monotonic() - began
+        self.observers += [
+            enter(MetricsLog(folder.metrics, resumed_at=start, also=resources)),
+            enter(ProgressBar(total, start, also=self._speed, pace=self.pace)),
+            *trackers,
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def previews(self) -> Hook:
+        """The hook that draws them when they are due."""
+
+        def preview(record: Record) -> None:
+            self._previews(record.update)
+
+        return self.pace.occasionally(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
+
+    def _speed(self, record: Record) -> dict[str, str]:
+        return {"images/s": f"{record.samples / max(self.pace.per_update, 1e-9):.3g}"}

@@ -1,0 +1,81 @@
+"""A run that learns nothing ends, and says why."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mflux_vae.errors import TrainingError
+from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.learning import PATIENCE, Learning, check_adapter
+from mflux_vae_train.hooks import Record
+from tests.contracts.fake import FakePipeline
+
+
+def record(update, *, gradient=1.0, size=1.0, rate=1e-3):
+    metrics = {"loss": 1.0, "grad_norm": gradient, "update_size": size, "learning_rate": rate}
+    return Record(update=update, total=99, metrics=metrics, seconds=0.1)
+
+
+def adapted(b=0.0):
+    denoiser = FakePipeline().denoiser
+    lora.add_lora(denoiser, ["proj_in", "blocks.*"], rank=2)
+    lora.layers(denoiser)["proj_in"].lora_b += b
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "wrong", "said"),
+    [
+        (adapted(0.1), {"gradient": 0.0}, "all gradients are zero"),
+        (adapted(0.1), {"size": 0.0}, "raise --learning_rate"),
+        (adapted(0.0), {}, "every adapter's B is still zero"),
+    ],
+)
+@pytest.mark.parametrize("update", [1, 7])  # of a run, and of one that goes on after the sixth
+def test_the_first_update_must_change_something(denoiser, wrong, said, update):
+    with pytest.raises(TrainingError, match=said):
+        Learning(denoiser)(record(update, **wrong))
+
+
+def test_later_ones_may_lack_a_gradient_but_not_for_long():
+    learning = Learning(adapted(0.1))
+    learning(record(1))
+    for update in range(2, 20):  # never three in succession
+        learning(record(update, gradient=float(update % PATIENCE == 0), size=0.0))
+    with pytest.raises(TrainingError, match="the updates up to 22 changed nothing"):
+        for update in range(20, 30):
+            learning(record(update, gradient=0.0))
+
+
+def test_a_rate_of_zero_may_change_nothing():
+    Learning(adapted(0.1))(record(1, size=0.0, rate=0.0))
+
+
+def test_full_training_has_no_adapter_to_look_at():
+    Learning(FakePipeline().denoiser)(record(1))
+
+
+def loss(denoiser, arrays):
+    return mx.square(denoiser(arrays["x"], arrays["words"], arrays["time"])).mean(), {}
+
+
+ARRAYS = {"x": mx.ones((1, 4, 4, 3)), "words": mx.ones((1, 8)), "time": mx.ones((1,))}
+
+
+def test_a_saved_adapter_is_read_back_and_compared_with_the_base(tmp_path):
+    denoiser, path = adapted(0.1), tmp_path / "adapter.safetensors"
+    lora.save_adapter(denoiser, path, "transformer")
+    other = adapted(0.5)
+    better = check_adapter(other, path, "transformer", loss, ARRAYS)
+    with_it = loss(denoiser, ARRAYS)[0].item()
+    with lora.disabled(denoiser):
+        assert better == pytest.approx(loss(denoiser, ARRAYS)[0].item() - with_it) != 0
+
+
+@pytest.mark.parametrize(("b", "said"), [(0.0, "it is the base model"), (float("nan"), "gives a loss of nan")])
+def test_an_adapter_that_was_saved_wrong_is_refused(b, said, tmp_path):
+    denoiser, path = adapted(b), tmp_path / "adapter.safetensors"
+    lora.save_adapter(denoiser, path, "transformer")
+    with pytest.raises(TrainingError, match=said):
+        check_adapter(denoiser, path, "transformer", loss, ARRAYS)
