@@ -1,0 +1,117 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on the linear layers of any module.
+
+y = W x + b + (alpha / rank) B A x, with A (rank, in) uniform in +-1/sqrt(in) and B (out, rank) zero at the start.
+DoRA scales each row of W + (alpha / rank) B A, whatever its norm, to a trained magnitude, which starts as the norm of
+W's row. The layers are mlx-lm's; it keeps lora_a = A^T, lora_b = B^T and the magnitudes m. W may be quantised.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
+from mflux_vae_train.lora.targets import dimensions, linears, matching
+from mflux_vae_train.randomness import Stream, rng
+
+
+def add_lora(
+    module: nn.Module,
+    patterns: Sequence[str],
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    dora: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Adapt every `nn.Linear` whose path matches a pattern; freeze all else.
+
+    Args:
+        patterns: fnmatch patterns over module paths, e.g. ``transformer_blocks.*.attn.to_q``.
+        alpha: None means `rank`, a scale of 1.
+        dropout: share of A's inputs dropped; takes effect only inside `dropout_keys`.
+        dora: train magnitudes, too.
+        seed: A depends on (seed, path of the layer) alone.
+
+    Returns:
+        the adapted paths, sorted.
+
+    Raises:
+        SettingsError: no linear layer matches; some that are there are named.
+    """
+    from mlx_lm.tuner.dora import DoRALinear  # imports transformers: seconds
+    from mlx_lm.tuner.lora import LoRALinear
+
+    if layers(module):
+        raise ValueError("the module has adapters already; fuse them first")
+    bases = linears(module)
+    targets = list(matching(module, patterns))
+    module.freeze()
+    keys = DropoutKeys()
+    adapted = []
+    for path in targets:
+        kind = DoRALinear if dora else LoRALinear
+        layer = kind.from_base(bases[path], r=rank, scale=(rank if alpha is None else alpha) / rank)
+        _, inputs = dimensions(bases[path])
+        salt = zlib.crc32(path.encode())
+        limit = 1 / math.sqrt(inputs)
+        layer.lora_a = mx.array(rng(seed, Stream.INIT, salt).uniform(-limit, limit, (inputs, rank)), mx.float32)
+        layer.dropout = KeyedDropout(dropout, salt, keys)
+        adapted.append((path, layer))
+    module.update_modules(tree_unflatten(adapted))
+    mx.eval(module.trainable_parameters())
+    return targets
+
+
+def layers(module: nn.Module) -> dict[str, Any]:
+    """The layers that `add_lora` adapted, by path: they carry its dropout. (No import of mlx-lm just to look.)"""
+    modules = sorted(module.named_modules(), key=lambda item: item[0])
+    return {path: layer for path, layer in modules if isinstance(layer.get("dropout"), KeyedDropout)}
+
+
+def is_dora(layer: Any) -> bool:
+    """Whether an adapted layer has magnitudes."""
+    return "m" in layer
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is the base model, bit by bit: the adapted layers are taken out."""
+    adapted = layers(module)
+    module.update_modules(tree_unflatten([(path, layer.linear) for path, layer in adapted.items()]))
+    try:
+        yield
+    finally:
+        module.update_modules(tree_unflatten(list(adapted.items())))
+
+
+def fuse(module: nn.Module) -> None:
+    """Add the adapters into the weights, which keep their dtype (and bits), and remove them: one layer at a time."""
+    for path, layer in layers(module).items():
+        fused, base = layer.fuse(), layer.linear
+        if isinstance(base, nn.Linear):
+            fused.weight = fused.weight.astype(base.weight.dtype)
+        mx.eval(fused.parameters())
+        module.update_modules(tree_unflatten([(path, fused)]))
+
+
+@contextmanager
+def dropout_keys(module: nn.Module, rows: mx.array) -> Iterator[None]:
+    """Within the block the adapters drop inputs, sample i of a batch by rows[i].
+
+    Args:
+        rows: one key per sample, (B, 2) uint32; may be traced by `mx.compile`.
+    """
+    holders = {id(layer.dropout._keys): layer.dropout._keys for layer in layers(module).values()}
+    with ExitStack() as stack:
+        for holder in holders.values():
+            stack.enter_context(holder.holding(rows))
+        yield
