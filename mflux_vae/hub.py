@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError, WeightsError
@@ -39,37 +40,61 @@ def fetch(repository: str, inside: str = "") -> Path:
             does not have it.
     """
     if Path(inside).suffix in SUFFIXES:
-        return _download(repository, [inside]) / inside
+        return download(repository, [inside]) / inside
     parts = [f"{inside}/config.json"] if inside else list(_CONFIGS)
-    root = _download(repository, parts)
+    root = download(repository, parts)
     folder = inside or ("vae" if (root / "vae" / "config.json").is_file() else "")
     if not (root / folder / "config.json").is_file():
         raise WeightsError(
             f"{repository}: has no {inside or 'vae'}/config.json; name one of its files: {repository}/FILE"
         )
     for names in (_WEIGHTS, _OLD_WEIGHTS):
-        root = _download(repository, [str(Path(folder) / name) for name in (*names, "config.json")])
+        root = download(repository, [str(Path(folder) / name) for name in (*names, "config.json")])
         if any((root / folder).glob(f"{STEM}*")):
             return root / folder
     raise WeightsError(f"{repository}: has no {Path(folder) / _WEIGHTS[0]}")
 
 
-def _download(repository: str, patterns: list[str]) -> Path:
+def download(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Download files of a repository into the hub's cache, those that it does not have; what broke off is resumed.
+
+    Args:
+        patterns: of their paths, as `fnmatch` has them.
+        revision: branch, tag or commit; None for the main branch.
+
+    Returns:
+        the folder of the snapshot.
+
+    Raises:
+        SettingsError, WeightsError: as `fetch`.
+    """
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise SettingsError(f"{repository}: to download it, pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
     except errors.GatedRepoError as error:
-        cure = "accept its conditions on its page, then log in: hf auth login"
+        cure = f"accept its conditions on https://huggingface.co/{repository}, then log in: hf auth login"
         raise WeightsError(f"{repository}: is gated; {cure}") from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(f"{repository}: has no revision {revision!r}; name a branch, a tag or a commit") from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(f"{repository}: no such file or folder here, and no such repository on the hub") from error
     except errors.HFValidationError as error:
         raise WeightsError(f"{repository}: no such file or folder, and no name of a repository") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise WeightsError(f"{repository}: not in the cache, and the hub cannot be reached; go online once") from error
-    except OSError as error:  # HTTP errors are among them
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # the hub's errors, the HTTP client's and the system's have no common base
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise WeightsError(f"{repository}: the download failed ({reason}); the same command resumes it") from error
+
+
+def cached(repository: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository's snapshot in the hub's cache, whatever it holds; None where there is none."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[], revision=revision))
+    except Exception:  # not installed, not there, or no such name: `download` says which
+        return None

@@ -188,27 +188,31 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
-def open_folder(folder: str | Path, stem: str) -> dict[str, Stored]:
+def open_folder(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, Stored]:
     """Tensors, unread, of `{stem}.safetensors`, or of the shards that `{stem}.safetensors.index.json` names, or of
-    what older releases wrote: `{stem}.bin`; each also as the half-precision variant, `{stem}.fp16...`.
+    what older releases wrote: `{stem}.bin`; each also as a variant, `{stem}.fp16...`.
+
+    Args:
+        variant: the one that is wanted, such as "fp16"; None for the plain files, or where they are not, for fp16.
 
     Raises:
         WeightsError: none is there, a shard is missing or broken, or the index names a file outside the folder.
     """
     folder = Path(folder)
+    middles = ("", ".fp16") if variant is None else (f".{variant}",)
     for kind in ("safetensors", "bin"):
-        for variant in (stem, f"{stem}.fp16"):
-            index = folder / f"{stem}.{kind}.index{variant.removeprefix(stem)}.json"
+        for middle in middles:
+            index = folder / f"{stem}.{kind}.index{middle}.json"
             if index.is_file():
                 return _open_shards(index)
-            if (folder / f"{variant}.{kind}").is_file():
-                return open_weights(folder / f"{variant}.{kind}")[0]
-    raise WeightsError(f"{folder / stem}.safetensors: no such weights file")
+            if (folder / f"{stem}{middle}.{kind}").is_file():
+                return open_weights(folder / f"{stem}{middle}.{kind}")[0]
+    raise WeightsError(f"{folder / stem}{middles[0]}.safetensors: no such weights file")
 
 
-def read_folder(folder: str | Path, stem: str) -> dict[str, mx.array]:
+def read_folder(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, mx.array]:
     """As `open_folder`, and read; safetensors are read when the arrays are first used."""
-    return {name: stored.load() for name, stored in open_folder(folder, stem).items()}
+    return {name: stored.load() for name, stored in open_folder(folder, stem, variant).items()}
 
 
 def _open_shards(index: Path) -> dict[str, Stored]:

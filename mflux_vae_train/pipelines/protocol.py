@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.footprint import Footprint, Workload
 
 Conditioning = Mapping[str, mx.array]
 """Encoded prompts: named arrays, batch first, of one shape for every prompt, so that rows can be mixed."""
@@ -66,9 +67,18 @@ class Prediction(NamedTuple):
     weight: mx.array
     sigma: mx.array
 
-    def loss(self) -> mx.array:
-        """Weighted squared error, averaged over each sample: (B,)."""
-        return self.weight * mx.square(self.prediction - self.target).flatten(1).mean(axis=1)
+    def loss(self, places: mx.array | None = None) -> mx.array:
+        """Weighted squared error, averaged over each sample: (B,).
+
+        Args:
+            places: what each place counts in the average, (B, h, w, 1) for latents (B, h, w, C), not negative; where
+                no place of a sample counts, its loss is 0.
+        """
+        squared = mx.square(self.prediction - self.target)
+        if places is None:
+            return self.weight * squared.flatten(1).mean(axis=1)
+        total = mx.maximum(places.flatten(1).mean(axis=1), 1e-6)
+        return self.weight * (squared * places).flatten(1).mean(axis=1) / total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,7 @@ class Recommended:
         caption_dropout: share of training captions replaced by the empty prompt; 0 where guidance needs none.
         prior_loss_weight: weight of the prior-preservation term.
         weighting_scheme: how training draws and weights noise levels; None where there is no `predict`.
+        most_guidance: guidance above this harms pictures, as the model was distilled to do without; None for no such.
     """
 
     resolution: int
@@ -98,6 +109,7 @@ class Recommended:
     caption_dropout: float
     prior_loss_weight: float = 1.0
     weighting_scheme: WeightingScheme | None = None
+    most_guidance: float | None = None
 
 
 @runtime_checkable
@@ -167,4 +179,57 @@ class Predicts(Protocol):
         Raises:
             SettingsError: the pipeline has no such scheme.
         """
+        ...
+
+
+Use = Literal["prompts", "images"]
+"""What a part of a pipeline serves: encoding prompts, or encoding and decoding images."""
+
+
+@runtime_checkable
+class Releases(Protocol):
+    """A pipeline whose parts are loaded when they are first needed."""
+
+    def release(self, *uses: Use) -> None:
+        """Give back the memory of what serves these uses, until it is needed again."""
+        ...
+
+
+@runtime_checkable
+class Quantizes(Protocol):
+    """A pipeline whose frozen weights can be held in few bits."""
+
+    def quantize(self, bits: int) -> None:
+        """Hold the denoiser and large text encoders in 4 or 8 bits from now on, adapters aside."""
+        ...
+
+
+@runtime_checkable
+class Recomputes(Protocol):
+    """A pipeline whose denoiser can keep less of a forward pass, and compute it again in the backward pass."""
+
+    def recompute_activations(self, on: bool) -> None:
+        """From now on; results stay the same."""
+        ...
+
+
+@runtime_checkable
+class Estimates(Protocol):
+    """A pipeline that knows what a run takes before anything is downloaded, loaded or computed."""
+
+    def outline(self) -> nn.Module:
+        """The denoiser's layers. Their weights need not be there: whoever computes with them gets nonsense."""
+        ...
+
+    def footprint(self, work: Workload) -> Footprint:
+        """An estimate, from configurations alone."""
+        ...
+
+
+@runtime_checkable
+class Identifies(Protocol):
+    """A pipeline whose encodings of prompts and images can be kept on disk, and used by another run."""
+
+    def encoder_identity(self, use: Use) -> str:
+        """A text that differs wherever encodings would; it is found without loading what encodes."""
         ...

@@ -1,37 +1,153 @@
-"""Published models by name: from the hub's cache, with a clear error where they cannot be had."""
+"""Published models, repositories and revisions: what is asked of the hub, when, and what is said where it fails."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import huggingface_hub
+import mlx.core as mx
 import pytest
+from huggingface_hub import errors
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae_train.pipelines import flux1
+from mflux_vae_train.pipelines import flux1, registry
+from mflux_vae_train.pipelines.flux1.hub import patterns
+from tests.pipelines.small_flux import small_pipeline
 
 
-def test_a_published_name_asks_the_hub_for_its_repository(monkeypatch, tmp_path):
-    asked = []
+class Hub:
+    """Stands in for `snapshot_download`: notes what is asked, and answers with a folder or an error."""
 
-    def snapshot_download(repository, **_):
-        asked.append(repository)
-        return str(tmp_path)
+    def __init__(self, answer: Path | Exception) -> None:
+        self.answer, self.asked = answer, []
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(WeightsError, match=r"model_index\.json"):  # the snapshot of this test is empty
-        flux1.load("schnell")
-    assert asked == ["black-forest-labs/FLUX.1-schnell"]
+    def __call__(self, repository: str, *, allow_patterns: list[str], local_files_only: bool = False, **rest) -> str:
+        if not local_files_only:
+            self.asked.append((repository, rest.get("revision"), allow_patterns))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
 
 
-def test_what_cannot_be_downloaded_is_one_clear_line(monkeypatch):
-    def snapshot_download(*_, **__):
-        raise OSError("401 Client Error\nmore about it")
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def answering(answer: Path | Exception) -> Hub:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", made := Hub(answer))
+        return made
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(SettingsError, match=r"FLUX\.1-dev .*401 Client Error\); .*folder") as caught:
-        flux1.load("dev")
+    return answering
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("repository")
+    small_pipeline(place / "parts").save_pretrained(place / "saved", "float32")
+    return place / "saved"
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("schnell", 1.0), ("dev", 3.5)])
+def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, guidance: float) -> None:
+    asked = hub(AssertionError("the hub was asked")).asked
+    pipeline = registry.open_pipeline(name)
+    assert (pipeline.name, pipeline.recommended.guidance) == (name, guidance)
+    assert not pipeline.snapshot.is_here()
+    layers = dict(pipeline.outline().named_modules())
+    assert layers["single_transformer_blocks.37.proj_out"].weight.shape == (3072, 5 * 3072)
+    assert not asked and mx.get_active_memory() < 1 << 30
+
+
+def test_the_first_part_that_is_needed_downloads_all_at_once(hub, folder: Path) -> None:
+    asked = hub(folder).asked
+    pipeline = flux1.load("dev")
+    with pytest.raises(WeightsError, match="not this network's"):  # the repository of this test is a small one
+        _ = pipeline.text_encoder
+    with pytest.raises(WeightsError, match="not this network's"):
+        _ = pipeline.denoiser
+    assert [(repository, revision) for repository, revision, _ in asked] == [("black-forest-labs/FLUX.1-dev", None)]
+    assert pipeline.snapshot.is_here()
+
+
+def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -> None:
+    asked = hub(folder).asked
+    pipeline = registry.open_pipeline("owner/name", revision="main")
+    small = [pattern for _, _, wanted in asked for pattern in wanted]
+    assert not any(pattern.endswith("safetensors") for pattern in small)
+    assert pipeline.encode_prompts(["a dog"])["pooled"].shape == (1, 20)
+    assert {(repository, revision) for repository, revision, _ in asked} == {("owner/name", "main")}
+    assert asked[-1][2] == list(patterns(None))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_no_weights_are_asked_for_twice(variant: str | None) -> None:
+    """Of everything that such repositories hold."""
+    stems = {"transformer": "diffusion_pytorch_model", "text_encoder_2": "model"}
+    shards = [f"-0000{number}-of-00003" for number in (1, 2, 3)]
+    files = ["flux1-schnell.safetensors", "ae.safetensors", "LICENSE.md", "schnell_grid.jpeg", "model_index.json"]
+    for part, stem in stems.items():
+        files += [f"{part}/{stem}{middle}{shard}.safetensors" for middle in ("", ".fp16") for shard in shards]
+        files += [f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors", f"{part}/{stem}.bin"]
+        files += [f"{part}/config.json", f"{part}/{stem}.safetensors.index.json"]
+    asked = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=list(patterns(variant))))
+    middle = "" if variant is None else f".{variant}"
+    weights = {file for file in asked if file.endswith(".safetensors")}
+    assert weights == {
+        f"{part}/{stem}{middle}{shard}.safetensors" for part, stem in stems.items() for shard in ("", *shards)
+    }
+    assert {"model_index.json", "transformer/config.json"} <= asked
+    assert not {"LICENSE.md", "transformer/diffusion_pytorch_model.bin"} & asked
+
+
+def http(kind: type[Exception]) -> Exception:
+    return kind("Client error 403\nmore", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (http(errors.GatedRepoError), r"FLUX\.1-dev: is gated; accept its conditions on https://.*hf auth login"),
+        (http(errors.RepositoryNotFoundError), "no such repository on the hub"),
+        (http(errors.RevisionNotFoundError), "has no revision"),
+        (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached; go online once"),
+        (errors.OfflineModeIsEnabled("x"), "not in the cache, and the hub cannot be reached"),
+        (OSError(28, "No space left on device"), r"No space left.*the same command resumes it"),
+        (RuntimeError("of some other library\nmore"), r"failed \(of some other library\)"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_one_clear_line(hub, error: Exception, told: str) -> None:
+    hub(error)
+    pipeline = flux1.load("dev")
+    with pytest.raises(WeightsError, match=told) as caught:
+        pipeline.encode_prompts(["a dog"])
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_is_opened_as_it_is(tmp_path):
+def test_a_folder_has_no_revision(folder: Path) -> None:
+    with pytest.raises(SettingsError, match="--revision v1: .* is a folder"):
+        registry.open_pipeline(str(folder), revision="v1")
+
+
+def test_a_repository_of_another_pipeline_is_refused(hub, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    hub(tmp_path)
+    with pytest.raises(SettingsError, match="owner/name holds a OtherPipeline"):
+        registry.open_pipeline("owner/name")
+
+
+def test_a_folder_is_opened_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=str(tmp_path)):
         flux1.load(str(tmp_path))
+
+
+def test_a_variant_is_what_is_read(folder: Path, tmp_path: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        name = file.name.replace(".safetensors", ".bf16.safetensors")
+        copy = tmp_path / file.relative_to(folder).with_name(name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    with pytest.raises(WeightsError, match="no such weights file"):
+        flux1.load(str(tmp_path))
+    opened, plain = registry.open_pipeline(str(tmp_path), variant="bf16"), flux1.load(str(folder))
+    assert mx.array_equal(opened.denoiser.proj_out.weight, plain.denoiser.proj_out.weight)

@@ -626,7 +626,7 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
     network, cache, asked = kl(), tmp_path / "cache", []
     tensors, storages = of_arrays(arrays(network))
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], revision: str | None) -> str:
         if repo_id not in TREE:
             raise huggingface_hub.errors.RepositoryNotFoundError(
                 "404", response=SimpleNamespace(headers={}, request=None)

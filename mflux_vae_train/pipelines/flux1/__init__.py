@@ -5,43 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux_vae.errors import SettingsError
-
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
-PUBLISHED = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
-"""Names that `--model` takes, and the repositories they stand for."""
 
-_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+def load(model: str, *, revision: str | None = None, variant: str | None = None) -> FluxPipeline:
+    """Open a published model by name, a folder, or a repository on the hub: what the entry points name.
 
+    Nothing large is downloaded or read before it is needed; of a published model, nothing at all.
 
-def load(model: str) -> FluxPipeline:
-    """Open a published model by name, or a folder in diffusers' layout: what the entry points name.
-
-    A published model is taken from the hub's local cache, or downloaded to it.
+    Args:
+        model: `schnell`, `dev`, a folder in diffusers' layout or saved by mflux, or `owner/name`.
+        revision: of the repository: a branch, a tag or a commit.
+        variant: of the weights files, such as "fp16".
 
     Raises:
-        SettingsError: the published model is neither in the cache nor can it be downloaded.
-        WeightsError: the folder is incomplete, or its weights are not FLUX.1's.
+        SettingsError: a revision of a folder.
+        WeightsError: the folder is incomplete, or its weights are not FLUX.1's; or the repository cannot be reached.
     """
+    from mflux_vae_train.pipelines.flux1 import hub
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
     folder = Path(model).expanduser()
-    if model in PUBLISHED and not folder.is_dir():
-        folder = _download(model)
-    return FluxPipeline.from_pretrained(folder)
+    if folder.is_dir():
+        return FluxPipeline.from_pretrained(folder, variant=variant)
+    return hub.open_repository(model, revision=revision, variant=variant)
 
 
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
+def opens(folder: Path) -> bool:
+    """Whether a folder without `model_index.json` is FLUX.1's all the same: mflux's saves have none."""
+    from mflux_vae_train.pipelines.flux1 import folder as layout
 
-    repository = PUBLISHED[model]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES))
-    except Exception as error:  # its own errors, the HTTP client's and the system's have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingsError(
-            f"--model {model}: {repository} is not in the hub's cache and could not be downloaded ({reason}); "
-            "accept its licence, log in with `hf auth login`, or give the folder of a copy"
-        ) from error
+    return layout.opens(folder)

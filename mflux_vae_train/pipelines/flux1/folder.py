@@ -4,7 +4,8 @@
     transformer/  vae/  text_encoder/  text_encoder_2/     config.json and safetensors, one file or shards
     tokenizer/  tokenizer_2/                               copied as they are
 
-`recommended.json` holds the fields of `Recommended`, for models that are neither schnell nor dev.
+`recommended.json` holds the fields of `Recommended`, for models that are neither schnell nor dev. The transformer may
+also be Black Forest Labs' single file beside these folders, and mflux's saves need no configuration (see `weights`).
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.runtime import compute_dtype
+from mflux_vae.loading import new_network
 from mflux_vae.vae import VAE
 from mflux_vae.weights.diffusers import STEM
-from mflux_vae.weights.files import DTYPES, read_folder, read_json, write_json, write_safetensors
-from mflux_vae.weights.rules import load_strict
+from mflux_vae.weights.files import DTYPES, read_json, write_json, write_safetensors
+from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
+from mflux_vae_train.pipelines.flux1.published import Configs, published
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
-from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.parts import Part
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 from mflux_vae_train.pipelines.text import clip, t5
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
-_TEXT_STEM = "model"
-"""transformers' name of a weights file; diffusers' is `STEM`."""
+T = TypeVar("T")
 
 _INDEX = {
     "_class_name": "FluxPipeline",
@@ -51,41 +52,89 @@ _INDEX = {
 }
 
 
-def read(folder: Path, dtype: mx.Dtype | None) -> dict[str, Any]:
-    """What FluxPipeline is made of, by the names of its arguments.
+def read_configs(folder: Path) -> Configs:
+    """What a folder says of its parts; nothing large is read.
 
     Raises:
-        WeightsError: the folder holds another pipeline, a file is missing or broken, tensors do not fit.
+        WeightsError: it holds another pipeline, or a configuration is missing or broken.
         SettingsError: a configuration asks for what is not supported.
     """
-    index = read_json(folder / "model_index.json")
-    if (kind := index.get("_class_name")) != "FluxPipeline":
+    foreign = opens(folder)
+    if not foreign and (kind := read_json(folder / "model_index.json").get("_class_name")) != "FluxPipeline":
         raise WeightsError(f"{folder}: holds a {kind}; FluxPipeline opens folders of FluxPipeline")
-    transformer = FluxTransformer(FluxTransformerConfig.from_dict(_config(folder / "transformer")))
-    text_encoder = clip.CLIPTextModel(clip.CLIPTextConfig.from_dict(_config(folder / "text_encoder")))
-    text_encoder_2 = t5.T5Encoder(t5.T5Config.from_dict(_config(folder / "text_encoder_2")))
-    _load(transformer, folder / "transformer", STEM, dtype)
-    _load(text_encoder, folder / "text_encoder", _TEXT_STEM, dtype, clip.published_names)
-    _load(text_encoder_2, folder / "text_encoder_2", _TEXT_STEM, dtype, t5.published_names)
-    vae = VAE.from_pretrained(folder / "vae", dtype)
-    packed = PATCH**2 * vae.latent_channels
-    if (vae.spatial_scale, transformer.config.in_channels) != (VAE_FACTOR, packed):
-        raise WeightsError(
-            f"{folder}: autoencoder and transformer do not belong together: latents of {vae.latent_channels} channels "
-            f"at 1/{vae.spatial_scale} of the size, and {transformer.config.in_channels} inputs; {packed} inputs and "
-            f"1/{VAE_FACTOR} are needed"
-        )
-    return {
-        "transformer": transformer,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "text_encoder_2": text_encoder_2,
-        "tokenizer_folder": folder / "tokenizer",
-        "tokenizer_2_folder": folder / "tokenizer_2",
-        "schedule": FlowMatchSchedule.from_dict(read_json(folder / "scheduler" / "scheduler_config.json")),
-        "recommended": _read_recommended(folder / "recommended.json"),
-        "name": folder.resolve().name,
+    told = {part: _config(folder, part) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    transformer = _made(FluxTransformerConfig.from_dict, told["transformer"]) or weights.told_by_weights(folder)
+    known = published(transformer.guidance_embeds)
+    configs = Configs(
+        transformer=transformer,
+        text_encoder=_made(clip.CLIPTextConfig.from_dict, told["text_encoder"]) or known.text_encoder,
+        text_encoder_2=_made(t5.T5Config.from_dict, told["text_encoder_2"]) or known.text_encoder_2,
+        vae=told["vae"] or known.vae,
+        schedule=known.schedule
+        if foreign and not scheduler.is_file()
+        else FlowMatchSchedule.from_dict(read_json(scheduler)),
+        recommended=_read_recommended(folder / "recommended.json"),
+    )
+    _check_that_they_fit(configs, folder)
+    return configs
+
+
+def opens(folder: Path) -> bool:
+    """Whether a folder without `model_index.json` is FLUX.1's all the same: mflux's saves have none."""
+    whole = (folder / "model_index.json").is_file()
+    return not whole and weights.saved_by_mflux(folder / "transformer") and (folder / "text_encoder_2").is_dir()
+
+
+def parts(
+    configs: Configs, folder: Callable[[], Path], *, dtype: mx.Dtype | None, variant: str | None
+) -> dict[str, Any]:
+    """What FluxPipeline is made of, by the names of its arguments; each part is loaded when it is first used.
+
+    Args:
+        folder: gives the folder, which may take a download.
+        dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
+        variant: of the weights files, such as "fp16".
+    """
+    loaders: dict[str, Callable[..., Any]] = {
+        "transformer": weights.transformer,
+        "text_encoder": weights.text_encoder,
+        "text_encoder_2": weights.text_encoder_2,
+        "vae": weights.autoencoder,
     }
+
+    def part(name: str, load: Callable[..., Any]) -> Part[Any]:
+        config = getattr(configs, name)
+        return Part(lambda: load(folder(), config, dtype, variant), config=config)
+
+    return {
+        **{name: part(name, load) for name, load in loaders.items()},
+        "tokenizer_folder": lambda: folder() / "tokenizer",
+        "tokenizer_2_folder": lambda: folder() / "tokenizer_2",
+        "schedule": configs.schedule,
+        "recommended": configs.recommended,
+    }
+
+
+def _config(folder: Path, part: str) -> dict[str, Any] | None:
+    """A part's configuration; None where there is none and none is needed, as its weights can only be FLUX.1's."""
+    file = folder / part / "config.json"
+    alone = weights.saved_by_mflux(folder / part) or weights.single_file(folder, part) is not None
+    return None if alone and not file.is_file() else read_json(file)
+
+
+def _made(kind: Callable[[Any], T], told: Mapping[str, Any] | None) -> T | None:
+    return None if told is None else kind(told)
+
+
+def _check_that_they_fit(configs: Configs, where: Path) -> None:
+    vae = VAE(network=new_network(configs.vae))  # its weights are drawn when they are used, and they are not
+    packed, inputs = PATCH**2 * vae.latent_channels, configs.transformer.in_channels
+    if (vae.spatial_scale, inputs) != (VAE_FACTOR, packed):
+        raise WeightsError(
+            f"{where}: autoencoder and transformer do not belong together: latents of {vae.latent_channels} channels "
+            f"at 1/{vae.spatial_scale} of the size, and {inputs} inputs; {packed} inputs and 1/{VAE_FACTOR} are needed"
+        )
 
 
 def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
@@ -97,8 +146,8 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
     _save(pipeline.denoiser, folder / "transformer", STEM, DTYPES[dtype])
-    _save(pipeline.text_encoder, folder / "text_encoder", _TEXT_STEM, DTYPES[dtype])
-    _save(pipeline.text_encoder_2, folder / "text_encoder_2", _TEXT_STEM, DTYPES[dtype])
+    _save(pipeline.text_encoder, folder / "text_encoder", weights.TEXT_STEM, DTYPES[dtype])
+    _save(pipeline.text_encoder_2, folder / "text_encoder_2", weights.TEXT_STEM, DTYPES[dtype])
     pipeline.vae.save_pretrained(folder / "vae", dtype)
     _copy(pipeline.tokenizer_folder, folder / "tokenizer")
     _copy(pipeline.tokenizer_2_folder, folder / "tokenizer_2")
@@ -107,23 +156,12 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     write_json(folder / "model_index.json", _INDEX)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json")
-
-
-def _load(
-    module: nn.Module,
-    folder: Path,
-    stem: str,
-    dtype: mx.Dtype | None,
-    named: Callable[[Mapping[str, mx.array]], dict[str, mx.array]] = dict,
-) -> None:
-    load_strict(module, named(read_folder(folder, stem)), where=str(folder), dtype=compute_dtype(dtype))
-
-
 def _save(module: Any, folder: Path, stem: str, dtype: mx.Dtype) -> None:
     parameters = dict(tree_flatten(module.parameters()))
-    tensors = {name: value.astype(dtype) for name, value in parameters.items()}
+    tensors = {
+        name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value  # quantised ones stay
+        for name, value in parameters.items()
+    }
     write_safetensors(folder / f"{stem}.safetensors", tensors)
     write_json(folder / "config.json", module.config.to_dict())
 

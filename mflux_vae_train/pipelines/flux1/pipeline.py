@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.flux1 import folder as layout
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
+from mflux_vae_train.pipelines.flux1.parts import FluxParts
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
     FlowMatchSchedule,
@@ -20,11 +21,10 @@ from mflux_vae_train.pipelines.flux1.schedule import (
     euler_step,
     noised,
 )
-from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
-from mflux_vae_train.pipelines.text.clip import CLIPTextModel
-from mflux_vae_train.pipelines.text.t5 import T5Encoder
-from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended, Use
+
+if TYPE_CHECKING:
+    from mflux_vae_train.pipelines.flux1.hub import Snapshot
 
 SIZE_MULTIPLE = VAE_FACTOR * PATCH
 
@@ -50,17 +50,17 @@ _DEV = Recommended(
     caption_dropout=0.0,
     weighting_scheme="flux_shift",
 )
-_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS, weighting_scheme="schnell")
+_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS, weighting_scheme="schnell", most_guidance=1.0)
 
 
-class FluxPipeline:
+class FluxPipeline(FluxParts):
     """FLUX.1 behind the `DiffusionPipeline` protocol. Latents are (B, H/8, W/8, C), scaled.
 
-    Attributes:
-        denoiser: the transformer, which is what is trained.
-        vae, text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2, schedule: the other parts.
-        max_text_tokens: tokens per prompt for T5: what its tokenizer is configured for, at most 512, or 256
-            for models without embedded guidance, as the published models were trained.
+    Args:
+        transformer, vae, text_encoder (CLIP), text_encoder_2 (T5), tokenizer_folder, tokenizer_2_folder: see
+            `FluxParts`; `save_pretrained` copies the folders.
+        recommended: None for dev's numbers where guidance is embedded, else schnell's.
+        snapshot: where the parts come from, if that is the hub.
     """
 
     adapter_prefix = "transformer"
@@ -68,49 +68,54 @@ class FluxPipeline:
     def __init__(
         self,
         *,
-        transformer: FluxTransformer,
-        vae: VAE,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: T5Encoder,
-        tokenizer_folder: str | Path,
-        tokenizer_2_folder: str | Path,
         schedule: FlowMatchSchedule,
         recommended: Recommended | None = None,
         name: str = "flux1",
+        snapshot: Snapshot | None = None,
+        **parts: Any,
     ) -> None:
-        """
-        Args:
-            tokenizer_folder, tokenizer_2_folder: the tokenizers' files; `save_pretrained` copies them.
-            recommended: None for dev's numbers where guidance is embedded, else schnell's.
-        """
-        self.guidance_embeds = transformer.config.guidance_embeds
-        self.dtype = transformer.x_embedder.weight.dtype
-        self.denoiser = transformer
-        self.vae = vae
-        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
-        self.tokenizer_folder, self.tokenizer_2_folder = Path(tokenizer_folder), Path(tokenizer_2_folder)
-        self.tokenizer, self.tokenizer_2 = (
-            load_tokenizer(tokenizer_folder),
-            load_tokenizer(tokenizer_2_folder),
-        )
+        super().__init__(**parts)
+        self.snapshot = snapshot
+        self.guidance_embeds: bool = self._transformer.config.guidance_embeds
         self.schedule = schedule
         self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
         self.name = name
-        longest = 512 if self.guidance_embeds else 256
-        self.max_text_tokens = min(self.tokenizer_2.max_length or longest, longest)
+        self._empty: Conditioning | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: mx.Dtype | None = None) -> FluxPipeline:
-        """Open a folder in diffusers' layout.
+    def from_pretrained(
+        cls, folder: str | Path, dtype: mx.Dtype | None = None, *, variant: str | None = None
+    ) -> FluxPipeline:
+        """Open a folder in diffusers' layout, or one that mflux saved. Each part is read when it is first used.
 
         Args:
             dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
+            variant: of the weights files, such as "fp16".
 
         Raises:
             WeightsError: a file is missing or broken, or its tensors are not the network's; all are listed.
             SettingsError: a configuration asks for what this pipeline has not.
         """
-        return cls(**layout.read(Path(folder), dtype))
+        place = Path(folder)
+        parts = layout.parts(layout.read_configs(place), lambda: place, dtype=dtype, variant=variant)
+        pipeline = cls(**parts, name=place.resolve().name)
+        pipeline.check()
+        return pipeline
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the transformer computes in."""
+        return self.denoiser.x_embedder.bias.dtype
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens per prompt for T5: what its tokenizer is configured for, at most `longest_prompt`."""
+        return min(self.tokenizer_2.max_length or self.longest_prompt, self.longest_prompt)
+
+    @property
+    def longest_prompt(self) -> int:
+        """512, or 256 for models without embedded guidance, as the published models were trained."""
+        return 512 if self.guidance_embeds else 256
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
         """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
@@ -128,7 +133,16 @@ class FluxPipeline:
         """Prompts -> `prompt_embeds` (B, L, D) from T5 and `pooled` (B, P) from CLIP."""
         _, pooled = self.text_encoder(self.tokenizer.encode(prompts))
         tokens = self.tokenizer_2.encode(prompts, self.max_text_tokens)
-        return {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
+        encoded = {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
+        if "" in prompts:
+            self._empty = _row(encoded, list(prompts).index(""))
+        return encoded
+
+    def release(self, *uses: Use) -> None:
+        """As `FluxParts.release`. What classifier-free guidance needs of the text encoders is kept."""
+        if "prompts" in uses and self._text_encoder.on_demand and not self.guidance_embeds:
+            mx.eval(self._unconditional())
+        super().release(*uses)
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
@@ -193,7 +207,7 @@ class FluxPipeline:
             raise SettingsError(f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}")
         grid = height // VAE_FACTOR, width // VAE_FACTOR
         if latents is None:
-            latents = _noise(key, (*grid, self.denoiser.config.in_channels // PATCH**2))
+            latents = _noise(key, (*grid, self._transformer.config.in_channels // PATCH**2))
         tokens = pack(latents)
         guided = guidance > 1 and not self.guidance_embeds
         if guided:
@@ -234,9 +248,16 @@ class FluxPipeline:
         )
         return velocity.astype(mx.float32)
 
+    def _unconditional(self) -> Conditioning:
+        """The empty prompt's row, encoded once; again each time where text encoders are not this pipeline's own."""
+        if self._empty is None or not self._text_encoder.on_demand:
+            self.encode_prompts([""])  # which keeps it
+        assert self._empty is not None
+        return self._empty
+
     def _with_unconditional(self, conditioning: Conditioning) -> Conditioning:
         """The empty prompt's rows in front of the given ones: (2 B, ...)."""
-        empty = self.encode_prompts([""])
+        empty = self._unconditional()
         return {
             name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
             for name, value in conditioning.items()
@@ -256,3 +277,7 @@ class FluxPipeline:
 def _noise(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Standard normal float32 (B, *shape), row i of key[i] alone."""
     return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)
+
+
+def _row(conditioning: Conditioning, index: int) -> Conditioning:
+    return {name: array[index : index + 1] for name, array in conditioning.items()}

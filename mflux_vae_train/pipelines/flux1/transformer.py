@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
+from mflux_vae_train.pipelines.recompute import recomputed
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6
@@ -217,7 +218,13 @@ class SingleBlock(nn.Module):
 
 
 class FluxTransformer(nn.Module):
-    """The denoiser of FLUX.1: noisy packed latents, prompt and time -> velocity."""
+    """The denoiser of FLUX.1: noisy packed latents, prompt and time -> velocity.
+
+    Attributes:
+        recompute: whether blocks keep only their inputs for the backward pass, and compute themselves again there.
+    """
+
+    recompute = False
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -266,14 +273,19 @@ class FluxTransformer(nn.Module):
         )
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         rope = rotation(mx.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
+        run = recomputed if self.recompute else _at_once
         for double_block in self.transformer_blocks:
-            image, text = double_block(image, text, conditioning, rope)
+            image, text = run(double_block, image, text, conditioning, rope=rope)
         # text stream + image stream -> one stream
         x = mx.concatenate([text, image], axis=1)
         for single_block in self.single_transformer_blocks:
-            x = single_block(x, conditioning, rope)
+            x = run(single_block, x, conditioning, rope=rope)
         scale, shift = self.norm_out(conditioning)
         return self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
+
+
+def _at_once(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
+    return block(*arrays, **constants)
 
 
 def init_weights(model: FluxTransformer, key: mx.array) -> None:

@@ -1,0 +1,150 @@
+"""Key tables of FLUX.1's weights as others store them: Black Forest Labs' single file, and mflux's saves.
+
+Our names are diffusers'. Theirs fuse queries, keys and values, in single blocks with the MLP's input, and order the
+last modulation as shift, scale, where diffusers has scale, shift. mflux keeps diffusers' layout under names of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae.weights.rules import Rule, Tensors, from_mlx, to_mlx
+from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO
+
+_PREFIX = "model.diffusion_model."
+"""In front of every key where a file was made for ComfyUI."""
+
+_SHARES: Mapping[str, Mapping[str, int]] = {
+    "qkv": {"q": 1, "k": 1, "v": 1},
+    "linear1": {"q": 1, "k": 1, "v": 1, "mlp": MLP_RATIO},
+}
+"""Fused layers: what stands in one below the other, and how many times the width each takes."""
+
+
+def _halves_swapped(tensor: mx.array) -> mx.array:
+    first, second = mx.split(tensor, 2)
+    return mx.concatenate([second, first])
+
+
+def _plain(pairs: Mapping[str, str]) -> list[Rule]:
+    return [Rule(f"{theirs}.{{kind}}", f"{ours}.{{kind}}") for theirs, ours in pairs.items()]
+
+
+def _embedder(theirs: str, ours: str) -> dict[str, str]:
+    return {
+        f"{theirs}.{their}": f"time_text_embed.{ours}.{our}"
+        for their, our in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    }
+
+
+def _stream(theirs: str, projections: Sequence[str], out: str, norms: Sequence[str], mlp: str, mod: str) -> list[Rule]:
+    """A double block's image or text stream."""
+    their, our = f"double_blocks.{{b}}.{theirs}", "transformer_blocks.{b}"
+    fused = {f"{their}_attn.qkv.{part}": f"{our}.attn.{name}" for part, name in zip("qkv", projections, strict=True)}
+    pairs = {
+        f"{their}_mod.lin": f"{our}.{mod}.linear",
+        f"{their}_attn.proj": f"{our}.attn.{out}",
+        f"{their}_mlp.0": f"{our}.{mlp}.net.0.proj",
+        f"{their}_mlp.2": f"{our}.{mlp}.net.2",
+    }
+    scales = [
+        Rule(f"{their}_attn.norm.{kind}_norm.scale", f"{our}.attn.{name}.weight")
+        for kind, name in zip(("query", "key"), norms, strict=True)
+    ]
+    return [*_plain(fused | pairs), *scales]
+
+
+_SINGLE, _OUR_SINGLE = "single_blocks.{b}", "single_transformer_blocks.{b}"
+
+BFL = (
+    *_plain(
+        {
+            "img_in": "x_embedder",
+            "txt_in": "context_embedder",
+            **_embedder("time_in", "timestep_embedder"),
+            **_embedder("vector_in", "text_embedder"),
+            **_embedder("guidance_in", "guidance_embedder"),
+        }
+    ),
+    *_stream("img", ["to_q", "to_k", "to_v"], "to_out.0", ["norm_q", "norm_k"], "ff", "norm1"),
+    *_stream(
+        "txt",
+        ["add_q_proj", "add_k_proj", "add_v_proj"],
+        "to_add_out",
+        ["norm_added_q", "norm_added_k"],
+        "ff_context",
+        "norm1_context",
+    ),
+    *_plain(
+        {f"{_SINGLE}.linear1.{part}": f"{_OUR_SINGLE}.attn.to_{part}" for part in "qkv"}
+        | {
+            f"{_SINGLE}.linear1.mlp": f"{_OUR_SINGLE}.proj_mlp",
+            f"{_SINGLE}.linear2": f"{_OUR_SINGLE}.proj_out",
+            f"{_SINGLE}.modulation.lin": f"{_OUR_SINGLE}.norm.linear",
+            "final_layer.linear": "proj_out",
+        }
+    ),
+    Rule(f"{_SINGLE}.norm.query_norm.scale", f"{_OUR_SINGLE}.attn.norm_q.weight"),
+    Rule(f"{_SINGLE}.norm.key_norm.scale", f"{_OUR_SINGLE}.attn.norm_k.weight"),
+    Rule("final_layer.adaLN_modulation.1.{kind}", "norm_out.linear.{kind}", _halves_swapped, _halves_swapped),
+)
+"""Black Forest Labs' names with fused layers taken apart, see `from_bfl`."""
+
+MFLUX_TRANSFORMER = (
+    Rule("{path}.linear1.{kind}", "{path}.net.0.proj.{kind}"),
+    Rule("{path}.linear2.{kind}", "{path}.net.2.{kind}"),
+)
+MFLUX_T5 = (
+    Rule("final_layer_norm.weight", "encoder.final_layer_norm.weight"),
+    Rule("t5_blocks.0.attention.{rest}", "encoder.block.0.layer.0.{rest}"),
+    # every block of mflux holds the first one's bias
+    Rule("t5_blocks.{b}.attention.SelfAttention.relative_attention_bias.{kind}", None),
+    Rule("t5_blocks.{b}.attention.{rest}", "encoder.block.{b}.layer.0.{rest}"),
+    Rule("t5_blocks.{b}.ff.{rest}", "encoder.block.{b}.layer.1.{rest}"),
+)
+MFLUX_VAE = (
+    Rule("{path}.conv2d.{kind}", "{path}.{kind}"),
+    Rule("{half}.conv_norm_out.norm.{kind}", "{half}.conv_norm_out.{kind}"),
+)
+"""mflux stores convolutions as MLX has them: no change of layout."""
+
+
+def is_bfl(keys: Iterable[str]) -> bool:
+    """Whether these are keys of Black Forest Labs' transformer."""
+    return any(key.removeprefix(_PREFIX).startswith(("double_blocks.", "single_blocks.")) for key in keys)
+
+
+def from_bfl(tensors: Tensors) -> dict[str, mx.array]:
+    """Black Forest Labs' tensors under our names. Keys that are not theirs keep their names."""
+    apart: dict[str, mx.array] = {}
+    for key, tensor in tensors.items():
+        path, _, kind = key.removeprefix(_PREFIX).rpartition(".")
+        shares = _SHARES.get(path.rpartition(".")[2])
+        if shares is None or tensor.shape[0] % sum(shares.values()):
+            apart[f"{path}.{kind}"] = tensor
+            continue
+        width = tensor.shape[0] // sum(shares.values())
+        ends = [width * sum(list(shares.values())[:count]) for count in range(1, len(shares))]
+        for part, values in zip(shares, mx.split(tensor, ends), strict=True):
+            apart[f"{path}.{part}.{kind}"] = values
+    return to_mlx(apart, BFL)
+
+
+def to_bfl(tensors: Tensors) -> dict[str, mx.array]:
+    """The inverse of `from_bfl`."""
+    fused: dict[str, mx.array] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, tensor in from_mlx(tensors, BFL).items():
+        path, _, kind = key.rpartition(".")
+        layer, _, part = path.rpartition(".")
+        if part in _SHARES.get(layer.rpartition(".")[2], ()):
+            parts.setdefault(f"{layer}.{kind}", {})[part] = tensor
+        else:
+            fused[key] = tensor
+    for key, of_layer in parts.items():
+        order = _SHARES[key.rpartition(".")[0].rpartition(".")[2]]
+        fused[key] = mx.concatenate([of_layer[part] for part in order])
+    return fused

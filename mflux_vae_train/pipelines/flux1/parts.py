@@ -1,0 +1,143 @@
+"""What a FLUX.1 pipeline is made of: each part there when it is needed, and no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.vae import VAE
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.parts import Part
+from mflux_vae_train.pipelines.protocol import Use
+from mflux_vae_train.pipelines.quantized import quantize
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.t5 import T5Encoder
+from mflux_vae_train.pipelines.text.tokenizer import Tokenizer, load_tokenizer
+
+Folder: TypeAlias = "str | Path | Callable[[], Path]"
+"""A folder, or what gives one when it is needed, as it may have to be downloaded."""
+
+
+def is_quantized_layer(path: str) -> bool:
+    """Which of the transformer's layers `quantize` takes: all of the blocks'. The embedders are small, and delicate."""
+    return path.startswith(("transformer_blocks.", "single_transformer_blocks."))
+
+
+def is_quantized_text_layer(path: str) -> bool:
+    """Which of T5's layers `quantize` takes. CLIP, of 0.1 billion parameters, stays as it is."""
+    return path.startswith("encoder.block.")
+
+
+class FluxParts:
+    """Networks and tokenizers, loaded when they are first used.
+
+    Args:
+        transformer, vae, text_encoder, text_encoder_2: networks, or parts that give them.
+        tokenizer_folder, tokenizer_2_folder: the tokenizers' files. Of a folder that is there, faults are told now.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: FluxTransformer | Part[FluxTransformer],
+        vae: VAE | Part[VAE],
+        text_encoder: CLIPTextModel | Part[CLIPTextModel],
+        text_encoder_2: T5Encoder | Part[T5Encoder],
+        tokenizer_folder: Folder,
+        tokenizer_2_folder: Folder,
+    ) -> None:
+        self._transformer, self._vae = Part.of(transformer), Part.of(vae)
+        self._text_encoder, self._text_encoder_2 = Part.of(text_encoder), Part.of(text_encoder_2)
+        self._folders = tokenizer_folder, tokenizer_2_folder
+        self._tokenizer, self._tokenizer_2 = (Part(partial(_open_tokenizer, folder)) for folder in self._folders)
+        for tokenizer, folder in zip((self._tokenizer, self._tokenizer_2), self._folders, strict=True):
+            if not callable(folder):
+                tokenizer.get()
+
+    @property
+    def denoiser(self) -> FluxTransformer:
+        """The transformer, which is what is trained."""
+        return self._transformer.get()
+
+    @property
+    def vae(self) -> VAE:
+        return self._vae.get()
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        return self._text_encoder.get()
+
+    @property
+    def text_encoder_2(self) -> T5Encoder:
+        return self._text_encoder_2.get()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's."""
+        return self._tokenizer.get()
+
+    @property
+    def tokenizer_2(self) -> Tokenizer:
+        """T5's."""
+        return self._tokenizer_2.get()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return _path(self._folders[0])
+
+    @property
+    def tokenizer_2_folder(self) -> Path:
+        return _path(self._folders[1])
+
+    def check(self) -> None:
+        """Open every part and look whether all of it fits, without reading its numbers.
+
+        Raises:
+            WeightsError: a file is missing or broken, or its tensors are not the network's; all are listed.
+        """
+        for part in (self._transformer, self._text_encoder, self._text_encoder_2, self._vae):
+            part.get()
+            part.release()
+        self._tokenizer.get()
+        self._tokenizer_2.get()
+
+    def quantize(self, bits: int) -> None:
+        """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits, from now on."""
+        self._transformer.then(lambda module: quantize(module, bits, is_quantized_layer))
+        self._text_encoder_2.then(lambda module: quantize(module, bits, is_quantized_text_layer))
+
+    def recompute_activations(self, on: bool) -> None:
+        """Let the transformer's blocks keep their inputs alone in a forward pass, see `FluxTransformer.recompute`."""
+        self._transformer.then(partial(_set_recompute, on=on))
+
+    def release(self, *uses: Use) -> None:
+        """Forget the text encoders (`prompts`) or the autoencoder (`images`), where they can be loaded again."""
+        served: dict[Use, tuple[Part, ...]] = {
+            "prompts": (self._text_encoder, self._text_encoder_2),
+            "images": (self._vae,),
+        }
+        for use in uses:
+            for part in served[use]:
+                part.release()
+        mx.clear_cache()
+
+    def outline(self) -> nn.Module:
+        """The transformer if it is there; else its layers, with weights that nobody computes."""
+        return self._transformer.loaded or FluxTransformer(self._transformer.config)
+
+
+def _set_recompute(module: FluxTransformer, *, on: bool) -> None:
+    module.recompute = on
+
+
+def _path(folder: Folder) -> Path:
+    return folder() if callable(folder) else Path(folder)
+
+
+def _open_tokenizer(folder: Folder) -> Tokenizer:
+    return load_tokenizer(_path(folder))
