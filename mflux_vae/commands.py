@@ -8,73 +8,36 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mflux_vae import latent_file, loading, memory, metrics, presets
+from mflux_vae import comparison, latent_file, loading
+from mflux_vae import comparison_report as report
+from mflux_vae.codecs import First, open_codec
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
-from mflux_vae.families import FAMILIES
-from mflux_vae.images import find_images, image_text, load_images, save_image, strip, to_pictures
+from mflux_vae.images import find_images, image_text, load_image, load_images, save_image, strip
+from mflux_vae.inspection import info as info
 from mflux_vae.latent_file import Entry, Unfinished
-from mflux_vae.presets import PRESETS
+from mflux_vae.lpips import LPIPS
+from mflux_vae.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.reporting import log
 from mflux_vae.tiling import Tiling
 from mflux_vae.vae import VAE
-from mflux_vae.weights.files import DTYPES
+from mflux_vae.weights.files import DTYPES, write_json
 
-MEASURES = ("psnr", "ssim")
-SIDES = (512, 1024, 2048)
-"""Of images whose memory is told."""
-WHAT: tuple[Literal["encode", "decode"], ...] = ("encode", "decode")
+MEASURES = ("mse", "psnr", "ssim")
+
+SHOWN = 8
+"""Pictures on a sheet of a comparison."""
 
 MARK = "mflux-vae"
 """Name of the text chunk in PNG files from here: such a file may be replaced, another's may not."""
-
-
-def info(*, model: str | None, config: str | None, as_json: bool) -> None:
-    """What a weights file or folder is; without one, the presets."""
-    if model is None:
-        _list_presets(as_json)
-        return
-    found = loading.describe(model, config=config)
-    network = FAMILIES[found.family].build(found.config)
-    latents = _latents(network.config)
-    needed = {
-        what: {f"{side}x{side}": memory.peak_bytes(network, what, 1, side, side) for side in SIDES} for what in WHAT
-    }
-    if as_json:
-        print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))
-        return
-    stored, preset = " and ".join(found.dtypes), PRESETS[found.preset].title if found.preset else "of no preset"
-    print(f"{found.source}: {preset}")
-    print(
-        f"  {found.family}, {found.naming} naming, {found.parameters:,} parameters in {found.tensors} tensors, {stored}"
-    )
-    print(f"  latents: {latents['channels']} channels at 1/{latents['downsampling']} of the size, {latents['scaling']}")
-    for what, sizes in needed.items():
-        print(f"  memory to {what}: {', '.join(f'{size} {number / 1e9:.1f} GB' for size, number in sizes.items())}")
-    if found.assumed:
-        print(f"  {found.assumed}")
-
-
-def _list_presets(as_json: bool) -> None:
-    told = {
-        name: {"title": row.title, "repository": row.repository, "inside": row.inside, **_latents(row.config)}
-        for name, row in PRESETS.items()
-    }
-    if as_json:
-        print(json.dumps(told, indent=2))
-        return
-    for name, row in told.items():
-        print(f"{name:20} {row['channels']:3} channels at 1/{row['downsampling']:<3} {row['title']}")
-    for name in presets.names()[len(told) :]:
-        print(f"{name:20} of another package: {presets.registered(name)}")
 
 
 def convert(*, model: str, output: str, naming: str, dtype: str | None, config: str | None) -> None:
@@ -119,8 +82,7 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
 
 def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, as_json: bool, **opening: Any) -> None:
     """Pictures to latents and back: measurements, and what it looks like."""
-    if not 0 < amplify < math.inf:
-        raise SettingsError(f"--amplify must be positive, not {amplify}")
+    _positive(amplify)
     files = _named(pictures)
     targets = _targets(files, output) if output else {}
     vae, tiling = _open(**opening)
@@ -128,17 +90,16 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     for name in _progress(list(files), of=len(files)):
         with _about(str(files[name])):
             (picture,) = load_images(files[name], channels=vae.config.in_channels)
-            again = _picture(vae(_image(picture), tiling=tiling)[0][0])
+            again = from_chw(vae(to_nchw(picture), tiling=tiling)[0][0])
         height, width = picture.shape[:2]
-        rows.append({"name": name, "height": height, "width": width, **_measured(picture, again)})
+        rows.append({"name": name, "height": height, "width": width, **quality(picture, again)})
         if output:
-            difference = np.abs(picture.astype(np.float32) - again) * amplify
-            panels = [picture, again, np.clip(np.rint(difference), 0, 255).astype(np.uint8)]
+            panels = [picture, again, error_map(picture, again, amplify)]
             save_image(targets[name], strip(panels, gap=4), text={MARK: "reconstructed"})
-    mean = {measure: _mean([row[measure] for row in rows]) for measure in MEASURES}
+    mean = {measure: mean_of([row[measure] for row in rows]) for measure in MEASURES}
     if as_json:
         answer = {"model": opening["model"], "pictures": rows, "mean": mean}
-        print(json.dumps(_without_infinities(answer), indent=2))
+        print(json.dumps(without_infinities(answer), indent=2))
         return
     width = max(len(f"mean of {len(rows)}"), *(len(name) for name in files))
     print(f"{'picture':{width}}  {'size':>9}  PSNR / dB    SSIM")
@@ -147,22 +108,75 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
         print(f"{row['name']:{width}}  {size:>9}  {row['psnr']:9.2f}  {row['ssim']:6.4f}")
 
 
-def _latents(config: Any) -> dict[str, Any]:
-    """What a denoiser sees."""
-    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
-    if hasattr(config, "batch_norm_eps"):
-        scaling = "scaled by running statistics"
-    elif getattr(config, "latents_mean", None):
-        scaling = "scaled by each channel's mean and deviation"
-    else:
-        scaling = f"(raw - {shift or 0}) * {factor}"
-    return {"channels": config.scaled_channels, "downsampling": config.scaled_downsampling, "scaling": scaling}
+def compare(
+    *,
+    models: Sequence[str],
+    pictures: Sequence[str],
+    output: str,
+    size: int | None,
+    first_frame: First,
+    configs: Sequence[str] | None,
+    lpips: Sequence[str] | None,
+    amplify: float,
+    as_json: bool,
+    dtype: str | None,
+    tiling: str,
+    tile: int,
+) -> None:
+    """The same pictures through several models: a sheet of pictures, a table, and the table as JSON."""
+    _positive(amplify)
+    found = [file for _, file in _files(pictures)]
+    files = dict(zip(report.names(list(map(str, found))), found, strict=True))
+    target = _targets(["comparison"], output)["comparison"]
+    if len(lpips or ()) > 2:
+        raise SettingsError(f"--lpips takes one file or two, not {len(lpips or ())}")
+    if len(configs or ()) > len(models):
+        raise SettingsError(f"--config is given {len(configs or ())} times for {len(models)} models")
+    given = [None if config == "-" else config for config in configs or ()]
+    codecs = [
+        open_codec(model, _dtype(dtype), config=config, tiling=_plan(tiling, tile), first=first_frame)
+        for model, config in zip_longest(models, given)
+    ]
+    side = report.size_of(codecs, size)
+    contestants = [comparison.Contestant(*both) for both in zip(report.names(models), codecs, strict=True)]
+    judge = LPIPS.from_files(*lpips) if lpips else None
+    squares = (load_image(files[name], resolution=side) for name in _progress(list(files), of=len(files)))
+    shown = []
+    compared = comparison.run(contestants, squares, first=first_frame, lpips=judge)
+    for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
+        shown += [(name, picture, again)] if index < SHOWN else []
+    summaries = [contestant.summary() for contestant in contestants]
+    save_image(target, report.sheet(shown, summaries, amplify), text={MARK: "compared"})
+    told = [
+        {**summary, "source": model, "pictures": dict(zip(files, contestant.qualities, strict=True))}
+        for summary, model, contestant in zip(summaries, models, contestants, strict=True)
+    ]
+    answer = without_infinities({"size": side, "first_frame": first_frame, "models": told})
+    write_json(target.with_suffix(".json"), answer)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    print(f"{_count(files)} of {side} x {side} pixels")
+    print(report.table(summaries))
+    for summary in summaries:
+        for note in report.notes(summary, side):
+            print(f"{summary['name']}: {note}")
+    print(f"{target}{f': the first {SHOWN}' if len(files) > SHOWN else ''}")
 
 
 def _named(pictures: Sequence[str]) -> dict[str, Path]:
     """Files of a command line by name: that of the file, behind that of its folder where several are looked into."""
     files: dict[str, Path] = {}
     several = sum(Path(given).is_dir() for given in pictures) > 1
+    for given, file in _files(pictures):
+        name = f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name
+        if files.setdefault(name, file).resolve() != file.resolve():
+            raise ImageError(f"{files[name]} and {file} have one name, {name}: take them apart")
+    return files
+
+
+def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
+    """What a command line gives, and the picture file that it is, or each that it has."""
     for given in map(Path, pictures):
         found = find_images(given)[0] if given.is_dir() else [given]
         if not found:
@@ -170,10 +184,7 @@ def _named(pictures: Sequence[str]) -> dict[str, Path]:
         for file in found:
             if not file.is_file():
                 raise ImageError(f"{file} does not exist")
-            name = f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name
-            if files.setdefault(name, file).resolve() != file.resolve():
-                raise ImageError(f"{files[name]} and {file} have one name, {name}: take them apart")
-    return files
+            yield given, file
 
 
 def _targets(names: Iterable[str], folder: str) -> dict[str, Path]:
@@ -196,10 +207,22 @@ def _mark(target: Path) -> str | None:
 def _open(
     *, model: str, config: str | None, dtype: str | None, tiling: str, tile: int
 ) -> tuple[VAE, Tiling | bool | None]:
-    vae = VAE.from_pretrained(model, DTYPES[dtype] if dtype else None, config=config)
+    return VAE.from_pretrained(model, _dtype(dtype), config=config), _plan(tiling, tile)
+
+
+def _dtype(name: str | None) -> mx.Dtype | None:
+    return DTYPES[name] if name else None
+
+
+def _plan(tiling: str, tile: int) -> Tiling | bool | None:
     if tiling == "auto":
-        return vae, None
-    return vae, False if tiling == "off" else Tiling(tiling, tile=tile)  # type: ignore[arg-type]
+        return None
+    return False if tiling == "off" else Tiling(tiling, tile=tile)  # type: ignore[arg-type]
+
+
+def _positive(amplify: float) -> None:
+    if not 0 < amplify < math.inf:
+        raise SettingsError(f"--amplify must be positive, not {amplify}")
 
 
 def _settings(vae: VAE, opening: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,41 +235,6 @@ def _settings(vae: VAE, opening: Mapping[str, Any]) -> dict[str, Any]:
         "tiling": opening["tiling"],
         "tile": opening["tile"],
     }
-
-
-def _image(picture: np.ndarray) -> mx.array:
-    """(H, W, C) -> (1, C, H, W)."""
-    return mx.array(picture.transpose(2, 0, 1)[None])
-
-
-def _picture(image: mx.array) -> np.ndarray:
-    """(C, H, W) in [0, 255] -> uint8 (H, W, C)."""
-    return to_pictures(np.array(image).transpose(1, 2, 0) / 127.5 - 1)
-
-
-def _measured(picture: np.ndarray, again: np.ndarray) -> dict[str, float]:
-    """How well a picture comes back; NaN for what it is too small for."""
-    one, other = (value.transpose(2, 0, 1)[None] for value in (picture, again))
-    fits = min(picture.shape[:2]) >= metrics.WINDOW
-    return {
-        "psnr": float(metrics.psnr(one, other)),
-        "ssim": float(metrics.ssim(one, other)) if fits else math.nan,
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers."""
-    numbers = [value for value in values if not math.isnan(value)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def _without_infinities(content: Any) -> Any:
-    """JSON has neither infinity nor NaN: null stands for both."""
-    if isinstance(content, dict):
-        return {name: _without_infinities(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_without_infinities(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _crc32_of(file: Path) -> int:

@@ -13,10 +13,12 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.weights.compvis import bfl, compvis
 from mflux_vae.weights.diffusers import AUTOENCODER_KL, SAME_NAMES
+from mflux_vae.weights.lapa import LAPA
 from mflux_vae.weights.pytorch_vae import FLAT, pytorch_vae
 from mflux_vae.weights.rules import Rule
 from mflux_vae.weights.taesd import taesd
@@ -75,6 +77,7 @@ FAMILIES = {
     "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
     "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
     "FlatAutoencoder": Family(FlatConfig, FlatAutoencoder, {"diffusers": FLAT, "pytorch-vae": pytorch_vae}),
+    "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }
 """By the `_class_name` of config.json (`opening.family_of`)."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.families import FAMILIES
 from mflux_vae.opening import (
     CONFIG_KEY,
@@ -33,8 +33,8 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import DTYPES, write_json, write_safetensors
 from mflux_vae.weights.rules import from_mlx, load_strict, to_mlx
 
-_SEEN = ("running_mean", "running_var", "num_batches_tracked")
-"""What batch norms store besides their parameters."""
+_BESIDE = ("running_mean", "running_var", "num_batches_tracked", "beta")
+"""What norms store besides their parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +63,38 @@ class Description:
     assumed: str | None
 
 
-def open_network(source: Source, dtype: mx.Dtype | None = None, *, config: Config | None = None) -> nn.Module:
+def open_network(
+    source: Source, dtype: mx.Dtype | None = None, *, config: Config | None = None, pairs: bool = False
+) -> nn.Module:
     """Open an autoencoder, in evaluation: dropout is off, batch norms use what they stored.
 
     Args:
         source: one of
             - a folder in diffusers' layout (`config.json`, `diffusion_pytorch_model.safetensors`), or a pipeline's,
               which has one named `vae`;
-            - a .safetensors, .ckpt, .pt, .pth or .bin file in diffusers', CompVis', Black Forest Labs' or TAESD's
-              naming, also a whole model's with the autoencoder in it; of TAESD, one half, beside which the other lies;
+            - a .safetensors, .ckpt, .pt, .pth or .bin file in diffusers', CompVis', Black Forest Labs', TAESD's or
+              LAPA's naming, also a whole model's with the autoencoder in it; of TAESD, one half, beside which the other
+              lies;
             - the name of a preset (see `presets`), or `owner/name` on the hub, which is downloaded.
         dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
             configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
         config: what to take the file for, where it does not say or says it wrong: a preset's name; a config.json; a
             YAML file or dictionary with latent-diffusion's `ddconfig`. A single file leaves the scaling of latents open
             and is otherwise recognised by its keys, shapes and name; what had to be assumed is logged as a warning.
+        pairs: take a network for pairs of frames (`LatentActionQuantizer`), too, and not only one for images.
 
     Raises:
-        WeightsError: files are missing or broken, of an unknown kind, or do not fit the configuration.
+        WeightsError: files are missing or broken, of an unknown kind, or do not fit the configuration; it is for pairs
+            of frames and was not asked for.
         SettingsError: the configuration asks for what the network does not have.
     """
     opened = find(source, config)
     if opened.assumed:
         log.warning("%s", opened.assumed)
-    network = _built(opened)
+    network: Any = _built(opened)
+    if getattr(network.config, "pairs", False) and not pairs:
+        what = f"a {opened.family}, which takes pairs of frames and not images"
+        raise WeightsError(f"{opened.where}: {what}; mflux-vae compare takes it")
     tensors = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     load_strict(network, _complete(tensors, network), where=opened.where, dtype=_dtype(network, dtype))
     return network.eval()
@@ -125,7 +133,7 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
         config=opened.config,
         tensors=len(stored),
         parameters=sum(
-            prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _SEEN
+            prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _BESIDE
         ),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored})),
         preset=opened.preset or equal_preset(opened),

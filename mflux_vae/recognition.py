@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.networks.laq import code_counts
 
 Shapes = Mapping[str, Sequence[int]]
 
 GROUPS = 32
 """Channel groups of normalisation, which leave no trace in a file: what every published autoencoder has."""
+
+FRAME = 256
+"""Pixels of a side of LAPA's frames, which leave none either."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ _SIGNS = {
     ("AutoencoderTiny", "taesd"): r"(?:taesd_)?(?:encoder\.0|decoder\.1)\.weight",
     ("FlatAutoencoder", "diffusers"): r"encoder\.mean\.weight",
     ("FlatAutoencoder", "pytorch-vae"): r"fc_mu\.weight",
+    ("LatentActionQuantizer", "lapa"): r"vq\.codebooks",
     ("PlainAutoencoder", "diffusers"): r"encoder\.mu\.weight",
 }
 """By family and naming: a key that no other has."""
@@ -189,11 +195,37 @@ def _flat(shapes: Shapes) -> dict[str, Any]:
     raise ValueError("nothing tells the size of its images, nor what its output is")
 
 
+def _laq(shapes: Shapes) -> dict[str, Any]:
+    numbers, dim = shapes["to_pixels.weight"]
+    channels = next(count for count in (3, 1) if isqrt(numbers // count) ** 2 * count == numbers)
+    patch = isqrt(numbers // channels)
+    codebook, quant = shapes["quantizer.codebook"]
+    layers = _numbers(shapes, "quantizer.convolutions")
+    kernels = [shapes[f"quantizer.convolutions.{layer}.weight"][1] for layer in layers]
+    counts = code_counts(FRAME // patch, kernels) if FRAME % patch == 0 else []
+    if not counts:
+        raise ValueError(f"its frames are not of {FRAME} pixels, as all that were published")
+    return {
+        "dim": dim,
+        "quant_dim": quant,
+        "codebook_size": codebook,
+        "image_size": FRAME,
+        "patch_size": patch,
+        "spatial_depth": len(_numbers(shapes, "enc_spatial.blocks")),
+        "temporal_depth": len(_numbers(shapes, "enc_temporal.blocks")),
+        "dim_head": shapes["enc_spatial.blocks.0.attention.q_scale"][0],
+        "heads": shapes["position_bias.out.weight"][0],
+        "channels": channels,
+        "code_seq_len": counts[0],
+    }
+
+
 _SETTINGS = {
     "AutoencoderKL": _kl,
     "AutoencoderKLFlux2": _kl,
     "AutoencoderTiny": _tiny,
     "FlatAutoencoder": _flat,
+    "LatentActionQuantizer": _laq,
     "PlainAutoencoder": _plain,
 }
 

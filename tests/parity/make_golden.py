@@ -4,17 +4,23 @@
 
 Each folder holds a network as diffusers saves it (half precision) and `golden.safetensors`: `pixels` in [-1, 1], the
 encoder's `moments` (TAESD's: its latents), and `decoded`, the image of their mean; FLUX.2's also `scaled`, what its
-pipeline makes of that mean. NCHW, computed in float32.
+pipeline makes of that mean. NCHW, computed in float32. `laq` holds LAPA's quantizer as LAPA saves it, of which
+`tests/parity/lapa.py` gives the answers: `difference` and `codes` of the frames `first` and `last`, in [0, 1], and
+`decoded`, the second frame.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2Pipeline
 from safetensors.torch import save_file
+
+from mflux_vae.networks.laq import LAQConfig
+from tests.parity.lapa import TheirLatentActionQuantization
 
 GOLDEN = Path(__file__).parents[1] / "vae" / "golden"
 SIZE_LIMIT = 200_000
@@ -57,13 +63,17 @@ NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """By folder: class and settings."""
 
+LAQ = LAQConfig(
+    dim=16, quant_dim=8, image_size=32, patch_size=4, spatial_depth=2, temporal_depth=1, dim_head=8, heads=2
+)
+
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """Weights nowhere zero or one, of a size that keeps the signal's; statistics as if trained."""
     draws = torch.Generator().manual_seed(seed)
     for name, value in sorted(model.named_parameters()):
-        spread = (value.numel() // value.shape[0]) ** -0.5 if value.ndim > 1 else 0.2
+        spread = max(value.numel() // value.shape[0], 1) ** -0.5 if value.ndim > 1 else 0.2
         offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         value.copy_(offset + spread * torch.randn(value.shape, generator=draws))
     for name, value in sorted(model.named_buffers()):
@@ -99,9 +109,37 @@ def main() -> None:
         pixels = (2 * torch.rand(size, generator=torch.Generator().manual_seed(1)) - 1).half().float()
         tensors = {"pixels": pixels, **answers(model, pixels)}
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "golden.safetensors")
+    write_laq(GOLDEN / "laq")
+    for folder in (*(GOLDEN / name for name in NETWORKS), GOLDEN / "laq"):
         written = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         if written > SIZE_LIMIT:
             raise SystemExit(f"{folder} has {written} bytes, more than {SIZE_LIMIT}")
+
+
+@torch.no_grad()
+def write_laq(folder: Path) -> None:
+    """The quantizer's folder anew."""
+    folder.mkdir(exist_ok=True)
+    model = TheirLatentActionQuantization(LAQ).eval()
+    randomise_laq(model)
+    torch.save(model.state_dict(), folder / "vae.pt")
+    (folder / "config.json").write_text(json.dumps(LAQ.to_dict(), indent=2) + "\n")
+    size = (1, LAQ.channels, LAQ.image_size, LAQ.image_size)
+    first, last = (torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    codes = model.encode(first, last)
+    answers = {"difference": model.difference(first, last), "codes": codes, "decoded": model.decode(first, codes)}
+    tensors = {"first": first, "last": last, **answers}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "golden.safetensors")
+
+
+@torch.no_grad()
+def randomise_laq(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gains and shifts that are nowhere one or zero, too; a codebook as small as what it rounds."""
+    randomise(model, seed)
+    for name, value in model.named_parameters():
+        if name.endswith(("gamma", "_scale")):
+            value.add_(1)
+    model.vq.codebooks.mul_(0.3)
 
 
 if __name__ == "__main__":

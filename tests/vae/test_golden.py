@@ -1,14 +1,15 @@
-"""Agreement with answers that diffusers gave (`tests/parity/make_golden.py`), wherever the tests run."""
+"""Agreement with answers of the originals in torch (`tests/parity/make_golden.py`), wherever the tests run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae import VAE
+from mflux_vae import VAE, loading
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,3 +43,12 @@ def test_a_folder_of_diffusers_says_how_latents_are_scaled() -> None:
     playground = VAE.from_pretrained(GOLDEN / "attention").network
     scaled = (np.array(raw) - (0.5, -0.25, 0.125, 1.0)) * 0.18215 / (2.0, 0.5, 1.5, 3.0)
     np.testing.assert_allclose(playground.to_scaled(raw), scaled, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_of_lapa_answers_as_lapa_does() -> None:
+    network: Any = loading.open_network(GOLDEN / "laq/vae.pt", config=GOLDEN / "laq/config.json", pairs=True)
+    golden = mx.load(str(GOLDEN / "laq/golden.safetensors"))
+    first, last, decoded = (golden[key].transpose(0, 2, 3, 1) * 2 - 1 for key in ("first", "last", "decoded"))
+    np.testing.assert_allclose(network.difference(first, last), golden["difference"], rtol=0, atol=1e-5)
+    assert np.array_equal(network.encode(first, last), golden["codes"])
+    np.testing.assert_allclose(network.decode(first, golden["codes"]), decoded, rtol=0, atol=1e-4)

@@ -1,0 +1,82 @@
+"""What a weights file or folder is, and the presets: the command ``mflux-vae info``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+from mflux_vae import loading, memory, presets
+from mflux_vae.families import FAMILIES
+from mflux_vae.presets import PRESETS
+
+SIDES = (512, 1024, 2048)
+"""Of images whose memory is told."""
+
+WHAT: tuple[Literal["encode", "decode"], ...] = ("encode", "decode")
+
+
+def info(*, model: str | None, config: str | None, as_json: bool) -> None:
+    """What a weights file or folder is; without one, the presets."""
+    if model is None:
+        _list_presets(as_json)
+        return
+    found = loading.describe(model, config=config)
+    network = FAMILIES[found.family].build(found.config)
+    latents = _latents(network.config)
+    sides = SIDES if latents.keys() >= {"downsampling"} else ()
+    needed = {
+        what: {f"{side}x{side}": memory.peak_bytes(network, what, 1, side, side) for side in sides} for what in WHAT
+    }
+    if as_json:
+        print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))
+        return
+    stored, preset = " and ".join(found.dtypes), PRESETS[found.preset].title if found.preset else "of no preset"
+    print(f"{found.source}: {preset}")
+    print(
+        f"  {found.family}, {found.naming} naming, {found.parameters:,} parameters in {found.tensors} tensors, {stored}"
+    )
+    print(f"  latents: {_told(latents)}")
+    for what, sizes in needed.items() if sides else ():
+        print(f"  memory to {what}: {', '.join(f'{size} {number / 1e9:.1f} GB' for size, number in sizes.items())}")
+    if found.assumed:
+        print(f"  {found.assumed}")
+
+
+def _list_presets(as_json: bool) -> None:
+    told = {
+        name: {"title": row.title, "repository": row.repository, "inside": row.inside, **_latents(row.config)}
+        for name, row in PRESETS.items()
+    }
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    for name, row in told.items():
+        print(f"{name:20} {row['channels']:3} channels at 1/{row['downsampling']:<3} {row['title']}")
+    for name in presets.names()[len(told) :]:
+        print(f"{name:20} of another package: {presets.registered(name)}")
+
+
+def _latents(config: Any) -> dict[str, Any]:
+    """What a denoiser sees; or the numbers that stand for an image of one size; or codes for a pair of frames."""
+    if getattr(config, "pairs", False):
+        return {"codes": config.code_seq_len, "of": config.codebook_size, "frame": config.image_size}
+    if getattr(config, "vectors", False):
+        return {"numbers": config.latent_dim, "image": config.image_size}
+    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
+    if hasattr(config, "batch_norm_eps"):
+        scaling = "scaled by running statistics"
+    elif getattr(config, "latents_mean", None):
+        scaling = "scaled by each channel's mean and deviation"
+    else:
+        scaling = f"(raw - {shift or 0}) * {factor}"
+    return {"channels": config.scaled_channels, "downsampling": config.scaled_downsampling, "scaling": scaling}
+
+
+def _told(latents: Mapping[str, Any]) -> str:
+    if "codes" in latents:
+        return "{codes} codes of {of} for a pair of frames of {frame} x {frame}".format(**latents)
+    if "numbers" in latents:
+        return "{numbers} numbers for an image of {image} x {image}".format(**latents)
+    return "{channels} channels at 1/{downsampling} of the size, {scaling}".format(**latents)

@@ -1,0 +1,190 @@
+"""The transformer of phenaki's kind over frames cut into patches, as LAPA's quantizer has it. Tokens are (N, L, dim).
+
+The formulas are those of phenaki (Villegas et al. 2022, arXiv 2210.02399) as its public implementations, and with them
+the published weights, have them; where they differ from what one would expect, a comment says so.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mflux_vae import kernels
+
+SCORE_SCALE = 8.0
+"""Factor on the scores of queries and keys of length one."""
+
+_NULLS = 2
+"""Keys and values that are learned, beside those of what is attended to."""
+
+_SEEN = 3
+"""Side of the convolution over positions, and how many frames it sees: the present one and those before."""
+
+_EPS = 1e-5
+_SLOPE = 0.1
+
+
+class GainNorm(nn.Module):
+    """Layer normalisation with a gain and no shift."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return kernels.layer_norm(x, self.gamma, None, _EPS)
+
+
+class PositionBias(nn.Module):
+    """What is added to the scores of two patches, by how far they are apart (Liu et al. 2021, 2111.09883)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.layers = [nn.Linear(2, dim), nn.Linear(dim, dim)]
+        self.out = nn.Linear(dim, heads)
+
+    def __call__(self, height: int, width: int) -> mx.array:
+        """(heads, height * width, height * width), queries before keys."""
+        steps = np.meshgrid(np.arange(1 - height, height), np.arange(1 - width, width), indexing="ij")
+        offsets = np.stack(steps, axis=-1).reshape(-1, 2)
+        x = mx.array((np.sign(offsets) * np.log1p(np.abs(offsets))).astype(np.float32)).astype(self.out.weight.dtype)
+        for layer in self.layers:
+            x = nn.leaky_relu(layer(x), _SLOPE)
+        rows, columns = np.divmod(np.arange(height * width), width)
+        down, right = (at[:, None] - at for at in (rows, columns))
+        which = (down + height - 1) * (2 * width - 1) + right + width - 1
+        return self.out(x)[mx.array(which)].transpose(2, 0, 1)
+
+
+class PositionConvolution(nn.Module):
+    """Tells tokens where they are: every channel of (B, T, H, W, dim) is convolved by itself over frames and patches.
+
+    Each frame sees itself and the two before, not those that follow; beyond the edges is zero.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        bound = _SEEN**-1.5
+        self.weight = mx.random.uniform(-bound, bound, (_SEEN, _SEEN, _SEEN, dim))
+        self.bias = mx.random.uniform(-bound, bound, (dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        frames, height, width = x.shape[1:4]
+        edge = _SEEN // 2
+        padded = mx.pad(x, [(0, 0), (_SEEN - 1, 0), (edge, edge), (edge, edge), (0, 0)])
+        total = mx.broadcast_to(self.bias, x.shape)
+        # further back than there are frames is nothing but zeros
+        for t, i, j in product(range(max(_SEEN - frames, 0), _SEEN), range(_SEEN), range(_SEEN)):
+            total = total + padded[:, t : t + frames, i : i + height, j : j + width] * self.weight[t, i, j]
+        return total
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to each other or (`cross`) to others; queries and keys have length one."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, *, cross: bool = False):
+        super().__init__()
+        inner = heads * dim_head
+        self.norm = GainNorm(dim)
+        self.context_norm = GainNorm(dim)  # published weights have it everywhere; without `cross` nothing uses it
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.q_scale = mx.ones((dim_head,))
+        self.k_scale = mx.ones((dim_head,))
+        if cross:
+            self.null_kv = mx.random.normal((heads, 2 * _NULLS, dim_head))
+        self._heads = heads
+
+    def __call__(self, x: mx.array, context: mx.array | None = None, *, bias: mx.array | None = None) -> mx.array:
+        """Tokens (N, L, dim) -> the same; `context` (N, M, dim); `bias` (heads, L, L) on the scores."""
+        # keys and values of the tokens themselves are made before the norm
+        seen = x if context is None else self.context_norm(context)
+        k, v = (self._by_head(part) for part in mx.split(self.to_kv(seen), 2, axis=-1))
+        q = self._by_head(self.to_q(self.norm(x)))
+        if "null_kv" in self:
+            k, v = (mx.concatenate([self._nulls(first, k), part], axis=2) for first, part in ((0, k), (1, v)))
+        q, k = _unit(q) * self.q_scale, _unit(k) * self.k_scale
+        h = kernels.attention(q, k, v, scale=SCORE_SCALE, mask=bias)
+        return self.to_out(h.transpose(0, 2, 1, 3).flatten(2))
+
+    def _by_head(self, x: mx.array) -> mx.array:
+        """(N, L, heads * d) -> (N, heads, L, d)."""
+        return x.reshape(*x.shape[:2], self._heads, -1).transpose(0, 2, 1, 3)
+
+    def _nulls(self, first: int, like: mx.array) -> mx.array:
+        """Learned keys (0) or values (1), which stand in turns: (N, heads, nulls, d)."""
+        learned = self.null_kv[:, first::2]
+        return mx.broadcast_to(learned, (like.shape[0], *learned.shape))
+
+
+class FeedForward(nn.Module):
+    """Norm, and a linear layer on each side of a gate (GEGLU: Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        inner = int(4 * (2 / 3) * dim)
+        self.norm = nn.LayerNorm(dim, eps=_EPS)
+        self.up = nn.Linear(dim, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h, gate = mx.split(self.up(self.norm(x)), 2, axis=-1)
+        return self.down(kernels.gelu(gate) * h)
+
+
+class Block(nn.Module):
+    """Positions, attention, attention to others where there is any, and a feed-forward network, each beside a skip."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, *, cross: bool):
+        super().__init__()
+        self.position = PositionConvolution(dim)
+        self.attention = Attention(dim, heads, dim_head)
+        if cross:
+            self.cross = Attention(dim, heads, dim_head, cross=True)
+        self.feed_forward = FeedForward(dim)
+
+    def __call__(
+        self, x: mx.array, video: tuple[int, ...], bias: mx.array | None, context: mx.array | None
+    ) -> mx.array:
+        x = x + self.position(x.reshape(*video, -1)).reshape(x.shape)
+        x = x + self.attention(x, bias=bias)
+        if "cross" in self:
+            x = x + self.cross(x, context)
+        return x + self.feed_forward(x)
+
+
+class Transformer(nn.Module):
+    """Blocks, and a norm."""
+
+    def __init__(self, depth: int, dim: int, heads: int, dim_head: int, *, cross: bool = False):
+        super().__init__()
+        self.blocks = [Block(dim, heads, dim_head, cross=cross) for _ in range(depth)]
+        self.norm_out = GainNorm(dim)
+
+    def __call__(
+        self,
+        x: mx.array,
+        video: tuple[int, ...],
+        *,
+        bias: mx.array | None = None,
+        context: mx.array | None = None,
+    ) -> mx.array:
+        """Tokens (N, L, dim) -> the same.
+
+        Args:
+            video: (B, T, H, W), which is what the convolution over positions takes the tokens for, in their order.
+            bias: on the scores, (heads, L, L).
+            context: (N, M, dim), which `cross` attends to.
+        """
+        for block in self.blocks:
+            x = block(x, video, bias, context)
+        return self.norm_out(x)
+
+
+def _unit(x: mx.array) -> mx.array:
+    """At length one over the last axis; zeros stay zeros."""
+    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
