@@ -1,0 +1,58 @@
+"""Which layers of FLUX.1 are for what, and what Black Forest Labs' code and kohya's scripts call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.protocol import KohyaNaming
+
+ATTENTION = (
+    *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"*.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+)
+MLP = (
+    *(f"*.{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    "*.proj_mlp",
+    "*.proj_out",  # of the single blocks; the transformer's own has nothing before its dot
+)
+PRESETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
+
+_DOUBLE = {
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "img_mod_lin": ("norm1.linear",),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+    "txt_mod_lin": ("norm1_context.linear",),
+}
+_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
+"""Of a block: the original's layers and this network's. Those outside the blocks have no LoRA in kohya's scripts."""
+
+
+def kohya_naming(config: FluxTransformerConfig) -> KohyaNaming:
+    """Of a transformer of so many blocks."""
+    modules = {}
+    for kind, blocks, count, names in (
+        ("double_blocks", "transformer_blocks", config.num_layers, _DOUBLE),
+        ("single_blocks", "single_transformer_blocks", config.num_single_layers, _SINGLE),
+    ):
+        for i in range(count):
+            for name, members in names.items():
+                modules[f"lora_unet_{kind}_{i}_{name}"] = tuple(f"{blocks}.{i}.{member}" for member in members)
+    kind = "dev" if config.guidance_embeds else "schnell"
+    metadata = {
+        "modelspec.architecture": f"flux-1-{kind}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "ss_base_model_version": "flux1",
+        "ss_network_module": "networks.lora_flux",
+    }
+    return KohyaNaming(modules=modules, metadata=metadata)
