@@ -1,4 +1,4 @@
-"""Picture files <-> arrays, and grids of pictures. The only file that knows Pillow.
+"""Picture files <-> arrays, and grids of pictures. The only file that knows Pillow, but for text on `sheets`.
 
 Pictures are uint8 arrays (H, W, 3), RGB, or (H, W, 1) for networks of one channel; networks take (B, H, W, C) in
 [-1, 1].
@@ -90,7 +90,7 @@ def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray
         ImageError: the file is missing, broken, cut short, too large, or of a kind without a defined brightness.
     """
     image = _read(path)
-    return np.array(image if resolution is None else _centre_square(image, resolution))
+    return np.array(image if resolution is None else _covering(image, (resolution, resolution), 0.5))
 
 
 def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str] | None = None) -> None:
@@ -143,6 +143,23 @@ def resized(picture: np.ndarray, factor: float) -> np.ndarray:
     """uint8 (H, W, 3) -> both sides times `factor`, rounded, at least one pixel."""
     height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def covered(picture: np.ndarray, size: tuple[int, int], *, place: float = 0.5) -> np.ndarray:
+    """The largest part of a picture that has the shape of `size`, resized to it.
+
+    uint8 (H, W, C) -> (*size, C), C being 3 or 1.
+
+    Args:
+        place: where the part lies along the side that is cut: 0 at the left or the top, 1 at the other end.
+    """
+    return np.array(_covering(to_image(picture), size, place)).reshape(*size, picture.shape[2])
+
+
+def averaged(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Means over the parts of a picture: uint8 (H, W, C) -> uint8 (*size, C), C being 3 or 1."""
+    image = to_image(picture).resize((size[1], size[0]), Image.Resampling.BOX)
+    return np.array(image).reshape(*size, picture.shape[2])
 
 
 def strip(pictures: Sequence[np.ndarray], *, gap: int = 0) -> np.ndarray:
@@ -264,12 +281,14 @@ def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square at the given size: the short side resized, then cropped, in one resampling."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+def _covering(image: Image.Image, size: tuple[int, int], place: float) -> Image.Image:
+    """See `covered`: cut and resized in one resampling."""
+    height, width = size
+    scale = min(image.height / height, image.width / width)
+    part_height, part_width = min(height * scale, image.height), min(width * scale, image.width)
+    top, left = (image.height - part_height) * place, (image.width - part_width) * place
+    right, bottom = min(left + part_width, image.width), min(top + part_height, image.height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings, advice
-from mflux_vae_train.dreambooth.class_prompt import derive_class_prompt
+from mflux_vae_train.config import Concept, DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.data import Plan
 from mflux_vae_train.dreambooth.optimization import default_rate
-from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.dreambooth.preservation import Kind, choose_preservation
+from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 
 PREVIEWS_IN_A_RUN = 8
 
@@ -26,7 +25,10 @@ class Choices:
         plan: samples, updates and micro-batches that follow.
         notes: what was decided and why, one line each, to be said at the start.
         warnings: what is unusual, one line each.
-        class_prompt, class_folder, prior_loss_weight: None without prior preservation.
+        preservation: whether, and by what, the class is kept alive.
+        concepts: what is learnt, see `preservation.Preservation`.
+        prior_loss_weight: None without prior preservation.
+        sampling: how noise levels are drawn; None for as the pipeline does by itself.
         rank, lora_alpha: None where all weights are trained.
 
     The other attributes repeat settings, as the numbers and texts that they are by now.
@@ -42,8 +44,9 @@ class Choices:
     caption_dropout: float
     validation_prompt: Sequence[str]
     validation_steps: int
-    class_prompt: str | None
-    class_folder: Path | None
+    preservation: Kind
+    concepts: Sequence[Concept]
+    sampling: NoiseSampling | None
     prior_loss_weight: float | None
     rank: int | None
     lora_alpha: float | None
@@ -67,20 +70,21 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
     """Decides what is open.
 
     Args:
-        pictures: number of instance pictures.
+        pictures: number of instance pictures in an epoch, repeats counted.
 
     Raises:
         SettingsError: prior preservation is asked for without a class prompt, or the pipeline cannot do the
             resolution.
     """
     plan = _plan(settings, pictures)
-    warnings = advice(settings)
-    class_prompt, notes = _class_prompt(settings)
+    warnings = [*advice(settings), *_without_use(settings, recommended)]
+    preservation = choose_preservation(settings)
+    notes, first = preservation.notes, preservation.concepts[0]
     if settings.scale_lr:
         rate, at_once = _rate(settings, recommended), plan.batch_size * plan.accumulation
         settings = replace(settings, learning_rate=rate * at_once, scale_lr=False)
         notes.append(f"learning rate {rate:g} x {at_once} pictures in an update: {rate * at_once:g}")
-    lora, prior = settings.train_mode == "lora", class_prompt is not None
+    lora, prior = settings.train_mode == "lora", preservation.kind != "none"
     rank = settings.rank or recommended.rank
     suggested: dict[str, Any] = {
         "resolution": choose_resolution(settings, recommended),
@@ -92,7 +96,8 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         "rank": rank if lora else None,
         "lora_alpha": float(rank) if lora else None,
         "prior_loss_weight": recommended.prior_loss_weight if prior else None,
-        "class_data_dir": str(Path(settings.output_dir) / "class_images") if prior else None,
+        "class_data_dir": first.class_data_dir,
+        "weighting_scheme": recommended.weighting_scheme,
     }
     left_open = {
         name: value for name, value in suggested.items() if value is not None and getattr(settings, name) is None
@@ -104,20 +109,24 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
     final = replace(
         settings,
         **left_open,
-        class_prompt=class_prompt,
-        with_prior_preservation=prior,
+        class_prompt=first.class_prompt,
+        concepts=preservation.concepts if settings.concepts else None,
+        prior_preservation=preservation.kind,
+        with_prior_preservation=preservation.kind == "class_images",
         max_train_steps=plan.updates,
         validation_epochs=None,
     )
-    class_data_dir = decided.pop("class_data_dir")
+    del decided["class_data_dir"]
+    sampling = _sampling(settings, scheme=decided.pop("weighting_scheme"), recommended=recommended)
     return Choices(
         **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
         settings=final,
         plan=plan,
         notes=notes,
         warnings=warnings,
-        class_prompt=class_prompt,
-        class_folder=Path(class_data_dir) if prior else None,
+        preservation=preservation.kind,
+        concepts=preservation.concepts,
+        sampling=sampling,
     )
 
 
@@ -141,18 +150,32 @@ def _plan(settings: DreamBoothSettings, pictures: int) -> Plan:
     return Plan(samples=samples, batch_size=batch_size, accumulation=accumulation)
 
 
-def _class_prompt(settings: DreamBoothSettings) -> tuple[str | None, list[str]]:
-    """The class prompt, None where prior preservation is off; and what to say about it."""
-    if settings.with_prior_preservation is False:
-        return None, ["prior preservation is off, as asked"]
-    if settings.class_prompt is not None:
-        return settings.class_prompt, [f"class prompt: {settings.class_prompt!r}"]
-    derived, why = derive_class_prompt(settings.instance_prompt)
-    if derived is not None:
-        return derived, [f"class prompt: {derived!r} ({why})"]
-    if settings.with_prior_preservation:
-        raise SettingsError(f"--with_prior_preservation needs --class_prompt: {why}")
-    return None, [f"prior preservation is off: {why}; give --class_prompt to turn it on"]
+def _sampling(settings: DreamBoothSettings, *, scheme: Any, recommended: Recommended) -> NoiseSampling | None:
+    if scheme is None:
+        return None
+    asked = NoiseSampling(
+        scheme=scheme, logit_mean=settings.logit_mean, logit_std=settings.logit_std, mode_scale=settings.mode_scale
+    )
+    own = recommended.weighting_scheme
+    return None if own is not None and asked == NoiseSampling(scheme=own) else asked
+
+
+_USED_BY = {
+    "logit_mean": ("logit_normal", "flux_shift"),
+    "logit_std": ("logit_normal", "flux_shift"),
+    "mode_scale": ("mode",),
+}
+
+
+def _without_use(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
+    """One line for each number given for another weighting scheme than the run's."""
+    scheme = settings.weighting_scheme or recommended.weighting_scheme
+    defaults = {field.name: field.default for field in fields(settings)}
+    return [
+        f"--{name} has no effect: it is for --weighting_scheme {' and '.join(used_by)}, and this run's is {scheme}"
+        for name, used_by in _USED_BY.items()
+        if getattr(settings, name) != defaults[name] and scheme not in used_by
+    ]
 
 
 def _shown(value: object) -> str:

@@ -1,88 +1,22 @@
-"""Pictures -> cached latents -> micro-batches. A sample is a function of (seed, update, index) alone."""
+"""Cached latents -> micro-batches. A sample is a function of (seed, update, index) alone."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import islice
-from pathlib import Path
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.ahead import ahead
-from mflux_vae.errors import ImageError
-from mflux_vae.images import EXTENSIONS, find_images, load_image, to_pixels
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.step import MicroBatch
 
 CONDITIONING = "conditioning."
 
 INSTANCE, CLASS = 0, 1
-"""Which set a sample is drawn from; part of the names of random draws."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """The instance pictures of a folder, as the run uses them.
-
-    Attributes:
-        paths: sorted by name.
-        skipped: files in the folder that are no pictures.
-        arrays: uint8 (resolution, resolution, 3) each.
-        fingerprint: hash of the files' contents in order; equal for equal pictures under other names.
-    """
-
-    paths: list[Path]
-    skipped: int
-    arrays: list[np.ndarray]
-    fingerprint: str
-
-
-def load_pictures(folder: str | Path, resolution: int) -> Pictures:
-    """Reads every picture of a folder: upright, RGB, the centre square at `resolution`.
-
-    Raises:
-        ImageError: no such folder, no picture in it, or one that cannot be read (named).
-    """
-    paths, skipped = find_images(folder)
-    if not paths:
-        others = f" among its {skipped} files" if skipped else ""
-        raise ImageError(f"{folder} holds no picture{others}: {', '.join(EXTENSIONS)} count")
-    arrays = list(ahead(partial(load_image, resolution=resolution), paths))
-    return Pictures(paths=paths, skipped=skipped, arrays=arrays, fingerprint=fingerprint(paths))
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """A hash of the contents of files, in order; their names do not count."""
-    digest = hashlib.sha256()
-    for content in ahead(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths):
-        digest.update(content)
-    return digest.hexdigest()[:16]
-
-
-def pictures_at_once(resolution: int) -> int:
-    """How many pictures an autoencoder or sampler gets together: a million pixels, at most sixteen."""
-    return max(1, min(16, 2**20 // resolution**2))
-
-
-def encode_pictures(
-    encode: Callable[[mx.array], mx.array], pictures: Sequence[np.ndarray | Path], *, resolution: int
-) -> mx.array:
-    """Pictures -> latents (N, ...), some at a time; files of the next ones are read meanwhile, no more than that."""
-    batch_size = pictures_at_once(resolution)
-
-    def pixels(picture: np.ndarray | Path) -> np.ndarray:
-        return to_pixels(load_image(picture, resolution=resolution) if isinstance(picture, Path) else picture)
-
-    coming = ahead(pixels, pictures, limit=batch_size)
-    latents = []
-    while group := list(islice(coming, batch_size)):
-        latents.append(encode(mx.array(np.stack(group))))
-        mx.eval(latents[-1])
-    return mx.concatenate(latents)
+"""Which set a sample is drawn from; part of the names of random draws. Those of further concepts follow CLASS."""
 
 
 @lru_cache(maxsize=8)
@@ -98,12 +32,13 @@ def shuffled(seed: int, which: int, count: int, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How many samples a run draws, and how they fall into updates and micro-batches.
+    """How many samples a run draws, and how they fall into updates.
 
     Attributes:
         samples: instance samples over the whole run.
-        batch_size: instance samples in a micro-batch; the run's last one may hold fewer.
-        accumulation: micro-batches in an update; the run's last update may hold fewer.
+        batch_size: most instance samples in a micro-batch.
+        accumulation: micro-batches in an update, where all samples have one shape; the run's last update may hold
+            fewer. What an update sees is `batch_size` times `accumulation` samples, whatever their shapes.
     """
 
     samples: int
@@ -111,14 +46,37 @@ class Plan:
     accumulation: int
 
     @property
-    def updates(self) -> int:
-        return -(-self.samples // (self.batch_size * self.accumulation))
+    def window(self) -> int:
+        """Instance samples in an update."""
+        return self.batch_size * self.accumulation
 
-    def micro_batches(self, update: int) -> list[range]:
-        """Positions of the instance samples in each micro-batch of an update."""
-        window = self.batch_size * self.accumulation
-        first, end = update * window, min((update + 1) * window, self.samples)
-        return [range(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)]
+    @property
+    def updates(self) -> int:
+        return -(-self.samples // self.window)
+
+    def positions(self, update: int) -> range:
+        """Positions of the instance samples of an update."""
+        return range(update * self.window, min((update + 1) * self.window, self.samples))
+
+
+Latent: TypeAlias = mx.array
+"""Of one picture, without a batch's axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """An instance picture, once for each of its repeats.
+
+    Attributes:
+        entries: numbers of its latents in `Cache.latents`, by place and there mirrored or not.
+        prompt: row of its prompt, and `class_prompt` of that of its class; None where nothing is preserved.
+        concept: number of the concept that it shows.
+    """
+
+    entries: Sequence[Sequence[int]]
+    prompt: int
+    class_prompt: int | None = None
+    concept: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,60 +84,116 @@ class Cache:
     """All that training needs of pictures and prompts, encoded once.
 
     Attributes:
-        instance: latents of the instance pictures (N, ...).
-        prior: latents of the class pictures (M, ...), or None without prior preservation.
-        prompts: conditioning with three rows: instance prompt, class prompt, empty prompt.
+        samples: what an epoch goes through.
+        latents: of the instance pictures, one for each view.
+        masks: what each place of them counts, (h, w, 1) each; None where all count alike.
+        prior: latents of the class pictures, by concept and shape of the instance's latents; None without class
+            pictures.
+        prompts: conditioning, a row for each prompt.
+        empty: row of the empty prompt.
+        preserves_output: the instance samples are repeated with their class prompts, for `objective.with_base`.
     """
 
-    instance: mx.array
-    prior: mx.array | None
+    samples: Sequence[Sample]
+    latents: Sequence[Latent]
+    masks: Sequence[mx.array] | None = None
+    prior: Mapping[tuple[int, tuple[int, ...]], Sequence[Latent]] | None = None
     prompts: Mapping[str, mx.array]
+    empty: int
+    preserves_output: bool = False
 
 
-EMPTY = 2
-"""Row of the empty prompt in `Cache.prompts`; the rows before it are INSTANCE and CLASS."""
+class _Drawn(NamedTuple):
+    """What was drawn for one position: a sample, and the entry of it."""
+
+    sample: Sample
+    entry: int
+    position: int
+    place: int  # in the update
 
 
-def micro_batch(
-    cache: Cache, plan: Plan, *, update: int, positions: range, seed: int, caption_dropout: float
+def _drawn(cache: Cache, seed: int, position: int, place: int) -> _Drawn:
+    count = len(cache.samples)
+    number = shuffled(seed, INSTANCE, count, position)
+    sample = cache.samples[number]
+    crop = mirrored = 0
+    if len(sample.entries) * len(sample.entries[0]) > 1:
+        draws = rng(seed, Stream.AUGMENT, position // count, number)
+        crop, mirrored = int(draws.integers(len(sample.entries))), int(draws.integers(len(sample.entries[0])))
+    return _Drawn(sample, sample.entries[crop][mirrored], position, place)
+
+
+def micro_batches(cache: Cache, plan: Plan, *, update: int, seed: int, caption_dropout: float) -> list[MicroBatch]:
+    """The micro-batches of one update: its samples in order, those of one shape together, cut by the batch size.
+
+    Everything random about a sample follows from its place in the update, not from the micro-batch it falls into, so
+    that four micro-batches of one are one of four.
+    """
+    positions = plan.positions(update)
+    by_shape: dict[tuple[int, ...], list[_Drawn]] = {}
+    for position in positions:
+        drawn = _drawn(cache, seed, position, position - positions.start)
+        by_shape.setdefault(cache.latents[drawn.entry].shape, []).append(drawn)
+    return [
+        _micro_batch(
+            cache, alike[start : start + plan.batch_size], update=update, seed=seed, caption_dropout=caption_dropout
+        )
+        for alike in by_shape.values()
+        for start in range(0, len(alike), plan.batch_size)
+    ]
+
+
+def _micro_batch(
+    cache: Cache, drawn: Sequence[_Drawn], *, update: int, seed: int, caption_dropout: float
 ) -> MicroBatch:
-    """One micro-batch: the instance samples, then as many prior samples where there are class pictures.
-
-    Everything random about a sample follows from its place in the update, not from the micro-batch it falls
-    into, so that four micro-batches of one are one of four.
+    """One micro-batch: the instance samples, then as many that preserve the prior, where it is preserved.
 
     Returns:
-        arrays, batch first: `latents`, `key` for noise, `dropout_key` for adapters, and the rows of the
-        conditioning as `conditioning.<name>`. Its weight is the number of instance samples.
+        arrays, batch first: `latents`, `key` for noise, `dropout_key` for adapters, `mask` where there are masks,
+        and the rows of the conditioning as `conditioning.<name>`. Its weight is the number of instance samples.
     """
-    first = update * plan.batch_size * plan.accumulation
-    sets = [(INSTANCE, cache.instance)] + ([(CLASS, cache.prior)] if cache.prior is not None else [])
-    latents, rows, draws = [], [], []
-    for which, source in sets:
-        picks = [shuffled(seed, which, source.shape[0], position) for position in positions]
-        latents.append(source[mx.array(picks)])
-        for position in positions:
-            draw = 2 * (position - first) + which
-            draws.append(draw)
-            rows.append(EMPTY if caption_dropped(seed, update, draw, caption_dropout) else which)
-    wanted = mx.array(rows)
+    latents = [cache.latents[one.entry] for one in drawn]
+    prompts = [one.sample.prompt for one in drawn]
+    draws = [2 * one.place + INSTANCE for one in drawn]
+    noise = list(draws)
+    if cache.prior is not None or cache.preserves_output:
+        own = [2 * one.place + CLASS for one in drawn]
+        prompts += [_row_of_class(one.sample) for one in drawn]
+        draws += own
+        # the base model's output is compared on the very latents that the instance is learnt from, noise and all
+        noise += noise if cache.prior is None else own
+        latents += latents if cache.prior is None else [_class_latent(cache, one, seed) for one in drawn]
+    rows = mx.array(
+        [
+            cache.empty if caption_dropped(seed, update, draw, caption_dropout) else prompt
+            for draw, prompt in zip(draws, prompts, strict=True)
+        ]
+    )
     arrays = {
-        "latents": mx.concatenate(latents),
-        "key": sample_keys(seed, Stream.NOISE, update, draws),
+        "latents": mx.stack(latents),
+        "key": sample_keys(seed, Stream.NOISE, update, noise),
         "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, draws),
-        **{CONDITIONING + name: array[wanted] for name, array in cache.prompts.items()},
+        **{CONDITIONING + name: array[rows] for name, array in cache.prompts.items()},
     }
-    return MicroBatch(arrays=arrays, weight=len(positions))
+    if cache.masks is not None:
+        masks = [cache.masks[one.entry] for one in drawn]
+        arrays["mask"] = mx.stack(masks + [mx.ones_like(masks[0])] * (len(latents) - len(masks)))
+    return MicroBatch(arrays=arrays, weight=len(drawn))
+
+
+def _row_of_class(sample: Sample) -> int:
+    if sample.class_prompt is None:
+        raise ValueError("the prior is to be preserved, and a sample has no class prompt")
+    return sample.class_prompt
+
+
+def _class_latent(cache: Cache, drawn: _Drawn, seed: int) -> Latent:
+    assert cache.prior is not None
+    concept = drawn.sample.concept
+    pictures = cache.prior[concept, cache.latents[drawn.entry].shape]
+    return pictures[shuffled(seed, CLASS + concept, len(pictures), drawn.position)]
 
 
 def caption_dropped(seed: int, update: int, draw: int, share: float) -> bool:
     """Whether the caption of a sample is replaced by the empty prompt."""
     return share > 0 and rng(seed, Stream.CAPTION_DROPOUT, update, draw).random() < share
-
-
-def micro_batches(cache: Cache, plan: Plan, *, update: int, seed: int, caption_dropout: float) -> list[MicroBatch]:
-    """The micro-batches of one update."""
-    return [
-        micro_batch(cache, plan, update=update, positions=positions, seed=seed, caption_dropout=caption_dropout)
-        for positions in plan.micro_batches(update)
-    ]

@@ -1,32 +1,72 @@
-"""The DreamBooth objective: the pipeline's per-sample loss, averaged over instance and prior samples apart.
+"""The DreamBooth objective: per-sample losses of the pipeline, averaged over instance and prior samples apart.
 
 L = mean_instance + weight * mean_prior (Ruiz et al. 2023, equation 2, in the form diffusers uses): a weighted
 sum of per-sample losses. Which noise, target or schedule lies behind one is the pipeline's business.
+
+Where the model's output is preserved instead of class pictures, a prior sample is an instance's noised latents with the
+class prompt, and its target what the base model predicts there: weight * |v(x_t, class) - v_base(x_t, class)|^2.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
+from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data import CONDITIONING
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-from mflux_vae_train.step import Arrays
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling, Predicts
+from mflux_vae_train.step import Arrays, MicroBatch
+
+BASE = "base_prediction"
+"""In a micro-batch: what the base model predicts for its second half (B / 2, ...)."""
 
 
 def dreambooth_loss(
-    pipeline: DiffusionPipeline, arrays: Arrays, *, guidance: float, prior_loss_weight: float | None
+    pipeline: DiffusionPipeline,
+    arrays: Arrays,
+    *,
+    guidance: float,
+    prior_loss_weight: float | None,
+    sampling: NoiseSampling | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Loss of one micro-batch, and the means it is made of.
 
     Args:
-        arrays: as `data.micro_batch` makes them.
+        arrays: as `data.micro_batches` makes them, and `with_base` completes.
         prior_loss_weight: None where the micro-batch has no prior samples.
+        sampling: how noise levels are drawn; None as the pipeline recommends.
     """
-    conditioning = {
-        name.removeprefix(CONDITIONING): array for name, array in arrays.items() if name.startswith(CONDITIONING)
-    }
-    per_sample = pipeline.loss(arrays["latents"], conditioning, key=arrays["key"], guidance=guidance)
-    return combine(per_sample, prior_loss_weight)
+    latents, conditioning, key = arrays["latents"], _conditioning(arrays), arrays["key"]
+    if sampling is None and not {BASE, "mask"} & arrays.keys():
+        return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
+    assert isinstance(pipeline, Predicts)
+    predicted = pipeline.predict(latents, conditioning, key=key, guidance=guidance, sampling=sampling)
+    if BASE in arrays:
+        instance_target, _ = mx.split(predicted.target, 2)
+        predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE]]))
+    return combine(predicted.loss(arrays.get("mask")), prior_loss_weight)
+
+
+def with_base(
+    pipeline: DiffusionPipeline, batch: MicroBatch, *, guidance: float, sampling: NoiseSampling | None = None
+) -> MicroBatch:
+    """The micro-batch with what the pipeline predicts for its second half while its adapters are off.
+
+    Outside of any differentiation: to the step it is a constant like the latents.
+    """
+    assert isinstance(pipeline, Predicts)
+    half = {name: mx.split(array, 2)[1] for name, array in batch.arrays.items()}
+    with lora.disabled(pipeline.denoiser):
+        predicted = pipeline.predict(
+            half["latents"], _conditioning(half), key=half["key"], guidance=guidance, sampling=sampling
+        )
+        mx.eval(predicted.prediction)
+    return replace(batch, arrays={**batch.arrays, BASE: predicted.prediction})
+
+
+def _conditioning(arrays: Arrays) -> Conditioning:
+    return {name.removeprefix(CONDITIONING): array for name, array in arrays.items() if name.startswith(CONDITIONING)}
 
 
 def combine(per_sample: mx.array, prior_loss_weight: float | None) -> tuple[mx.array, dict[str, mx.array]]:

@@ -12,15 +12,15 @@ from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
-from mflux_vae.images import find_images, load_image
+from mflux_vae.images import load_image
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
-from mflux_vae_train.dreambooth.data import Pictures, load_pictures
-from mflux_vae_train.dreambooth.prior import missing_indices, present_class_images
+from mflux_vae_train.dreambooth.instances import Pictures, load_pictures
+from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_images
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
 from mflux_vae_train.fingerprint import of_weights
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Predicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Preparation:
     Attributes:
         choices: settings with nothing left open, and what follows from them.
         pictures: the instance pictures.
-        class_missing: numbers of the class pictures to be generated.
+        class_folders: the class pictures, and what is missing of them; none where they are of no use.
         identity: what makes this run this run.
         standing: how far it has come.
         lines: what to say at the start.
@@ -38,7 +38,7 @@ class Preparation:
 
     choices: Choices
     pictures: Pictures
-    class_missing: Sequence[int]
+    class_folders: Sequence[ClassFolder]
     identity: Mapping[str, Any]
     standing: Standing
     lines: Sequence[str]
@@ -50,9 +50,10 @@ def check_pictures(settings: DreamBoothSettings) -> None:
     Raises:
         ImageError: no instance pictures, or a picture that cannot be read.
     """
-    load_pictures(settings.instance_data_dir, resolution=settings.resolution or 8)
-    if settings.class_data_dir is not None and Path(settings.class_data_dir).is_dir():
-        for _ in ahead(load_image, find_images(settings.class_data_dir)[0]):
+    load_pictures(settings, resolution=settings.resolution or 8)
+    folders = {one.class_data_dir for one in settings.subjects if one.class_data_dir is not None}
+    for folder in sorted(folders):
+        for _ in ahead(load_image, class_images(Path(folder))):
             pass  # reading is what is asked for
 
 
@@ -64,10 +65,13 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
         SettingsError: settings that the pipeline, the pictures or the output folder do not allow.
     """
     resolution = choose_resolution(settings, pipeline.recommended)
-    pictures = load_pictures(settings.instance_data_dir, resolution)
-    choices = choose(settings, pipeline.recommended, pictures=len(pictures.paths))
+    pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
+    repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
+    in_an_epoch = sum(repeats[one.concept] for one in pictures.instances)
+    choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
+    _check_that_it_can(pipeline, settings)
     trained = _trained(pipeline, choices)
-    present, missing = _class_pictures(choices)
+    classes = class_folders(choices.concepts, wanted=settings.num_class_images)
     looked_at = not settings.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
     identity = identity_of(
         choices.settings,
@@ -77,17 +81,13 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     )
     state = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
 
-    skipped = f", {pictures.skipped} other files skipped" if pictures.skipped else ""
-    plan, epochs = choices.plan, choices.plan.samples / len(pictures.paths)
-    lines = [
-        f"pipeline {pipeline.name}, {resolution}x{resolution} pixels",
-        f"{len(pictures.paths)} instance pictures in {settings.instance_data_dir}{skipped}",
-        *choices.notes,
-    ]
-    if choices.class_folder is not None:
+    plan, epochs = choices.plan, choices.plan.samples / in_an_epoch
+    lines = [f"pipeline {pipeline.name}, {resolution}x{resolution} pixels", *pictures.described(settings.subjects)]
+    lines += choices.notes
+    for one in classes:
         wanted = settings.num_class_images
-        used = f", the first {wanted} are used" if present > wanted else ""
-        lines.append(f"class pictures in {choices.class_folder}: {present} there, {len(missing)} to generate{used}")
+        used = f", the first {wanted} are used" if one.present > wanted else ""
+        lines.append(f"class pictures in {one.folder}: {one.present} there, {len(one.missing)} to generate{used}")
     lines += [
         f"training {trained}",
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} pictures, {epochs:.4g} epochs;"
@@ -98,21 +98,25 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     return Preparation(
         choices=choices,
         pictures=pictures,
-        class_missing=missing,
+        class_folders=classes,
         identity=identity,
         standing=state,
         lines=lines,
     )
 
 
-def _class_pictures(choices: Choices) -> tuple[int, list[int]]:
-    """How many class pictures are there, and the numbers of those that are missing."""
-    if choices.class_folder is None or choices.class_prompt is None:
-        return 0, []
-    if choices.class_folder.exists() and not choices.class_folder.is_dir():
-        raise SettingsError(f"--class_data_dir {choices.class_folder} is a file, not a folder")
-    present = present_class_images(choices.class_folder, choices.class_prompt)
-    return len(present), missing_indices(present, choices.settings.num_class_images)
+def _check_that_it_can(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
+    """
+    Raises:
+        SettingsError: the settings need more of the pipeline's loss than its sum, and the pipeline does not show it.
+    """
+    needing = {
+        "--masked_loss": settings.masked_loss,
+        "--weighting_scheme": settings.weighting_scheme is not None,
+        "--prior_preservation dop": settings.prior_preservation == "dop",
+    }
+    if (asked := [name for name, given in needing.items() if given]) and not isinstance(pipeline, Predicts):
+        raise SettingsError(f"{', '.join(asked)}: pipeline {pipeline.name} does not show its predictions (`predict`)")
 
 
 def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:

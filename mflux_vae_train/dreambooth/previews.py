@@ -12,7 +12,7 @@ import numpy as np
 from mflux_vae.images import grid, save_image
 from mflux_vae_train.dreambooth import overview
 from mflux_vae_train.dreambooth.choices import Choices
-from mflux_vae_train.dreambooth.data import pictures_at_once
+from mflux_vae_train.dreambooth.encoding import pictures_at_once
 from mflux_vae_train.dreambooth.prior import sampled
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys

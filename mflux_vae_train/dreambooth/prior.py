@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,12 +13,55 @@ from tqdm import tqdm
 from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
-from mflux_vae_train.dreambooth.data import pictures_at_once
+from mflux_vae_train.config import Concept
+from mflux_vae_train.dreambooth.encoding import pictures_at_once
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 
 PROMPT_KEY = "prompt"
 """PNG text chunk that says what a generated class picture was asked to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFolder:
+    """Pictures of one class.
+
+    Attributes:
+        prompt: of the class.
+        present: how many are there.
+        missing: numbers of those that are to be generated.
+    """
+
+    folder: Path
+    prompt: str
+    present: int
+    missing: Sequence[int]
+
+
+def class_folders(concepts: Sequence[Concept], *, wanted: int) -> list[ClassFolder]:
+    """What there is of class pictures, folder by folder.
+
+    Args:
+        concepts: with nothing left open.
+        wanted: so many in each folder.
+
+    Raises:
+        ImageError: one of them cannot be read.
+        SettingsError: a folder is a file, or holds, or would, pictures of two classes.
+    """
+    found: dict[Path, ClassFolder] = {}
+    for one in concepts:
+        if one.class_data_dir is None or one.class_prompt is None:
+            continue
+        folder, prompt = Path(one.class_data_dir), one.class_prompt
+        if folder.exists() and not folder.is_dir():
+            raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
+        if folder in found and found[folder].prompt != prompt:
+            raise SettingsError(f"--class_data_dir {folder} is given for {found[folder].prompt!r} and for {prompt!r}")
+        present = present_class_images(folder, prompt)
+        missing = missing_indices(present, wanted)
+        found[folder] = ClassFolder(folder=folder, prompt=prompt, present=len(present), missing=missing)
+    return list(found.values())
 
 
 def class_images(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ FREE = frozenset(
     {
         *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # what is there counts, not where it lies
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
+        "encodings_dir",  # what is encoded is the same wherever it is kept
     }
 )
 """Settings that may change when a run is continued: they do not shape its result."""
@@ -59,12 +60,20 @@ class RunFolder:
         return self.root / "loss.png"
 
     @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def log(self) -> Path:
         return self.root / "train.log"
 
     @property
     def settings(self) -> Path:
         return self.root / "settings.yaml"
+
+    @property
+    def encodings(self) -> Path:
+        return self.root / "encodings"
 
     @property
     def identity(self) -> Path:
@@ -94,6 +103,10 @@ def identity_of(settings: DreamBoothSettings, *, pipeline: str, base: str, pictu
         pictures: fingerprint of the instance pictures.
     """
     shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
+    if settings.concepts is not None:
+        shaping["concepts"] = [
+            {name: value for name, value in one.items() if name not in FREE} for one in shaping["concepts"]
+        ]
     return {**shaping, "pipeline": pipeline, "base weights": base, "instance pictures": pictures}
 
 

@@ -16,12 +16,12 @@ from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import overview, run_folder
 from mflux_vae_train.dreambooth.choices import Choices
-from mflux_vae_train.dreambooth.data import CLASS, EMPTY, Cache, encode_pictures, fingerprint, micro_batches
+from mflux_vae_train.dreambooth.data import micro_batches
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
-from mflux_vae_train.dreambooth.objective import dreambooth_loss
+from mflux_vae_train.dreambooth.material import gather
+from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
 from mflux_vae_train.dreambooth.optimization import optimizer_of, schedule_of
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
-from mflux_vae_train.dreambooth.prior import class_images, generate_class_images
 from mflux_vae_train.dreambooth.result import result_path, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.dreambooth.watching import Watching
@@ -29,7 +29,7 @@ from mflux_vae_train.hooks import every, read_metrics
 from mflux_vae_train.lock import Lock
 from mflux_vae_train.loop import fit
 from mflux_vae_train.owed import Owed
-from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.step import Arrays, Loss, MicroBatch, Step
 
@@ -108,15 +108,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     choices, plan, settings = run.choices, run.choices.plan, run.choices.settings
 
     # prompts, class pictures and latents: each encoded once
-    prompts = _encode_prompts(pipeline, choices)
-    class_pictures = _class_pictures(pipeline, run, _row(prompts, CLASS))
-    cache = Cache(
-        instance=encode_pictures(pipeline.encode_images, run.pictures.arrays, resolution=choices.resolution),
-        prior=encode_pictures(pipeline.encode_images, class_pictures, resolution=choices.resolution)
-        if class_pictures
-        else None,
-        prompts=prompts,
-    )
+    material = gather(pipeline, run, folder.encodings)
     mx.clear_cache()
 
     # what is trained, and how
@@ -131,7 +123,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     objects = {"denoiser": state.parameters(denoiser), "optimizer": state.tree_of(optimizer.state)}
     owed = Owed()
     objects["owed"] = owed.stateful()
-    identity = {**run.identity, "class pictures": fingerprint(class_pictures)}
+    identity = {**run.identity, "class pictures": material.class_fingerprint}
     start = 0
     if (found := run.standing.checkpoint) is not None:
         start = checkpoint.load(found, objects, fingerprint=identity, allow_changes=settings.allow_changes)
@@ -145,8 +137,12 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
 
     def batches(update: int) -> list[MicroBatch]:
-        dropped = choices.caption_dropout
-        return micro_batches(cache, plan, update=update, seed=settings.seed, caption_dropout=dropped)
+        drawn = micro_batches(
+            material.cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
+        )
+        if choices.preservation != "dop":
+            return drawn
+        return [with_base(pipeline, one, guidance=choices.guidance, sampling=choices.sampling) for one in drawn]
 
     def save() -> None:
         path = save_result(pipeline, settings.train_mode, folder)
@@ -155,7 +151,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
             _say([f"read back, the adapter changes the loss of the first pictures by {-better:+.3g}"])
 
     # the updates; of the hooks, what must not be lost comes first
-    validation = [_row(prompts, VALIDATION + index) for index in range(len(choices.validation_prompt))]
+    validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
     with Watching(pipeline, validation, run, folder, start=start) as watching:
         fit(
             step=step,
@@ -185,44 +181,6 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     return Outcome(result=result, updates=plan.updates - start)
 
 
-VALIDATION = EMPTY + 1
-"""Row of the previews' first prompt, after the rows that `data.Cache` has."""
-
-
-def _encode_prompts(pipeline: DiffusionPipeline, choices: Choices) -> Conditioning:
-    instance = choices.settings.instance_prompt
-    prompts = [instance, choices.class_prompt or instance, "", *choices.validation_prompt]
-    conditioning = pipeline.encode_prompts(prompts)
-    mx.eval(conditioning)
-    return conditioning
-
-
-def _row(conditioning: Conditioning, index: int) -> Conditioning:
-    return {name: array[index : index + 1] for name, array in conditioning.items()}
-
-
-def _class_pictures(pipeline: DiffusionPipeline, run: Preparation, conditioning: Conditioning) -> list[Path]:
-    """The class pictures, sorted by name, after generating those that are missing."""
-    choices = run.choices
-    if choices.class_folder is None or choices.class_prompt is None:
-        return []
-    if run.class_missing:
-        began = time.monotonic()
-        generate_class_images(
-            pipeline,
-            conditioning,
-            run.class_missing,
-            choices.class_folder,
-            count=choices.settings.num_class_images,
-            class_prompt=choices.class_prompt,
-            resolution=choices.resolution,
-            guidance=choices.guidance,
-            seed=choices.settings.seed,
-        )
-        _say([f"generated {len(run.class_missing)} class pictures in {time.monotonic() - began:.0f} s"])
-    return class_images(choices.class_folder)[: choices.settings.num_class_images]
-
-
 def _make_trainable(pipeline: DiffusionPipeline, choices: Choices) -> None:
     if choices.rank is None:
         pipeline.denoiser.unfreeze()
@@ -242,7 +200,11 @@ def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:
     def loss(denoiser: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         with lora.dropout_keys(denoiser, arrays["dropout_key"]):
             return dreambooth_loss(
-                pipeline, arrays, guidance=choices.guidance, prior_loss_weight=choices.prior_loss_weight
+                pipeline,
+                arrays,
+                guidance=choices.guidance,
+                prior_loss_weight=choices.prior_loss_weight,
+                sampling=choices.sampling,
             )
 
     return loss

@@ -233,3 +233,45 @@ class Identifies(Protocol):
     def encoder_identity(self, use: Use) -> str:
         """A text that differs wherever encodings would; it is found without loading what encodes."""
         ...
+
+
+@runtime_checkable
+class PresetsForLora(Protocol):
+    """A pipeline whose layers can be called by what they are for."""
+
+    def lora_presets(self) -> Mapping[str, Sequence[str]]:
+        """Patterns as in `lora_targets`, by name: "attention", "attention+mlp"."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KohyaNaming:
+    """How kohya's scripts, ComfyUI and others name an adapter's layers.
+
+    Attributes:
+        modules: by name, the layers' paths in `denoiser`: several where one layer of the original network is several
+            here, its outputs in this order.
+        metadata: of the file, what follows from the model.
+    """
+
+    modules: Mapping[str, Sequence[str]]
+    metadata: Mapping[str, str]
+
+
+@runtime_checkable
+class NamesForKohya(Protocol):
+    """A pipeline whose adapters can be written as kohya's scripts do."""
+
+    def kohya_naming(self) -> KohyaNaming:
+        """Of this network."""
+        ...
+
+
+@runtime_checkable
+class Published(Protocol):
+    """A pipeline that knows which published model it is."""
+
+    @property
+    def base_model(self) -> str | None:
+        """Its repository on the hub, ``owner/name``; None where it is none."""
+        ...

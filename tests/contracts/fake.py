@@ -15,7 +15,7 @@ import numpy as np
 
 import mflux_vae.runtime  # noqa: F401  (opens a fast BLAS before MLX is used)
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended, Use
 
 POOL = 4
 WORDS = 8
@@ -73,6 +73,9 @@ class FakePipeline:
         self.prompts_encoded: list[str] = []
         self.images_sampled = 0
         self.images_encoded = 0
+
+    def encoder_identity(self, use: Use) -> str:
+        return f"fake {use} {POOL} {WORDS}"
 
     def encode_images(self, pixels: mx.array) -> mx.array:
         self.images_encoded += pixels.shape[0]

@@ -46,6 +46,7 @@ def test_what_the_user_gives_stands():
         "validation_steps": 7,
         "class_prompt": "a dog",
         "class_data_dir": "dogs",
+        "weighting_scheme": "sigma_sqrt",
     }
     choices = chosen(**given)
     assert {name: getattr(choices.settings, name) for name in given} == given

@@ -1,22 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae.errors import ImageError
-from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth import data
-from mflux_vae_train.dreambooth.data import Cache, Plan
+from mflux_vae_train.dreambooth.data import Cache, Plan, Sample
+from tests.dreambooth.caches import CLASS_PROMPT, EMPTY, PROMPT, plain_cache
 
 
 @pytest.fixture
 def cache():
     """Latents that say which picture they are: instance 0..4, class 100..102; prompts 0, 1, 2."""
-    return Cache(
-        instance=mx.arange(5).reshape(5, 1),
-        prior=100 + mx.arange(3).reshape(3, 1),
-        prompts={"embedding": mx.arange(3).reshape(3, 1)},
+    return plain_cache(
+        mx.arange(5).reshape(5, 1), 100 + mx.arange(3).reshape(3, 1), {"embedding": mx.arange(3).reshape(3, 1)}
     )
 
 
@@ -32,64 +31,6 @@ def joined(batches, name):
     """An array over the micro-batches of an update: instance samples first, then prior samples."""
     halves = [np.split(np.array(batch.arrays[name]), 2) for batch in batches]
     return np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
-
-
-def test_pictures_are_sorted_counted_and_fingerprinted(instance_dir):
-    pictures = data.load_pictures(instance_dir, 16)
-    assert [path.name for path in pictures.paths] == [f"picture-{index}.png" for index in range(5)]
-    assert pictures.skipped == 1
-    assert all(array.shape == (16, 16, 3) for array in pictures.arrays)
-    (instance_dir / "picture-0.png").rename(instance_dir / "aaa.png")
-    assert data.load_pictures(instance_dir, 16).fingerprint == pictures.fingerprint
-    save_image(instance_dir / "aaa.png", np.zeros((16, 16, 3), np.uint8))
-    assert data.load_pictures(instance_dir, 16).fingerprint != pictures.fingerprint
-
-
-def test_a_folder_without_pictures_says_which_files_count(tmp_path):
-    (tmp_path / "Thumbs.db").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"no picture among its 1 files: .*\.jpg.*\.png"):
-        data.load_pictures(tmp_path, 16)
-
-
-def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
-    sizes = []
-
-    def encode(pixels):
-        sizes.append(pixels.shape[0])
-        return pixels[:, 0, 0]
-
-    pictures = data.load_pictures(instance_dir, 600)
-    from_arrays = data.encode_pictures(encode, pictures.arrays, resolution=600)
-    from_files = data.encode_pictures(encode, pictures.paths, resolution=600)
-    assert sizes == [2, 2, 1] * 2
-    np.testing.assert_allclose(from_arrays, from_files, atol=1e-6)
-    for latent, array in zip(from_arrays, pictures.arrays, strict=True):
-        np.testing.assert_allclose(latent, array[0, 0] / 127.5 - 1, atol=1e-5)
-
-
-def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
-    read = []
-    monkeypatch.setattr(data, "load_image", lambda path, **_: read.append(path) or np.zeros((600, 600, 3), np.uint8))
-    paths = [instance_dir / f"{index}.png" for index in range(12)]
-    at_encoding = []
-
-    def encode(pixels):
-        at_encoding.append(len(read))
-        return pixels[:, 0, 0]
-
-    assert data.encode_pictures(encode, paths, resolution=600).shape == (12, 3)
-    assert sorted(read) == sorted(paths)
-    assert all(count <= 2 * (batch + 2) for batch, count in enumerate(at_encoding))
-
-
-@pytest.mark.parametrize("broken", [0, 3])
-def test_a_broken_picture_is_named_wherever_it_stands(instance_dir, broken):
-    path = instance_dir / f"picture-{broken}.png"
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
-        data.load_pictures(instance_dir, 16)
-    with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
-        data.encode_pictures(lambda pixels: pixels, sorted(instance_dir.glob("*.png")), resolution=16)
 
 
 def test_the_order_runs_through_all_and_is_shuffled_anew():
@@ -138,7 +79,7 @@ def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noi
         np.array(batch.arrays["conditioning.embedding"])[:, 0],
     )
     assert (latents[:4] < 5).all() and (latents[4:] >= 100).all()
-    assert prompts.tolist() == [data.INSTANCE] * 4 + [data.CLASS] * 4
+    assert prompts.tolist() == [PROMPT] * 4 + [CLASS_PROMPT] * 4
     for name in ("key", "dropout_key"):
         keys = np.array(batch.arrays[name])
         assert keys.shape == (8, 2) and len(np.unique(keys, axis=0)) == 8
@@ -146,7 +87,7 @@ def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noi
 
 def test_noise_of_the_instance_does_not_depend_on_the_prior(cache):
     plan = Plan(samples=12, batch_size=2, accumulation=2)
-    without = run_of(Cache(instance=cache.instance, prior=None, prompts=cache.prompts), plan)
+    without = run_of(replace(cache, prior=None), plan)
     for one, other in zip(run_of(cache, plan), without, strict=True):
         for batch, bare in zip(one, other, strict=True):
             np.testing.assert_array_equal(batch.arrays["key"][:2], bare.arrays["key"])
@@ -164,6 +105,98 @@ def test_captions_are_dropped_at_the_asked_rate(cache, share):
     plan = Plan(samples=2000, batch_size=50, accumulation=1)
     batches = [batch for batches in run_of(cache, plan, caption_dropout=share) for batch in batches]
     rows = np.concatenate([np.array(batch.arrays["conditioning.embedding"])[:, 0] for batch in batches])
-    assert abs((rows == data.EMPTY).mean() - share) < 0.03
+    assert abs((rows == EMPTY).mean() - share) < 0.03
     if share == 0:
-        assert (rows != data.EMPTY).all()
+        assert (rows != EMPTY).all()
+
+
+# shapes, views, masks
+
+
+@pytest.fixture
+def mixed():
+    """Samples of two shapes and two concepts: of 2 x 2 views each; latents say concept, picture and view."""
+    latents, masks, samples = [], [], []
+    for number in range(7):
+        concept, shape = number % 2, (2, 4, 1) if number % 3 else (4, 2, 1)
+        entries = [[len(latents) + 2 * crop + mirrored for mirrored in range(2)] for crop in range(2)]
+        latents += [mx.full(shape, 100 * concept + 10 * number + view) for view in range(4)]
+        masks += [mx.full(shape, view / 4) for view in range(4)]
+        samples.append(Sample(entries=entries, prompt=concept, class_prompt=2 + concept, concept=concept))
+    prior = {
+        (concept, shape): [mx.full(shape, -100.0 * (concept + 1) - picture) for picture in range(3)]
+        for concept in range(2)
+        for shape in ((2, 4, 1), (4, 2, 1))
+    }
+    prompts = {"embedding": mx.arange(5).reshape(5, 1)}
+    return Cache(samples=samples, latents=latents, masks=masks, prior=prior, prompts=prompts, empty=4)
+
+
+def by_key(batches):
+    """Every sample of an update by its noise's key: its latents, prompt, mask."""
+    return {
+        tuple(np.array(batch.arrays["key"])[row].tolist()): tuple(
+            np.array(batch.arrays[name])[row].tolist() for name in ("latents", "mask", "conditioning.embedding")
+        )
+        for batch in batches
+        for row in range(batch.arrays["latents"].shape[0])
+    }
+
+
+def test_a_micro_batch_has_one_shape_and_an_update_all_its_samples(mixed):
+    plan = Plan(samples=40, batch_size=4, accumulation=2)
+    run = run_of(mixed, plan)
+    assert len({batch.arrays["latents"].shape[1:] for batches in run for batch in batches}) == 2
+    for update, batches in enumerate(run):
+        assert sum(batch.weight for batch in batches) == len(plan.positions(update)) == 8
+        assert all(batch.weight <= 4 for batch in batches)
+
+
+def test_four_of_one_are_one_of_four_whatever_their_shapes(mixed):
+    runs = [
+        run_of(mixed, Plan(samples=30, batch_size=size, accumulation=8 // size), caption_dropout=0.3)
+        for size in (1, 2, 4, 8)
+    ]
+    for update in range(4):
+        first, *others = (by_key(run[update]) for run in runs)
+        assert all(other == first for other in others)
+
+
+def test_the_prior_beside_a_sample_is_of_its_concept_and_shape(mixed):
+    for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=2)):
+        for batch in batches:
+            instance, prior = np.split(np.array(batch.arrays["latents"])[:, 0, 0, 0], 2)
+            prompts, of_class = np.split(np.array(batch.arrays["conditioning.embedding"])[:, 0], 2)
+            assert (prompts == instance // 100).all() and (of_class == 2 + prompts).all()
+            assert (-prior // 100 == prompts + 1).all()
+            assert (np.split(np.array(batch.arrays["mask"]), 2)[1] == 1).all(), "class pictures have no mask"
+
+
+def test_masks_go_with_their_views(mixed):
+    for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=1)):
+        for batch in batches:
+            half = int(batch.weight)
+            views = np.array(batch.arrays["latents"])[:half, 0, 0, 0] % 10
+            assert (np.array(batch.arrays["mask"])[:half, 0, 0, 0] == views / 4).all()
+
+
+def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
+    plan = Plan(samples=7 * 200, batch_size=7, accumulation=1)
+    run = run_of(replace(mixed, prior=None), plan)
+    views = [
+        tuple(np.sort(np.concatenate([np.array(b.arrays["latents"])[:, 0, 0, 0] for b in batches]))) for batches in run
+    ]
+    assert len(set(views)) > 190
+    counts = np.bincount(np.array(views).astype(int).ravel() % 10)
+    assert counts.sum() == 1400 and (abs(counts - 350) < 60).all()
+
+
+def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
+    plan = Plan(samples=12, batch_size=3, accumulation=1)
+    for (batch,) in run_of(replace(cache, prior=None, preserves_output=True), plan):
+        for name in ("latents", "key"):
+            np.testing.assert_array_equal(*np.split(np.array(batch.arrays[name]), 2))
+        dropout = np.array(batch.arrays["dropout_key"])
+        assert len(np.unique(dropout, axis=0)) == 6
+        prompts = np.array(batch.arrays["conditioning.embedding"])[:, 0]
+        assert prompts.tolist() == [PROMPT] * 3 + [CLASS_PROMPT] * 3

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.dreambooth.data import Cache, Plan, micro_batches
+from mflux_vae_train.dreambooth.data import Plan, micro_batches
 from mflux_vae_train.dreambooth.objective import combine, dreambooth_loss
 from tests.contracts.fake import FakePipeline
+from tests.dreambooth.caches import plain_cache
 
 
 def test_the_prior_is_weighted_and_reported_unweighted():
@@ -32,7 +33,7 @@ def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
     pipeline = FakePipeline()
     prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
     latents = mx.random.normal((8, 4, 4, 3), key=mx.random.key(0))
-    cache = Cache(instance=latents[:5], prior=None if weight is None else latents[5:], prompts=prompts)
+    cache = plain_cache(latents[:5], None if weight is None else latents[5:], prompts)
     plan = Plan(samples=9, batch_size=3, accumulation=1)
     (batch,) = micro_batches(cache, plan, update=1, seed=0, caption_dropout=0.0)
 
@@ -50,11 +51,8 @@ def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
 
 def test_gradients_reach_the_denoiser():
     pipeline = FakePipeline()
-    cache = Cache(
-        instance=mx.ones((2, 4, 4, 3)),
-        prior=mx.zeros((2, 4, 4, 3)),
-        prompts=pipeline.encode_prompts(["a sks dog", "a dog", ""]),
-    )
+    prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
+    cache = plain_cache(mx.ones((2, 4, 4, 3)), mx.zeros((2, 4, 4, 3)), prompts)
     (batch,) = micro_batches(
         cache, Plan(samples=2, batch_size=2, accumulation=1), update=0, seed=0, caption_dropout=0.0
     )

@@ -17,7 +17,7 @@ from mflux_vae.errors import ImageError, PluginError, SettingsError, TrainingErr
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train import flags, loop
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import overview, previews
+from mflux_vae_train.dreambooth import encoding, overview, previews
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import MEASURED, read_metrics
 from tests.contracts.fake import FakePipeline
@@ -98,7 +98,9 @@ def test_a_run_leaves_everything_that_is_promised(settings, tmp_path, monkeypatc
         *(f"class_images/class-{index:05d}.png" for index in range(4)),
         *(f"checkpoint-6/{name}" for name in ("state.safetensors", "state.json")),
     }
-    assert files(out) == expected
+    encodings = {name for name in files(out) if name.startswith("encodings/")}
+    assert files(out) - encodings == expected
+    assert len(encodings) == 5 + 4 + 3, "of instance pictures, class pictures and prompts"
     assert load_image(out / "samples/step-00003.png").shape == (16, 32, 3)
     records = read_metrics(out / "metrics.jsonl")
     assert [record["update"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -165,7 +167,7 @@ def test_everything_is_encoded_once(settings):
     DreamBooth(pipeline).train(settings())
     assert pipeline.images_encoded == 5 + 4
     trained_on = [prompt for prompt in pipeline.prompts_encoded if prompt]
-    assert trained_on == ["a photo of sks dog", "a photo of a dog", "a photo of sks dog"]
+    assert trained_on == ["a photo of sks dog", "a photo of a dog"]
 
 
 def test_without_a_class_prompt_there_is_no_prior_and_it_is_said(settings, tmp_path, caplog):
@@ -269,7 +271,7 @@ def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path, monkeypatch, m
 def test_a_run_interrupted_among_the_class_pictures_goes_on(settings, tmp_path, monkeypatch):
     DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("mflux_vae_train.dreambooth.train.encode_pictures", lambda *_, **__: (_ for _ in ()).throw(Stop))
+        patch.setattr(encoding, "encode_pictures", lambda *_, **__: (_ for _ in ()).throw(Stop))
         DreamBooth(FakePipeline()).train(settings())
     (tmp_path / "out" / "class_images" / "class-00002.png").unlink()
     DreamBooth(FakePipeline()).train(settings())
