@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling, Predicts
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Identifies, NoiseSampling, Predicts
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.randomness import Stream, sample_keys
 
@@ -161,6 +161,13 @@ class PipelineContract:
         again = pipeline.predict(latents, rows(conditioning, 2, 0, 1), **asked, sampling=named)
         assert mx.array_equal(again.target, found.target), "the noise depends on more than the key"
         assert mx.array_equal(again.sigma, found.sigma), "the recommended scheme is not the default"
+
+    def test_what_encodes_has_an_identity_of_its_own(self, pipeline):
+        if not isinstance(pipeline, Identifies):
+            return
+        images, prompts = (pipeline.encoder_identity(use) for use in ("images", "prompts"))
+        assert images and prompts and images != prompts
+        assert (images, prompts) == tuple(pipeline.encoder_identity(use) for use in ("images", "prompts"))
 
     def test_samples_are_images_of_the_asked_size(self, pipeline, conditioning, sample):
         images = sample(conditioning, keys(0, 1, 2))

@@ -241,6 +241,21 @@ def test_wrong_keys_are_one_error_that_lists_them(folder: Path, part: str) -> No
         assert text in str(caught.value)
 
 
+def test_encoders_are_known_by_what_they_compute(schnell: FluxPipeline, folder: Path, tmp_path: Path) -> None:
+    def identities(one: FluxPipeline) -> tuple[str, str]:
+        return one.encoder_identity("images"), one.encoder_identity("prompts")
+
+    mine = identities(schnell)
+    assert identities(FluxPipeline.from_pretrained(folder)) == mine
+    changed = FluxPipeline.from_pretrained(folder)
+    changed.vae.network.decoder.conv_in.bias += 1
+    assert identities(changed)[0] != mine[0] and identities(changed)[1] == mine[1]
+    changed.quantize(4)
+    assert identities(changed)[1] != mine[1]
+    (folder / "tokenizer" / "more.txt").write_text("words")
+    assert identities(FluxPipeline.from_pretrained(folder))[1] != mine[1]
+
+
 def test_missing_files_and_foreign_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"model_index\.json"):
         FluxPipeline.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mflux_vae.vae import VAE
+from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.parts import Part
 from mflux_vae_train.pipelines.protocol import Use
@@ -126,6 +129,15 @@ class FluxParts:
                 part.release()
         mx.clear_cache()
 
+    def encoder_identity(self, use: Use) -> str:
+        """Weights, precision and tokenizers; of weights that were not read yet, little is read."""
+        if use == "images":
+            return f"{of_weights(self.vae.network)} {_dtype(self.vae.network)} {self.vae.config.to_dict()}"
+        networks = [f"{of_weights(one)} {_dtype(one)}" for one in (self.text_encoder, self.text_encoder_2)]
+        return " ".join(
+            [*networks, *(_files_of(folder) for folder in (self.tokenizer_folder, self.tokenizer_2_folder))]
+        )
+
     def outline(self) -> nn.Module:
         """The transformer if it is there; else its layers, with weights that nobody computes."""
         return self._transformer.loaded or FluxTransformer(self._transformer.config)
@@ -133,6 +145,18 @@ class FluxParts:
 
 def _set_recompute(module: FluxTransformer, *, on: bool) -> None:
     module.recompute = on
+
+
+def _dtype(module: nn.Module) -> str:
+    return ", ".join(sorted({str(array.dtype) for _, array in tree_flatten(module.parameters())}))
+
+
+def _files_of(folder: Path) -> str:
+    """Hash of the contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _path(folder: Folder) -> Path:

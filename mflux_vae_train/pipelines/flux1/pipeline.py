@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.flux1 import folder as layout
+from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.parts import FluxParts
 from mflux_vae_train.pipelines.flux1.schedule import (
@@ -21,7 +22,7 @@ from mflux_vae_train.pipelines.flux1.schedule import (
     euler_step,
     noised,
 )
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended, Use
+from mflux_vae_train.pipelines.protocol import Conditioning, KohyaNaming, NoiseSampling, Prediction, Recommended, Use
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.hub import Snapshot
@@ -30,14 +31,6 @@ SIZE_MULTIPLE = VAE_FACTOR * PATCH
 
 _DECODED_AT_ONCE = 2**20
 """Pixels decoded in one batch: a picture of 1024 x 1024, or many small ones."""
-
-_LORA_TARGETS = (
-    *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"*.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    *(f"*.{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
-    "*.proj_mlp",
-    "*.proj_out",  # of the single blocks; the transformer's own has nothing before its dot
-)
 
 _DEV = Recommended(
     resolution=512,
@@ -138,6 +131,11 @@ class FluxPipeline(FluxParts):
             self._empty = _row(encoded, list(prompts).index(""))
         return encoded
 
+    def encoder_identity(self, use: Use) -> str:
+        """As `FluxParts.encoder_identity`; and how long a prompt may be."""
+        identity = super().encoder_identity(use)
+        return identity if use == "images" else f"{identity} {self.max_text_tokens}"
+
     def release(self, *uses: Use) -> None:
         """As `FluxParts.release`. What classifier-free guidance needs of the text encoders is kept."""
         if "prompts" in uses and self._text_encoder.on_demand and not self.guidance_embeds:
@@ -224,7 +222,24 @@ class FluxPipeline(FluxParts):
 
     def lora_targets(self) -> Sequence[str]:
         """Attention and feed-forward layers of all blocks."""
-        return _LORA_TARGETS
+        return naming.PRESETS["attention+mlp"]
+
+    def lora_presets(self) -> Mapping[str, Sequence[str]]:
+        """Attention, or that and feed-forward layers."""
+        return naming.PRESETS
+
+    def kohya_naming(self) -> KohyaNaming:
+        """As `naming.kohya_naming`."""
+        return naming.kohya_naming(self._transformer.config)
+
+    @property
+    def base_model(self) -> str | None:
+        """The repository that it was opened from."""
+        return None if self.snapshot is None else self.snapshot.repository
+
+    def usage(self, adapter: str, prompt: str, *, dora: bool) -> Mapping[str, str]:
+        """As `naming.usage`."""
+        return naming.usage(self.base_model, adapter, prompt, dora=dora)
 
     def _velocity(
         self,
