@@ -148,7 +148,8 @@ def _set_recompute(module: FluxTransformer, *, on: bool) -> None:
 
 
 def _dtype(module: nn.Module) -> str:
-    return ", ".join(sorted({str(array.dtype) for _, array in tree_flatten(module.parameters())}))
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return ", ".join(sorted({str(array.dtype) for array in parameters.values()}))
 
 
 def _files_of(folder: Path) -> str:
