@@ -124,7 +124,7 @@ def test_what_cannot_be_downloaded_is_one_clear_line(hub, error: Exception, told
 
 
 def test_a_folder_has_no_revision(folder: Path) -> None:
-    with pytest.raises(SettingsError, match="--revision v1: .* is a folder"):
+    with pytest.raises(SettingsError, match=r"--revision v1: .* is a folder"):
         registry.open_pipeline(str(folder), revision="v1")
 
 
