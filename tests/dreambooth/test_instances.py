@@ -104,7 +104,7 @@ def test_mistakes_in_metadata_are_named(instance_dir, load, line, said):
 
 
 def test_a_column_without_metadata_and_text_that_is_none_are_refused(instance_dir, load):
-    with pytest.raises(SettingsError, match="--caption_column said: there is no .*metadata.jsonl"):
+    with pytest.raises(SettingsError, match=r"--caption_column said: there is no .*metadata\.jsonl"):
         load(caption_column="said")
     (instance_dir / "picture-0.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(SettingsError, match=r"picture-0\.txt cannot be read"):
