@@ -123,6 +123,15 @@ class DreamBoothSettings:
     rank: int | None = flag("rank of the adapter (none: the pipeline's)", None, least=1)
     lora_alpha: float | None = flag("scale of the adapter is alpha / rank (none: alpha = rank)", None, above=0)
     lora_dropout: float = flag("dropout in front of the adapter", 0.0, least=0, below=1)
+    lora_layers: str | None = flag(
+        "layers to adapt: attention, attention+mlp, all, or names (to_q) and patterns (*.attn.*) with commas between"
+        " (none: the pipeline's)",
+        None,
+    )
+    use_dora: bool = flag("train the magnitude of each weight row beside the adapter (DoRA)", False)
+    lora_weights: str | None = flag("adapter to start from, in PEFT's naming: its rank, alpha and layers stand", None)
+    output_kohya_format: bool = flag("write the adapter in kohya's naming, too", False)
+    fuse: bool = flag("leave a whole pipeline with the adapter in its weights, too", False)
     train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1)
     gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
     max_train_steps: int = flag("optimizer updates", 800, least=1)
@@ -232,11 +241,13 @@ class DreamBoothSettings:
             raise SettingsError(f"--use_8bit_adam: only with --optimizer adamw, and --optimizer is {self.optimizer}")
         if self.use_8bit_adam:
             object.__setattr__(self, "optimizer", "adamw8bit")
-        if self.train_mode == "full":
-            given = [name for name in ("rank", "lora_alpha") if getattr(self, name) is not None]
-            if given or self.lora_dropout:
-                named = ", ".join(f"--{name}" for name in [*given, *(["lora_dropout"] if self.lora_dropout else [])])
-                raise SettingsError(f"{named}: only with --train_mode lora, and --train_mode is full")
+        given = [f"--{name}" for name in _OF_LORA if getattr(self, name) not in (None, 0)]  # False is 0
+        if given and self.train_mode == "full":
+            raise SettingsError(f"{', '.join(given)}: only with --train_mode lora, and --train_mode is full")
+        if self.lora_weights is not None and self.lora_layers is not None:
+            raise SettingsError("--lora_layers: --lora_weights says which layers")
+        if self.use_dora and self.output_kohya_format:
+            raise SettingsError("--output_kohya_format cannot hold what --use_dora trains")
 
     @property
     def subjects(self) -> tuple[Concept, ...]:
@@ -254,6 +265,11 @@ class DreamBoothSettings:
                 raise SettingsError(f"--{name} is given beside --concepts, which say it of each")
             object.__setattr__(self, name, first)
 
+
+_OF_LORA = (
+    *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
+    *("output_kohya_format", "fuse"),
+)
 
 _OF_THE_FIRST = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
 

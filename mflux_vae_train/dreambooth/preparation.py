@@ -15,9 +15,11 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth import adapter
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
-from mflux_vae_train.dreambooth.instances import Pictures, load_pictures
+from mflux_vae_train.dreambooth.instances import Pictures, content_of, load_pictures
 from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_images
+from mflux_vae_train.dreambooth.result import check_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
 from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Predicts
@@ -64,21 +66,24 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
         ImageError: no instance pictures, or a picture that cannot be read.
         SettingsError: settings that the pipeline, the pictures or the output folder do not allow.
     """
+    settings = adapter.as_in_file(settings, pipeline)
     resolution = choose_resolution(settings, pipeline.recommended)
     pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
     in_an_epoch = sum(repeats[one.concept] for one in pictures.instances)
     choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     _check_that_it_can(pipeline, settings)
+    check_result(pipeline, settings)
     trained = _trained(pipeline, choices)
     classes = class_folders(choices.concepts, wanted=settings.num_class_images)
     looked_at = not settings.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
     identity = identity_of(
         choices.settings,
-        pipeline=type(pipeline).__name__,
         base=of_weights(pipeline.denoiser) if looked_at else "",
         pictures=pictures.fingerprint,
     )
+    if settings.lora_weights is not None:
+        identity["adapter to start from"] = content_of(Path(settings.lora_weights))
     state = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
 
     plan, epochs = choices.plan, choices.plan.samples / in_an_epoch
@@ -127,7 +132,4 @@ def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:
     if choices.rank is None:
         sizes = tree_map(lambda array: array.size, denoiser.parameters())
         return f"all {tree_reduce(operator.add, sizes, 0):,} weights"
-    patterns = pipeline.lora_targets()
-    matched = lora.matching(denoiser, patterns)
-    size = choices.rank * sum(matched.values())
-    return f"a LoRA of rank {choices.rank} on {len(matched)} layers: {size:,} weights ({', '.join(patterns)})"
+    return adapter.described(pipeline, choices)

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mflux_vae.errors import SettingsError
+from mflux_vae.weights.files import write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NamesForKohya
+
+KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
+"""Names in the output folder."""
+
+
+def check_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
+    """Whether the run can leave what is asked for. (Which layers kohya's naming has, `adapter.described` looks at.)
+
+    Raises:
+        SettingsError: it cannot, because of the pipeline.
+    """
+    if not settings.fuse:
+        return
+    if not _saves_itself(pipeline):
+        raise SettingsError(f"--fuse: a {type(pipeline).__name__} cannot save itself; load the adapter instead")
+    if any(isinstance(layer, nn.QuantizedLinear) for layer in pipeline.denoiser.modules()):
+        raise SettingsError("--fuse: quantised weights cannot hold what an adapter adds; fuse it into the full ones")
 
 
 def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder) -> Path:
@@ -19,26 +42,76 @@ def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder)
     return folder.root / ("pipeline" if _saves_itself(pipeline) else "denoiser.safetensors")
 
 
-def save_result(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder) -> Path:
-    """Writes the adapter in PEFT's naming (diffusers loads it).
+def save_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Path:
+    """Writes the adapter in PEFT's naming (diffusers loads it), and where it is asked for in kohya's.
 
     After full training: the whole pipeline where it can save itself (``save_pretrained(folder)``), otherwise
     the denoiser's weights under its own names.
-    """
-    path = result_path(pipeline, train_mode, folder)
-    if train_mode == "lora":
-        lora.save_adapter(pipeline.denoiser, path, pipeline.adapter_prefix)
-    elif _saves_itself(pipeline):
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        pipeline.save_pretrained(partial)  # type: ignore[attr-defined]
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    else:
-        from mflux_vae.weights.files import write_safetensors
 
+    Returns:
+        `result_path`.
+    """
+    path = result_path(pipeline, settings.train_mode, folder)
+    if settings.train_mode == "lora":
+        lora.save_adapter(pipeline.denoiser, path, pipeline.adapter_prefix)
+        if settings.output_kohya_format:
+            _save_for_kohya(pipeline, settings, folder.root / KOHYA)
+    elif _saves_itself(pipeline):
+        _save_whole(pipeline, path)
+    else:
         write_safetensors(path, dict(tree_flatten(pipeline.denoiser.parameters())), {"format": "mlx"})
     return path
+
+
+def save_fused(pipeline: DiffusionPipeline, folder: RunFolder) -> Path:
+    """Adds the adapter into the denoiser's weights, where it then is, and writes the whole pipeline.
+
+    Returns:
+        its folder.
+    """
+    path = folder.root / FUSED
+    lora.fuse(pipeline.denoiser)
+    _save_whole(pipeline, path)
+    return path
+
+
+def _save_for_kohya(pipeline: DiffusionPipeline, settings: DreamBoothSettings, path: Path) -> None:
+    assert isinstance(pipeline, NamesForKohya)  # `adapter.described` refuses others
+    naming = pipeline.kohya_naming()
+    tensors = lora.kohya_tensors(pipeline.denoiser, naming.modules)
+    write_safetensors(path, tensors, {**naming.metadata, **_kohya_metadata(settings)})
+
+
+def _kohya_metadata(settings: DreamBoothSettings) -> Mapping[str, str]:
+    """What readers of such files show: kohya's own names, and those of github.com/Stability-AI/ModelSpec."""
+    name = Path(settings.output_dir).resolve().name
+    told = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": name,
+        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
+        "modelspec.trigger_phrase": settings.instance_prompt,
+        "ss_output_name": name,
+        "ss_network_dim": settings.rank,
+        "ss_network_alpha": settings.rank,  # what alpha scales is part of the numbers
+        "ss_learning_rate": settings.learning_rate,
+        "ss_optimizer": settings.optimizer,
+        "ss_lr_scheduler": settings.lr_scheduler,
+        "ss_lr_warmup_steps": settings.lr_warmup_steps,
+        "ss_max_train_steps": settings.max_train_steps,
+        "ss_batch_size_per_device": settings.train_batch_size,
+        "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "ss_seed": settings.seed,
+    }
+    return {key: str(value) for key, value in told.items()}
+
+
+def _save_whole(pipeline: DiffusionPipeline, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)  # type: ignore[attr-defined]
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
 
 
 def _saves_itself(pipeline: DiffusionPipeline) -> bool:

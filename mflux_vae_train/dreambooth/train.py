@@ -14,7 +14,9 @@ import mlx.nn as nn
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import overview, run_folder
+from mflux_vae_train.dreambooth import noise_levels, overview, run_folder
+from mflux_vae_train.dreambooth.adapter import attach
+from mflux_vae_train.dreambooth.card import write_card
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.data import micro_batches
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
@@ -22,7 +24,7 @@ from mflux_vae_train.dreambooth.material import gather
 from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
 from mflux_vae_train.dreambooth.optimization import optimizer_of, schedule_of
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
-from mflux_vae_train.dreambooth.result import result_path, save_result
+from mflux_vae_train.dreambooth.result import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.dreambooth.watching import Watching
 from mflux_vae_train.hooks import every, read_metrics
@@ -113,7 +115,10 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
 
     # what is trained, and how
     denoiser = pipeline.denoiser
-    _make_trainable(pipeline, choices)
+    if settings.train_mode == "lora":
+        attach(pipeline, choices)
+    else:
+        denoiser.unfreeze()
     optimizer = optimizer_of(settings)
     loss = _loss(pipeline, choices)
     step = Step(denoiser, optimizer, loss, max_grad_norm=settings.max_grad_norm)
@@ -145,7 +150,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
         return [with_base(pipeline, one, guidance=choices.guidance, sampling=choices.sampling) for one in drawn]
 
     def save() -> None:
-        path = save_result(pipeline, settings.train_mode, folder)
+        path = save_result(pipeline, settings, folder)
         if settings.train_mode == "lora":
             better = check_adapter(denoiser, path, pipeline.adapter_prefix, loss, batches(0)[0].arrays)
             _say([f"read back, the adapter changes the loss of the first pictures by {-better:+.3g}"])
@@ -154,7 +159,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
     with Watching(pipeline, validation, run, folder, start=start) as watching:
         fit(
-            step=step,
+            step=lambda update, drawn, rate: noise_levels.joined(step(update, drawn, rate)),
             batches=batches,
             learning_rate=rate,
             total=plan.updates,
@@ -174,26 +179,15 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     result = result_path(pipeline, settings.train_mode, folder)
     if not overview.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
+    if settings.fuse:
+        _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, folder)}"])
+    write_card(pipeline, settings, folder, result)
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = mx.get_peak_memory() / 2**30
-    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak:.1f} GB); see {folder.samples}"])
+    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak:.1f} GB); see {folder.report}"])
+    watching.finished(f"after {minutes}:{seconds:02} minutes")
     return Outcome(result=result, updates=plan.updates - start)
-
-
-def _make_trainable(pipeline: DiffusionPipeline, choices: Choices) -> None:
-    if choices.rank is None:
-        pipeline.denoiser.unfreeze()
-        return
-    settings = choices.settings
-    lora.add_lora(
-        pipeline.denoiser,
-        pipeline.lora_targets(),
-        rank=choices.rank,
-        alpha=choices.lora_alpha,
-        dropout=settings.lora_dropout,
-        seed=settings.seed,
-    )
 
 
 def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:

@@ -4,21 +4,27 @@ from mflux_vae_train.lora.files import (
     METADATA_KEY,
     adapter_metadata,
     adapter_tensors,
+    check_adapter_fits,
     load_adapter,
     read_adapter,
     save_adapter,
 )
+from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
 from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
-from mflux_vae_train.lora.targets import matching, patterns_of
+from mflux_vae_train.lora.targets import EVERYTHING, matching, patterns_of
 
 __all__ = [
+    "EVERYTHING",
     "METADATA_KEY",
     "adapter_metadata",
     "adapter_tensors",
     "add_lora",
+    "check_adapter_fits",
+    "check_kohya",
     "disabled",
     "dropout_keys",
     "fuse",
+    "kohya_tensors",
     "layers",
     "load_adapter",
     "matching",

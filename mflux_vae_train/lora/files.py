@@ -88,6 +88,15 @@ def read_adapter(path: str | Path, prefix: str) -> Adapter:
     return Adapter(tensors=tensors, rank=rank, alpha=alpha, dora=any(key.endswith(_M) for key in tensors))
 
 
+def check_adapter_fits(module: nn.Module, path: str | Path, prefix: str) -> list[str]:
+    """The paths that a file adapts, or the module's adapted ones, which are then the same.
+
+    Raises:
+        WeightsError: missing, unknown and misshapen keys, all listed; and as `read_adapter`.
+    """
+    return _fitting(module, read_adapter(path, prefix), path, prefix)
+
+
 def load_adapter(module: nn.Module, path: str | Path, prefix: str, *, dropout: float = 0.0, seed: int = 0) -> list[str]:
     """Read such a file into a module: adds the layers where there are none yet; rank and alpha are the file's.
 
@@ -98,22 +107,35 @@ def load_adapter(module: nn.Module, path: str | Path, prefix: str, *, dropout: f
         the adapted paths.
 
     Raises:
-        WeightsError: missing, unknown and misshapen keys, all listed; and as `read_adapter`.
+        WeightsError: as `check_adapter_fits`.
     """
     file = read_adapter(path, prefix)
-    tensors, rank = file.tensors, file.rank
-    adapted = layers(module)
+    names = _fitting(module, file, path, prefix)
+    if not layers(module):
+        add_lora(module, names, rank=file.rank, dropout=dropout, dora=file.dora, seed=seed)
+    for name, layer in layers(module).items():
+        a, b, m = (file.tensors.get(f"{prefix}.{name}{end}") for end in (_A, _B, _M))
+        assert a is not None and b is not None
+        # contiguous as trained: a transposed view would go another way through BLAS and round differently
+        layer.lora_a, layer.lora_b = (mx.contiguous(one.T.astype(mx.float32)) for one in (a, b))
+        layer.scale = file.alpha / file.rank
+        if m is not None:
+            layer.m = m.astype(mx.float32)
+    return names
+
+
+def _fitting(module: nn.Module, file: Adapter, path: str | Path, prefix: str) -> list[str]:
+    adapted, tensors = layers(module), file.tensors
     bases = {name: layer.linear for name, layer in adapted.items()} or linears(module)
     in_file = {
         key.removeprefix(f"{prefix}.").removesuffix(end) for key in tensors for end in (_A, _B) if key.endswith(end)
     }
     names = sorted(adapted) or sorted(in_file & bases.keys())
-
     dora = any(map(is_dora, adapted.values())) if adapted else file.dora
     expected: dict[str, tuple[int, ...]] = {}
     for name in names:
         outputs, inputs = dimensions(bases[name])
-        expected |= {f"{prefix}.{name}{_A}": (rank, inputs), f"{prefix}.{name}{_B}": (outputs, rank)}
+        expected |= {f"{prefix}.{name}{_A}": (file.rank, inputs), f"{prefix}.{name}{_B}": (outputs, file.rank)}
         if dora:
             expected[f"{prefix}.{name}{_M}"] = (outputs,)
     faults = [f"missing {key}" for key in expected if key not in tensors]
@@ -125,16 +147,6 @@ def load_adapter(module: nn.Module, path: str | Path, prefix: str, *, dropout: f
     ]
     if faults:
         raise WeightsError(f"{path}: does not fit this model: " + "; ".join(sorted(faults)))
-
-    if not adapted:
-        add_lora(module, names, rank=rank, dropout=dropout, dora=dora, seed=seed)
-    for name, layer in layers(module).items():
-        # contiguous as trained: a transposed view would go another way through BLAS and round differently
-        layer.lora_a = mx.contiguous(tensors[f"{prefix}.{name}{_A}"].T.astype(mx.float32))
-        layer.lora_b = mx.contiguous(tensors[f"{prefix}.{name}{_B}"].T.astype(mx.float32))
-        layer.scale = file.alpha / rank
-        if dora:
-            layer.m = tensors[f"{prefix}.{name}{_M}"].astype(mx.float32)
     return names
 
 

@@ -269,9 +269,18 @@ class NamesForKohya(Protocol):
 
 @runtime_checkable
 class Published(Protocol):
-    """A pipeline that knows which published model it is."""
+    """A pipeline that knows which published model it is, and who else reads adapters for it."""
 
     @property
     def base_model(self) -> str | None:
         """Its repository on the hub, ``owner/name``; None where it is none."""
+        ...
+
+    def usage(self, adapter: str, prompt: str, *, dora: bool) -> Mapping[str, str]:
+        """Program -> how an adapter is used there, as Markdown.
+
+        Args:
+            adapter: name of its file.
+            dora: whether it has magnitudes, which not every program reads.
+        """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
@@ -36,6 +37,24 @@ _SINGLE = {
     "modulation_lin": ("norm.linear",),
 }
 """Of a block: the original's layers and this network's. Those outside the blocks have no LoRA in kohya's scripts."""
+
+
+def usage(base: str | None, adapter: str, prompt: str, *, dora: bool) -> dict[str, str]:
+    """Program -> how an adapter in PEFT's naming is used there, as Markdown."""
+    base = base or "path/to/the/base/model"
+    python = f"""```python
+import torch
+from diffusers import FluxPipeline
+
+pipeline = FluxPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
+image = pipeline({prompt!r}).images[0]
+```"""
+    shell = f"""```bash
+mflux-generate --model {base} --lora-paths path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+```"""
+    without = "mflux reads no DoRA. `--fuse` leaves a whole pipeline instead."
+    return {"diffusers": python, "mflux": without if dora else shell}
 
 
 def kohya_naming(config: FluxTransformerConfig) -> KohyaNaming:

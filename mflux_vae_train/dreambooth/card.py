@@ -1,0 +1,87 @@
+"""The model card: README.md in the output folder, as the hub shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mflux_vae.weights.files import write_text
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth import overview
+from mflux_vae_train.dreambooth.result import FUSED, KOHYA
+from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Published
+
+CARD = "README.md"
+
+_SHOWN = (
+    *("train_mode", "rank", "lora_alpha", "lora_layers", "use_dora", "resolution", "max_train_steps"),
+    *("train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "seed"),
+)
+"""Settings that the card repeats; settings.yaml has all of them."""
+
+
+def write_card(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder, result: Path) -> Path:
+    """Base model, prompt, tags, the last previews, how to load the result, and the settings that matter most.
+
+    Whose licence holds is said, and none is declared: it is the base model's.
+    """
+    path = folder.root / CARD
+    write_text(path, _front(pipeline, settings, folder) + _body(pipeline, settings, folder, result))
+    return path
+
+
+def _front(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> str:
+    """What the hub reads."""
+    import yaml
+
+    adapter = settings.train_mode == "lora"
+    kinds = ["lora", "template:sd-lora", *(["dora"] if settings.use_dora else [])] if adapter else []
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "dreambooth", *kinds],
+        "instance_prompt": settings.instance_prompt,
+    }
+    base = _base_model(pipeline)
+    if base is not None:
+        front["base_model"] = base
+        front["base_model_relation"] = "adapter" if adapter else "finetune"
+    pictures = _pictures(folder)
+    if pictures:
+        prompts = settings.validation_prompt or (settings.instance_prompt,)
+        front["widget"] = [{"text": "; ".join(prompts), "output": {"url": picture}} for picture in pictures[-1:]]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
+
+
+def _body(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder, result: Path) -> str:
+    base = _base_model(pipeline)
+    link = f"[{base}](https://huggingface.co/{base})" if base else f"`{pipeline.name}`"
+    adapter = "DoRA adapter" if settings.use_dora else "LoRA adapter"
+    what = adapter if settings.train_mode == "lora" else "fine-tuned model"
+    prompts = ", ".join(f"`{concept.instance_prompt}`" for concept in settings.subjects)
+    parts = [
+        f"# {folder.root.resolve().name}\n\nA {what} for {link}, trained with DreamBooth on: {prompts}.",
+        *(f"![pictures after {Path(picture).stem}]({picture})" for picture in _pictures(folder)[-1:]),
+    ]
+    if settings.train_mode == "lora" and isinstance(pipeline, Published):
+        for program, text in pipeline.usage(result.name, settings.instance_prompt, dora=settings.use_dora).items():
+            parts.append(f"## In {program}\n\n{text.strip()}")
+    beside = [
+        (settings.output_kohya_format, f"`{KOHYA}` is the same adapter in kohya's naming."),
+        (settings.fuse, f"`{FUSED}/` is the whole pipeline with the adapter in its weights."),
+    ]
+    parts += [" ".join(text for given, text in beside if given)] if any(given for given, _ in beside) else []
+    rows = [(name, getattr(settings, name)) for name in _SHOWN]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
+    parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
+    parts.append(f"## Licence\n\nThat of the base model, {link}, which this is a derivative of.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _base_model(pipeline: DiffusionPipeline) -> str | None:
+    return pipeline.base_model if isinstance(pipeline, Published) else None
+
+
+def _pictures(folder: RunFolder) -> list[str]:
+    """Previews by name, oldest first, relative to the folder."""
+    return [str(path.relative_to(folder.root)) for _, path in overview.previews(folder.samples)]
