@@ -14,6 +14,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mflux_vae_train import lora
+from mflux_vae_train.dreambooth import noise_levels
 from mflux_vae_train.dreambooth.data import CONDITIONING
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling, Predicts
 from mflux_vae_train.step import Arrays, MicroBatch
@@ -30,7 +31,7 @@ def dreambooth_loss(
     prior_loss_weight: float | None,
     sampling: NoiseSampling | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Loss of one micro-batch, and the means it is made of.
+    """Loss of one micro-batch, the means it is made of, and the instance samples' errors by noise level.
 
     Args:
         arrays: as `data.micro_batches` makes them, and `with_base` completes.
@@ -38,14 +39,18 @@ def dreambooth_loss(
         sampling: how noise levels are drawn; None as the pipeline recommends.
     """
     latents, conditioning, key = arrays["latents"], _conditioning(arrays), arrays["key"]
-    if sampling is None and not {BASE, "mask"} & arrays.keys():
+    if not isinstance(pipeline, Predicts):
+        assert sampling is None and not {BASE, "mask"} & arrays.keys()
         return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
-    assert isinstance(pipeline, Predicts)
     predicted = pipeline.predict(latents, conditioning, key=key, guidance=guidance, sampling=sampling)
     if BASE in arrays:
         instance_target, _ = mx.split(predicted.target, 2)
         predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE]]))
-    return combine(predicted.loss(arrays.get("mask")), prior_loss_weight)
+    per_sample = predicted.loss(arrays.get("mask"))
+    loss, parts = combine(per_sample, prior_loss_weight)
+    instances = len(per_sample) // (1 if prior_loss_weight is None else 2)
+    unweighted = per_sample[:instances] / predicted.weight[:instances]
+    return loss, {**parts, **noise_levels.split(unweighted, predicted.sigma[:instances])}
 
 
 def with_base(

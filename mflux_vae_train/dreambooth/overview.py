@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mflux_vae.images import labelled_rows, load_image, resized, save_image, strip
+from mflux_vae_train.report.curves import smoothed
 
 MOST_ROWS = 12
 SMALLEST_SIDE, LARGEST_SIDE = 128, 256
@@ -36,24 +37,29 @@ def pictures_of(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
     return [np.split(row, columns, axis=1) for row in rows]
 
 
-def write_progress(samples: Path, instance: Sequence[Path], *, columns: int) -> Path:
+def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: int) -> Path:
     """Writes progress.png: the instance pictures above the previews, a labelled row per update.
 
     The rows are read from the previews on disk, so that a resumed run shows those of before, too. Pictures of further
     prompts stand at the right of the first one's.
 
     Args:
-        instance: files of the instance pictures; their centres are shown.
+        instance: uint8 squares of the previews' size; the first ones are shown.
         columns: pictures of a prompt in a preview.
     """
     rows = []
     for update, path in previews(samples):
         rows.append((label(update), [picture for one in pictures_of(path, columns=columns) for picture in one]))
     side = rows[0][1][0].shape[0]
-    rows.insert(0, ("subject", [load_image(path, resolution=side) for path in instance[: max(columns, 4)]]))
+    rows.insert(0, ("subject", instance[: shown(columns)]))
     path = samples / "progress.png"
     save_image(path, labelled_rows([(label, _sized(row, side)) for label, row in rows]))
     return path
+
+
+def shown(columns: int) -> int:
+    """How many of the instance pictures the overview shows."""
+    return max(columns, 4)
 
 
 def label(update: int) -> str:
@@ -91,13 +97,3 @@ def write_loss_curve(records: Sequence[Mapping[str, float]], path: Path) -> bool
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(path)
     return True
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponential average over about a twentieth of the run, started without bias."""
-    keep = 1 - 1 / max(2.0, len(values) / 20)
-    total, weight, averaged = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        averaged.append(total / weight)
-    return np.array(averaged)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.images import grid, save_image
+from mflux_vae.images import grid, load_image, save_image
 from mflux_vae_train.dreambooth import overview
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import pictures_at_once
@@ -45,7 +45,9 @@ class Previews:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self._pipeline, self._conditioning, self._choices = pipeline, conditioning, choices
-        self._instance, self._samples, self._trackers = instance, samples, trackers
+        self._samples, self._trackers = samples, trackers
+        few = instance[: overview.shown(choices.settings.num_validation_images)]  # kept: files may go during a run
+        self._instance = [load_image(path, resolution=choices.resolution) for path in few]
 
     def __call__(self, updates: int) -> None:
         count = self._choices.settings.num_validation_images

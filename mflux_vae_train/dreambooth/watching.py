@@ -1,4 +1,4 @@
-"""All that is seen of a run while it goes on: its metrics file, the bar, trackers and previews."""
+"""All that is seen of a run while it goes on: its metrics file, the bar, trackers, previews and the report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import TracebackType
 
 from mflux_vae_train.dreambooth.preparation import Preparation
 from mflux_vae_train.dreambooth.previews import Previews
+from mflux_vae_train.dreambooth.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.hooks import Hook, MetricsLog, Record, resources
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
@@ -40,9 +41,10 @@ class Watching:
         start: int,
     ) -> None:
         self._pipeline, self._prompts, self._run, self._folder, self._start = pipeline, prompts, run, folder, start
-        self._stack = ExitStack()
+        self._stack, self._report = ExitStack(), Report(pipeline.name, run, folder)
+        self._updates, self._of = start, run.choices.plan.updates
         self.pace = Pace(run.choices.plan.updates)
-        self.observers: list[Hook] = [self.pace]
+        self.observers: list[Hook] = [self.pace, self._count]
 
     def __enter__(self) -> Watching:
         run, folder, total, start = self._run, self._folder, self._run.choices.plan.updates, self._start
@@ -64,6 +66,7 @@ class Watching:
         began = time.monotonic()
         if start == 0:
             self._previews(0)
+            self._report.write("running", updates=0)
         self._preview_seconds = time.monotonic() - began
         self.observers += [
             enter(MetricsLog(folder.metrics, resumed_at=start, also=resources)),
@@ -76,14 +79,29 @@ class Watching:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            self._report.write(
+                "stopped", updates=self._updates, said=" ".join(str(error).split()) or type(error).__name__
+            )
 
     def previews(self) -> Hook:
         """The hook that draws them when they are due."""
 
         def preview(record: Record) -> None:
             self._previews(record.update)
+            self._report.write("running", updates=record.update, said=self._left(record.update))
 
         return self.pace.occasionally(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
+
+    def finished(self, said: str) -> None:
+        """Writes the report for the last time."""
+        self._report.write("finished", updates=self._of, said=said)
+
+    def _left(self, update: int) -> str:
+        return f"after update {update} of {self._of}, {self.pace.told(update)} left"
+
+    def _count(self, record: Record) -> None:
+        self._updates = record.update
 
     def _speed(self, record: Record) -> dict[str, str]:
         return {"images/s": f"{record.samples / max(self.pace.per_update, 1e-9):.3g}"}

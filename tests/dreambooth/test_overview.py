@@ -14,17 +14,10 @@ def grey(level, side=16, count=2):
     return np.full((side, side * count, 3), level, np.uint8)
 
 
-def files(folder, pictures):
-    paths = [folder / "subject" / f"{index}.png" for index in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        save_image(path, picture)
-    return paths
-
-
 def test_the_overview_has_the_subject_first_and_a_row_per_preview(tmp_path):
     for update in (0, 5, 10):
         save_image(overview.preview_file(tmp_path, update), grey(50 + update))
-    path = overview.write_progress(tmp_path, files(tmp_path, [subject(index)[:16] for index in range(5)]), columns=2)
+    path = overview.write_progress(tmp_path, [subject(index)[:16] for index in range(5)], columns=2)
     sheet = load_image(path)
     enlarged = 16 * 8  # to 128 pixels
     assert sheet.shape[0] == 4 * enlarged + 5 * 4
@@ -38,7 +31,7 @@ def test_several_prompts_are_rows_of_a_preview_and_stand_beside_each_other(tmp_p
     save_image(overview.preview_file(tmp_path, 0), np.concatenate([grey(60), grey(90)]))
     (first, second) = overview.pictures_of(overview.preview_file(tmp_path, 0), columns=2)
     assert len(first) == len(second) == 2 and (second[1] == 90).all() and first[0].shape == (16, 16, 3)
-    sheet = load_image(overview.write_progress(tmp_path, files(tmp_path, [grey(200, count=1)]), columns=2))
+    sheet = load_image(overview.write_progress(tmp_path, [grey(200, count=1)], columns=2))
     assert sheet.shape[0] == 2 * (128 + 4) + 4 and sheet.shape[1] > 4 * 128
     assert tuple(sheet[200, [-200, -10], 0]) == (90, 90) and sheet[200, -460, 0] == 60
 
@@ -46,14 +39,14 @@ def test_several_prompts_are_rows_of_a_preview_and_stand_beside_each_other(tmp_p
 def test_long_runs_are_thinned_and_keep_first_and_last(tmp_path):
     for update in range(0, 40):
         save_image(overview.preview_file(tmp_path, update), grey(update + 1))
-    sheet = load_image(overview.write_progress(tmp_path, files(tmp_path, [grey(200, count=1)]), columns=2))
+    sheet = load_image(overview.write_progress(tmp_path, [grey(200, count=1)], columns=2))
     assert sheet.shape[0] == (overview.MOST_ROWS + 1) * (128 + 4) + 4
     assert (sheet == 1).all(-1).any() and (sheet == 40).all(-1).any()
 
 
 def test_large_pictures_are_shrunk(tmp_path):
     save_image(overview.preview_file(tmp_path, 0), grey(50, side=512))
-    sheet = load_image(overview.write_progress(tmp_path, files(tmp_path, [grey(200, side=512, count=1)]), columns=2))
+    sheet = load_image(overview.write_progress(tmp_path, [grey(200, side=512, count=1)], columns=2))
     assert sheet.shape[0] == 2 * 256 + 3 * 4
 
 

@@ -88,10 +88,12 @@ def test_a_run_leaves_everything_that_is_promised(settings, tmp_path, monkeypatc
     assert outcome.result == out / "pytorch_lora_weights.safetensors" and outcome.updates == 6
     expected = {
         "pytorch_lora_weights.safetensors",
+        "README.md",
         "settings.yaml",
         "run.json",
         "metrics.jsonl",
         "train.log",
+        "report.html",
         *(["loss.png"] if find_spec("matplotlib") else []),
         "samples/progress.png",
         *(f"samples/step-{update:05d}.png" for update in (0, 3, 6)),

@@ -1,0 +1,293 @@
+"""A run's report.html: what it draws, its curves, the pictures it learns from, its settings, what it said."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mflux_vae.images import load_image
+from mflux_vae.weights.files import write_text
+from mflux_vae_train.dreambooth import noise_levels, overview
+from mflux_vae_train.dreambooth.preparation import Preparation
+from mflux_vae_train.dreambooth.prior import class_images
+from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.hooks import read_metrics
+from mflux_vae_train.progress import duration
+from mflux_vae_train.report.charts import Chart, draw, number
+from mflux_vae_train.report.curves import Curve, smoothed
+from mflux_vae_train.report.page import Head, Section, page, picture, table
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SIDE, THUMBNAIL_SIDE = 384, 192
+"""Largest side of the pictures in the page, in pixels."""
+
+MOST_THUMBNAILS = 24
+MOST_LINES = 500
+
+LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
+
+
+class Report:
+    """Writes the page, as often as it is told to; whatever goes wrong is said and does not end the run."""
+
+    def __init__(self, pipeline_name: str, run: Preparation, folder: RunFolder) -> None:
+        self._pipeline_name, self._run, self._folder = pipeline_name, run, folder
+        self._began = time.monotonic()
+        self._made: dict[tuple[Path, int], list[list[str]]] = {}  # pictures that are in the page already
+
+    def write(self, state: str, *, updates: int, said: str = "") -> None:
+        """As of now.
+
+        Args:
+            state: running, finished or stopped.
+            updates: made so far.
+            said: a few words on the state, such as the time left, or why the run stopped.
+        """
+        try:
+            write_text(self._folder.report, self._page(state, updates, said))
+        except Exception as error:  # pictures that vanished, a full disk: hours of training must not be lost
+            logger.warning("%s was not written (%s: %s)", self._folder.report, type(error).__name__, error)
+
+    def _page(self, state: str, updates: int, said: str) -> str:
+        settings, total = self._run.choices.settings, self._run.choices.plan.updates
+        records = read_metrics(self._folder.metrics)
+        prompts = " · ".join(concept.instance_prompt for concept in self._run.choices.concepts)
+        learnt = "a LoRA" if settings.train_mode == "lora" else "all weights"
+        when = time.strftime("%Y-%m-%d %H:%M")
+        head = Head(
+            kind=f"DreamBooth on {self._pipeline_name}",
+            title=prompts,
+            about=f"{learnt}, {len(self._run.pictures.instances)} pictures, in {self._folder.root} · written {when}",
+            state=(state, said or f"after update {updates} of {total}"),
+            share=updates / total,
+            figures=self._figures(records, updates, total),
+        )
+        return page(
+            head,
+            [
+                Section(
+                    name="pictures",
+                    title="What it draws",
+                    body=self._previews(),
+                    note="The same noise in every row: what changes is what was learnt.",
+                ),
+                Section(name="curves", title="How it learns", body=_charts(records, settings.max_grad_norm, total)),
+                Section(name="data", title="What it learns from", body=self._data()),
+                Section(
+                    name="settings", title="Settings", body=self._settings(), note="Bold is what differs from default."
+                ),
+                Section(name="log", title="What was said", body=_log(self._folder.log)),
+            ],
+        )
+
+    def _figures(self, records: Sequence[Mapping[str, Any]], updates: int, total: int) -> list[tuple[str, str, str]]:
+        spent = sum(record["seconds"] for record in records)
+        figures = [("Updates", f"{updates:,}", f"of {total:,}"), ("Training time", duration(spent), "without previews")]
+        if not records:
+            return figures
+        name = "instance_loss" if "instance_loss" in records[0] else "loss"
+        loss = smoothed(np.array([record[name] for record in records]))
+        tenth = loss[: max(1, len(loss) // 10)].mean()
+        speed = sum(record.get("samples", 0) for record in records) / max(spent, 1e-9)
+        return [
+            *figures,
+            ("Loss", number(loss[-1]), f"{number(tenth)} in the first tenth"),
+            ("Learning rate", number(records[-1]["learning_rate"]), "now"),
+            ("Pictures", number(speed), "per second"),
+            ("Memory", f"{max(record.get('memory_gb', 0.0) for record in records):.2f} GB", "at most"),
+        ]
+
+    # pictures
+
+    def _previews(self) -> str:
+        """For each prompt one row with a slider over time, and below it all rows."""
+        columns = self._run.choices.settings.num_validation_images
+        found = overview.previews(self._folder.samples) if columns else []
+        if not found:
+            return ""
+        sheets = [(overview.label(update), self._rows(path, columns)) for update, path in found]
+        parts = []
+        for index, prompt in enumerate(self._run.choices.validation_prompt):
+            rows = [(label, rows[index]) for label, rows in sheets if index < len(rows)]
+            last = len(rows) - 1
+            parts.append(
+                f'<h3 class="prompt">{escape(prompt)}</h3><div style="--columns:{columns}">'
+                f'<div class="scene" data-of="{index}">'
+                f'<div class="row">{"".join(rows[last][1])}</div><div class="scrub" hidden>'
+                f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="time of the preview">'
+                f"<output>{escape(rows[last][0])}</output></div></div>"
+                f'<div class="times" data-prompt="{index}">'
+                + "".join(
+                    f'<div class="time"><span>{escape(label)}</span><div class="row">{"".join(row)}</div></div>'
+                    for label, row in rows
+                )
+                + "</div></div>"
+            )
+        return "".join(parts)
+
+    def _rows(self, path: Path, columns: int) -> list[list[str]]:
+        """The pictures of a preview, a list for each prompt."""
+        stamp = path, path.stat().st_mtime_ns  # a preview that is made again after a resume is another
+        if stamp not in self._made:
+            label = overview.label(int(path.stem.removeprefix("step-")))
+            self._made[stamp] = [
+                [
+                    picture(pixels, largest=PREVIEW_SIDE, caption=f"{label}, {place + 1}")
+                    for place, pixels in enumerate(row)
+                ]
+                for row in overview.pictures_of(path, columns=columns)
+            ]
+        return self._made[stamp]
+
+    def _data(self) -> str:
+        choices, parts = self._run.choices, []
+        for index, concept in enumerate(choices.concepts):
+            own = [one for one in self._run.pictures.instances if one.concept == index]
+            captions = [one.caption if one.caption != concept.instance_prompt else "" for one in own]
+            title = f"{concept.instance_prompt}: {len(own)} pictures"
+            parts.append(self._gallery(title, [one.path for one in own], captions))
+        for one in self._run.class_folders:
+            paths = class_images(one.folder)[: choices.settings.num_class_images]
+            if paths:
+                parts.append(self._gallery(f"Class, {one.prompt}: {len(paths)} pictures", paths, [""] * len(paths)))
+        return "".join(parts)
+
+    def _gallery(self, title: str, paths: Sequence[Path], captions: Sequence[str]) -> str:
+        shown = [
+            f"<figure>{self._thumbnail(path)}<figcaption>{escape(path.name)}"
+            f"{f'<br>{escape(caption)}' if caption else ''}</figcaption></figure>"
+            for path, caption in list(zip(paths, captions, strict=True))[:MOST_THUMBNAILS]
+        ]
+        rest = len(paths) - len(shown)
+        more = f'<p class="note">and {rest} more</p>' if rest else ""
+        return f'<h3>{escape(title)}</h3><div class="gallery">{"".join(shown)}</div>{more}'
+
+    def _thumbnail(self, path: Path) -> str:
+        if (path, 0) not in self._made:
+            self._made[path, 0] = [[picture(load_image(path), largest=THUMBNAIL_SIDE, caption=path.name)]]
+        return self._made[path, 0][0][0]
+
+    # words
+
+    def _settings(self) -> str:
+        settings = self._run.choices.settings
+        groups: list[tuple[str, list[tuple[str, str, str, bool]]]] = []
+        for field in dataclasses.fields(settings):
+            if (heading := field.metadata.get("group")) or not groups:
+                groups.append((heading or "settings", []))
+            value = getattr(settings, field.name)
+            if value is None or field.name in ("resume_from_checkpoint", "dry_run", "allow_changes"):
+                continue
+            groups[-1][1].append((field.name, _told(value), field.metadata["help"], value != field.default))
+        parts = [f"<div><h3>{escape(heading)}</h3>{table(rows)}</div>" for heading, rows in groups if rows]
+        again = f"mflux-train-dreambooth --config {shlex.quote(str(self._folder.settings))}"
+        made_by = ", ".join(f"{name} {version(name)}" for name in ("mflux-vae", "mlx"))
+        device = mx.device_info().get("device_name", "")
+        where = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {device}"
+        return (
+            f'<p>Again: <code>{escape(again)}</code></p><p class="note">{escape(made_by)}, {escape(where)}</p>'
+            f'<div class="settings">{"".join(parts)}</div>'
+        )
+
+
+def _told(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, tuple):
+        return " · ".join(str(getattr(one, "instance_prompt", one)) for one in value)
+    return str(value)
+
+
+def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: int) -> str:
+    """Everything that was measured: what is known well, each with a sentence, then whatever else there is."""
+    if not records:
+        return ""
+    losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
+    levels = sorted(
+        {name for record in records for name in record if name.startswith(noise_levels.NAME)},
+        key=lambda name: int(name.removeprefix(noise_levels.NAME).split("-")[0]),
+    )
+    charts = [
+        Chart(
+            title="Loss",
+            curves=[_curve(records, name, name.removesuffix("_loss")) for name in losses],
+            note="Each update's faintly, for its noise is drawn anew, and the average over a twentieth of the run.",
+            wide=True,
+        ),
+        Chart(
+            title="Loss by noise level",
+            curves=[_curve(records, name, f"{name.removeprefix(noise_levels.NAME)} %") for name in levels],
+            note="Of the subject's pictures: little noise teaches details, much noise the composition.",
+            ordered=True,
+            wide=True,
+        ),
+        Chart(
+            title="Learning rate", curves=[_curve(records, "learning_rate", "rate", smooth=False)], logarithmic=False
+        ),
+        Chart(
+            title="Gradient",
+            curves=[_curve(records, "grad_norm", "norm")],
+            note="Before clipping.",
+            line=(max_grad_norm, "clipped above"),
+        ),
+        Chart(
+            title="Size of an update",
+            curves=[_curve(records, "update_size", "change")],
+            note="Norm of the change as a share of the norm of all that is trained.",
+        ),
+    ]
+    known = {*losses, *levels, "loss", "learning_rate", "grad_norm", "update_size"}
+    others = list(dict.fromkeys(name for record in records for name in record))
+    for name in others:
+        if name not in known and name not in ("update", "seconds", "samples", "memory_gb"):
+            charts.append(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]))
+    timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
+    speed = [record["samples"] / record["seconds"] for record in timed]
+    updates = [record["update"] for record in timed]
+    charts += [
+        Chart(title="Pictures per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
+        Chart(
+            title="Memory",
+            curves=[_curve(records, "memory_gb", "GB", smooth=False)],
+            note="MLX's peak so far.",
+            logarithmic=False,
+        ),
+    ]
+    drawn = [draw(chart, total=total) for chart in charts if any(len(curve.values) for curve in chart.curves)]
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, *, smooth: bool = True) -> Curve:
+    present = [record for record in records if metric in record]
+    return Curve(
+        name=name,
+        updates=[record["update"] for record in present],
+        values=[record[metric] for record in present],
+        smooth=smooth,
+    )
+
+
+def _log(path: Path) -> str:
+    """The last lines of the log, each with the time of day."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    parts = []
+    for line in lines[-MOST_LINES:]:
+        found = LOG_LINE.fullmatch(line)
+        when, level, words = (found[2], found[3].lower(), found[4]) if found else ("", "info", line)
+        parts.append(f'<div class="{level}"><time>{when}</time><span>{escape(words)}</span></div>')
+    return f'<div class="log" tabindex="0">{"".join(parts)}</div>' if parts else ""
