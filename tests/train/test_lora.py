@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -13,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.weights.files import read_safetensors, write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.randomness import Stream, sample_keys
 from tests.train.tiny import Net
 
@@ -192,3 +195,89 @@ def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path:
     write_safetensors(path, lora.adapter_tensors(adapted(), "unet"), {lora.METADATA_KEY: "{"})
     with pytest.raises(WeightsError, match="cannot be read"):
         lora.load_adapter(Net(), path, "unet")
+
+
+def with_dora(*, trained: bool = True) -> Net:
+    net = Net()
+    lora.add_lora(net, ["blocks.*"], rank=2, alpha=4.0, dora=True)
+    if trained:
+        net.update(tree_map(lambda x: x + 0.1, net.trainable_parameters()))
+    return net
+
+
+def test_dora_scales_every_row_to_its_magnitude(tmp_path: Path) -> None:
+    assert mx.allclose(with_dora(trained=False)(X), Net()(X), rtol=1e-5, atol=1e-6)
+    net = with_dora()
+    assert {path.rpartition(".")[2] for path, _ in tree_flatten(net.trainable_parameters())} == {
+        "lora_a",
+        "lora_b",
+        "m",
+    }
+    expected = net(X)
+    lora.save_adapter(net, tmp_path / "a.safetensors", "transformer")
+    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
+    assert tensors["transformer.blocks.0.lora_magnitude_vector"].shape == (8,)
+    assert json.loads(metadata[lora.METADATA_KEY])["transformer.use_dora"] is True
+    for fresh in (Net(), with_dora(trained=False)):
+        lora.load_adapter(fresh, tmp_path / "a.safetensors", "transformer")
+        assert mx.array_equal(fresh(X), expected)
+    with pytest.raises(WeightsError, match=r"unknown transformer\.blocks\.0\.lora_magnitude_vector"):
+        lora.load_adapter(adapted(), tmp_path / "a.safetensors", "transformer")
+    magnitudes = [layer.m for layer in lora.layers(net).values()]
+    lora.fuse(net)
+    assert mx.allclose(net(X), expected, rtol=1e-4, atol=1e-5)
+    for block, m in zip(net.blocks, magnitudes, strict=True):
+        assert mx.allclose(mx.linalg.norm(block.weight, axis=1), m, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_quantised_layer_is_adapted_and_stays_as_it_is(bits: int, dora: bool, tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        module = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+        module.update(tree_map(lambda x: mx.sin(mx.arange(x.size).reshape(x.shape) * 0.7), module.parameters()))
+        nn.quantize(module, group_size=32, bits=bits)
+        return module
+
+    x = mx.cos(mx.arange(3 * 64).reshape(3, 64) * 0.3)
+    module = net()
+    base = module(x)
+    lora.add_lora(module, ["layers.*"], rank=4, dora=dora)
+    assert mx.allclose(module(x), base, rtol=1e-4, atol=1e-4)
+    assert all(a.dtype == mx.float32 for _, a in tree_flatten(module.trainable_parameters()))
+    optimizer = AdamW(learning_rate=1e-2)
+    for _ in range(3):
+        gradients = nn.value_and_grad(module, lambda m: mx.square(m(x) - 1).mean())(module)[1]
+        optimizer.update(module, gradients)
+    assert mx.square(module(x) - 1).mean() < mx.square(base - 1).mean()
+    with lora.disabled(module):
+        assert mx.array_equal(module(x), base)
+    lora.save_adapter(module, tmp_path / "a.safetensors", "t")
+    again = net()
+    lora.load_adapter(again, tmp_path / "a.safetensors", "t")
+    assert mx.array_equal(again(x), module(x))
+
+
+def test_a_fused_weight_keeps_its_dtype() -> None:
+    for dora in (False, True):
+        net = Net()
+        net.set_dtype(mx.bfloat16)
+        lora.add_lora(net, ["blocks.*"], rank=2, dora=dora)
+        lora.fuse(net)
+        assert {array.dtype for _, array in tree_flatten(net.parameters())} == {mx.bfloat16}
+
+
+def test_layers_are_named_as_in_peft_by_pattern_or_by_preset() -> None:
+    paths = ["a.attn.to_q", "a.attn.to_k", "b.to_qk", "to_q"]
+
+    def chosen(choice: str) -> list[str]:
+        patterns = lora.patterns_of(choice, {"attention": ["*.attn.*"]})
+        return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
+
+    assert chosen("to_q") == ["a.attn.to_q", "to_q"]
+    assert chosen("attn.to_q, to_qk") == ["a.attn.to_q", "b.to_qk"]
+    assert chosen("*.to_q*") == ["a.attn.to_q", "b.to_qk"]
+    assert chosen("attention") == ["a.attn.to_q", "a.attn.to_k"]
+    assert chosen("all") == paths
+    with pytest.raises(SettingsError, match="attention, all, or names"):
+        lora.patterns_of(" , ", {"attention": []})
