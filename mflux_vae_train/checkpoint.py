@@ -58,7 +58,7 @@ def save(
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.writing"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _tidy(output_dir)
+        tidy(output_dir)
         try:
             temporary.mkdir()
             mx.save_safetensors(str(temporary / ARRAYS), arrays)
@@ -73,7 +73,7 @@ def save(
             temporary.rename(final)
             _sync(output_dir)
         finally:
-            _tidy(output_dir)
+            tidy(output_dir)
     except (OSError, RuntimeError) as error:  # RuntimeError: what MLX says of a full disk
         raise TrainingError(
             f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room and repeat the command"
@@ -83,7 +83,7 @@ def save(
         for old in others[total_limit - 1 :]:
             with suppress(OSError):  # to be tried again after the next one
                 old.rename(output_dir / f".{old.name}.removed")
-        _tidy(output_dir)
+        tidy(output_dir)
     return final
 
 
@@ -163,7 +163,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
 
 
-def _tidy(output_dir: Path) -> None:
+def tidy(output_dir: Path) -> None:
     """End what was begun: checkpoints half written or half deleted go, one whose successor never came is back."""
     for leftover in output_dir.glob(".checkpoint-*"):
         replaced = _REPLACED.fullmatch(leftover.name)

@@ -51,7 +51,7 @@ def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: in
     for update, path in previews(samples):
         rows.append((label(update), [picture for one in pictures_of(path, columns=columns) for picture in one]))
     side = rows[0][1][0].shape[0]
-    rows.insert(0, ("subject", instance[: shown(columns)]))
+    rows.insert(0, ("subject", list(instance[: shown(columns)])))
     path = samples / "progress.png"
     save_image(path, labelled_rows([(label, _sized(row, side)) for label, row in rows]))
     return path

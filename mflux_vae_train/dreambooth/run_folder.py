@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,11 @@ class Standing:
     checkpoint: Path | None = None
 
 
-def identity_of(settings: DreamBoothSettings, *, pipeline: str, base: str, pictures: str) -> dict[str, Any]:
+def identity_of(settings: DreamBoothSettings, *, base: str, pictures: str) -> dict[str, Any]:
     """What makes a run this run: plain values by name.
 
     Args:
         settings: with nothing left open.
-        pipeline: which kind it is of.
         base: fingerprint of the weights that are to be trained.
         pictures: fingerprint of the instance pictures.
     """
@@ -107,7 +106,7 @@ def identity_of(settings: DreamBoothSettings, *, pipeline: str, base: str, pictu
         shaping["concepts"] = [
             {name: value for name, value in one.items() if name not in FREE} for one in shaping["concepts"]
         ]
-    return {**shaping, "pipeline": pipeline, "base weights": base, "instance pictures": pictures}
+    return {**shaping, "base weights": base, "instance pictures": pictures}
 
 
 def standing(
@@ -152,6 +151,7 @@ def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSe
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         lock.take()
+        checkpoint.tidy(folder.root)
         write_json(folder.identity, {"identity": identity, "finished": False})
         reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, allow_changes=False, dry_run=False)
         write_text(folder.settings, flags.to_yaml(reproducing))
@@ -192,6 +192,10 @@ class _Log(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _Formatter(logging.Formatter):

@@ -17,6 +17,7 @@ from mflux_vae_train.vae.sources import Arrays, Files
 FREE = frozenset(
     {
         *("experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu", "allow_changes"),
+        *("save_every_n_steps", "log_images_every_n_steps", "dry_run"),
         *("data", "init_from", "network_config"),  # what is there counts, not where it lies
     }
 )

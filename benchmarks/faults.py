@@ -1,0 +1,327 @@
+"""Faults, made for real, and what a run loses by them: no more than the updates since its last checkpoint.
+
+    python -m benchmarks.faults [--only NAME] [--times N] [--seed N]
+
+Each try trains in processes of its own, DreamBooth on the embedded pipeline and an autoencoder in turns, suffers the
+fault, is looked at (nothing half written under its final name), goes on where it stopped, and must end with the very
+files of a run that suffered nothing. Full and read-only disks are file systems in memory, which Linux lets root mount;
+elsewhere a limit on the size of files stands for the full disk, and the read-only one is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.fault_runs import (
+    DREAMBOOTH,
+    EXAMPLE,
+    TRAININGS,
+    Process,
+    Training,
+    Wrong,
+    emptied,
+    intact,
+    is_root,
+    kept,
+    left,
+    made,
+    same,
+)
+from benchmarks.machine import describe
+from mflux_vae_train import checkpoint
+
+
+@dataclass(frozen=True)
+class Try:
+    """Where a fault happens.
+
+    Attributes:
+        out: an empty folder for the run.
+        seconds, changes, size: how long the run takes that suffers nothing, how often it changes a file, and the
+            bytes that it leaves.
+    """
+
+    training: Training
+    out: Path
+    chance: random.Random
+    seconds: float
+    changes: int
+    size: int
+
+    @property
+    def folder(self) -> Path:
+        return self.training.folder(self.out)
+
+    def started(self, **options: object) -> Process:
+        return self.training.start(self.out, **options)  # type: ignore[arg-type]
+
+    def goes_on(self) -> None:
+        self.started().finished()
+
+    def in_the_middle(self) -> Process:
+        """A run that has just written its second checkpoint, and trains on."""
+        process = self.started()
+        second = self.folder / f"checkpoint-{2 * self.training.interval}"
+        if not process.wait_for(second.is_dir):
+            raise Wrong("no second checkpoint")
+        return process
+
+
+Fault = Callable[[Try], str]
+"""Makes it happen, and the run go on; what was hit, in a word or two."""
+
+
+def killed(at: Try) -> str:
+    """By SIGKILL, at a random time or before a random change of a file."""
+    if at.chance.random() < 0.5:
+        process = at.started(faulty=[f"--kill_before={at.chance.randint(1, at.changes)}", f"--folder={at.folder}"])
+        process.popen.wait(600)
+    else:
+        process = at.started()
+        time.sleep(at.chance.uniform(0, at.seconds))
+        process.popen.kill()
+        process.popen.wait()
+    intact(at.folder)
+    return _lost(at)
+
+
+def _lost(at: Try) -> str:
+    """What a run was about when it ended, after a look at what it lost: never more than an interval."""
+    updates, safe = made(at.folder), kept(at.folder)
+    if updates - safe > at.training.interval:
+        raise Wrong(f"{updates} updates made, {safe} kept")
+    at.goes_on()
+    if updates:
+        return "between updates and saves"
+    return "pictures" if at.folder.is_dir() else "starting"
+
+
+def interrupted(at: Try) -> str:
+    """By SIGINT or SIGTERM once it trains: it ends within an update, has lost nothing, and says so."""
+    number = at.chance.choice([signal.SIGINT, signal.SIGTERM])
+    process = at.started()
+    process.wait_for(lambda: made(at.folder) > 0)
+    time.sleep(at.chance.uniform(0, at.seconds / 4))
+    before = made(at.folder)
+    process.popen.send_signal(number)
+    status, _ = process.end()
+    if status == 0:
+        return "came too late"
+    if status != 128 + number or made(at.folder) > before + 1 or kept(at.folder) != made(at.folder):
+        raise Wrong(f"status {status}, {before} updates before it, {made(at.folder)} after it, {kept(at.folder)} kept")
+    intact(at.folder)
+    at.goes_on()
+    return signal.Signals(number).name
+
+
+def interrupted_twice(at: Try) -> str:
+    """By SIGINT, and again at once: no more waiting."""
+    process = at.started()
+    process.wait_for(lambda: made(at.folder) > 0)
+    process.popen.send_signal(signal.SIGINT)
+    process.wait_for(lambda: "again to stop at once" in process.said())
+    process.popen.send_signal(signal.SIGINT)
+    status, _ = process.end()
+    intact(at.folder)
+    at.goes_on()
+    return {0: "came too late", 130: "was saved already", -signal.SIGINT: "ended at once"}[status]
+
+
+def disk_full(at: Try) -> str:
+    """A disk that is full after a random share of what the run writes."""
+    share = at.chance.uniform(0.05, 0.95)
+    if not is_root():
+        at.started(limit=int(share * at.size / 4)).refused(1, "cannot be written")
+        at.goes_on()
+        return "limited files"
+    with _disk(at.out, size=int(share * at.size)) as grown:
+        process = at.started()
+        status, said = process.end()
+        if status not in (0, 1, 2):
+            raise Wrong(f"exit status {status}: {said[-300:]!r}")
+        hit = "nothing" if status == 0 else "saving" if made(at.folder) else "pictures"
+        intact(at.folder)
+        grown()
+        at.goes_on()
+        _keep(at)
+    return hit
+
+
+def read_only(at: Try) -> str:
+    """An output folder on a disk that became read-only since the run was interrupted."""
+    if not is_root():
+        return "not tried: needs root and Linux"
+    with _disk(at.out, size=8 * at.size) as remounted:
+        process = at.in_the_middle()
+        process.popen.kill()
+        process.popen.wait()
+        remounted("ro")
+        at.started().refused(2, "cannot be written (Read-only file system)")
+        intact(at.folder)
+        remounted("rw")
+        at.goes_on()
+        _keep(at)
+    return "refused"
+
+
+def damaged(at: Try) -> str:
+    """The newest checkpoint truncated, or one bit of it flipped: the one before it is taken, and the bad one named."""
+    process = at.in_the_middle()
+    process.popen.kill()
+    process.popen.wait()
+    newest = checkpoint.latest(at.folder)
+    assert newest is not None
+    file = newest / at.chance.choice([checkpoint.ARRAYS, checkpoint.VALUES])
+    content = bytearray(file.read_bytes())
+    place = at.chance.randrange(len(content))
+    if cut := at.chance.random() < 0.5:
+        del content[place:]
+    else:
+        content[place] ^= 1 << at.chance.randrange(8)
+    file.write_bytes(content)
+    process = at.started()
+    status, said = process.end()
+    if status or f"skipped: {newest}" not in said:
+        raise Wrong(f"exit status {status}, and {newest} is not named: {said[-300:]!r}")
+    return "truncated" if cut else "a bit flipped"
+
+
+def picture_gone(at: Try) -> str:
+    """A picture deleted or replaced while the run trains: it does not matter to this run, and the next one says it."""
+    pictures = Path(shutil.copytree(EXAMPLE, at.out.parent / "pictures", dirs_exist_ok=True))
+    process = at.started(pictures=pictures)
+    process.wait_for(lambda: made(at.folder) > 3)  # an autoencoder has seen all of them by then
+    victim, replaced = pictures / "1.png", at.chance.random() < 0.5
+    if replaced:
+        shutil.copy(pictures / "2.png", victim)
+    else:
+        victim.unlink()
+    process.finished()
+    at.started(pictures=pictures).refused(2, "pictures was" if at.training is DREAMBOOTH else "images was")
+    return "replaced" if replaced else "deleted"
+
+
+def two_at_once(at: Try) -> str:
+    """Two runs started into one folder: one trains, the other is refused."""
+    processes = [at.started(), at.training.start(at.out, said=at.out.parent / "second.said")]
+    ended = [process.end() for process in processes]
+    statuses = sorted(status for status, _ in ended)
+    if statuses == [0, 0]:  # the second came after the end of the first
+        return "one after the other"
+    if statuses != [0, 2] or sum("another process is at work" in said for _, said in ended) != 1:
+        raise Wrong(f"exit statuses {statuses}: {[said[-200:] for _, said in ended]}")
+    return "refused"
+
+
+def clock_back(at: Try) -> str:
+    """Killed, and continued while the clock runs backwards."""
+    process = at.in_the_middle()
+    process.popen.kill()
+    process.popen.wait()
+    at.started(faulty=["--clock_back"]).finished()
+    return "continued"
+
+
+FAULTS: dict[str, tuple[Fault, int]] = {
+    "killed": (killed, 50),
+    "interrupted": (interrupted, 10),
+    "interrupted_twice": (interrupted_twice, 4),
+    "disk_full": (disk_full, 10),
+    "read_only": (read_only, 2),
+    "damaged": (damaged, 10),
+    "picture_gone": (picture_gone, 4),
+    "two_at_once": (two_at_once, 4),
+    "clock_back": (clock_back, 2),
+}
+"""Each, and how often it is tried."""
+
+
+@contextmanager
+def _disk(folder: Path, size: int) -> Iterator[Callable[..., None]]:
+    """A disk of so many bytes at a folder; what is given mounts it again: with options, or large."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
+
+    def remount(options: str = "size=1g") -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    try:
+        yield remount
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _keep(at: Try) -> None:
+    """Carries the run out of a disk that is about to go."""
+    shutil.copytree(at.out, at.out.parent / "kept", dirs_exist_ok=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=FAULTS, help="one of the faults")
+    parser.add_argument("--times", type=int, metavar="N", help="how often (default: what the table says)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is left to chance (default: 0)")
+    given = parser.parse_args()
+    print(describe())
+    wrong = 0
+    with tempfile.TemporaryDirectory() as work:
+        room = Path(work)
+        expected = {training.name: _undisturbed(training, room / training.name) for training in TRAININGS}
+        print("| fault | tries | what was hit | lost beyond the last checkpoint | command |\n|---|---|---|---|---|")
+        for name, (fault, usual) in FAULTS.items():
+            if given.only in (None, name):
+                wrong += _tried(name, fault, given.times or usual, given.seed, expected, room / "try")
+    return int(wrong > 0)
+
+
+def _undisturbed(training: Training, room: Path) -> tuple[dict[str, bytes], float, int]:
+    """What a run leaves that suffers nothing, the seconds it takes, and how often it changes a file."""
+    began = time.monotonic()
+    out = emptied(room / "out")
+    training.start(out).finished()
+    seconds, result = time.monotonic() - began, left(training.folder(out))
+    out = emptied(room / "out")
+    process = training.start(out, faulty=["--count", f"--folder={training.folder(out)}"])
+    process.finished()
+    same(training.folder(out), result)
+    return result, seconds, int(process.said().rpartition("changes of files: ")[2].split()[0])
+
+
+def _tried(name: str, fault: Fault, times: int, seed: int, expected: dict[str, tuple], room: Path) -> int:
+    """Tries a fault, prints its row, and returns how often something was wrong."""
+    hit: Counter[str] = Counter()
+    wrong = []
+    for number in range(times):
+        training = TRAININGS[number % len(TRAININGS)]
+        result, seconds, changes = expected[training.name]
+        size = sum(map(len, result.values()))
+        at = Try(training, emptied(room) / "out", random.Random(f"{seed} {name} {number}"), seconds, changes, size)
+        at.out.mkdir()
+        try:
+            hit[fault(at)] += 1
+            kept_at = room / "kept" if (room / "kept").is_dir() else at.out
+            same(training.folder(kept_at), result)
+        except Wrong as error:
+            wrong.append(f"{training.name}, try {number}: {error}")
+    what = ", ".join(f"{kind} {count}" for kind, count in hit.most_common())
+    lost = f"{len(wrong)} of {times} tries" if wrong else "nothing"
+    print(f"| {name.replace('_', ' ')} | {times} | {what} | {lost} | `python -m benchmarks.faults --only {name}` |")
+    for line in wrong:
+        print(f"  {line}", file=sys.stderr)
+    sys.stdout.flush()
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
