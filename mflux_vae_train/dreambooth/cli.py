@@ -53,16 +53,22 @@ def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
 
 def _run(argv: Sequence[str] | None) -> None:
     from mflux_vae_train.config import DreamBoothSettings
+    from mflux_vae_train.dreambooth.without_effect import WITHOUT_EFFECT
     from mflux_vae_train.flags import settings_from
 
-    settings = settings_from(DreamBoothSettings, argv, prog=PROG, description=_description())
+    settings = settings_from(
+        DreamBoothSettings, argv, prog=PROG, description=_description(), without_effect=WITHOUT_EFFECT
+    )
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.dreambooth.preparation import check_pictures
     from mflux_vae_train.dreambooth.train import DreamBooth
     from mflux_vae_train.pipelines.registry import open_pipeline
+    from mflux_vae_train.trackers import wanted
 
-    check_pictures(settings)  # before many gigabytes of weights are read
+    # before many gigabytes of weights are read
+    wanted(settings.report_to)
+    check_pictures(settings)
     DreamBooth(open_pipeline(settings.model)).train(settings)
 
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_map, tree_reduce
 from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
-from mflux_vae_train import lora
+from mflux_vae_train import lora, trackers
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import adapter
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
@@ -67,6 +67,7 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
         SettingsError: settings that the pipeline, the pictures or the output folder do not allow.
     """
     settings = adapter.as_in_file(settings, pipeline)
+    trackers.wanted(settings.report_to)
     resolution = choose_resolution(settings, pipeline.recommended)
     pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]

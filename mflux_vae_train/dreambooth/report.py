@@ -156,28 +156,28 @@ class Report:
         choices, parts = self._run.choices, []
         for index, concept in enumerate(choices.concepts):
             own = [one for one in self._run.pictures.instances if one.concept == index]
-            captions = [one.caption if one.caption != concept.instance_prompt else "" for one in own]
-            title = f"{concept.instance_prompt}: {len(own)} pictures"
-            parts.append(self._gallery(title, [one.path for one in own], captions))
+            shown = [
+                (
+                    one.path.name,
+                    one.caption if one.caption != concept.instance_prompt else "",
+                    self._thumbnail(one.path, one.square),
+                )
+                for one in own[:MOST_THUMBNAILS]
+            ]
+            parts.append(_gallery(f"{concept.instance_prompt}: {len(own)} pictures", shown, rest=len(own) - len(shown)))
         for one in self._run.class_folders:
             paths = class_images(one.folder)[: choices.settings.num_class_images]
-            if paths:
-                parts.append(self._gallery(f"Class, {one.prompt}: {len(paths)} pictures", paths, [""] * len(paths)))
+            shown = [(path.name, "", self._thumbnail(path)) for path in paths[:MOST_THUMBNAILS]]
+            if shown:
+                parts.append(
+                    _gallery(f"Class, {one.prompt}: {len(paths)} pictures", shown, rest=len(paths) - len(shown))
+                )
         return "".join(parts)
 
-    def _gallery(self, title: str, paths: Sequence[Path], captions: Sequence[str]) -> str:
-        shown = [
-            f"<figure>{self._thumbnail(path)}<figcaption>{escape(path.name)}"
-            f"{f'<br>{escape(caption)}' if caption else ''}</figcaption></figure>"
-            for path, caption in list(zip(paths, captions, strict=True))[:MOST_THUMBNAILS]
-        ]
-        rest = len(paths) - len(shown)
-        more = f'<p class="note">and {rest} more</p>' if rest else ""
-        return f'<h3>{escape(title)}</h3><div class="gallery">{"".join(shown)}</div>{more}'
-
-    def _thumbnail(self, path: Path) -> str:
+    def _thumbnail(self, path: Path, pixels: np.ndarray | None = None) -> str:
         if (path, 0) not in self._made:
-            self._made[path, 0] = [[picture(load_image(path), largest=THUMBNAIL_SIDE, caption=path.name)]]
+            shown = load_image(path) if pixels is None else pixels
+            self._made[path, 0] = [[picture(shown, largest=THUMBNAIL_SIDE, caption=path.name)]]
         return self._made[path, 0][0][0]
 
     # words
@@ -201,6 +201,16 @@ class Report:
             f'<p>Again: <code>{escape(again)}</code></p><p class="note">{escape(made_by)}, {escape(where)}</p>'
             f'<div class="settings">{"".join(parts)}</div>'
         )
+
+
+def _gallery(title: str, shown: Sequence[tuple[str, str, str]], *, rest: int) -> str:
+    """(file's name, its own prompt, picture) each, and how many more there are."""
+    figures = "".join(
+        f"<figure>{made}<figcaption>{escape(name)}{f'<br>{escape(caption)}' if caption else ''}</figcaption></figure>"
+        for name, caption, made in shown
+    )
+    more = f'<p class="note">and {rest} more</p>' if rest else ""
+    return f'<h3>{escape(title)}</h3><div class="gallery">{figures}</div>{more}'
 
 
 def _told(value: object) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from mflux_vae import runtime
 from mflux_vae.errors import TrainingError
+from mflux_vae_train import trackers
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.loop import Interrupted
@@ -158,6 +159,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
 SLOW = """
 import sys
 import mflux_vae
+from mflux_vae_train import trackers
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.pipelines import registry
 from tests.contracts.fake import FakePipeline
@@ -184,3 +186,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path):
     assert process.returncode == 143, err
     assert "a checkpoint was written" in err.splitlines()[-1]
     assert len(list(out.glob("checkpoint-*"))) == 1
+
+
+def test_a_missing_tracker_is_said_before_weights_are_read(run, monkeypatch, tmp_path):
+    def opens(model):
+        raise AssertionError("the pipeline was opened")
+
+    monkeypatch.setattr(registry, "open_pipeline", opens)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    status, _, err = run("--report_to=wandb")
+    assert status == 2 and "--report_to wandb: it is not installed: pip install" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_of_other_scripts_without_effect_is_said_and_the_run_goes_on(run):
+    status, _, err = run("--dry_run", "--allow_tf32", "--local_rank", "0", "--mixed-precision=bf16")
+    assert status == 0
+    said = [line.split(": ")[1] for line in err.splitlines() if "has no effect" in line]
+    assert said == [f"--{name} has no effect" for name in ("allow_tf32", "local_rank", "mixed_precision")]
