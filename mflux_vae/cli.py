@@ -1,4 +1,4 @@
-"""``mflux-vae``: what a weights file is, pictures to latents and back, how well, and one naming into another.
+"""``mflux-vae``: what a weights file is, pictures to latents and back, and one naming into another.
 
 Imports are late, so that ``--help`` and a mistyped flag are answered at once.
 
@@ -17,17 +17,13 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
+from mflux_vae.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
 from mflux_vae.errors import MfluxVaeError, SettingsError
 
 PROG = "mflux-vae"
-PRECISIONS = ("float32", "float16", "bfloat16")
 LOGGER = "mflux_vae"
 GROUP = "mflux_vae.commands"
-OWN = ("info", "encode", "decode", "reconstruct", "convert")
-
-MODEL = "a folder in diffusers' layout, a weights file in any naming, a preset's name (info lists them), a hub id"
-CONFIG = "what to take a file for, where it does not say: a preset's name, a config.json, a YAML with a ddconfig"
-PICTURES = "picture files, or folders of them"
+OWN = ("info", "encode", "decode", "compare", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,23 +77,42 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     encode = command("encode", "Pictures to one file of latents. The same command continues an interrupted one.")
     encode.add_argument("pictures", nargs="+", help=PICTURES)
     encode.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
-    _add_model(encode)
+    add_model(encode)
 
     decode = command("decode", "A file of latents to PNG files of the pictures' names and sizes.")
     decode.add_argument("latents", help="a file that encode wrote")
     decode.add_argument("--output", required=True, metavar="FOLDER", help="for the PNG files")
-    _add_model(decode, needed=False)
+    add_model(decode, needed=False)
 
-    reconstruct = command("reconstruct", "Pictures to latents and back: what is lost, seen and measured.")
-    reconstruct.add_argument("pictures", nargs="+", help=PICTURES)
-    reconstruct.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="for PNG files of original, reconstruction and amplified difference side by side",
+    compare = command("compare", "The same pictures through several models: side by side, measured and timed.")
+    compare.add_argument("models", nargs="+", help=f"{MODEL}; LAPA's latent action quantizer too")
+    compare.add_argument(
+        "--images", "--image", dest="pictures", nargs="+", required=True, metavar="FILE", help=PICTURES
     )
-    reconstruct.add_argument("--amplify", type=float, default=8.0, metavar="X", help="the difference (default: 8)")
-    reconstruct.add_argument("--json", dest="as_json", action="store_true", help="the measurements as JSON")
-    _add_model(reconstruct)
+    compare.add_argument("--output", required=True, metavar="FOLDER", help="for comparison.png and comparison.json")
+    compare.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="of the centre squares to compare on, in pixels (default: 256, or the"
+        " models' own where all know one only)",
+    )
+    compare.add_argument(
+        "--first_frame",
+        choices=("self", "previous"),
+        default="self",
+        help="of a pair whose second frame is the picture, where a model takes pairs: itself (default) or the picture"
+        " before it",
+    )
+    compare.add_argument(
+        "--lpips", nargs="+", metavar="FILE", help="measure LPIPS: weights of VGG16, and those of its channels"
+    )
+    compare.add_argument(
+        "--config", dest="configs", action="append", help=f"{CONFIG}; once for each model, in their order, - for none"
+    )
+    compare.add_argument("--amplify", type=float, default=8.0, metavar="X", help="the difference (default: 8)")
+    compare.add_argument("--json", dest="as_json", action="store_true", help="print the measurements as JSON")
+    add_computing(compare)
 
     convert = command("convert", "Weights from any naming into another.")
     convert.add_argument("model", help=MODEL)
@@ -124,24 +139,6 @@ def _registered() -> list[EntryPoint]:
         if entry.name in OWN or other.value != entry.value:
             logging.getLogger(LOGGER).warning("command %s is there already: %s is left out", entry.name, entry.value)
     return [entry for name, entry in found.items() if name not in OWN]
-
-
-def _add_model(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
-    """What every command has that computes."""
-    default = "" if needed else " (default: the one that the latents were made with)"
-    parser.add_argument("--model", required=needed, help=MODEL + default)
-    parser.add_argument("--config", help=CONFIG)
-    parser.add_argument(
-        "--dtype", choices=PRECISIONS, help="to compute in (default: bfloat16; on a CPU always float32)"
-    )
-    parser.add_argument(
-        "--tiling",
-        choices=("auto", "off", "blend", "exact"),
-        default="auto",
-        help="cut large images: auto (default) where memory asks for it, off, blend (overlapping tiles), exact (the"
-        " values of one piece)",
-    )
-    parser.add_argument("--tile", type=int, default=512, metavar="N", help="size of a tile in pixels (default: 512)")
 
 
 def _run(name: str, settings: dict[str, Any]) -> None:

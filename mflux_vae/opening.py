@@ -217,6 +217,8 @@ def settings_of(config: Config) -> dict[str, Any]:
         if not (path := Path(config)).is_file():
             if preset := presets.find(str(config)):
                 return preset.config.to_dict()
+            if folder := presets.registered(str(config)):
+                return read_json(folder / "config.json")
             raise SettingsError(f"config {config}: no such file, nor a preset ({', '.join(presets.PRESETS)})")
         config = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if "_class_name" in config or "block_out_channels" in config:

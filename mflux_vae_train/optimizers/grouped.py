@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map_with_path
 
 Filter: TypeAlias = Callable[[str, mx.array], bool]
 
@@ -30,3 +31,8 @@ class Grouped(optim.MultiOptimizer):
     def learning_rate(self, factor: float | mx.array) -> None:
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             optimizer.learning_rate = factor * rate
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """The changed parameters, in a tree of the same form: mlx's own leaves out branches without any."""
+        changed: dict[str, mx.array] = dict(tree_flatten(super().apply_gradients(gradients, parameters)))
+        return tree_map_with_path(lambda path, _: changed[path], parameters)

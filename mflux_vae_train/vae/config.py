@@ -28,15 +28,17 @@ class VAETrainingSettings:
     # data
     data: str = flag(
         "\"digits\" (drawn here, nothing to download), a folder of images, of MNIST's files or of videos' frames, an"
-        " .npz, or a file in IDX",
+        " .npz, a file in IDX, or the name of a data set that a package registers",
         "digits",
         aliases=("data_path",),
     )
     data_kind: str | None = flag(
-        "what --data is (none: seen by itself)", None, choices=("digits", "folder", "frames", "mnist", "npz")
+        "what --data is (none: seen by itself)",
+        None,
+        choices=("digits", "folder", "frames", "mnist", "npz", "registered"),
     )
     data_list: str | None = flag("file that names the videos to take, text or JSON (frames)", None)
-    digits_count: int = flag("how many digits are drawn", 20000, least=2)
+    data_count: int = flag("how many images are drawn (digits, registered)", 2000, least=2, aliases=("digits_count",))
     image_size: int = flag("side of the training images in pixels", 28, least=4)
     in_channels: int = flag("channels of the images: 1 for grey, 3 for colour", 1, aliases=("nimg_channels",))
     val_share: float = flag("share of the images held out, where the data has no test split", 0.1, above=0, below=1)
@@ -66,7 +68,14 @@ class VAETrainingSettings:
     network_config: str | None = flag(
         "a config.json, or a YAML with a ddconfig, that describes the network in place of the flags above", None
     )
+    init: str = flag(
+        "weights at first; orthogonal: orthogonal kernels, residual branches at zero, a narrow posterior, with which a"
+        " small network learns in minutes",
+        "default",
+        choices=("default", "orthogonal"),
+    )
     init_from: str | None = flag("an autoencoder to start from: a folder, a weights file, a hub id", None)
+    train: str = flag("decoder: latents stay what they are", "all", choices=("all", "decoder"))
 
     # loss
     loss_type: str = flag(
@@ -92,7 +101,12 @@ class VAETrainingSettings:
     batch_size: int = flag("images in a micro-batch", 128, least=1, aliases=("batchsize",))
     gradient_accumulation_steps: int = flag("micro-batches in an update", 1, least=1)
     num_epochs: int = flag("passes over the training images", 100, least=1, aliases=("epochs",))
-    optimizer: str = flag("adamw: weight decay beside the gradient; adam: in it", "adamw", choices=("adamw", "adam"))
+    optimizer: str = flag(
+        "adamw: weight decay beside the gradient; adam: in it; muon: kernels and matrices by orthogonalized momentum,"
+        " the rest by AdamW at a quarter of the rate",
+        "adamw",
+        choices=("adamw", "adam", "muon"),
+    )
     learning_rate: float = flag("peak learning rate", 1e-3, above=0, aliases=("lr",))
     lr_scheduler: str = flag(
         "shape after warm-up; exponential: times --lr_gamma every epoch, step: every --lr_step_epochs",
@@ -118,10 +132,14 @@ class VAETrainingSettings:
     samples_every: int | None = flag(
         "epochs between grids of reconstructions and samples (none: at the end)", 10, least=1
     )
+    log_images_every_n_steps: int | None = flag("updates between further ones, where epochs are long", None, least=1)
     save_every: int = flag("epochs between checkpoints", 1, least=1)
+    save_every_n_steps: int | None = flag("updates between further ones, where epochs are long", None, least=1)
     tensorboard: bool = flag("write events for TensorBoard (extra 'tensorboard')", False)
+    allow_changes: bool = flag("continue a run although its data, weights or settings have changed", False)
     seed: int = flag("every random draw is a function of it", 0, least=0, below=2**32)
     cpu: bool = flag("compute on the CPU", False)
+    dry_run: bool = flag("say what would happen, try one batch, and stop", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -129,6 +147,8 @@ class VAETrainingSettings:
             raise SettingsError(f"--in_channels is {self.in_channels}; 1 or 3 is allowed")
         if self.network_config and self.init_from:
             raise SettingsError("--network_config and --init_from: give one of them")
+        if self.init_from and self.init != "default":
+            raise SettingsError(f"--init {self.init} and --init_from: give one of them")
         if self.max_filters is not None and self.max_filters % 4:
             raise SettingsError(f"--max_filters is {self.max_filters}; a multiple of 4 is allowed")
         if self.experiment_name is not None and not self.experiment_name.strip("./ "):

@@ -21,12 +21,13 @@ import numpy as np
 from mflux_vae.ahead import ahead
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae_train.randomness import Stream, rng
-from mflux_vae_train.vae import sources
+from mflux_vae_train.vae import registered, sources
+from mflux_vae_train.vae.digits import Digits
 
 DIGITS = "digits"
 """Name of the data set that is drawn here."""
 
-KINDS = (DIGITS, "folder", "frames", "mnist", "npz")
+KINDS = (DIGITS, "folder", "frames", "mnist", "npz", "registered")
 
 _KEPT_BYTES = 256 * 2**20
 _READ_AT_ONCE = 16
@@ -68,11 +69,12 @@ def open_data(
             - "digits", which are drawn here;
             - a folder of images, also in folders below it, or one with the files of MNIST (IDX, gzipped or not);
             - the frames of Something-Something v2, `<video>/<frame>.jpg` (`kind` "frames");
-            - a file in IDX, or an .npz with `x_train` and perhaps `x_test`, or with one array of pictures.
+            - a file in IDX, or an .npz with `x_train` and perhaps `x_test`, or with one array of pictures;
+            - the name of a data set that a package registers (see `registered`).
         size, channels: of the pictures that are given out: the centre square, resized; 1 channel is brightness.
         kind: one of `KINDS`; None to see, and to take a folder for one of frames where there is a list.
         listed: of frames: see `sources.frames`.
-        seed, count: of the digits.
+        seed, count: of pictures that are drawn, as digits are.
 
     Raises:
         ImageError: nothing there, or not readable.
@@ -86,7 +88,9 @@ def open_data(
         raise SettingsError(f"a list is for frames of videos, not for data of kind {kind}")
     test: Source | None = None
     if kind == DIGITS:
-        train: Source = sources.Digits(count, seed=seed, size=size, channels=channels)
+        train: Source = Digits(count, seed=seed, size=size, channels=channels)
+    elif kind == "registered":
+        train = registered.open_registered(str(data), size=size, channels=channels, seed=seed, count=count)
     elif kind == "frames":
         train = sources.frames(path, listed, size=size, channels=channels)
     elif kind == "folder":
@@ -266,10 +270,13 @@ def _kept(source: Source) -> Source:
 def _kind(data: str | Path, path: Path, listed: str | Path | None) -> str:
     if data == DIGITS:
         return DIGITS
+    if str(data) in (names := registered.names()):
+        return "registered"
     if path.is_dir():
         if listed is not None:
             return "frames"
         return "mnist" if any(sources.idx_files(path, prefix) for prefix in sources.MNIST_SPLITS) else "folder"
     if not path.exists():
-        raise ImageError(f"{path} does not exist: give a folder, a file of MNIST, an .npz, or {DIGITS}")
+        known = ", ".join((DIGITS, *names))
+        raise ImageError(f"{path} does not exist: give a folder, a file of MNIST, an .npz, or a name ({known})")
     return "npz" if path.suffix == ".npz" else "mnist"

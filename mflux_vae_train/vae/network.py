@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +16,7 @@ from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae_train.randomness import Stream, rng
+from mflux_vae_train.vae import initial
 from mflux_vae_train.vae.adversarial import PatchDiscriminator
 from mflux_vae_train.vae.config import VAETrainingSettings
 
@@ -35,12 +34,14 @@ def build(settings: VAETrainingSettings) -> Any:
         SettingsError: widths, channels or image size do not go together.
         WeightsError: there is nothing to open.
     """
+    if settings.train == "decoder" and settings.init_from is None:
+        raise SettingsError("--train decoder needs an encoder that was trained: --init_from")
     _seed(settings.seed)
     network: Any = _network(settings)
+    if settings.init == "orthogonal":
+        initial.orthogonal(network, settings.seed)
     mx.eval(network.parameters())
     config = network.config
-    if getattr(config, "dropout", 0):
-        raise SettingsError("the network has dropout, which is not trained with here: set it to 0")
     if config.in_channels != settings.in_channels or config.out_channels != settings.in_channels:
         raise SettingsError(f"--in_channels is {settings.in_channels}; the network has {config.in_channels}")
     if not is_flat(network) and settings.image_size % config.downsampling:
@@ -77,22 +78,6 @@ def _network(settings: VAETrainingSettings) -> nn.Module:
     )
 
 
-def AutoEncoderKL(ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | Path | None = None) -> AutoencoderKL:
-    """latent-diffusion's constructor: its network, new or with the weights of a checkpoint in any naming.
-
-    `encode` and `decode` take (B, H, W, C) in [-1, 1]; `VAETrainer` trains it (`--network_config`, `--init_from`).
-
-    Raises:
-        SettingsError: something in `ddconfig` is missing, unknown or not supported.
-        WeightsError: the checkpoint does not fit.
-    """
-    config = AutoencoderKLConfig.from_ddconfig(ddconfig, embed_dim)
-    if ckpt_path is None:
-        return AutoencoderKL(config)
-    network: Any = loading.open_network(ckpt_path, mx.float32, config=config.to_dict())
-    return network
-
-
 def new_critic(settings: VAETrainingSettings, network: Any) -> PatchDiscriminator:
     """The discriminator, its weights a function of the seed.
 
@@ -107,6 +92,17 @@ def new_critic(settings: VAETrainingSettings, network: Any) -> PatchDiscriminato
     critic = PatchDiscriminator(settings.in_channels)
     mx.eval(critic.parameters())
     return critic
+
+
+def begin_training(network: Any, part: str = "all") -> None:
+    """Puts it into training, all of it or `part` "decoder": then the encoder stays as it is, statistics included."""
+    network.train()
+    if part == "decoder":
+        network.freeze()
+        decoding = [network[name] for name in ("decoder", "post_quant_conv") if name in network]
+        for half in decoding:
+            half.unfreeze()
+        network.encoder.eval()
 
 
 def is_flat(network: Any) -> bool:

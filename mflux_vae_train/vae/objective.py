@@ -15,6 +15,7 @@ from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae_train.step import Arrays, MicroBatch, Step
 from mflux_vae_train.vae import adversarial
 from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.dropout import by_keys
 from mflux_vae_train.vae.losses import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
 from mflux_vae_train.vae.network import before_last_layer, is_flat
 
@@ -32,7 +33,7 @@ class Objective:
     def __init__(
         self, settings: VAETrainingSettings, network: Any, *, dataset_size: int, critic: nn.Module | None = None
     ) -> None:
-        self.settings, self.critic = settings, critic
+        self.settings, self.critic, self.dropout_keys = settings, critic, by_keys(network)
         self.signed = not (is_flat(network) and network.config.output == "sigmoid")
         common: dict[str, Any] = {
             "loss_type": settings.reconstruction_loss_type,
@@ -80,6 +81,10 @@ class Objective:
         """See `step.Loss`."""
         if self.settings.mixed_precision:
             network.update(tree_map(lambda weight: weight.astype(mx.bfloat16), network.trainable_parameters()))
+        with self.dropout_keys.holding(arrays["key"]):
+            return self._computed(network, arrays)
+
+    def _computed(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
         pixels = arrays["pixels"]
         posterior = network.encode(pixels)
         z = sampled(posterior, arrays["key"])

@@ -1,4 +1,4 @@
-"""How many updates a training makes, and what each of them sees: functions of the update alone."""
+"""Which images a training has, how many updates it makes, and what each sees: functions of the update alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mflux_vae_train import schedule
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.step import MicroBatch
 from mflux_vae_train.vae.config import VAETrainingSettings
-from mflux_vae_train.vae.data import Augmentation, Batches, Source
+from mflux_vae_train.vae.data import Augmentation, Batches, Source, open_data, split
 
 
 class Plan:
@@ -64,3 +64,23 @@ class Plan:
             )
             for start in range(0, self.images, size)
         ]
+
+
+def images_of(settings: VAETrainingSettings, source: Source | None = None) -> tuple[Source, Source]:
+    """Images to train on, and held-out ones: the data's test split, or a share.
+
+    Args:
+        source: in place of what the settings name.
+    """
+    if source is not None:
+        return split(source, settings.val_share, settings.seed)
+    train, test = open_data(
+        settings.data,
+        size=settings.image_size,
+        channels=settings.in_channels,
+        kind=settings.data_kind,
+        listed=settings.data_list,
+        seed=settings.seed,
+        count=settings.data_count,
+    )
+    return split(train, settings.val_share, settings.seed) if test is None else (train, test)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.layers import batch_statistics, fold_statistics
+from mflux_vae_train.vae.dropout import as_now
 
 
 def recompute_blocks(network: nn.Module) -> int:
@@ -36,9 +37,12 @@ def _recomputing(kind: Any) -> Any:
         if not self.training:
             return kind.__call__(self, x, *settings)
 
+        keys = as_now(self)
+
         def inner(parameters: Any, x: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
             self.update(parameters)
-            return kind.__call__(self, x, *settings), batch_statistics(self)
+            with keys():
+                return kind.__call__(self, x, *settings), batch_statistics(self)
 
         own = self.trainable_parameters()
         y, seen = mx.checkpoint(inner)(own, x)

@@ -50,6 +50,32 @@ class VAESampler:
         """Length of a latent vector, or a spatial latent's channels."""
         return self.latent_shape[-1]
 
+    def check(
+        self, *, latent_dims: int | None = None, max_filters: int | None = None, nimg_channels: int | None = None
+    ) -> None:
+        """Refuses another network than the one that is expected; None expects nothing.
+
+        Raises:
+            SettingsError: it has other latents, widths or channels.
+        """
+        config: Any = self.model.config
+        widths = next(
+            (
+                value
+                for name in ("hidden_dims", "block_out_channels", "channels")
+                if (value := getattr(config, name, None))
+            ),
+            (0,),
+        )
+        own = {"latent_dims": self.latent_dim, "max_filters": max(widths), "nimg_channels": config.out_channels}
+        given = {"latent_dims": latent_dims, "max_filters": max_filters, "nimg_channels": nimg_channels}
+        if wrong := [
+            f"--{name} is {value}, the model's {own[name]}"
+            for name, value in given.items()
+            if value not in (None, own[name])
+        ]:
+            raise SettingsError("; ".join(wrong))
+
     def encode(self, files: Sequence[str | Path]) -> mx.array:
         """Posterior means of picture files, their centre squares. (N, *latent_shape)."""
         pictures = [load_image(file, resolution=self.image_size) for file in files]
@@ -83,12 +109,13 @@ class VAESampler:
         num_samples: int = 10,
         latent_range: tuple[float, float] = (-3.0, 3.0),
         *,
-        dims: tuple[int, int] = (0, 1),
+        dims: tuple[int, int] | None = None,
         base: mx.array | None = None,
     ) -> np.ndarray:
         """A plane: unit dims[0] grows from row to row and dims[1] from left to right, others stay.
 
         Args:
+            dims: None for the two `strongest`.
             base: (1, D), where the others are; None for 0.
 
         Returns:
@@ -96,7 +123,9 @@ class VAESampler:
         """
         values = np.linspace(*latent_range, num_samples, dtype=np.float32)
         points = np.repeat(self._base(base), num_samples**2, axis=0)
-        for dim, column in zip(dims, (np.repeat(values, num_samples), np.tile(values, num_samples)), strict=True):
+        for dim, column in zip(
+            dims or self.strongest(2), (np.repeat(values, num_samples), np.tile(values, num_samples)), strict=True
+        ):
             points[:, self._unit(dim)] = column
         return self.decode(mx.array(points))
 
@@ -112,6 +141,16 @@ class VAESampler:
         points = np.repeat(self._base(base), num_samples, axis=0)
         points[:, self._unit(dim)] = np.linspace(*latent_range, num_samples, dtype=np.float32)
         return self.decode(mx.array(points))
+
+    def strongest(self, count: int) -> list[int]:
+        """The units that images depend on most: a posterior leaves many of them at the prior, and they do nothing.
+
+        Each is moved from 0 to 2 while the others stay at 0; what counts is how much the image changes.
+        """
+        points = np.concatenate([self._base(None), 2 * np.eye(self.latent_dim, dtype=np.float32)])
+        middle, *moved = self.decode(mx.array(points))
+        changes = [np.square(image - middle).mean() for image in moved]
+        return [int(unit) for unit in np.argsort(changes)[::-1][:count]]
 
     def interpolate_latent(
         self, z1: mx.array, z2: mx.array, num_steps: int = 10, *, spherical: bool = False

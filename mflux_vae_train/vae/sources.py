@@ -1,4 +1,4 @@
-"""Where pictures come from: files, arrays, or a font. What each class here is, `data.Source` says."""
+"""Where pictures come from: files and arrays. What each class here is, `data.Source` says."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, load_image
-from mflux_vae_train.randomness import Stream, rng
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class Files:
             if place in self.bad:
                 continue
             try:
-                return _in_channels(load_image(self.paths[place], resolution=self.size), self.channels)
+                return in_channels(load_image(self.paths[place], resolution=self.size), self.channels)
             except ImageError as broken:
                 error = broken
                 if not self.bad:
@@ -94,7 +92,7 @@ class Arrays:
 
     def item(self, index: int) -> np.ndarray:
         picture = self.pictures[index]
-        picture = _in_channels(picture if picture.ndim == 3 else picture[..., None], self.channels)
+        picture = in_channels(picture if picture.ndim == 3 else picture[..., None], self.channels)
         height, width = picture.shape[:2]
         if (height, width) == (self.size, self.size):
             return picture
@@ -102,51 +100,7 @@ class Arrays:
         left, top = (width - side) / 2, (height - side) / 2
         image = Image.fromarray(picture[..., 0] if self.channels == 1 else picture)
         image = image.resize((self.size,) * 2, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        return _in_channels(np.array(image), self.channels)
-
-
-class Digits:
-    """Digits in Pillow's own font, light on dark, turned, sheared, stretched, moved, thickened and noisy by chance.
-
-    Picture number i is a function of (seed, i).
-    """
-
-    def __init__(self, count: int, *, seed: int, size: int = 28, channels: int = 1) -> None:
-        self.count, self.seed, self.size, self.channels = count, seed, size, channels
-        self.starts: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return self.count
-
-    def label(self, index: int) -> int:
-        """Which digit it is."""
-        return int(rng(self.seed, Stream.DIGITS, index).integers(10))
-
-    def item(self, index: int) -> np.ndarray:
-        draw = rng(self.seed, Stream.DIGITS, index)
-        digit = int(draw.integers(10))
-        side = 2 * self.size  # drawn at twice the size, for smooth edges
-        canvas = Image.new("L", (side, side))
-        thickness = draw.uniform(0, side / 24)
-        ImageDraw.Draw(canvas).text(
-            (side / 2, side / 2),
-            str(digit),
-            fill=255,
-            font=_font(round(0.92 * side)),
-            anchor="mm",
-            stroke_width=round(thickness),
-        )
-        turn, shear = draw.normal(0, 0.12), draw.normal(0, 0.15)
-        stretch, shift = draw.uniform(0.85, 1.15, 2), draw.uniform(-0.07, 0.07, 2) * side
-        # from pixels of the result to those of the canvas, around both centres
-        rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        matrix = 2 * np.diag(1 / stretch) @ np.array([[1, shear], [0, 1]]) @ rotation
-        offset = side / 2 + shift - matrix @ np.full(2, self.size / 2)
-        values = (*matrix[0], offset[0], *matrix[1], offset[1])
-        drawn = canvas.transform((self.size,) * 2, Image.Transform.AFFINE, values, Image.Resampling.BICUBIC)
-        light, noise = draw.uniform(0.75, 1), draw.uniform(0, 8)
-        picture = np.asarray(drawn, np.float32) * light + draw.normal(0, noise, drawn.size)
-        return _in_channels(np.clip(np.rint(picture), 0, 255).astype(np.uint8)[..., None], self.channels)
+        return in_channels(np.array(image), self.channels)
 
 
 def folder(path: str | Path, *, size: int, channels: int) -> Files:
@@ -301,7 +255,7 @@ def _listed(path: Path) -> list[str]:
         raise ImageError(f"{path} is no list of videos ({error!r}): one per line, or a JSON list") from error
 
 
-def _in_channels(picture: np.ndarray, channels: int) -> np.ndarray:
+def in_channels(picture: np.ndarray, channels: int) -> np.ndarray:
     """uint8 (H, W), (H, W, 1) or (H, W, 3) -> (H, W, channels)."""
     picture = picture if picture.ndim == 3 else picture[..., None]
     if picture.shape[2] == channels:
@@ -309,8 +263,3 @@ def _in_channels(picture: np.ndarray, channels: int) -> np.ndarray:
     if channels == 3:
         return np.repeat(picture, 3, axis=2)
     return np.array(Image.fromarray(picture).convert("L"))[..., None]
-
-
-@lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,34 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mflux_vae import loading
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.runtime import is_cpu
+from mflux_vae.weights.files import write_text
 from mflux_vae_train import checkpoint, flags, state
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.hooks import Hook, MetricsLog, Record, every
+from mflux_vae_train.lock import Lock
 from mflux_vae_train.loop import fit
-from mflux_vae_train.optimizers import Adam, AdamW
+from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon
+from mflux_vae_train.owed import Owed
 from mflux_vae_train.progress import ProgressBar
 from mflux_vae_train.step import Step
 from mflux_vae_train.trackers import TensorBoard
 from mflux_vae_train.vae.config import VAETrainingSettings, advice, settings_from_dict
-from mflux_vae_train.vae.data import Source, open_data, split
-from mflux_vae_train.vae.network import build, new_critic, parameter_count
+from mflux_vae_train.vae.data import Source
+from mflux_vae_train.vae.identity import identity
+from mflux_vae_train.vae.network import begin_training, build, new_critic, parameter_count
 from mflux_vae_train.vae.objective import CriticToo, Objective, critic_loss
-from mflux_vae_train.vae.plan import Plan
+from mflux_vae_train.vae.plan import Plan, images_of
 from mflux_vae_train.vae.recompute import recompute_blocks
 from mflux_vae_train.vae.telling import Progress
+from mflux_vae_train.vae.trial import tried
 from mflux_vae_train.vae.validation import Validation, collapse
 
 logger = logging.getLogger(__name__)
 
-FREE = frozenset({"experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu"})
-"""Settings that may change when a run is continued: they do not shape its result."""
-
-LASTING = frozenset({"constant", "exponential", "step"})
-"""Schedules that do not depend on the length of the run, which may then be made longer."""
+_REST = 0.25
+"""Beside Muon's rate, that of AdamW, as `--optimizer` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class VAETrainer:
 
     Args:
         config: settings, or a dictionary of some of them, as `get_default_config` gives all.
+        source: pictures of your own, in place of what `data` names; `val_share` of them are held out.
 
     Attributes:
         network: what is trained; after `train` with the weights of the last update, or their moving average.
@@ -81,13 +83,15 @@ class VAETrainer:
         InputError: settings or data cannot be used.
     """
 
-    def __init__(self, config: VAETrainingSettings | Mapping[str, Any]) -> None:
+    def __init__(self, config: VAETrainingSettings | Mapping[str, Any], source: Source | None = None) -> None:
         self.settings = config if isinstance(config, VAETrainingSettings) else settings_from_dict(config)
         if self.settings.cpu:
             mx.set_default_device(mx.cpu)
         if self.settings.mixed_precision and is_cpu():
             raise SettingsError("--mixed_precision: a CPU computes in float32; leave it out")
+        self.source = source
         self.folder = Path(self.settings.output_dir) / "checkpoints" / self.settings.name
+        self.best, self.last = (self.folder / f"{which}_model.safetensors" for which in ("best", "last"))
         self.network = build(self.settings)
 
     def train(self) -> Outcome:
@@ -98,16 +102,27 @@ class VAETrainer:
             TrainingError: the loss is not finite, or a checkpoint is broken.
             Interrupted: a signal arrived; a checkpoint was written.
         """
+        if self.settings.dry_run:
+            metrics = tried(self.settings, self.network, self.folder, self.source)
+            return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
+        with Lock(self.folder) as lock:
+            try:
+                return self._train(lock)
+            except OSError as error:
+                raise TrainingError(f"{error}; the same command continues where it can be written again") from error
+
+    def _train(self, lock: Lock) -> Outcome:
         settings, network, folder = self.settings, self.network, self.folder
         for line in advice(settings):
             logger.warning("%s", line)
 
         # data, and how it is cut
-        train, held_out = _data(settings)
+        train, held_out = images_of(settings, self.source)
+        fingerprint = identity(settings, network, train, held_out)
         plan = Plan(settings, train)
 
         # what is trained, and how
-        network.train()
+        begin_training(network, settings.train)
         if settings.gradient_checkpointing:
             recompute_blocks(network)
         ema = EMA(network.trainable_parameters(), settings.ema_decay) if settings.ema_decay else None
@@ -135,11 +150,13 @@ class VAETrainer:
             watch.update(json.loads(tree["seen"]))
 
         # where an earlier part of the run stopped
-        identity = _identity(settings, train, held_out)
         objects["watch"] = state.Stateful(read=lambda: {"seen": json.dumps(watch)}, write=remember)
-        newest = checkpoint.latest(folder)
-        start = checkpoint.load(newest, objects, fingerprint=identity) if newest else 0
-        _claim(folder, settings)
+        owed = Owed()
+        objects["owed"] = owed.stateful()
+        start = 0
+        if newest := checkpoint.latest(folder):
+            start = checkpoint.load(newest, objects, fingerprint=fingerprint, allow_changes=settings.allow_changes)
+        _claim(folder, settings, lock)
         logger.info(
             "%s: %s parameters, %d images and %d held out, %d updates in %d epochs%s",
             settings.name, f"{parameter_count(network):,}", len(train), len(held_out), plan.total, settings.num_epochs,
@@ -147,7 +164,7 @@ class VAETrainer:
         )  # fmt: skip
 
         # what happens beside the updates
-        best, last = folder / "best_model.safetensors", folder / "last_model.safetensors"
+        best, last = self.best, self.last
 
         @contextmanager
         def as_saved() -> Iterator[None]:
@@ -156,7 +173,7 @@ class VAETrainer:
                 if ema is not None:
                     stack.enter_context(ema.swapped_in(network))
                 network.eval()
-                stack.callback(network.train)
+                stack.callback(begin_training, network, settings.train)
                 yield
 
         validation = Validation(objective, network, held_out, settings, folder / "samples")
@@ -178,14 +195,19 @@ class VAETrainer:
             if watch["collapsed"] and not told:
                 logger.warning("%s", warning)
 
+        boards: list[TensorBoard] = []
+
         def pictures(record: Record) -> None:
             with as_saved():
-                validation.pictures(record.update)
+                made = validation.pictures(record.update)
+            for board in boards:
+                for name, picture in made.items():
+                    board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)
 
         def save(updates: int) -> None:
             with as_saved():
                 loading.save_network(network, last)
-            checkpoint.save(folder, updates, objects, fingerprint=identity, total_limit=2)
+            checkpoint.save(folder, updates, objects, fingerprint=fingerprint, total_limit=2)
 
         def stop(record: Record) -> None:
             if settings.early_stopping is not None and watch["since"] >= settings.early_stopping:
@@ -207,12 +229,15 @@ class VAETrainer:
                 every(epochs * settings.val_every, validate),
                 every(epochs * settings.val_every, note),
                 every(epochs * settings.save_every, lambda record: save(record.update)),
+                every(settings.save_every_n_steps, lambda record: save(record.update), last=False),
                 every(epochs * settings.samples_every if settings.samples_every else None, pictures),
+                every(settings.log_images_every_n_steps, pictures, last=False),
                 stop,
             ]
             if settings.tensorboard:
                 board = stack.enter_context(TensorBoard(folder / "tensorboard", start=start))
                 observers.append(board)
+                boards.append(board)
 
                 def report(record: Record) -> None:
                     board.values("validation", record.update, watch["metrics"])
@@ -220,7 +245,6 @@ class VAETrainer:
                 hooks.insert(2, every(epochs * settings.val_every, report))
             made = start
             try:
-                stop(Record(update=start, total=plan.total, metrics={}, seconds=0.0))
                 fit(
                     step=steps,
                     batches=lambda update: plan.batches(update, beta=objective.beta_at(update)),
@@ -230,6 +254,7 @@ class VAETrainer:
                     observers=observers,
                     hooks=hooks,
                     checkpoint=save,
+                    owed=owed,
                 )
                 made = max(start, plan.total)
             except _Enough:
@@ -241,39 +266,21 @@ class VAETrainer:
         return Outcome(best=best, last=last, folder=folder, updates=made - start, metrics=watch["metrics"])
 
 
-def _data(settings: VAETrainingSettings) -> tuple[Source, Source]:
-    """Images to train on, and held-out ones: the data's test split, or a share."""
-    train, test = open_data(
-        settings.data,
-        size=settings.image_size,
-        channels=settings.in_channels,
-        kind=settings.data_kind,
-        listed=settings.data_list,
-        seed=settings.seed,
-        count=settings.digits_count,
-    )
-    return split(train, settings.val_share, settings.seed) if test is None else (train, test)
-
-
-def _optimizer(settings: VAETrainingSettings) -> AdamW:
+def _optimizer(settings: VAETrainingSettings) -> AdamW | Grouped:
     kind = Adam if settings.optimizer == "adam" else AdamW
-    return kind(beta1=settings.adam_beta1, beta2=settings.adam_beta2, weight_decay=settings.weight_decay)
+    adam = kind(beta1=settings.adam_beta1, beta2=settings.adam_beta2, weight_decay=settings.weight_decay)
+    if settings.optimizer != "muon":
+        return adam
+    muon = Muon(weight_decay=settings.weight_decay)
+    return Grouped([(muon, 1.0, lambda _, weight: weight.ndim > 1), (adam, _REST, None)])
 
 
-def _identity(settings: VAETrainingSettings, train: Source, held_out: Source) -> dict[str, Any]:
-    """What makes a run this run: its settings, and its images by a few of them."""
-    free = FREE | ({"num_epochs"} if settings.lr_scheduler in LASTING else set())
-    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    some = {index for source in (train, held_out) for index in range(0, len(source), max(1, len(source) // 8))}
-    pictures = [source.item(i) for source in (train, held_out) for i in sorted(some) if i < len(source)]
-    crc = functools.reduce(lambda crc, picture: zlib.crc32(picture.tobytes(), crc), pictures, 0)
-    return {**shaping, "images": f"{len(train)} and {len(held_out)}, {crc:08x}"}
-
-
-def _claim(folder: Path, settings: VAETrainingSettings) -> None:
-    """Writes settings.yaml, which reproduces the run."""
+def _claim(folder: Path, settings: VAETrainingSettings, lock: Lock) -> None:
+    """Takes the folder's lock and writes settings.yaml, which reproduces the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.yaml").write_text(flags.to_yaml(settings), encoding="utf-8")
+        lock.take()
+        checkpoint.tidy(folder)
+        write_text(folder / "settings.yaml", flags.to_yaml(dataclasses.replace(settings, allow_changes=False)))
     except OSError as error:
         raise SettingsError(f"--output_dir: {folder} cannot be written ({error.strerror})") from error

@@ -65,19 +65,19 @@ class Validation:
         measured = {name: value / done for name, value in sums.items()}
         return {**measured, "active": float(active_units(mx.array(np.concatenate(means))))}
 
-    def pictures(self, update: int) -> None:
-        """Writes held-out images above their reconstructions, and images of latents from the prior."""
+    def pictures(self, update: int) -> dict[str, np.ndarray]:
+        """Writes held-out images above their reconstructions, and images of latents from the prior; and gives them."""
         network, count = self._network, min(PAIRS, len(self._held_out))
         originals = np.stack([self._held_out.item(index) for index in range(count)])
         again = to_pictures(np.array(network.decode(network.encode(mx.array(to_pixels(originals))).mean)))
-        rows = [part for start in range(0, count, COLUMNS) for part in (originals, again) for part in
-                _filled(part[start : start + COLUMNS], min(COLUMNS, count))]  # fmt: skip
-        save_image(self._folder / f"reconstructions-{update:06}.png", grid(rows, COLUMNS))
         keys = sample_keys(self._settings.seed, Stream.PREVIEW, 0, range(SAMPLES))
         shape = latent_shape(network, self._settings.image_size)
         z = mx.stack([mx.random.normal(shape, key=key) for key in keys])
         images = np.concatenate([to_pictures(np.array(network.decode(part))) for part in mx.split(z, COLUMNS)])
-        save_image(self._folder / f"samples-{update:06}.png", grid(list(images), COLUMNS))
+        made = {"reconstructions": pairs(originals, again), "samples": grid(list(images), COLUMNS)}
+        for name, picture in made.items():
+            save_image(self._folder / f"{name}-{update:06}.png", picture)
+        return made
 
 
 def collapse(metrics: Mapping[str, float], network: Any) -> str | None:
@@ -89,6 +89,16 @@ def collapse(metrics: Mapping[str, float], network: Any) -> str | None:
         f"posterior collapse: {metrics['active']:.0f} of {units} latent units are in use, KL is {metrics['kl']:.2g}"
         " nats; lower --beta, let it rise (--loss_type beta_vae) or give --free_bits"
     )
+
+
+def pairs(originals: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """One picture: rows of originals, each above that of their reconstructions. uint8 (N, H, W, C) twice."""
+    columns = min(COLUMNS, len(originals))
+    rows: list[np.ndarray] = []
+    for start in range(0, len(originals), columns):
+        for part in (originals, again):
+            rows += _filled(part[start : start + columns], columns)
+    return grid(rows, columns)
 
 
 def _filled(pictures: np.ndarray, columns: int) -> list[np.ndarray]:

@@ -7,15 +7,19 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from mflux_vae import VAE, AutoencoderKL
 from mflux_vae.images import load_image
+from mflux_vae_train.flags import from_yaml
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.tiny import build, corpus, recipe, train_flux, train_vae
+from mflux_vae_train.pipelines.tiny import build, corpus, recipe, train_flux
+from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.network import build as build_network
 
-VAE_RECIPE = recipe.VAERecipe(updates=4, batch=2, scenes=4, crops=4, warmup=1, checkpoint_every=2)
+VAE_SETTINGS = replace(
+    from_yaml(VAETrainingSettings, recipe.VAE_SETTINGS), data_count=10, batch_size=2, num_epochs=1, lr_warmup_steps=1
+)
 FLUX_RECIPE = recipe.FluxRecipe(updates=3, batch=4, scenes=8, photos=3, warmup=1, checkpoint_every=1)
 
 
@@ -37,31 +41,17 @@ def no_samples(monkeypatch, photos):
 
 
 def test_autoencoder_is_built_once_and_its_latents_are_scaled(tmp_path, photos, no_samples):
-    vae = build.autoencoder(tmp_path / "work", VAE_RECIPE, photos)
+    vae = build.autoencoder(tmp_path / "work", VAE_SETTINGS, photos)
     pixels = mx.array(corpus.scenes(0, 16, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
     latents = vae.encode_nhwc(pixels)
     assert abs(latents.mean().item()) < 0.2 and abs(mx.sqrt(mx.var(latents)).item() - 1) < 0.2
-    again = build.autoencoder(tmp_path / "work", VAE_RECIPE, photos)
+    again = build.autoencoder(tmp_path / "work", VAE_SETTINGS, photos)
     assert mx.array_equal(again.encode_nhwc(pixels), latents)
 
 
-def test_an_interrupted_autoencoder_training_ends_as_if_it_had_not_been(tmp_path, photos, no_samples, monkeypatch):
-    pictures = corpus.photographs(photos)
-    whole = train_vae.train(tmp_path / "whole", VAE_RECIPE, pictures)
-    real = train_vae.Step.__call__
-
-    def interrupted(self, update, *arguments):
-        if update == 3:
-            raise KeyboardInterrupt
-        return real(self, update, *arguments)
-
-    monkeypatch.setattr(train_vae.Step, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_vae.train(tmp_path / "parts", VAE_RECIPE, pictures)
-    monkeypatch.setattr(train_vae.Step, "__call__", real)
-    resumed = train_vae.train(tmp_path / "parts", VAE_RECIPE, pictures)
-    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(resumed.parameters()), strict=True):
-        assert mx.array_equal(a, b), name
+def test_the_settings_file_describes_the_network():
+    described = build_network(VAE_SETTINGS)
+    assert replace(described.config, shift_factor=None, scaling_factor=1.0) == replace(recipe.VAE, scaling_factor=1.0)
 
 
 def test_transformer_and_text_encoders_train_and_save(tmp_path, no_samples):

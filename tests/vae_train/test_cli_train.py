@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -93,7 +94,7 @@ def test_train_then_look(run: Run, tmp_path: Path) -> None:
         (("grid", "--grid_size=4", "--latent_range_min=-4.0", "--latent_range_max=4.0"), "latent_grid", 4, 4),
         (("traverse", "--num_steps=5"), "traversal", 3, 5),
         (("traverse", "--dims", "2", "--num_steps=5", f"--image={made}/samples.png"), "traversal", 1, 5),
-        (("interpolate", "--num_steps=7", "--spherical"), "interpolation", 1, 7),
+        (("interpolate", "--num_steps=7", "--spherical", "--latent_dims=3"), "interpolation", 1, 7),
         (("interpolate", "--images", f"{made}/samples.png", f"{made}/traversal.png"), "interpolation", 1, 10),
     ):
         status, out, err = run(*words, f"--model_path={model}", f"--output_dir={made}")
@@ -102,8 +103,23 @@ def test_train_then_look(run: Run, tmp_path: Path) -> None:
     assert run("sample", "--model", model, "--outfile", tmp_path / "samples.png", "--seed=1")[0] == 0
     assert (load_image(tmp_path / "samples.png") != load_image(made / "samples.png")[:1, :1]).any()
 
+    status, out, err = run("sample", "--model", model, "--outdir", made, "--grid_size=3", "--nimg_channels=1")
+    assert status == 0 and out.split() == [str(made / "samples.png"), str(made / "latent_grid.png")], err
+    assert load_image(made / "latent_grid.png").shape == (3 * row - 2,) * 2 + (3,)
+    status, _, err = run("sample", "--model", model, "--max_filters=64")
+    assert status == 2 and "--max_filters is 64, the model's 6" in err
+
+    told = {}
+    for words, count, kind in ((("--rec_testdata",), 2, "held-out"), ((), 18, "training")):
+        status, out, err = run("reconstruct", f"--model_path={model}", f"--outdir={made}", *words)
+        assert status == 0 and out.startswith(f"{count} {kind} images: PSNR"), err
+        assert load_image(made / "reconstructions.png").shape[0] == (2 if words else 6) * row - 2
+        told[kind] = out
+    status, out, err = run("reconstruct", "--model", model, "--data", "digits", "--json", "--num_images=5")
+    assert status == 0 and json.loads(out)["images"] == 5, err
+
     save_image(tmp_path / "grey.png", load_image(made / "samples.png")[:12, :12])
-    status, out, err = run("reconstruct", tmp_path / "grey.png", "--model", model)
+    status, out, err = run("reconstruct", tmp_path / "grey.png", "--model", model, "--latent_dims=3")
     assert status == 0 and "grey.png" in out, err
 
 
@@ -117,6 +133,8 @@ def test_train_then_look(run: Run, tmp_path: Path) -> None:
         (("sample", "--model_path=nowhere"), "nowhere"),
         (("sample",), "--model_path"),
         (("sample", "--model_path=nowhere", "--num_samples=0"), "nowhere"),
+        (("reconstruct", "a.png", "--rec_testdata", "--model=tiny"), "without PICTURES"),
+        (("reconstruct", "--model=tiny"), "give PICTURES"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run: Run, words: tuple[str, ...], said: str) -> None:

@@ -16,7 +16,8 @@ from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.vae import data, sources
 from mflux_vae_train.vae.data import Augmentation, Batches, Kept, Subset, in_order, open_data, split
-from mflux_vae_train.vae.sources import Arrays, Digits, Files, Paths
+from mflux_vae_train.vae.digits import Digits
+from mflux_vae_train.vae.sources import Arrays, Files, Paths
 
 
 class Numbers:

@@ -28,7 +28,7 @@ from mflux_vae_train.vae.config import (
     preset,
     settings_from_dict,
 )
-from mflux_vae_train.vae.network import AutoEncoderKL, before_last_layer, build, latent_shape, parameter_count
+from mflux_vae_train.vae.network import before_last_layer, build, latent_shape, parameter_count
 from mflux_vae_train.vae.recompute import recompute_blocks
 from mflux_vae_train.vae.train import VAETrainer
 
@@ -78,7 +78,15 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("changes", [RICH, {"loss_type": "tc", "lr_scheduler": "step"}, CRITICISED])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        RICH,
+        {"loss_type": "tc", "lr_scheduler": "step", "optimizer": "muon"},
+        {**CRITICISED, "ema_decay": 0.9},
+        {"loss_type": "beta_vae", "beta_cyclical": True, "beta_steps": 4, "free_bits": 0.1},
+    ],
+)
 def test_resumed_equals_uninterrupted_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -219,6 +227,49 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], said: str) 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        outcome = trained(tmp_path, dry_run=True)
+    assert outcome.updates == 0 and outcome.metrics["loss"] > 0 and not list(tmp_path.iterdir())
+    assert "24 images and 6 held out, 8 in an update" in caplog.text and "9 updates in 3 epochs" in caplog.text
+
+
+def test_what_is_kept_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, own = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (saved.append(a[1]), own(*a, **k)))
+    outcome = trained(tmp_path, save_every_n_steps=2, save_every=3, log_images_every_n_steps=4, num_epochs=3)
+    assert saved == [2, 4, 6, 8, 9]
+    names = sorted(path.name for path in (outcome.folder / "samples").iterdir())
+    assert names == [f"{kind}-{n:06}.png" for kind in ("reconstructions", "samples") for n in (4, 8, 9)]
+
+
+@pytest.mark.parametrize("changes", [SMALL, SPATIAL])
+def test_of_a_decoder_alone_latents_stay_to_the_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    first = trained(tmp_path / "first", **{**changes, "num_epochs": 1, "init": "orthogonal"})
+    more = {"init_from": str(first.last), "train": "decoder", "ema_decay": 0.5, "optimizer": "muon"}
+    second = trained(tmp_path / "second", **{**changes, **more})
+    before, after = (loading.open_network(outcome.last) for outcome in (first, second))
+    for (name, one), (_, other) in zip(
+        tree_flatten(before.parameters()), tree_flatten(after.parameters()), strict=True
+    ):
+        assert np.array_equal(one, other) == name.startswith(("encoder.", "quant_conv.")), name
+    with pytest.raises(SettingsError, match="init_from"):
+        trained(tmp_path / "third", train="decoder")
+
+
+def test_dropout_is_a_function_of_keys_also_where_blocks_compute_again(tmp_path: Path) -> None:
+    config = {"_class_name": "AutoencoderKL", "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8]}
+    config |= {"layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 2, "dropout": 0.4, "sample_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    changes = {**SMALL, "network_config": str(tmp_path / "config.json"), "num_epochs": 1, "data_count": 20}
+    plain, again = (
+        trained(tmp_path / name, **changes, gradient_checkpointing=name == "again") for name in ("plain", "again")
+    )
+    assert plain.last.read_bytes() == again.last.read_bytes()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dropout": 0.0}))
+    assert trained(tmp_path / "none", **changes).last.read_bytes() != plain.last.read_bytes()
+
+
 def test_a_network_may_be_described_or_opened(tmp_path: Path) -> None:
     first = trained(tmp_path / "first", num_epochs=1)
     network = build(settings_from_dict({**SMALL, "init_from": str(first.last)}))
@@ -231,17 +282,6 @@ def test_a_network_may_be_described_or_opened(tmp_path: Path) -> None:
     )
     described = build(settings_from_dict({**SMALL, "network_config": str(file)}))
     assert latent_shape(described, 12) == (6, 6, 4)
-
-
-def test_latent_diffusions_constructor(tmp_path: Path) -> None:
-    ddconfig: dict[str, Any] = {"ch": 32, "out_ch": 3, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "in_channels": 3}
-    ddconfig |= {"resolution": 16, "z_channels": 6, "double_z": True, "attn_resolutions": [4]}
-    network = AutoEncoderKL(ddconfig, embed_dim=4)
-    pixels = mx.zeros((1, 16, 16, 3))
-    assert network.encode(pixels).mean.shape == (1, 4, 4, 4)
-    loading.save_network(network, tmp_path / "model.safetensors")
-    again = AutoEncoderKL(ddconfig, embed_dim=4, ckpt_path=tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(again.encode(pixels).mean, network.encode(pixels).mean)
 
 
 @pytest.mark.parametrize("changes", [SMALL, SPATIAL, {**SMALL, "network": "plain"}])

@@ -1,7 +1,7 @@
 """Make the embedded pipeline from nothing: `python -m mflux_vae_train.pipelines.tiny.build --work DIR`.
 
 The autoencoder first, then transformer and text encoders on its latents. Every stage goes on where an interrupted
-run stopped. Two CPU cores need an hour or two. Numbers are in `recipe.py`.
+run stopped. Two CPU cores need an hour or two. Numbers are in `recipe.py` and `vae.yaml`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import numpy as np
 
 from mflux_vae import VAE
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
-from mflux_vae_train.pipelines.tiny import WEIGHTS, corpus, recipe, train_flux, train_vae
+from mflux_vae_train.flags import from_yaml
+from mflux_vae_train.pipelines.tiny import WEIGHTS, corpus, recipe, train_flux
 from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures
 from mflux_vae_train.pipelines.tiny.world import evaluation_prompts
+from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.train import VAETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +31,15 @@ MEASURED_ON = 512
 """Scenes that scale and shift of the latents are measured on."""
 
 
-def autoencoder(work: Path, settings: recipe.VAERecipe, photos: Sequence[Path]) -> VAE:
+def autoencoder(work: Path, settings: VAETrainingSettings, photos: Sequence[Path]) -> VAE:
     """The trained autoencoder, its latents scaled to zero mean and unit deviation over scenes; kept in `work`."""
     folder = work / "autoencoder"
     if not (folder / "config.json").is_file():
-        network = train_vae.train(work, settings, corpus.photographs(photos))
+        shape = {"size": settings.image_size, "channels": settings.in_channels}
+        source = corpus.Pictures(corpus.photographs(photos), seed=settings.seed, count=settings.data_count, **shape)
+        trainer = VAETrainer(replace(settings, output_dir=str(work)), source=source)
+        trainer.train()
+        network = trainer.network
         pixels = mx.array(corpus.scenes(settings.seed, MEASURED_ON, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
         latents = np.concatenate([np.array(network.encode(part).mode()) for part in mx.split(pixels, 8)])
         shift, scale = round(float(latents.mean()), 4), round(float(1 / latents.std()), 4)
@@ -45,7 +52,7 @@ def autoencoder(work: Path, settings: recipe.VAERecipe, photos: Sequence[Path]) 
 def build(work: Path, output: Path, settings: recipe.Recipe, photos: Sequence[Path]) -> dict[str, object]:
     """Train everything that `work` does not have yet, write the pipeline to `output`, and measure it."""
     work.mkdir(parents=True, exist_ok=True)
-    vae = autoencoder(work, settings.vae, photos)
+    vae = autoencoder(work, from_yaml(VAETrainingSettings, recipe.VAE_SETTINGS), photos)
     pipeline = train_flux.train(work, vae, settings.flux)
     pipeline.save_pretrained(output, dtype="float16")
     figures: dict[str, object] = {}

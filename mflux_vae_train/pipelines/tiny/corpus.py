@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import load_image
 from mflux_vae_train.pipelines.tiny.words import NAMES, article
 from mflux_vae_train.pipelines.tiny.world import training_example
@@ -18,6 +19,7 @@ _PHOTOGRAPHS = {
     "sklearn": ("datasets/images", ("*.jpg",)),
 }
 _DRAWINGS = {"chessboard_GRAY", "chessboard_RGB", "color", "horse", "logo", "page", "phantom", "text"}
+_CROPS, _IN_A_GROUP = 2, 5
 _SMALLEST_CROP = 80
 """Pixels of a photograph; smaller crops show nothing but blur."""
 
@@ -52,17 +54,54 @@ def crops(pictures: Sequence[Image.Image], seed: int, count: int, size: int, *, 
     Args:
         smallest: smallest side of a crop, as a share of its picture's short side.
     """
-    out = np.empty((count, size, size, 3), np.uint8)
-    for index in range(count):
-        rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-        picture = pictures[int(rng.integers(len(pictures)))]
-        short = min(picture.size)
-        least = min(max(_SMALLEST_CROP, smallest * short), short)
-        side = round(np.exp(rng.uniform(np.log(least), np.log(short))))
-        x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
-        crop = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-        out[index] = np.asarray(crop)[:, :: -1 if rng.random() < 0.5 else 1]
-    return out
+    return np.stack([_crop(pictures, seed, index, size, smallest) for index in range(count)])
+
+
+def _crop(pictures: Sequence[Image.Image], seed: int, index: int, size: int, smallest: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    picture = pictures[int(rng.integers(len(pictures)))]
+    short = min(picture.size)
+    least = min(max(_SMALLEST_CROP, smallest * short), short)
+    side = round(np.exp(rng.uniform(np.log(least), np.log(short))))
+    x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
+    crop = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+    return np.asarray(crop)[:, :: -1 if rng.random() < 0.5 else 1]
+
+
+class Pictures:
+    """What the autoencoder learns from, as a source of training pictures: scenes, and two crops to three of them.
+
+    Args:
+        pictures: photographs.
+
+    Raises:
+        ImageError: there is no photograph.
+        SettingsError: grey pictures are asked for.
+    """
+
+    starts: np.ndarray | None = None
+    """Nothing belongs together."""
+
+    def __init__(self, pictures: Sequence[Image.Image], *, size: int, channels: int, seed: int, count: int) -> None:
+        if channels != 3:
+            raise SettingsError(f"the embedded pipeline's pictures have 3 channels, not {channels}")
+        if not pictures:
+            raise ImageError("no photographs to take crops of: pip install 'mflux-vae[build]'")
+        self.pictures, self.size, self.channels, self.seed, self.count = pictures, size, channels, seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, index: int) -> np.ndarray:
+        """uint8 (size, size, 3), a function of seed and index."""
+        if index % _IN_A_GROUP < _CROPS:
+            return _crop(self.pictures, self.seed, index, self.size)
+        return training_example(self.seed, index, self.size)[0]
+
+
+def data(*, size: int, channels: int, seed: int, count: int) -> Pictures:
+    """The data set `tiny` of ``mflux-vae train``."""
+    return Pictures(photographs(), size=size, channels=channels, seed=seed, count=count)
 
 
 def photo_captions(seed: int, count: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
@@ -87,29 +88,8 @@ def t5_config(vocabulary: int) -> T5Config:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class VAERecipe:
-    """Training of the autoencoder: |x - x'| + mse (x - x')^2 + kl KL, means over elements.
-
-    Attributes:
-        scenes, crops: pictures of the world and crops of photographs to draw from.
-        photo_share: part of a batch that is photographs.
-        muon_rate, adamw_rate: peak rates for convolution kernels and for the rest; cosine to zero.
-    """
-
-    seed: int = 0
-    updates: int = 1200
-    batch: int = 12
-    scenes: int = 6000
-    crops: int = 6000
-    photo_share: float = 0.4
-    mse_weight: float = 0.5
-    kl_weight: float = 2e-4
-    muon_rate: float = 4e-3
-    adamw_rate: float = 1e-3
-    warmup: int = 20
-    ema_decay: float = 0.995
-    checkpoint_every: int = 200
+VAE_SETTINGS = Path(__file__).with_name("vae.yaml")
+"""How the autoencoder is trained, by ``mflux-vae train --config``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +135,6 @@ class Recipe:
             something open still blended colours; the second sees new scenes, and more captions of that kind.
     """
 
-    vae: VAERecipe = field(default_factory=VAERecipe)
     flux: tuple[FluxRecipe, ...] = (
         FluxRecipe(),
         FluxRecipe(
