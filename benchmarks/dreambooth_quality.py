@@ -1,11 +1,12 @@
 """Does DreamBooth teach the subject, and does the class survive? Measured by the checker on the embedded pipeline.
 
-    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--flag=value ...]
+    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--prior dop ...] [--flag=...]
 
 Flags of `mflux-train-dreambooth` change the training; what is trained on, the prompts, the seed, previews and
 checkpoints are the benchmark's own.
 
-For each of several subjects that the base has never seen, with and without prior preservation, over several seeds:
+For each of several subjects that the base has never seen, with class images, with output preservation (dop) and without
+prior preservation, over several seeds:
 
 - subject_fidelity: share of pictures of "a photo of sks <class>" that show the subject;
 - class_retention: share of pictures of "a photo of a <class>" that show the class and not the subject;
@@ -44,6 +45,7 @@ PICTURES = 32
 PROMPTS = 96
 EVALUATION_SEED = 1234
 TOKEN = "sks"
+PRIORS = ["class_images", "dop", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def spread(images: np.ndarray) -> float:
     return float(np.sqrt(squared[np.triu_indices(len(images), 1)]).mean())
 
 
-def run(subject: Subject, seed: int, prior: bool, given: DreamBoothSettings, base_spread: float) -> Measured:
+def run(subject: Subject, seed: int, prior: str, given: DreamBoothSettings, base_spread: float) -> Measured:
     """One training and its measurement."""
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
@@ -92,7 +94,7 @@ def run(subject: Subject, seed: int, prior: bool, given: DreamBoothSettings, bas
             output_dir=str(Path(folder) / "out"),
             instance_prompt=f"a photo of {TOKEN} {subject.shape}",
             class_prompt=f"a photo of {article(subject.shape)} {subject.shape}",
-            with_prior_preservation=prior,
+            prior_preservation=prior,
             num_validation_images=0,
             checkpointing_steps=None,
             seed=seed,
@@ -108,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, prior preservation only")
+    parser.add_argument("--quick", action="store_true", help="one seed, with class images only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--subjects", type=int, default=3, help=f"how many of {len(SUBJECTS)} (default 3)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--prior", nargs="+", choices=PRIORS, default=PRIORS, help="which to compare (default all)")
     arguments, flags = parser.parse_known_args(argv)
     required = ["--model=tiny", "--instance_data_dir=-", "--instance_prompt=-"]
     given = settings_from(DreamBoothSettings, [*required, *flags])
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(1 if arguments.quick else arguments.seeds)
     plan = [
         (subject, seed, prior)
-        for prior in ((True,) if arguments.quick else (True, False))
+        for prior in (PRIORS[:1] if arguments.quick else arguments.prior)
         for subject in SUBJECTS[: arguments.subjects]
         for seed in seeds
     ]
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
     if not arguments.json:
         print(describe())
-        print(f"{'subject':32}{'prior':>6}{'seed':>5}" + "".join(f"{name:>18}" for name in columns), flush=True)
+        print(f"{'subject':32}{'prior':>14}{'seed':>5}" + "".join(f"{name:>18}" for name in columns), flush=True)
     results = []
     for subject, seed, prior in tqdm(plan, file=sys.stderr, disable=None):
         row = {
@@ -144,14 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(row)
         if not arguments.json:
             shown = "".join(f"{row[name]:18.2f}" for name in columns)
-            print(f"{row['subject']:32}{'yes' if prior else 'no':>6}{seed:>5}{shown}", flush=True)
+            print(f"{row['subject']:32}{prior:>14}{seed:>5}{shown}", flush=True)
     if arguments.json:
         print(json.dumps({"machine": describe(), "runs": results}))
         return 0
-    for prior in sorted({row["prior_preservation"] for row in results}, reverse=True):
+    for prior in dict.fromkeys(row["prior_preservation"] for row in results):
         rows = [row for row in results if row["prior_preservation"] == prior]
         means = "".join(f"{np.mean([row[name] for row in rows]):18.2f}" for name in columns)
-        print(f"{'mean':32}{'yes' if prior else 'no':>6}{'':5}{means}")
+        print(f"{'mean':32}{prior:>14}{'':5}{means}")
     return 0
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import choose
+from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
 from tests.contracts.fake import FakePipeline
 
 RECOMMENDED = FakePipeline.recommended
@@ -88,6 +90,69 @@ def test_prior_preservation_asked_for_without_a_class_prompt_is_an_error():
 
 def test_prior_preservation_can_be_turned_off():
     assert chosen(with_prior_preservation=False).settings.class_prompt is None
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({}, "class_images"),
+        ({"with_prior_preservation": True}, "class_images"),
+        ({"with_prior_preservation": False}, "none"),
+        ({"prior_preservation": "dop"}, "dop"),
+        ({"prior_preservation": "dop", "with_prior_preservation": False}, "dop"),
+        ({"prior_preservation": "none"}, "none"),
+    ],
+)
+def test_what_preserves_the_prior(given, kind):
+    choices = chosen(**given)
+    assert choices.preservation == choices.settings.prior_preservation == kind
+    assert choices.settings.with_prior_preservation is (kind == "class_images")
+    assert (choices.settings.class_prompt is None) == (kind == "none")
+    assert (choices.settings.class_data_dir is None) == (kind != "class_images")
+    assert (choices.prior_loss_weight is None) == (kind == "none")
+    assert choose(choices.settings, RECOMMENDED, pictures=5).settings == choices.settings
+
+
+def test_output_preservation_needs_a_class_prompt_and_an_adapter():
+    with pytest.raises(SettingsError, match="--prior_preservation needs --class_prompt"):
+        chosen("a photo of xyz", prior_preservation="dop")
+    with pytest.raises(SettingsError, match="--train_mode full"):
+        chosen(prior_preservation="dop", train_mode="full")
+    with pytest.raises(SettingsError, match="contradicts --prior_preservation dop"):
+        chosen(prior_preservation="dop", with_prior_preservation=True)
+
+
+def test_concepts_are_decided_one_by_one():
+    concepts = [
+        Concept(instance_data_dir="a", instance_prompt="a photo of sks dog"),
+        Concept(instance_data_dir="b", instance_prompt="a photo of xyz cat", class_data_dir="cats", repeats=3),
+        Concept(instance_data_dir="c", instance_prompt="a photo of zwx dog"),
+    ]
+    settings = DreamBoothSettings(model="fake", concepts=concepts, repeats=2, output_dir="out")
+    choices = choose(settings, RECOMMENDED, pictures=5)
+    assert [one.class_prompt for one in choices.concepts] == [
+        "a photo of a dog",
+        "a photo of a cat",
+        "a photo of a dog",
+    ]
+    assert [one.class_data_dir for one in choices.concepts] == ["out/class_images", "cats", "out/class_images"]
+    assert [one.repeats for one in choices.concepts] == [2, 3, 2]
+    assert choices.settings.concepts == choices.concepts
+    assert choose(choices.settings, RECOMMENDED, pictures=5).settings == choices.settings
+
+
+def test_noise_levels_are_the_pipelines_unless_it_is_told():
+    assert chosen().settings.weighting_scheme == "uniform" and chosen().sampling is None
+    asked = chosen(weighting_scheme="logit_normal", logit_mean=0.5)
+    assert asked.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
+    assert not any("logit" in line for line in asked.warnings)
+    unused = chosen(logit_mean=0.5, mode_scale=1.0)
+    assert [line.split()[0] for line in unused.warnings if "no effect" in line] == ["--logit_mean", "--mode_scale"]
+
+
+def test_every_weighting_scheme_is_a_choice():
+    flag = next(field for field in dataclasses.fields(DreamBoothSettings) if field.name == "weighting_scheme")
+    assert flag.metadata["choices"] == get_args(WeightingScheme)
 
 
 def test_epochs_replace_updates():
