@@ -70,8 +70,11 @@ class DreamBoothSettings:
         SettingsError: a value is of the wrong kind or outside its limits, or two settings exclude each other.
     """
 
-    # what is learnt, from what
-    model: str = flag("name of a registered pipeline, or a folder that one of them opens")
+    model: str = flag(
+        "name of a registered pipeline, or a folder that one of them opens",
+        aliases=("pretrained_model_name_or_path",),
+        group="what is learnt, from what",
+    )
     instance_data_dir: str = flag("folder with the pictures of the subject [required]", "")
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(
@@ -101,9 +104,10 @@ class DreamBoothSettings:
         "folder where runs share encoded pictures and prompts (none: in --output_dir)", None
     )
 
-    # prior preservation
     class_prompt: str | None = flag(
-        "prompt for the class (none: derived from --instance_prompt where that is clear)", None
+        "prompt for the class (none: derived from --instance_prompt where that is clear)",
+        None,
+        group="prior preservation",
     )
     class_data_dir: str | None = flag(
         "folder with class pictures, filled up by the base model (none: in --output_dir)", None
@@ -117,9 +121,13 @@ class DreamBoothSettings:
     with_prior_preservation: bool | None = flag("the same as --prior_preservation class_images", None)
     prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's)", None, least=0)
     num_class_images: int = flag("class pictures wanted; missing ones are generated", 10, least=1)
+    sample_batch_size: int | None = flag(
+        "class pictures drawn at once (none: a million pixels, at most sixteen pictures)", None, least=1
+    )
 
-    # how much, how fast
-    train_mode: str = flag("train a low-rank adapter, or all weights", "lora", choices=("lora", "full"))
+    train_mode: str = flag(
+        "train a low-rank adapter, or all weights", "lora", choices=("lora", "full"), group="what is trained"
+    )
     rank: int | None = flag("rank of the adapter (none: the pipeline's)", None, least=1)
     lora_alpha: float | None = flag("scale of the adapter is alpha / rank (none: alpha = rank)", None, above=0)
     lora_dropout: float = flag("dropout in front of the adapter", 0.0, least=0, below=1)
@@ -132,7 +140,7 @@ class DreamBoothSettings:
     lora_weights: str | None = flag("adapter to start from, in PEFT's naming: its rank, alpha and layers stand", None)
     output_kohya_format: bool = flag("write the adapter in kohya's naming, too", False)
     fuse: bool = flag("leave a whole pipeline with the adapter in its weights, too", False)
-    train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1)
+    train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1, group="how much")
     gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
     max_train_steps: int = flag("optimizer updates", 800, least=1)
     num_train_epochs: int | None = flag(
@@ -143,6 +151,7 @@ class DreamBoothSettings:
         None,
         least=0,
         below=1,
+        group="objective",
     )
     weighting_scheme: str | None = flag(
         "how noise levels are drawn and errors weighted (none given: as the pipeline recommends)",
@@ -156,10 +165,13 @@ class DreamBoothSettings:
     )
     logit_std: float = flag("standard deviation of logit_normal and flux_shift", 1.0, above=0)
     mode_scale: float = flag("how much mode prefers the middle levels", 1.29, least=-1, most=1.75)
-    guidance: float | None = flag("guidance of class pictures and previews (none: the pipeline's)", None, least=0)
+    guidance: float | None = flag(
+        "guidance of class pictures and previews (none: the pipeline's)", None, least=0, aliases=("guidance_scale",)
+    )
 
-    # optimizer
-    learning_rate: float | None = flag("peak learning rate (none: the pipeline's for the train mode)", None, above=0)
+    learning_rate: float | None = flag(
+        "peak learning rate (none: the pipeline's for the train mode)", None, above=0, group="optimizer"
+    )
     scale_lr: bool = flag("multiply --learning_rate by the number of pictures in an update", False)
     lr_scheduler: str = flag(
         "shape after warm-up; constant, too, has one",
@@ -189,9 +201,8 @@ class DreamBoothSettings:
     prodigy_use_bias_correction: bool = flag("Adam's bias correction in Prodigy", True)
     prodigy_safeguard_warmup: bool = flag("keep a warm-up out of Prodigy's estimate", True)
 
-    # watching and resuming
     validation_prompt: tuple[str, ...] | None = flag(
-        "prompts of the previews, any number of them (none: --instance_prompt)", None
+        "prompts of the previews, any number of them (none: --instance_prompt)", None, group="watching"
     )
     validation_steps: int | None = flag("updates between previews (none: eight times over the run)", None, least=1)
     validation_epochs: int | None = flag("epochs between previews, instead of --validation_steps", None, least=1)
@@ -203,7 +214,10 @@ class DreamBoothSettings:
         choices=("tensorboard", "wandb", "all", "none"),
     )
     logging_dir: str | None = flag("folder for what --report_to writes (none: logs in --output_dir)", None)
-    checkpointing_steps: int | None = flag("updates between checkpoints (none: only at the end)", 200, least=1)
+
+    checkpointing_steps: int | None = flag(
+        "updates between checkpoints (none: only at the end)", 200, least=1, group="saving and resuming"
+    )
     checkpoints_total_limit: int | None = flag("checkpoints kept, newest first (none: all)", 2, least=1)
     resume_from_checkpoint: str | None = flag('"latest" in --output_dir, or the folder of a checkpoint', None)
     allow_changes: bool = flag("continue a run although its data, model or settings have changed", False)

@@ -62,7 +62,8 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    # all of them would fill a screen before the first one is explained
+    parser = _Parser(prog=prog, usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
     add_flags(parser, cls)
     for name in without_effect or {}:
         spellings, hidden = _spellings(name), argparse.SUPPRESS

@@ -73,8 +73,8 @@ def open_tracker(name: str, folder: Path, *, run: str, settings: Mapping[str, An
     Raises:
         SettingsError: it cannot be opened: not installed, not logged in.
     """
-    kind = {"tensorboard": TensorBoard, "wandb": WandB}[name]
-    return kind(folder / name, run=run, settings=settings, start=start)
+    kinds: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    return kinds[name](folder / name, run=run, settings=settings, start=start)
 
 
 class TensorBoard:

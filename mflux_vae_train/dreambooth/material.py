@@ -82,6 +82,7 @@ def _class_pictures(pipeline: DiffusionPipeline, run: Preparation, prompts: Prom
             resolution=choices.resolution,
             guidance=choices.guidance,
             seed=choices.settings.seed,
+            at_once=choices.settings.sample_batch_size,
         )
         logger.info("generated %d class pictures in %.0f s", len(one.missing), time.monotonic() - began)
     wanted = choices.settings.num_class_images

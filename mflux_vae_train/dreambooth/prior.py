@@ -113,18 +113,20 @@ def generate_class_images(
     resolution: int,
     guidance: float,
     seed: int,
+    at_once: int | None = None,
 ) -> None:
     """Samples the class pictures with the given numbers and writes each as a PNG.
 
-    Picture i is a function of (seed, i, count): an interrupted run goes on with the same pictures.
+    Picture i is a function of (seed, i, count, at_once): an interrupted run goes on with the same pictures.
 
     Args:
         conditioning: one row, the class prompt's.
         indices: which of range(count) are missing.
+        at_once: pictures drawn together; None for as many as memory surely allows.
     """
     wanted = set(indices)
     # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
-    size = pictures_at_once(resolution)
+    size = at_once or pictures_at_once(resolution)
     with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=None) as bar:
         for group in sorted({index // size for index in wanted}):
             members = range(group * size, min((group + 1) * size, count))
