@@ -25,7 +25,7 @@ SHARED_GROUND = {f"{TRAINING}.{name}" for name in ("randomness", "fingerprint")}
 """Core and pipelines both use it; it imports neither."""
 
 PROGRAMS = {f"{TRAINING}.pipelines.tiny.{name}" for name in ("build", "train_flux", "run")}
-"""They train the embedded pipeline with the core, its autoencoder as anyone's is. The pipeline itself never imports them."""
+"""They train the embedded pipeline with the core, its autoencoder as anyone's is. The pipeline never imports them."""
 
 MAY_IMPORT = {
     "component": {"component"},
