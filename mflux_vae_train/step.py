@@ -1,4 +1,4 @@
-"""One optimizer update: accumulate micro-batches, average, clip, update. It knows no image, prompt or adapter.
+"""One optimizer update: accumulate micro-batches, sum over processes, clip, update. It knows no image or prompt.
 
 Gradients and update are pure functions of arrays, which `mx.compile` may fuse. No global random state is
 read: whatever is random comes inside the micro-batch, as keys.
@@ -10,19 +10,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
 from mflux_vae.runtime import is_cpu
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
+SAMPLES = "samples"
+
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
 """(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
 
@@ -35,7 +39,7 @@ class MicroBatch:
         arrays: inputs of the loss, random keys included.
         weight: number of samples that the loss is the mean of. Within an update micro-batches count by
             weight, so that four of one sample give the gradient of one of four, and a smaller last one is
-            averaged right.
+            averaged right, whichever processes they fall to.
     """
 
     arrays: Arrays
@@ -46,17 +50,19 @@ class Step:
     """Updates the trainable parameters of `model`, the optimizer's state and the moving average.
 
     Args:
-        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants, unless
+        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants, but see
             `buffers`.
         optimizer: any `mlx.optimizers` one; its learning rate is set for each update.
         loss: see `Loss`.
         max_grad_norm: gradients are scaled down to this global norm.
         ema: moving average to keep along.
-        buffers: whether a forward pass may replace the arrays that are no trainable parameters, as batch
-            normalisation does with its running statistics (see `state.buffers`).
+        buffers: whether a forward pass may replace the arrays that are not for training, frozen or not, as batch
+            normalisation does with its running statistics. Each micro-batch of an update
+            begins with the same ones, and what they become is averaged by weight: the same for any number of processes.
         compile: None decides: yes on Metal and CUDA, never on a CPU. There `mx.compile` calls a C++ compiler for
             every new kernel: a six-block transformer's first update took half a minute more, and later ones
             were no faster with an adapter and slower with all weights trained.
+        team: the processes that make every update together, each from its share of the micro-batches.
     """
 
     def __init__(
@@ -69,29 +75,31 @@ class Step:
         ema: EMA | None = None,
         buffers: bool = False,
         compile: bool | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
+        self.team = team
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         optimizer.init(model.trainable_parameters())
         # Arrays that were never evaluated would be computed again in every compiled call.
         mx.eval(model.parameters(), optimizer.state)
 
-        def objective(parameters: Any, kept: Any, arrays: Arrays, share: mx.array) -> tuple[mx.array, Any]:
+        def objective(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[mx.array, Any]:
             model.update(parameters)
             model.update(kept)
             value, metrics = loss(model, arrays)
-            return value * share, ({name: metric * share for name, metric in metrics.items()}, self._buffers())
+            return value * weight, ({name: metric * weight for name, metric in metrics.items()}, self._buffers())
 
-        def apply(parameters: Any, gradients: Any, norm: mx.array) -> tuple[Any, mx.array]:
-            scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
+            scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
             changed = optimizer.apply_gradients(tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters)
             if ema is not None:
                 ema.update(changed)
             change = tree_map(lambda new, old: new.astype(mx.float32) - old.astype(mx.float32), changed, parameters)
             return changed, global_norm(change) / mx.maximum(global_norm(parameters), 1e-20)
 
-        self._buffers: Callable[[], Any] = partial(buffers_of, model) if buffers else dict
+        self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
         self._gradients = mx.value_and_grad(objective)
         self._apply = apply
         if not is_cpu() if compile is None else compile:
@@ -101,39 +109,46 @@ class Step:
                 self._apply = mx.compile(apply, inputs=state, outputs=state)
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
-        """Make update number `update` (0-based, for messages) from all of `batches`.
+        """Make update number `update` (0-based, for messages) from all of `batches`, and those of other processes.
 
         Returns:
             `loss`, `grad_norm` (before clipping), `update_size` (norm of what the update changed, as a share of the
-            norm of all that trains), `learning_rate` and the loss's own metrics.
+            norm of all that trains), `learning_rate`, `samples` (in all processes) and the loss's own metrics.
 
         Raises:
             TrainingError: loss or gradients are not finite; parameters are then as they were before.
         """
-        if not batches:
-            raise ValueError(f"update {update + 1} has no micro-batches")
-
-        # accumulate: shares add up to 1, so the sum of the micro-batches' gradients is the average
-        total = sum(batch.weight for batch in batches)
+        # accumulate: sums over the samples of all micro-batches, here and in other processes
         parameters, before = self.model.trainable_parameters(), self._buffers()
-        kept = before
-        loss, gradients = mx.array(0.0), None
+        loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
+        sums = [] if batches else [tree_map(mx.zeros_like, tree) for tree in (parameters, before)]
         for batch in batches:
-            share = mx.array(batch.weight / total)
+            weight = mx.array(batch.weight, mx.float32)
             try:
-                (part, (measured, kept)), slope = self._gradients(parameters, kept, batch.arrays, share)
+                (part, (measured, kept)), slope = self._gradients(parameters, before, batch.arrays, weight)
             finally:  # differentiation and tracing leave their placeholders in the module
                 self.model.update(parameters)
                 self.model.update(before)
             loss = loss + part
             metrics = {name: metrics.get(name, 0.0) + value for name, value in measured.items()}
-            gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
-            mx.eval(loss, metrics, gradients, kept)  # frees this micro-batch's activations
+            new = [slope, tree_map(lambda now, then, weight=weight: (now - then) * weight, kept, before)]
+            sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
+            del slope, kept, new
+            mx.eval(loss, metrics, sums)  # frees this micro-batch's activations
+        gradients, moved = self.team.sum_trees(sums)
+        parts = self.team.gather(
+            {SAMPLES: sum(batch.weight for batch in batches)}
+            | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
+        )
+        totals = {name: sum(each.get(name, 0.0) for each in parts) for name in dict.fromkeys(chain(*parts))}
+        if not (samples := totals.pop(SAMPLES)):
+            raise ValueError(f"update {update + 1} has no micro-batches")
+        averages = {name: total / samples for name, total in totals.items()}
 
         # check: once per update, before anything is changed
-        norm = global_norm(gradients)
-        measured_loss, measured_norm = float(loss), float(norm)
+        norm = global_norm(gradients) / samples
+        measured_loss, measured_norm = averages.pop("loss"), float(norm)
         if not (math.isfinite(measured_loss) and math.isfinite(measured_norm)):
             raise TrainingError(
                 f"update {update + 1}: loss is {measured_loss:g} and the gradients' norm {measured_norm:g}; "
@@ -142,17 +157,35 @@ class Step:
 
         # clip and update
         self.optimizer.learning_rate = learning_rate
-        parameters, size = self._apply(parameters, gradients, norm)
+        parameters, size = self._apply(parameters, gradients, norm, mx.array(samples, mx.float32))
         self.model.update(parameters)
-        self.model.update(kept)
+        self.model.update(tree_map(lambda then, change: then + (change / samples).astype(then.dtype), before, moved))
         mx.eval(parameters, size, self.optimizer.state, self.ema.state if self.ema is not None else [])
         return {
             "loss": measured_loss,
             "grad_norm": measured_norm,
             "update_size": float(size),
             "learning_rate": learning_rate,
-            **{name: float(value) for name, value in metrics.items()},
+            SAMPLES: samples,
+            **averages,
         }
+
+
+def _never_trained(model: nn.Module) -> list[str]:
+    """Names of the arrays that even an unfrozen model does not train."""
+    frozen = [(part, set(part._no_grad)) for part in model.modules()]
+    for part, _ in frozen:  # one by one, as modules have their own say
+        part.unfreeze(recurse=False)
+    names = list(dict(tree_flatten(buffers_of(model))))
+    for part, own in frozen:
+        part._no_grad = own
+    return names
+
+
+def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
+    """Those of a model, as a tree."""
+    flat = dict(tree_flatten(model.parameters()))
+    return tree_unflatten([(name, flat[name]) for name in names]) if names else {}
 
 
 def global_norm(tree: Any) -> mx.array:

@@ -1,0 +1,173 @@
+"""A line between the first of several processes and each other one, over which they notice when one is gone.
+
+Collective operations wait for ever for a process that is stopped, asleep or behind a pulled cable, and none of them
+carries a word of why a process ended. So each end of a line says something every few seconds, says when it leaves and
+why, and the first process passes that on to all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BEAT = 3.0
+"""Seconds between signs of life."""
+
+SILENCE = 40.0
+"""Seconds without one after which a process counts as gone."""
+
+_PATIENCE = 15.0
+"""Seconds for all lines to be made."""
+
+_WELCOME = "welcome"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gone:
+    """A process that no longer takes part.
+
+    Attributes:
+        rank: its number.
+        why: what to say of it, such as "ended without a word".
+        orderly: it had done its work; only somebody who still waits for it needs to know.
+    """
+
+    rank: int
+    why: str
+    orderly: bool = False
+
+
+class Lifeline(threading.Thread):
+    """Listens and speaks in a thread of its own, until the process ends.
+
+    Args:
+        rank: of this process.
+        lines: sockets by the rank at the other end: of the first process to all others, of these to the first.
+        gone: called with everyone who is gone, from this thread.
+        tick: called about once a second, from this thread.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        lines: Mapping[int, socket.socket],
+        *,
+        gone: Callable[[Gone], None],
+        tick: Callable[[], None],
+    ) -> None:
+        super().__init__(name="lifeline", daemon=True)
+        self._rank, self._lines, self._gone, self._tick = rank, dict(lines), gone, tick
+        self._speaking = threading.Lock()
+
+    def leave(self, why: str, *, orderly: bool) -> None:
+        """Tell the others that this process takes no further part."""
+        self._say(Gone(rank=self._rank, why=why, orderly=orderly))
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        heard = dict.fromkeys(self._lines, time.monotonic())
+        rest = dict.fromkeys(self._lines, b"")
+        said = 0.0
+        with selectors.DefaultSelector() as selector:
+            for rank, line in self._lines.items():
+                selector.register(line, selectors.EVENT_READ, rank)
+            while True:
+                for key, _ in selector.select(1.0):
+                    rank, line = key.data, self._lines[key.data]
+                    try:
+                        new = line.recv(4096)
+                    except OSError:
+                        new = b""
+                    heard[rank] = time.monotonic()
+                    *messages, rest[rank] = (rest[rank] + new).split(b"\n")
+                    for message in filter(None, messages):
+                        self._pass_on(Gone(**json.loads(message)), rank)
+                    if not new:
+                        selector.unregister(line)
+                        del heard[rank]
+                        self._pass_on(Gone(rank=rank, why="ended without a word"), rank)
+                for rank in [rank for rank, last in heard.items() if time.monotonic() - last > SILENCE]:
+                    del heard[rank]
+                    self._pass_on(Gone(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
+                if time.monotonic() - said > BEAT:
+                    self._say(None)
+                    said = time.monotonic()
+                self._tick()
+
+    def _pass_on(self, gone: Gone, heard_from: int) -> None:
+        if self._rank == 0:
+            self._say(gone, but=heard_from)
+        self._gone(gone)
+
+    def _say(self, gone: Gone | None, *, but: int | None = None) -> None:
+        text = (json.dumps(asdict(gone)) if gone else "").encode() + b"\n"
+        with self._speaking:
+            for rank, line in self._lines.items():
+                if rank != but:
+                    with suppress(OSError):  # nobody there: reading notices, too
+                        line.sendall(text)
+
+
+def offered() -> tuple[socket.socket, dict[str, Any]]:
+    """A socket on which the first process waits for the others, and what they must know to find it."""
+    server = socket.create_server(("", 0))
+    return server, {"addresses": _addresses(), "port": server.getsockname()[1], "token": os.urandom(16).hex()}
+
+
+def accepted(server: socket.socket, offer: Mapping[str, Any], count: int) -> dict[int, socket.socket]:
+    """The lines that `count` others made, by rank; fewer where some did not come in time."""
+    lines: dict[int, socket.socket] = {}
+    until = time.monotonic() + _PATIENCE
+    while len(lines) < count and (left := until - time.monotonic()) > 0:
+        server.settimeout(left)
+        with suppress(OSError, ValueError):
+            line, _ = server.accept()
+            line.settimeout(2.0)
+            token, rank = _line_from(line).split()
+            if token == offer["token"]:
+                line.sendall(f"{_WELCOME}\n".encode())
+                lines[int(rank)] = line
+            else:
+                line.close()
+    server.close()
+    return lines
+
+
+def connected(offer: Mapping[str, Any], rank: int) -> socket.socket | None:
+    """A line to the process that made the offer; None where none of its addresses leads there."""
+    for address in offer["addresses"]:
+        with suppress(OSError):
+            line = socket.create_connection((address, offer["port"]), timeout=3.0)
+            line.sendall(f"{offer['token']} {rank}\n".encode())
+            if _line_from(line) == _WELCOME:
+                line.settimeout(2.0)
+                return line
+            line.close()
+    return None
+
+
+def _line_from(line: socket.socket) -> str:
+    with line.makefile("rb", buffering=0) as file:  # not a byte more: what follows belongs to the one who listens
+        return file.readline(200).decode("ascii").strip()
+
+
+def _addresses() -> list[str]:
+    """Under which others may reach this machine, the likeliest first: what the launcher was told of it."""
+    name = socket.gethostname()
+    candidates = [os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0], os.environ.get("NCCL_HOST_IP", "")]
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        nodes = json.loads(Path(os.environ.get("MLX_HOSTFILE", "")).read_text(encoding="utf-8"))
+        candidates += [address.rpartition(":")[0] for address in nodes[0]]
+    with suppress(OSError):
+        candidates += socket.gethostbyname_ex(name)[2]
+    candidates += [name, f"{name}.local", "127.0.0.1"]
+    return [address for address in dict.fromkeys(candidates) if address]

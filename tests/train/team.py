@@ -1,0 +1,225 @@
+"""What the processes of `test_distributed` do: ``python -m tests.train.team TASK FOLDER``, below MLX's launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.layers import BatchNorm, batch_statistics, fold_statistics
+from mflux_vae_train import checkpoint, distributed, lifeline, state, vigil
+from mflux_vae_train.distributed import Team
+from mflux_vae_train.ema import EMA
+from mflux_vae_train.hooks import Hook, MetricsLog
+from mflux_vae_train.loop import Interrupted, fit
+from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.step import MicroBatch, Step
+from mflux_vae_train.vigil import ProcessLost
+from tests.train.tiny import Net, batch, loss
+
+TOTAL = 6
+
+WINDOWS: dict[str, list[list[int]]] = {
+    "even": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    "ragged": [[0, 1], [2, 3], [4]],
+    "one": [[0, 1, 2]],
+}
+"""Which samples the micro-batches of an update hold; of "one" all processes but the first have none."""
+
+
+class Normed(nn.Module):
+    """A network whose forward pass changes running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = Net(), BatchNorm(3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(self.net(x))
+
+
+def normed_loss(model: nn.Module, arrays: Any) -> Any:
+    value = loss(model, arrays)
+    fold_statistics(model, batch_statistics(model))
+    return value
+
+
+class Run:
+    """A training of some windows, with all that a run keeps.
+
+    Args:
+        folder: for checkpoints and metrics.
+        broken: update in which the last micro-batch's loss is no number.
+    """
+
+    def __init__(self, team: Team, folder: Path, windows: list[list[int]], *, broken: int | None = None) -> None:
+        self.team, self.folder, self.windows, self.broken = team, folder, windows, broken
+        self.net = Normed()
+        self.net.train()
+        optimizer = AdamW()
+        self.ema = EMA(self.net.trainable_parameters(), decay=0.5)
+        self.step = Step(self.net, optimizer, normed_loss, ema=self.ema, buffers=True, max_grad_norm=0.5, team=team)
+        self.objects = {
+            "parameters": state.parameters(self.net),
+            "buffers": state.buffers(self.net),
+            "optimizer": state.tree_of(optimizer.state),
+            "ema": state.tree_of(self.ema.state),
+        }
+
+    def batches(self, update: int) -> list[MicroBatch]:
+        micro = [batch(samples, update) for samples in self.windows]
+        if update == self.broken:
+            micro[-1] = MicroBatch(arrays={**micro[-1].arrays, "y": micro[-1].arrays["y"] * float("nan")}, weight=1)
+        return list(self.team.share(micro))
+
+    def save(self, updates: int) -> None:
+        if self.team.first:
+            checkpoint.save(self.folder, updates, self.objects)
+
+    def train(self, *, hooks: list[Hook] | None = None) -> None:
+        """From the first process's newest checkpoint, if it has one."""
+        found = self.team.from_first(lambda: str(checkpoint.latest(self.folder) or ""))
+        start = self.team.from_first(lambda: checkpoint.load(found, self.objects) if found else 0)
+        self.team.copy_from_first(self.objects)
+        with ExitStack() as stack:
+            observers: list[Hook] = []
+            if self.team.first:
+                observers.append(stack.enter_context(MetricsLog(self.folder / "metrics.jsonl", resumed_at=start)))
+            fit(
+                step=self.step,
+                batches=self.batches,
+                learning_rate=learning_rate(peak=1e-2, total=TOTAL, warmup=2, shape="cosine"),
+                total=TOTAL,
+                start=start,
+                observers=observers,
+                hooks=hooks or [],
+                checkpoint=self.save,
+                team=self.team,
+            )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        tree = {name: one.read() for name, one in self.objects.items()}
+        return {path: np.array(array) for path, array in tree_flatten(tree)}
+
+
+def at(update: int, do: Any) -> Hook:
+    return lambda record: do() if record.update == update else None
+
+
+def note(team: Team, folder: Path, content: Any) -> None:
+    (folder / f"{team.rank}.json").write_text(json.dumps(content))
+
+
+def train(team: Team, folder: Path, *names: str) -> None:
+    """Some kinds of window; each process leaves its state."""
+    distributed.BUCKET = 256  # several messages
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        run = Run(team, folder / name, WINDOWS[name])
+        run.train()
+        np.savez(folder / name / f"{team.rank}.npz", **run.arrays())  # type: ignore[arg-type]
+
+
+def exchange(team: Team, folder: Path) -> None:
+    """Everything that a team can exchange."""
+    own = [mx.full((team.rank, 2), 7, mx.bfloat16), mx.arange(team.rank, dtype=mx.uint8)]
+    tree = {"x": mx.array([-0.0, 1.5]) if team.first else mx.zeros(2), "n": 3 if team.first else 0}
+    made: list[str] = []
+
+    def make(item: str) -> list[mx.array]:
+        made.append(item)
+        return [mx.array([ord(item), team.rank])]
+
+    team.copy_from_first({"tree": state.tree_of(tree)})
+    total = [mx.array(1.0 + team.rank), mx.ones((2, 3), mx.int32)]
+    sent = team.sent
+    team.sum(total)
+    sent = team.sent - sent
+    try:
+        team.same({"data": "a", "seed": int(team.rank == team.size - 1)})
+        differs = ""
+    except SettingsError as error:
+        differs = str(error)
+    content = {
+        "gathered": team.gather({"rank": team.rank, "text": "x" * 3000 * team.rank}),
+        "arrays": [[array.tolist() for array in arrays] for arrays in team.gather_arrays(own)],
+        "given": [array.tolist() for array in team.give(lambda: [mx.array([1, 2]), mx.array(True)])],
+        "rounds": [[item, arrays[0].tolist()] for item, arrays in team.rounds("abcde", make)],
+        "made": made,
+        "from first": team.from_first(lambda: ["said", 1]),
+        "copied": [np.array(tree["x"]).view(np.uint32).tolist(), tree["n"]],
+        "sum": [each.tolist() for each in total],
+        "sent": sent,
+        "differs": differs,
+    }
+    note(team, folder, content)
+
+
+def together(team: Team, folder: Path) -> None:
+    """What can be tried in the same processes, one after the other."""
+    train(team, folder, *WINDOWS)
+    exchange(team, folder)
+    (folder / "broken").mkdir(exist_ok=True)
+    broken(team, folder / "broken")
+
+
+def interrupted(team: Team, folder: Path) -> None:
+    """The last process gets a signal after three updates."""
+
+    def signalled() -> None:
+        if team.rank == team.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        Run(team, folder, WINDOWS["ragged"]).train(hooks=[at(3, signalled)])
+    except Interrupted as stop:
+        note(team, folder, {"exit code": stop.exit_code, "update": stop.update})
+
+
+def broken(team: Team, folder: Path) -> None:
+    """A loss that is no number, in the micro-batch of one process."""
+    try:
+        Run(team, folder, WINDOWS["even"], broken=2).train()
+    except TrainingError as error:
+        note(team, folder, str(error))
+
+
+def lost(team: Team, folder: Path, how: str) -> None:
+    """The last process is gone in one of several ways, after two updates; the others say when they noticed."""
+    lifeline.BEAT, lifeline.SILENCE, vigil._GRACE = 0.3, 1.5, 0.5
+    began = time.monotonic()
+
+    def go() -> None:
+        if team.rank == team.size - 1:
+            if how == "raise":
+                raise ValueError("no such picture")
+            if how != "kill":  # the launcher would wait for ever
+                subprocess.Popen(["sh", "-c", f"sleep 7; kill -9 {os.getpid()}"])
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "rdma": signal.SIGSTOP}[how])
+
+    if how == "rdma":
+        team._vigil._sockets = []  # as of an engine that nothing wakes
+    try:
+        Run(team, folder, WINDOWS["even"]).train(hooks=[at(2, go)])
+    except ProcessLost as error:
+        note(team, folder, {"why": str(error), "seconds": time.monotonic() - began})
+        raise
+
+
+if __name__ == "__main__":
+    task, place, *rest = sys.argv[1:]
+    with distributed.team() as everyone:
+        globals()[task](everyone, Path(place), *rest)
