@@ -1,0 +1,231 @@
+"""What DreamBooth trains on FLUX.1, against diffusers, peft and torch: noise levels, loss, gradients, updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from diffusers.training_utils import (  # noqa: E402
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from mlx.utils import tree_flatten  # noqa: E402
+
+from mflux_vae_train import lora  # noqa: E402
+from mflux_vae_train.dreambooth.data import Plan, micro_batches  # noqa: E402
+from mflux_vae_train.dreambooth.objective import dreambooth_loss  # noqa: E402
+from mflux_vae_train.optimizers import AdamW  # noqa: E402
+from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
+from mflux_vae_train.pipelines.flux1.schedule import (  # noqa: E402
+    FlowMatchSchedule,
+    error_weight,
+    training_levels,
+)
+from mflux_vae_train.pipelines.protocol import NoiseSampling  # noqa: E402
+from mflux_vae_train.step import Arrays, MicroBatch, Step  # noqa: E402
+from tests.dreambooth.caches import plain_cache  # noqa: E402
+from tests.pipelines.small_flux import small_pipeline  # noqa: E402
+
+THEIR_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+NUMBERS = {"logit_mean": 0.4, "logit_std": 1.3, "mode_scale": 0.9}
+GUIDANCE, RATE, PRIOR_WEIGHT, UPDATES = 3.5, 1e-2, 0.7, 20
+
+
+# noise levels and weights
+
+
+def their_levels(scheme: str, count: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """What diffusers' script trains at, and the plain draws behind it, from one generator's state."""
+    u = compute_density_for_timestep_sampling(scheme, count, **NUMBERS, generator=torch.Generator().manual_seed(0))
+    plain = torch.Generator().manual_seed(0)
+    draws = torch.randn(count, generator=plain) if scheme == "logit_normal" else torch.rand(count, generator=plain)
+    table = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift).sigmas
+    return table[(u * 1000).long()].numpy(), draws.numpy()
+
+
+@pytest.mark.parametrize("scheme", THEIR_SCHEMES)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_same_draws_give_the_same_noise_levels(scheme: str, shift: float) -> None:
+    """Theirs are of a table of a thousand; ours lie between its rows."""
+    theirs, draws = their_levels(scheme, 5000, shift)
+    ours = training_levels(mx.array(draws), NoiseSampling(scheme=scheme, **NUMBERS))
+    schedule = FlowMatchSchedule(shift=shift)
+    ours = np.array(schedule.shifted(mx.maximum(ours, 1 / 1000), image_tokens=64))
+    assert np.abs(ours - theirs).max() <= max(shift, 1 / shift) / 1000 + 1e-6
+
+
+@pytest.mark.parametrize("scheme", THEIR_SCHEMES)
+def test_levels_drawn_here_are_spread_as_theirs(scheme: str) -> None:
+    theirs, _ = their_levels(scheme, 20_000, 1.0)
+    keys = mx.random.split(mx.random.key(3), 20_000)
+    ours = FlowMatchSchedule().training_sigmas(keys, NoiseSampling(scheme=scheme, **NUMBERS), image_tokens=64)
+    # Kolmogorov-Smirnov: two samples of one distribution differ by more than 0.02 once in a thousand times
+    grid = np.linspace(0, 1, 200)
+    ours, theirs = np.sort(np.array(ours)), np.sort(theirs)
+    gap = np.abs(np.searchsorted(ours, grid) - np.searchsorted(theirs, grid)).max() / 20_000
+    assert gap < 0.02
+
+
+@pytest.mark.parametrize("scheme", THEIR_SCHEMES)
+def test_weights_agree(scheme: str) -> None:
+    sigma = np.linspace(0.001, 1, 500, dtype=np.float32)
+    theirs = compute_loss_weighting_for_sd3(scheme, torch.from_numpy(sigma)).numpy()
+    np.testing.assert_allclose(error_weight(mx.array(sigma), NoiseSampling(scheme=scheme)), theirs, rtol=1e-5)
+
+
+# loss, gradients, updates
+
+
+class Theirs:
+    """diffusers' transformer with peft's adapter, trained as diffusers' script does, on our micro-batches."""
+
+    def __init__(self, ours: FluxPipeline) -> None:
+        with lora.disabled(ours.denoiser):
+            base = dict(tree_flatten(ours.denoiser.parameters()))
+        adapters = lora.layers(ours.denoiser)
+        rank = next(iter(adapters.values())).lora_a.shape[1]
+        settings = {name: value for name, value in ours.denoiser.config.to_dict().items() if name != "_class_name"}
+        self.model = diffusers.FluxTransformer2DModel(**settings)
+        self.model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in base.items()})
+        self.model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(adapters)))
+        self.parameters = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        with torch.no_grad():
+            for name, value in named(lora.adapter_tensors(ours.denoiser, "x")).items():
+                self.parameters[name].copy_(torch.from_numpy(value))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=RATE, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8
+        )
+
+    def loss(self, ours: FluxPipeline, batch: MicroBatch, scheme: str):
+        """Noise and levels are ours; all that is made of them is theirs."""
+        given = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items() if "key" not in name}
+        latents = given["latents"].permute(0, 3, 1, 2)
+        drawn = ours.predict(
+            batch.arrays["latents"],
+            {name: batch.arrays[f"conditioning.{name}"] for name in ("prompt_embeds", "pooled")},
+            key=batch.arrays["key"],
+            guidance=GUIDANCE,
+            sampling=NoiseSampling(scheme=scheme),
+        )
+        noise = torch.from_numpy(np.array(drawn.target)).permute(0, 3, 1, 2) + latents
+        sigma = torch.from_numpy(np.array(drawn.sigma)).reshape(-1, 1, 1, 1)
+        count, channels, height, width = latents.shape
+        pack, unpack = diffusers.FluxPipeline._pack_latents, diffusers.FluxPipeline._unpack_latents
+        predicted = self.model(
+            hidden_states=pack((1 - sigma) * latents + sigma * noise, count, channels, height, width),
+            timestep=sigma.flatten(),
+            guidance=torch.full((count,), GUIDANCE),
+            pooled_projections=given["conditioning.pooled"],
+            encoder_hidden_states=given["conditioning.prompt_embeds"],
+            txt_ids=torch.from_numpy(np.array(text_ids(given["conditioning.prompt_embeds"].shape[1]))),
+            img_ids=torch.from_numpy(np.array(image_ids(height, width))),
+            return_dict=False,
+        )[0]
+        predicted = unpack(predicted, height=8 * height, width=8 * width, vae_scale_factor=8)
+        weighting = compute_loss_weighting_for_sd3(scheme, sigma)
+        errors = (weighting.float() * (predicted.float() - (noise - latents).float()) ** 2).reshape(count, -1)
+        instance, prior = errors.mean(1).chunk(2)
+        return instance.mean() + PRIOR_WEIGHT * prior.mean()
+
+    def update(self, ours: FluxPipeline, batches: list[MicroBatch], scheme: str) -> float:
+        self.optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(ours, batch, scheme) / len(batches)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        return total
+
+
+def named(tensors: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
+    """Our adapter's tensors by the names that peft gives a model's parameters."""
+    return {
+        name.removeprefix("x.").replace(".weight", ".default.weight"): np.array(value)
+        for name, value in tensors.items()
+    }
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> FluxPipeline:
+    """With an adapter whose B is not zero, so that A has a gradient."""
+    pipeline = small_pipeline(tmp_path, guidance_embeds=True)
+    lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=4)
+    for number, layer in enumerate(lora.layers(pipeline.denoiser).values()):
+        layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
+    return pipeline
+
+
+@pytest.fixture
+def batches(ours: FluxPipeline) -> Callable[[int], list[MicroBatch]]:
+    """Two micro-batches of two instance and two class pictures to an update."""
+    latents = mx.random.normal((7, 4, 6, 4), key=mx.random.key(9))
+    prompts = ours.encode_prompts(["a photo of sks dog", "a photo of a dog", ""])
+    cache = plain_cache(latents[:4], latents[4:], prompts)
+    plan = Plan(samples=4 * UPDATES, batch_size=2, accumulation=2)
+    return lambda update: micro_batches(cache, plan, update=update, seed=5, caption_dropout=0.1)
+
+
+def our_loss(pipeline: FluxPipeline, scheme: str):
+    def loss(_: nn.Module, arrays: Arrays):
+        return dreambooth_loss(
+            pipeline,
+            arrays,
+            guidance=GUIDANCE,
+            prior_loss_weight=PRIOR_WEIGHT,
+            sampling=NoiseSampling(scheme=scheme),
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "cosmap", "sigma_sqrt"])
+def test_loss_and_gradients_agree(ours: FluxPipeline, batches, scheme: str) -> None:
+    theirs = Theirs(ours)
+    batch = batches(0)[0]
+    loss, parameters = our_loss(ours, scheme), ours.denoiser.trainable_parameters()
+
+    def objective(parameters: dict) -> mx.array:
+        ours.denoiser.update(parameters)
+        return loss(ours.denoiser, batch.arrays)[0]
+
+    value, gradients = mx.value_and_grad(objective)(parameters)
+    ours.denoiser.update(parameters)
+    expected = theirs.loss(ours, batch, scheme)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    ours.denoiser.update(gradients)  # so that they can be named as the weights are
+    found = named(lora.adapter_tensors(ours.denoiser, "x"))
+    assert found.keys() == theirs.parameters.keys()
+    for name, gradient in found.items():
+        reference = theirs.parameters[name].grad.numpy()
+        assert np.linalg.norm(reference) > 0, name
+        assert np.linalg.norm(gradient - reference) <= 1e-3 * np.linalg.norm(reference), name
+
+
+def test_twenty_updates_follow_each_other(ours: FluxPipeline, batches) -> None:
+    theirs = Theirs(ours)
+    before = named(lora.adapter_tensors(ours.denoiser, "x"))
+    optimizer = AdamW(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=1e-4)
+    step = Step(ours.denoiser, optimizer, our_loss(ours, "none"), max_grad_norm=1.0, compile=False)
+    for update in range(UPDATES):
+        expected = theirs.update(ours, batches(update), "none")
+        found = step(update, batches(update), RATE)["loss"]
+        assert found == pytest.approx(expected, rel=1e-3), update
+    for name, after in named(lora.adapter_tensors(ours.denoiser, "x")).items():
+        reference = theirs.parameters[name].detach().numpy()
+        moved = np.linalg.norm(reference - before[name])
+        assert moved > 0.1 * np.linalg.norm(before[name]), f"{name} hardly moved: nothing is compared"
+        assert np.linalg.norm(after - reference) <= 1e-2 * moved, name
