@@ -241,8 +241,8 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
         ),
         Chart(
             title="Loss by noise level",
-            curves=[_curve(records, name, f"{name.removeprefix(noise_levels.NAME)} %") for name in levels],
-            note="Of the subject's pictures: little noise teaches details, much noise the composition.",
+            curves=[_curve(records, name, _percent(name), faint=False) for name in levels],
+            note="Of the subject's pictures, averaged: little noise teaches details, much noise the composition.",
             ordered=True,
             wide=True,
         ),
@@ -257,7 +257,7 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
         ),
         Chart(
             title="Size of an update",
-            curves=[_curve(records, "update_size", "change")],
+            curves=[_curve(records, "update_size", "change", smooth=False)],
             note="Norm of the change as a share of the norm of all that is trained.",
         ),
     ]
@@ -266,6 +266,7 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
     for name in others:
         if name not in known and name not in ("update", "seconds", "samples", "memory_gb"):
             charts.append(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]))
+    memory = _curve(records, "memory_gb", "GB", smooth=False)
     timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
     speed = [record["samples"] / record["seconds"] for record in timed]
     updates = [record["update"] for record in timed]
@@ -273,8 +274,9 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
         Chart(title="Pictures per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
         Chart(
             title="Memory",
-            curves=[_curve(records, "memory_gb", "GB", smooth=False)],
+            curves=[memory],
             note="MLX's peak so far.",
+            also=(0.0,),
             logarithmic=False,
         ),
     ]
@@ -282,13 +284,17 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, *, smooth: bool = True) -> Curve:
+def _percent(metric: str) -> str:
+    return metric.removeprefix(noise_levels.NAME).replace("-", "–") + " % noise"
+
+
+def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, **options: bool) -> Curve:
     present = [record for record in records if metric in record]
     return Curve(
         name=name,
         updates=[record["update"] for record in present],
         values=[record[metric] for record in present],
-        smooth=smooth,
+        **options,
     )
 
 

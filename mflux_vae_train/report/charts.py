@@ -27,6 +27,7 @@ class Chart:
     Attributes:
         title, note: what is seen, and a sentence on it.
         line: a number of importance, drawn across, and its name.
+        also: numbers that the scale must have on it.
         logarithmic: None decides by the values.
         ordered: whether the curves are steps of one quantity, so that their colours are steps, too.
         wide: whether it takes a row of its own where there is room for two.
@@ -36,6 +37,7 @@ class Chart:
     curves: Sequence[Curve]
     note: str = ""
     line: tuple[float, str] | None = None
+    also: Sequence[float] = ()
     logarithmic: bool | None = None
     ordered: bool = False
     wide: bool = False
@@ -44,7 +46,7 @@ class Chart:
 def draw(chart: Chart, *, total: int) -> str:
     """A chart over the updates 0 to `total`, as a figure element."""
     drawn = [points(curve) for curve in chart.curves]
-    y = scale(drawn, also=[chart.line[0]] if chart.line else (), logarithmic=chart.logarithmic)
+    y = scale(drawn, also=[*chart.also, *([chart.line[0]] if chart.line else [])], logarithmic=chart.logarithmic)
     x = Scale(low=0, high=max(total, 1), ticks=[tick for tick in round_numbers(0, max(total, 2)) if tick == int(tick)])
     kind = " ".join(["chart", *(["ordered"] if chart.ordered else []), *(["wide"] if chart.wide else [])])
     last = [number(one.smoothed[-1]) if len(one.smoothed) else "" for one in drawn]
@@ -115,7 +117,7 @@ def _paths(index: int, curve: Curve, one: Points, x: Scale, y: Scale) -> str:
         return ""
     places = x.at(one.updates)
     average = _path(places, y.at(one.smoothed))
-    if not curve.smooth:
+    if not (curve.smooth and curve.faint):
         return f'<path class="average c{index}" d="{average}"/>'
     # there and back between the lowest and the highest of each point: thinning hides no outlier
     twice = np.stack([one.lowest, one.highest], 1).reshape(-1)

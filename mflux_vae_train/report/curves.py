@@ -24,12 +24,14 @@ class Curve:
         updates: rising; where nothing was measured, an update is left out.
         values: one for each; not finite ones are left out of the drawing.
         smooth: whether an average is drawn, too.
+        faint: whether the values themselves are, beside their average.
     """
 
     name: str
     updates: Sequence[int]
     values: Sequence[float]
     smooth: bool = True
+    faint: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

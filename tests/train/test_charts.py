@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from mflux_vae_train.report.charts import SIZE, Chart, draw, number
 from mflux_vae_train.report.curves import MOST_POINTS, Curve, points, round_numbers, scale, smoothed
+from tests.reading_html import Page
 
 
 def curve(values, name="loss", **options) -> Curve:
@@ -74,57 +74,21 @@ def test_a_scale_becomes_logarithmic_where_values_are_far_apart() -> None:
 def test_odd_curves_are_drawn(values: list[float]) -> None:
     html = draw(Chart(title="t", curves=[curve(values)]), total=len(values))
     assert "nan" not in html and "inf" not in html.replace("in font", "")
-    parse(html)
-
-
-class Reader(HTMLParser):
-    """Tags that are open, and every element."""
-
-    VOID = ("meta", "img", "input", "br", "link", "path")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes what is not open"
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-
-def parse(html: str) -> Reader:
-    """An HTML text whose elements are all closed in order."""
-    reader = Reader()
-    reader.feed(html)
-    reader.close()
-    assert not reader.open, reader.open
-    return reader
+    Page(html)
 
 
 def test_paths_go_where_the_numbers_are() -> None:
     values = [0.0, 1.0, 4.0, 2.0]
     html = draw(Chart(title="a < b", curves=[curve(values, name="<x>", smooth=False)], line=(3.0, "limit")), total=4)
-    reader = parse(html)
-    (path,) = [each["d"] for tag, each in reader.elements if tag == "path" and "average" in str(each["class"])]
-    places = np.array([[float(one) for one in pair.split()] for pair in re.split("[ML]", str(path))[1:]])
+    page = Page(html)
+    (path,) = [path["d"] for path in page.of("path") if "average" in path["class"]]
+    places = np.array([[float(one) for one in pair.split()] for pair in re.split("[ML]", path)[1:]])
     np.testing.assert_allclose(places[:, 0], np.array([1, 2, 3, 4]) / 4 * SIZE, atol=0.1)
     heights = SIZE - places[:, 1]
     np.testing.assert_allclose(heights / heights[2], np.array(values) / 4, atol=1e-3)  # from zero
     labels = {text: each for each, text in spans(html)}
     np.testing.assert_allclose(labels["4"] * SIZE / 100, heights[2], atol=0.2)  # the axis says the same
-    (data,) = [json.loads(text) for tag, text in reader.texts if tag == "script"]
+    (data,) = [json.loads(text) for tag, text in page.texts if tag == "script"]
     assert data[0]["values"] == values and data[0]["name"] == "<x>" and "<x>" not in html
 
 
