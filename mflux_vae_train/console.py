@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 class Console(logging.Handler):
     """Lines on standard output, warnings on standard error, neither through the middle of a progress bar.
 
-    What a bar shows at the moment, and says for a log's sake only (`on_bar`), is left out.
+    What a bar shows at the moment, and says for a log's sake only (`on_bar`), is left out. Of several processes that
+    were launched together the first one speaks; of the others errors are heard.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        if getattr(record, "on_bar", False):
+        if getattr(record, "on_bar", False) or (record.levelno < logging.ERROR and not _first()):
             return
 
         if record.levelno >= logging.WARNING:
@@ -25,6 +27,12 @@ class Console(logging.Handler):
         else:
             tqdm.write(record.getMessage(), file=sys.stdout)
             sys.stdout.flush()
+
+
+def _first() -> bool:
+    """As `distributed.Team.first`, and without MLX: what its launcher, or MPI's, tells each process."""
+    ranks = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -30,6 +30,12 @@ from mflux_vae_train.vigil import Vigil, at_most, open_sockets
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+
+IDLE = (
+    "%d processes share the %d micro-batches of an update, and some have nothing to do:"
+    " give --gradient_accumulation_steps %d or a multiple, and a smaller batch"
+)
+"""What to say where an update has fewer micro-batches than there are processes."""
 
 BUCKET = 256 * 2**20
 """Bytes that are summed in one message, at most, unless a single array is larger."""
@@ -115,6 +121,11 @@ class Team:
         if (longest := max(sizes) - _ROOM) > 0:
             rest = self._gather_bytes(text[_ROOM:].ljust(longest, b"\0"))
         return [json.loads((each[5:] + more)[:size]) for each, more, size in zip(heads, rest, sizes, strict=True)]
+
+    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """By name, sums over all processes; a name may be missing in some."""
+        parts = self.gather(dict(numbers))
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
 
     def gather_arrays(self, arrays: Sequence[mx.array]) -> list[list[mx.array]]:
         """Every process's arrays, by rank: any number of any shapes."""

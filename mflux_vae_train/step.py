@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -137,11 +136,10 @@ class Step:
             del slope, kept, new
             mx.eval(loss, metrics, sums)  # frees this micro-batch's activations
         gradients, moved = self.team.sum_trees(sums)
-        parts = self.team.gather(
+        totals = self.team.totals(
             {SAMPLES: sum(batch.weight for batch in batches)}
             | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
         )
-        totals = {name: sum(each.get(name, 0.0) for each in parts) for name in dict.fromkeys(chain(*parts))}
         if not (samples := totals.pop(SAMPLES)):
             raise ValueError(f"update {update + 1} has no micro-batches")
         averages = {name: total / samples for name, total in totals.items()}

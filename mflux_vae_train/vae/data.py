@@ -163,10 +163,10 @@ class Batches:
 
     Args:
         batch: pictures of an update, over all processes.
-        part: (i, n): only the i-th of n equal parts of each batch, for one of n processes.
+        places: only these of each batch, for one of several processes; None for all.
 
     Raises:
-        SettingsError: a batch that has no n equal parts.
+        SettingsError: a batch of nothing.
     """
 
     def __init__(
@@ -176,30 +176,30 @@ class Batches:
         batch: int,
         seed: int,
         augmentation: Augmentation = Augmentation(),
-        part: tuple[int, int] = (0, 1),
+        places: Sequence[int] | None = None,
     ) -> None:
-        if batch < 1 or batch % part[1]:
-            raise SettingsError(f"a batch of {batch} does not divide into {part[1]} equal parts")
-        self.source, self.batch, self.seed, self.augmentation, self.part = source, batch, seed, augmentation, part
+        self.places = range(batch) if places is None else places
+        if not self.places:
+            raise SettingsError(f"a batch of {batch} pictures, and none of them is wanted")
+        self.source, self.batch, self.seed, self.augmentation = source, batch, seed, augmentation
         self._coming: Iterator[list[np.ndarray]] | None = None
         self._next = -1
 
     def positions(self, update: int) -> list[tuple[int, int]]:
-        """(epoch, number of the picture in the source) of each picture of this process's part."""
-        share = self.batch // self.part[1]
-        first, count = update * self.batch + self.part[0] * share, len(self.source)
-        places = [divmod(position, count) for position in range(first, first + share)]
+        """(epoch, number of the picture in the source) of each picture that is wanted."""
+        count = len(self.source)
+        places = [divmod(update * self.batch + place, count) for place in self.places]
         return [(epoch, int(order(self.seed, epoch, count)[place])) for epoch, place in places]
 
     def __call__(self, update: int) -> np.ndarray:
         if self._coming is None or update != self._next:
             self.close()
-            pieces = -(-self.batch // (self.part[1] * _READ_AT_ONCE))
+            pieces = -(-len(self.places) // _READ_AT_ONCE)
             self._coming = ahead(self._read, self._pieces(update), limit=2 * pieces)
             self._next = update
         self._next += 1
         pictures: list[np.ndarray] = []
-        while len(pictures) < self.batch // self.part[1]:
+        while len(pictures) < len(self.places):
             pictures += next(self._coming)
         return np.stack(pictures)
 
@@ -222,9 +222,8 @@ class Batches:
         ]
 
 
-def in_order(source: Source, batch: int) -> Iterator[np.ndarray]:
-    """All pictures once, (B, H, W, C), the last ones fewer: for validation. The next ones are read meanwhile."""
-    pieces = (range(start, min(start + batch, len(source))) for start in range(0, len(source), batch))
+def in_order(source: Source, pieces: Sequence[range]) -> Iterator[np.ndarray]:
+    """Pictures by their numbers, (B, H, W, C) for each piece: for validation. The next ones are read meanwhile."""
     yield from ahead(lambda piece: np.stack([source.item(index) for index in piece]), pieces, limit=2)
 
 

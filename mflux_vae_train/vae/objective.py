@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mflux_vae.errors import TrainingError
 from mflux_vae.layers import batch_statistics, fold_statistics
 from mflux_vae.lpips import LPIPS
 from mflux_vae.posterior import DiagonalGaussian
@@ -18,6 +19,7 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.dropout import by_keys
 from mflux_vae_train.vae.losses import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
 from mflux_vae_train.vae.network import before_last_layer, is_flat
+from mflux_vae_train.vigil import ProcessLost
 
 
 class Objective:
@@ -164,7 +166,10 @@ class CriticToo:
             made = network.decode(z).astype(mx.float32)
             batch_statistics(network)
             pairs.append(MicroBatch(arrays={"pixels": batch.arrays["pixels"], "made": made}, weight=batch.weight))
-        critic = self.critic(update, pairs, learning_rate)
+        try:
+            critic = self.critic(update, pairs, learning_rate)
+        except ProcessLost as error:  # the network is an update ahead of its critic: not to be kept as a checkpoint
+            raise TrainingError(str(error)) from error
         return {**metrics, "critic": critic["loss"], "critic_grad_norm": critic["grad_norm"]}
 
 

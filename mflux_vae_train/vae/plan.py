@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
 from mflux_vae.images import to_pixels
 from mflux_vae_train import schedule
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.step import MicroBatch
 from mflux_vae_train.vae.config import VAETrainingSettings
@@ -23,16 +25,22 @@ class Plan:
         images: in an update.
         per_epoch: updates.
         total: updates of the whole run.
+
+    Args:
+        team: the processes that share out the micro-batches of each update.
     """
 
-    def __init__(self, settings: VAETrainingSettings, train: Source) -> None:
+    def __init__(self, settings: VAETrainingSettings, train: Source, team: Team = ALONE) -> None:
         self._settings = settings
         self.images = settings.batch_size * settings.gradient_accumulation_steps
         self.per_epoch = max(1, round(len(train) / self.images))
         self.total = self.per_epoch * settings.num_epochs
         augmentation = Augmentation(flip=settings.augment_flip, shift=settings.augment_shift)
-        self._batches = Batches(train, batch=self.images, seed=settings.seed, augmentation=augmentation)
-        self.close = self._batches.close
+        size = settings.batch_size
+        self._starts = team.share(range(0, self.images, size))
+        self._places = [place for start in self._starts for place in range(start, start + size)]
+        options: dict[str, Any] = {"seed": settings.seed, "augmentation": augmentation}
+        self._batches = Batches(train, batch=self.images, places=self._places, **options) if self._places else None
 
     def learning_rate(self) -> Callable[[int], float]:
         """Update -> rate."""
@@ -49,9 +57,11 @@ class Plan:
         )
 
     def batches(self, update: int, *, beta: float) -> list[MicroBatch]:
-        """What `Objective` takes."""
+        """What `Objective` takes: the micro-batches of an update that fall to this process, maybe none."""
+        if self._batches is None:
+            return []
         pixels = to_pixels(self._batches(update))
-        keys = sample_keys(self._settings.seed, Stream.NOISE, update, range(self.images))
+        keys = sample_keys(self._settings.seed, Stream.NOISE, update, self._places)
         size = self._settings.batch_size
         return [
             MicroBatch(
@@ -62,8 +72,13 @@ class Plan:
                 },
                 weight=size,
             )
-            for start in range(0, self.images, size)
+            for start in range(0, len(self._places), size)
         ]
+
+    def close(self) -> None:
+        """End reading ahead."""
+        if self._batches is not None:
+            self._batches.close()
 
 
 def images_of(settings: VAETrainingSettings, source: Source | None = None) -> tuple[Source, Source]:

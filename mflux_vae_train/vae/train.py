@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.runtime import is_cpu
 from mflux_vae.weights.files import write_text
-from mflux_vae_train import checkpoint, flags, state
+from mflux_vae_train import checkpoint, distributed, flags, state
+from mflux_vae_train.distributed import IDLE, Team
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.hooks import Hook, MetricsLog, Record, every
 from mflux_vae_train.lock import Lock
@@ -102,16 +103,17 @@ class VAETrainer:
             TrainingError: the loss is not finite, or a checkpoint is broken.
             Interrupted: a signal arrived; a checkpoint was written.
         """
-        if self.settings.dry_run:
-            metrics = tried(self.settings, self.network, self.folder, self.source)
-            return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
-        with Lock(self.folder) as lock:
-            try:
-                return self._train(lock)
-            except OSError as error:
-                raise TrainingError(f"{error}; the same command continues where it can be written again") from error
+        with distributed.team() as team:
+            if self.settings.dry_run:
+                metrics = team.from_first(lambda: tried(self.settings, self.network, self.folder, self.source))
+                return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
+            with Lock(self.folder) if team.first else nullcontext() as lock:
+                try:
+                    return self._train(lock, team)
+                except OSError as error:
+                    raise TrainingError(f"{error}; the same command continues where it can be written again") from error
 
-    def _train(self, lock: Lock) -> Outcome:
+    def _train(self, lock: Lock | None, team: Team) -> Outcome:
         settings, network, folder = self.settings, self.network, self.folder
         for line in advice(settings):
             logger.warning("%s", line)
@@ -119,7 +121,10 @@ class VAETrainer:
         # data, and how it is cut
         train, held_out = images_of(settings, self.source)
         fingerprint = identity(settings, network, train, held_out)
-        plan = Plan(settings, train)
+        team.same(fingerprint)
+        plan = Plan(settings, train, team)
+        if settings.gradient_accumulation_steps < team.size:
+            logger.warning("%s", IDLE % (team.size, settings.gradient_accumulation_steps, team.size))
 
         # what is trained, and how
         begin_training(network, settings.train)
@@ -128,7 +133,7 @@ class VAETrainer:
         ema = EMA(network.trainable_parameters(), settings.ema_decay) if settings.ema_decay else None
         critic = new_critic(settings, network) if settings.disc_start is not None else None
         objective = Objective(settings, network, dataset_size=len(train), critic=critic)
-        options: dict[str, Any] = {"max_grad_norm": settings.max_grad_norm or math.inf}
+        options: dict[str, Any] = {"max_grad_norm": settings.max_grad_norm or math.inf, "team": team}
         step = Step(network, _optimizer(settings), objective, ema=ema, buffers=True, **options)
         objects = {
             "network": state.parameters(network),
@@ -153,10 +158,16 @@ class VAETrainer:
         objects["watch"] = state.Stateful(read=lambda: {"seen": json.dumps(watch)}, write=remember)
         owed = Owed()
         objects["owed"] = owed.stateful()
-        start = 0
-        if newest := checkpoint.latest(folder):
-            start = checkpoint.load(newest, objects, fingerprint=fingerprint, allow_changes=settings.allow_changes)
-        _claim(folder, settings, lock)
+
+        def resumed() -> int:
+            newest = checkpoint.latest(folder)
+            options: dict[str, Any] = {"fingerprint": fingerprint, "allow_changes": settings.allow_changes}
+            return checkpoint.load(newest, objects, **options) if newest else 0
+
+        start = team.from_first(resumed)
+        team.copy_from_first(objects)
+        if lock is not None:
+            _claim(folder, settings, lock)
         logger.info(
             "%s: %s parameters, %d images and %d held out, %d updates in %d epochs%s",
             settings.name, f"{parameter_count(network):,}", len(train), len(held_out), plan.total, settings.num_epochs,
@@ -176,7 +187,7 @@ class VAETrainer:
                 stack.callback(begin_training, network, settings.train)
                 yield
 
-        validation = Validation(objective, network, held_out, settings, folder / "samples")
+        validation = Validation(objective, network, held_out, settings, folder / "samples", team)
 
         def validate(record: Record) -> None:
             with as_saved():
@@ -184,7 +195,7 @@ class VAETrainer:
                 better = watch["metrics"]["loss"] < watch["best"]
                 watch["best"] = min(watch["best"], watch["metrics"]["loss"])
                 watch["since"] = 0 if better else watch["since"] + 1
-                if better:
+                if better and team.first:
                     loading.save_network(network, best)
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in watch["metrics"].items())
             best_so_far = ", the best so far" if better else ""
@@ -198,6 +209,8 @@ class VAETrainer:
         boards: list[TensorBoard] = []
 
         def pictures(record: Record) -> None:
+            if not team.first:
+                return
             with as_saved():
                 made = validation.pictures(record.update)
             for board in boards:
@@ -205,6 +218,8 @@ class VAETrainer:
                     board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)
 
         def save(updates: int) -> None:
+            if not team.first:
+                return
             with as_saved():
                 loading.save_network(network, last)
             checkpoint.save(folder, updates, objects, fingerprint=fingerprint, total_limit=2)
@@ -217,13 +232,22 @@ class VAETrainer:
         epochs = plan.per_epoch
         with ExitStack() as stack:
             stack.callback(plan.close)
-            log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
-            validations = stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start))
-            also = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
-            observers: list[Hook] = [log, stack.enter_context(ProgressBar(plan.total, start, also=also))]
+            observers: list[Hook] = []
+            validations: list[MetricsLog] = []
+            if team.first:
+                log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
+                validations.append(stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start)))
+                also = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
+                observers += [log, stack.enter_context(ProgressBar(plan.total, start, also=also))]
+            if team.first and settings.tensorboard:
+                boards.append(stack.enter_context(TensorBoard(folder / "tensorboard", start=start)))
+                observers += boards
 
             def note(record: Record) -> None:
-                validations(dataclasses.replace(record, metrics=watch["metrics"]))
+                for file in validations:
+                    file(dataclasses.replace(record, metrics=watch["metrics"]))
+                for board in boards:
+                    board.values("validation", record.update, watch["metrics"])
 
             hooks = [
                 every(epochs * settings.val_every, validate),
@@ -234,15 +258,6 @@ class VAETrainer:
                 every(settings.log_images_every_n_steps, pictures, last=False),
                 stop,
             ]
-            if settings.tensorboard:
-                board = stack.enter_context(TensorBoard(folder / "tensorboard", start=start))
-                observers.append(board)
-                boards.append(board)
-
-                def report(record: Record) -> None:
-                    board.values("validation", record.update, watch["metrics"])
-
-                hooks.insert(2, every(epochs * settings.val_every, report))
             made = start
             try:
                 fit(
@@ -255,6 +270,7 @@ class VAETrainer:
                     hooks=hooks,
                     checkpoint=save,
                     owed=owed,
+                    team=team,
                 )
                 made = max(start, plan.total)
             except _Enough:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.images import grid, save_image, to_pictures, to_pixels
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data import Source, in_order
@@ -32,38 +33,46 @@ class Validation:
     """
 
     def __init__(
-        self, objective: Objective, network: Any, held_out: Source, settings: VAETrainingSettings, folder: Path
+        self,
+        objective: Objective,
+        network: Any,
+        held_out: Source,
+        settings: VAETrainingSettings,
+        folder: Path,
+        team: Team = ALONE,
     ) -> None:
         self._objective, self._network, self._held_out = objective, network, held_out
-        self._settings, self._folder = settings, folder
+        self._settings, self._folder, self._team = settings, folder, team
 
     def measured(self) -> dict[str, float]:
-        """Averages over the held-out images.
+        """Averages over the held-out images, which several processes share out among them.
 
         Returns:
             `loss` with the final beta, without a discriminator's part; `rec` and `kl` of it; `psnr` (dB) of decoded
             posterior means; `active` latent units, or channels; of vector latents `tc`, the total correlation in nats.
         """
-        network, size = self._network, self._settings.batch_size
+        network, size, held_out = self._network, self._settings.batch_size, len(self._held_out)
         sums: dict[str, float] = {}
-        means, done = [], 0
-        for pictures in in_order(self._held_out, size):
-            pixels, count = mx.array(to_pixels(pictures)), len(pictures)
+        means = []
+        pieces = self._team.share([range(start, min(start + size, held_out)) for start in range(0, held_out, size)])
+        for piece, pictures in zip(pieces, in_order(self._held_out, pieces), strict=True):
+            pixels, count = mx.array(to_pixels(pictures)), len(piece)
             posterior = network.encode(pixels)
-            z = sampled(posterior, sample_keys(self._settings.seed, Stream.EVALUATION, 0, range(done, done + count)))
+            z = sampled(posterior, sample_keys(self._settings.seed, Stream.EVALUATION, 0, piece))
             made = network.decode(z).astype(mx.float32)
             values = self._objective.per_sample(made, pixels, posterior, z, self._objective.beta_at(None))
             error = mx.square(mx.clip(network.decode(posterior.mean).astype(mx.float32), -1, 1) - pixels)
             values["psnr"] = 10 * mx.log10(4 / mx.maximum(error.reshape(count, -1).mean(axis=1), 1e-10))
             if is_flat(network):
-                parts = decomposition(z, posterior.mean, posterior.logvar, dataset_size=len(self._held_out))
+                parts = decomposition(z, posterior.mean, posterior.logvar, dataset_size=held_out)
                 values["tc"] = parts.total_correlation
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum())
-            means.append(np.array(posterior.mean.reshape(-1, posterior.mean.shape[-1])))
-            done += count
-        measured = {name: value / done for name, value in sums.items()}
-        return {**measured, "active": float(active_units(mx.array(np.concatenate(means))))}
+            means.append(posterior.mean.reshape(-1, posterior.mean.shape[-1]))
+            mx.eval(means[-1])
+        measured = {name: total / held_out for name, total in self._team.totals(sums).items()}
+        everyones = [array for arrays in self._team.gather_arrays(means) for array in arrays]
+        return {**measured, "active": float(active_units(mx.concatenate(everyones)))}
 
     def pictures(self, update: int) -> dict[str, np.ndarray]:
         """Writes held-out images above their reconstructions, and images of latents from the prior; and gives them."""
