@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolutions [--rounds 5]
 
-Milliseconds of each form (medians of alternating runs), MLX's own convolution beside them, and what
-`mflux_vae.kernels.convolution` chooses, starred. Its rule should be changed where the star is far from the least.
+Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.convolution` chooses, starred. Its
+rule should be changed where the star is far from the least.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ SHAPES = (
     (8, 16, 64, 64, 3, 1),
     (8, 8, 96, 96, 3, 1),
 )
-OWN = "MLX's own"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,19 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     forms = get_args(convolution.Form)
     print(describe())
-    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in (*forms, OWN)))
+    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in forms))
     for batch, side, channels, out, kernel, stride in SHAPES:
         x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
         weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
         mx.eval(x, weight)
         chosen = convolution._form((kernel, kernel), stride, channels, out)
         # Winograd's form and shifts are for stride 1
-        possible = [form for form in forms if stride == 1 or form == "patches"]
+        possible = [form for form in forms if stride == 1 or form in ("patches", "own")]
         runs = {form: partial(_forced, form, x, weight, stride) for form in possible}
-        runs[OWN] = partial(_own, x, weight, stride)
         taken = _in_turns(runs, rounds)
         marks = {name: "*" if name == chosen else " " for name in taken}
-        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in (*forms, OWN)]
+        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in forms]
         print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>13}" for cell in cells))
     return 0
 
@@ -71,10 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _forced(form: str, x: mx.array, weight: mx.array, stride: int) -> None:
     with patch.object(convolution, "_form", lambda *_: form):
         mx.eval(conv2d(x, weight, stride=stride, padding=1))
-
-
-def _own(x: mx.array, weight: mx.array, stride: int) -> None:
-    mx.eval(mx.conv2d(x, weight, stride=stride, padding=1))
 
 
 def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

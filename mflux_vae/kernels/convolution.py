@@ -352,7 +352,7 @@ def _piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0
         # what runs over a row's end is never read
         return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
     if form == "own":
-        return mx.conv2d(_padded(x, sides), weight)
+        return mx.conv2d(_padded(x, sides), weight, stride=stride)
     patches = windows(x, (kh, kw), stride, (out_h, out_w), (top, left))
     return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
 

@@ -1,4 +1,4 @@
-"""Activations. On a CPU each, and each gradient, is one or two passes over a rational function (see `fusion`)."""
+"""Activations: on a CPU rational functions, in one pass over memory where they are computed at once (see `fusion`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mflux_vae import runtime
+from mflux_vae.kernels.bands import computes_now
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import pointwise
 
@@ -81,89 +82,90 @@ def _fraction(x: mx.array) -> tuple[mx.array, mx.array]:
     return _sum(_P, square, fourth), _sum(_Q, square, fourth)
 
 
-def _half_tanh(x: mx.array) -> mx.array:
-    """tanh(x / 2) / 2."""
+def _fused_half(x: mx.array) -> mx.array:
+    """tanh(x / 2) / 2, for compiled formulas: comparisons are cheap there, `mx.clip` is not."""
     p, q = _fraction(x)
     t = mx.where(x > _ALL, 0.5, x * p / q)
     return mx.where(x < -_ALL, -0.5, t)
 
 
-def _silu_value(x: mx.array) -> mx.array:
+def _stepwise_half(x: mx.array) -> mx.array:
+    """The same operation by operation: there a comparison costs as much as fifteen products, `mx.clip` as two."""
+    x = mx.clip(x, -_ALL, _ALL)
+    p, q = _fraction(x)
+    return x * p / q
+
+
+def _fused_silu(x: mx.array) -> mx.array:
     """x / 2 + |x| tanh(|x| / 2) / 2: one comparison less."""
     p, q = _fraction(x)
     size = mx.abs(x)
     return 0.5 * x + mx.where(size > _ALL, 0.5 * size, (x * x) * p / q)
 
 
-def _silu_slope(x: mx.array, y: mx.array) -> mx.array:
-    sigmoid = mx.where(mx.abs(x) < 1e-30, 0.5, y / x)
-    return sigmoid + y * (1 - sigmoid)
-
-
-def _quick_gelu_value(x: mx.array) -> mx.array:
-    return _silu_value(1.702 * x) * (1 / 1.702)
-
-
-def _quick_gelu_slope(x: mx.array, _y: mx.array) -> mx.array:
-    x = 1.702 * x
-    return _silu_slope(x, _silu_value(x))  # y times 1.702 has another rounding error, which x would magnify
-
-
 def _gelu_argument(x: mx.array) -> mx.array:
     return _GELU_SCALE * (x + _GELU_CUBE * (x * x) * x)
 
 
-def _gelu_tanh_value(x: mx.array) -> mx.array:
-    return x * (0.5 + _half_tanh(2 * _gelu_argument(x)))
+# Values with their slopes: what differentiates keeps the slope, and its gradient is one product.
 
 
-def _gelu_tanh_slope(x: mx.array, _y: mx.array) -> mx.array:
-    t = _half_tanh(2 * _gelu_argument(x))
-    return (0.5 + t) + x * (1 - 4 * (t * t)) * (0.5 * _GELU_SCALE + 1.5 * _GELU_SCALE * _GELU_CUBE * (x * x))
+def _silu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+    s = 0.5 + _stepwise_half(x)
+    y = x * s
+    return y, s + y * (1 - s)
 
 
-def _tanh_value(x: mx.array) -> mx.array:
-    return 2 * _half_tanh(2 * x)
+def _quick_gelu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+    y, slope = _silu_and_slope(1.702 * x)
+    return (1 / 1.702) * y, slope
 
 
-def _tanh_slope(_x: mx.array, y: mx.array) -> mx.array:
-    return 1 - y * y
+def _gelu_tanh_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+    near = mx.clip(x, -5.0, 5.0)  # t is 1/2 beyond, but for a rounding error that x^3 would magnify
+    square = near * near
+    t = _stepwise_half((2 * _GELU_SCALE) * near * (1 + _GELU_CUBE * square))
+    s = 0.5 + t
+    return x * s, s + near * (1 - 4 * (t * t)) * (0.5 * _GELU_SCALE + (1.5 * _GELU_SCALE * _GELU_CUBE) * square)
 
 
-def _sigmoid_value(x: mx.array) -> mx.array:
-    return 0.5 + _half_tanh(x)
+def _tanh_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+    y = 2 * _stepwise_half(2 * x)
+    return y, 1 - y * y
 
 
-def _sigmoid_slope(_x: mx.array, y: mx.array) -> mx.array:
-    return y * (1 - y)
+def _sigmoid_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+    y = 0.5 + _stepwise_half(x)
+    return y, y * (1 - y)
 
 
-def _differentiable(value: Pointwise, slope: Callable[[mx.array, mx.array], mx.array]) -> Pointwise:
-    """A function of each element with its derivative, given (x, value), both in float32 whatever the dtype."""
+def _differentiable(value: Pointwise, value_and_slope: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Pointwise:
+    """A function of each element, float32 inside whatever the dtype: compiled where it is computed at once."""
 
     @fused
-    def forward(x: mx.array) -> mx.array:
+    def at_once(x: mx.array) -> mx.array:
         return value(x.astype(mx.float32)).astype(x.dtype)
 
-    @fused
-    def backward(cotangent: mx.array, x: mx.array, y: mx.array) -> mx.array:
-        wide = x.astype(mx.float32)
-        y = y if y.dtype == mx.float32 else value(wide)  # half a precision's y is too coarse
-        return (cotangent.astype(mx.float32) * slope(wide, y)).astype(x.dtype)
-
     @_custom_function
-    def function(x: mx.array) -> mx.array:
-        return forward(x)
+    def stepwise(x: mx.array) -> tuple[mx.array, mx.array]:
+        y, slope = value_and_slope(x.astype(mx.float32))
+        return y.astype(x.dtype), slope
 
-    @function.vjp
-    def function_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
-        return backward(cotangent, x, y)
+    @stepwise.vjp
+    def stepwise_vjp(
+        x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+    ) -> mx.array:
+        return (cotangents[0].astype(mx.float32) * outputs[1]).astype(x.dtype)
+
+    def function(x: mx.array) -> mx.array:
+        y: mx.array = at_once(x) if computes_now(x) else stepwise(x)[0]
+        return y
 
     return function
 
 
-_silu = _differentiable(_silu_value, _silu_slope)
-_quick_gelu = _differentiable(_quick_gelu_value, _quick_gelu_slope)
-_gelu_tanh = _differentiable(_gelu_tanh_value, _gelu_tanh_slope)
-_tanh = _differentiable(_tanh_value, _tanh_slope)
-_sigmoid = _differentiable(_sigmoid_value, _sigmoid_slope)
+_silu = _differentiable(_fused_silu, _silu_and_slope)
+_quick_gelu = _differentiable(lambda x: (1 / 1.702) * _fused_silu(1.702 * x), _quick_gelu_and_slope)
+_gelu_tanh = _differentiable(lambda x: x * (0.5 + _fused_half(2 * _gelu_argument(x))), _gelu_tanh_and_slope)
+_tanh = _differentiable(lambda x: 2 * _fused_half(2 * x), _tanh_and_slope)
+_sigmoid = _differentiable(lambda x: 0.5 + _fused_half(x), _sigmoid_and_slope)
