@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -168,6 +169,8 @@ def _in_one_piece(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ..
     tally = _Tally()
     with kernels.deferred():
         results = function(_Weighed(tally, shape, mx.float32, 0))
+        for result in results:
+            result.settle()
     return tally.peak, sum(result.size for result in results)
 
 
@@ -188,25 +191,58 @@ class _Tally(Job):
 
 
 class _Weighed(Stand):
-    """Stands in for an array and counts while Python keeps it: what network code holds on to is what it costs."""
+    """Stands in for an array and counts while Python keeps it: what network code holds on to is what it costs.
 
-    def __init__(self, tally: _Tally, shape: Sequence[int], dtype: mx.Dtype, size: int):
+    Args:
+        inputs: what it is made of pixel by pixel. Then it takes nothing before it is `settle`d, as MLX computes such a
+            step when its result is asked for, and in the memory of an input that nothing else holds any more.
+    """
+
+    def __init__(
+        self, tally: _Tally, shape: Sequence[int], dtype: mx.Dtype, size: int, inputs: Sequence[_Weighed] = ()
+    ):
         super().__init__(tally, shape, dtype)
-        self.size = size
-        tally.held += size
+        self.size = 0
+        self._pending = list(inputs)
+        if not inputs:
+            self._take(size)
 
     def __del__(self) -> None:
         self.job.held -= self.size
+
+    def settle(self) -> None:
+        """Computed now, if it was not."""
+        if not self._pending:
+            return
+        tally: Any = self.job
+        for stand in self._pending:
+            stand.settle()
+        before, watched = tally.held, [(weakref.ref(stand), stand.size) for stand in self._pending]
+        del stand
+        self._pending.clear()
+        size = prod(self.shape) * self.dtype.size
+        if not any(left() is None and free >= size for left, free in watched):
+            tally.take(before - tally.held + size)
+        self._take(size)
+
+    def _take(self, size: int) -> None:
+        self.size = size
+        self.job.held += size
 
     def __mlx_function__(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
         tally: Any = self.job
         if function in kernels.FUSED and not (is_cpu() and self.dtype == mx.float32):
             return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]
         example = function(*map(_example, arguments), **{name: _example(value) for name, value in named.items()})
+        stands = [value for value in (*arguments, *named.values()) if isinstance(value, _Weighed)]
+        if is_pointwise(function) or function is kernels.repeat_pixels:
+            return _Weighed(tally, example.shape, example.dtype, 0, stands)
+        for stand in stands:
+            stand.settle()
+        if function is kernels.group_norm:  # its statistics were taken, the rest is pixel by pixel
+            return _Weighed(tally, example.shape, example.dtype, 0, stands)
         if function in _WEIGHTS:
             transient = _convolution(self.shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
-        elif function is kernels.group_norm or is_pointwise(function) or function is kernels.repeat_pixels:
-            transient = 0
         else:
             transient = _attention(example.shape)
         tally.take(transient + example.nbytes)
@@ -223,9 +259,10 @@ class _Walk(_Tally):
             first, end = max(first, 0), min(end, x.shape[1])
             x.reach(first, end)
             read = _read(x, first, end)
-            shape = x.shape[0], end - first, *x.shape[2:]
-            rows = prod(shape) * x.dtype.size if read else 0
-            self.take(max(read, rows + _convolution(shape, held.weight, held.stride) + strip.nbytes))
+            batch, _, *across = x.shape
+            rows = prod((batch, end - first, *across)) * x.dtype.size if read else 0
+            own = _convolution((batch, (stop - start) * held.stride, *across), held.weight, held.stride)
+            self.take(max(read, rows + own + strip.nbytes))
         elif isinstance(held, Whole):
             for x in held.inputs:
                 x.reach(0, x.shape[1])

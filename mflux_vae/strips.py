@@ -62,7 +62,7 @@ class Job:
 
     def compute(self, held: Held, start: int, stop: int) -> mx.array:
         """Rows start to stop, computed now."""
-        strip = held.compute(start, stop)
+        strip = mx.contiguous(held.compute(start, stop))  # a copy where it would hold on to more memory than its own
         mx.eval(strip)
         return strip
 
