@@ -2,8 +2,9 @@
 
     python -m benchmarks.vae_training [--quick]
 
-Stable Diffusion's size at 128x128, batch 1, and the embedded pipeline's at 64x64, batch 8. The loss is the mean
-squared error of the reconstruction from a sampled latent, and the KL divergence.
+Stable Diffusion's size at 128x128, batch 1, the embedded pipeline's at 64x64, batch 8, and one with vector latents and
+149,265 parameters at 64x64, batch 128. The loss is the squared error of the reconstruction from a sampled latent, and
+the KL divergence.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ TINY: dict[str, Any] = {
 CASES = {"SD": (SD, 128, 1), "tiny": (TINY, 64, 8)}
 """Configuration, pixels, batch."""
 
+VECTOR: dict[str, Any] = {
+    "hidden_dims": (16, 32, 64),
+    "latent_dim": 8,
+    "image_size": 64,
+    "upsampling": "repeat",
+    "last_conv": False,
+}
+VECTOR_BATCH = 128
+"""The preset `mlx-mnist`'s."""
+
 
 def rows(options: Options) -> list[Row]:
     """The measurements."""
@@ -56,6 +67,22 @@ def rows(options: Options) -> list[Row]:
             target=1.0,
         )
         for name, (_, size, batch) in CASES.items()
+    ] + [
+        Row(
+            work=f"autoencoder with vector latents, training step 64x64, batch {VECTOR_BATCH}",
+            ours=Side(name="mflux-vae", build="benchmarks.vae_training:our_vectors", imports=IMPORTS),
+            peers=[
+                Side(
+                    name=f"torch, {layout}",
+                    build="benchmarks.vae_training:torch_vectors",
+                    settings={"channels_last": last, "gpu": options.gpu},
+                    imports=TORCH[1:],
+                )
+                for layout, last in LAYOUTS.items()
+                if last or not options.quick
+            ],
+            target=1.0,
+        )
     ]
 
 
@@ -96,6 +123,76 @@ def ours(case: str) -> Work:
         return {name: told[name] for name in ("loss", "grad_norm")}
 
     return mlx_work(training(run))
+
+
+def vectors() -> tuple[Any, np.ndarray, np.ndarray]:
+    """The configuration, pixels (B, 64, 64, 1) in [0, 1] and noise (B, latent)."""
+    from mflux_vae.networks.flat import FlatConfig
+
+    config = FlatConfig(**VECTOR)
+    side = config.image_size
+    pixels = np.tanh(noise("pixels", (VECTOR_BATCH, side, side, 1))) * np.float32(0.5) + np.float32(0.5)
+    return config, pixels, noise("noise", (VECTOR_BATCH, config.latent_dim))
+
+
+def our_vectors() -> Work:
+    """The network with vector latents, and this project's step with batch norms' statistics."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mflux_vae.layers import batch_statistics, fold_statistics
+    from mflux_vae.networks.flat import FlatAutoencoder
+    from mflux_vae_train.optimizers import AdamW
+    from mflux_vae_train.step import Arrays, MicroBatch, Step
+
+    config, images, draws = vectors()
+    network = FlatAutoencoder(config)
+    fill_mlx(network)
+    network.train()
+
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        posterior = model.encode(arrays["pixels"] * 2 - 1)
+        latents = posterior.mean + mx.exp(0.5 * posterior.logvar) * arrays["noise"]
+        error = mx.square(model.decode(latents) * 0.5 + 0.5 - arrays["pixels"]).sum(axis=(1, 2, 3)).mean()
+        fold_statistics(model, batch_statistics(model))
+        return error + posterior.kl().mean(), {}
+
+    step = Step(network, AdamW(weight_decay=1e-2), loss, buffers=True)
+    batch = MicroBatch(arrays={"pixels": mx.array(images), "noise": mx.array(draws)}, weight=len(images))
+
+    def run() -> dict[str, float]:
+        told = step(0, [batch], RATE)
+        return {name: told[name] for name in ("loss", "grad_norm")}
+
+    return mlx_work(training(run))
+
+
+def torch_vectors(channels_last: bool, gpu: bool) -> Work:
+    """The same network and optimizer in torch."""
+    import torch
+
+    from benchmarks.vector_vae import Vectors
+
+    device, (config, images, draws) = torch_device(gpu), vectors()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = Vectors(config)
+    fill_torch(network)
+    network = network.train().to(device, memory_format=layout)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
+    latent_noise = torch.from_numpy(draws).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
+
+    def run() -> dict[str, Any]:
+        made, mean, logvar = network(pixels, latent_noise)
+        error = (made - pixels).square().sum((1, 2, 3)).mean()
+        loss = error + 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": loss, "grad_norm": norm}
+
+    return torch_work(training(run), device)
 
 
 def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:

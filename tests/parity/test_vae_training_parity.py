@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ diffusers = pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from benchmarks.vector_vae import Vectors  # noqa: E402
 from mflux_vae.families import FAMILIES  # noqa: E402
 from mflux_vae.weights.rules import from_mlx  # noqa: E402
 from mflux_vae_train.vae.config import preset  # noqa: E402
@@ -51,56 +50,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Vectors(nn.Module):
-    """A convolutional VAE with vector latents, with the names of ours."""
-
-    def __init__(self, settings: Any) -> None:
-        super().__init__()
-        self.settings, widths = settings, (settings.in_channels, *settings.widths)
-        self.sizes = [settings.image_size]
-        for _ in widths[1:]:
-            self.sizes.append((self.sizes[-1] + 1) // 2)
-        flat = widths[-1] * self.sizes[-1] ** 2
-        encoder, decoder = nn.Module(), nn.Module()
-        encoder.down = nn.ModuleList(self.level(a, b, nn.Conv2d(a, b, 3, 2, 1)) for a, b in pairwise(widths))
-        encoder.mean, encoder.logvar = (nn.Linear(flat, settings.latent_dim) for _ in range(2))
-        decoder.linear = nn.Linear(settings.latent_dim, flat)
-        ways = list(zip(widths[::-1], widths[-2:0:-1], strict=False))
-        ways += [(widths[1], widths[1] if settings.last_conv else settings.in_channels)]
-        transposed = settings.upsampling == "transposed"
-        decoder.up = nn.ModuleList(
-            self.level(a, b, nn.ConvTranspose2d(a, b, 3, 2, 1) if transposed else nn.Conv2d(a, b, 3, 1, 1))
-            for a, b in ways
-        )
-        if settings.last_conv:
-            decoder.conv_out = nn.Conv2d(widths[1], settings.in_channels, 3, 1, 1)
-        else:
-            del decoder.up[-1].norm
-        self.encoder, self.decoder = encoder, decoder
-
-    @staticmethod
-    def level(_: int, out: int, conv: nn.Module) -> nn.Module:
-        level = nn.Module()
-        setattr(level, "transposed" if isinstance(conv, nn.ConvTranspose2d) else "conv", conv)
-        level.norm = nn.BatchNorm2d(out)
-        return level
-
-    def forward(self, x: Any, noise: Any) -> tuple[Any, Any, Any]:
-        for level in self.encoder.down:
-            x = F.leaky_relu(level.norm(level.conv(x)), 0.01)
-        mean, logvar = self.encoder.mean(x.flatten(1)), self.encoder.logvar(x.flatten(1))
-        x = self.decoder.linear(mean + torch.exp(0.5 * logvar) * noise)
-        x = x.unflatten(1, (-1, self.sizes[-1], self.sizes[-1]))
-        for level, size in zip(self.decoder.up, self.sizes[-2::-1], strict=True):
-            if hasattr(level, "transposed"):
-                x = level.transposed(x, output_size=(size, size))
-            else:
-                x = level.conv(F.interpolate(x, scale_factor=2)[..., :size, :size])
-            x = F.leaky_relu(level.norm(x), 0.01) if hasattr(level, "norm") else x
-        x = self.decoder.conv_out(x) if hasattr(self.decoder, "conv_out") else x
-        return torch.sigmoid(x) if self.settings.output == "sigmoid" else torch.tanh(x), mean, logvar
-
-
 class Spatial(nn.Module):
     """diffusers' network."""
 
@@ -117,7 +66,7 @@ def theirs_of(settings: Any) -> nn.Module:
     """torch's network, with the weights that ours begins with."""
     ours = build(settings)
     spatial = settings.network == "kl"
-    network = Spatial(ours.config.to_dict()) if spatial else Vectors(settings)
+    network = Spatial(ours.config.to_dict()) if spatial else Vectors(ours.config)
     tensors = from_mlx(
         dict(tree_flatten(ours.parameters())),
         FAMILIES[ours.config.to_dict()["_class_name"]].rules("diffusers", dict(tree_flatten(ours.parameters()))),
