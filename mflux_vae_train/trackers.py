@@ -137,7 +137,7 @@ class WandB:
     """A run of Weights & Biases; ``WANDB_PROJECT``, ``WANDB_MODE=offline`` and its other variables hold.
 
     Args:
-        folder: where it keeps its files, and the id under which a resumed run goes on.
+        folder: named wandb; where it keeps its files, and the id under which a resumed run goes on.
         run: the run's name there.
 
     Raises:
@@ -163,12 +163,12 @@ class WandB:
                 id=known.read_text(encoding="utf-8"),
                 resume="allow",
                 name=run or None,
-                dir=str(folder),
+                dir=str(folder.parent),  # where it makes a folder of its name
                 config=dict(settings or {}),
                 **options,
             )
         except Exception as error:  # its own errors; which ones changes from version to version
-            said = " ".join(str(error).split())
+            said = " ".join(str(error).split()).rstrip(".")
             raise SettingsError(
                 f"--report_to wandb: {said}; run `wandb login`, or set WANDB_MODE=offline in the environment"
             ) from error

@@ -13,6 +13,7 @@ _PRECISION = (
     "a base model computes in the precision it is loaded in (bfloat16 on Metal and CUDA, float32 on a CPU); what is"
     " trained, noise and loss are float32"
 )
+_LOADED = "pictures are encoded once before the training; nothing is left to load"
 _HUB = "nothing is uploaded; `hf upload` takes the output folder as it is"
 _DATASET = "pictures come from folders: --instance_data_dir, with prompts in metadata.jsonl or .txt files"
 _PIXELS = "FLUX predicts a velocity: its noise levels are weighted with --weighting_scheme"
@@ -24,7 +25,8 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "enable_npu_flash_attention": _MLX,
     "set_grads_to_none": _MLX,
     "local_rank": "processes are started by `mlx.launch`, which numbers them",
-    "dataloader_num_workers": "pictures are encoded once before the training; nothing is left to load",
+    "dataloader_num_workers": _LOADED,
+    "num_dataloader_workers": _LOADED,
     "mixed_precision": _PRECISION,
     "prior_generation_precision": _PRECISION,
     "upcast_before_saving": "adapters are trained and saved in float32",
@@ -50,4 +52,5 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "text_encoder_use_attention_mask": "FLUX attends to the whole prompt, padding included",
     "class_labels_conditioning": "FLUX has no class labels",
     "validation_scheduler": "previews use the pipeline's own sampler",
+    "validation_images": "previews are drawn from prompts: --validation_prompt",
 }

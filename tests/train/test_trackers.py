@@ -105,7 +105,7 @@ def test_wandb_is_told_settings_numbers_and_pictures(wandb: Board, tmp_path: Pat
         tracker.picture("preview", 1, PICTURE, "a dog")
     (begun,) = wandb.begun
     assert begun["config"] == {"prompt": "x | y", "rank": 4} and begun["name"] == "a | b"
-    assert begun["project"] == "dreambooth" and Path(begun["dir"]) == tmp_path / "wandb"
+    assert begun["project"] == "dreambooth" and Path(begun["dir"]) == tmp_path
     assert wandb.told == [(1, {"train/loss": 0.5}), (1, {"preview": ("a dog", (4, 6, 3))})]
     assert wandb.ended == [0]
 
