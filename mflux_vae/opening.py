@@ -22,6 +22,7 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import SUFFIXES, open_folder, open_weights, read_json
 from mflux_vae.weights.rules import Rule, to_mlx
 from mflux_vae.weights.stored import Stored
+from mflux_vae.yaml_files import read_yaml
 
 Source: TypeAlias = "str | Path"
 Config: TypeAlias = "str | Path | Mapping[str, Any]"
@@ -227,15 +228,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise SettingsError(f"{path}: to read it, pip install pyyaml") from error
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"{path}: not readable as YAML ({reason})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: not a table of settings")
     return content

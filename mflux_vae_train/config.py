@@ -71,10 +71,12 @@ class DreamBoothSettings:
     """
 
     model: str = flag(
-        "name of a registered pipeline, or a folder that one of them opens",
+        "name of a registered pipeline, a folder that one of them opens, or owner/name on the Hugging Face hub",
         aliases=("pretrained_model_name_or_path",),
         group="what is learnt, from what",
     )
+    revision: str | None = flag("branch, tag or commit of a model on the hub", None)
+    variant: str | None = flag("of the weights files, such as fp16", None)
     instance_data_dir: str = flag("folder with the pictures of the subject [required]", "")
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(
@@ -140,7 +142,26 @@ class DreamBoothSettings:
     lora_weights: str | None = flag("adapter to start from, in PEFT's naming: its rank, alpha and layers stand", None)
     output_kohya_format: bool = flag("write the adapter in kohya's naming, too", False)
     fuse: bool = flag("leave a whole pipeline with the adapter in its weights, too", False)
-    train_batch_size: int = flag("instance pictures in a micro-batch", 1, least=1, group="how much")
+    quantize: int | None = flag(
+        "hold the frozen weights in 4 or 8 bits: an adapter is trained over them (QLoRA)",
+        None,
+        least=4,
+        most=8,
+        group="fitting into memory",
+    )
+    gradient_checkpointing: bool = flag("compute activations twice instead of keeping them", False)
+    memory_limit: float | None = flag(
+        "GB that the run may take, by its estimate; one that takes more is refused (none: all there are, and a"
+        " warning)",
+        None,
+        above=0,
+    )
+    train_batch_size: int | None = flag(
+        "instance pictures in a micro-batch; auto: the most that fit into memory, and as many fewer micro-batches",
+        1,
+        least=1,
+        group="how much",
+    )
     gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
     max_train_steps: int = flag("optimizer updates", 800, least=1)
     num_train_epochs: int | None = flag(
@@ -263,6 +284,11 @@ class DreamBoothSettings:
         if self.use_dora and self.output_kohya_format:
             raise SettingsError("--output_kohya_format cannot hold what --use_dora trains")
 
+        if self.quantize not in (None, 4, 8):
+            raise SettingsError(f"--quantize is {self.quantize}; 4 or 8 is allowed")
+        if self.quantize is not None and self.train_mode == "full":
+            raise SettingsError("--quantize: only with --train_mode lora, as quantised weights cannot be trained")
+
     @property
     def subjects(self) -> tuple[Concept, ...]:
         """The concepts, or the one that these settings themselves describe."""
@@ -342,7 +368,7 @@ def check_fields(settings: Any) -> None:
             fits = bool(value) and all(_fits(field, kind, member) for member in value)
         else:
             if kind is float and type(value) is int:
-                value = float(value)
+                value = float(value) if abs(value) < 10**300 else math.inf
             elif kind is str and isinstance(value, os.PathLike):
                 value = os.fspath(value)
             fits = _fits(field, kind, value)
@@ -351,15 +377,25 @@ def check_fields(settings: Any) -> None:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written, to a file or as a name of one: some of what JSON and YAML can say cannot."""
+    try:
+        return "\0" not in value and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
 def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
     choices = field.metadata.get("choices")
     if type(value) is not kind or (choices and value not in choices):
         return False
     limits = [(holds, field.metadata[name]) for name, (_, holds) in LIMITS.items() if name in field.metadata]
     number: Any = value
-    return kind not in (int, float) or (
-        math.isfinite(number) and all(limit is None or holds(number, limit) for holds, limit in limits)
-    )
+    if kind is str:
+        return is_text(number)
+    if kind is float and not math.isfinite(number):
+        return False
+    return kind not in (int, float) or all(limit is None or holds(number, limit) for holds, limit in limits)
 
 
 LIMITS = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.yaml_files import read_yaml
 from mflux_vae_train.config import is_tuple, kind_of
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def parser_from(
     """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` keeps silent `without_effect`.
 
     Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
-    ``--no_x``. Numbers that may be None accept ``none``.
+    ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
 
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
@@ -178,14 +179,7 @@ def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
 def _read_yaml(
     cls: type, path: Path, presets: Presets | None = None, without_effect: WithoutEffect | None = None
 ) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error.__class__.__name__}: {error})") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -232,7 +226,7 @@ def _convert(cls: type, name: str, value: Any) -> Any:
         return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
         return value
-    if optional and value.strip().lower() in ("none", "null"):
+    if optional and value.strip().lower() in ("none", "null", "auto"):
         return None
     return _member(kind, name, value)
 

@@ -221,12 +221,22 @@ def _open_shards(index: Path) -> dict[str, Stored]:
         raise WeightsError(f"{index}: no weight_map; copy or download it again")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name:
-            raise WeightsError(f"{index}: names {name!r}, which is not a file of this folder")
+        if Path(name).name != name or "\0" in name or not _lies_in(index.parent, name):
+            raise WeightsError(f"{index}: names {name[:200]!r}, which is not a file of this folder")
         tensors.update(open_weights(index.parent / name)[0])
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise WeightsError(f"{index}: its shards lack {', '.join(absent)}")
     return tensors
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether a name is that of something in a folder, and of no link out of it; the hub's cache is made of links."""
+    home = folder.resolve()
+    cache = next((place.parent for place in home.parents if place.name == "snapshots"), home)
+    try:
+        return (folder / name).resolve().is_relative_to(cache if (cache / "blobs").is_dir() else home)
+    except (OSError, RuntimeError, ValueError):  # too long a name, a circle of links
+        return False
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.config import is_text
 
 METADATA = "metadata.jsonl"
 """One JSON object per line: the picture's name under ``file_name``, and its prompt."""
@@ -43,7 +44,7 @@ def _metadata(folder: Path, names: set[str], column: str | None) -> dict[str, st
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"{where}: is no JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise SettingsError(f"{where}: a JSON object with a file_name is expected")
@@ -58,6 +59,8 @@ def _prompt(row: dict[str, object], column: str | None, where: str) -> str:
     value = next((row[name] for name in columns if name in row), None)
     if not isinstance(value, str):
         raise SettingsError(f"{where}: no text under {' or '.join(columns)}; --caption_column names the key")
+    if not is_text(value):
+        raise SettingsError(f"{where}: the prompt has characters that are no text")
     return value.strip()
 
 
