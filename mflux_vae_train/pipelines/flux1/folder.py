@@ -33,6 +33,7 @@ from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.parts import Part
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 from mflux_vae_train.pipelines.text import clip, t5
+from mflux_vae_train.pipelines.typed import typed
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -64,16 +65,20 @@ def read_configs(folder: Path) -> Configs:
         raise WeightsError(f"{folder}: holds a {kind}; FluxPipeline opens folders of FluxPipeline")
     told = {part: _config(folder, part) for part in ("transformer", "text_encoder", "text_encoder_2", "vae")}
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    transformer = _made(FluxTransformerConfig.from_dict, told["transformer"]) or weights.told_by_weights(folder)
+    transformer = _made(
+        FluxTransformerConfig.from_dict, told["transformer"], folder / "transformer"
+    ) or weights.told_by_weights(folder)
     known = published(transformer.guidance_embeds)
     configs = Configs(
         transformer=transformer,
-        text_encoder=_made(clip.CLIPTextConfig.from_dict, told["text_encoder"]) or known.text_encoder,
-        text_encoder_2=_made(t5.T5Config.from_dict, told["text_encoder_2"]) or known.text_encoder_2,
+        text_encoder=_made(clip.CLIPTextConfig.from_dict, told["text_encoder"], folder / "text_encoder")
+        or known.text_encoder,
+        text_encoder_2=_made(t5.T5Config.from_dict, told["text_encoder_2"], folder / "text_encoder_2")
+        or known.text_encoder_2,
         vae=told["vae"] or known.vae,
         schedule=known.schedule
         if foreign and not scheduler.is_file()
-        else FlowMatchSchedule.from_dict(read_json(scheduler)),
+        else typed(lambda: FlowMatchSchedule.from_dict(read_json(scheduler)), scheduler),
         recommended=_read_recommended(folder / "recommended.json"),
     )
     _check_that_they_fit(configs, folder)
@@ -123,8 +128,8 @@ def _config(folder: Path, part: str) -> dict[str, Any] | None:
     return None if alone and not file.is_file() else read_json(file)
 
 
-def _made(kind: Callable[[Any], T], told: Mapping[str, Any] | None) -> T | None:
-    return None if told is None else kind(told)
+def _made(kind: Callable[[Any], T], told: Mapping[str, Any] | None, where: Path) -> T | None:
+    return None if told is None else typed(lambda: kind(told), where / "config.json")
 
 
 def _check_that_they_fit(configs: Configs, where: Path) -> None:
@@ -170,7 +175,7 @@ def _read_recommended(path: Path) -> Recommended | None:
     if not path.is_file():
         return None
     try:
-        recommended = Recommended(**read_json(path))
+        recommended = typed(lambda: Recommended(**read_json(path)), path)
         NoiseSampling(scheme=recommended.weighting_scheme or "uniform")
         return recommended
     except (TypeError, SettingsError) as error:
