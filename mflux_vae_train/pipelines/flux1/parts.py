@@ -56,6 +56,7 @@ class FluxParts:
     ) -> None:
         self._transformer, self._vae = Part.of(transformer), Part.of(vae)
         self._text_encoder, self._text_encoder_2 = Part.of(text_encoder), Part.of(text_encoder_2)
+        self._quantized: int | None = None
         self._folders = tokenizer_folder, tokenizer_2_folder
         self._tokenizer, self._tokenizer_2 = (Part(partial(_open_tokenizer, folder)) for folder in self._folders)
         for tokenizer, folder in zip((self._tokenizer, self._tokenizer_2), self._folders, strict=True):
@@ -111,6 +112,9 @@ class FluxParts:
 
     def quantize(self, bits: int) -> None:
         """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits, from now on."""
+        self._quantized = bits
+        for part in (self._transformer, self._text_encoder_2):
+            part.release()  # what was only looked at is quantised when it is loaded again
         self._transformer.then(lambda module: quantize(module, bits, is_quantized_layer))
         self._text_encoder_2.then(lambda module: quantize(module, bits, is_quantized_text_layer))
 
@@ -120,23 +124,26 @@ class FluxParts:
 
     def release(self, *uses: Use) -> None:
         """Forget the text encoders (`prompts`) or the autoencoder (`images`), where they can be loaded again."""
-        served: dict[Use, tuple[Part, ...]] = {
-            "prompts": (self._text_encoder, self._text_encoder_2),
-            "images": (self._vae,),
-        }
         for use in uses:
-            for part in served[use]:
+            for part in self._serving(use):
                 part.release()
         mx.clear_cache()
 
+    def _serving(self, use: Use) -> tuple[Part, ...]:
+        return (self._vae,) if use == "images" else (self._text_encoder, self._text_encoder_2)
+
     def encoder_identity(self, use: Use) -> str:
-        """Weights, precision and tokenizers; of weights that were not read yet, little is read."""
+        """Weights, precision and tokenizers; of weights that were not read yet, little is read, and not kept."""
+        opened = [part for part in self._serving(use) if part.loaded is None]
         if use == "images":
-            return f"{of_weights(self.vae.network)} {_dtype(self.vae.network)} {self.vae.config.to_dict()}"
-        networks = [f"{of_weights(one)} {_dtype(one)}" for one in (self.text_encoder, self.text_encoder_2)]
-        return " ".join(
-            [*networks, *(_files_of(folder) for folder in (self.tokenizer_folder, self.tokenizer_2_folder))]
-        )
+            networks, others = [self.vae.network], [str(self.vae.config.to_dict())]
+        else:
+            networks = [self.text_encoder, self.text_encoder_2]
+            others = [_files_of(folder) for folder in (self.tokenizer_folder, self.tokenizer_2_folder)]
+        identity = " ".join([*(f"{of_weights(one)} {_dtype(one)}" for one in networks), *others])
+        for part in opened:
+            part.release()
+        return identity
 
     def outline(self) -> nn.Module:
         """The transformer if it is there; else its layers, with weights that nobody computes."""
