@@ -112,7 +112,8 @@ class Step:
 
         Returns:
             `loss`, `grad_norm` (before clipping), `update_size` (norm of what the update changed, as a share of the
-            norm of all that trains), `learning_rate`, `samples` (in all processes) and the loss's own metrics.
+            norm of all that trains), `learning_rate`, what the optimizer has `measured`, `samples` (in all processes)
+            and the loss's own metrics.
 
         Raises:
             TrainingError: loss or gradients are not finite; parameters are then as they were before.
@@ -164,6 +165,7 @@ class Step:
             "grad_norm": measured_norm,
             "update_size": float(size),
             "learning_rate": learning_rate,
+            **getattr(self.optimizer, "measured", dict)(),
             SAMPLES: samples,
             **averages,
         }

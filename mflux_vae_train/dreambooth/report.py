@@ -105,7 +105,7 @@ class Report:
         return [
             *figures,
             ("Loss", number(loss[-1]), f"{number(tenth)} in the first tenth"),
-            ("Learning rate", number(records[-1]["learning_rate"]), "now"),
+            ("Learning rate", number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "now"),
             ("Pictures", number(speed), "per second"),
             ("Memory", f"{max(record.get('memory_gb', 0.0) for record in records):.2f} GB", "at most"),
         ]
@@ -113,12 +113,13 @@ class Report:
     # pictures
 
     def _previews(self) -> str:
-        """For each prompt one row with a slider over time, and below it all rows."""
+        """For each prompt one row with a slider over time, and below it all rows, after what is to be learnt."""
         columns = self._run.choices.settings.num_validation_images
         found = overview.previews(self._folder.samples) if columns else []
         if not found:
             return ""
         sheets = [(overview.label(update), self._rows(path, columns)) for update, path in found]
+        learnt = [self._thumbnail(one.path, one.square) for one in self._run.pictures.instances[:columns]]
         parts = []
         for index, prompt in enumerate(self._run.choices.validation_prompt):
             rows = [(label, rows[index]) for label, rows in sheets if index < len(rows)]
@@ -129,12 +130,8 @@ class Report:
                 f'<div class="row">{"".join(rows[last][1])}</div><div class="scrub" hidden>'
                 f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="time of the preview">'
                 f"<output>{escape(rows[last][0])}</output></div></div>"
-                f'<div class="times" data-prompt="{index}">'
-                + "".join(
-                    f'<div class="time"><span>{escape(label)}</span><div class="row">{"".join(row)}</div></div>'
-                    for label, row in rows
-                )
-                + "</div></div>"
+                f'<div class="times" data-prompt="{index}">{_time("subject", learnt, kind="time subject")}'
+                f"{''.join(_time(label, row) for label, row in rows)}</div></div>"
             )
         return "".join(parts)
 
@@ -203,6 +200,10 @@ class Report:
         )
 
 
+def _time(label: str, pictures: Sequence[str], *, kind: str = "time") -> str:
+    return f'<div class="{kind}"><span>{escape(label)}</span><div class="row">{"".join(pictures)}</div></div>'
+
+
 def _gallery(title: str, shown: Sequence[tuple[str, str, str]], *, rest: int) -> str:
     """(file's name, its own prompt, picture) each, and how many more there are."""
     figures = "".join(
@@ -232,6 +233,9 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
         {name for record in records for name in record if name.startswith(noise_levels.NAME)},
         key=lambda name: int(name.removeprefix(noise_levels.NAME).split("-")[0]),
     )
+    # an optimizer that finds its own rate is given a mere factor
+    found = any("effective_rate" in record for record in records)
+    rate = ("effective_rate", "found by the optimizer") if found else ("learning_rate", "rate")
     charts = [
         Chart(
             title="Loss",
@@ -246,9 +250,7 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
             ordered=True,
             wide=True,
         ),
-        Chart(
-            title="Learning rate", curves=[_curve(records, "learning_rate", "rate", smooth=False)], logarithmic=False
-        ),
+        Chart(title="Learning rate", curves=[_curve(records, *rate, smooth=False)], logarithmic=False),
         Chart(
             title="Gradient",
             curves=[_curve(records, "grad_norm", "norm")],
@@ -261,7 +263,7 @@ def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: i
             note="Norm of the change as a share of the norm of all that is trained.",
         ),
     ]
-    known = {*losses, *levels, "loss", "learning_rate", "grad_norm", "update_size"}
+    known = {*losses, *levels, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
     others = list(dict.fromkeys(name for record in records for name in record))
     for name in others:
         if name not in known and name not in ("update", "seconds", "samples", "memory_gb"):

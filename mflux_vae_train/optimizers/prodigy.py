@@ -57,6 +57,10 @@ class Prodigy(Optimizer):
         d: mx.array = self.state[_ESTIMATE]["d"]
         return d
 
+    def measured(self) -> dict[str, float]:
+        """For the metrics of an update: the rate that Adam's step is taken at."""
+        return {"effective_rate": float(self.distance * self.learning_rate)}
+
     def start(self, weights: mx.array, state: State) -> None:
         for name in ("m", "v", "s"):
             state[name] = mx.zeros_like(weights)

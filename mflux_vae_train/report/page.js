@@ -108,7 +108,7 @@ for (const chart of charts) {
 
 // one row of previews at a time, drawn from the rows below
 for (const scene of document.querySelectorAll(".scene")) {
-  const rows = [...scene.parentElement.querySelectorAll(`[data-prompt="${scene.dataset.of}"] .row`)];
+  const rows = [...scene.parentElement.querySelectorAll(`[data-prompt="${scene.dataset.of}"] .time:not(.subject) .row`)];
   const labels = rows.map((row) => row.previousElementSibling.textContent);
   const shown = scene.querySelector(".row"), slider = scene.querySelector("input"), label = scene.querySelector("output");
   slider.addEventListener("input", () => {

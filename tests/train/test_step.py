@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import TrainingError
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers import AdamW, Prodigy
 from mflux_vae_train.step import MicroBatch, Step, global_norm
-from tests.train.tiny import Net, batch, loss
+from tests.train.tiny import Net, batch, loss, window
 
 
 def after(windows: list[list[MicroBatch]], **options: Any) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
@@ -161,3 +161,21 @@ def test_running_statistics_follow_the_samples_of_an_update_and_no_failed_one(co
     with pytest.raises(TrainingError, match="update 2"):
         step(1, [micro[0], broken], 1e-3)
     np.testing.assert_array_equal(model.norm.running_mean, before)
+
+
+def test_an_optimizer_that_finds_its_own_rate_says_it() -> None:
+    step = Step(Net(), Prodigy(d0=1e-3), loss)
+    told = [step(update, window(update), 0.5)["effective_rate"] for update in range(6)]
+    assert told[-1] == pytest.approx(0.5 * step.optimizer.distance.item())
+    assert told[0] >= 0.5e-3 and told == sorted(told) and told[-1] > told[0]
+    assert "effective_rate" not in Step(Net(), AdamW(), loss)(0, window(0), 0.5)
+
+
+def test_the_size_of_an_update_is_measured() -> None:
+    net = Net()
+    before = dict(tree_flatten(net.trainable_parameters()))
+    size = Step(net, AdamW(), loss)(0, window(0), 1e-2)["update_size"]
+    after = dict(tree_flatten(net.trainable_parameters()))
+    change = sum(mx.square(after[name] - before[name]).sum().item() for name in before) ** 0.5
+    norm = sum(mx.square(before[name]).sum().item() for name in before) ** 0.5
+    assert size == pytest.approx(change / norm, rel=1e-5)
