@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.vae import adversarial, losses
+from mflux_vae_train.vae import adversarial, losses, total_correlation
 from mflux_vae_train.vae.losses import BetaVAELoss, DisentangledVAELoss, VAELoss
 
 
@@ -82,7 +82,7 @@ def test_active_units_are_counted():
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (1, 9), (2, 2), (4, 100), (5, 5), (128, 60000), (64, 24_000_000)])
 def test_stratified_weights_are_those_of_the_paper_and_rows_sum_to_one(batch, size):
-    weights = np.exp(np.array(losses.log_weights(batch, size), np.float64))
+    weights = np.exp(np.array(total_correlation.log_weights(batch, size), np.float64))
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
     others = batch - 1
     if others and size > 2:
@@ -96,11 +96,13 @@ def test_stratified_weights_are_those_of_the_paper_and_rows_sum_to_one(batch, si
 
 
 def test_weights_of_minibatch_sampling_and_refusals():
-    np.testing.assert_allclose(np.exp(losses.log_weights(4, 10, "weighted")), np.full((4, 4), 1 / 40), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.exp(total_correlation.log_weights(4, 10, "weighted")), np.full((4, 4), 1 / 40), rtol=1e-6
+    )
     with pytest.raises(SettingsError, match="dataset_size 3 is less than the batch of 4"):
-        losses.log_weights(4, 3)
+        total_correlation.log_weights(4, 3)
     with pytest.raises(SettingsError, match="'other'"):
-        losses.log_weights(4, 10, "other")  # type: ignore[arg-type]
+        total_correlation.log_weights(4, 10, "other")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "weighted"])
@@ -125,7 +127,7 @@ def test_the_decomposition_is_that_of_loops_over_samples(latents, sampling):
         product = math.prod(sum(weight(i, j) * density(i, j, d) for j in range(batch)) for d in range(components))
         prior = math.prod(math.exp(-0.5 * z[i, d] ** 2) / math.sqrt(2 * math.pi) for d in range(components))
         expected.append((math.log(own / joint), math.log(joint / product), math.log(product / prior)))
-    parts = losses.decomposition(*arrays(z, mean, logvar), dataset_size=size, sampling=sampling)
+    parts = total_correlation.decomposition(*arrays(z, mean, logvar), dataset_size=size, sampling=sampling)
     np.testing.assert_allclose(np.array(parts), np.array(expected).T, rtol=2e-4, atol=2e-5)
 
 
@@ -135,7 +137,7 @@ def test_dependent_components_have_more_total_correlation_than_independent_ones(
     measured = []
     for mean in (np.repeat(shared, 2, axis=1), drawn(256, 2, seed=3)):
         z = mean + np.exp(narrow / 2) * noise
-        parts = losses.decomposition(*arrays(z, mean, narrow), dataset_size=256)
+        parts = total_correlation.decomposition(*arrays(z, mean, narrow), dataset_size=256)
         measured.append(parts.total_correlation.mean().item())
     assert measured[0] > measured[1] + 0.5
 
@@ -201,7 +203,7 @@ def test_beta_moves_with_every_call_and_is_a_function_of_the_step(case):
 def test_the_beta_tc_loss_weighs_its_parts(case):
     loss = DisentangledVAELoss(beta=4.0, gamma=2.0, alpha=0.5, dataset_size=50)
     total, reconstruction, divergence, correlation = loss(*case)
-    parts = [part.mean().item() for part in losses.decomposition(case[4], *case[2:4], dataset_size=50)]
+    parts = [part.mean().item() for part in total_correlation.decomposition(case[4], *case[2:4], dataset_size=50)]
     expected = reconstruction.item() + 0.5 * parts[0] + 4 * parts[1] + 2 * parts[2]
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert correlation.item() == pytest.approx(parts[1], rel=1e-6)
