@@ -98,3 +98,10 @@ def cached(repository: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[], revision=revision))
     except Exception:  # not installed, not there, or no such name: `download` says which
         return None
+
+
+def cache_folder() -> Path:
+    """The hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

@@ -10,6 +10,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices
+from mflux_vae_train.dreambooth.fitting import outline_of
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NamesForKohya, PresetsForLora
 
 USUAL_PRESETS = ("attention", "attention+mlp")
@@ -57,7 +58,7 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
         SettingsError: no layer matches, or --output_kohya_format cannot name one.
         WeightsError: the adapter to start from does not fit.
     """
-    settings, network = choices.settings, pipeline.denoiser
+    settings, network = choices.settings, outline_of(pipeline)
     assert choices.rank is not None
     if settings.lora_weights is None:
         patterns = targets_of(pipeline, settings)

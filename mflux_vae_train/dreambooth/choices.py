@@ -77,7 +77,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
             resolution.
     """
     plan = _plan(settings, pictures)
-    warnings = [*advice(settings), *_without_use(settings, recommended)]
+    warnings = [*advice(settings), *_without_use(settings, recommended), *_harmful(settings, recommended)]
     preservation = choose_preservation(settings)
     notes, first = preservation.notes, preservation.concepts[0]
     if settings.scale_lr:
@@ -142,7 +142,7 @@ def _validation_steps(settings: DreamBoothSettings, plan: Plan, pictures: int) -
 
 
 def _plan(settings: DreamBoothSettings, pictures: int) -> Plan:
-    batch_size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    batch_size, accumulation = settings.train_batch_size or 1, settings.gradient_accumulation_steps
     if settings.num_train_epochs is None:
         samples = settings.max_train_steps * batch_size * accumulation
     else:
@@ -175,6 +175,17 @@ def _without_use(settings: DreamBoothSettings, recommended: Recommended) -> list
         f"--{name} has no effect: it is for --weighting_scheme {' and '.join(used_by)}, and this run's is {scheme}"
         for name, used_by in _USED_BY.items()
         if getattr(settings, name) != defaults[name] and scheme not in used_by
+    ]
+
+
+def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
+    """A line where guidance would spoil the pictures of a model that was distilled to do without."""
+    most = recommended.most_guidance
+    if settings.guidance is None or most is None or settings.guidance <= most:
+        return []
+    return [
+        f"--guidance {settings.guidance:g}: this model was distilled to draw without guidance; above {most:g} class"
+        " pictures and previews take twice as long and come out garish (training does not depend on it)"
     ]
 
 

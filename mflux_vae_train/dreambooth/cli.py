@@ -61,6 +61,7 @@ def _run(argv: Sequence[str] | None) -> None:
     )
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from mflux_vae_train import distributed
     from mflux_vae_train.dreambooth.preparation import check_pictures
     from mflux_vae_train.dreambooth.train import DreamBooth
     from mflux_vae_train.pipelines.registry import open_pipeline
@@ -68,8 +69,9 @@ def _run(argv: Sequence[str] | None) -> None:
 
     # before many gigabytes of weights are read
     wanted(settings.report_to)
-    check_pictures(settings)
-    DreamBooth(open_pipeline(settings.model)).train(settings)
+    with distributed.team():  # found first, too: one process may need longer for them than others wait
+        check_pictures(settings)
+        DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
 
 
 def _description() -> str:

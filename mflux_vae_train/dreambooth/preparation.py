@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
 from mflux_vae_train import lora, trackers
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import adapter
+from mflux_vae_train.distributed import ALONE, IDLE, Team
+from mflux_vae_train.dreambooth import adapter, fitting
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
+from mflux_vae_train.dreambooth.estimate import estimated, with_batch_size
 from mflux_vae_train.dreambooth.instances import Pictures, content_of, load_pictures
 from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_images
 from mflux_vae_train.dreambooth.result import check_result
@@ -59,8 +61,19 @@ def check_pictures(settings: DreamBoothSettings) -> None:
             pass  # reading is what is asked for
 
 
-def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Preparation:
+def prepare(
+    pipeline: DiffusionPipeline,
+    settings: DreamBoothSettings,
+    folder: RunFolder,
+    tell: Callable[[Sequence[str]], None] = lambda _: None,
+    team: Team = ALONE,
+) -> Preparation:
     """Looks at everything and changes nothing.
+
+    Args:
+        tell: is given what the run is estimated to take, before weights are looked at; of a dry run, which does not
+            look at them, `lines` say it.
+        team: the processes that train together. The output folder, and that of class pictures, is the first one's.
 
     Raises:
         ImageError: no instance pictures, or a picture that cannot be read.
@@ -72,11 +85,19 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
     in_an_epoch = sum(repeats[one.concept] for one in pictures.instances)
-    choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     _check_that_it_can(pipeline, settings)
+    fitting.check(pipeline, settings)
+    settings, said = with_batch_size(settings, pipeline, resolution)
+    choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     check_result(pipeline, settings)
     trained = _trained(pipeline, choices)
-    classes = class_folders(choices.concepts, wanted=settings.num_class_images)
+    classes = class_folders(choices.concepts, wanted=settings.num_class_images, team=team)
+    prompts = len({one.caption for one in pictures.instances}) + len(choices.validation_prompt) + len(classes) + 1
+    missing = sum(len(one.missing) for one in classes)
+    estimate = estimated(pipeline, choices, prompts=prompts, class_pictures=missing)
+    if estimate is not None and not settings.dry_run:
+        tell(estimate.lines)  # before anything is downloaded or read
+        estimate.check(settings)
     looked_at = not settings.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
     identity = identity_of(
         choices.settings,
@@ -85,11 +106,18 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     )
     if settings.lora_weights is not None:
         identity["adapter to start from"] = content_of(Path(settings.lora_weights))
-    state = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
+    team.same(identity)
+
+    def looked_up() -> tuple[bool, str | None]:
+        found = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
+        return found.complete, None if found.checkpoint is None else str(found.checkpoint)
+
+    complete, checkpoint = team.from_first(looked_up)
+    state = Standing(complete=complete, checkpoint=None if checkpoint is None else Path(checkpoint))
 
     plan, epochs = choices.plan, choices.plan.samples / in_an_epoch
     lines = [f"pipeline {pipeline.name}, {resolution}x{resolution} pixels", *pictures.described(settings.subjects)]
-    lines += choices.notes
+    lines += [*said, *choices.notes]
     for one in classes:
         wanted = settings.num_class_images
         used = f", the first {wanted} are used" if one.present > wanted else ""
@@ -101,6 +129,10 @@ def prepare(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: R
     ]
     if settings.resume_from_checkpoint == "latest" and state.checkpoint is None and not state.complete:
         lines.append(f"no checkpoint in {folder.root} yet: the run begins")
+    if estimate is not None and settings.dry_run:
+        lines += estimate.lines
+    if plan.accumulation < team.size:
+        lines.append(IDLE % (team.size, plan.accumulation, team.size))
     return Preparation(
         choices=choices,
         pictures=pictures,
@@ -127,7 +159,7 @@ def _check_that_it_can(pipeline: DiffusionPipeline, settings: DreamBoothSettings
 
 def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:
     """What will be trained, in words."""
-    denoiser = pipeline.denoiser
+    denoiser = fitting.outline_of(pipeline)
     if lora.layers(denoiser):
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if choices.rank is None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae.errors import RunError
 from mflux_vae.images import grid, load_image, save_image
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.dreambooth import overview
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import pictures_at_once
+from mflux_vae_train.dreambooth.fitting import release
 from mflux_vae_train.dreambooth.prior import sampled
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.trackers import Tracker
+from mflux_vae_train.vigil import ProcessLost
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ class Previews:
         instance: files of the instance pictures, for the overview.
         samples: folder to write to.
         trackers: what else is shown the pictures.
+        team: the processes that share out the pictures; the first one writes.
     """
 
     def __init__(
@@ -43,8 +49,9 @@ class Previews:
         instance: Sequence[Path],
         samples: Path,
         trackers: Sequence[Tracker] = (),
+        team: Team = ALONE,
     ) -> None:
-        self._pipeline, self._conditioning, self._choices = pipeline, conditioning, choices
+        self._pipeline, self._conditioning, self._choices, self._team = pipeline, conditioning, choices, team
         self._samples, self._trackers = samples, trackers
         few = instance[: overview.shown(choices.settings.num_validation_images)]  # kept: files may go during a run
         self._instance = [load_image(path, resolution=choices.resolution) for path in few]
@@ -55,26 +62,42 @@ class Previews:
             return
         try:
             rows = [self._pictures(conditioning, count) for conditioning in self._conditioning]
-            sheet = grid([picture for row in rows for picture in row], count, gap=0)
-            save_image(overview.preview_file(self._samples, updates), sheet)
-            overview.write_progress(self._samples, self._instance, columns=count)
-            for prompt, row in zip(self._choices.validation_prompt, rows, strict=True):
-                for tracker in self._trackers:
-                    tracker.picture("preview", updates, grid(row, count), prompt)
+            if self._team.first:
+                self._show(updates, rows)
+        except ProcessLost:
+            raise
         except Exception as error:  # a pipeline or a disk may fail in any way; hours of training must not be lost
             logger.warning("preview after update %d failed (%s: %s)", updates, type(error).__name__, error)
+        release(self._pipeline, "images")
         mx.clear_cache()
 
+    def _show(self, updates: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
+        count = len(rows[0])
+        save_image(overview.preview_file(self._samples, updates), grid([p for row in rows for p in row], count, gap=0))
+        overview.write_progress(self._samples, self._instance, columns=count)
+        for prompt, row in zip(self._choices.validation_prompt, rows, strict=True):
+            for tracker in self._trackers:
+                tracker.picture("preview", updates, grid(row, count), prompt)
+
     def _pictures(self, conditioning: Conditioning, count: int) -> list[np.ndarray]:
-        choices, size = self._choices, pictures_at_once(self._choices.resolution)
-        pictures: list[np.ndarray] = []
-        for start in range(0, count, size):
-            members = range(start, min(start + size, count))
-            pictures += sampled(
-                self._pipeline,
-                conditioning,
-                sample_keys(choices.settings.seed, Stream.PREVIEW, 0, members),
-                resolution=choices.resolution,
-                guidance=choices.guidance,
-            )
+        choices, team = self._choices, self._team
+        size = min(pictures_at_once(choices.resolution), -(-count // team.size))
+        failed: list[Exception] = []
+
+        def drawn(members: range) -> list[mx.array]:
+            keys = sample_keys(choices.settings.seed, Stream.PREVIEW, 0, members)
+            asked: dict[str, Any] = {"resolution": choices.resolution, "guidance": choices.guidance}
+            try:
+                return [mx.array(picture) for picture in sampled(self._pipeline, conditioning, keys, **asked)]
+            except Exception as error:  # to be raised in all processes, none of which must wait for this one
+                failed.append(error)
+                return []
+
+        groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        pictures = [np.array(picture) for _, some in team.rounds(groups, drawn) for picture in some]
+        whys = team.gather([f"{type(error).__name__}: {error}" for error in failed])
+        if failed:
+            raise failed[0]
+        if any(whys):
+            raise RunError(f"in another process: {next(why[0] for why in whys if why)}")
         return pictures

@@ -29,6 +29,8 @@ FREE = frozenset(
         *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # what is there counts, not where it lies
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
         *("report_to", "logging_dir", "sample_batch_size"),
+        *("revision", "variant"),  # the weights count, not where they are from
+        *("gradient_checkpointing", "memory_limit"),  # what takes less memory gives the same result
         "encodings_dir",  # what is encoded is the same wherever it is kept
     }
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
-from mflux_vae_train import checkpoint, lora, state
+from mflux_vae_train import checkpoint, distributed, lora, state
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import noise_levels, overview, run_folder
+from mflux_vae_train.distributed import Team
+from mflux_vae_train.dreambooth import fitting, noise_levels, overview, run_folder
 from mflux_vae_train.dreambooth.adapter import attach
 from mflux_vae_train.dreambooth.card import write_card
 from mflux_vae_train.dreambooth.choices import Choices
@@ -44,7 +46,7 @@ class Outcome:
 
     Attributes:
         result: the adapter (safetensors), or after full training a pipeline folder or the denoiser's weights;
-            None after a dry run.
+            None after a dry run. Of several processes the first one writes it, where that one runs.
         updates: optimizer updates that this call made; 0 where nothing was left to do.
     """
 
@@ -86,31 +88,35 @@ class DreamBooth:
             Interrupted: a signal arrived during training; a checkpoint was written.
         """
         folder = RunFolder(Path(settings.output_dir))
+        team = distributed.team()
         if settings.dry_run:
-            run = prepare(self.pipeline, settings, folder)
+            with team:
+                run = prepare(self.pipeline, settings, folder, team=team)
             _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
             return Outcome(result=None, updates=0)
-        with Lock(folder.root) as lock:
-            run = prepare(self.pipeline, settings, folder)
+        with team, Lock(folder.root) if team.first else nullcontext() as lock:
+            run = prepare(self.pipeline, settings, folder, _say, team)
             if run.standing.complete:
                 result = result_path(self.pipeline, settings.train_mode, folder)
                 _say([f"already complete: {result}"])
                 return Outcome(result=result, updates=0)
-            run_folder.claim(folder, run.identity, run.choices.settings, lock)
+            if lock is not None:
+                run_folder.claim(folder, run.identity, run.choices.settings, lock)
             try:
-                with run_folder.logged(folder.log):
+                with run_folder.logged(folder.log) if team.first else nullcontext():
                     _say(run.lines, run.choices.warnings)
-                    return _train(self.pipeline, run, folder)
+                    fitting.apply(self.pipeline, run.choices.settings)
+                    return _train(self.pipeline, run, folder, team)
             except OSError as error:
                 raise TrainingError(f"{error}; the same command continues where it can be written again") from error
 
 
-def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> Outcome:
+def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, team: Team) -> Outcome:
     began = time.monotonic()
     choices, plan, settings = run.choices, run.choices.plan, run.choices.settings
 
     # prompts, class pictures and latents: each encoded once
-    material = gather(pipeline, run, folder.encodings)
+    material = gather(pipeline, run, folder.encodings, team)
     mx.clear_cache()
 
     # what is trained, and how
@@ -121,7 +127,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
         denoiser.unfreeze()
     optimizer = optimizer_of(settings)
     loss = _loss(pipeline, choices)
-    step = Step(denoiser, optimizer, loss, max_grad_norm=settings.max_grad_norm)
+    step = Step(denoiser, optimizer, loss, max_grad_norm=settings.max_grad_norm, team=team)
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
@@ -129,27 +135,39 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
     owed = Owed()
     objects["owed"] = owed.stateful()
     identity = {**run.identity, "class pictures": material.class_fingerprint}
-    start = 0
-    if (found := run.standing.checkpoint) is not None:
+
+    def resumed() -> int:
+        if (found := run.standing.checkpoint) is None:
+            return 0
         start = checkpoint.load(found, objects, fingerprint=identity, allow_changes=settings.allow_changes)
         if start > plan.updates:
             raise SettingsError(f"{found} is of update {start}, beyond the {plan.updates} that are asked for now")
         _say([f"continuing after update {start}, from {found}"])
+        return start
+
+    start = team.from_first(resumed)
+    team.copy_from_first(objects)
 
     # what happens beside the updates
     def save_checkpoint(updates: int) -> None:
+        if not team.first:
+            return
         limit = settings.checkpoints_total_limit
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
 
     def batches(update: int) -> list[MicroBatch]:
-        drawn = micro_batches(
-            material.cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
+        drawn = team.share(
+            micro_batches(
+                material.cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
+            )
         )
         if choices.preservation != "dop":
-            return drawn
+            return list(drawn)
         return [with_base(pipeline, one, guidance=choices.guidance, sampling=choices.sampling) for one in drawn]
 
     def save() -> None:
+        if not team.first:
+            return
         path = save_result(pipeline, settings, folder)
         if settings.train_mode == "lora":
             better = check_adapter(denoiser, path, pipeline.adapter_prefix, loss, batches(0)[0].arrays)
@@ -157,7 +175,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
 
     # the updates; of the hooks, what must not be lost comes first
     validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
-    with Watching(pipeline, validation, run, folder, start=start) as watching:
+    with Watching(pipeline, validation, run, folder, start=start, team=team) as watching:
         fit(
             step=lambda update, drawn, rate: noise_levels.joined(step(update, drawn, rate)),
             batches=batches,
@@ -173,10 +191,13 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder) -> 
             ],
             checkpoint=save_checkpoint,
             owed=owed,
+            team=team,
         )
 
     # the end
     result = result_path(pipeline, settings.train_mode, folder)
+    if not team.first:
+        return Outcome(result=result, updates=plan.updates - start)
     if not overview.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     if settings.fuse:

@@ -9,35 +9,39 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run is going to ask of a pipeline, as far as it takes memory.
+    """What a run is going to ask of a pipeline, as far as it takes memory or time.
 
     Attributes:
         resolution: side of the pictures in pixels.
-        prompts: how many are encoded.
+        prompts: how many are encoded, `prompts_at_once` of them together.
         batch: samples in a forward and backward pass, those of the prior included.
-        pictures: drawn at once, for previews and class pictures.
-        guidance: of these.
-        draws_class_pictures: whether some are to be drawn before the training.
-        rank: of the adapter, on the layers that match `targets`; None where all weights are trained.
-        state_bytes: what the optimizer keeps for each trained weight.
+        micro_batches: such passes in an update.
+        class_pictures: to be drawn before the training.
+        pictures: drawn at once, in previews and class pictures, with this `guidance` and so many `steps`.
+        trained: weights that are trained.
+        adapter: whether they are an adapter's, beside those of the denoiser.
+        state_bytes: what the optimizer keeps for each of them.
         quantize: bits of the frozen weights; None for the pipeline's precision.
         recompute: whether activations are computed again (`Recomputes`).
     """
 
     resolution: int
-    prompts: int = 4
+    trained: int
+    adapter: bool = True
+    state_bytes: int = 8
     batch: int = 1
+    micro_batches: int = 1
+    prompts: int = 4
+    prompts_at_once: int = 16
+    class_pictures: int = 0
     pictures: int = 1
     guidance: float = 1.0
-    draws_class_pictures: bool = False
-    rank: int | None = None
-    targets: Sequence[str] = ()
-    state_bytes: int = 8
+    steps: int = 4
     quantize: int | None = None
     recompute: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Phase:
     """A part of a run, at its peak.
 
@@ -45,7 +49,7 @@ class Phase:
         name: such as "training".
         weights: bytes of what is held throughout.
         work: bytes that come and go.
-        operations: multiply-adds times two, of all of it; of one update where it is training.
+        operations: multiplications and additions; those of one update where it is training. 0 where nobody counted.
     """
 
     name: str

@@ -92,3 +92,22 @@ def _scheme(layer: Any, weight: mx.array, scales: mx.array, where: str) -> tuple
             f"{where}: its shapes {weight.shape} and {scales.shape} do not fit a layer of {inputs} inputs"
         )
     return int(bits), int(size)
+
+
+def stored_bytes(module: nn.Module, width: int, bits: int | None = None, wanted: Callable[[str], bool] = bool) -> int:
+    """What a module's weights take, with those layers quantised that `quantize` would take; nothing is computed.
+
+    Args:
+        width: bytes of a number that is not quantised.
+        bits: None for no quantisation.
+    """
+    total = 0
+    for path, layer in module.named_modules():
+        own = [value for value in layer.values() if isinstance(value, mx.array)]
+        size = group_size(layer.weight.shape[1]) if type(layer) is nn.Linear else None
+        if bits is None or size is None or not wanted(path):
+            total += sum(value.size * (width if mx.issubdtype(value.dtype, mx.floating) else 4) for value in own)
+        else:
+            packed = layer.weight.size * bits // 8 + 2 * width * layer.weight.size // size
+            total += packed + sum(value.size * width for value in own if value.ndim == 1)
+    return total

@@ -24,7 +24,7 @@ from tests.contracts.fake import FakePipeline
 @pytest.fixture
 def run(instance_dir, tmp_path, monkeypatch, capsys):
     """Runs the command line on the fake pipeline; gives back exit status, standard output, standard error."""
-    monkeypatch.setattr(registry, "open_pipeline", lambda model: FakePipeline())
+    monkeypatch.setattr(registry, "open_pipeline", lambda model, **_: FakePipeline())
 
     def main(*flags: str, instance=instance_dir, prompt="a photo of sks dog"):
         status = cli.main(
@@ -72,7 +72,7 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, flags, message):
 
 
 def test_pictures_are_checked_before_weights_are_read(run, monkeypatch, instance_dir):
-    def opens(model):
+    def opens(model, **_):
         raise AssertionError("the pipeline was opened")
 
     monkeypatch.setattr(registry, "open_pipeline", opens)
@@ -108,7 +108,7 @@ def test_exit_codes(run, monkeypatch, error, expected, words):
 
 
 def test_warnings_are_one_line(run, monkeypatch):
-    def opens(model):
+    def opens(model, **_):
         warnings.warn("a plugin is broken", stacklevel=1)
         return FakePipeline()
 
@@ -163,7 +163,7 @@ from mflux_vae_train import trackers
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.pipelines import registry
 from tests.contracts.fake import FakePipeline
-registry.open_pipeline = lambda model: FakePipeline()
+registry.open_pipeline = lambda model, **_: FakePipeline()
 sys.exit(cli.main())
 """
 
@@ -189,7 +189,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path):
 
 
 def test_a_missing_tracker_is_said_before_weights_are_read(run, monkeypatch, tmp_path):
-    def opens(model):
+    def opens(model, **_):
         raise AssertionError("the pipeline was opened")
 
     monkeypatch.setattr(registry, "open_pipeline", opens)

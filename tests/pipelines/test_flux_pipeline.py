@@ -118,7 +118,7 @@ def test_many_images_are_decoded_in_parts(schnell: FluxPipeline, monkeypatch: py
     arguments = {"size": (32, 32), "steps": 1, "guidance": 1.0, "key": keys(0, 1, 2)}
     conditioning = schnell.encode_prompts(PROMPTS)
     whole = schnell.sample(conditioning, **arguments)
-    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.pipeline._DECODED_AT_ONCE", 2 * 32 * 32)
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.memory.DECODED_AT_ONCE", 2 * 32 * 32)
     np.testing.assert_allclose(schnell.sample(conditioning, **arguments), whole, atol=1e-5)
 
 

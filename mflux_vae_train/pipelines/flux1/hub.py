@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.hub import cached, download
+from mflux_vae.hub import cache_folder, cached, download
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import open_folder
 from mflux_vae_train.pipelines.flux1 import folder as layout
@@ -63,6 +63,10 @@ class Snapshot:
         """Whether nothing is to be downloaded any more; asks nobody."""
         place = cached(self.repository, self._revision)
         return place is not None and all(self._has(place, part) for part in _STEMS)
+
+    def cache(self) -> Path:
+        """The folder that downloads go to."""
+        return cache_folder()
 
     def _has(self, place: Path, part: str) -> bool:
         if saved_by_mflux(place / part) or single_file(place, part) is not None:

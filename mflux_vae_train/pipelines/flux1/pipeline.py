@@ -12,9 +12,10 @@ import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.flux1 import folder as layout
-from mflux_vae_train.pipelines.flux1 import naming
+from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.parts import FluxParts
+from mflux_vae_train.pipelines.flux1.published import Configs
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
     FlowMatchSchedule,
@@ -22,15 +23,13 @@ from mflux_vae_train.pipelines.flux1.schedule import (
     euler_step,
     noised,
 )
+from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import Conditioning, KohyaNaming, NoiseSampling, Prediction, Recommended, Use
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.hub import Snapshot
 
 SIZE_MULTIPLE = VAE_FACTOR * PATCH
-
-_DECODED_AT_ONCE = 2**20
-"""Pixels decoded in one batch: a picture of 1024 x 1024, or many small ones."""
 
 _DEV = Recommended(
     resolution=512,
@@ -138,9 +137,24 @@ class FluxPipeline(FluxParts):
 
     def release(self, *uses: Use) -> None:
         """As `FluxParts.release`. What classifier-free guidance needs of the text encoders is kept."""
-        if "prompts" in uses and self._text_encoder.on_demand and not self.guidance_embeds:
+        if "prompts" in uses and self._text_encoder.loaded is not None and not self.guidance_embeds:
             mx.eval(self._unconditional())
         super().release(*uses)
+
+    def footprint(self, work: Workload) -> Footprint:
+        """An estimate of what a run takes, from configurations; nothing is loaded."""
+        parts = {
+            name: getattr(self, f"_{name}").config for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
+        }
+        tokenizer = self._tokenizer_2.loaded
+        length = self.longest_prompt if tokenizer is None else self.max_text_tokens
+        configs = Configs(**parts, schedule=self.schedule)
+        cache = None if self.snapshot is None or self.snapshot.is_here() else self.snapshot.cache()
+        return Footprint(
+            phases=memory.phases(configs, work, text_tokens=length),
+            download=0 if cache is None else memory.published_bytes(configs),
+            cache=cache,
+        )
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
@@ -266,7 +280,11 @@ class FluxPipeline(FluxParts):
     def _unconditional(self) -> Conditioning:
         """The empty prompt's row, encoded once; again each time where text encoders are not this pipeline's own."""
         if self._empty is None or not self._text_encoder.on_demand:
+            were_here = self._text_encoder.loaded is not None
             self.encode_prompts([""])  # which keeps it
+            mx.eval(self._empty)
+            if not were_here:
+                super().release("prompts")
         assert self._empty is not None
         return self._empty
 
@@ -282,7 +300,7 @@ class FluxPipeline(FluxParts):
         """Latents -> images, as many at once as fit the memory of one large one."""
         pixels = latents.shape[1] * latents.shape[2] * VAE_FACTOR**2
         images = []
-        for start in range(0, latents.shape[0], rows := max(1, _DECODED_AT_ONCE // pixels)):
+        for start in range(0, latents.shape[0], rows := max(1, memory.DECODED_AT_ONCE // pixels)):
             # float32 whatever the network computes in: numpy knows no bfloat16
             images.append(self.vae.decode_nhwc(latents[start : start + rows]).astype(mx.float32))
             mx.eval(images[-1])

@@ -1,0 +1,235 @@
+"""What a run takes, said before anything is downloaded or loaded: memory of each phase, disk, time, and what cures."""
+
+from __future__ import annotations
+
+import math
+import operator
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map, tree_reduce
+
+from mflux_vae import memory
+from mflux_vae.errors import SettingsError
+from mflux_vae.runtime import compute_dtype, is_cpu
+from mflux_vae_train import lora
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.adapter import targets_of
+from mflux_vae_train.dreambooth.choices import Choices
+from mflux_vae_train.dreambooth.encoding import PROMPTS_AT_ONCE, pictures_at_once
+from mflux_vae_train.dreambooth.optimization import optimizer_of
+from mflux_vae_train.pipelines.footprint import Footprint, Workload
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Estimates
+
+GB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """
+    Attributes:
+        footprint: what the pipeline says.
+        limit: bytes that the run may take.
+        lines: what to say.
+        cures: settings under which it would fit, where it does not; none where nothing helps.
+    """
+
+    footprint: Footprint
+    limit: int
+    lines: Sequence[str]
+    cures: Sequence[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.footprint.peak <= self.limit
+
+    def check(self, settings: DreamBoothSettings) -> None:
+        """
+        Raises:
+            SettingsError: the user set a limit, and the run would take more.
+        """
+        if settings.memory_limit is not None and not self.fits:
+            raise SettingsError(f"--memory_limit {settings.memory_limit:g}: {_too_much(self)}")
+
+
+def estimated(pipeline: DiffusionPipeline, choices: Choices, *, prompts: int, class_pictures: int) -> Estimate | None:
+    """What a run will take; None where the pipeline does not know.
+
+    Args:
+        prompts: to be encoded.
+        class_pictures: to be drawn.
+    """
+    if not isinstance(pipeline, Estimates):
+        return None
+    work = workload(
+        pipeline, choices.settings, choices.plan.batch_size, choices.plan.accumulation, resolution=choices.resolution
+    )
+    work = replace(
+        work,
+        prompts=prompts,
+        class_pictures=class_pictures,
+        guidance=choices.guidance,
+        steps=pipeline.recommended.steps,
+        batch=work.batch if choices.preservation == "none" else 2 * choices.plan.batch_size,
+    )
+    footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
+    cures = [] if footprint.peak <= limit else list(_cures(pipeline, work, limit))
+    made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
+    return replace(made, lines=[*_lines(made, choices.settings), *_time(footprint, work)])
+
+
+def workload(
+    pipeline: Estimates, settings: DreamBoothSettings, batch: int, micro_batches: int, *, resolution: int
+) -> Workload:
+    """The training that settings ask for, the prior's samples counted where it is not off."""
+    outline, trained_as = pipeline.outline(), settings.train_mode
+    if trained_as == "lora":
+        rank = settings.rank or pipeline.recommended.rank  # type: ignore[attr-defined]
+        patterns = targets_of(pipeline, settings)  # type: ignore[arg-type]
+        trained = rank * sum(lora.matching(outline, patterns).values())
+    else:
+        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline.parameters()), 0)
+    at_once = pictures_at_once(resolution)
+    return Workload(
+        resolution=resolution,
+        trained=trained,
+        adapter=trained_as == "lora",
+        state_bytes=_state_bytes(settings),
+        batch=batch * (1 if settings.prior_preservation == "none" else 2),
+        micro_batches=micro_batches,
+        prompts_at_once=PROMPTS_AT_ONCE,
+        pictures=max(1, min(at_once, settings.num_validation_images)),
+        quantize=settings.quantize,
+        recompute=settings.gradient_checkpointing,
+    )
+
+
+def limit_of(settings: DreamBoothSettings) -> int:
+    """Bytes that a run may take: what is set, or what is there."""
+    return memory.limit() if settings.memory_limit is None else int(settings.memory_limit * GB)
+
+
+def with_batch_size(
+    settings: DreamBoothSettings, pipeline: DiffusionPipeline, resolution: int
+) -> tuple[DreamBoothSettings, list[str]]:
+    """Settings with a micro-batch where they leave it open: the largest that fits, and divides an update's pictures.
+
+    Returns:
+        the settings, and what to say.
+
+    Raises:
+        SettingsError: there is a limit, and not even one picture fits.
+    """
+    if settings.train_batch_size is not None or not isinstance(pipeline, Estimates):
+        return settings, []
+    pictures, limit = settings.gradient_accumulation_steps, limit_of(settings)
+    sizes = [size for size in range(pictures, 0, -1) if pictures % size == 0]
+    for size in sizes:
+        work = workload(pipeline, settings, size, pictures // size, resolution=resolution)
+        footprint = pipeline.footprint(work)
+        if footprint.peak <= limit or size == 1:
+            break
+    if footprint.peak > limit and settings.memory_limit is not None:
+        cures = list(_cures(pipeline, work, limit))
+        too_much = _too_much(Estimate(footprint=footprint, limit=limit, lines=[], cures=cures))
+        raise SettingsError(f"--train_batch_size auto, --memory_limit {settings.memory_limit:g}: {too_much}")
+    said = f"--train_batch_size auto: {size} at once, {pictures // size} times, for {pictures} pictures in an update"
+    return replace(settings, train_batch_size=size, gradient_accumulation_steps=pictures // size), [said]
+
+
+def _state_bytes(settings: DreamBoothSettings) -> int:
+    """What the optimizer keeps for each weight: seen on a small matrix."""
+    optimizer = optimizer_of(settings)
+    weight = {"weight": mx.zeros((256, 256))}
+    optimizer.init(weight)
+    kept = sum(array.nbytes for array in dict(tree_flatten(optimizer.state)).values() if isinstance(array, mx.array))
+    return math.ceil(kept / weight["weight"].size)
+
+
+def _cures(pipeline: Estimates, work: Workload, limit: int) -> Iterator[str]:
+    """Flags under which it would fit, those that cost least first."""
+    recompute = {"recompute": True}, "--gradient_checkpointing"
+    batch = {"batch": max(1, work.batch // 2), "micro_batches": 2 * work.micro_batches}, "half --train_batch_size"
+    smaller = {"resolution": work.resolution // 2}, f"--resolution {work.resolution // 2}"
+    eight, four = ({"quantize": 8}, "--quantize 8"), ({"quantize": 4}, "--quantize 4")
+    tried: list[list[tuple[dict[str, Any], str]]] = [
+        [recompute],
+        [batch],
+        [eight],
+        [eight, recompute],
+        [four, recompute],
+        [four, recompute, smaller],
+    ]
+    for changes in tried:
+        merged = {name: value for change, _ in changes for name, value in change.items()}
+        if any(getattr(work, name) == value for name, value in merged.items()):
+            continue  # it is so already
+        if not work.adapter and "quantize" in merged:
+            continue
+        peak = pipeline.footprint(replace(work, **merged)).peak
+        if peak <= limit:
+            yield f"{' '.join(text for _, text in changes)} ({_gb(peak)})"
+
+
+def _lines(made: Estimate, settings: DreamBoothSettings) -> Iterator[str]:
+    footprint = made.footprint
+    peaks = ", ".join(f"{phase.name} {_gb(phase.peak)}" for phase in footprint.phases)
+    where = "--memory_limit" if settings.memory_limit is not None else "free"
+    yield f"estimated memory at the peak: {peaks} ({where}: {_gb(made.limit)})"
+    if footprint.download and footprint.cache is not None:
+        free = shutil.disk_usage(_existing(footprint.cache)).free
+        short = "" if free > footprint.download else ", which is TOO LITTLE"
+        yield f"to download: {_gb(footprint.download)} to {footprint.cache}, where {_gb(free)} are free{short}"
+    if not made.fits:
+        yield f"this run would not fit: {_too_much(made)}"
+
+
+def _too_much(made: Estimate) -> str:
+    largest = max(made.footprint.phases, key=lambda phase: phase.peak)
+    what = f"{largest.name} takes {_gb(largest.peak)} of {_gb(made.limit)}"
+    if not made.cures:
+        return f"{what}, and no flag cures it"
+    return f"{what}; it would fit with {', or '.join(made.cures)}"
+
+
+def _time(footprint: Footprint, work: Workload) -> Iterator[str]:
+    """What the matrix products alone take at the speed that they have here now."""
+    if work.quantize is not None and is_cpu():
+        return  # MLX multiplies quantised matrices on a CPU in a way of its own, far slower
+    before = sum(phase.operations for phase in footprint.phases if phase.name != "training")
+    update = sum(phase.operations for phase in footprint.phases if phase.name == "training")
+    speed = _operations_per_second()
+    if update:
+        yield (
+            f"time, by the matrix products alone at {speed / 1e12:.2g} TFLOP/s (measured now; without reading,"
+            f" downloads and the autoencoder): {_span(before / speed)} to the first update, {_span(update / speed)} for"
+            " each"
+        )
+
+
+def _operations_per_second(side: int = 1024) -> float:
+    one = mx.ones((side, side), compute_dtype())
+    mx.eval(one @ one)
+    began, times = time.perf_counter(), 4
+    for _ in range(times):
+        mx.eval(one @ one)
+    return 2.0 * times * side**3 / (time.perf_counter() - began)
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,167 @@
+"""What FLUX.1 takes of a machine, from its configurations alone.
+
+Weights are counted to the byte. Activations are counted in numbers per token, in units of the width D: what a block
+keeps for its backward pass, and what comes and goes while one block is differentiated. The counts are of arrays that
+MLX holds, found by reading the blocks and by measuring stacks of blocks at full width (a test repeats that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mflux_vae import memory, runtime
+from mflux_vae.loading import new_network
+from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
+from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
+from mflux_vae_train.pipelines.flux1.published import Configs
+from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
+from mflux_vae_train.pipelines.footprint import Phase, Workload
+from mflux_vae_train.pipelines.quantized import stored_bytes
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.t5 import T5Encoder
+
+KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
+"""Numbers per token and D that a block keeps: inputs of norms and of layers with an adapter, queries, keys, values."""
+
+WORKING = 52.5
+"""The same, of what comes and goes while a block is differentiated."""
+
+FORWARD = 16.0
+"""The same, while a block is computed and not differentiated."""
+
+INPUTS = 1.0
+"""The same, that a block keeps which computes itself again."""
+
+SCORES_KEPT, SCORES_WORKING = 1.0, 4.0
+"""Numbers per pair of tokens and head: kept where attention is not MLX's fused one, and while it is differentiated."""
+
+T5_WORKING = 6.0
+"""Numbers per token, in units of T5's width and that of its feed-forward layers together."""
+
+DECODED_AT_ONCE = 2**20
+"""Pixels decoded in one batch: a picture of 1024 x 1024, or many small ones."""
+
+_FULL = 4
+"""Bytes of a number in float32, in which residuals of T5, adapters, gradients and moments are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What a device computes in, and how.
+
+    Attributes:
+        width: bytes of a number in the networks.
+        fused: whether attention is MLX's own, on Metal and CUDA, which keeps no scores for the backward pass.
+    """
+
+    width: int
+    fused: bool
+
+    @classmethod
+    def here(cls) -> Precision:
+        return cls(width=runtime.compute_dtype().size, fused=not runtime.is_cpu())
+
+
+def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
+    """The parts of a run, in their order.
+
+    Args:
+        text_tokens: per prompt, for T5.
+        precision: None for this machine's.
+    """
+    here = precision or Precision.here()
+    config = configs.transformer
+    tokens = (work.resolution // (VAE_FACTOR * PATCH)) ** 2, text_tokens
+
+    transformer = stored_bytes(FluxTransformer(config), here.width, work.quantize, is_quantized_layer)
+    trained = work.trained * (_FULL if work.adapter else here.width)
+    # gradients are there twice while they are summed up
+    learning = (trained if work.adapter else 0) + 2 * trained + work.trained * work.state_bytes
+
+    network = new_network(configs.vae)
+    autoencoder = stored_bytes(network, here.width)
+    pixels = work.resolution**2
+    encoding = memory.peak_bytes(network, "encode", max(1, min(16, 2**20 // pixels)), work.resolution, work.resolution)
+    decoded = max(1, min(work.pictures, DECODED_AT_ONCE // pixels))
+    decoding = autoencoder + memory.peak_bytes(network, "decode", decoded, work.resolution, work.resolution)
+
+    rows = work.pictures * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
+    drawing = max(forward_bytes(config, tokens, rows, here), decoding)
+    one = forward_operations(config, tokens)
+    found = [_prompts(configs, work, text_tokens, here)]
+    held = 0
+    if work.class_pictures:
+        found.append(
+            Phase("class pictures", transformer, drawing, one * work.steps * work.class_pictures * rows / work.pictures)
+        )
+        held = transformer
+    passes = 2 + work.recompute + (not work.adapter)  # forward, to the inputs, again, to the weights
+    return [
+        *found,
+        Phase("latents", held + autoencoder, encoding, 0.0),
+        Phase(
+            "training",
+            transformer + learning,
+            training_bytes(config, tokens, work.batch, here, recompute=work.recompute),
+            one * passes * work.batch * work.micro_batches,
+        ),
+        Phase("previews", transformer + learning, drawing, 0.0),
+    ]
+
+
+def training_bytes(
+    config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision, *, recompute: bool
+) -> int:
+    """Activations at the peak of a forward and backward pass.
+
+    Args:
+        tokens: of the image, and of the prompt.
+    """
+    rows, width = batch * sum(tokens), config.width
+    pairs = batch * config.num_attention_heads * sum(tokens) ** 2
+    number = precision.width * width * rows
+    kept = (config.num_layers * KEPT_DOUBLE + config.num_single_layers * KEPT_SINGLE) * number
+    if not precision.fused:
+        kept += (config.num_layers + config.num_single_layers) * SCORES_KEPT * precision.width * pairs
+    blocks = config.num_layers + config.num_single_layers
+    if recompute and blocks:
+        largest = max(KEPT_DOUBLE, KEPT_SINGLE) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
+        kept = blocks * INPUTS * number + largest
+    return int(kept + WORKING * number + SCORES_WORKING * precision.width * pairs)
+
+
+def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
+    """Activations at the peak of a forward pass that nothing differentiates; attention then takes bands of scores."""
+    return int(FORWARD * precision.width * config.width * batch * sum(tokens))
+
+
+def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -> float:
+    """Of a forward pass with one sample: multiplications and additions of its matrix products."""
+    width, length = config.width, sum(tokens)
+    blocks = config.num_layers + config.num_single_layers
+    layers = (4 + 2 * MLP_RATIO) * width**2 * length  # the same in both kinds of blocks
+    return 2.0 * blocks * (layers + 2 * length**2 * width)
+
+
+def published_bytes(configs: Configs) -> int:
+    """Of the weights as they are published, in bfloat16."""
+    networks = (
+        FluxTransformer(configs.transformer),
+        T5Encoder(configs.text_encoder_2),
+        CLIPTextModel(configs.text_encoder),
+        new_network(configs.vae),
+    )
+    return sum(stored_bytes(network, 2) for network in networks)
+
+
+def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:
+    t5, clip = configs.text_encoder_2, configs.text_encoder
+    encoder = T5Encoder(t5)
+    weights = stored_bytes(encoder, here.width, work.quantize, is_quantized_text_layer)
+    weights += stored_bytes(CLIPTextModel(clip), here.width)
+    rows = min(work.prompts, work.prompts_at_once) * length
+    bias = t5.num_heads * length**2 * here.width
+    activations = int(T5_WORKING * _FULL * (t5.d_model + t5.d_ff) * rows) + 2 * bias
+    inner = t5.num_heads * t5.d_kv
+    layer = 4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff
+    return Phase("text encoding", weights, activations, 2.0 * work.prompts * length * t5.num_layers * layer)
