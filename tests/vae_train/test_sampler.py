@@ -36,6 +36,22 @@ def test_random_samples_are_functions_of_seed_and_number(flat: VAESampler) -> No
     assert abs(float(many.mean())) < 0.05 and float(mx.var(many)) == pytest.approx(1, abs=0.05)
 
 
+def test_the_strongest_units_are_those_that_images_depend_on(flat: VAESampler) -> None:
+    weight = np.array(flat.model.decoder.linear.weight)
+    weight[:, [0, 2, 4]] = 0
+    weight[:, 3] *= 10
+    flat.model.decoder.linear.weight = mx.array(weight)
+    assert flat.strongest(2) == [3, 1]
+    plane = flat.generate_latent_grid(3, (-2, 2))
+    np.testing.assert_array_equal(plane, flat.generate_latent_grid(3, (-2, 2), dims=(3, 1)))
+
+
+def test_another_network_than_expected_is_refused(flat: VAESampler) -> None:
+    flat.check(latent_dims=5, max_filters=6, nimg_channels=1)
+    with pytest.raises(SettingsError, match=r"--latent_dims is 8, the model's 5; --nimg_channels is 3, the model's 1"):
+        flat.check(latent_dims=8, nimg_channels=3)
+
+
 def test_a_plane_changes_two_units(flat: VAESampler) -> None:
     base = flat.draw(1)
     plane = flat.generate_latent_grid(3, (-2, 2), dims=(4, 1), base=base)
