@@ -68,9 +68,10 @@ class Pace:
         """The time left and, where that is worth looking at a clock, when the run will be ready."""
         seconds = self.left(update)
         if seconds < 120:
-            return duration(seconds)
+            return f"{duration(seconds)} left"
         ready = datetime.now().astimezone() + timedelta(seconds=seconds)
-        return f"{duration(seconds)} ({ready:%H:%M}{'' if seconds < 43200 else ready.strftime(' on %d %b')})"
+        day = f" on {ready:%Y-%m-%d}" if seconds > 43200 else ""
+        return f"{duration(seconds)} left, ready at {ready:%H:%M}{day}"
 
 
 def duration(seconds: float) -> str:
@@ -125,15 +126,15 @@ class ProgressBar:
         loss = record.metrics["loss"]
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         rate, left, also = record.metrics["learning_rate"], self._pace.told(record.update), self._also(record)
-        shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **also, "left": left}
-        self._bar.set_postfix(shown, refresh=False)
+        shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **also}
+        self._bar.set_postfix_str(", ".join([*(f"{name} {text}" for name, text in shown.items()), left]), refresh=False)
         self._bar.update(1)
         now = time.monotonic()
         if now - self._said >= self._interval or record.update == record.total:
             self._said = now
             more = "".join(f", {name} {text}" for name, text in also.items())
             logger.info(
-                "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s left",
+                "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s",
                 record.update, record.total, self._loss, more, rate, self._pace.per_update, left,
                 extra={"on_bar": not self._bar.disable},
             )  # fmt: skip

@@ -98,7 +98,7 @@ class Watching:
         self._report.write("finished", updates=self._of, said=said)
 
     def _left(self, update: int) -> str:
-        return f"after update {update} of {self._of}, {self.pace.told(update)} left"
+        return f"after update {update} of {self._of}, {self.pace.told(update)}"
 
     def _count(self, record: Record) -> None:
         self._updates = record.update

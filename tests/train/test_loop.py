@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,16 @@ def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: 
     assert left[2] == 7 * 1.0 + 20  # nothing is known of the previews yet
     assert left[3:] == [6 + 2 * 60 + 20, 5 + 2 * 60 + 20, 4 + 2 * 60 + 20, 3 + 2 * 60 + 20, 2 + 60 + 20, 1 + 60 + 20, 0]
     assert now[0] == 3 * 60 + 7
+
+
+def test_the_time_when_a_run_is_ready_is_told() -> None:
+    pace = Pace(1000)
+    pace(Record(update=1, total=1000, metrics={}, seconds=6.0))
+    assert pace.told(990) == "60 s left"
+    assert re.fullmatch(r"50 min left, ready at \d\d:\d\d", pace.told(500))
+    pace = Pace(100_000)
+    pace(Record(update=1, total=100_000, metrics={}, seconds=6.0))
+    assert re.fullmatch(r"6 d 22 h left, ready at \d\d:\d\d on \d{4}-\d\d-\d\d", pace.told(1))
 
 
 def test_times_are_to_the_minute() -> None:
