@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from mflux_vae.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
 from mflux_vae.errors import MfluxVaeError, SettingsError
+from mflux_vae.redaction import redacted
 
 PROG = "mflux-vae"
 LOGGER = "mflux_vae"
@@ -148,7 +149,7 @@ def _run(name: str, settings: dict[str, Any]) -> None:
 
 
 def _said(line: str, code: int) -> int:
-    print(f"{PROG}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{PROG}: {redacted(' '.join(line.split()))}", file=sys.stderr)
     return code
 
 
@@ -164,7 +165,7 @@ class _Console(logging.Handler):
         from tqdm import tqdm
 
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        tqdm.write(prefix + redacted(record.getMessage()), file=sys.stderr)
 
 
 if __name__ == "__main__":

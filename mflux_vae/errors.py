@@ -9,16 +9,22 @@
     └── RunError              the work failed: a command line exits 1
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
 
-Messages are one line: what is wrong, where, and what to do about it.
+Messages are one line: what is wrong, where, and what to do about it; access tokens that the hub or an address put into
+one are left out.
 """
 
 from __future__ import annotations
+
+from mflux_vae.redaction import redacted
 
 
 class MfluxVaeError(Exception):
     """Base of every error raised on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *rest: object) -> None:
+        super().__init__(redacted(message), *rest)
 
 
 class InputError(MfluxVaeError):

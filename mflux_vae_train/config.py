@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.redaction import redacted
 
 
 def flag(
@@ -367,6 +368,8 @@ def check_fields(settings: Any) -> None:
             value = tuple(value) if isinstance(value, list | tuple) else (value,)
             fits = bool(value) and all(_fits(field, kind, member) for member in value)
         else:
+            if isinstance(value, str) and redacted(value) != value:  # settings are written into files and cards
+                raise SettingsError(f"--{field.name} holds an access token; log in instead: hf auth login, or HF_TOKEN")
             if kind is float and type(value) is int:
                 value = float(value) if abs(value) < 10**300 else math.inf
             elif kind is str and isinstance(value, os.PathLike):

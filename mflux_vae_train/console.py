@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from mflux_vae.redaction import redacted
+
 
 class Console(logging.Handler):
     """Lines on standard output, warnings on standard error, neither through the middle of a progress bar.
@@ -22,10 +24,11 @@ class Console(logging.Handler):
         if getattr(record, "on_bar", False) or (record.levelno < logging.ERROR and not _first()):
             return
 
+        message = redacted(record.getMessage())
         if record.levelno >= logging.WARNING:
-            tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
         else:
-            tqdm.write(record.getMessage(), file=sys.stdout)
+            tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cache, partial
@@ -247,7 +248,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -255,6 +256,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object")
     return content
+
+
+def _number(text: str) -> float:
+    """A number of a JSON file. NaN and infinity, which JSON does not have, would go unseen into every latent."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

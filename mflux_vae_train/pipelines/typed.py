@@ -12,8 +12,8 @@ from mflux_vae.errors import WeightsError
 
 T = TypeVar("T")
 
-_LARGEST = 2**31 - 1
-"""A number of layers, units or words above it is a mistake."""
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 1000
+"""A number of anything, and one of layers, above it is a mistake that would fill the memory."""
 
 
 def typed(make: Callable[[], T], where: object) -> T:
@@ -31,7 +31,8 @@ def typed(make: Callable[[], T], where: object) -> T:
         raise WeightsError(f"{where}: its values do not fit ({str(error)[:200]})") from error
     for name, hint in typing.get_type_hints(type(made)).items():
         value = getattr(made, name)
-        if typing.get_origin(hint) is not typing.ClassVar and not _fits(value, hint):
+        excessive = name.endswith("layers") and type(value) is int and value > _MOST_LAYERS
+        if typing.get_origin(hint) is not typing.ClassVar and (excessive or not _fits(value, hint)):
             raise WeightsError(f"{where}: {name} is {repr(value)[:100]}, which it cannot be")
     return made
 
