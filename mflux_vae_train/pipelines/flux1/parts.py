@@ -54,7 +54,9 @@ class FluxParts:
         tokenizer_folder: Folder,
         tokenizer_2_folder: Folder,
     ) -> None:
-        self._transformer, self._vae = Part.of(transformer), Part.of(vae)
+        self._transformer = Part.of(transformer)
+        # its configuration as a folder has it, wherever it comes from
+        self._vae = vae if isinstance(vae, Part) else Part(loaded=vae, config=vae.config.to_dict())
         self._text_encoder, self._text_encoder_2 = Part.of(text_encoder), Part.of(text_encoder_2)
         self._quantized: int | None = None
         self._folders = tokenizer_folder, tokenizer_2_folder
