@@ -168,13 +168,21 @@ _USED_BY = {
 
 
 def _without_use(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
-    """One line for each number given for another weighting scheme than the run's."""
+    """One line for each setting that others leave without effect."""
     scheme = settings.weighting_scheme or recommended.weighting_scheme
+    lines = {
+        name: f"it is for --weighting_scheme {' and '.join(used_by)}, and this run's is {scheme}"
+        for name, used_by in _USED_BY.items()
+        if scheme not in used_by
+    }
+    if settings.center_crop:
+        lines["num_crops"] = "it is for --no_center_crop"
+    if settings.prior_preservation in ("dop", "none"):
+        no_pictures = f"--prior_preservation {settings.prior_preservation} takes no class pictures"
+        lines |= {"class_data_dir": no_pictures, "num_class_images": no_pictures}
     defaults = {field.name: field.default for field in fields(settings)}
     return [
-        f"--{name} has no effect: it is for --weighting_scheme {' and '.join(used_by)}, and this run's is {scheme}"
-        for name, used_by in _USED_BY.items()
-        if getattr(settings, name) != defaults[name] and scheme not in used_by
+        f"--{name} has no effect: {why}" for name, why in lines.items() if getattr(settings, name) != defaults[name]
     ]
 
 

@@ -146,8 +146,17 @@ def test_noise_levels_are_the_pipelines_unless_it_is_told():
     asked = chosen(weighting_scheme="logit_normal", logit_mean=0.5)
     assert asked.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
     assert not any("logit" in line for line in asked.warnings)
-    unused = chosen(logit_mean=0.5, mode_scale=1.0)
-    assert [line.split()[0] for line in unused.warnings if "no effect" in line] == ["--logit_mean", "--mode_scale"]
+
+
+def test_settings_that_others_leave_without_effect_are_named():
+    def named(**given):
+        return [line.split()[0] for line in chosen(**given).warnings if "no effect" in line]
+
+    assert named(logit_mean=0.5, mode_scale=1.0) == ["--logit_mean", "--mode_scale"]
+    assert named(num_crops=3) == ["--num_crops"] and not named(num_crops=3, center_crop=False)
+    of_pictures = {"class_data_dir": "dogs", "num_class_images": 20}
+    assert named(prior_preservation="dop", **of_pictures) == ["--class_data_dir", "--num_class_images"]
+    assert not named(**of_pictures)
 
 
 def test_every_weighting_scheme_is_a_choice():
