@@ -137,18 +137,18 @@ class Team:
         content = mx.concatenate([*map(_as_bytes, arrays), mx.zeros(rest, mx.uint8)])
         return [_split(row, each) for row, each in zip(self._all_gather(content), forms, strict=True)]
 
-    def give(self, make: Callable[[], Sequence[mx.array]]) -> list[mx.array]:
-        """The arrays that the first process makes, in all; the others do not even try."""
-        own = list(make()) if self.first else []
+    def give(self, make: Callable[[], Mapping[str, mx.array]]) -> dict[str, mx.array]:
+        """The arrays that the first process makes, by name, in all; the others do not even try."""
+        own = dict(make()) if self.first else {}
         if self.size == 1:
             return own
-        forms = self.from_first(lambda: [_form(array) for array in own])
+        forms: dict[str, Form] = self.from_first(lambda: {name: _form(array) for name, array in own.items()})
         if self.first:
-            content = [mx.concatenate([*map(_as_bytes, own), mx.zeros(_ALIGNED, mx.uint8)])]
+            content = [mx.concatenate([*map(_as_bytes, own.values()), mx.zeros(_ALIGNED, mx.uint8)])]
         else:
-            content = [mx.zeros(sum(map(_room, forms)) + _ALIGNED, mx.uint8)]
+            content = [mx.zeros(sum(map(_room, forms.values())) + _ALIGNED, mx.uint8)]
         self.sum(content)
-        return _split(content[0], forms)
+        return dict(zip(forms, _split(content[0], list(forms.values())), strict=True))
 
     def rounds(
         self, items: Sequence[Item], make: Callable[[Item], Sequence[mx.array]]
@@ -198,11 +198,10 @@ class Team:
         if self.size == 1:
             return
         arrays, values = state.flatten(objects)
-        names = sorted(arrays)
-        copies = self.give(lambda: [arrays[name] for name in names])
+        arrays = self.give(lambda: arrays)
         values = self.from_first(lambda: values)
         if not self.first:
-            state.restore(objects, dict(zip(names, copies, strict=True)), values, where="what the first process sent")
+            state.restore(objects, arrays, values, where="what the first process sent")
 
     def _gather_bytes(self, row: bytes) -> list[bytes]:
         return [each.tobytes() for each in np.array(self._all_gather(mx.array(np.frombuffer(row, np.uint8))))]

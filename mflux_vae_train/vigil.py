@@ -40,6 +40,7 @@ class Vigil:
         self._size, self._sockets = size, sockets
         self._lifeline: Lifeline | None = None
         self._gone: Gone | None = None
+        self._lost: str | None = None
         self._gone_at, self._waiting_since, self._saving = 0.0, 0.0, False
 
     def begin(self, lifeline: Lifeline) -> None:
@@ -61,8 +62,8 @@ class Vigil:
         Raises:
             ProcessLost: one of them is gone.
         """
-        if self._gone is not None and not self._gone.orderly:
-            raise ProcessLost(self._told(self._gone))
+        if self._lost is not None or (self._gone is not None and not self._gone.orderly):
+            raise ProcessLost(self._lost or self._told(self._gone))
         self._waiting_since = time.monotonic()
         try:
             yield
@@ -70,7 +71,8 @@ class Vigil:
             until = time.monotonic() + _GRACE
             while self._lifeline is not None and self._gone is None and time.monotonic() < until:
                 time.sleep(0.05)
-            raise ProcessLost(self._told(self._gone) if self._gone else f"{error}") from error
+            self._lost = self._told(self._gone) if self._gone else f"{error}"  # the engine is of no more use
+            raise ProcessLost(self._lost) from error
         finally:
             self._waiting_since = 0.0
 
@@ -101,8 +103,8 @@ class Vigil:
         if late > 3 * _GRACE or (not gone.orderly and now - self._gone_at > _LAST):
             _end(f"{self._told(gone)}; this one ends, too")
 
-    def _told(self, gone: Gone) -> str:
-        return f"process {gone.rank + 1} of {self._size} {gone.why}"
+    def _told(self, gone: Gone | None) -> str:
+        return "" if gone is None else f"process {gone.rank + 1} of {self._size} {gone.why}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, load_image, to_pixels
 from mflux_vae_train.config import Concept
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.dreambooth.data import Cache, Latent, Sample
 from mflux_vae_train.dreambooth.instances import Instance, content_of, load_mask
 from mflux_vae_train.dreambooth.store import Store
@@ -69,9 +71,14 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store) -> Prompts:
-    """Each prompt once, some at a time."""
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store, *, team: Team = ALONE) -> Prompts:
+    """Each prompt once, some at a time; of several processes the first does it for all."""
     unique = list(dict.fromkeys(prompts))
+    conditioning = team.give(lambda: _conditioning(pipeline, unique, store))
+    return Prompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
+
+
+def _conditioning(pipeline: DiffusionPipeline, unique: Sequence[str], store: Store) -> Conditioning:
     encoder = _encoder(pipeline, "prompts")
     keys = [{"prompt": prompt, "encoder": encoder} for prompt in unique]
     rows = [store.get(key) for key in keys]
@@ -90,39 +97,64 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], store: S
     known = [row for row in rows if row is not None]
     conditioning = {name: mx.concatenate([row[name] for row in known]) for name in known[0]}
     mx.eval(conditioning)
-    return Prompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
+    return conditioning
 
 
 def encode_pictures(
-    encode: Callable[[mx.array], mx.array], pictures: Sequence[Seen], *, store: Store | None = None, encoder: str = ""
+    encode: Callable[[mx.array], mx.array],
+    pictures: Sequence[Seen],
+    *,
+    store: Store | None = None,
+    encoder: str = "",
+    team: Team = ALONE,
 ) -> list[Latent]:
     """Latents of pictures, some of one shape at a time; files of the next ones are read meanwhile, no more than that.
+
+    Of several processes the first reads files and keeps the store, as what others have may lie on other machines; the
+    encoding is shared out.
 
     Args:
         encode: (B, H, W, 3) in [-1, 1] -> latents.
         encoder: what `encode` is, for the store.
     """
     store = store or Store(None)
+    keys = _keys(pictures, encoder) if team.first else []
+    known = [kept["latents"] if (kept := store.get(key)) else None for key in keys]
+    latents = {place: latent for place, latent in enumerate(known) if latent is not None}
+    there = set(team.from_first(lambda: list(latents)))
+    pending = [group for group in _alike(pictures) if not there.issuperset(group)]
+    coming = ahead(
+        lambda one: one.view.of(load_image(one.path)),
+        [pictures[place] for group in pending for place in group] if team.first else [],
+        limit=max(map(len, pending), default=1) * team.size,
+    )
+
+    def read(groups: Sequence[Sequence[int]]) -> dict[str, mx.array]:
+        """uint8 (B, H, W, 3) of each group."""
+        return {str(rank): mx.array(np.stack(list(islice(coming, len(one))))) for rank, one in enumerate(groups)}
+
+    shown = None if pending and team.first else True
+    with tqdm(total=sum(map(len, pending)), desc="latents", unit="picture", disable=shown) as bar:
+        for start in range(0, len(pending), team.size):
+            groups = pending[start : start + team.size]
+            pixels = team.give(partial(read, groups)).get(str(team.rank))
+            own = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
+            mx.eval(own)
+            for group, found in zip(groups, team.gather_arrays(own), strict=False):
+                for place, latent in zip(group, found[0], strict=True):
+                    if team.first and place not in latents:
+                        latents[place] = latent
+                        store.put(keys[place], {"latents": latent})
+                bar.update(len(group))
+    everyones = team.give(lambda: {str(place): latents[place] for place in range(len(pictures))})
+    return list(everyones.values())
+
+
+def _keys(pictures: Sequence[Seen], encoder: str) -> list[dict[str, object]]:
+    """What each picture's latents are kept under."""
     paths = list(dict.fromkeys(one.path for one in pictures))
     contents = dict(zip(paths, ahead(content_of, paths), strict=True))
-    keys = [{"picture": contents[one.path], "view": astuple(one.view), "encoder": encoder} for one in pictures]
-    latents = [kept["latents"] if (kept := store.get(key)) else None for key in keys]
-    pending = [group for group in _alike(pictures) if any(latents[place] is None for place in group)]
-    coming = ahead(
-        lambda one: to_pixels(one.view.of(load_image(one.path))),
-        [pictures[place] for group in pending for place in group],
-        limit=max(map(len, pending), default=1),
-    )
-    with tqdm(total=sum(map(len, pending)), desc="latents", unit="picture", disable=None if pending else True) as bar:
-        for group in pending:
-            found = encode(mx.array(np.stack(list(islice(coming, len(group))))))
-            mx.eval(found)
-            for place, latent in zip(group, found, strict=True):
-                if latents[place] is None:
-                    latents[place] = latent
-                    store.put(keys[place], {"latents": latent})
-            bar.update(len(group))
-    return [latent for latent in latents if latent is not None]
+    return [{"picture": contents[one.path], "view": astuple(one.view), "encoder": encoder} for one in pictures]
 
 
 def _alike(pictures: Sequence[Seen]) -> list[list[int]]:
@@ -147,6 +179,7 @@ def build_cache(
     *,
     class_pictures: Sequence[Sequence[Path]] | None,
     preserves_output: bool,
+    team: Team = ALONE,
 ) -> Cache:
     """Encodes all pictures; nothing else of them is needed after it.
 
@@ -160,7 +193,7 @@ def build_cache(
     encoder = _encoder(pipeline, "images")
 
     def encoded(pictures: Sequence[Seen]) -> list[Latent]:
-        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder)
+        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder, team=team)
 
     # every view of every instance picture, numbered
     latents = encoded([Seen(one.path, view) for one in instances for row in one.views for view in row])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from mflux_vae.ahead import ahead
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
 from mflux_vae_train.config import Concept
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.dreambooth.encoding import pictures_at_once
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -38,8 +40,8 @@ class ClassFolder:
     missing: Sequence[int]
 
 
-def class_folders(concepts: Sequence[Concept], *, wanted: int) -> list[ClassFolder]:
-    """What there is of class pictures, folder by folder.
+def class_folders(concepts: Sequence[Concept], *, wanted: int, team: Team = ALONE) -> list[ClassFolder]:
+    """What there is of class pictures, folder by folder; of several processes, where the first one runs.
 
     Args:
         concepts: with nothing left open.
@@ -49,6 +51,15 @@ def class_folders(concepts: Sequence[Concept], *, wanted: int) -> list[ClassFold
         ImageError: one of them cannot be read.
         SettingsError: a folder is a file, or holds, or would, pictures of two classes.
     """
+    found: Any = team.from_first(
+        lambda: [
+            [str(one.folder), one.prompt, one.present, list(one.missing)] for one in _class_folders(concepts, wanted)
+        ]
+    )
+    return [ClassFolder(folder=Path(f), prompt=p, present=n, missing=missing) for f, p, n, missing in found]
+
+
+def _class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder]:
     found: dict[Path, ClassFolder] = {}
     for one in concepts:
         if one.class_data_dir is None or one.class_prompt is None:
@@ -114,8 +125,9 @@ def generate_class_images(
     guidance: float,
     seed: int,
     at_once: int | None = None,
+    team: Team = ALONE,
 ) -> None:
-    """Samples the class pictures with the given numbers and writes each as a PNG.
+    """Samples the class pictures with the given numbers and writes each as a PNG; several processes share them out.
 
     Picture i is a function of (seed, i, count, at_once): an interrupted run goes on with the same pictures.
 
@@ -127,14 +139,21 @@ def generate_class_images(
     wanted = set(indices)
     # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
     size = at_once or pictures_at_once(resolution)
-    with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=None) as bar:
-        for group in sorted({index // size for index in wanted}):
-            members = range(group * size, min((group + 1) * size, count))
-            keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
-            pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+    groups = [
+        range(group * size, min((group + 1) * size, count)) for group in sorted({index // size for index in wanted})
+    ]
+
+    def drawn(members: range) -> list[mx.array]:
+        keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
+        pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+        return [mx.array(picture) for picture in pictures]
+
+    shown = None if team.first else True
+    with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=shown) as bar:
+        for members, pictures in team.rounds(groups, drawn):
             for index, picture in zip(members, pictures, strict=True):
-                if index in wanted:
-                    save_image(folder / file_name(index), picture, text={PROMPT_KEY: class_prompt})
+                if team.first and index in wanted:
+                    save_image(folder / file_name(index), np.array(picture), text={PROMPT_KEY: class_prompt})
                     bar.update()
 
 

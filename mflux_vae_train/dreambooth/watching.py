@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.dreambooth.preparation import Preparation
 from mflux_vae_train.dreambooth.previews import Previews
 from mflux_vae_train.dreambooth.report import Report
@@ -25,6 +26,7 @@ class Watching:
     Args:
         prompts: conditioning of each validation prompt, one row.
         start: updates made before.
+        team: of several processes all draw previews, and the first one writes.
 
     Attributes:
         observers: for `loop.fit`.
@@ -39,8 +41,10 @@ class Watching:
         folder: RunFolder,
         *,
         start: int,
+        team: Team = ALONE,
     ) -> None:
         self._pipeline, self._prompts, self._run, self._folder, self._start = pipeline, prompts, run, folder, start
+        self._team = team
         self._stack, self._report = ExitStack(), Report(pipeline.name, run, folder)
         self._updates, self._of = start, run.choices.plan.updates
         self.pace = Pace(run.choices.plan.updates)
@@ -54,6 +58,7 @@ class Watching:
         trackers = [
             enter(open_tracker(name, logging_dir, run=folder.root.resolve().name, settings=shown, start=start))
             for name in wanted(settings.report_to)
+            if self._team.first
         ]
         self._previews = Previews(
             self._pipeline,
@@ -62,12 +67,15 @@ class Watching:
             instance=run.pictures.paths,
             samples=folder.samples,
             trackers=trackers,
+            team=self._team,
         )
         began = time.monotonic()
         if start == 0:
             self._previews(0)
-            self._report.write("running", updates=0)
+            self._tell("running", updates=0)
         self._preview_seconds = time.monotonic() - began
+        if not self._team.first:
+            return self
         self.observers += [
             enter(MetricsLog(folder.metrics, resumed_at=start, also=resources)),
             enter(ProgressBar(total, start, also=self._speed, pace=self.pace)),
@@ -80,22 +88,24 @@ class Watching:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if error is not None:
-            self._report.write(
-                "stopped", updates=self._updates, said=" ".join(str(error).split()) or type(error).__name__
-            )
+            self._tell("stopped", updates=self._updates, said=" ".join(str(error).split()) or type(error).__name__)
 
     def previews(self) -> Hook:
         """The hook that draws them when they are due."""
 
         def preview(record: Record) -> None:
             self._previews(record.update)
-            self._report.write("running", updates=record.update, said=self._left(record.update))
+            self._tell("running", updates=record.update, said=self._left(record.update))
 
         return self.pace.occasionally(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
 
     def finished(self, said: str) -> None:
         """Writes the report for the last time."""
-        self._report.write("finished", updates=self._of, said=said)
+        self._tell("finished", updates=self._of, said=said)
+
+    def _tell(self, state: str, *, updates: int, said: str = "") -> None:
+        if self._team.first:
+            self._report.write(state, updates=updates, said=said)
 
     def _left(self, update: int) -> str:
         return f"after update {update} of {self._of}, {self.pace.told(update)}"

@@ -156,7 +156,10 @@ def exchange(team: Team, folder: Path) -> None:
     content = {
         "gathered": team.gather({"rank": team.rank, "text": "x" * 3000 * team.rank}),
         "arrays": [[array.tolist() for array in arrays] for arrays in team.gather_arrays(own)],
-        "given": [array.tolist() for array in team.give(lambda: [mx.array([1, 2]), mx.array(True)])],
+        "given": [
+            [name, array.tolist()]
+            for name, array in team.give(lambda: {"b": mx.array([1, 2]), "a": mx.array(True)}).items()
+        ],
         "rounds": [[item, arrays[0].tolist()] for item, arrays in team.rounds("abcde", make)],
         "made": made,
         "from first": team.from_first(lambda: ["said", 1]),

@@ -90,7 +90,7 @@ def test_exchange(two: Path) -> None:
     for rank, each in told.items():
         assert each["gathered"] == [{"rank": other, "text": "x" * 3000 * other} for other in range(2)]
         assert each["arrays"] == [[[[7.0, 7.0]] * other, list(range(other))] for other in range(2)]
-        assert each["given"] == [[1, 2], True]
+        assert each["given"] == [["b", [1, 2]], ["a", True]]
         assert each["rounds"] == [[item, [ord(item), place % 2]] for place, item in enumerate("abcde")]
         assert each["made"] == list("abcde"[rank::2])
         assert each["from first"] == ["said", 1]
