@@ -151,6 +151,9 @@ class DreamBoothSettings:
         group="fitting into memory",
     )
     gradient_checkpointing: bool = flag("compute activations twice instead of keeping them", False)
+    max_sequence_length: int | None = flag(
+        "tokens of a prompt (none, or more than that: as many as the model was trained with)", None, least=1
+    )
     memory_limit: float | None = flag(
         "GB that the run may take, by its estimate; one that takes more is refused (none: all there are, and a"
         " warning)",

@@ -6,7 +6,15 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Estimates, Quantizes, Recomputes, Releases, Use
+from mflux_vae_train.pipelines.protocol import (
+    DiffusionPipeline,
+    Estimates,
+    LimitsPrompts,
+    Quantizes,
+    Recomputes,
+    Releases,
+    Use,
+)
 
 
 def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
@@ -19,6 +27,7 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         "--gradient_checkpointing": (settings.gradient_checkpointing, Recomputes),
         "--train_batch_size auto": (settings.train_batch_size is None, Estimates),
         "--memory_limit": (settings.memory_limit is not None, Estimates),
+        "--max_sequence_length": (settings.max_sequence_length is not None, LimitsPrompts),
     }
     for flag, (asked, capability) in needing.items():
         if asked and not isinstance(pipeline, capability):
@@ -29,6 +38,8 @@ def apply(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     """Let the pipeline hold and compute what the settings say, from now on."""
     if settings.quantize is not None and isinstance(pipeline, Quantizes):
         pipeline.quantize(settings.quantize)
+    if settings.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
+        pipeline.prompt_limit = settings.max_sequence_length
     if isinstance(pipeline, Recomputes):
         pipeline.recompute_activations(settings.gradient_checkpointing)
 

@@ -227,6 +227,17 @@ class Estimates(Protocol):
 
 
 @runtime_checkable
+class LimitsPrompts(Protocol):
+    """A pipeline whose prompts may be cut to fewer tokens, which takes less time and memory.
+
+    Attributes:
+        prompt_limit: tokens at most; None, or more than the model was trained with: as many as that.
+    """
+
+    prompt_limit: int | None
+
+
+@runtime_checkable
 class Identifies(Protocol):
     """A pipeline whose encodings of prompts and images can be kept on disk, and used by another run."""
 

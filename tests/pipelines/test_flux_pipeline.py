@@ -158,6 +158,19 @@ def test_text_length_is_the_tokenizers_and_at_most_the_models(
         assert FluxPipeline(transformer=pipeline.denoiser, **parts).max_text_tokens == longest
 
 
+def test_prompts_can_be_cut_shorter_and_the_empty_one_with_them(tmp_path: Path) -> None:
+    pipeline = small_pipeline(tmp_path)
+    whole, whole_id = pipeline.encode_prompts([*PROMPTS, ""]), pipeline.encoder_identity("prompts")
+    pipeline.prompt_limit = 3
+    cut = pipeline.encode_prompts(PROMPTS)
+    assert cut["prompt_embeds"].shape == (3, 3, whole["prompt_embeds"].shape[-1])
+    assert pipeline.encoder_identity("prompts") != whole_id  # what was kept of whole ones is of no use
+    pictures = pipeline.sample(cut, size=(32, 32), steps=1, guidance=2.0, key=keys(0, 1, 2))
+    assert pictures.shape == (3, 32, 32, 3)  # guidance had an empty prompt of that length
+    pipeline.prompt_limit = 10_000
+    assert pipeline.encode_prompts(PROMPTS)["prompt_embeds"].shape == whole["prompt_embeds"][:3].shape
+
+
 def test_published_models_have_their_recommendations(tmp_path: Path, dev: FluxPipeline) -> None:
     schnell = small_pipeline(tmp_path)
     recommended = schnell.recommended

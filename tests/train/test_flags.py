@@ -36,7 +36,7 @@ def other_single(name: str) -> Any:
     if kind is str:
         return f"some text for {name}"  # each another: folders must differ
     if kind is int:
-        return 16
+        return min(16, field.metadata.get("most") or 16)
     return 0.25
 
 

@@ -73,6 +73,7 @@ class FluxPipeline(FluxParts):
         self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
         self.name = name
         self._empty: Conditioning | None = None
+        self._prompt_limit: int | None = None
 
     @classmethod
     def from_pretrained(
@@ -106,8 +107,18 @@ class FluxPipeline(FluxParts):
 
     @property
     def longest_prompt(self) -> int:
-        """512, or 256 for models without embedded guidance, as the published models were trained."""
-        return 512 if self.guidance_embeds else 256
+        """512, or 256 for models without embedded guidance, as the published models were trained; or `prompt_limit`."""
+        longest = 512 if self.guidance_embeds else 256
+        return min(longest, self.prompt_limit or longest)
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """See `protocol.LimitsPrompts`."""
+        return self._prompt_limit
+
+    @prompt_limit.setter
+    def prompt_limit(self, tokens: int | None) -> None:
+        self._prompt_limit, self._empty = tokens, None  # which is as long as prompts were
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
         """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
