@@ -91,7 +91,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         "learning_rate": _rate(settings, recommended),
         "guidance": recommended.guidance,
         "caption_dropout": recommended.caption_dropout,
-        "validation_prompt": (settings.instance_prompt,),
+        "validation_prompt": tuple(dict.fromkeys(one.instance_prompt for one in settings.subjects)),
         "validation_steps": _validation_steps(settings, plan, pictures),
         "rank": rank if lora else None,
         "lora_alpha": float(rank) if lora else None,

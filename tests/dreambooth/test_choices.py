@@ -138,6 +138,7 @@ def test_concepts_are_decided_one_by_one():
     assert [one.class_data_dir for one in choices.concepts] == ["out/class_images", "cats", "out/class_images"]
     assert [one.repeats for one in choices.concepts] == [2, 3, 2]
     assert choices.settings.concepts == choices.concepts
+    assert choices.validation_prompt == ("a photo of sks dog", "a photo of xyz cat", "a photo of zwx dog")
     assert choose(choices.settings, RECOMMENDED, pictures=5).settings == choices.settings
 
 
