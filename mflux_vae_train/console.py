@@ -14,9 +14,14 @@ from mflux_vae.redaction import redacted
 class Console(logging.Handler):
     """Lines on standard output, warnings on standard error, neither through the middle of a progress bar.
 
-    What a bar shows at the moment, and says for a log's sake only (`on_bar`), is left out. Of several processes that
+    What a bar shows at the moment, and says for a log's sake only (`on_bar`), is left out, and so is what the component
+    says again: an autoencoder that comes and goes is opened for every preview. Of several processes that
     were launched together the first one speaks; of the others errors are heard.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -25,6 +30,10 @@ class Console(logging.Handler):
             return
 
         message = redacted(record.getMessage())
+        if record.name.startswith("mflux_vae.") and record.levelno < logging.WARNING:
+            if message in self._known:
+                return
+            self._known.add(message)
         if record.levelno >= logging.WARNING:
             tqdm.write(f"warning: {message}", file=sys.stderr)
         else:
