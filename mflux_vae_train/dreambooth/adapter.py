@@ -11,6 +11,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.fitting import outline_of
+from mflux_vae_train.dreambooth.result import check_result
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NamesForKohya, PresetsForLora
 
 USUAL_PRESETS = ("attention", "attention+mlp")
@@ -77,8 +78,13 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
 
 
 def attach(pipeline: DiffusionPipeline, choices: Choices) -> None:
-    """Adapts the denoiser and freezes the rest of it."""
+    """Adapts the denoiser and freezes the rest of it.
+
+    Raises:
+        SettingsError: the weights, known only now, do not allow what the run is to leave.
+    """
     settings = choices.settings
+    check_result(pipeline, settings, pipeline.denoiser)
     assert choices.rank is not None
     if settings.lora_weights is not None:
         path, prefix = Path(settings.lora_weights), pipeline.adapter_prefix

@@ -24,7 +24,7 @@ from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_i
 from mflux_vae_train.dreambooth.result import check_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
 from mflux_vae_train.fingerprint import of_weights
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Predicts
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Identifies, Predicts, Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def prepare(
     fitting.check(pipeline, settings)
     settings, said = with_batch_size(settings, pipeline, resolution)
     choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
-    check_result(pipeline, settings)
+    check_result(pipeline, settings, fitting.outline_of(pipeline))
     trained = _trained(pipeline, choices)
     classes = class_folders(choices.concepts, wanted=settings.num_class_images, team=team)
     prompts = len({one.caption for one in pictures.instances}) + len(choices.validation_prompt) + len(classes) + 1
@@ -104,6 +104,9 @@ def prepare(
         base=of_weights(pipeline.denoiser) if looked_at else "",
         pictures=pictures.fingerprint,
     )
+    if looked_at and isinstance(pipeline, Identifies):
+        uses: tuple[Use, ...] = ("prompts", "images")
+        identity["encoders"] = [pipeline.encoder_identity(use) for use in uses]
     if settings.lora_weights is not None:
         identity["adapter to start from"] = content_of(Path(settings.lora_weights))
     team.same(identity)

@@ -21,8 +21,11 @@ KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
 """Names in the output folder."""
 
 
-def check_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
+def check_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, network: nn.Module) -> None:
     """Whether the run can leave what is asked for. (Which layers kohya's naming has, `adapter.described` looks at.)
+
+    Args:
+        network: the denoiser, or as much of it as is known by now.
 
     Raises:
         SettingsError: it cannot, because of the pipeline.
@@ -31,7 +34,7 @@ def check_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> N
         return
     if not _saves_itself(pipeline):
         raise SettingsError(f"--fuse: a {type(pipeline).__name__} cannot save itself; load the adapter instead")
-    if any(isinstance(layer, nn.QuantizedLinear) for layer in pipeline.denoiser.modules()):
+    if settings.quantize is not None or any(isinstance(layer, nn.QuantizedLinear) for layer in network.modules()):
         raise SettingsError("--fuse: quantised weights cannot hold what an adapter adds; fuse it into the full ones")
 
 
