@@ -1,8 +1,9 @@
 """A line between the first of several processes and each other one, over which they notice when one is gone.
 
-Collective operations wait for ever for a process that is stopped, asleep or behind a pulled cable, and none of them
-carries a word of why a process ended. So each end of a line says something every few seconds, says when it leaves and
-why, and the first process passes that on to all.
+Collective operations wait for ever for a process that is stopped, asleep or behind a pulled cable, none of them
+carries a word of why a process ended, and the ring keeps a core busy for each neighbour while it waits. So each end of
+a line says something every few seconds, says when it leaves and why, which the first process passes on to all, and all
+meet over their lines before each operation, in a wait that sleeps and can be ended.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ _PATIENCE = 15.0
 """Seconds for all lines to be made."""
 
 _WELCOME = "welcome"
+
+_HERE = b"+"
+"""From another process to the first: it waits at the next meeting; and back: all do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,22 @@ class Lifeline(threading.Thread):
         super().__init__(name="lifeline", daemon=True)
         self._rank, self._lines, self._gone, self._tick = rank, dict(lines), gone, tick
         self._speaking = threading.Lock()
+        self._news = threading.Condition()
+        self._here, self._left = 0, False
+
+    def meet(self) -> bool:
+        """Wait until all processes are in a call of this; False where one of them is gone."""
+        if self._rank != 0:
+            self._send(_HERE)
+        wanted = len(self._lines)
+        with self._news:
+            self._news.wait_for(lambda: self._here >= wanted or self._left)
+            if self._here < wanted:
+                return False
+            self._here -= wanted
+        if self._rank == 0:
+            self._send(_HERE)
+        return True
 
     def leave(self, why: str, *, orderly: bool) -> None:
         """Tell the others that this process takes no further part."""
@@ -90,7 +110,12 @@ class Lifeline(threading.Thread):
                     heard[rank] = time.monotonic()
                     *messages, rest[rank] = (rest[rank] + new).split(b"\n")
                     for message in filter(None, messages):
-                        self._pass_on(Gone(**json.loads(message)), rank)
+                        if message == _HERE:
+                            with self._news:
+                                self._here += 1
+                                self._news.notify()
+                        else:
+                            self._pass_on(Gone(**json.loads(message)), rank)
                     if not new:
                         selector.unregister(line)
                         del heard[rank]
@@ -99,7 +124,7 @@ class Lifeline(threading.Thread):
                     del heard[rank]
                     self._pass_on(Gone(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
                 if time.monotonic() - said > BEAT:
-                    self._say(None)
+                    self._send(b"")
                     said = time.monotonic()
                 self._tick()
 
@@ -107,14 +132,19 @@ class Lifeline(threading.Thread):
         if self._rank == 0:
             self._say(gone, but=heard_from)
         self._gone(gone)
+        with self._news:
+            self._left = True
+            self._news.notify()
 
-    def _say(self, gone: Gone | None, *, but: int | None = None) -> None:
-        text = (json.dumps(asdict(gone)) if gone else "").encode() + b"\n"
+    def _say(self, gone: Gone, *, but: int | None = None) -> None:
+        self._send(json.dumps(asdict(gone)).encode(), but=but)
+
+    def _send(self, message: bytes, *, but: int | None = None) -> None:
         with self._speaking:
             for rank, line in self._lines.items():
                 if rank != but:
                     with suppress(OSError):  # nobody there: reading notices, too
-                        line.sendall(text)
+                        line.sendall(message + b"\n")
 
 
 def offered() -> tuple[socket.socket, dict[str, Any]]:

@@ -64,6 +64,8 @@ class Vigil:
         """
         if self._lost is not None or (self._gone is not None and not self._gone.orderly):
             raise ProcessLost(self._lost or self._told(self._gone))
+        if self._lifeline is not None and not self._lifeline.meet():
+            raise ProcessLost(self._told(self._gone))
         self._waiting_since = time.monotonic()
         try:
             yield

@@ -200,7 +200,7 @@ def broken(team: Team, folder: Path) -> None:
         note(team, folder, str(error))
 
 
-def lost(team: Team, folder: Path, how: str) -> None:
+def lost(team: Team, folder: Path, how: str, asleep: str = "") -> None:
     """The last process is gone in one of several ways, after two updates; the others say when they noticed."""
     lifeline.BEAT, lifeline.SILENCE, vigil._GRACE = 0.3, 1.5, 0.5
     began = time.monotonic()
@@ -209,12 +209,14 @@ def lost(team: Team, folder: Path, how: str) -> None:
         if team.rank == team.size - 1:
             if how == "raise":
                 raise ValueError("no such picture")
+            if how == "engine":  # the others are in the engine's hands, and wait for this one
+                team._vigil._lifeline.meet()  # type: ignore[union-attr]
             if how != "kill":  # the launcher would wait for ever
                 subprocess.Popen(["sh", "-c", f"sleep 7; kill -9 {os.getpid()}"])
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "rdma": signal.SIGSTOP}[how])
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
-    if how == "rdma":
-        team._vigil._sockets = []  # as of an engine that nothing wakes
+    if asleep:
+        team._vigil._sockets = []  # as of an engine that nothing wakes, over RDMA
     try:
         Run(team, folder, WINDOWS["even"]).train(hooks=[at(2, go)])
     except ProcessLost as error:

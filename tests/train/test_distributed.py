@@ -121,6 +121,7 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_p
         ("kill", "process 2 of 2 ended without a word"),
         ("raise", "process 2 of 2 stopped: no such picture"),
         ("stop", "process 2 of 2 has been silent"),
+        ("engine", "process 2 of 2 has been silent"),
     ],
 )
 def test_where_one_is_gone_the_others_keep_what_was_made_and_end(how: str, why: str, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_where_one_is_gone_the_others_keep_what_was_made_and_end(how: str, why: 
 
 def test_who_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> None:
     """As with RDMA, where waiting in vain is not an error."""
-    said = processes(2, "lost", tmp_path, "rdma")
+    said = processes(2, "lost", tmp_path, "engine", "asleep")
     assert "error: process 2 of 2 has been silent" in said and not notes(tmp_path)
 
 
