@@ -31,7 +31,7 @@ FREE = frozenset(
         *("report_to", "logging_dir", "sample_batch_size"),
         *("revision", "variant"),  # the weights count, not where they are from
         *("gradient_checkpointing", "memory_limit"),  # what takes less memory gives the same result
-        "encodings_dir",  # what is encoded is the same wherever it is kept
+        *("encodings_dir", "lora_weights"),  # what is in them counts, too
     }
 )
 """Settings that may change when a run is continued: they do not shape its result."""

@@ -30,6 +30,7 @@ from mflux_vae_train.hooks import read_metrics
 from mflux_vae_train.loop import Interrupted
 from tests.contracts.fake import FakePipeline
 from tests.crashes import states
+from tests.pipelines.small_flux import small_pipeline
 
 Make = Callable[..., DreamBoothSettings]
 
@@ -112,6 +113,68 @@ def test_a_preview_that_was_due_is_made_up_for(settings: Make, tmp_path: Path, m
         train(settings())
     assert not (tmp_path / "out" / "samples" / "step-00002.png").exists()
     train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# in the middle of a window, whatever is trained and however
+
+
+@contextmanager
+def crash(micro_batch: int) -> Iterator[None]:
+    """The process ends within the n-th micro-batch."""
+
+    class Killed(BaseException):
+        pass
+
+    calls, own = 0, train_module.dreambooth_loss
+
+    def dies(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == micro_batch:
+            raise Killed
+        return own(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module, "dreambooth_loss", dies)
+        yield
+
+
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw in 8 bits": {"optimizer": "adamw8bit"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lion": {"optimizer": "lion"},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "dora, restarts": {"use_dora": True, "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+    "buckets, flips, crops": {"use_aspect_ratio_buckets": True, "random_flip": True, "train_batch_size": 2},
+    "crops, no pictures of the class": {"center_crop": False, "prior_preservation": "dop"},
+    "all weights, epochs": {"train_mode": "full", "lora_dropout": 0.0, "num_train_epochs": 4},
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_within_a_window_whatever_is_trained(name: str, settings: Make, tmp_path: Path, instance_dir: Path) -> None:
+    if "buckets" in name:
+        save_image(instance_dir / "wide.png", np.full((16, 48, 3), 90, np.uint8))
+    train(settings(output_dir=str(tmp_path / "whole"), **COMBINATIONS[name]))
+    with crash(4 * 3 + 2):
+        train(settings(**COMBINATIONS[name]))
+    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
+    train(settings(**COMBINATIONS[name]))
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_within_a_window_over_quantised_weights(settings: Make, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"quantize": 8, "resolution": 32, "num_class_images": 1, "max_train_steps": 3}
+
+    def pipeline(name: str) -> Any:
+        return small_pipeline(tmp_path / name)
+
+    train(settings(output_dir=str(tmp_path / "whole"), **changes), pipeline("one"))
+    with crash(4 * 2 + 2):
+        train(settings(**changes), pipeline("two"))
+    train(settings(**changes), pipeline("three"))
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
