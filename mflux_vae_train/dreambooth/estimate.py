@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_reduce
+from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae import memory
 from mflux_vae.errors import SettingsError
@@ -143,12 +143,9 @@ def with_batch_size(
 
 
 def _state_bytes(settings: DreamBoothSettings) -> int:
-    """What the optimizer keeps for each weight: seen on a small matrix."""
-    optimizer = optimizer_of(settings)
-    weight = {"weight": mx.zeros((256, 256))}
-    optimizer.init(weight)
-    kept = sum(array.nbytes for array in dict(tree_flatten(optimizer.state)).values() if isinstance(array, mx.array))
-    return math.ceil(kept / weight["weight"].size)
+    """What the optimizer keeps for each weight, master copies of those in half precision included."""
+    weights = mx.zeros((256, 256), mx.float32 if settings.train_mode == "lora" else compute_dtype(None))
+    return math.ceil(optimizer_of(settings).state_bytes(weights) / weights.size)
 
 
 def _cures(pipeline: Estimates, work: Workload, limit: int) -> Iterator[str]:
