@@ -30,7 +30,7 @@ class Console(logging.Handler):
             return
 
         message = redacted(record.getMessage())
-        if record.name.startswith("mflux_vae.") and record.levelno < logging.WARNING:
+        if record.name.split(".")[0] == "mflux_vae" and record.levelno < logging.WARNING:
             if message in self._known:
                 return
             self._known.add(message)

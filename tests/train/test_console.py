@@ -10,7 +10,7 @@ from mflux_vae_train.console import spoken
 
 
 def test_lines_and_warnings_and_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    component, training = logging.getLogger("mflux_vae.loading"), logging.getLogger("mflux_vae_train.progress")
+    component, training = logging.getLogger("mflux_vae"), logging.getLogger("mflux_vae_train.progress")
     with spoken(("mflux_vae", "mflux_vae_train")):
         for path in ("vae", "vae", "other"):
             component.info("%s opened", path)
