@@ -51,7 +51,7 @@ pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
 image = pipeline({prompt!r}).images[0]
 ```"""
     shell = f"""```bash
-mflux-generate --model {base} --lora-paths path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
     without = "mflux reads no DoRA. `--fuse` leaves a whole pipeline instead."
     return {"diffusers": python, "mflux": without if dora else shell}
