@@ -21,6 +21,7 @@ from mflux_vae.errors import TrainingError
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
+from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
@@ -92,11 +93,17 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
+            before = exact(parameters)
             changed = optimizer.apply_gradients(tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters)
             if ema is not None:
-                ema.update(changed)
-            change = tree_map(lambda new, old: new.astype(mx.float32) - old.astype(mx.float32), changed, parameters)
+                ema.update(exact(changed))
+            change = tree_map(lambda new, old: new - old, exact(changed), before)
             return changed, global_norm(change) / mx.maximum(global_norm(parameters), 1e-20)
+
+        def exact(parameters: Any) -> Any:
+            """Float32: what the optimizer keeps of weights in half precision, which small updates leave as they are."""
+            kept = optimizer.exact(parameters) if isinstance(optimizer, Optimizer) else parameters
+            return tree_map(lambda weights: weights.astype(mx.float32), kept)
 
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
         self._gradients = mx.value_and_grad(objective)

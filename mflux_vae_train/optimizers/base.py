@@ -51,6 +51,10 @@ class Optimizer(optim.Optimizer):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         return rounded(self.updated(gradient.astype(mx.float32), exact(parameter, state), state), parameter, state)
 
+    def exact(self, parameters: Any) -> Any:
+        """Parameters, or a part of them -> their master copies where there are some, else themselves."""
+        return tree_map(exact, parameters, self.state)
+
     def state_bytes(self, parameter: mx.array) -> int:
         """What is kept for such a parameter, its master copy included. Nothing is computed or allocated."""
         state: State = {}

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.errors import TrainingError
 from mflux_vae_train.ema import EMA
@@ -179,3 +179,16 @@ def test_the_size_of_an_update_is_measured() -> None:
     change = sum(mx.square(after[name] - before[name]).sum().item() for name in before) ** 0.5
     norm = sum(mx.square(before[name]).sum().item() for name in before) ** 0.5
     assert size == pytest.approx(change / norm, rel=1e-5)
+
+
+def test_the_size_of_an_update_is_that_of_the_master_weights() -> None:
+    """What half precision rounds away in one update is not lost, and does not count as nothing."""
+    sizes = {}
+    for dtype in (mx.float32, mx.bfloat16):
+        net = Net()
+        net.set_dtype(dtype)
+        before = dict(tree_flatten(tree_map(lambda x: x + 0, net.parameters())))
+        sizes[dtype] = Step(net, AdamW(), loss)(0, window(0), 1e-6)["update_size"]
+        changed = [path for path, now in tree_flatten(net.parameters()) if not mx.array_equal(now, before[path])]
+        assert bool(changed) == (dtype == mx.float32)
+    assert sizes[mx.bfloat16] == pytest.approx(sizes[mx.float32], rel=0.1) and sizes[mx.float32] > 1e-7
