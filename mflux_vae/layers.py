@@ -5,14 +5,15 @@ Attribute names are those of diffusers, so that parameter paths and checkpoint k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import kernels
-from mflux_vae.overriding import overridable
+from mflux_vae.overriding import overridable, pointwise
 
 
 class Conv2d(nn.Module):
@@ -236,12 +237,21 @@ class Upsample(nn.Module):
         )
 
 
+@pointwise
+def leaky_relu(x: mx.array, slope: float) -> mx.array:
+    """x, times `slope` where it is negative (0 < slope < 1)."""
+    return mx.maximum(x, slope * x)
+
+
 @overridable
 def average_pixels(x: mx.array) -> mx.array:
     """Mean of every 2x2 pixels; an odd last row or column is left out. (B, H, W, C) -> (B, H // 2, W // 2, C)."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
+Layer: TypeAlias = Callable[[mx.array], mx.array]
 
 
 class Stage(nn.Module):
@@ -264,12 +274,15 @@ class Stage(nn.Module):
         if up is not None:
             self.upsamplers = [up]
 
+    def steps(self) -> Sequence[Layer]:
+        """What makes up the stage, one after the other: whoever goes through them himself holds no stage's input."""
+        pairs = zip_longest(self.resnets, self.get("attentions", []))
+        resamplers = [*self.get("downsamplers", []), *self.get("upsamplers", [])]
+        return [*(step for pair in pairs for step in pair if step is not None), *resamplers]
+
     def __call__(self, x: mx.array) -> mx.array:
-        for resnet, attention in zip_longest(self.resnets, self.get("attentions", [])):
-            x = resnet(x)
-            x = x if attention is None else attention(x)
-        for resample in [*self.get("downsamplers", []), *self.get("upsamplers", [])]:
-            x = resample(x)
+        for step in Stage.steps(self):
+            x = step(x)
         return x
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
@@ -283,8 +283,8 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
+        for step in chain.from_iterable(block.steps() for block in self.down_blocks):
+            x = step(x)
         x = self.mid_block(x)
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
@@ -309,8 +309,8 @@ class Decoder(nn.Module):
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
+        for step in chain.from_iterable(block.steps() for block in self.up_blocks):
+            x = step(x)
         return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 

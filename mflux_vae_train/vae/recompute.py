@@ -50,4 +50,6 @@ def _recomputing(kind: Any) -> Any:
         fold_statistics(self, seen)
         return y
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__doc__": kind.__doc__})
+    # a stage must not be gone through layer by layer any more
+    members = {"__call__": call, "steps": lambda self: [self], "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), members)
