@@ -4,7 +4,7 @@
 
 On a GPU that MLX and torch both know, the same rows are measured there. Peers are optional (extra `parity`): what is
 not installed is said below the table. How well DreamBooth learns is measured elsewhere: `benchmarks.dreambooth_quality`
-and `benchmarks.dreambooth_photos`.
+and `benchmarks.dreambooth_photos`; what a weight does to total correlation: `benchmarks.disentanglement`.
 """
 
 from __future__ import annotations
