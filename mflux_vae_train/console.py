@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mflux_vae.redaction import redacted
-
 
 class Console(logging.Handler):
     """Lines on standard output, warnings on standard error, neither through the middle of a progress bar.
@@ -25,6 +23,8 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
+
+        from mflux_vae.redaction import redacted  # late: the component warns where there is no fast BLAS
 
         if getattr(record, "on_bar", False) or (record.levelno < logging.ERROR and not _first()):
             return

@@ -460,8 +460,8 @@ def test_what_is_no_pipeline():
 
 def test_a_loss_that_does_not_reach_the_adapter(settings):
     class Deaf(FakePipeline):
-        def loss(self, latents, conditioning, *, key, guidance):
-            return (latents**2).flatten(1).mean(axis=1)
+        def predict(self, latents, conditioning, **options):
+            return super().predict(latents, conditioning, **options)._replace(prediction=latents)
 
     with pytest.raises(TrainingError, match="the first update changed nothing"):
         DreamBooth(Deaf()).train(settings())
@@ -469,8 +469,9 @@ def test_a_loss_that_does_not_reach_the_adapter(settings):
 
 def test_a_loss_that_is_not_finite(settings):
     class Exploding(FakePipeline):
-        def loss(self, latents, conditioning, *, key, guidance):
-            return super().loss(latents, conditioning, key=key, guidance=guidance) * mx.inf
+        def predict(self, latents, conditioning, **options):
+            predicted = super().predict(latents, conditioning, **options)
+            return predicted._replace(weight=predicted.weight * mx.inf)
 
     with pytest.raises(TrainingError, match="update 1: loss is inf"):
         DreamBooth(Exploding()).train(settings())
