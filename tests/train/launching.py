@@ -1,33 +1,70 @@
-"""Several processes for tests, started as users start them: with MLX's launcher, on this machine, in a ring."""
+"""Several processes for tests, in a ring on this machine.
+
+`launch` starts them as users do, with MLX's launcher. `ring` gives them the launcher's environment without it: it keeps
+a core busy while it waits, and ends all where one has failed, before they can show that they notice by themselves.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = shutil.which("mlx.launch", path=str(Path(sys.executable).parent)) or "mlx.launch"
+THREADS = {name: "1" for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+TIMEOUT = 240.0
 
 
-def launch(processes: int, command: Sequence[object], *, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, command: Sequence[object]) -> subprocess.CompletedProcess[str]:
     """Runs the command `processes` times at once; what all of them say comes together.
 
     The launcher's own status says nothing; of processes that failed it says so in a line of standard error.
     """
     arguments = [LAUNCHER, "-n", processes, "--starting-port", _free_ports(processes), "--", *command]
-    threads = {name: "1" for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [str(argument) for argument in arguments],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT,
+        [str(argument) for argument in arguments], input="", capture_output=True, text=True, timeout=TIMEOUT,
+        env={**os.environ, **THREADS, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
     )  # fmt: skip
+
+
+def ring(processes: int, command: Sequence[object], *, wait_for_last: bool = True) -> list[tuple[int, str]]:
+    """Runs the command `processes` times at once.
+
+    Args:
+        wait_for_last: otherwise the last one is killed when the others have ended.
+
+    Returns:
+        of each its exit status and what it said on standard error.
+    """
+    first = _free_ports(processes)
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(processes)]))
+        environment = {**os.environ, **THREADS, "PYTHONPATH": str(ROOT), "MLX_HOSTFILE": str(hosts)}
+        said = [(Path(folder) / f"{rank}.txt") for rank in range(processes)]
+        running = []
+        for rank, path in enumerate(said):
+            with path.open("w") as file:
+                arguments = [str(argument) for argument in command]
+                own = {**environment, "MLX_RANK": str(rank)}
+                running.append(subprocess.Popen(arguments, stdout=file, stderr=file, env=own, cwd=ROOT))
+        try:
+            for process in running if wait_for_last else running[:-1]:
+                process.wait(TIMEOUT)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        return [(process.returncode, path.read_text()) for process, path in zip(running, said, strict=True)]
 
 
 def _free_ports(count: int) -> int:
