@@ -60,6 +60,7 @@ def test_it_trains_and_says_what_it_does(run, tmp_path):
         (["--rank=many"], "--rank is 'many'"),
         (["--resolution=18"], "a multiple of 4"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--max_sequence_length=77"], "--max_sequence_length: pipeline fake does not offer it"),
         (["--with_prior_preservation", "--instance_prompt=a photo of xyz"], "needs --class_prompt"),
     ],
 )

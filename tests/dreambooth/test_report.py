@@ -150,6 +150,22 @@ def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monk
     assert "report.html was not written (OSError: no space left)" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore")  # TensorBoard's own
+def test_a_tracker_is_shown_the_same_numbers_and_pictures(instance_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(instance_dir, tmp_path / "out", report_to="tensorboard", validation_prompt=("a sks dog", "a dog"))
+    seen = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    seen.Reload()
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    for name in ("loss", "update_size", "prior_loss"):
+        found = [(one.step, one.value) for one in seen.Scalars(f"train/{name}")]
+        assert found == [(record["update"], pytest.approx(record[name], rel=1e-5)) for record in records]
+    for prompt in ("a sks dog", "a dog"):
+        assert [one.step for one in seen.Images(f"preview: {prompt}")] == [0, 3, 6]
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOOK = """
 addEventListener("load", () => {
