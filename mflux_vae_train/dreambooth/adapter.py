@@ -63,6 +63,8 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
     assert choices.rank is not None
     if settings.lora_weights is None:
         patterns = targets_of(pipeline, settings)
+        for name in filter(str.strip, (settings.lora_layers or "").split(",")):  # each: one may be mistyped
+            lora.matching(network, targets_of(pipeline, replace(settings, lora_layers=name)))
         where = f"({', '.join(patterns)})"
     else:
         patterns = lora.check_adapter_fits(network, settings.lora_weights, pipeline.adapter_prefix)

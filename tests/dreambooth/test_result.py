@@ -57,8 +57,10 @@ def test_layers_can_be_named(settings):
     assert adapted(named) == ["blocks.0.to_out"]
     DreamBooth(every := FakePipeline()).train(settings("every", lora_layers="all"))
     assert set(adapted(every)) == {"blocks.0.to_out", "proj_in", "proj_out"}
-    with pytest.raises(SettingsError, match="no linear layer matches"):
-        DreamBooth(FakePipeline()).train(settings("nothing", lora_layers="to_q"))
+    DreamBooth(both := FakePipeline()).train(settings("both", lora_layers="to_out, proj_*"))
+    assert adapted(both) == ["blocks.0.to_out", "proj_in", "proj_out"]
+    with pytest.raises(SettingsError, match="no linear layer matches to_q"):
+        DreamBooth(FakePipeline()).train(settings("nothing", lora_layers="to_out,to_q"))
     with pytest.raises(SettingsError, match="fake has all"):
         DreamBooth(FakePipeline()).train(settings("preset", lora_layers="attention"))
 
