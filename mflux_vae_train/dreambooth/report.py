@@ -19,14 +19,15 @@ import numpy as np
 
 from mflux_vae.images import load_image
 from mflux_vae.weights.files import write_text
-from mflux_vae_train.dreambooth import noise_levels, overview
+from mflux_vae_train.dreambooth import overview
+from mflux_vae_train.dreambooth.charts import charts
 from mflux_vae_train.dreambooth.preparation import Preparation
 from mflux_vae_train.dreambooth.prior import class_images
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.hooks import read_metrics
 from mflux_vae_train.progress import duration
-from mflux_vae_train.report.charts import Chart, draw, number
-from mflux_vae_train.report.curves import Curve, smoothed
+from mflux_vae_train.report.charts import number
+from mflux_vae_train.report.curves import smoothed
 from mflux_vae_train.report.page import Head, Section, page, picture, table
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Report:
                     body=self._previews(),
                     note="The same noise in every row: what changes is what was learnt.",
                 ),
-                Section(name="curves", title="How it learns", body=_charts(records, settings.max_grad_norm, total)),
+                Section(name="curves", title="How it learns", body=charts(records, settings.max_grad_norm, total)),
                 Section(name="data", title="What it learns from", body=self._data()),
                 Section(
                     name="settings", title="Settings", body=self._settings(), note="Bold is what differs from default."
@@ -222,84 +223,6 @@ def _told(value: object) -> str:
     if isinstance(value, tuple):
         return " · ".join(str(getattr(one, "instance_prompt", one)) for one in value)
     return str(value)
-
-
-def _charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: int) -> str:
-    """Everything that was measured: what is known well, each with a sentence, then whatever else there is."""
-    if not records:
-        return ""
-    losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
-    levels = sorted(
-        {name for record in records for name in record if name.startswith(noise_levels.NAME)},
-        key=lambda name: int(name.removeprefix(noise_levels.NAME).split("-")[0]),
-    )
-    # an optimizer that finds its own rate is given a mere factor
-    found = any("effective_rate" in record for record in records)
-    rate = ("effective_rate", "found by the optimizer") if found else ("learning_rate", "rate")
-    charts = [
-        Chart(
-            title="Loss",
-            curves=[_curve(records, name, name.removesuffix("_loss")) for name in losses],
-            note="Each update's faintly, for its noise is drawn anew, and the average over a twentieth of the run.",
-            logarithmic=False,
-            wide=True,
-        ),
-        Chart(
-            title="Loss by noise level",
-            curves=[_curve(records, name, _percent(name), faint=False) for name in levels],
-            note="Of the subject's pictures, averaged: little noise teaches details, much noise the composition.",
-            logarithmic=False,
-            ordered=True,
-            wide=True,
-        ),
-        Chart(title="Learning rate", curves=[_curve(records, *rate, smooth=False)], logarithmic=False),
-        Chart(
-            title="Gradient",
-            curves=[_curve(records, "grad_norm", "norm")],
-            note="Before clipping.",
-            line=(max_grad_norm, "clipped above"),
-        ),
-        Chart(
-            title="Size of an update",
-            curves=[_curve(records, "update_size", "change", smooth=False)],
-            note="Norm of the change as a share of the norm of all that is trained.",
-        ),
-    ]
-    known = {*losses, *levels, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
-    others = list(dict.fromkeys(name for record in records for name in record))
-    for name in others:
-        if name not in known and name not in ("update", "seconds", "samples", "memory_gb"):
-            charts.append(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]))
-    memory = _curve(records, "memory_gb", "GB", smooth=False)
-    timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
-    speed = [record["samples"] / record["seconds"] for record in timed]
-    updates = [record["update"] for record in timed]
-    charts += [
-        Chart(title="Pictures per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
-        Chart(
-            title="Memory",
-            curves=[memory],
-            note="MLX's peak so far.",
-            also=(0.0,),
-            logarithmic=False,
-        ),
-    ]
-    drawn = [draw(chart, total=total) for chart in charts if any(len(curve.values) for curve in chart.curves)]
-    return f'<div class="charts">{"".join(drawn)}</div>'
-
-
-def _percent(metric: str) -> str:
-    return metric.removeprefix(noise_levels.NAME).replace("-", "–") + " % noise"
-
-
-def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, **options: bool) -> Curve:
-    present = [record for record in records if metric in record]
-    return Curve(
-        name=name,
-        updates=[record["update"] for record in present],
-        values=[record[metric] for record in present],
-        **options,
-    )
 
 
 def _log(path: Path) -> str:
