@@ -59,7 +59,7 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
             raise ValueError(f"{wrong[0]!r} is no name of a picture")
         if wrong := [name for name, entry in entries.items() if entry.latents.ndim != 3]:
             raise ValueError(f"latents of {wrong[0]} have {entries[wrong[0]].latents.ndim} axes")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise WeightsError(f"{path}: its metadata do not describe its latents ({reason})") from error
     return entries, settings

@@ -249,7 +249,7 @@ def _nested(cls: Any, name: str, value: Any) -> Any:
 
     try:
         content = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"--{name}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"--{name}: holds {content!r}; 'name: value' pairs are expected")

@@ -222,7 +222,7 @@ def _open_shards(index: Path) -> dict[str, Stored]:
         raise WeightsError(f"{index}: no weight_map; copy or download it again")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or "\0" in name or not _lies_in(index.parent, name):
+        if Path(name).name != name or "\0" in name or len(name) > 255 or not _lies_in(index.parent, name):
             raise WeightsError(f"{index}: names {name[:200]!r}, which is not a file of this folder")
         tensors.update(open_weights(index.parent / name)[0])
     if absent := sorted(weight_map.keys() - tensors.keys()):

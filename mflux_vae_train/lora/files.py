@@ -7,6 +7,7 @@ Keys are ``{prefix}.{path}.lora_A.weight`` (rank, in), ``.lora_B.weight`` (out, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,9 @@ def _rank_and_alpha(
         config = json.loads(metadata.get(METADATA_KEY, "{}"))
         several = config.get(f"{prefix}.rank_pattern") or config.get(f"{prefix}.alpha_pattern")
         alpha = float(config.get(f"{prefix}.lora_alpha", min(ranks)))
-    except (ValueError, TypeError, AttributeError) as error:
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha}")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path}: its {METADATA_KEY} cannot be read ({error})") from error
     if len(ranks) > 1 or several:
         raise WeightsError(f"{path}: its layers differ in rank or alpha (ranks {sorted(ranks)}); one of each is read")

@@ -177,7 +177,7 @@ def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
         return str(json.loads(index.read_text())["_class_name"])
     except FileNotFoundError:
         raise SettingsError(f"{folder} has no model_index.json: give a folder in diffusers' layout") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
 
 

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 MNIST_SPLITS = ("train", "t10k")
 """As MNIST's files call them."""
 
+_UNPACKED, _SMALL = 100, 2**26
+"""A compressed file may unpack to so many times its size, or to so many bytes: more would fill the memory."""
+
 _IN_A_ROW = 100
 """So many broken files one after the other are no accident."""
 
@@ -167,10 +170,13 @@ def mnist(path: Path) -> list[np.ndarray]:
 def npz(path: Path) -> list[np.ndarray]:
     """`x_train` and `x_test`, or the only array of pictures."""
     try:
-        with path.open("rb") as stream, zipfile.ZipFile(stream), np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _largest(path.stat().st_size):
+                raise ImageError(f"{path} unpacks to more than {_UNPACKED} times its size: save it uncompressed")
+        with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("x_train", "x_test") if name in file.files] or file.files
             found = {name: pictures for name in names if (pictures := file[name]).ndim in (3, 4)}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, MemoryError, RuntimeError) as error:
         raise ImageError(f"{path} cannot be read ({error}): give an .npz with an array of pictures") from error
     if not found or (len(found) > 1 and [*found] != ["x_train", "x_test"]):
         raise ImageError(f"{path} has {len(found)} arrays of pictures: give one, or x_train and x_test")
@@ -199,7 +205,12 @@ def _idx(path: Path) -> np.ndarray:
     """A file of pictures in IDX, gzipped or not -> uint8 (N, H, W)."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if data[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                most = _largest(len(data))
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise ImageError(f"{path} unpacks to more than {_UNPACKED} times its size: unpack it yourself")
     except (OSError, EOFError, zlib.error) as error:
         raise ImageError(f"{path} cannot be read ({error}): download it again") from error
     if len(data) < 16 or data[:4] != b"\0\0\x08\x03":
@@ -210,6 +221,11 @@ def _idx(path: Path) -> np.ndarray:
             f"{path} is to have {shape[0]} pictures of {shape[1]} x {shape[2]} and has {len(data) - 16} bytes"
         )
     return np.frombuffer(data, np.uint8, offset=16).reshape(shape)
+
+
+def _largest(size: int) -> int:
+    """What a compressed file of a size may unpack to."""
+    return max(_UNPACKED * size, _SMALL)
 
 
 def _folder(path: str | Path) -> Path:
@@ -251,7 +267,7 @@ def _listed(path: Path) -> list[str]:
         return [str(entry["id"] if isinstance(entry, dict) else entry) for entry in json.loads(text)]
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist: give a list of videos") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImageError(f"{path} is no list of videos ({error!r}): one per line, or a JSON list") from error
 
 
