@@ -125,11 +125,12 @@ def _rescue(team: Team, checkpoint: Callable[[int], object] | None) -> Iterator[
 
     try:
         yield reached
-    except ProcessLost:
-        if checkpoint is not None and made is not None:
-            with team.saving():
-                checkpoint(made)
-        raise
+    except ProcessLost as error:
+        if checkpoint is None or made is None:
+            raise
+        with team.saving():
+            checkpoint(made)
+        raise ProcessLost(f"{error}; the same command continues after update {made}") from error
 
 
 @contextmanager
