@@ -41,7 +41,7 @@ MAY_IMPORT = {
 BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.sheets": {"PIL"}, "mflux_vae.commands": {"tqdm"}}
 """What modules of the component need beside MLX and numpy."""
 
-ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.opening": {"yaml"}}
+ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.yaml_files": {"yaml"}}
 """What modules of the component import inside the functions that use it."""
 
 LIGHT = ("", ".config", ".console", ".flags", ".dreambooth", ".dreambooth.cli", ".vae", ".vae.cli", ".vae.config")
