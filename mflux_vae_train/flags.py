@@ -55,7 +55,7 @@ def parser_from(
     description: str | None = None,
     without_effect: WithoutEffect | None = None,
 ) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` keeps silent `without_effect`.
+    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `without_effect`.
 
     Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
     ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
@@ -64,7 +64,10 @@ def parser_from(
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
     # all of them would fill a screen before the first one is explained
-    parser = _Parser(prog=prog, usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False)
+    usage = "%(prog)s [--flag value ...]"
+    names = ", ".join(f"--{name}" for name in without_effect or {})
+    epilog = f"Accepted without effect, and the log says why: {names}." if names else None
+    parser = _Parser(prog=prog, usage=usage, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
     for name in without_effect or {}:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
@@ -279,7 +282,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
         return " [required]"
     if field.default is None or field.default is False or field.default == "":
         return ""
-    return f" [{field.default}]".replace("%", "%%")
+    return f" [{'on' if field.default is True else field.default}]".replace("%", "%%")
 
 
 def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:

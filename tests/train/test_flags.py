@@ -178,6 +178,8 @@ def test_help_names_every_flag_once() -> None:
     for name in FIELDS:
         assert f"  --{name}" in text
     assert "--train-batch-size" not in text
+    assert len(text.split("\n\n")[0].splitlines()) == 1  # the usage; each flag is explained below
+    assert "--old" in parser_from(Texts, without_effect={"old": "there is nothing old"}).format_help()
 
 
 def test_config_and_flags_import_neither_transformers_nor_numpy_nor_yaml() -> None:
