@@ -57,8 +57,8 @@ def parser_from(
 ) -> argparse.ArgumentParser:
     """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `without_effect`.
 
-    Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x`` and
-    ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
+    Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x``, which may be
+    followed by true or false, and ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
 
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
@@ -95,7 +95,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
         for i, name in enumerate(names):
             shown = argparse.SUPPRESS if i else text
             if kind is bool:
-                add(name, dest=field.name, action="store_true", help=shown)
+                add(name, dest=field.name, nargs="?", const=True, metavar="true|false", help=shown)
             elif is_tuple(hints[field.name]):
                 add(name, dest=field.name, metavar=metavar, nargs="+", action="extend", help=shown)
             else:

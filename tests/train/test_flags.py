@@ -270,3 +270,11 @@ def test_presets_lie_under_the_file_and_the_flags(tmp_path: Path) -> None:
     assert small("--config", str(path)) == Small(widths=(64,), rate=3.0)
     with pytest.raises(SettingsError, match="allowed are wide"):
         small("--preset", "narrow")
+
+
+def test_a_boolean_may_be_followed_by_its_value() -> None:
+    """As it is in the commands of diffusers' documentation."""
+    for words, value in ((["--prodigy_decouple=False"], False), (["--prodigy_decouple", "True"], True)):
+        assert settings_from(DreamBoothSettings, [*words, *NEEDED]).prodigy_decouple is value
+    with pytest.raises(SettingsError, match="--prodigy_decouple is 'maybe'; true or false is allowed"):
+        settings_from(DreamBoothSettings, ["--prodigy_decouple=maybe", *NEEDED])
