@@ -20,7 +20,7 @@ import mlx.core as mx
 from mflux_vae import runtime
 
 MAX_STREAMS = 8
-_KEPT_FOR_REUSE = 64 << 20
+_KEPT_FOR_REUSE = 32 << 20
 
 
 class _Local(threading.local):
@@ -65,7 +65,7 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
         bands: (index into y, what to put there); the functions are called one after the other, their results
             computed side by side.
     """
-    if mx.get_cache_memory() > 3 * y.nbytes + _KEPT_FOR_REUSE:
+    if mx.get_cache_memory() > y.nbytes + _KEPT_FOR_REUSE:
         mx.clear_cache()  # MLX gives a buffer only to what is as large: those of other layers would just lie there
     side_by_side = _streams()
     remaining = iter(bands)
