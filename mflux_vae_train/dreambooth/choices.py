@@ -78,6 +78,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
     """
     plan = _plan(settings, pictures)
     warnings = [*advice(settings), *_without_use(settings, recommended), *_harmful(settings, recommended)]
+    warnings += _too_short(settings, plan)
     preservation = choose_preservation(settings)
     notes, first = preservation.notes, preservation.concepts[0]
     if settings.scale_lr:
@@ -194,6 +195,19 @@ def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str
     return [
         f"--guidance {settings.guidance:g}: this model was distilled to draw without guidance; above {most:g} class"
         " pictures and previews take twice as long and come out garish (training does not depend on it)"
+    ]
+
+
+PRODIGY_SETTLES = 300
+"""Updates that a run with Prodigy should have: on the embedded pipeline it looked for its rate for about a hundred."""
+
+
+def _too_short(settings: DreamBoothSettings, plan: Plan) -> list[str]:
+    if settings.optimizer != "prodigy" or plan.updates >= PRODIGY_SETTLES:
+        return []
+    return [
+        "--optimizer prodigy begins with steps of next to nothing and takes a hundred updates or so to find its rate;"
+        f" this run has {plan.updates}: it may learn little"
     ]
 
 

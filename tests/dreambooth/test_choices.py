@@ -185,6 +185,13 @@ def test_a_scaled_learning_rate_is_said_and_scaled_once(given, expected):
     assert choose(choices.settings, RECOMMENDED, pictures=5).learning_rate == choices.learning_rate
 
 
+def test_prodigy_in_a_short_run_is_a_warning():
+    (line,) = chosen(optimizer="prodigy", max_train_steps=200).warnings
+    assert "this run has 200" in line
+    assert not chosen(optimizer="prodigy", max_train_steps=300).warnings
+    assert not chosen(max_train_steps=200).warnings
+
+
 def test_what_is_unusual_is_a_warning():
     assert chosen(guidance=3).warnings == ["--guidance is 3; usual is 5 to 10"]
     assert not chosen().warnings
