@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import shutil
 import time
@@ -23,10 +22,14 @@ from mflux_vae_train.dreambooth.adapter import targets_of
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import PROMPTS_AT_ONCE, pictures_at_once
 from mflux_vae_train.dreambooth.optimization import optimizer_of
+from mflux_vae_train.dreambooth.preservation import choose_preservation
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Estimates
 
 GB = 2**30
+
+_FULL_WIDTH = 4
+"""Bytes of a number in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +69,22 @@ def estimated(pipeline: DiffusionPipeline, choices: Choices, *, prompts: int, cl
     """
     if not isinstance(pipeline, Estimates):
         return None
-    work = workload(
-        pipeline, choices.settings, choices.plan.batch_size, choices.plan.accumulation, resolution=choices.resolution
-    )
     work = replace(
-        work,
+        workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution),
+        micro_batches=choices.plan.accumulation,
         prompts=prompts,
         class_pictures=class_pictures,
         guidance=choices.guidance,
         steps=pipeline.recommended.steps,
-        batch=work.batch if choices.preservation == "none" else 2 * choices.plan.batch_size,
     )
     footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
     cures = [] if footprint.peak <= limit else list(_cures(pipeline, work, limit))
     made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
-    return replace(made, lines=[*_lines(made, choices.settings), *_time(footprint, work)])
+    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work)])
 
 
-def workload(
-    pipeline: Estimates, settings: DreamBoothSettings, batch: int, micro_batches: int, *, resolution: int
-) -> Workload:
-    """The training that settings ask for, the prior's samples counted where it is not off."""
+def workload(pipeline: Estimates, settings: DreamBoothSettings, batch: int, resolution: int) -> Workload:
+    """The training that settings ask for, with so many instance pictures in a micro-batch."""
     outline, trained_as = pipeline.outline(), settings.train_mode
     if trained_as == "lora":
         rank = settings.rank or pipeline.recommended.rank  # type: ignore[attr-defined]
@@ -100,8 +98,7 @@ def workload(
         trained=trained,
         adapter=trained_as == "lora",
         state_bytes=_state_bytes(settings),
-        batch=batch * (1 if settings.prior_preservation == "none" else 2),
-        micro_batches=micro_batches,
+        batch=batch * (1 if choose_preservation(settings).kind == "none" else 2),
         prompts_at_once=PROMPTS_AT_ONCE,
         pictures=max(1, min(at_once, settings.num_validation_images)),
         quantize=settings.quantize,
@@ -130,7 +127,7 @@ def with_batch_size(
     pictures, limit = settings.gradient_accumulation_steps, limit_of(settings)
     sizes = [size for size in range(pictures, 0, -1) if pictures % size == 0]
     for size in sizes:
-        work = workload(pipeline, settings, size, pictures // size, resolution=resolution)
+        work = workload(pipeline, settings, size, resolution)
         footprint = pipeline.footprint(work)
         if footprint.peak <= limit or size == 1:
             break
@@ -142,10 +139,10 @@ def with_batch_size(
     return replace(settings, train_batch_size=size, gradient_accumulation_steps=pictures // size), [said]
 
 
-def _state_bytes(settings: DreamBoothSettings) -> int:
+def _state_bytes(settings: DreamBoothSettings) -> float:
     """What the optimizer keeps for each weight, master copies of those in half precision included."""
     weights = mx.zeros((256, 256), mx.float32 if settings.train_mode == "lora" else compute_dtype(None))
-    return math.ceil(optimizer_of(settings).state_bytes(weights) / weights.size)
+    return round(optimizer_of(settings).state_bytes(weights) / weights.size, 2)
 
 
 def _cures(pipeline: Estimates, work: Workload, limit: int) -> Iterator[str]:
@@ -173,7 +170,7 @@ def _cures(pipeline: Estimates, work: Workload, limit: int) -> Iterator[str]:
             yield f"{' '.join(text for _, text in changes)} ({_gb(peak)})"
 
 
-def _lines(made: Estimate, settings: DreamBoothSettings) -> Iterator[str]:
+def _lines(made: Estimate, settings: DreamBoothSettings, work: Workload) -> Iterator[str]:
     footprint = made.footprint
     peaks = ", ".join(f"{phase.name} {_gb(phase.peak)}" for phase in footprint.phases)
     where = "--memory_limit" if settings.memory_limit is not None else "free"
@@ -182,6 +179,7 @@ def _lines(made: Estimate, settings: DreamBoothSettings) -> Iterator[str]:
         free = shutil.disk_usage(_existing(footprint.cache)).free
         short = "" if free > footprint.download else ", which is TOO LITTLE"
         yield f"to download: {_gb(footprint.download)} to {footprint.cache}, where {_gb(free)} are free{short}"
+    yield f"on disk: {_gb(work.trained * (_FULL_WIDTH + work.state_bytes))} for each checkpoint"
     if not made.fits:
         yield f"this run would not fit: {_too_much(made)}"
 

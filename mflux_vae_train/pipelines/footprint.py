@@ -28,7 +28,7 @@ class Workload:
     resolution: int
     trained: int
     adapter: bool = True
-    state_bytes: int = 8
+    state_bytes: float = 8
     batch: int = 1
     micro_batches: int = 1
     prompts: int = 4

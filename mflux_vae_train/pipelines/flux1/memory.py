@@ -7,7 +7,11 @@ MLX holds, found by reading the blocks and by measuring stacks of blocks at full
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 from mflux_vae import memory, runtime
 from mflux_vae.loading import new_network
@@ -23,17 +27,22 @@ from mflux_vae_train.pipelines.text.t5 import T5Encoder
 KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
 """Numbers per token and D that a block keeps: inputs of norms and of layers with an adapter, queries, keys, values."""
 
-WORKING = 52.5
-"""The same, of what comes and goes while a block is differentiated."""
+WORKING = {4: (52.5, 52.5), 2: (142.0, 90.0)}
+"""The same, of what comes and goes while a block's feed-forward layers are differentiated: by bytes of a number, where
+blocks keep their activations, and where they compute them again. Beside networks in half precision the products of
+adapters are float32, which counts twice."""
 
-FORWARD = 16.0
+ATTENDING, SCORES = 20.0, 4.0
+"""The same, while its attention is, which makes scores then on every device; and numbers for each of these."""
+
+FORWARD = 26.0
 """The same, while a block is computed and not differentiated."""
 
 INPUTS = 1.0
 """The same, that a block keeps which computes itself again."""
 
-SCORES_KEPT, SCORES_WORKING = 1.0, 4.0
-"""Numbers per pair of tokens and head: kept where attention is not MLX's fused one, and while it is differentiated."""
+SCORES_KEPT = 1.0
+"""Numbers per score, which is one for each head and pair of tokens: kept where attention is not MLX's fused one."""
 
 T5_WORKING = 6.0
 """Numbers per token, in units of T5's width and that of its feed-forward layers together."""
@@ -73,17 +82,14 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     config = configs.transformer
     tokens = (work.resolution // (VAE_FACTOR * PATCH)) ** 2, text_tokens
 
-    transformer = stored_bytes(FluxTransformer(config), here.width, work.quantize, is_quantized_layer)
-    trained = work.trained * (_FULL if work.adapter else here.width)
-    # gradients are there twice while they are summed up
-    learning = (trained if work.adapter else 0) + 2 * trained + work.trained * work.state_bytes
+    transformer = _weights(FluxTransformer, config, here.width, work.quantize)
+    learning = learning_bytes(work, here)
 
-    network = new_network(configs.vae)
-    autoencoder = stored_bytes(network, here.width)
     pixels = work.resolution**2
-    encoding = memory.peak_bytes(network, "encode", max(1, min(16, 2**20 // pixels)), work.resolution, work.resolution)
+    encoded = max(1, min(16, DECODED_AT_ONCE // pixels))
+    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), here.width, "encode", encoded, work.resolution)
     decoded = max(1, min(work.pictures, DECODED_AT_ONCE // pixels))
-    decoding = autoencoder + memory.peak_bytes(network, "decode", decoded, work.resolution, work.resolution)
+    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", decoded, work.resolution))
 
     rows = work.pictures * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
     drawing = max(forward_bytes(config, tokens, rows, here), decoding)
@@ -109,6 +115,12 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     ]
 
 
+def learning_bytes(work: Workload, precision: Precision) -> int:
+    """Of an adapter's weights, of gradients, which are there twice while they are summed up, and of the optimizer."""
+    trained = work.trained * (_FULL if work.adapter else precision.width)
+    return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
+
+
 def training_bytes(
     config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision, *, recompute: bool
 ) -> int:
@@ -127,7 +139,8 @@ def training_bytes(
     if recompute and blocks:
         largest = max(KEPT_DOUBLE, KEPT_SINGLE) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
         kept = blocks * INPUTS * number + largest
-    return int(kept + WORKING * number + SCORES_WORKING * precision.width * pairs)
+    working = WORKING[precision.width][recompute]
+    return int(kept + max(working * number, ATTENDING * number + SCORES * precision.width * pairs))
 
 
 def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
@@ -145,20 +158,37 @@ def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -
 
 def published_bytes(configs: Configs) -> int:
     """Of the weights as they are published, in bfloat16."""
-    networks = (
-        FluxTransformer(configs.transformer),
-        T5Encoder(configs.text_encoder_2),
-        CLIPTextModel(configs.text_encoder),
-        new_network(configs.vae),
-    )
-    return sum(stored_bytes(network, 2) for network in networks)
+    networks: list[tuple[Any, Any]] = [
+        (FluxTransformer, configs.transformer),
+        (T5Encoder, configs.text_encoder_2),
+        (CLIPTextModel, configs.text_encoder),
+    ]
+    return sum(_weights(kind, config, 2, None) for kind, config in networks) + stored_bytes(new_network(configs.vae), 2)
+
+
+_QUANTIZED: dict[Any, Callable[[str], bool]] = {
+    FluxTransformer: is_quantized_layer,
+    T5Encoder: is_quantized_text_layer,
+    CLIPTextModel: lambda _: False,
+}
+
+
+@cache
+def _weights(kind: Any, config: Any, width: int, bits: int | None) -> int:
+    """Bytes of a network's weights, which are described and never computed."""
+    return stored_bytes(kind(config), width, bits, _QUANTIZED[kind])
+
+
+@cache
+def _autoencoder(config: str, width: int, what: Literal["encode", "decode"], batch: int, side: int) -> tuple[int, int]:
+    """Bytes of the weights, and of a call besides."""
+    network = new_network(json.loads(config))
+    return stored_bytes(network, width), memory.peak_bytes(network, what, batch, side, side)
 
 
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:
     t5, clip = configs.text_encoder_2, configs.text_encoder
-    encoder = T5Encoder(t5)
-    weights = stored_bytes(encoder, here.width, work.quantize, is_quantized_text_layer)
-    weights += stored_bytes(CLIPTextModel(clip), here.width)
+    weights = _weights(T5Encoder, t5, here.width, work.quantize) + _weights(CLIPTextModel, clip, here.width, None)
     rows = min(work.prompts, work.prompts_at_once) * length
     bias = t5.num_heads * length**2 * here.width
     activations = int(T5_WORKING * _FULL * (t5.d_model + t5.d_ff) * rows) + 2 * bias

@@ -154,12 +154,16 @@ class FluxPipeline(FluxParts):
 
     def footprint(self, work: Workload) -> Footprint:
         """An estimate of what a run takes, from configurations; nothing is loaded."""
-        parts = {
-            name: getattr(self, f"_{name}").config for name in ("transformer", "text_encoder", "text_encoder_2", "vae")
-        }
+        vae = self._vae.config
+        configs = Configs(
+            transformer=self._transformer.config,
+            text_encoder=self._text_encoder.config,
+            text_encoder_2=self._text_encoder_2.config,
+            vae=vae if isinstance(vae, Mapping) else vae.to_dict(),
+            schedule=self.schedule,
+        )
         tokenizer = self._tokenizer_2.loaded
         length = self.longest_prompt if tokenizer is None else self.max_text_tokens
-        configs = Configs(**parts, schedule=self.schedule)
         cache = None if self.snapshot is None or self.snapshot.is_here() else self.snapshot.cache()
         return Footprint(
             phases=memory.phases(configs, work, text_tokens=length),

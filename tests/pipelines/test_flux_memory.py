@@ -1,0 +1,108 @@
+"""What FLUX is estimated to take: beside what it took, and at full size the figures that people plan with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mflux_vae_train import lora
+from mflux_vae_train.pipelines import flux1
+from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
+from mflux_vae_train.pipelines.flux1.published import published
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.protocol import Estimates, Quantizes, Recomputes, Releases
+from mflux_vae_train.pipelines.quantized import quantize, stored_bytes
+from tests.pipelines.flux_stack import Stack, estimated, measured
+from tests.pipelines.small_flux import drawn, small_config
+
+HALF = memory.Precision(width=2, fused=True)
+"""Metal and CUDA."""
+
+SMALL = {"heads": 2, "side": 16, "text": 32}
+FULL = [
+    Stack(double=double, single=single, bits=bits, recompute=recompute, side=16)
+    for double, single in ((1, 1), (2, 2))
+    for bits in (None, 4)
+    for recompute in (False, True)
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_small_stack_takes_what_is_estimated(recompute: bool) -> None:
+    stack = Stack(**SMALL, double=1, single=2, recompute=recompute)
+    assert estimated(stack) == pytest.approx(measured(stack), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stack", FULL, ids=str)
+def test_a_stack_of_full_width_takes_what_is_estimated(stack: Stack) -> None:
+    found, expected = measured(stack), estimated(stack)
+    print(f"{stack}: measured {found / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_weights_are_counted_to_the_byte(bits: int | None) -> None:
+    network = drawn(FluxTransformer(small_config(num_attention_heads=4)), 0)
+    if bits:
+        quantize(network, bits, is_quantized_layer)
+    held = sum(array.nbytes for _, array in lora_free(network))
+    outline = FluxTransformer(small_config(num_attention_heads=4))
+    assert stored_bytes(outline, 4, bits, is_quantized_layer) == held
+
+
+def lora_free(network: FluxTransformer):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(network.parameters())
+
+
+def training(**changes) -> Workload:
+    """A LoRA of rank 16 on every block of the published models, at 512 pixels."""
+    matched = lora.matching(FluxTransformer(published(True).transformer), naming.PRESETS["attention+mlp"])
+    return replace(Workload(resolution=512, trained=16 * sum(matched.values()), class_pictures=10), **changes)
+
+
+@pytest.mark.parametrize(("embeds", "tokens"), [(False, 256), (True, 512)], ids=["schnell", "dev"])
+def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: bool, tokens: int) -> None:
+    work = training(quantize=4, recompute=True, batch=2)
+    phases = memory.phases(published(embeds), work, text_tokens=tokens, precision=HALF)
+    assert [phase.name for phase in phases] == [*("text encoding", "class pictures", "latents", "training", "previews")]
+    assert all(phase.peak <= 12e9 for phase in phases), {phase.name: phase.peak / 1e9 for phase in phases}
+    # and not by a mistake: six billion bytes of weights are there
+    assert phases[3].weights > 6e9
+
+
+def test_every_saving_saves() -> None:
+    def peak(**changes) -> int:
+        phases = memory.phases(published(True), training(**changes), text_tokens=512, precision=HALF)
+        return max(phase.peak for phase in phases)
+
+    whole = peak()
+    assert whole > 30e9
+    assert peak(quantize=8) < whole and peak(recompute=True) < whole and peak(resolution=256) < whole
+    assert peak(quantize=4, recompute=True) < peak(quantize=8, recompute=True) < peak(recompute=True)
+    assert peak(batch=2) > whole and peak(state_bytes=2) < whole
+    assert peak(adapter=False, trained=12_000_000_000) > 100e9
+
+
+def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = flux1.load("schnell")
+    monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    footprint = pipeline.footprint(training())
+    assert mx.get_peak_memory() - before < 2**20
+    assert footprint.download == pytest.approx(33.7e9, rel=0.02)  # what the repository's files have
+    assert isinstance(footprint.cache, Path)
+
+
+def test_the_pipeline_offers_all_of_it() -> None:
+    pipeline = flux1.load("dev")
+    assert all(isinstance(pipeline, kind) for kind in (Estimates, Quantizes, Recomputes, Releases))
