@@ -75,8 +75,8 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
             raise SettingsError(f"--output_kohya_format: {pipeline.name} does not know the names")
         lora.check_kohya(list(matched), pipeline.kohya_naming().modules)
     size = choices.rank * sum(matched.values())
-    kind = "DoRA" if settings.use_dora else "LoRA"
-    return f"a {kind} of rank {choices.rank} on {len(matched)} layers: {size:,} weights {where}"
+    kind, more = ("DoRA", " and a magnitude per row") if settings.use_dora else ("LoRA", "")
+    return f"a {kind} of rank {choices.rank} on {len(matched)} layers: {size:,} weights{more} {where}"
 
 
 def attach(pipeline: DiffusionPipeline, choices: Choices) -> None:

@@ -46,10 +46,10 @@ def _front(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: Ru
     if base is not None:
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if adapter else "finetune"
-    pictures = _pictures(folder)
-    if pictures:
+    picture = _last_pictures(folder)
+    if picture is not None:
         prompts = settings.validation_prompt or (settings.instance_prompt,)
-        front["widget"] = [{"text": "; ".join(prompts), "output": {"url": picture}} for picture in pictures[-1:]]
+        front["widget"] = [{"text": "; ".join(prompts), "output": {"url": picture}}]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
 
 
@@ -59,10 +59,10 @@ def _body(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: Run
     adapter = "DoRA adapter" if settings.use_dora else "LoRA adapter"
     what = adapter if settings.train_mode == "lora" else "fine-tuned model"
     prompts = ", ".join(f"`{concept.instance_prompt}`" for concept in settings.subjects)
-    parts = [
-        f"# {folder.root.resolve().name}\n\nA {what} for {link}, trained with DreamBooth on: {prompts}.",
-        *(f"![pictures after {Path(picture).stem}]({picture})" for picture in _pictures(folder)[-1:]),
-    ]
+    parts = [f"# {folder.root.resolve().name}\n\nA {what} for {link}, trained with DreamBooth on: {prompts}."]
+    picture = _last_pictures(folder)
+    if picture is not None:
+        parts.append(f"![pictures after the training]({picture})")
     if settings.train_mode == "lora" and isinstance(pipeline, Published):
         for program, text in pipeline.usage(result.name, settings.instance_prompt, dora=settings.use_dora).items():
             parts.append(f"## In {program}\n\n{text.strip()}")
@@ -70,7 +70,8 @@ def _body(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: Run
         (settings.output_kohya_format, f"`{KOHYA}` is the same adapter in kohya's naming."),
         (settings.fuse, f"`{FUSED}/` is the whole pipeline with the adapter in its weights."),
     ]
-    parts += [" ".join(text for given, text in beside if given)] if any(given for given, _ in beside) else []
+    if also := [text for given, text in beside if given]:
+        parts.append(" ".join(also))
     rows = [(name, getattr(settings, name)) for name in _SHOWN]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
@@ -82,6 +83,7 @@ def _base_model(pipeline: DiffusionPipeline) -> str | None:
     return pipeline.base_model if isinstance(pipeline, Published) else None
 
 
-def _pictures(folder: RunFolder) -> list[str]:
-    """Previews by name, oldest first, relative to the folder."""
-    return [str(path.relative_to(folder.root)) for _, path in overview.previews(folder.samples)]
+def _last_pictures(folder: RunFolder) -> str | None:
+    """The last preview, relative to the folder; None where there is none."""
+    previews = overview.previews(folder.samples)
+    return previews[-1][1].relative_to(folder.root).as_posix() if previews else None

@@ -66,7 +66,8 @@ def test_pictures_agree(theirs, guidance):
     assert np.abs(draw_ours(tiny.load(), guidance) - draw_theirs(theirs, guidance)).max() * LEVELS <= 2
 
 
-def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path, dora):
     pipeline = tiny.load()
     before = draw_ours(pipeline, 1.0)
     outcome = DreamBooth(pipeline).train(
@@ -82,6 +83,7 @@ def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path):
             lr_scheduler="constant",
             learning_rate=1e-3,
             lora_alpha=16.0,  # not the rank: the scale must travel with the file
+            use_dora=dora,
             num_validation_images=0,
         )
     )
