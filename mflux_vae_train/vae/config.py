@@ -92,7 +92,9 @@ class VAETrainingSettings:
     beta_cyclical: bool = flag("beta rises again and again, in the first half of each cycle (beta_vae)", False)
     gamma: float = flag("weight of the dimension-wise KL (tc)", 1.0, least=0)
     free_bits: float = flag("nats of KL per latent unit that cost nothing", 0.0, least=0)
-    lpips: str | None = flag("weights of LPIPS: adds the perceptual distance to the loss", None)
+    lpips: tuple[str, ...] | None = flag(
+        "weights of LPIPS, VGG16's and those of its channels, in two files or one: adds the perceptual distance", None
+    )
     lpips_weight: float = flag("weight of LPIPS", 1.0, least=0)
     disc_start: int | None = flag("update from which a patch discriminator counts (none: without)", None, least=0)
     disc_weight: float = flag("weight of the discriminator", 0.5, least=0)
@@ -147,6 +149,8 @@ class VAETrainingSettings:
             raise SettingsError(f"--in_channels is {self.in_channels}; 1 or 3 is allowed")
         if self.network_config and self.init_from:
             raise SettingsError("--network_config and --init_from: give one of them")
+        if self.lpips and len(self.lpips) > 2:
+            raise SettingsError(f"--lpips: {len(self.lpips)} files are given; VGG16's and its channels' are two")
         if self.init_from and self.init != "default":
             raise SettingsError(f"--init {self.init} and --init_from: give one of them")
         if self.max_filters is not None and self.max_filters % 4:

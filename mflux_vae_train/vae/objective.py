@@ -41,7 +41,7 @@ class Objective:
             "loss_type": settings.reconstruction_loss_type,
             "reduction": settings.reduction,
             "signed": self.signed,
-            "perceptual": LPIPS.from_files(settings.lpips) if settings.lpips else None,
+            "perceptual": LPIPS.from_files(*settings.lpips) if settings.lpips else None,
             "perceptual_weight": settings.lpips_weight,
         }
         if settings.loss_type == "tc":

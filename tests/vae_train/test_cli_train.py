@@ -37,7 +37,7 @@ def other_than_default(name: str) -> Any:
     if choices := field.metadata["choices"]:
         return next(choice for choice in choices if choice != field.default)
     if is_tuple(HINTS[name]):
-        return (7, 5)
+        return ("some text", "more") if kind is str else (7, 5)
     if kind is bool:
         return not field.default
     if kind is str:

@@ -17,6 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.images import load_image
+from mflux_vae.lpips import LPIPS, TABLE
+from mflux_vae.weights.files import write_safetensors
+from mflux_vae.weights.rules import from_mlx
 from mflux_vae_train import checkpoint, step
 from mflux_vae_train.vae.adversarial import PatchDiscriminator
 from mflux_vae_train.vae.config import (
@@ -318,6 +321,23 @@ def test_the_last_layer_can_be_taken_apart(network: str) -> None:
     np.testing.assert_allclose(
         built.decoder.conv_out(before_last_layer(built, z)), built.decode(z), rtol=1e-4, atol=1e-5
     )
+
+
+def test_perceptual_distance_from_the_two_files_that_people_have(tmp_path: Path) -> None:
+    network = LPIPS()
+    network.linear = [mx.abs(weight) for weight in network.linear]
+    tensors = from_mlx(dict(tree_flatten(network.parameters())), TABLE)
+    for name, of_vgg in (("vgg16", True), ("channels", False)):
+        part = {key: value for key, value in tensors.items() if key.startswith("features.") == of_vgg}
+        write_safetensors(tmp_path / f"{name}.safetensors", part)
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("vgg16", "channels")]
+    small = {"image_size": 16, "data_count": 4, "val_share": 0.25, "batch_size": 3, "num_epochs": 1, "seed": 1}
+    plain = trained(tmp_path / "plain", **small, lpips_weight=0, lpips=files)
+    seen = trained(tmp_path / "seen", **small, lpips=files)
+    first, other = (lines(outcome.folder / "metrics.jsonl")[0] for outcome in (plain, seen))
+    assert other["rec"] > first["rec"] and other["kl"] == first["kl"]
+    with pytest.raises(SettingsError, match="3 files"):
+        trained(tmp_path / "three", lpips=[*files, "more"])
 
 
 def test_events_for_tensorboard(tmp_path: Path) -> None:
