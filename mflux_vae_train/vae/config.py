@@ -38,7 +38,7 @@ class VAETrainingSettings:
         choices=("digits", "folder", "frames", "mnist", "npz", "registered"),
     )
     data_list: str | None = flag("file that names the videos to take, text or JSON (frames)", None)
-    data_count: int = flag("how many images are drawn (digits, registered)", 1400, least=2, aliases=("digits_count",))
+    data_count: int = flag("how many images are drawn (digits, registered)", 1200, least=2, aliases=("digits_count",))
     image_size: int = flag("side of the training images in pixels", 28, least=4)
     in_channels: int = flag("channels of the images: 1 for grey, 3 for colour", 1, aliases=("nimg_channels",))
     val_share: float = flag("share of the images held out, where the data has no test split", 0.1, above=0, below=1)
