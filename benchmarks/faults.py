@@ -141,9 +141,9 @@ def interrupted_twice(at: Try) -> str:
 
 def disk_full(at: Try) -> str:
     """A disk that is full after a random share of what the run writes."""
-    share = at.chance.uniform(0.05, 0.95)
+    share = 0.95 * 10 ** at.chance.uniform(-3, 0)  # of a thousandth on: pictures are small, checkpoints large
     if not is_root():
-        at.started(limit=int(share * at.size / 4)).refused(1, "cannot be written")
+        at.started(limit=max(100, int(share * at.size / 4))).refused(1, "cannot be written")
         at.goes_on()
         return "limited files"
     with _disk(at.out, size=int(share * at.size)) as grown:

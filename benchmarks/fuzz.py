@@ -5,8 +5,8 @@
 Where atheris is installed, it looks which places of our code an input reaches, and goes on from those that reach new
 ones; elsewhere good files are broken at random, and it is said. What the readers are, and what they must not do, is in
 `tests/fuzzing.py`, and a short part of this runs with the tests. An input that broke something is written to a file
-that is named. The memory that reading takes, beyond what was taken before, may be `FILE_TIMES` the file and
-`BASE_BYTES`; where the system tells it (Linux).
+that is named. The memory that reading takes, beyond what was taken before, may be `FILE_TIMES` the file and the
+target's `base`; where the system tells it (Linux).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe
-from tests.fuzzing import BASE_BYTES, FILE_TIMES, TARGETS, Crossed, Target, mutated, watched
+from tests.fuzzing import FILE_TIMES, TARGETS, Crossed, Target, mutated, watched
 
 _STATUS = Path("/proc/self/status")
 
@@ -32,7 +32,7 @@ def checked(target: Target, content: bytes, folder: Path) -> None:
     before = _forget_peak()
     watched(target, content, folder)
     grown = _memory("VmHWM") - before
-    if before and grown > FILE_TIMES * len(content) + BASE_BYTES:
+    if before and grown > FILE_TIMES * len(content) + target.base:
         raise Crossed(f"{grown >> 20} MiB of memory for a file of {len(content)} bytes")
 
 

@@ -9,8 +9,8 @@
     └── RunError              the work failed: a command line exits 1
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
 
-Messages are one line: what is wrong, where, and what to do about it; access tokens that the hub or an address put into
-one are left out.
+Messages are one line: what is wrong, where, and what to do about it. What libraries told in several lines stands in it;
+access tokens that the hub or an address put there are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MfluxVaeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "", *rest: object) -> None:
-        super().__init__(redacted(message), *rest)
+        super().__init__(" ".join(redacted(message).splitlines()), *rest)
 
 
 class InputError(MfluxVaeError):

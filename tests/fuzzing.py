@@ -41,8 +41,9 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.sources import frames, mnist, npz
 from tests.vae.writing_torch import of_arrays, write_old, write_zip
 
-FILE_TIMES, BASE_BYTES = 64, 96 * 2**20
-"""Memory that reading may take: so many times the file, and as much as this for the libraries at work."""
+FILE_TIMES, BASE_BYTES, PICTURE_BYTES = 64, 96 * 2**20, 2**30
+"""Memory that reading may take: so many times the file, and as much as this for the libraries at work. A picture takes
+what its pixels take: five bytes each, 179 million of them where Pillow refuses more."""
 
 _FORBIDDEN = (
     "subprocess.Popen",
@@ -67,12 +68,14 @@ class Target:
         seeds: good files to begin from.
         read: folder -> None; the file lies in it.
         beside: files that stand there, too.
+        base: bytes of memory that reading may take whatever the file's size.
     """
 
     file: str
     seeds: Sequence[bytes]
     read: Callable[[Path], object]
     beside: Sequence[tuple[str, bytes]] = ()
+    base: int = BASE_BYTES
 
     def __call__(self, content: bytes, folder: Path, *, good: bool = False) -> None:
         """Reads the bytes; an error of the project's own is an answer, unless they are to be good."""
@@ -267,7 +270,7 @@ def _targets(scratch: Path) -> dict[str, Target]:
     configs = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/config.json"))]
     configs += ["model_index.json", "recommended.json", "scheduler/scheduler_config.json"]
     found = {
-        "picture": Target("a.png", _pictures(), _picture),
+        "picture": Target("a.png", _pictures(), _picture, base=PICTURE_BYTES),
         "safetensors": Target("a.safetensors", [_safetensors(), _safetensors(format="pt")], _file),
         "torch, zip": Target("a.pt", [_torch(write_zip, scratch)], _file),
         "torch, old": Target("a.ckpt", [_torch(write_old, scratch)], _file),
