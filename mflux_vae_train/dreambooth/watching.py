@@ -51,14 +51,25 @@ class Watching:
         self.observers: list[Hook] = [self.pace, self._count]
 
     def __enter__(self) -> Watching:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _open(self) -> None:
         run, folder, total, start = self._run, self._folder, self._run.choices.plan.updates, self._start
         settings, enter = run.choices.settings, self._stack.enter_context
         logging_dir = Path(settings.logging_dir) if settings.logging_dir else folder.root / "logs"
         shown = dataclasses.asdict(settings)
+        first = self._team.first
+        # before anything is told: what a part of the run left that is made again does not count
+        files = [enter(MetricsLog(folder.metrics, resumed_at=start, also=resources))] if first else []
         trackers = [
             enter(open_tracker(name, logging_dir, run=folder.root.resolve().name, settings=shown, start=start))
             for name in wanted(settings.report_to)
-            if self._team.first
+            if first
         ]
         self._previews = Previews(
             self._pipeline,
@@ -74,14 +85,9 @@ class Watching:
             self._previews(0)
             self._tell("running", updates=0)
         self._preview_seconds = time.monotonic() - began
-        if not self._team.first:
-            return self
-        self.observers += [
-            enter(MetricsLog(folder.metrics, resumed_at=start, also=resources)),
-            enter(ProgressBar(total, start, also=self._speed, pace=self.pace)),
-            *trackers,
-        ]
-        return self
+        if first:
+            bar = enter(ProgressBar(total, start, also=self._speed, pace=self.pace))
+            self.observers += [*files, bar, *trackers]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -17,6 +17,7 @@ from mflux_vae.errors import TrainingError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import overview
+from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.report import Report
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import read_metrics
@@ -139,6 +140,23 @@ def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
         train(instance_dir, tmp_path / "out", pipeline)
     page = page_of(tmp_path / "out")
     assert "stopped" in page.text() and "update 1: loss is nan" in page.text()
+
+
+def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tmp_path, monkeypatch):
+    pages, claim, written = [], train_module.run_folder.claim, Report.write
+
+    def claimed(folder, *given):  # and lines are there of a process that was killed before its first checkpoint
+        claim(folder, *given)
+        folder.metrics.write_text('{"update": 1, "loss": 9, "learning_rate": 1, "grad_norm": 1, "seconds": 1}\n')
+
+    def write(self, state, **told):
+        written(self, state, **told)
+        pages.append(page_of(tmp_path / "out").text())
+
+    monkeypatch.setattr(train_module.run_folder, "claim", claimed)
+    monkeypatch.setattr(Report, "write", write)
+    train(instance_dir, tmp_path / "out")
+    assert "How it learns" not in pages[0] and "How it learns" in pages[-1]
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monkeypatch, caplog):
