@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mflux_vae import runtime
 from mflux_vae.errors import WeightsError
 
 GROUP_SIZES = (64, 32)
@@ -22,6 +23,29 @@ BITS = (4, 8)
 
 _STORED_BITS = (2, 3, 4, 5, 6, 8)
 _STORED_GROUPS = (32, 64, 128)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's. On a CPU, whose own product of quantised matrices is slow, weights are widened for each product anew."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not runtime.is_cpu():
+            return super().__call__(x)
+        y = self._product(x)
+        return y + self["bias"] if "bias" in self else y
+
+    def _product(self, x: mx.array) -> mx.array:
+        def widened(needed_for: mx.array) -> mx.array:
+            (packed,) = mx.depends([self.weight], [needed_for])  # not before: all layers' weights would lie there
+            return mx.dequantize(packed, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
+
+        run: Any = mx.custom_function(lambda x: x @ widened(x).T)
+
+        @run.vjp
+        def slope(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+            return cotangent @ widened(cotangent)
+
+        return run(x)
 
 
 def group_size(inputs: int) -> int | None:
@@ -39,7 +63,11 @@ def quantize(module: nn.Module, bits: int, wanted: Callable[[str], bool]) -> Non
     for path, layer in module.named_modules():
         if type(layer) is not nn.Linear or not wanted(path) or (size := group_size(layer.weight.shape[1])) is None:
             continue
-        smaller = nn.QuantizedLinear.from_linear(layer, size, bits)
+        outputs, inputs = layer.weight.shape
+        smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
+        smaller.weight, smaller.scales, smaller.biases = mx.quantize(layer.weight, size, bits)
+        if "bias" in layer:
+            smaller.bias = layer.bias
         mx.eval(smaller.parameters())
         module.update_modules(tree_unflatten([(path, smaller)]))
 
@@ -75,7 +103,7 @@ def _prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str, *,
         bits, size = _scheme(layer, weight, scales, f"{where}: {path}")
         if keep and isinstance(layer, nn.Linear):
             outputs, inputs = layer.weight.shape
-            smaller = nn.QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
+            smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
             module.update_modules(tree_unflatten([(path, smaller)]))
         else:
             del ready[key], ready[f"{path}.biases"]

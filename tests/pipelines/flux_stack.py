@@ -83,6 +83,8 @@ def estimated(stack: Stack) -> int:
     weights = stored_bytes(network, here.width, stack.bits, is_quantized_layer)
     tokens = stack.side**2 // 4, stack.text
     work = memory.training_bytes(stack.config, tokens, stack.batch, here, recompute=stack.recompute)
+    if stack.bits:
+        work += memory.widened_bytes(stack.config, here)
     return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 

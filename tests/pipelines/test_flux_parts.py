@@ -322,7 +322,7 @@ def test_recomputing_takes_a_fraction_of_the_memory() -> None:
         losses.append(float(value))
         del gradients
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert peaks[1] < 0.3 * peaks[0], peaks
+    assert peaks[1] < 0.4 * peaks[0], peaks
 
 
 def test_a_recomputing_step_can_be_compiled() -> None:

@@ -92,7 +92,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", decoded, work.resolution))
 
     rows = work.pictures * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
-    drawing = max(forward_bytes(config, tokens, rows, here), decoding)
+    wide = widened_bytes(config, here) if work.quantize else 0
+    drawing = max(forward_bytes(config, tokens, rows, here) + wide, decoding)
     one = forward_operations(config, tokens)
     found = [_prompts(configs, work, text_tokens, here)]
     held = 0
@@ -108,7 +109,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         Phase(
             "training",
             transformer + learning,
-            training_bytes(config, tokens, work.batch, here, recompute=work.recompute),
+            training_bytes(config, tokens, work.batch, here, recompute=work.recompute) + wide,
             one * passes * work.batch * work.micro_batches,
         ),
         Phase("previews", transformer + learning, drawing, 0.0),
@@ -141,6 +142,11 @@ def training_bytes(
         kept = blocks * INPUTS * number + largest
     working = WORKING[precision.width][recompute]
     return int(kept + max(working * number, ATTENDING * number + SCORES * precision.width * pairs))
+
+
+def widened_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
+    """Of the largest quantised layer while it is multiplied with, where that is not done packed: on a CPU."""
+    return 0 if precision.fused else (1 + MLP_RATIO) * config.width**2 * precision.width
 
 
 def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
