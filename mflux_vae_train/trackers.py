@@ -99,8 +99,8 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         self._event, self._summary, self._writer = event_pb2, summary_pb2.Summary, EventFileWriter(str(folder))
         # readers drop what other files of the folder hold from this step on
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=session))
+        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=begun))
         if settings:
             shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
             text = tensor_pb2.TensorProto(dtype="DT_STRING", string_val=[_table(run, settings)], tensor_shape=shape)
