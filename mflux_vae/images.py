@@ -105,7 +105,7 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
     image = to_image(picture)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same picture
     try:
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, path)
