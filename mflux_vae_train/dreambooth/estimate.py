@@ -221,7 +221,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.1f} GB"
+    return f"{size / GB:.1f} GB" if size >= GB / 2 else f"{size / 2**20:.0f} MB"
 
 
 def _span(seconds: float) -> str:

@@ -20,7 +20,7 @@ from mflux_vae_train.pipelines import registry
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.quantized import quantize
+from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
 from mflux_vae_train.pipelines.recompute import recomputed
 from mflux_vae_train.pipelines.text.t5 import T5Config, T5Encoder
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -262,7 +262,7 @@ def test_layers_that_no_group_divides_stay() -> None:
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear | nn.QuantizedLinear)
     }
-    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo"] is nn.QuantizedLinear
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo"] is QuantizedLinear
     assert kinds["encoder.block.0.layer.1.DenseReluDense.wi_0"] is nn.Linear
 
 
