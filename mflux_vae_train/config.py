@@ -227,7 +227,7 @@ class DreamBoothSettings:
     prodigy_safeguard_warmup: bool = flag("keep a warm-up out of Prodigy's estimate", True)
 
     validation_prompt: tuple[str, ...] | None = flag(
-        "prompts of the previews, any number of them (none: --instance_prompt)", None, group="watching"
+        "prompts of the previews, any number of them (none: --instance_prompt of each subject)", None, group="watching"
     )
     validation_steps: int | None = flag("updates between previews (none: eight times over the run)", None, least=1)
     validation_epochs: int | None = flag("epochs between previews, instead of --validation_steps", None, least=1)
@@ -327,16 +327,28 @@ USUAL = {
 }
 USUAL_RATE = {"full": (1e-6, 1e-5), "lora": (1e-5, 1e-3)}
 """By train mode: an adapter, which begins at zero, wants more than weights that are there."""
+PRODIGYS_USUAL_RATE = (0.1, 2.0)
+"""A factor on the rate that it finds."""
+PRODIGYS_SEARCH = 300
+"""Updates. Its rate began at a millionth, and took one to two hundred updates of an adapter to grow, as measured."""
 
 
 def advice(settings: DreamBoothSettings) -> list[str]:
     """One line for each setting outside its usual range: to be logged, never to forbid."""
     lines = []
-    for name, (low, high) in {**USUAL, "learning_rate": USUAL_RATE[settings.train_mode]}.items():
+    prodigy = settings.optimizer == "prodigy"
+    rates = PRODIGYS_USUAL_RATE if prodigy else USUAL_RATE[settings.train_mode]
+    with_what = " with --optimizer prodigy" if prodigy else f" with --train_mode {settings.train_mode}"
+    for name, (low, high) in {**USUAL, "learning_rate": rates}.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
-            where = f" with --train_mode {settings.train_mode}" if name == "learning_rate" else ""
+            where = with_what if name == "learning_rate" else ""
             lines.append(f"--{name} is {value:g}; usual{where} is {low:g} to {high:g}")
+    if prodigy and settings.max_train_steps < PRODIGYS_SEARCH and not settings.lr_scheduler.startswith("constant"):
+        lines.append(
+            f"--optimizer prodigy may still search its rate when --lr_scheduler {settings.lr_scheduler} has lowered it,"
+            f" in {settings.max_train_steps} updates: constant, or --no_prodigy_use_bias_correction, is faster"
+        )
     return lines
 
 

@@ -71,6 +71,11 @@ def test_documented_ranges_draw_advice_and_forbid_nothing() -> None:
     assert advice(DreamBoothSettings(**NEEDED, train_mode="full", learning_rate=5e-6)) == []
     (slow,) = advice(DreamBoothSettings(**NEEDED, learning_rate=5e-6))
     assert slow == "--learning_rate is 5e-06; usual with --train_mode lora is 1e-05 to 0.001"
+    assert advice(DreamBoothSettings(**NEEDED, optimizer="prodigy", learning_rate=1.0)) == []
+    (low,) = advice(DreamBoothSettings(**NEEDED, optimizer="prodigy", learning_rate=1e-4))
+    assert "usual with --optimizer prodigy is 0.1 to 2" in low
+    (short,) = advice(DreamBoothSettings(**NEEDED, optimizer="prodigy", max_train_steps=100))
+    assert "cosine" in short and "100 updates" in short
     assert [line.split()[0] for line in advice(unusual)] == [
         "--train_batch_size",
         "--gradient_accumulation_steps",
