@@ -3,10 +3,10 @@
     python -m benchmarks.fuzz [--seconds N] [--only NAME] [--seed N]
 
 Where atheris is installed, it looks which places of our code an input reaches, and goes on from those that reach new
-ones; elsewhere good files are broken at random, and it is said. What the readers are, and what they must not do, is in
-`tests/fuzzing.py`, and a short part of this runs with the tests. An input that broke something is written to a file
-that is named. The memory that reading takes, beyond what was taken before, may be `FILE_TIMES` the file and the
-target's `base`; where the system tells it (Linux).
+ones; elsewhere good files are broken at random, and it is said. `tests/fuzz_targets.py` has the readers, and
+`tests/fuzzing.py` what they must not do; a short part of this runs with the tests. An input that broke something is
+written to a file that is named. The memory that reading takes, beyond what was taken before, may be `FILE_TIMES` the
+file and the target's `base`, where the system tells it (Linux).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe
-from tests.fuzzing import FILE_TIMES, TARGETS, Crossed, Target, mutated, watched
+from tests.fuzz_targets import TARGETS
+from tests.fuzzing import FILE_TIMES, Crossed, Target, mutated, watched
 
 _STATUS = Path("/proc/self/status")
 

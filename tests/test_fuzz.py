@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
 import random
+import socket
 import tempfile
 from pathlib import Path
 
@@ -10,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzzing import TARGETS, mutated, watched
+from tests.fuzz_targets import TARGETS
+from tests.fuzzing import Crossed, Target, mutated, watched
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -27,3 +32,21 @@ def test_good_files_are_read(name: str, tmp_path: Path) -> None:
     for number, seed in enumerate(TARGETS[name].seeds):
         (tmp_path / str(number)).mkdir()
         TARGETS[name](seed, tmp_path / str(number), good=True)
+
+
+DOING = {
+    "opened": lambda folder: Path(folder.parent.parent / "elsewhere").open("a").close(),
+    "os.system": lambda _: os.system("true"),
+    "socket.connect": lambda _: socket.socket(socket.AF_UNIX).connect("/nowhere"),
+    "pickle.find_class": lambda _: pickle.loads(b"cos\ngetpid\n."),
+}
+
+
+@pytest.mark.parametrize("what", DOING)
+def test_what_no_input_may_cause_is_noticed(what: str, tmp_path: Path) -> None:
+    def read(folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            DOING[what](folder)
+
+    with pytest.raises(Crossed, match=what):
+        watched(Target("a", [b""], read), b"", tmp_path / "inside" / "folder")

@@ -26,7 +26,7 @@ from mflux_vae_train.dreambooth.captions import captions
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1.folder import read_configs
 from mflux_vae_train.vae.sources import mnist, npz
-from tests.fuzzing import TARGETS
+from tests.fuzz_targets import TARGETS
 
 LITTLE = 8 * 2**20
 
