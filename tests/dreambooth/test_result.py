@@ -142,7 +142,7 @@ def test_all_is_left_for_other_programs(settings, tmp_path):
         assert words in text
 
 
-def test_a_published_base_model_is_named(settings, tmp_path):
+def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
     class Snapshot:
         repository = "black-forest-labs/FLUX.1-schnell"
 
@@ -150,8 +150,10 @@ def test_a_published_base_model_is_named(settings, tmp_path):
             return True
 
     pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, snapshot=Snapshot())
-    out = DreamBooth(pipeline).train(settings(max_train_steps=1)).result.parent
+    out = DreamBooth(pipeline).train(settings(max_train_steps=1, use_dora=True)).result.parent
     text = (out / "README.md").read_text()
+    assert "dora" in yaml.safe_load(text.split("---")[1])["tags"]
+    assert "load_lora_weights" in text and "mflux reads no DoRA" in text and "mflux-generate" not in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == Snapshot.repository
     assert f"https://huggingface.co/{Snapshot.repository}" in text
 
