@@ -122,7 +122,7 @@ class DreamBoothSettings:
         choices=("class_images", "dop", "none"),
     )
     with_prior_preservation: bool | None = flag("the same as --prior_preservation class_images", None)
-    prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's)", None, least=0)
+    prior_loss_weight: float | None = flag("weight of the prior term (none: the pipeline's; 1 for dop)", None, least=0)
     num_class_images: int = flag("class pictures wanted; missing ones are generated", 10, least=1)
     sample_batch_size: int | None = flag(
         "class pictures drawn at once (none: a million pixels, at most sixteen pictures)", None, least=1

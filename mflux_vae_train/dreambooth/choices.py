@@ -10,7 +10,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import Concept, DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.data import Plan
 from mflux_vae_train.dreambooth.optimization import default_rate
-from mflux_vae_train.dreambooth.preservation import Kind, choose_preservation
+from mflux_vae_train.dreambooth.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 
 PREVIEWS_IN_A_RUN = 8
@@ -96,7 +96,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         "validation_steps": _validation_steps(settings, plan, pictures),
         "rank": rank if lora else None,
         "lora_alpha": float(rank) if lora else None,
-        "prior_loss_weight": recommended.prior_loss_weight if prior else None,
+        "prior_loss_weight": _prior_weight(preservation.kind, recommended),
         "class_data_dir": first.class_data_dir,
         "weighting_scheme": recommended.weighting_scheme,
     }
@@ -129,6 +129,11 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         concepts=preservation.concepts,
         sampling=sampling,
     )
+
+
+def _prior_weight(kind: Kind, recommended: Recommended) -> float | None:
+    weights = {"class_images": recommended.prior_loss_weight, "dop": OUTPUT_WEIGHT}
+    return weights.get(kind)
 
 
 def _rate(settings: DreamBoothSettings, recommended: Recommended) -> float:

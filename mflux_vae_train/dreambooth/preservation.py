@@ -12,6 +12,12 @@ from mflux_vae_train.dreambooth.class_prompt import derive_class_prompt
 
 Kind = Literal["class_images", "dop", "none"]
 
+OUTPUT_WEIGHT = 1.0
+"""Weight of the prior term for dop, where nothing is said. It begins at zero and does not pull at the subject as class
+pictures do, so that it need not be held back: on the embedded pipeline more of the class and of other prompts was kept
+with 1 than with the 0.3 that is recommended for class pictures, and as much learnt of the subject.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preservation:

@@ -109,7 +109,7 @@ def test_what_preserves_the_prior(given, kind):
     assert choices.settings.with_prior_preservation is (kind == "class_images")
     assert (choices.settings.class_prompt is None) == (kind == "none")
     assert (choices.settings.class_data_dir is None) == (kind != "class_images")
-    assert (choices.prior_loss_weight is None) == (kind == "none")
+    assert choices.prior_loss_weight == {"class_images": 0.5, "dop": 1.0}.get(kind)
     assert choose(choices.settings, RECOMMENDED, pictures=5).settings == choices.settings
 
 
