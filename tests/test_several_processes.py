@@ -1,0 +1,129 @@
+"""Both training commands below MLX's launcher: what two processes leave is what one leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae_train.hooks import read_metrics
+from mflux_vae_train.pipelines import tiny
+from tests.train.launching import ROOT, THREADS, TIMEOUT, launch, ring
+
+pytestmark = pytest.mark.slow
+
+EXAMPLE = Path(tiny.__file__).parent / "example"
+
+
+# Both settings keep the rounding of gradients from becoming steps as large as the learning rate, as AdamW makes them of
+# gradients near zero (here a larger epsilon), and of those that are zero but for rounding, of biases in front of a norm
+# or of attention's keys (here a network that has none).
+
+
+def dreambooth(output: Path, *options: object) -> list[object]:
+    given = {
+        "model": "tiny", "instance_data_dir": EXAMPLE, "instance_prompt": "a photo of xyz star", "output_dir": output,
+        "num_class_images": 3, "max_train_steps": 3, "lr_warmup_steps": 1, "gradient_accumulation_steps": 3,
+        "lora_dropout": 0.1, "num_validation_images": 2, "validation_steps": 2, "checkpointing_steps": 2,
+        "adam_epsilon": 1e-3,
+    }  # fmt: skip
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-m", "mflux_vae_train.dreambooth.cli", *flags, *options]
+
+
+def autoencoder(output: Path, *more: object, batch: int, accumulation: int, epochs: int = 2) -> list[object]:
+    flags = (
+        f"--network plain --hidden_dims 12 12 --latent_dim 2 --data digits --data_count 96"
+        f" --image_size 24 --batch_size {batch} --gradient_accumulation_steps {accumulation} --num_epochs {epochs}"
+        f" --lr_scheduler constant --experiment_name few --learning_rate 1e-3"
+    )
+    return [sys.executable, "-m", "mflux_vae.cli", "train", *flags.split(), "--output_dir", output, *more]
+
+
+def alone(command: list[object]) -> None:
+    """As many threads as the others have: matrix products round by their number, and so would class pictures."""
+    arguments = [str(part) for part in command]
+    subprocess.run(arguments, check=True, capture_output=True, timeout=TIMEOUT, cwd=ROOT, env={**os.environ, **THREADS})
+
+
+def near(one: Path, other: Path) -> None:
+    """Weights, to a relative 1e-5 of each array's norm."""
+    ours, theirs = (mx.load(str(path)) for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        difference = np.linalg.norm(np.array(array - theirs[name], np.float32))
+        assert difference <= 1e-5 * np.linalg.norm(np.array(theirs[name], np.float32)), name
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DreamBooth run of one process."""
+    folder = tmp_path_factory.mktemp("one") / "out"
+    alone(dreambooth(folder))
+    return folder
+
+
+def test_dreambooth(one: Path, tmp_path: Path) -> None:
+    told = launch(2, dreambooth(tmp_path / "out"))
+    assert "exited with code" not in told.stderr, told.stderr
+    assert told.stdout.count("continuing") == 0 and told.stdout.count("generated 3 class pictures") == 1
+    near(tmp_path / "out" / "pytorch_lora_weights.safetensors", one / "pytorch_lora_weights.safetensors")
+    assert files(tmp_path / "out") == files(one)
+    for index in range(3):
+        name = f"class_images/class-{index:05}.png"
+        assert (tmp_path / "out" / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path: Path) -> None:
+    """The last of three, in the update after a checkpoint."""
+    killed = (
+        "import os, signal, sys; from mflux_vae_train import step; from mflux_vae_train.dreambooth import cli\n"
+        "call = step.Step.__call__\n"
+        "def killing(self, update, *rest):\n"
+        "    if update == 2 and self.team.rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return call(self, update, *rest)\n"
+        "step.Step.__call__ = killing; sys.exit(cli.main())"
+    )
+    command = dreambooth(tmp_path / "out")
+    results = ring(3, [sys.executable, "-c", killed, *command[3:]])
+    assert [status for status, _ in results] == [1, 1, -9]
+    assert all("error: process 3 of 3 ended without a word" in said for _, said in results[:2])
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    alone(command)
+    near(tmp_path / "out" / "pytorch_lora_weights.safetensors", one / "pytorch_lora_weights.safetensors")
+    assert [line["update"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_mistake_is_said_by_all_and_ends_all(tmp_path: Path) -> None:
+    results = ring(2, dreambooth(tmp_path / "out", "--resume_from_checkpoint", "nowhere"))
+    assert [status for status, _ in results] == [2, 1]
+    assert "nowhere is not a folder" in results[0][1] and "process 1 of 2 stopped" in results[1][1]
+
+
+def test_an_autoencoder(tmp_path: Path) -> None:
+    """Two processes, and one with the same update in one batch of twice the size."""
+    told = launch(2, autoencoder(tmp_path / "two", batch=8, accumulation=2))
+    assert "exited with code" not in told.stderr, told.stderr
+    alone(autoencoder(tmp_path / "one", batch=16, accumulation=1))
+    two, one = (tmp_path / name / "checkpoints" / "few" for name in ("two", "one"))
+    near(two / "last_model.safetensors", one / "last_model.safetensors")
+    assert files(two) == files(one) and told.stdout.count("best loss") == 1
+
+
+def test_an_autoencoder_and_its_critic_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    critic = ("--disc_start", 2)
+    for status, said in ring(2, autoencoder(tmp_path / "more", *critic, batch=8, accumulation=2, epochs=1)):
+        assert status == 0, said
+    alone(autoencoder(tmp_path / "more", *critic, batch=8, accumulation=2))
+    alone(autoencoder(tmp_path / "one", *critic, batch=8, accumulation=2))
+    more, one = (tmp_path / name / "checkpoints" / "few" for name in ("more", "one"))
+    near(more / "last_model.safetensors", one / "last_model.safetensors")
