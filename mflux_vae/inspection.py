@@ -25,7 +25,7 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     found = loading.describe(model, config=config)
     network = FAMILIES[found.family].build(found.config)
     latents = _latents(network.config)
-    sides = SIDES if latents.keys() >= {"downsampling"} else ()
+    sides = SIDES if "downsampling" in latents else (latents["image"],) if "image" in latents else ()
     needed = {
         what: {f"{side}x{side}": memory.peak_bytes(network, what, 1, side, side) for side in sides} for what in WHAT
     }

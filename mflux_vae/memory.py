@@ -19,6 +19,9 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.kernels.attention import _BAND_SCORES
+from mflux_vae.kernels.bands import streams
+from mflux_vae.layers import Attention, LinearAttention, leaky_relu
 from mflux_vae.overriding import is_pointwise
 from mflux_vae.runtime import is_cpu
 from mflux_vae.strips import Convolution, Held, Job, Repeated, Source, Stand, Whole
@@ -28,6 +31,8 @@ logger = logging.getLogger("mflux_vae")
 
 Asked: TypeAlias = bool | Literal["exact", "blend"] | Tiling | None
 SMALLEST_TILE = 128
+
+_WHOLE = "an autoencoder whose latents are vectors sees the whole image: tiling=None"
 
 
 def plan(
@@ -48,7 +53,7 @@ def plan(
     """
     if getattr(network.config, "vectors", False):
         if asked:
-            raise SettingsError("an autoencoder whose latents are vectors sees the whole image: tiling=None")
+            raise SettingsError(_WHOLE)
         return None
     if isinstance(asked, Tiling):
         return asked
@@ -139,17 +144,19 @@ def peak_bytes(
         tiling: how the call is tiled.
 
     Raises:
-        SettingsError: a network whose latents are vectors.
+        SettingsError: tiles of a network whose latents are vectors.
 
     Returns:
         bytes, as the growth of `mx.get_peak_memory()` over `mx.get_active_memory()` before the call.
     """
-    if getattr(network.config, "vectors", False):
-        raise SettingsError("the memory that an autoencoder with vectors for latents takes is not estimated")
     factor = network.config.downsampling
     height, width = max(height // factor, 1), max(width // factor, 1)
     function = function_of(network, what)
     cell, channels = (factor, network.config.in_channels) if what == "encode" else (1, network.config.latent_channels)
+    if getattr(network.config, "vectors", False):
+        if tiling is not None:
+            raise SettingsError(_WHOLE)
+        return _in_one_piece(function, (batch, *(cell, cell) * (what == "encode"), channels))[0]
     if tiling is None:
         return _in_one_piece(function, (batch, height * cell, width * cell, channels))[0]
     if tiling.mode == "exact":
@@ -179,15 +186,16 @@ class _Tally(Job):
 
     Attributes:
         peak: the most bytes at any time.
+        freed: bytes that go back when the evaluation ends that is going on.
     """
 
     def __init__(self, pixels: int | None = None):
         super().__init__(pixels)
-        self.peak = 0
+        self.peak = self.freed = 0
 
     def take(self, transient: int) -> None:
         """Bytes besides those held are needed for a moment."""
-        self.peak = max(self.peak, self.held + transient)
+        self.peak = max(self.peak, self.held + self.freed + transient)
 
 
 class _Weighed(Stand):
@@ -196,14 +204,22 @@ class _Weighed(Stand):
     Args:
         inputs: what it is made of pixel by pixel. Then it takes nothing before it is `settle`d, as MLX computes such a
             step when its result is asked for, and in the memory of an input that nothing else holds any more.
+        apart: but not in an input's, which is needed to the end.
     """
 
     def __init__(
-        self, tally: _Tally, shape: Sequence[int], dtype: mx.Dtype, size: int, inputs: Sequence[_Weighed] = ()
+        self,
+        tally: _Tally,
+        shape: Sequence[int],
+        dtype: mx.Dtype,
+        size: int,
+        inputs: Sequence[_Weighed] = (),
+        *,
+        apart: bool = False,
     ):
         super().__init__(tally, shape, dtype)
         self.size = 0
-        self._pending = list(inputs)
+        self._pending, self._apart = list(inputs), apart
         if not inputs:
             self._take(size)
 
@@ -211,19 +227,26 @@ class _Weighed(Stand):
         self.job.held -= self.size
 
     def settle(self) -> None:
-        """Computed now, if it was not."""
+        """Computed now, if it was not, in one evaluation with all that it waits for; at its end arrays are freed."""
+        tally: Any = self.job
+        self._compute()
+        tally.freed = 0
+
+    def _compute(self) -> None:
         if not self._pending:
             return
         tally: Any = self.job
         for stand in self._pending:
-            stand.settle()
+            stand._compute()
         before, watched = tally.held, [(weakref.ref(stand), stand.size) for stand in self._pending]
         del stand
         self._pending.clear()
         size = prod(self.shape) * self.dtype.size
-        if not any(left() is None and free >= size for left, free in watched):
-            tally.take(before - tally.held + size)
+        tally.freed += before - tally.held
+        if not self._apart and any(left() is None and free >= size for left, free in watched):
+            tally.freed -= size
         self._take(size)
+        tally.take(0)
 
     def _take(self, size: int) -> None:
         self.size = size
@@ -235,17 +258,26 @@ class _Weighed(Stand):
             return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]
         example = function(*map(_example, arguments), **{name: _example(value) for name, value in named.items()})
         stands = [value for value in (*arguments, *named.values()) if isinstance(value, _Weighed)]
-        if is_pointwise(function) or function is kernels.repeat_pixels:
-            return _Weighed(tally, example.shape, example.dtype, 0, stands)
+        apart = function in _APART
+        if is_pointwise(function) or apart:
+            return _Weighed(tally, example.shape, example.dtype, 0, stands, apart=apart)
         for stand in stands:
             stand.settle()
         if function is kernels.group_norm:  # its statistics were taken, the rest is pixel by pixel
             return _Weighed(tally, example.shape, example.dtype, 0, stands)
+        transient = example.nbytes
         if function in _WEIGHTS:
-            transient = _convolution(self.shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
-        else:
-            transient = _attention(example.shape)
-        tally.take(transient + example.nbytes)
+            transient += _convolution(self.shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
+        elif function is kernels.conv_transpose2d and is_cpu():
+            phases = (*self.shape[:3], 4 * example.shape[3])  # which wait to be put in their order
+            tally.take(_phases(self.shape, arguments[1]) + 4 * prod(phases))
+            made = _Weighed(tally, phases, example.dtype, 4 * prod(phases))
+            return _Weighed(tally, example.shape, example.dtype, 0, [made], apart=True)
+        elif function in _ATTENTION:
+            transient += _attention(example.shape)
+        else:  # in another order
+            transient += prod(self.shape) * self.dtype.size
+        tally.take(transient)
         return _Weighed(tally, example.shape, example.dtype, example.nbytes)
 
 
@@ -305,13 +337,30 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
 """Which argument of a convolution is the weight."""
 
 
+_APART = (kernels.repeat_pixels, leaky_relu)
+"""What cannot be computed in its argument's memory."""
+
+_ATTENTION = (Attention.__call__, LinearAttention.__call__)
+
+
 def _convolution(shape: Sequence[int], weight: mx.array, stride: int) -> int:
     """Bytes of a convolution's own; on Metal and CUDA a copy of the padded image."""
     return kernels.workspace_bytes(shape, weight.shape, stride) if is_cpu() else 4 * prod(shape)
 
 
+def _phases(shape: Sequence[int], weight: mx.array) -> int:
+    """Bytes of a transposed convolution's own, which is one to four phases: its weights in their order, made of as many
+    numbers, and the convolution's."""
+    out, _, _, channels = weight.shape
+    weights = 4 * 16 * out * channels
+    return weights + max(weights, kernels.workspace_bytes(shape, (4 * out, 2, 2, channels)))
+
+
 def _attention(shape: Sequence[int]) -> int:
-    """Norm, queries, keys, values, the sum and its projection; and scores, scaled, as weights, and on their way."""
+    """Bytes of attention's own: norm, queries, keys, values, the sum and its projection; and scores, as many as are
+    there at once, on their way to weights. On a CPU the norm's are gone by then, and every stream has scores."""
     batch, height, width, _ = shape
-    pixels = height * width
-    return 4 * (6 * prod(shape) + 3 * min(batch * pixels**2, kernels.SCORES_AT_ONCE))
+    scores = batch * (height * width) ** 2
+    if not is_cpu():
+        return 4 * (6 * prod(shape) + 3 * min(scores, kernels.SCORES_AT_ONCE))
+    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * _BAND_SCORES), 3 * min(scores, _BAND_SCORES)))

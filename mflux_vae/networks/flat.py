@@ -12,9 +12,9 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.layers import BatchNorm, Conv2d, TransposedConv2d
+from mflux_vae.layers import BatchNorm, Conv2d, TransposedConv2d, leaky_relu
 from mflux_vae.networks.scaling import ScaledConfig
-from mflux_vae.overriding import pointwise
+from mflux_vae.overriding import overridable
 from mflux_vae.posterior import DiagonalGaussian
 
 NEGATIVE_SLOPE = 0.01
@@ -99,11 +99,6 @@ class FlatConfig(ScaledConfig):
         return {"_class_name": "FlatAutoencoder", **asdict(self), "hidden_dims": list(self.hidden_dims)}
 
 
-@pointwise
-def leaky_relu(x: mx.array) -> mx.array:
-    return mx.maximum(x, NEGATIVE_SLOPE * x)
-
-
 class Down(nn.Module):
     """Halve the resolution, rounding up."""
 
@@ -115,7 +110,7 @@ class Down(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv(x)
-        return leaky_relu(self.norm(x) if "norm" in self else x)
+        return leaky_relu(self.norm(x) if "norm" in self else x, NEGATIVE_SLOPE)
 
 
 class Up(nn.Module):
@@ -140,7 +135,21 @@ class Up(nn.Module):
             x = self.conv(kernels.repeat_pixels(x)[:, :size, :size])
         if self._plain:
             return x
-        return leaky_relu(self.norm(x) if "norm" in self else x)
+        return leaky_relu(self.norm(x) if "norm" in self else x, NEGATIVE_SLOPE)
+
+
+@overridable
+def _heads(x: mx.array, mean: nn.Linear, logvar: nn.Linear) -> mx.array:
+    """(B, s, s, C) -> latent moments, (B, 2 * latent)."""
+    x = x.transpose(0, 3, 1, 2).flatten(1)  # channels first, as torch flattens: weights are then the same
+    return mx.concatenate([mean(x), logvar(x)], axis=-1)
+
+
+@overridable
+def _lowest_image(z: mx.array, linear: nn.Linear, channels: int, side: int) -> mx.array:
+    """Latents (B, latent) -> (B, side, side, channels)."""
+    x = linear(z.astype(linear.weight.dtype))
+    return x.reshape(-1, channels, side, side).transpose(0, 2, 3, 1)
 
 
 class Encoder(nn.Module):
@@ -157,8 +166,7 @@ class Encoder(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for level in self.down:
             x = level(x)
-        x = x.transpose(0, 3, 1, 2).flatten(1)  # channels first, as torch flattens: weights are then the same
-        return mx.concatenate([self.mean(x), self.logvar(x)], axis=-1)
+        return _heads(x, self.mean, self.logvar)
 
 
 class Decoder(nn.Module):
@@ -179,9 +187,7 @@ class Decoder(nn.Module):
             self.up.append(Up(widths[-1], config.out_channels, **settings, plain=True))
 
     def __call__(self, z: mx.array) -> mx.array:
-        side = self._sizes[-1]
-        x = self.linear(z.astype(self.linear.weight.dtype))
-        x = x.reshape(-1, self._top, side, side).transpose(0, 2, 3, 1)
+        x = _lowest_image(z, self.linear, self._top, self._sizes[-1])
         for level, size in zip(self.up, self._sizes[-2::-1], strict=True):
             x = level(x, size)
         return self.conv_out(x) if "conv_out" in self else x

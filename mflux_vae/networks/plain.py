@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import Conv2d
+from mflux_vae.layers import Conv2d, leaky_relu
 from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.overriding import pointwise
 from mflux_vae.posterior import DiagonalGaussian
@@ -70,9 +70,8 @@ class PlainConfig(ScaledConfig):
         return {"_class_name": "PlainAutoencoder", **asdict(self), "channels": list(self.channels)}
 
 
-@pointwise
-def leaky_relu(x: mx.array) -> mx.array:
-    return mx.maximum(x, NEGATIVE_SLOPE * x)
+def _leaky(x: mx.array) -> mx.array:
+    return leaky_relu(x, NEGATIVE_SLOPE)
 
 
 @pointwise
@@ -91,7 +90,7 @@ class ResBlock(nn.Module):
         self.conv2.weight = mx.zeros_like(self.conv2.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.conv2(leaky_relu(self.conv1(leaky_relu(x))))
+        return x + self.conv2(_leaky(self.conv1(_leaky(x))))
 
 
 class Down(nn.Module):
@@ -103,7 +102,7 @@ class Down(nn.Module):
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.res(self.conv(leaky_relu(x)))
+        return self.res(self.conv(_leaky(x)))
 
 
 class Up(nn.Module):
@@ -115,7 +114,7 @@ class Up(nn.Module):
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.res(self.conv(kernels.repeat_pixels(leaky_relu(x))))
+        return self.res(self.conv(kernels.repeat_pixels(_leaky(x))))
 
 
 class Encoder(nn.Module):
@@ -134,7 +133,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.down, *self.bottleneck]:
             x = block(x)
-        x = leaky_relu(x)
+        x = _leaky(x)
         return _beside(self.mu(x), self.logvar(x))
 
 
@@ -153,7 +152,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in [*self.bottleneck, *self.up]:
             x = block(x)
-        return self.conv_out(leaky_relu(x))
+        return self.conv_out(_leaky(x))
 
 
 class PlainAutoencoder(ScaledLatents):

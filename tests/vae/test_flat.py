@@ -250,8 +250,9 @@ def test_smaller_images_are_padded_and_cropped_and_larger_ones_refused():
         vae.decode(mx.zeros((1, 3, 1, 1)))
     with pytest.raises(SettingsError, match="tiling=None"):
         vae.encode(image, tiling=True)
-    with pytest.raises(SettingsError, match="not estimated"):
-        vae.peak_bytes("encode", 7, 7)
+    with pytest.raises(SettingsError, match="sees the whole image"):
+        vae.peak_bytes("encode", 7, 7, tiling=True)
+    assert 0 < vae.peak_bytes("encode", 7, 7) < vae.peak_bytes("encode", 7, 7, batch=8)
 
 
 @pytest.mark.parametrize(

@@ -6,30 +6,40 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mflux_vae import memory, tiling
+from mflux_vae import kernels, memory, tiling
 from mflux_vae.errors import SettingsError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
+from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
 from mflux_vae.networks.plain import PlainAutoencoder
 from mflux_vae.networks.tiny import AutoencoderTiny
+from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.tiling import Tiling
-from tests.vae.small import drawn, small_kl
+from tests.vae.small import drawn, small_flux2, small_kl
 
 PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend", 64)}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 whats = pytest.mark.parametrize("what", ["encode", "decode"])
 
+SHARES = {"encode": 0.43, "decode": 0.4}
+"""Of the untiled call's memory, what exact tiling of a large image takes at most."""
+
 
 def measured(network: nn.Module, what: str, batch: int, height: int, width: int, plan: Tiling | None) -> int:
-    """The second call's peak."""
-    shape = (batch, height, width, 3) if what == "encode" else (batch, height // 8, width // 8, 4)
+    """The most of three calls after a first one: how far MLX runs ahead of what it frees is another each time."""
+    config: Any = network.config
+    size = () if getattr(config, "vectors", False) else (height // 8, width // 8)
+    pixels, latents = (batch, height, width, config.in_channels), (batch, *size, config.latent_channels)
+    shape = pixels if what == "encode" else latents
     x = mx.random.normal(shape, key=mx.random.key(0))
     mx.eval(x, network.parameters())
-    for _ in range(2):
+    taken = []
+    for _ in range(4):
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -37,7 +47,8 @@ def measured(network: nn.Module, what: str, batch: int, height: int, width: int,
         result = getattr(tiling, what)(network, x, plan)
         mx.eval(result if what == "decode" else [result.mean, result.logvar])
         del result
-    return mx.get_peak_memory() - before
+        taken.append(mx.get_peak_memory() - before)
+    return max(taken[1:])
 
 
 built: dict[str, nn.Module] = {}
@@ -49,12 +60,51 @@ def network_of(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     return built[name]
 
 
+SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "small": (lambda: small_kl(block_out_channels=(16, 32, 32, 32)), (2, 128, 96)),
+    "statistics": (
+        lambda: small_flux2(block_out_channels=(16, 32, 32, 32), decoder_block_out_channels=(16, 16, 32, 32)),
+        (2, 128, 96),
+    ),
+    "without norms": (lambda: drawn(AutoencoderTiny()), (2, 128, 128)),
+}
+
+
 @plans
 @whats
-def test_the_estimate_is_within_20_percent(what: str, plan: Tiling | None) -> None:
-    network = network_of("small", lambda: small_kl(block_out_channels=(16, 32, 32, 32)))
-    estimate = memory.peak_bytes(network, what, 2, 128, 96, plan)
-    assert estimate == pytest.approx(measured(network, what, 2, 128, 96, plan), rel=0.2)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_estimate_is_within_20_percent(name: str, what: str, plan: Tiling | None) -> None:
+    build, size = SMALL[name]
+    network = network_of(name, build)
+    assert memory.peak_bytes(network, what, *size, plan) == pytest.approx(measured(network, what, *size, plan), rel=0.2)
+
+
+@whats
+def test_the_estimate_of_vectors_is_too(what: str) -> None:
+    config = FlatConfig(in_channels=3, out_channels=3, hidden_dims=(32, 64, 128), image_size=64, output="tanh")
+    network = drawn(FlatAutoencoder(config)).eval()
+    taken = measured(network, what, 64, 64, 64, None)
+    assert memory.peak_bytes(network, what, 64, 64, 64) == pytest.approx(taken, rel=0.2)
+    with pytest.raises(SettingsError, match="sees the whole image"):
+        memory.peak_bytes(network, what, 64, 64, 64, Tiling("exact"))
+
+
+def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
+    """One array in all for `relu(x * 2 + 1)`, as MLX computes it; another where the argument is held on to."""
+    image = 4 * 64 * 64 * 3
+    held: list[object] = []
+
+    class Steps(nn.Module):
+        config = AutoencoderTiny().config
+
+        def encode(self, pixels: mx.array) -> DiagonalGaussian:
+            x = pixels * 2
+            held[:] = [x] * keeps
+            return DiagonalGaussian(kernels.relu(x + 1), pixels)
+
+    for keeps in (0, 1):
+        assert memory.peak_bytes(Steps(), "encode", 1, 64, 64) == image * (1 + keeps)
+        held.clear()
 
 
 @pytest.mark.slow
@@ -92,17 +142,17 @@ def test_exact_tiling_of_a_large_image(what: str) -> None:
     difference = mx.abs(results[0] - results[1]).max().item()
     print(f"{what}: difference {difference:.1e}, peak {peaks[1] / 1e6:.0f} of {peaks[0] / 1e6:.0f} MB")
     assert difference <= 2 / 255
-    assert peaks[1] <= 0.4 * peaks[0]
+    assert peaks[1] <= SHARES[what] * peaks[0]
 
 
 def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
     for what in ("encode", "decode"):
         sizes = [memory.peak_bytes(network, what, 1, side, side) for side in (256, 512, 1024)]
-        assert 3 < sizes[1] / sizes[0] < 4.5
+        assert 2.5 < sizes[1] / sizes[0] < 4.5
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (memory.peak_bytes(network, what, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512)))
-        assert exact < 0.4 * whole
+        assert exact < SHARES[what] * whole
 
 
 def test_a_plan_is_made_only_where_memory_is_short(
