@@ -10,6 +10,7 @@ the KL divergence.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -180,17 +181,13 @@ def torch_vectors(channels_last: bool, gpu: bool) -> Work:
     network = network.train().to(device, memory_format=layout)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
     latent_noise = torch.from_numpy(draws).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
+    update = _torch_update(network)
 
     def run() -> dict[str, Any]:
         made, mean, logvar = network(pixels, latent_noise)
         error = (made - pixels).square().sum((1, 2, 3)).mean()
         loss = error + 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        return {"loss": loss, "grad_norm": norm}
+        return update(loss)
 
     return torch_work(training(run), device)
 
@@ -215,20 +212,32 @@ def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
         torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
         for array in inputs(case)
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
+    update = _torch_update(network)
 
     def run() -> dict[str, Any]:
         posterior = network.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * draws
         error = (network.decode(latents).sample - pixels).square().mean()
         loss = error + KL_WEIGHT * posterior.kl().mean()
+        return update(loss)
+
+    return torch_work(training(run), device)
+
+
+def _torch_update(network: Any) -> Callable[[Any], dict[str, Any]]:
+    """loss -> what is compared, after backward pass, clipping and AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
+
+    def update(loss: Any) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         return {"loss": loss, "grad_norm": norm}
 
-    return torch_work(training(run), device)
+    return update
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from mflux_vae.images import save_image
+from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth import overview
 
 
 def subject(index: int) -> np.ndarray:
@@ -21,3 +23,23 @@ def instance_dir(tmp_path):
         save_image(folder / f"picture-{index}.png", subject(index))
     (folder / "notes.txt").write_text("no picture")
     return folder
+
+
+@pytest.fixture
+def short_run(instance_dir, tmp_path, monkeypatch):
+    """Makes settings of a few updates on the fake pipeline, without a loss curve, which is slow to draw."""
+    monkeypatch.setattr(overview, "write_loss_curve", lambda *_: True)
+
+    def make(**changes) -> DreamBoothSettings:
+        given = {
+            "model": "fake",
+            "output_dir": str(tmp_path / "out"),
+            "max_train_steps": 6,
+            "lr_warmup_steps": 1,
+            "num_validation_images": 0,
+        }
+        if "concepts" not in changes:
+            given |= {"instance_data_dir": str(instance_dir), "instance_prompt": "a photo of sks dog"}
+        return DreamBoothSettings(**{**given, **changes})
+
+    return make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import mlx.nn as nn
 import pytest
@@ -44,23 +43,10 @@ class Weighed(FakePipeline):
 
 
 @pytest.fixture
-def settings(instance_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def settings(short_run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "write_report", lambda *_, **__: None, raising=False)
-
-    def make(**changes) -> DreamBoothSettings:
-        given = {
-            "model": "fake",
-            "instance_data_dir": str(instance_dir),
-            "instance_prompt": "a photo of sks dog",
-            "output_dir": str(tmp_path / "out"),
-            "max_train_steps": 2,
-            "lr_warmup_steps": 0,
-            "num_validation_images": 0,
-            "with_prior_preservation": False,
-        }
-        return DreamBoothSettings(**{**given, **changes})
-
-    return make
+    given = {"max_train_steps": 2, "lr_warmup_steps": 0, "with_prior_preservation": False}
+    return lambda **changes: short_run(**{**given, **changes})
 
 
 def told(caplog: pytest.LogCaptureFixture) -> str:

@@ -17,33 +17,17 @@ from mflux_vae.errors import ImageError, PluginError, SettingsError, TrainingErr
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train import flags, loop
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import encoding, overview, previews
+from mflux_vae_train.dreambooth import encoding, previews
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import MEASURED, read_metrics
 from tests.contracts.fake import FakePipeline
 
 
 @pytest.fixture
-def settings(instance_dir, tmp_path, monkeypatch):
-    """Settings of a short run; keyword arguments change them. Loss curves, slow to draw, are left out."""
-    monkeypatch.setattr(overview, "write_loss_curve", lambda *_: True)
-
-    def make(**changes) -> DreamBoothSettings:
-        given = {
-            "model": "fake",
-            "instance_data_dir": str(instance_dir),
-            "instance_prompt": "a photo of sks dog",
-            "output_dir": str(tmp_path / "out"),
-            "max_train_steps": 6,
-            "lr_warmup_steps": 1,
-            "num_class_images": 4,
-            "num_validation_images": 2,
-            "gradient_accumulation_steps": 2,
-            "validation_steps": 3,
-        }
-        return DreamBoothSettings(**{**given, **changes})
-
-    return make
+def settings(short_run):
+    """Settings of a short run with previews and class pictures; keyword arguments change them."""
+    given = {"num_class_images": 4, "num_validation_images": 2, "gradient_accumulation_steps": 2, "validation_steps": 3}
+    return lambda **changes: short_run(**{**given, **changes})
 
 
 def files(folder):

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train import loop
-from mflux_vae_train.config import Concept, DreamBoothSettings
-from mflux_vae_train.dreambooth import overview
+from mflux_vae_train.config import Concept
 from mflux_vae_train.dreambooth.instances import load_pictures
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import read_metrics
@@ -22,32 +21,14 @@ from tests.contracts.fake import FakePipeline
 
 
 @pytest.fixture
-def settings(instance_dir, tmp_path, monkeypatch):
+def settings(short_run, instance_dir):
     """A short run on pictures of three shapes, one of them masked, one with a prompt of its own."""
-    monkeypatch.setattr(overview, "write_loss_curve", lambda *_: True)
     rng = np.random.default_rng(0)
     for index, size in enumerate([(16, 40), (16, 40), (40, 16), (24, 20)]):
         save_image(instance_dir / f"other-{index}.png", rng.integers(0, 255, (*size, 3), dtype=np.uint8))
     save_image(instance_dir / "other-2-mask.png", np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (40, 1))[..., None])
     (instance_dir / "other-3.txt").write_text("sks dog, small")
-
-    def make(**changes) -> DreamBoothSettings:
-        given = {
-            "model": "fake",
-            "instance_data_dir": str(instance_dir),
-            "instance_prompt": "a photo of sks dog",
-            "output_dir": str(tmp_path / "out"),
-            "max_train_steps": 6,
-            "lr_warmup_steps": 1,
-            "num_class_images": 3,
-            "num_validation_images": 0,
-            "gradient_accumulation_steps": 4,
-        }
-        if "concepts" in changes:
-            del given["instance_data_dir"], given["instance_prompt"]
-        return DreamBoothSettings(**{**given, **changes})
-
-    return make
+    return lambda **changes: short_run(**{"num_class_images": 3, "gradient_accumulation_steps": 4, **changes})
 
 
 EVERYTHING = {

@@ -155,38 +155,6 @@ def test_a_file_of_several_ranks_is_refused(tmp_path: Path) -> None:
         lora.load_adapter(Net(), tmp_path / "a.safetensors", "t")
 
 
-@pytest.mark.parity
-def test_diffusers_and_peft_read_the_file_alpha_included(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("peft")
-    pytest.importorskip("diffusers")
-    from diffusers.loaders.peft import PeftAdapterMixin
-    from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
-    from safetensors.torch import load_file
-
-    class Theirs(torch.nn.Module, PeftAdapterMixin):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)])
-            self.out = torch.nn.Linear(4, 3, bias=False)
-
-        def forward(self, x):  # type: ignore[no-untyped-def]
-            h = torch.tanh(self.blocks[0](x)) + 0.1
-            return self.out(torch.tanh(self.blocks[1](h)))
-
-    net = adapted(alpha=4.0)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    lora.save_adapter(net, path, "transformer")
-    theirs = Theirs()
-    base = {key: torch.tensor(np.array(value)) for key, value in tree_flatten(Net().parameters())}
-    theirs.load_state_dict(base)
-    theirs.load_lora_adapter(load_file(path), prefix="transformer", metadata=_load_sft_state_dict_metadata(str(path)))
-    assert theirs.peft_config["default_0"].lora_alpha == 4
-    with torch.no_grad():
-        out = theirs(torch.tensor(np.array(X))).numpy()
-    np.testing.assert_allclose(out, np.array(net(X)), rtol=1e-5, atol=1e-6)
-
-
 def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     lora.save_adapter(adapted(), path, "unet")
