@@ -13,10 +13,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mflux_vae.codecs import Codec, First
 from mflux_vae.images import covered, load_images
+from mflux_vae.loading import parameter_count
 from mflux_vae.lpips import LPIPS
 from mflux_vae.measuring import mean_of, quality
 
@@ -106,12 +106,11 @@ class Contestant:
     def summary(self) -> dict[str, Any]:
         """What was measured, for a table and for JSON; milliseconds are medians, measures of quality means."""
         names = self.qualities[0]
-        parameters = sum(value.size for value in dict(tree_flatten(self.codec.network.parameters())).values())
         encode, decode = (1000 * median(seconds) for seconds in self.seconds)
         return {
             "name": self.name,
             "kind": type(self.codec.network).__name__,
-            "parameters": parameters,
+            "parameters": parameter_count(self.codec.network),
             "image_size": self.codec.side,
             "channels": self.codec.channels,
             "latent": {**self.latent, **self.statistics.summary()},

@@ -23,7 +23,7 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
         _list_presets(as_json)
         return
     found = loading.describe(model, config=config)
-    network = FAMILIES[found.family].build(found.config)
+    network = FAMILIES[found.family].build(found.config).eval()
     latents = _latents(network.config)
     sides = SIDES if "downsampling" in latents else (latents["image"],) if "image" in latents else ()
     needed = {

@@ -141,6 +141,12 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
     )
 
 
+def parameter_count(network: nn.Module) -> int:
+    """Numbers that training finds; not the statistics of norms."""
+    tensors = dict(tree_flatten(network.parameters()))
+    return sum(tensor.size for name, tensor in tensors.items() if name.split(".")[-1] not in _BESIDE)
+
+
 def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> None:
     """Write the folder that `open_network` opens, and diffusers too where it has such a network.
 

@@ -85,6 +85,7 @@ def test_numbers_are_those_of_the_models(run: Run, models: dict[str, Path], phot
     grey, laq = answer["models"][1:]
     assert (grey["channels"], grey["image_size"], grey["latent"]["shape"]) == (1, 20, "6")
     assert grey["latent"]["compression"] == 400 / 6 and grey["kl"] > 0
+    assert grey["parameters"] == loading.describe(models["grey"]).parameters  # without the statistics of its norms
     assert laq["latent"]["shape"] == "4 codes of 8" and laq["kl"] is None and laq["latent"]["compression"] == 768
     assert all(model["encode_ms"] > 0 and model["decode_ms"] > 0 for model in answer["models"])
 
@@ -203,6 +204,11 @@ def test_the_size_is_the_models_own_where_all_have_one() -> None:
     assert comparison_report.size_of([flat], 7) == 7
     with pytest.raises(SettingsError):
         comparison_report.size_of([flat], -1)
+
+
+def test_info_tells_of_vectors(run: Run, models: dict[str, Path]) -> None:
+    status, told, err = run("info", models["grey"])
+    assert status == 0 and "6 numbers for an image of 20 x 20" in told and "memory to decode: 20x20" in told, err
 
 
 def test_captions_fit() -> None:
