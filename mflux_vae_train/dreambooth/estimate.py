@@ -69,8 +69,11 @@ def estimated(pipeline: DiffusionPipeline, choices: Choices, *, prompts: int, cl
     """
     if not isinstance(pipeline, Estimates):
         return None
+    asked = workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution)
+    together = min(choices.settings.sample_batch_size or pictures_at_once(choices.resolution), class_pictures)
     work = replace(
-        workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution),
+        asked,
+        pictures=max(asked.pictures, together),
         micro_batches=choices.plan.accumulation,
         prompts=prompts,
         class_pictures=class_pictures,
