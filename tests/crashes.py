@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import threading
@@ -29,16 +30,17 @@ _watch = _Watch()
 _watching = False
 
 
-def states(folder: Path, into: Path, work: Callable[[], object]) -> list[Path]:
-    """Do the work; return copies of `folder` as it was before each change that this thread made, in order."""
+def states(folder: Path, into: Path, work: Callable[[], object], *, every: int) -> list[Path]:
+    """Do the work; return copies of `folder` as it was before every n-th change that this thread made, in order."""
     global _watching
     if not _watching:
         sys.addaudithook(_watch)
         _watching = True
     taken: list[Path] = []
+    changes = itertools.count()
 
     def copy() -> None:
-        if folder.is_dir():
+        if folder.is_dir() and next(changes) % every == 0:
             taken.append(Path(shutil.copytree(folder, into / f"{len(taken):04}")))
 
     _watch.folder, _watch.copy = folder, copy

@@ -86,10 +86,10 @@ def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
 
 def test_a_run_killed_before_any_change_of_a_file_goes_on_to_the_same_result(settings: Make, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    taken = states(out, tmp_path / "states", lambda: train(settings()))
+    taken = states(out, tmp_path / "states", lambda: train(settings()), every=29)
     expected = left(Path(shutil.move(out, whole)))
-    assert len(taken) > 50 and {"checkpoint-4/state.json", "samples/progress.png"} <= expected.keys()
-    for state in taken[::16]:
+    assert len(taken) > 4 and {"checkpoint-4/state.json", "samples/progress.png"} <= expected.keys()
+    for state in taken:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(state, out)
         train(settings())
