@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.kernels.attention import _BAND_SCORES
+from mflux_vae.kernels.attention import BAND_SCORES
 from mflux_vae.kernels.bands import streams
 from mflux_vae.layers import Attention, LinearAttention, leaky_relu
 from mflux_vae.overriding import is_pointwise
@@ -265,4 +265,4 @@ def _attention(shape: Sequence[int]) -> int:
     scores = batch * (height * width) ** 2
     if not is_cpu():
         return 4 * (6 * prod(shape) + 3 * min(scores, kernels.SCORES_AT_ONCE))
-    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * _BAND_SCORES), 3 * min(scores, _BAND_SCORES)))
+    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * BAND_SCORES), 3 * min(scores, BAND_SCORES)))

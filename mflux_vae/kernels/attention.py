@@ -17,7 +17,8 @@ from mflux_vae import runtime
 from mflux_vae.kernels.bands import computes_now, filled, streams
 from mflux_vae.kernels.fusion import fused
 
-_BAND_SCORES = 1 << 20
+BAND_SCORES = 1 << 20
+"""Of a band, on a CPU."""
 _SMALLEST = 1 << 15
 """Fewer scores are not worth a band."""
 SCORES_AT_ONCE = 1 << 23
@@ -87,8 +88,8 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arr
 def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     batch, heads, queries, _ = q.shape
     per_head = queries * k.shape[2]
-    heads_at_once = max(1, min(-(-heads * batch // streams()), heads, _BAND_SCORES // per_head))
-    at_once = queries if heads_at_once > 1 else max(1, min(queries, _BAND_SCORES // k.shape[2]))
+    heads_at_once = max(1, min(-(-heads * batch // streams()), heads, BAND_SCORES // per_head))
+    at_once = queries if heads_at_once > 1 else max(1, min(queries, BAND_SCORES // k.shape[2]))
     if batch * heads == 1:  # as autoencoders have
         at_once = min(at_once, -(-queries // streams()))
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import BatchNorm, Conv2d
+from mflux_vae.layers import BatchNorm, Conv2d, leaky_relu
 
 NEGATIVE_SLOPE = 0.2
 MOST = 1e4
@@ -52,9 +52,9 @@ class PatchDiscriminator(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> logits (B, h, w, 1), positive for real."""
-        x = _leaky_relu(self.convs[0](pixels))
+        x = leaky_relu(self.convs[0](pixels), NEGATIVE_SLOPE)
         for conv, norm in zip(self.convs[1:-1], self.norms, strict=True):
-            x = _leaky_relu(norm(conv(x)))
+            x = leaky_relu(norm(conv(x)), NEGATIVE_SLOPE)
         return self.convs[-1](x)
 
 
@@ -98,10 +98,6 @@ def _convolution(in_channels: int, out_channels: int, *, stride: int, bias: bool
     conv = Conv2d(in_channels, out_channels, 4, stride=stride, padding=1, bias=bias)
     conv.weight = 0.02 * mx.random.normal(conv.weight.shape)
     return conv
-
-
-def _leaky_relu(x: mx.array) -> mx.array:
-    return mx.maximum(x, NEGATIVE_SLOPE * x)
 
 
 def _mean(values: mx.array) -> mx.array:
