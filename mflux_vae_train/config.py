@@ -329,8 +329,6 @@ USUAL_RATE = {"full": (1e-6, 1e-5), "lora": (1e-5, 1e-3)}
 """By train mode: an adapter, which begins at zero, wants more than weights that are there."""
 PRODIGYS_USUAL_RATE = (0.1, 2.0)
 """A factor on the rate that it finds."""
-PRODIGYS_SEARCH = 600
-"""Updates. Its rate begins at a millionth; an adapter's took 150 to grow, and over 300 with a cosine it learnt little."""
 
 
 def advice(settings: DreamBoothSettings) -> list[str]:
@@ -344,11 +342,6 @@ def advice(settings: DreamBoothSettings) -> list[str]:
         if value is not None and not low <= value <= high:
             where = with_what if name == "learning_rate" else ""
             lines.append(f"--{name} is {value:g}; usual{where} is {low:g} to {high:g}")
-    if prodigy and settings.max_train_steps < PRODIGYS_SEARCH and not settings.lr_scheduler.startswith("constant"):
-        lines.append(
-            f"--optimizer prodigy may still search its rate when --lr_scheduler {settings.lr_scheduler} has lowered it,"
-            f" in {settings.max_train_steps} updates: constant, or --no_prodigy_use_bias_correction, is faster"
-        )
     return lines
 
 

@@ -203,16 +203,19 @@ def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str
     ]
 
 
-PRODIGY_SETTLES = 300
-"""Updates that a run with Prodigy should have: on the embedded pipeline it looked for its rate for about a hundred."""
+PRODIGY_SETTLES = {"constant": 300, "constant_with_warmup": 300}
+PRODIGY_SETTLES_ELSE = 600
+"""Updates that a run with Prodigy should have, by schedule. On the embedded pipeline it looked for its rate for 150; over
+300 with a cosine, which lowers the rate meanwhile, the subject was not learnt, and at a constant rate it was."""
 
 
 def _too_short(settings: DreamBoothSettings, plan: Plan) -> list[str]:
-    if settings.optimizer != "prodigy" or plan.updates >= PRODIGY_SETTLES:
+    settled = PRODIGY_SETTLES.get(settings.lr_scheduler, PRODIGY_SETTLES_ELSE)
+    if settings.optimizer != "prodigy" or plan.updates >= settled:
         return []
     return [
-        "--optimizer prodigy begins with steps of next to nothing and takes a hundred updates or so to find its rate;"
-        f" this run has {plan.updates}: it may learn little"
+        "--optimizer prodigy begins with steps of next to nothing and takes a hundred updates or more to find its rate;"
+        f" this run has {plan.updates} with --lr_scheduler {settings.lr_scheduler}: it may learn little"
     ]
 
 

@@ -188,7 +188,9 @@ def test_a_scaled_learning_rate_is_said_and_scaled_once(given, expected):
 def test_prodigy_in_a_short_run_is_a_warning():
     (line,) = chosen(optimizer="prodigy", max_train_steps=200).warnings
     assert "this run has 200" in line
-    assert not chosen(optimizer="prodigy", max_train_steps=300).warnings
+    assert chosen(optimizer="prodigy", max_train_steps=599).warnings
+    assert not chosen(optimizer="prodigy", max_train_steps=600).warnings
+    assert not chosen(optimizer="prodigy", max_train_steps=300, lr_scheduler="constant").warnings
     assert not chosen(max_train_steps=200).warnings
 
 
