@@ -205,8 +205,8 @@ def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str
 
 PRODIGY_SETTLES = {"constant": 300, "constant_with_warmup": 300}
 PRODIGY_SETTLES_ELSE = 600
-"""Updates that a run with Prodigy should have, by schedule. On the embedded pipeline it looked for its rate for 150; over
-300 with a cosine, which lowers the rate meanwhile, the subject was not learnt, and at a constant rate it was."""
+"""Updates that a run with Prodigy should have, by schedule. On the embedded pipeline it looked for its rate for 150;
+over 300 with a cosine, which lowers the rate meanwhile, the subject was not learnt, and at a constant rate it was."""
 
 
 def _too_short(settings: DreamBoothSettings, plan: Plan) -> list[str]:
