@@ -456,7 +456,7 @@ def test_latent_diffusions_configurations_are_accepted_as_they_stand(tmp_path: P
     [
         ("nothing", "config nothing: no such file, nor a preset"),
         ("a.json", r"a\.json: not readable as JSON"),
-        ("a.yaml", r"a\.yaml: not readable as YAML"),
+        ("a.yaml", r"a\.yaml: is no YAML"),
         ("b.yaml", r"b\.yaml: not a table of settings"),
         ({"ch": 32}, "ddconfig: .* missing"),
         ({"_class_name": "VQModel"}, "'VQModel' are not known"),
