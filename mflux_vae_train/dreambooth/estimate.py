@@ -204,9 +204,8 @@ def _time(footprint: Footprint, work: Workload) -> Iterator[str]:
     speed = _operations_per_second()
     if update:
         yield (
-            f"time, by the matrix products alone at {speed / 1e12:.2g} TFLOP/s (measured now; without reading,"
-            f" downloads and the autoencoder): {_span(before / speed)} to the first update, {_span(update / speed)} for"
-            " each"
+            f"time: no less than {_span(before / speed)} to the first update and {_span(update / speed)} for each:"
+            f" what matrix products alone take at {speed / 1e12:.2g} TFLOP/s (measured now; small models take far more)"
         )
 
 
