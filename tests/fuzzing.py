@@ -113,7 +113,8 @@ class _Watch:
         if event in _FORBIDDEN and not _importing():
             cls._state.crossed.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str):
-            usual = arguments[0].startswith((folder, sys.prefix, sys.base_prefix, "/proc/", "/sys/"))
+            packages = (path for path in sys.path if path)  # where libraries look for each other's metadata
+            usual = arguments[0].startswith((folder, sys.prefix, sys.base_prefix, "/proc/", "/sys/", *packages))
             if not usual and not _importing():
                 cls._state.crossed.append(f"opened {arguments[0]}")
 
