@@ -169,7 +169,10 @@ class _Weighed(Stand):
             return _Weighed(tally, example.shape, example.dtype, 0, stands)
         transient = example.nbytes
         if function in _WEIGHTS:
-            transient += _convolution(self.shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
+            batch, height, width, channels = self.shape
+            times = 2 if function is kernels.repeat_conv2d else 1
+            shape = batch, times * height, times * width, channels
+            transient += _convolution(shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
         elif function is kernels.conv_transpose2d and is_cpu():
             phases = (*self.shape[:3], 4 * example.shape[3])  # which wait to be put in their order
             tally.take(_phases(self.shape, arguments[1]) + 4 * prod(phases))
