@@ -198,7 +198,7 @@ def _in_bands(
             images, at_once, outputs = batch, out_h, -(-out // streams())
         pixels = batch * out_h * out_w
         kernel = winograd.remembered(weight) if pixels <= _REMEMBERED_MAX_PIXELS else None
-        if kernel is None and outputs == out:
+        if kernel is None and outputs == out:  # else each band transforms its own outputs' weights
             kernel = winograd.transformed(weight)
     else:
         per_row = out_w * max(kh * kw * (out if form == "taps last" else channels), out)

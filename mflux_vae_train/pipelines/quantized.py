@@ -18,11 +18,9 @@ from mflux_vae.errors import WeightsError
 GROUP_SIZES = (64, 32)
 """Inputs that share a scale: the first of these that divides a layer's inputs."""
 
-BITS = (4, 8)
-"""What `quantize` offers. Files may hold others."""
-
 _STORED_BITS = (2, 3, 4, 5, 6, 8)
 _STORED_GROUPS = (32, 64, 128)
+"""What files may hold; `--quantize` offers 4 and 8 bits."""
 
 
 class QuantizedLinear(nn.QuantizedLinear):
