@@ -1,4 +1,4 @@
-"""Picture files <-> arrays, and grids of pictures. The only file that knows Pillow, but for text on `sheets`.
+"""Picture files <-> arrays, and grids of pictures. The only file that knows Pillow, but for `compare.captions`.
 
 Pictures are uint8 arrays (H, W, 3), RGB, or (H, W, 1) for networks of one channel; networks take (B, H, W, C) in
 [-1, 1].

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "plugin": {"component", "shared", "core", "pipelines", "dreambooth", "plugin"},
 }
 
-BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.sheets": {"PIL"}, "mflux_vae.commands": {"tqdm"}}
+BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.captions": {"PIL"}, "mflux_vae.commands": {"tqdm"}}
 """What modules of the component need beside MLX and numpy."""
 
 ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.yaml_files": {"yaml"}}

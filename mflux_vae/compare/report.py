@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mflux_vae.codecs import Codec
+from mflux_vae.compare.captions import caption
+from mflux_vae.compare.codecs import Codec
+from mflux_vae.compare.measuring import error_map
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import labelled_rows, strip
-from mflux_vae.measuring import error_map
-from mflux_vae.sheets import caption
 
 USUAL_SIZE = 256
 SMALLEST_PANEL = 160

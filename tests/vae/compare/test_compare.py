@@ -11,17 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae import VAE, comparison, comparison_report, loading, metrics
-from mflux_vae.codecs import ImageCodec, PairCodec, open_codec
+from mflux_vae import VAE, loading, metrics
+from mflux_vae.compare import comparison, report
+from mflux_vae.compare.captions import caption
+from mflux_vae.compare.codecs import ImageCodec, PairCodec, open_codec
+from mflux_vae.compare.measuring import error_map
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image, save_image
-from mflux_vae.measuring import error_map
 from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
-from mflux_vae.sheets import caption
 from tests.conftest import Run
 from tests.vae.small import drawn, small_kl, small_tiny
 
-LAQ = Path(__file__).parent / "golden/laq"
+LAQ = Path(__file__).parents[1] / "golden/laq"
 SIDE = 32
 
 
@@ -100,7 +101,7 @@ def test_the_sheet_shows_pictures_and_differences(
     again = np.array(mx.round(vae(mx.array(picture.transpose(2, 0, 1)[None]))[0][0]).astype(mx.uint8)).transpose(
         1, 2, 0
     )
-    factor = comparison_report.SMALLEST_PANEL // SIDE
+    factor = report.SMALLEST_PANEL // SIDE
     side, gap = SIDE * factor, 4
     bottom = sheet.shape[0] - gap - side
     left = sheet.shape[1] - gap - 4 * side - 3 * gap
@@ -190,7 +191,7 @@ def test_models_have_short_names_of_their_own(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     sources = [str(path) for path in sorted(tmp_path.rglob("*.*"))]
-    assert comparison_report.names([*sources, "taesd", "owner/name", "taesd"]) == [
+    assert report.names([*sources, "taesd", "owner/name", "taesd"]) == [
         *("a/checkpoints/x", "b/checkpoints/x", "c", "taesd (1)", "name", "taesd (2)")
     ]
 
@@ -199,11 +200,11 @@ def test_the_size_is_the_models_own_where_all_have_one() -> None:
     flat = ImageCodec(FlatAutoencoder(FlatConfig(image_size=20)))
     laq: Any = open_codec(LAQ / "vae.pt", config=LAQ / "config.json")
     assert isinstance(laq, PairCodec) and laq.side == 32
-    assert comparison_report.size_of([flat], None) == 20 and comparison_report.size_of([flat, laq], None) == 32
-    assert comparison_report.size_of([flat, ImageCodec(small_kl())], None) == 256
-    assert comparison_report.size_of([flat], 7) == 7
+    assert report.size_of([flat], None) == 20 and report.size_of([flat, laq], None) == 32
+    assert report.size_of([flat, ImageCodec(small_kl())], None) == 256
+    assert report.size_of([flat], 7) == 7
     with pytest.raises(SettingsError):
-        comparison_report.size_of([flat], -1)
+        report.size_of([flat], -1)
 
 
 def test_info_tells_of_vectors(run: Run, models: dict[str, Path]) -> None:

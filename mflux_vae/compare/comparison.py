@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mflux_vae.codecs import Codec, First
+from mflux_vae.compare.codecs import Codec, First
+from mflux_vae.compare.measuring import mean_of, quality
 from mflux_vae.images import covered, load_images
 from mflux_vae.loading import parameter_count
 from mflux_vae.lpips import LPIPS
-from mflux_vae.measuring import mean_of, quality
 
 ROUNDS = 5
 """How often each model is timed, on the first picture."""
