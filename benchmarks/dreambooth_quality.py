@@ -1,12 +1,13 @@
 """Does DreamBooth teach the subject, and does the class survive? Measured by the checker on the embedded pipeline.
 
-    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--prior dop ...] [--flag=...]
+    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--ways dop ...]
+                                            [--pictures DIR] [--flag=value ...]
 
 Flags of `mflux-train-dreambooth` change the training; what is trained on, the prompts, the seed, previews and
 checkpoints are the benchmark's own.
 
-For each of several subjects that the base has never seen, with class images, with output preservation (dop) and without
-prior preservation, over several seeds:
+For each of several subjects that the base has never seen, over several seeds, in each of the `WAYS`: with class images,
+with output preservation (dop), without prior preservation; and with dop another optimizer, rank, or a quantised base:
 
 - subject_fidelity: share of pictures of "a photo of sks <class>" that show the subject;
 - class_retention: share of pictures of "a photo of a <class>" that show the class and not the subject;
@@ -22,15 +23,17 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.machine import describe
+from mflux_vae.images import grid, save_image
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.flags import settings_from
@@ -42,10 +45,22 @@ from mflux_vae_train.pipelines.tiny.world import SUBJECTS, Subject, article, eva
 
 INSTANCE_IMAGES = 5
 PICTURES = 32
+SHOWN = 8
 PROMPTS = 96
 EVALUATION_SEED = 1234
 TOKEN = "sks"
-PRIORS = ["class_images", "dop", "none"]
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "class_images": {"prior_preservation": "class_images"},
+    "dop": {"prior_preservation": "dop"},
+    "none": {"prior_preservation": "none"},
+    # its search for a rate takes longer than a cosine leaves it in a few hundred updates
+    "prodigy": {"prior_preservation": "dop", "optimizer": "prodigy", "lr_scheduler": "constant"},
+    "rank_4": {"prior_preservation": "dop", "rank": 4},
+    "4_bits": {"prior_preservation": "dop", "quantize": 4},
+}
+"""What differs from the other settings; where nothing is said, an adapter of the pipeline's rank, with AdamW, over
+float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +74,18 @@ class Measured:
     seconds: float
 
 
-def measure(pipeline: DiffusionPipeline, subject: Subject, base_spread: float, seconds: float) -> Measured:
-    """What `pipeline` draws after training on `subject`."""
+def measure(
+    pipeline: DiffusionPipeline, subject: Subject, base_spread: float, seconds: float, sheet: Path | None = None
+) -> Measured:
+    """What `pipeline` draws after training on `subject`.
+
+    Args:
+        sheet: a picture to write: some pictures of the subject, and below them some of its class.
+    """
     named = pictures(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
     plain = _class_pictures(pipeline, subject)
+    if sheet is not None:
+        save_image(sheet, grid([*named[:SHOWN], *plain[:SHOWN]], SHOWN))
     return Measured(
         subject_fidelity=float(np.mean([is_subject(image, subject) for image in named])),
         class_retention=float(
@@ -81,8 +104,15 @@ def spread(images: np.ndarray) -> float:
     return float(np.sqrt(squared[np.triu_indices(len(images), 1)]).mean())
 
 
-def run(subject: Subject, seed: int, prior: str, given: DreamBoothSettings, base_spread: float) -> Measured:
-    """One training and its measurement."""
+def run(
+    subject: Subject, seed: int, way: str, given: DreamBoothSettings, base_spread: float, sheets: Path | None = None
+) -> Measured:
+    """One training and its measurement.
+
+    Args:
+        sheets: folder for a picture of it, see `measure`.
+    """
+    sheet = None if sheets is None else sheets / f"{subject.colour}-{subject.shape}-{seed}-{way}.png"
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         photos.mkdir()
@@ -94,15 +124,15 @@ def run(subject: Subject, seed: int, prior: str, given: DreamBoothSettings, base
             output_dir=str(Path(folder) / "out"),
             instance_prompt=f"a photo of {TOKEN} {subject.shape}",
             class_prompt=f"a photo of {article(subject.shape)} {subject.shape}",
-            prior_preservation=prior,
             num_validation_images=0,
             checkpointing_steps=None,
             seed=seed,
+            **WAYS[way],
         )
         pipeline = tiny.load()
         began = time.monotonic()
         DreamBooth(pipeline).train(settings)
-        return measure(pipeline, subject, base_spread, time.monotonic() - began)
+        return measure(pipeline, subject, base_spread, time.monotonic() - began, sheet)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,21 +140,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, with class images only")
+    parser.add_argument("--quick", action="store_true", help="one seed, in the first way only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--subjects", type=int, default=3, help=f"how many of {len(SUBJECTS)} (default 3)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--prior", nargs="+", choices=PRIORS, default=PRIORS, help="which to compare (default all)")
+    ways = list(WAYS)
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="which to compare (default all)")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of each run's subject and class")
     arguments, flags = parser.parse_known_args(argv)
     required = ["--model=tiny", "--instance_data_dir=-", "--instance_prompt=-"]
     given = settings_from(DreamBoothSettings, [*required, *flags])
     logging.getLogger("mflux_vae_train").setLevel(logging.WARNING)
     seeds = range(1 if arguments.quick else arguments.seeds)
     plan = [
-        (subject, seed, prior)
-        for prior in (PRIORS[:1] if arguments.quick else arguments.prior)
+        (subject, seed, way)
         for subject in SUBJECTS[: arguments.subjects]
         for seed in seeds
+        for way in arguments.ways[: 1 if arguments.quick else None]
     ]
     base = tiny.load()
     before = {
@@ -134,27 +166,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
     if not arguments.json:
         print(describe())
-        print(f"{'subject':32}{'prior':>14}{'seed':>5}" + "".join(f"{name:>18}" for name in columns), flush=True)
+        print(f"{'subject':32}{'way':>14}{'seed':>5}" + "".join(f"{name:>18}" for name in columns), flush=True)
     results = []
-    for subject, seed, prior in tqdm(plan, file=sys.stderr, disable=None):
+    for subject, seed, way in tqdm(plan, file=sys.stderr, disable=None):
         row = {
             "subject": f"{subject.colour} {subject.shape} with {subject.core} core",
             "seed": seed,
-            "prior_preservation": prior,
+            "way": way,
             "prompts_before": before[subject][1],
-            **asdict(run(subject, seed, prior, given, before[subject][0])),
+            **asdict(run(subject, seed, way, given, before[subject][0], arguments.pictures)),
         }
         results.append(row)
         if not arguments.json:
             shown = "".join(f"{row[name]:18.2f}" for name in columns)
-            print(f"{row['subject']:32}{prior:>14}{seed:>5}{shown}", flush=True)
+            print(f"{row['subject']:32}{way:>14}{seed:>5}{shown}", flush=True)
     if arguments.json:
         print(json.dumps({"machine": describe(), "runs": results}))
         return 0
-    for prior in dict.fromkeys(row["prior_preservation"] for row in results):
-        rows = [row for row in results if row["prior_preservation"] == prior]
+    for way in dict.fromkeys(row["way"] for row in results):
+        rows = [row for row in results if row["way"] == way]
         means = "".join(f"{np.mean([row[name] for row in rows]):18.2f}" for name in columns)
-        print(f"{'mean':32}{prior:>14}{'':5}{means}")
+        print(f"{'mean':32}{way:>14}{'':5}{means}")
     return 0
 
 
