@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mflux_vae import latent_file
+from mflux_vae.cli import latent_file
 from mflux_vae.images import image_text, load_image
 from mflux_vae.loading import new_network
 from mflux_vae.opening import settings_of

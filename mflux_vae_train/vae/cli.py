@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mflux_vae.arguments import PICTURES, add_model
+from mflux_vae.cli.arguments import PICTURES, add_model
 from mflux_vae_train.flags import add_flags, settings_of
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
 
@@ -78,7 +78,7 @@ def reconstruct(parser: ArgumentParser) -> Run:
         if pictures:
             if rec_testdata or data:
                 raise SettingsError("--rec_testdata and --data: without PICTURES")
-            from mflux_vae import commands
+            from mflux_vae.cli import commands
 
             commands.reconstruct(pictures=pictures, **settings)
             return

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mflux_vae import VAE, cli, latent_file
+from mflux_vae import VAE, cli
+from mflux_vae.cli import latent_file
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import read_safetensors, write_safetensors
 from tests.vae.odd_pictures import PICTURES

@@ -154,7 +154,7 @@ def test_lpips_is_measured_where_weights_are_given(
         opened.append(files)
         return lambda x, y: mx.abs(x - y).mean(axis=(1, 2, 3))
 
-    monkeypatch.setattr("mflux_vae.commands.LPIPS.from_files", from_files)
+    monkeypatch.setattr("mflux_vae.cli.commands.LPIPS.from_files", from_files)
     answer = compared(run, models, photos[:1], tmp_path / "out", "--lpips", "vgg.pth", "lin.pth")
     assert opened == [("vgg.pth", "lin.pth")] and all(model["lpips"] > 0 for model in answer["models"])
     status, _, err = run("compare", "tiny", "--image", photos[0], "--output", tmp_path, "--lpips", *"abc")

@@ -17,14 +17,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mflux_vae import latent_file, loading
+from mflux_vae import loading
+from mflux_vae.cli import latent_file
+from mflux_vae.cli.inspection import info as info
+from mflux_vae.cli.latent_file import Entry, Unfinished
 from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
 from mflux_vae.images import find_images, image_text, load_image, load_images, save_image, strip
-from mflux_vae.inspection import info as info
-from mflux_vae.latent_file import Entry, Unfinished
 from mflux_vae.lpips import LPIPS
 from mflux_vae.reporting import log
 from mflux_vae.tiling import Tiling

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae import VAE, commands, latent_file
+from mflux_vae import VAE
+from mflux_vae.cli import commands, latent_file
 from mflux_vae.errors import ImageError
 from mflux_vae.images import image_text, load_image, save_image
 from tests.conftest import Run
@@ -211,7 +212,7 @@ def test_what_is_not_from_here_is_told_from_what_is(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="cannot be read"):
         (tmp_path / "x.png").write_bytes(b"none")
         image_text(tmp_path / "x.png")
-    assert commands.MARK not in image_text(Path(__file__).parents[2] / "mflux_vae_train/pipelines/tiny/example/0.png")
+    assert commands.MARK not in image_text(Path(__file__).parents[3] / "mflux_vae_train/pipelines/tiny/example/0.png")
 
 
 # as a program

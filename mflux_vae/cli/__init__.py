@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
-from mflux_vae.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
+from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
 from mflux_vae.errors import MfluxVaeError, SettingsError
 from mflux_vae.redaction import redacted
 
@@ -143,7 +143,7 @@ def _registered() -> list[EntryPoint]:
 
 
 def _run(name: str, settings: dict[str, Any]) -> None:
-    from mflux_vae import commands
+    from mflux_vae.cli import commands
 
     getattr(commands, name)(**settings)
 
@@ -166,7 +166,3 @@ class _Console(logging.Handler):
 
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         tqdm.write(prefix + redacted(record.getMessage()), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
