@@ -15,12 +15,15 @@ fast, so the formulas of this package are written for them:
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import TypeAlias
@@ -66,6 +69,9 @@ done
 exec {compiler} "$@"
 """
 
+_PREFIX = "mflux-vae-"
+"""How folders of compilers are called."""
+
 
 @cache
 def _with_wide_vectors() -> None:
@@ -73,12 +79,51 @@ def _with_wide_vectors() -> None:
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64" or platform.system() != "Linux":
         return
+    if Path(compiler).parent.name.startswith(_PREFIX):  # a process that started this one has done so
+        return
+    script = _COMPILER.format(compiler=shlex.quote(compiler))
     try:
-        folder = tempfile.mkdtemp(prefix="mflux-vae-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        script = Path(folder, "g++")
-        script.write_text(_COMPILER.format(compiler=shlex.quote(compiler)), encoding="utf-8")
-        script.chmod(0o755)
+        folder = _kept(script) or _own(script)
     except OSError:
         return
-    os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+    os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
+
+
+def _kept(script: str) -> Path | None:
+    """The folder with this script that all processes of a user share; None where something else has its name.
+
+    A folder of one's own that nobody else may write to holds what its owner put there; in a folder for all, such as
+    /tmp, others can neither replace nor rename it.
+    """
+    digest = hashlib.sha256(script.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"{_PREFIX}{os.geteuid()}-{digest}")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        return None
+    file = folder / "g++"
+    with suppress(OSError, ValueError):
+        if file.read_text(encoding="utf-8") == script and os.access(file, os.X_OK):
+            return folder
+    try:  # under its name only when it can be started: others may be about to
+        handle, whole = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        _write(Path(whole), script)
+        os.replace(whole, file)
+    except OSError:
+        return None
+    return folder
+
+
+def _own(script: str) -> Path:
+    """A folder with the script that goes with this process."""
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _write(Path(folder, "g++"), script)
+    return Path(folder)
+
+
+def _write(file: Path, script: str) -> None:
+    file.write_text(script, encoding="utf-8")
+    file.chmod(0o755)
