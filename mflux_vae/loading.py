@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.families import FAMILIES
-from mflux_vae.opening import (
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.finding import (
     CONFIG_KEY,
     COUNTER,
     HALVES,
@@ -75,7 +75,7 @@ def open_network(
             - a .safetensors, .ckpt, .pt, .pth or .bin file in diffusers', CompVis', Black Forest Labs', TAESD's or
               LAPA's naming, also a whole model's with the autoencoder in it; of TAESD, one half, beside which the other
               lies;
-            - the name of a preset (see `presets`), or `owner/name` on the hub, which is downloaded.
+            - the name of a preset (see `opening.presets`), or `owner/name` on the hub, which is downloaded.
         dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
             configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
         config: what to take the file for, where it does not say or says it wrong: a preset's name; a config.json; a

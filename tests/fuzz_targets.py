@@ -16,7 +16,7 @@ from PIL import Image
 from mflux_vae.cli import latent_file
 from mflux_vae.images import image_text, load_image
 from mflux_vae.loading import new_network
-from mflux_vae.opening import settings_of
+from mflux_vae.opening.finding import settings_of
 from mflux_vae.weights.files import open_folder, open_weights
 from mflux_vae_train import checkpoint, flags, state
 from mflux_vae_train.config import DreamBoothSettings

@@ -41,7 +41,11 @@ MAY_IMPORT = {
 BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.captions": {"PIL"}, "mflux_vae.cli.commands": {"tqdm"}}
 """What modules of the component need beside MLX and numpy."""
 
-ON_DEMAND = {"mflux_vae.cli": {"tqdm"}, "mflux_vae.hub": {"huggingface_hub"}, "mflux_vae.yaml_files": {"yaml"}}
+ON_DEMAND = {
+    "mflux_vae.cli": {"tqdm"},
+    "mflux_vae.opening.hub": {"huggingface_hub"},
+    "mflux_vae.yaml_files": {"yaml"},
+}
 """What modules of the component import inside the functions that use it."""
 
 LIGHT = ("", ".config", ".console", ".flags", ".dreambooth", ".dreambooth.cli", ".vae", ".vae.cli", ".vae.config")
@@ -149,10 +153,10 @@ def test_there_are_no_circles() -> None:
     ("module", "unknown"),
     [
         # networks know no file, name of a checkpoint, or preset
-        ("mflux_vae.networks", {"weights", "vae", "images", "presets", "metrics", "tiling"}),
+        ("mflux_vae.networks", {"weights", "vae", "images", "opening", "loading", "metrics", "tiling"}),
         ("mflux_vae.layers", {"networks", "weights", "vae", "images", "posterior"}),
         ("mflux_vae.kernels", {"layers", "networks", "weights", "vae", "images", "posterior", "errors"}),
-        ("mflux_vae.weights", {"networks", "layers", "vae", "images", "presets"}),
+        ("mflux_vae.weights", {"networks", "layers", "vae", "images", "opening"}),
         ("mflux_vae.images", {"networks", "layers", "vae", "weights", "kernels", "runtime"}),
     ],
 )

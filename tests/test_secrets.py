@@ -11,9 +11,9 @@ import huggingface_hub.errors
 import numpy as np
 import pytest
 
-from mflux_vae import hub
 from mflux_vae.errors import MfluxVaeError, SettingsError, WeightsError
 from mflux_vae.images import save_image
+from mflux_vae.opening import hub
 from mflux_vae.redaction import HIDDEN, redacted
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.console import spoken

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-from mflux_vae import loading, memory, presets
-from mflux_vae.families import FAMILIES
-from mflux_vae.presets import PRESETS
+from mflux_vae import loading, memory
+from mflux_vae.opening import presets
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.presets import PRESETS
 
 SIDES = (512, 1024, 2048)
 """Of images whose memory is told."""

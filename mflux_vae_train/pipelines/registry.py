@@ -29,8 +29,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mflux_vae import hub
 from mflux_vae.errors import PluginError, SettingsError
+from mflux_vae.opening import hub
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.protocol import DiffusionPipeline

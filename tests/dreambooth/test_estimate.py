@@ -78,7 +78,7 @@ def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> N
 
 def test_a_published_model_is_estimated_without_a_download(settings, caplog, monkeypatch) -> None:
     pipeline = flux1.load("schnell")
-    monkeypatch.setattr("mflux_vae.hub.download", lambda *_: pytest.fail("something was downloaded"))
+    monkeypatch.setattr("mflux_vae.opening.hub.download", lambda *_: pytest.fail("something was downloaded"))
     monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
     with caplog.at_level(logging.INFO):
         DreamBooth(pipeline).train(settings(model="schnell", dry_run=True, guidance=7.5))

@@ -18,8 +18,8 @@ from diffusers import Flux2Pipeline  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig  # noqa: E402
-from mflux_vae.families import FAMILIES  # noqa: E402
-from mflux_vae.presets import PRESETS  # noqa: E402
+from mflux_vae.opening.families import FAMILIES  # noqa: E402
+from mflux_vae.opening.presets import PRESETS  # noqa: E402
 from mflux_vae.weights.rules import from_mlx  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
 from tests.vae.small import drawn, narrow, pictures, small_flux2, small_kl, small_tiny  # noqa: E402

@@ -18,7 +18,7 @@ import torch.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.vector_vae import Vectors  # noqa: E402
-from mflux_vae.families import FAMILIES  # noqa: E402
+from mflux_vae.opening.families import FAMILIES  # noqa: E402
 from mflux_vae.weights.rules import from_mlx  # noqa: E402
 from mflux_vae_train.vae.config import preset  # noqa: E402
 from mflux_vae_train.vae.data import open_data, split  # noqa: E402

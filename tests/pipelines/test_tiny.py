@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import VAE, presets
+from mflux_vae import VAE
+from mflux_vae.opening import presets
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures

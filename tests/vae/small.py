@@ -10,10 +10,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, PlainAutoencoder, PlainConfig
-from mflux_vae.families import FAMILIES
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
-from mflux_vae.presets import Preset
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.presets import Preset
 
 
 def drawn(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae import VAE, ImageError, SettingsError, WeightsError, kernels
-from mflux_vae.families import FAMILIES
 from mflux_vae.layers import BatchNorm, batch_statistics, fold_statistics
 from mflux_vae.loading import convert, describe, open_network, save_network
 from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
+from mflux_vae.opening.families import FAMILIES
 from mflux_vae.weights.files import read_json
 from tests.vae.small import drawn
 

@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae import VAE, loading, recognition
+from mflux_vae import VAE, loading
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer, code_counts
+from mflux_vae.opening import recognition
 from tests.conftest import Run
 
 GOLDEN = Path(__file__).parent / "golden/laq"

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, ImageError, PlainAutoencoder, PlainConfig, SettingsError
-from mflux_vae.families import FAMILIES
 from mflux_vae.layers import LinearAttention, average_pixels
 from mflux_vae.networks import plain
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchified, unpatchified
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
-from mflux_vae.opening import family_of
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.finding import family_of
 from tests.vae.small import small_flux2, small_kl, small_plain, small_tiny
 
 LEVELS = st.integers(1, 4)

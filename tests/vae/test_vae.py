@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError, memory, runtime
-from mflux_vae.families import FAMILIES
 from mflux_vae.networks.scaling import ScaledLatents
+from mflux_vae.opening.families import FAMILIES
 from mflux_vae.tiling import Tiling
 from mflux_vae.weights.diffusers import STEM
 from tests.vae.small import pictures, small_kl, small_plain

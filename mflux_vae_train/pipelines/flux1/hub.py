@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.hub import cache_folder, cached, download
+from mflux_vae.opening.hub import cache_folder, cached, download
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import open_folder
 from mflux_vae_train.pipelines.flux1 import folder as layout
@@ -30,7 +30,7 @@ def open_repository(model: str, *, revision: str | None = None, variant: str | N
         revision, variant: see `flux1.load`.
 
     Raises:
-        WeightsError: see `mflux_vae.hub.download`.
+        WeightsError: see `mflux_vae.opening.hub.download`.
     """
     snapshot = Snapshot(REPOSITORIES.get(model, model), revision, variant)
     configs = PUBLISHED.get(snapshot.repository) if revision is None else None
@@ -49,7 +49,7 @@ class Snapshot:
     def __call__(self) -> Path:
         """
         Raises:
-            WeightsError: see `mflux_vae.hub.download`.
+            WeightsError: see `mflux_vae.opening.hub.download`.
         """
         if self._place is None:
             place = download(self.repository, patterns(self._variant), self._revision)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux_vae.presets import PRESETS
+from mflux_vae.opening.presets import PRESETS
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.protocol import Recommended

@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae.families import FAMILIES
-from mflux_vae.presets import PRESETS, find
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.presets import PRESETS, find
 
 PARAMETERS = {
     **dict.fromkeys(["sd1", "sd-vae-ft-mse", "sd2", "sdxl", "sdxl-fp16-fix", "playground"], (83_653_863, 248)),

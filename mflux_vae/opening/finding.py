@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mflux_vae import hub, presets, recognition
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.families import FAMILIES
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
+from mflux_vae.opening import hub, presets, recognition
+from mflux_vae.opening.families import FAMILIES
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import SUFFIXES, open_folder, open_weights, read_json
 from mflux_vae.weights.rules import Rule, to_mlx

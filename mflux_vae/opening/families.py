@@ -80,4 +80,4 @@ FAMILIES = {
     "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }
-"""By the `_class_name` of config.json (`opening.family_of`)."""
+"""By the `_class_name` of config.json (`finding.family_of`)."""

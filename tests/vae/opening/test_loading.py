@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae import AutoencoderKL, AutoencoderKLConfig, PlainAutoencoder, SettingsError, WeightsError, hub, loading
-from mflux_vae.families import FAMILIES
+from mflux_vae import AutoencoderKL, AutoencoderKLConfig, PlainAutoencoder, SettingsError, WeightsError, loading
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
-from mflux_vae.presets import PRESETS
+from mflux_vae.opening import hub
+from mflux_vae.opening.families import FAMILIES
+from mflux_vae.opening.presets import PRESETS
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import open_weights, write_safetensors
 from mflux_vae.weights.rules import from_mlx
