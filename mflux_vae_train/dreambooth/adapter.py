@@ -12,7 +12,8 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.fitting import outline_of
 from mflux_vae_train.dreambooth.result import check_result
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NamesForKohya, PresetsForLora
+from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 USUAL_PRESETS = ("attention", "attention+mlp")
 

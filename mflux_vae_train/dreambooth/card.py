@@ -10,7 +10,8 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import overview
 from mflux_vae_train.dreambooth.result import FUSED, KOHYA
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Published
+from mflux_vae_train.pipelines.capabilities import Published
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 CARD = "README.md"
 

@@ -24,7 +24,8 @@ from mflux_vae_train.dreambooth.data import Cache, Latent, Sample
 from mflux_vae_train.dreambooth.instances import Instance, content_of, load_mask
 from mflux_vae_train.dreambooth.store import Store
 from mflux_vae_train.dreambooth.views import Shape, View
-from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, Identifies, Use
+from mflux_vae_train.pipelines.capabilities import Identifies, Use
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
 PROMPTS_AT_ONCE = 16
 

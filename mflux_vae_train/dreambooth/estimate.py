@@ -23,8 +23,9 @@ from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import PROMPTS_AT_ONCE, pictures_at_once
 from mflux_vae_train.dreambooth.optimization import optimizer_of
 from mflux_vae_train.dreambooth.preservation import choose_preservation
+from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Estimates
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 GB = 2**30
 

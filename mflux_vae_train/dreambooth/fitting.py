@@ -6,15 +6,8 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.pipelines.protocol import (
-    DiffusionPipeline,
-    Estimates,
-    LimitsPrompts,
-    Quantizes,
-    Recomputes,
-    Releases,
-    Use,
-)
+from mflux_vae_train.pipelines.capabilities import Estimates, LimitsPrompts, Quantizes, Recomputes, Releases, Use
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
 def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
@@ -31,7 +24,9 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     }
     for flag, (asked, capability) in needing.items():
         if asked and not isinstance(pipeline, capability):
-            raise SettingsError(f"{flag}: pipeline {pipeline.name} does not offer it (protocol.{capability.__name__})")
+            raise SettingsError(
+                f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__})"
+            )
 
 
 def apply(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:

@@ -16,7 +16,8 @@ import mlx.core as mx
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth import noise_levels
 from mflux_vae_train.dreambooth.data import CONDITIONING
-from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling, Predicts
+from mflux_vae_train.pipelines.capabilities import Predicts
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling
 from mflux_vae_train.step import Arrays, MicroBatch
 
 BASE = "base_prediction"

@@ -24,7 +24,8 @@ from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_i
 from mflux_vae_train.dreambooth.result import check_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
 from mflux_vae_train.fingerprint import of_weights
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Identifies, Predicts, Use
+from mflux_vae_train.pipelines.capabilities import Identifies, Predicts, Use
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from mflux_vae.weights.files import write_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NamesForKohya
+from mflux_vae_train.pipelines.capabilities import NamesForKohya
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
 """Names in the output folder."""

@@ -15,7 +15,8 @@ import numpy as np
 
 import mflux_vae.runtime  # noqa: F401  (opens a fast BLAS before MLX is used)
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended, Use
+from mflux_vae_train.pipelines.capabilities import Use
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
 
 POOL = 4
 WORDS = 8

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Identifies, NoiseSampling, Predicts
+from mflux_vae_train.pipelines.capabilities import Identifies, Predicts
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.randomness import Stream, sample_keys
 

@@ -114,7 +114,7 @@ def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
     "changes", [{"quantize": 4}, {"gradient_checkpointing": True}, {"memory_limit": 5}, {"train_batch_size": None}]
 )
 def test_what_a_pipeline_does_not_offer_is_refused(settings, changes) -> None:
-    with pytest.raises(SettingsError, match=r"pipeline fake does not offer it \(protocol\."):
+    with pytest.raises(SettingsError, match=r"pipeline fake does not offer it \(capabilities\."):
         DreamBooth(FakePipeline()).train(settings(**changes))
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import flux1
+from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, Releases
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.published import published
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Workload
-from mflux_vae_train.pipelines.protocol import Estimates, Quantizes, Recomputes, Releases
 from mflux_vae_train.pipelines.quantized import quantize, stored_bytes
 from tests.pipelines.flux_stack import Stack, estimated, measured
 from tests.pipelines.small_flux import drawn, small_config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
+from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.protocol import KohyaNaming
 
 ATTENTION = (
     *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
 from mflux_vae_train.pipelines.flux1 import folder as layout
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
@@ -24,7 +25,7 @@ from mflux_vae_train.pipelines.flux1.schedule import (
     noised,
 )
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.protocol import Conditioning, KohyaNaming, NoiseSampling, Prediction, Recommended, Use
+from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.hub import Snapshot
@@ -113,7 +114,7 @@ class FluxPipeline(FluxParts):
 
     @property
     def prompt_limit(self) -> int | None:
-        """See `protocol.LimitsPrompts`."""
+        """See `capabilities.LimitsPrompts`."""
         return self._prompt_limit
 
     @prompt_limit.setter
