@@ -27,7 +27,7 @@ from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.sources import frames, mnist, npz
 from tests.fuzzing import PICTURE_BYTES, Target
-from tests.vae.writing_torch import of_arrays, write_old, write_zip
+from tests.vae.weights.writing_torch import of_arrays, write_old, write_zip
 
 
 def _weights(path: Path) -> None:

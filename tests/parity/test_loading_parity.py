@@ -25,7 +25,7 @@ from mflux_vae import WeightsError, loading  # noqa: E402
 from mflux_vae.weights.files import open_weights  # noqa: E402
 from mflux_vae.weights.torch_files import read_torch  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
-from tests.vae.test_loading import flux2, kl, tiny  # noqa: E402
+from tests.vae.named import flux2, kl, tiny  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""

@@ -20,7 +20,7 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import read_safetensors, write_safetensors
 from tests.vae.odd_pictures import PICTURES
 from tests.vae.small import small_kl
-from tests.vae.writing_torch import PROTOCOL, call, dump, name, write_old, write_zip
+from tests.vae.weights.writing_torch import PROTOCOL, call, dump, name, write_old, write_zip
 
 Make = Callable[[Path], Path]
 """From a folder with a good model to the source to open."""

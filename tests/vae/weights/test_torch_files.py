@@ -17,7 +17,7 @@ import pytest
 from mflux_vae import WeightsError
 from mflux_vae.weights.files import open_weights
 from mflux_vae.weights.torch_files import read_torch
-from tests.vae.writing_torch import call, dump, name, of_arrays, tensor, write_old, write_zip
+from tests.vae.weights.writing_torch import call, dump, name, of_arrays, tensor, write_old, write_zip
 
 DRAWS = np.random.default_rng(0)
 BASE = DRAWS.standard_normal((4, 6)).astype(np.float32)

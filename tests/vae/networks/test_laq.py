@@ -15,7 +15,7 @@ from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer, code_counts
 from mflux_vae.opening import recognition
 from tests.conftest import Run
 
-GOLDEN = Path(__file__).parent / "golden/laq"
+GOLDEN = Path(__file__).parents[1] / "golden/laq"
 
 
 @pytest.fixture(scope="module")
