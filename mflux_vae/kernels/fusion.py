@@ -1,6 +1,6 @@
 """A formula over arrays as one pass over memory, for the CPU.
 
-`mx.compile` writes C++ for a formula, and g++ at run time makes a loop of it. Three things decide whether that loop is
+`mx.compile` writes C++ for a formula, and g++ at run time makes a loop of it. Four things decide whether that loop is
 fast, so the formulas of this package are written for them:
 
 - MLX fuses at most eleven operations deep; what is deeper becomes several passes. Polynomials are therefore summed
@@ -8,8 +8,11 @@ fast, so the formulas of this package are written for them:
   level.
 - `mx.maximum`, `mx.minimum` and `mx.clip` look for NaN in a way that g++ cannot turn into vector code; `mx.where`
   with one comparison it can. `mx.sqrt`, `mx.exp` and the like are calls, one element at a time.
+- Arguments of different shapes are read with strides, one element at a time: a formula of more than a few operations
+  takes what is to be broadcast after MLX's own subtraction or product.
 - MLX asks g++ for the oldest x86-64, whose vectors hold four floats and cannot select. `_with_wide_vectors` has each
-  function compiled for AVX2 and AVX-512 besides, chosen when it is loaded: SiLU then takes a sixth of the time.
+  function compiled for AVX2 and AVX-512 besides, chosen when it is loaded: SiLU then takes a sixth of the time. And it
+  tells g++ that elements do not depend on each other: it could not know where a result overwrites its argument.
 """
 
 from __future__ import annotations
@@ -59,11 +62,13 @@ def fused(formula: Formula) -> Formula:
 
 
 # MLX runs `g++ ... "/tmp/mlx/<version>/cpu/<name>.cpp" -o ...` through the shell. Its sources, and no others, get
-# the attribute on their function; the result still runs on any x86-64.
+# the attribute on their function and the pragma before their loops; the result still runs on any x86-64.
 _COMPILER = """#!/bin/sh
 for argument; do
   case "$argument" in
-    */mlx/*/cpu/*.cpp) sed -i 's/^void /__attribute__((target_clones("avx512f","avx2","default"))) &/' "$argument" ;;
+    */mlx/*/cpu/*.cpp) sed -i '
+      s/^void /__attribute__((target_clones("avx512f","avx2","default"))) &/
+      s/^ *for (/_Pragma("GCC ivdep") &/' "$argument" ;;
   esac
 done
 exec {compiler} "$@"
