@@ -87,7 +87,7 @@ def rows(options: Options) -> list[Row]:
     ]
 
 
-IMPORTS = (*OURS, "mflux_vae_train.step", "mflux_vae_train.optimizers")
+IMPORTS = (*OURS, "mflux_vae_train.vae.objective", "mflux_vae_train.optimizers")
 
 
 def inputs(case: str) -> tuple[np.ndarray, np.ndarray]:
@@ -99,25 +99,33 @@ def inputs(case: str) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(case: str) -> Work:
     """This project's network and step."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
     from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-    from mflux_vae_train.optimizers import AdamW
-    from mflux_vae_train.step import Arrays, MicroBatch, Step
 
     network = AutoencoderKL(AutoencoderKLConfig(**CASES[case][0]))
+    settings = {"beta": KL_WEIGHT, "reconstruction_loss_type": "mse", "reduction": "mean"}
+    return _our_step(network, settings, *inputs(case))
+
+
+def _our_step(network: Any, settings: dict[str, Any], images: np.ndarray, draws: np.ndarray) -> Work:
+    """The step of `mflux-vae train`, latents drawn with given noise."""
+    import mlx.core as mx
+
+    from mflux_vae_train.optimizers import AdamW
+    from mflux_vae_train.step import MicroBatch, Step
+    from mflux_vae_train.vae.config import VAETrainingSettings
+    from mflux_vae_train.vae.objective import Objective
+
+    class Given(Objective):
+        def noise(self, arrays: Any, shape: Any) -> mx.array:
+            given: mx.array = arrays["noise"]
+            return given
+
     fill_mlx(network)
-    pixels, draws = (mx.array(array) for array in inputs(case))
-
-    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        posterior = model.encode(arrays["pixels"])
-        latents = posterior.mean + mx.exp(0.5 * posterior.logvar) * arrays["noise"]
-        error = mx.square(model.decode(latents) - arrays["pixels"]).mean()
-        return error + KL_WEIGHT * posterior.kl().mean(), {}
-
-    step = Step(network, AdamW(weight_decay=1e-2), loss)
-    batch = MicroBatch(arrays={"pixels": pixels, "noise": draws}, weight=len(pixels))
+    network.train()
+    objective = Given(VAETrainingSettings(**settings), network, dataset_size=len(images))
+    step = Step(network, AdamW(weight_decay=1e-2), objective, buffers=True)
+    arrays = {"pixels": mx.array(images), "noise": mx.array(draws), "beta": mx.array(settings["beta"])}
+    batch = MicroBatch(arrays={**arrays, "key": mx.zeros((len(images), 2), mx.uint32)}, weight=len(images))
 
     def run() -> dict[str, float]:
         told = step(0, [batch], RATE)
@@ -137,35 +145,12 @@ def vectors() -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 def our_vectors() -> Work:
-    """The network with vector latents, and this project's step with batch norms' statistics."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    from mflux_vae.layers import batch_statistics, fold_statistics
+    """The network with vector latents."""
     from mflux_vae.networks.flat import FlatAutoencoder
-    from mflux_vae_train.optimizers import AdamW
-    from mflux_vae_train.step import Arrays, MicroBatch, Step
 
     config, images, draws = vectors()
-    network = FlatAutoencoder(config)
-    fill_mlx(network)
-    network.train()
-
-    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        posterior = model.encode(arrays["pixels"] * 2 - 1)
-        latents = posterior.mean + mx.exp(0.5 * posterior.logvar) * arrays["noise"]
-        error = mx.square(model.decode(latents) * 0.5 + 0.5 - arrays["pixels"]).sum(axis=(1, 2, 3)).mean()
-        fold_statistics(model, batch_statistics(model))
-        return error + posterior.kl().mean(), {}
-
-    step = Step(network, AdamW(weight_decay=1e-2), loss, buffers=True)
-    batch = MicroBatch(arrays={"pixels": mx.array(images), "noise": mx.array(draws)}, weight=len(images))
-
-    def run() -> dict[str, float]:
-        told = step(0, [batch], RATE)
-        return {name: told[name] for name in ("loss", "grad_norm")}
-
-    return mlx_work(training(run))
+    settings = {"beta": 1.0, "reconstruction_loss_type": "mse", "reduction": "sum"}
+    return _our_step(FlatAutoencoder(config), settings, images * 2 - 1, draws)
 
 
 def torch_vectors(channels_last: bool, gpu: bool) -> Work:

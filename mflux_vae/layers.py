@@ -5,6 +5,7 @@ Attribute names are those of diffusers, so that parameter paths and checkpoint k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TypeAlias
@@ -102,13 +103,12 @@ class BatchNorm(nn.Module):
         self.__dict__["_frozen"] = set(names)
 
     def __call__(self, x: mx.array) -> mx.array:
-        mean, variance = self.running_mean, self.running_var
-        if self.training:
-            flat = x.astype(mx.float32).reshape(-1, x.shape[-1])
-            mean, variance = kernels.batch_statistics(flat)
-            count = flat.shape[0]
-            self._seen = [mx.stop_gradient(mean), mx.stop_gradient(variance) * (count / max(count - 1, 1))]
-        return kernels.batch_norm_apply(x, mean, variance, self.weight, self.bias, self._eps)
+        if not self.training:
+            return kernels.batch_norm_apply(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps)
+        y, mean, variance = kernels.batch_norm(x, self.weight, self.bias, self._eps)
+        count = math.prod(x.shape[:-1])
+        self._seen = [mx.stop_gradient(mean), mx.stop_gradient(variance) * (count / max(count - 1, 1))]
+        return y
 
 
 def batch_statistics(module: nn.Module) -> dict[str, mx.array]:

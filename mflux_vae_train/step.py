@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,16 @@ SAMPLES = "samples"
 
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
 """(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
+
+
+@runtime_checkable
+class HasGradients(Protocol):
+    """A loss that has a faster way to its gradients on a CPU than tracing (see `tape`)."""
+
+    def gradients(
+        self, model: Any, arrays: Arrays, scale: mx.array
+    ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
+        """As `Loss` answers, and the trainable parameters' gradients, times `scale`; None if there is no such way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +115,20 @@ class Step:
             kept = optimizer.exact(parameters) if isinstance(optimizer, Optimizer) else parameters
             return tree_map(lambda weights: weights.astype(mx.float32), kept)
 
+        def taped(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[Any, Any]:
+            answer = loss.gradients(model, arrays, weight) if isinstance(loss, HasGradients) else None
+            if answer is None:
+                return traced(parameters, kept, arrays, weight)
+            (value, metrics), gradients = answer
+            metrics = {name: metric * weight for name, metric in metrics.items()}
+            return (value * weight, (metrics, self._buffers())), gradients
+
+        traced = mx.value_and_grad(objective)
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
-        self._gradients = mx.value_and_grad(objective)
+        self._gradients = taped if is_cpu() else traced
         self._apply = apply
         if not is_cpu() if compile is None else compile:
-            self._gradients = mx.compile(self._gradients)
+            self._gradients = mx.compile(traced)
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
                 self._apply = mx.compile(apply, inputs=state, outputs=state)

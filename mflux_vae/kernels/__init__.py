@@ -7,6 +7,7 @@ more than its own rounding.
 
 `bands`        an output filled in place, band by band, on every core
 `gathering`    windows of an image
+`gradients`    of these functions in closed form, for who goes back through a network layer by layer
 `fusion`       a formula as one pass over memory, with the machine's widest vectors
 """
 
@@ -22,8 +23,8 @@ from mflux_vae.kernels.convolution import (
     workspace_bytes,
 )
 from mflux_vae.kernels.normalization import (
+    batch_norm,
     batch_norm_apply,
-    batch_statistics,
     group_norm,
     group_norm_apply,
     group_norm_statistics,
@@ -38,8 +39,8 @@ __all__ = [
     "SCORES_AT_ONCE",
     "Padding",
     "attention",
+    "batch_norm",
     "batch_norm_apply",
-    "batch_statistics",
     "conv2d",
     "conv_transpose2d",
     "deferred",

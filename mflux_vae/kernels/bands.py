@@ -13,13 +13,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 
 from mflux_vae import runtime
 
+Band: TypeAlias = Callable[[], mx.array]
+"""What computes one."""
+
 MAX_STREAMS = 8
+PIECE = 1 << 20
+"""Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
 _KEPT_FOR_REUSE = 32 << 20
 
 
@@ -57,7 +62,7 @@ def deferred() -> Iterator[None]:
         _local.deferred = before
 
 
-def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> mx.array:
+def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
     """`y` with each band written where its index says.
 
     Args:
@@ -65,17 +70,61 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Callable[[], mx.array]]]) -> 
         bands: (index into y, what to put there); the functions are called one after the other, their results
             computed side by side.
     """
-    if mx.get_cache_memory() > y.nbytes + _KEPT_FOR_REUSE:
-        mx.clear_cache()  # MLX gives a buffer only to what is as large: those of other layers would just lie there
-    side_by_side = _streams()
-    remaining = iter(bands)
-    with runtime.one_blas_thread() if len(side_by_side) > 1 else nullcontext():
-        while together := list(islice(remaining, len(side_by_side))):
-            for stream, (index, band) in zip(side_by_side, together, strict=False):
-                with mx.stream(stream):
-                    y[index] = band()
-            mx.eval(y)
+    _forget(y.nbytes)
+    mx.eval(y)
+    for together in _side_by_side(bands):
+        for stream, (index, band) in together:
+            with mx.stream(stream):
+                y[index] = band()
+        (mx.async_eval if together else mx.eval)(y)
     return y
+
+
+def added(bands: Iterable[Band]) -> mx.array:
+    """The sum of what bands make; each core adds up its own.
+
+    Args:
+        bands: at least one, with results of one shape; computed as those of `filled`.
+    """
+    sums: dict[int, mx.array] = {}
+    for together in _side_by_side(bands):
+        for place, (stream, band) in enumerate(together):
+            with mx.stream(stream):
+                sums[place] = sums[place] + band() if place in sums else band()
+        (mx.async_eval if together else mx.eval)(sums)
+    first, *others = sums.values()
+    return sum(others, first)
+
+
+T = TypeVar("T")
+
+
+def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
+    """As many at a time as there are streams, each with its own."""
+    streams, remaining = _streams(), iter(bands)
+    with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():
+        while together := list(zip(streams, islice(remaining, len(streams)), strict=False)):
+            yield together
+        yield []
+
+
+def _forget(needed: int) -> None:
+    """MLX gives a buffer only to what is as large: those of other layers would just lie there."""
+    if mx.get_cache_memory() > needed + _KEPT_FOR_REUSE:
+        mx.clear_cache()
+
+
+def pieces(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[slice]]:
+    """How to cut (batch, pixels, channels) into bands of at most `PIECE` elements: images, and pixels of each."""
+    if batch >= streams() and pixels * channels <= PIECE:
+        images = min(-(-batch // streams()), PIECE // (pixels * channels))
+        return cut(batch, images), [slice(0, pixels)]
+    return cut(batch, 1), cut(pixels, min(-(-pixels // streams()), max(1, PIECE // channels)))
+
+
+def cut(length: int, at_once: int) -> list[slice]:
+    """Slices of so many each, the last one maybe of fewer."""
+    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
 
 
 def streams() -> int:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, streams
+from mflux_vae.kernels.bands import computes_now, filled, pieces
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import overridable
 
 _PIXELS_SUMMED_AT_ONCE = 4096
-_BAND_ELEMENTS = 1 << 20
 
 
 @overridable
@@ -63,25 +60,24 @@ def group_norm_affine(
 def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """`group_norm_statistics` of x (B, N, C): those of each band's channels, merged (Chan et al. 1979)."""
     batch, pixels, channels = x.shape
-    at_once = max(1, min(-(-pixels // streams()), _PIXELS_SUMMED_AT_ONCE, _BAND_ELEMENTS // channels))
-    starts = range(0, pixels, at_once)
+    images, parts = pieces(batch, pixels, channels)
+    parts = [
+        slice(part.start + i, min(part.start + i + _PIXELS_SUMMED_AT_ONCE, part.stop))
+        for part in parts
+        for i in range(0, part.stop - part.start, _PIXELS_SUMMED_AT_ONCE)
+    ]
 
-    def band(image: int, start: int) -> mx.array:
-        """Mean and variance of each channel, (2, C); sums as products, which use every lane of a vector."""
-        part = x[image, start : start + at_once].astype(mx.float32)
-        ones, share = mx.ones((1, part.shape[0])), 1 / part.shape[0]
-        mean = ones @ part * share
-        return mx.concatenate([mean, ones @ _squared_distance(part, mean) * share])
+    def band(these: slice, part: slice) -> mx.array:
+        """Mean and variance of each channel, (b, 2, C); sums as products, which use every lane of a vector."""
+        given = x[these, part].astype(mx.float32)
+        ones, share = mx.ones((1, 1, given.shape[1])), 1 / given.shape[1]
+        mean = ones @ given * share
+        return mx.concatenate([mean, ones @ _squared_distance(given, mean) * share], axis=1)
 
-    def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
-        for image in range(batch):
-            for index, start in enumerate(starts):
-                yield (image, index), partial(band, image, start)
-
-    y = mx.zeros((batch, len(starts), 2, channels))
-    mx.eval(y)
-    means, variances = mx.unflatten(filled(y, bands()).swapaxes(1, 2), -1, (groups, -1)).swapaxes(0, 1)
-    share = mx.array([min(at_once, pixels - start) / pixels for start in starts]).reshape(-1, 1, 1)
+    bands = (((these, i), partial(band, these, part)) for these in images for i, part in enumerate(parts))
+    y = filled(mx.zeros((batch, len(parts), 2, channels)), bands)
+    means, variances = mx.unflatten(y.swapaxes(1, 2), -1, (groups, -1)).swapaxes(0, 1)
+    share = mx.array([(part.stop - part.start) / pixels for part in parts]).reshape(-1, 1, 1)
     share = share / (channels // groups)
     mean = (means * share).sum(axis=(1, 3), keepdims=True)
     variance = ((variances + mx.square(means - mean)) * share).sum(axis=(1, 3), keepdims=True)
@@ -118,6 +114,20 @@ def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
     ones = mx.full((1, x.shape[0]), 1 / x.shape[0])
     mean = (ones @ x)[0]
     return mean, (ones @ mx.square(x - mean))[0]
+
+
+@overridable
+def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Batch normalisation by the batch's own statistics (Ioffe and Szegedy 2015).
+
+    Args:
+        x: (..., C); weight, bias: (C,).
+
+    Returns:
+        what `batch_norm_apply` does, and mean and (biased) variance, (C,) each, float32.
+    """
+    mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
+    return batch_norm_apply(x, mean, variance, weight, bias, eps), mean, variance
 
 
 def batch_norm_apply(

@@ -34,10 +34,12 @@ def _matrices() -> tuple[mx.array, mx.array, mx.array]:
     return pixels, weights, results
 
 
-def transformed(weight: mx.array) -> mx.array:
-    """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places."""
+def transformed(weight: mx.array, *, turned: bool = False) -> mx.array:
+    """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places; turned (36, C, O), of `upside_down`'s."""
     out, _, _, channels = weight.shape
-    return (_matrices()[1] @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)
+    transform = _matrices()[1][:, ::-1] if turned else _matrices()[1]
+    places = (transform @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)
+    return places.swapaxes(1, 2) if turned else places
 
 
 _remembered: dict[int, tuple[weakref.ref[mx.array], mx.array, mx.array]] = {}
@@ -64,21 +66,67 @@ def _address(x: mx.array) -> int:
     return np.asarray(x).ctypes.data
 
 
-def convolve(x: mx.array, weight: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:
-    """Convolution in whole tiles.
+def tiles(x: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:
+    """An image's tiles, transformed.
 
     Args:
         x: (B, H, W, C).
-        weight: `transformed`, (36, O, C).
         count: of tiles, down (h) and across (w).
         origin: zeros above and to the left of the image; there are as many below and to the right as it takes.
 
     Returns:
+        (36, B h w, C).
+    """
+    pixels = windows(x, (_WINDOW, _WINDOW), TILE, count, origin, by_place=True)
+    return (_matrices()[0] @ pixels).reshape(_WINDOW * _WINDOW, -1, x.shape[3])
+
+
+def convolve(x: mx.array, weight: mx.array, count: tuple[int, int]) -> mx.array:
+    """Convolution of `tiles`, (36, B h w, C), with a `transformed` weight, (36, O, C).
+
+    Args:
+        count: of tiles, h and w.
+
+    Returns:
         (B, h, 4, w, 4, O), a view; (B, 4 h, 4 w, O) once it is copied.
     """
-    out, channels = weight.shape[1:]
-    pixels, _, results = _matrices()
-    tiles = pixels @ windows(x, (_WINDOW, _WINDOW), TILE, count, origin, by_place=True)
-    products = tiles.reshape(_WINDOW * _WINDOW, -1, channels) @ weight.swapaxes(1, 2)
-    y = results @ products.reshape(_WINDOW * _WINDOW, -1)
-    return y.reshape(TILE, TILE, x.shape[0], *count, out).transpose(2, 3, 0, 4, 1, 5)
+    products = x @ weight.swapaxes(1, 2)
+    y = _matrices()[2] @ products.reshape(_WINDOW * _WINDOW, -1)
+    return y.reshape(TILE, TILE, -1, *count, weight.shape[1]).transpose(2, 3, 0, 4, 1, 5)
+
+
+def uncut(y: mx.array) -> mx.array:
+    """Tiles (B, h, 4, w, 4, O) -> (B, 4 h, 4 w, O)."""
+    batch, down, tall, across, wide, out = y.shape
+    return y.reshape(batch, down * tall, across * wide, out)
+
+
+def tiles_over(length: int) -> int:
+    """How many tiles cover a length."""
+    return -(-length // TILE)
+
+
+def weight_gradient(x: mx.array, dy: mx.array) -> mx.array:
+    """Gradient for the weight of a convolution, before `weight_from_places`: that for its `transformed` one.
+
+    Args:
+        x: `tiles`, (36, n, C).
+        dy: `result_tiles`, (36, n, O).
+
+    Returns:
+        (36, O, C).
+    """
+    return dy.swapaxes(1, 2) @ x
+
+
+def result_tiles(dy: mx.array, count: tuple[int, int]) -> mx.array:
+    """A gradient for the result, (B, h, w, O) of at most `count` tiles, at the 36 places: (36, n, O)."""
+    pixels = windows(dy, (TILE, TILE), TILE, count, by_place=True)
+    return (_matrices()[2].T @ pixels).reshape(_WINDOW * _WINDOW, -1, dy.shape[3])
+
+
+def weight_from_places(places: mx.array) -> mx.array:
+    """Gradient for the `transformed` weight, (36, O, C) -> for the weight, (O, 3, 3, C)."""
+    _, out, channels = places.shape
+    taps = _matrices()[1].T @ places.reshape(_WINDOW * _WINDOW, -1)
+    return taps.reshape(3, 3, out, channels).transpose(2, 0, 1, 3)

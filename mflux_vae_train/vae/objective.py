@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,10 @@ from mlx.utils import tree_map
 from mflux_vae.errors import TrainingError
 from mflux_vae.layers import batch_statistics, fold_statistics
 from mflux_vae.lpips import LPIPS
+from mflux_vae.overriding import overridable
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae_train.step import Arrays, MicroBatch, Step
+from mflux_vae_train.tape import Tape, value_of
 from mflux_vae_train.vae import adversarial
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.dropout import by_keys
@@ -86,22 +89,56 @@ class Objective:
         with self.dropout_keys.holding(arrays["key"]):
             return self._computed(network, arrays)
 
-    def _computed(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
-        pixels = arrays["pixels"]
+    def gradients(
+        self, network: Any, arrays: Arrays, scale: mx.array
+    ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
+        """See `step.HasGradients`; not with a critic, whose part of the loss differentiates within itself."""
+        if "critic" in arrays:
+            return None
+        tape = Tape(network.trainable_parameters())
+        with self.dropout_keys.holding(arrays["key"]):
+            posterior, z, made = self._forward(network, tape.start(arrays["pixels"]), arrays)
+            ends = posterior.mean, posterior.logvar, z, made
+            values = [value_of(end) for end in ends]
+            fold_statistics(network, batch_statistics(network))
+            differentiated = mx.value_and_grad(partial(self._loss, arrays), argnums=range(len(ends)))
+            (loss, metrics), slopes = differentiated(*values)
+            gradients = tape.gradients([(end, slope * scale) for end, slope in zip(ends, slopes, strict=True)])
+        return (loss, metrics), gradients
+
+    def noise(self, arrays: Arrays, shape: Sequence[int]) -> mx.array:
+        """What latents of such a shape are drawn with."""
+        return standard_normal(arrays["key"], shape)
+
+    def _forward(self, network: Any, pixels: Any, arrays: Arrays) -> tuple[Any, Any, Any]:
+        """Posterior, latents and reconstruction."""
         posterior = network.encode(pixels)
-        z = sampled(posterior, arrays["key"])
+        z = _moved(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
+        return posterior, z, network.decode(z).astype(mx.float32)
+
+    def _loss(
+        self, arrays: Arrays, mean: mx.array, logvar: mx.array, z: mx.array, made: mx.array
+    ) -> tuple[mx.array, Mapping[str, mx.array]]:
+        """Of what a forward pass made."""
+        posterior = DiagonalGaussian(mean, logvar)
+        values = self.per_sample(made, arrays["pixels"], posterior, z, arrays["beta"])
+        total = values.pop("loss").mean()
+        metrics = {name: value.mean() for name, value in values.items()}
+        return total, {**metrics, "active": active(posterior)}
+
+    def _computed(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
         extra: dict[str, mx.array] = {}
         if "critic" not in arrays:
-            made = network.decode(z).astype(mx.float32)
+            posterior, z, made = self._forward(network, arrays["pixels"], arrays)
         else:
+            posterior = network.encode(arrays["pixels"])
+            z = _moved(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
             features = before_last_layer(network, z)
             made = network.decoder.conv_out(features).astype(mx.float32)
             extra = self._against(arrays, network.decoder.conv_out, features, made)
         fold_statistics(network, batch_statistics(network))
-        values = self.per_sample(made, pixels, posterior, z, arrays["beta"])
-        total = values.pop("loss").mean() + extra.get("adversarial", 0.0)
-        metrics = {name: value.mean() for name, value in values.items()}
-        return total, {**metrics, "active": active(posterior), **extra}
+        total, metrics = self._loss(arrays, posterior.mean, posterior.logvar, z, made)
+        return total + extra.get("adversarial", 0.0), {**metrics, **extra}
 
     def _against(self, arrays: Arrays, last: Any, features: mx.array, made: mx.array) -> dict[str, mx.array]:
         """The critic's part of the loss, as strong as the reconstruction's at the decoder's last layer."""
@@ -129,9 +166,17 @@ class Objective:
 
 def sampled(posterior: DiagonalGaussian, keys: mx.array) -> mx.array:
     """One draw for each sample of a batch, a function of its own key alone. keys (B, 2)."""
-    shape = posterior.mean.shape[1:]
-    noise = mx.vmap(lambda key: mx.random.normal(shape, key=key))(keys)
-    return posterior.mean + mx.exp(0.5 * posterior.logvar) * noise
+    return _moved(posterior.mean, posterior.logvar, standard_normal(keys, posterior.mean.shape))
+
+
+def standard_normal(keys: mx.array, shape: Sequence[int]) -> mx.array:
+    """Noise of a shape (B, ...), each sample's a function of its own key alone. keys (B, 2)."""
+    return mx.vmap(lambda key: mx.random.normal(shape[1:], key=key))(keys)
+
+
+@overridable
+def _moved(mean: mx.array, logvar: mx.array, noise: mx.array) -> mx.array:
+    return mean + mx.exp(0.5 * logvar) * noise
 
 
 def active(posterior: DiagonalGaussian) -> mx.array:

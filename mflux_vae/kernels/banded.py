@@ -1,0 +1,255 @@
+"""Convolution, and the gradient for its weight, in bands (see `bands`), of an image that is made row by row.
+
+Winograd's form cuts large images into bands of rows, and small ones with many channels into bands of output channels:
+there the transformed weights are the larger part, and are best used while they are still in the core's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+
+from mflux_vae.kernels import winograd
+from mflux_vae.kernels.bands import Band, added, cut, filled, streams
+from mflux_vae.kernels.forms import Sides, form_of, in_one_piece, padded, upside_down
+from mflux_vae.kernels.fusion import fused
+from mflux_vae.kernels.gathering import windows
+from mflux_vae.kernels.pointwise import silu
+
+Rows: TypeAlias = Callable[[slice, int, int], mx.array]
+"""(images, start, stop) -> those images' rows start to stop of what is convolved, (b, stop - start, W, C)."""
+
+BAND_ELEMENTS = 1 << 21
+"""Of the largest array that a band makes, so that it stays in the core's cache or near it."""
+BAND_TILES = (64, 256)
+"""Winograd's tiles in a band: fewer make thin matrices, more do not make faster ones."""
+_BAND_WEIGHTS = 1 << 19
+"""Elements of the transformed weights of a band of output channels."""
+REMEMBERED_MAX_PIXELS = 256
+"""Transforming a weight takes 144 pixels' worth of products, remembering it four times its memory."""
+_GRADIENT_MIN_CHANNELS = 64
+"""Of Winograd's form of a weight's gradient."""
+_SHIFTS_CHANNELS = range(8, 128)
+"""Of the input, for a weight's gradient tap by tap."""
+
+
+def rows_of(x: mx.array) -> Rows:
+    """Those of an array."""
+    return lambda images, start, stop: x[images, start:stop]
+
+
+def repeated_rows_of(x: mx.array) -> Rows:
+    """Those of an image with every pixel four times."""
+
+    def rows(images: slice, start: int, stop: int) -> mx.array:
+        first = start // 2
+        part = x[images, first : (stop + 1) // 2]
+        batch, height, width, channels = part.shape
+        part = mx.broadcast_to(part[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        return part.reshape(batch, 2 * height, 2 * width, channels)[:, start - 2 * first : stop - 2 * first]
+
+    return rows
+
+
+def silu_rows_of(x: mx.array, scale: mx.array, shift: mx.array) -> Rows:
+    """Those of silu(x scale + shift), by values (B, C) for each image and channel."""
+
+    def rows(images: slice, start: int, stop: int) -> mx.array:
+        return silu(_scale_and_shift(x[images, start:stop], scale[images, None, None], shift[images, None, None]))
+
+    return rows
+
+
+def convolution(
+    rows: Rows,
+    shape: tuple[int, ...],
+    weight: mx.array,
+    bias: mx.array | None,
+    stride: int,
+    sides: Sides,
+    residual: mx.array | None = None,
+    *,
+    turned: bool = False,
+    remember: bool = False,
+) -> mx.array:
+    """Convolution of an image (B, H, W, C) that is made row by row, float32, computed at once.
+
+    Args:
+        weight: (O, kh, kw, C).
+        residual: added to the result; or None.
+        turned: convolve with `upside_down(weight)` instead; the image then has O channels.
+        remember: whether the next call, with the same weight, may find what is made of it here.
+    """
+    batch, height, width, channels = shape
+    (top, bottom), (left, right) = sides
+    kh, kw = weight.shape[1:3]
+    out = weight.shape[3 if turned else 0]
+    out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
+    form = form_of((kh, kw), stride, channels, out)
+    whole: Any = slice(0, batch), slice(0, out_h), slice(0, out)
+
+    def with_bias_and_residual(y: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
+        y = y if bias is None else _plus(y, bias[places])
+        return y if residual is None else _plus(residual[these, lines, :, places], y)
+
+    def read(these: slice, lines: slice, beyond: int = 0) -> tuple[mx.array, tuple[int, int]]:
+        """What some rows of the result see, and the rows of zeros above and below it."""
+        first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top + beyond
+        return rows(these, max(first, 0), max(min(end, height), 0)), (max(-first, 0), max(end - height, 0))
+
+    def in_tiles(these: slice, lines: slice) -> mx.array:
+        x, (above, _) = read(these, lines, beyond=-(lines.stop - lines.start) % winograd.TILE)
+        return winograd.tiles(x, (winograd.tiles_over(lines.stop - lines.start), across), (above, left))
+
+    def from_tiles(x: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
+        w = kernel[:, places] if kernel is not None else _transformed(weight, places, turned)
+        count = winograd.tiles_over(lines.stop - lines.start), across
+        y = winograd.uncut(mx.contiguous(winograd.convolve(x, w, count)))[:, : lines.stop - lines.start, :out_w]
+        return with_bias_and_residual(y, these, lines, places)
+
+    def in_a_piece(these: slice, lines: slice) -> mx.array:
+        x, zeros = read(these, lines)
+        return with_bias_and_residual(in_one_piece(x, weight, stride, (zeros, (left, right))), these, lines, whole[2])
+
+    bands: Iterator[tuple[Any, Band]]
+    if form == "winograd":
+        down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
+        few = shares_outputs(batch * down * across, out)
+        kernel = winograd.remembered(weight) if remember and batch * out_h * out_w <= REMEMBERED_MAX_PIXELS else None
+        if few:
+            x = in_tiles(*whole[:2])
+            mx.eval(x)
+            everywhere = cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
+            bands = (
+                ((*whole[:2], slice(None), places), partial(from_tiles, x, *whole[:2], places)) for places in everywhere
+            )
+        else:
+            if kernel is None:
+                kernel = _transformed(weight, whole[2], turned)
+            tiles = max(BAND_TILES[0], min(BAND_TILES[1], BAND_ELEMENTS // (36 * max(channels, out))))
+            images, tall = _share(batch, down, tiles // across)
+            bands = (
+                (index, lambda index=index: from_tiles(in_tiles(*index), *index, whole[2]))
+                for index in _rows(batch, out_h, images, tall * winograd.TILE)
+            )
+    else:
+        weight = mx.contiguous(upside_down(weight)) if turned else weight
+        per_row = out_w * max(kh * kw * (out if form == "taps last" else channels), out)
+        share = _share(batch, out_h, BAND_ELEMENTS // per_row)
+        bands = ((index, partial(in_a_piece, *index)) for index in _rows(batch, out_h, *share))
+    return filled(mx.zeros((batch, out_h, out_w, out)), bands)
+
+
+def _transformed(weight: mx.array, places: slice, turned: bool) -> mx.array:
+    """The transformed weights of some output channels."""
+    return winograd.transformed(weight[..., places] if turned else weight[places], turned=turned)
+
+
+def shares_outputs(tiles: int, out: int) -> bool:
+    """Whether bands are output channels and not rows: where Winograd's weights are the larger part."""
+    return tiles <= min(BAND_TILES[0], out // 2)
+
+
+def weight_gradient(
+    rows: Rows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], stride: int, sides: Sides
+) -> mx.array:
+    """Gradient for the weight of a `convolution`, (O, kh, kw, C).
+
+    Args:
+        dy: gradient for the result, (B, h, w, O).
+    """
+    batch, height, width, channels = shape
+    (top, _), (left, right) = sides
+    _, out_h, out_w, out = dy.shape
+    kh, kw = kernel
+    everything = slice(0, batch)
+    if kernel == (1, 1) and stride == 1 and not any(map(any, sides)):
+        x = rows(everything, 0, height).reshape(-1, channels)
+        return (dy.reshape(-1, out).T @ x).reshape(out, 1, 1, channels)
+    if kernel == (3, 3) and stride == 1 and min(channels, out) >= _GRADIENT_MIN_CHANNELS:
+        return _winograd_weight_gradient(rows, shape, dy, (top, left))
+    if stride == 1 and channels in _SHIFTS_CHANNELS:
+        # a product per tap of the flattened images, from where the tap points; zeros where rows run over their ends
+        x = padded(rows(everything, 0, height), sides).reshape(-1, channels)
+        wide = padded(dy, ((0, kh - 1), (0, kw - 1))).reshape(-1, out).T
+        starts = [i * (width + left + right) + j for i in range(kh) for j in range(kw)]
+        taps = [wide[:, : x.shape[0] - start] @ x[start:] for start in starts]
+        return mx.stack(taps, axis=1).reshape(out, kh, kw, channels)
+
+    def band(these: slice, lines: slice) -> mx.array:
+        first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top
+        x = rows(these, max(first, 0), max(min(end, height), 0))
+        gathered = windows(x, kernel, stride, (lines.stop - lines.start, out_w), (max(-first, 0), left))
+        return dy[these, lines].reshape(-1, out).T @ gathered
+
+    share = _share(batch, out_h, BAND_ELEMENTS // (out_w * kh * kw * channels))
+    return added(partial(band, *index) for index in _rows(batch, out_h, *share)).reshape(out, kh, kw, channels)
+
+
+def _winograd_weight_gradient(rows: Rows, shape: tuple[int, ...], dy: mx.array, origin: tuple[int, int]) -> mx.array:
+    """`weight_gradient` of a 3x3 convolution, stride 1: Winograd's formula, read backwards."""
+    (batch, height, _, channels), (top, left) = shape, origin
+    _, out_h, out_w, out = dy.shape
+    down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
+
+    def in_tiles(these: slice, lines: slice) -> mx.array:
+        first, end = (
+            lines.start - top,
+            lines.start + winograd.TILE * winograd.tiles_over(lines.stop - lines.start) + 2 - top,
+        )
+        x = rows(these, max(first, 0), max(min(end, height), 0))
+        return winograd.tiles(x, (winograd.tiles_over(lines.stop - lines.start), across), (max(-first, 0), left))
+
+    def places(these: slice, lines: slice, channels: slice = slice(None)) -> mx.array:
+        count = winograd.tiles_over(lines.stop - lines.start), across
+        return winograd.result_tiles(dy[these, lines, :, channels], count)
+
+    if shares_outputs(batch * down * across, out):
+        whole = slice(0, batch), slice(0, out_h)
+        x = in_tiles(*whole)
+        mx.eval(x)
+
+        def of_channels(some: slice) -> mx.array:
+            return winograd.weight_from_places(winograd.weight_gradient(x, places(*whole, some)))
+
+        parts = cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
+        return filled(mx.zeros((out, 3, 3, channels)), ((part, partial(of_channels, part)) for part in parts))
+
+    images, tall = _share(batch, down, BAND_TILES[1] // across)
+    bands = (
+        lambda index=index: winograd.weight_gradient(in_tiles(*index), places(*index))
+        for index in _rows(batch, out_h, images, tall * winograd.TILE)
+    )
+    return winograd.weight_from_places(added(bands))
+
+
+def _rows(batch: int, rows: int, images: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """(images, rows) of each band."""
+    return product(cut(batch, images), cut(rows, at_once))
+
+
+def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:
+    """Images and rows of a band where `fit` rows are the right number: several images, or a part of one."""
+    if batch >= streams() and fit >= rows:
+        return min(-(-batch // streams()), fit // rows), rows
+    return 1, _even(rows, fit)
+
+
+def _even(length: int, fit: int) -> int:
+    """About `fit`, so that all streams are busy to the end."""
+    rounds = max(1, round(length / max(fit, 1) / streams()))
+    return -(-length // (streams() * rounds))
+
+
+@fused
+def _scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return x * scale + shift
+
+
+@fused
+def _plus(x: mx.array, y: mx.array) -> mx.array:
+    return x + y
