@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.opening import recognition
 from mflux_vae.opening.families import FAMILIES
 from mflux_vae.opening.finding import (
     CONFIG_KEY,
@@ -33,8 +34,8 @@ from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import DTYPES, write_json, write_safetensors
 from mflux_vae.weights.rules import from_mlx, load_strict, to_mlx
 
-_BESIDE = ("running_mean", "running_var", "num_batches_tracked", "beta")
-"""What norms store besides their parameters."""
+_BESIDE = ("running_mean", "running_var", "num_batches_tracked", "beta", "kl_div")
+"""What is stored besides parameters, by norms for the most part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,9 @@ def open_network(
         source: one of
             - a folder in diffusers' layout (`config.json`, `diffusion_pytorch_model.safetensors`), or a pipeline's,
               which has one named `vae`;
-            - a .safetensors, .ckpt, .pt, .pth or .bin file in diffusers', CompVis', Black Forest Labs', TAESD's or
-              LAPA's naming, also a whole model's with the autoencoder in it; of TAESD, one half, beside which the other
-              lies;
+            - a .safetensors, .ckpt, .pt, .pth, .bin or .npz file in the naming of diffusers, CompVis, Black Forest
+              Labs, TAESD, LAPA or MLX's example, also a whole model's with the autoencoder in it; of TAESD, one half,
+              beside which the other lies;
             - the name of a preset (see `opening.presets`), or `owner/name` on the hub, which is downloaded.
         dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
             configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
@@ -181,7 +182,8 @@ def convert(
         the files that were written.
 
     Raises:
-        SettingsError: the kind of network has no such naming, or that naming is not one of folders; another dtype.
+        SettingsError: the kind of network has no such naming, or that naming is not for such a network or not one of
+            folders; another dtype.
         WeightsError: as `open_network`.
     """
     opened, target = find(source, config), Path(target)
@@ -191,8 +193,18 @@ def convert(
     ours = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     network = _built(opened)
     load_strict(network, _complete(ours, network), where=opened.where)  # what does not fit is told before it is written
+    if naming in recognition.ONE_NETWORK:
+        _same_network(network.config.to_dict(), naming, ours, opened.where)
     tensors = from_mlx(ours, family.rules(naming, ours))
     return _write(target, tensors if dtype is None else _cast(tensors, dtype), opened.config, naming)
+
+
+def _same_network(config: Mapping[str, Any], naming: str, tensors: Mapping[str, mx.array], where: str) -> None:
+    """Refuses a network that whoever reads this naming would take for another one."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    read = recognition.settings(str(config["_class_name"]), naming, shapes, where)
+    if wrong := [f"{name} {config[name]}" for name in read if read[name] != config[name]]:
+        raise SettingsError(f"{where}: {naming} naming is not for a network with {', '.join(wrong)}")
 
 
 def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any], naming: str) -> list[Path]:

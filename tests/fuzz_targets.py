@@ -122,6 +122,11 @@ def _npz() -> bytes:
     return file.getvalue()
 
 
+def _mlx_npz(folder: Path) -> bytes:
+    mx.savez(str(folder / "b.npz"), **{"a.weight": mx.zeros((2, 3)), "a.bias": mx.zeros((2,), mx.bfloat16)})
+    return (folder / "b.npz").read_bytes()
+
+
 _IDX = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(18)
 _INDEX = {"metadata": {"total_size": 12}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
 _DDCONFIG = (
@@ -178,6 +183,7 @@ def _targets(scratch: Path) -> dict[str, Target]:
         "captions": Target("metadata.jsonl", [b'{"file_name": "a.png", "text": "a dog"}\n'], _captions),
         "caption": Target("a.txt", [b"a photo of sks dog\n"], _captions),
         "list of videos": Target("v.json", [b'[{"id": "1"}, "2"]'], _videos, [("1/0.jpg", b""), ("2/0.jpg", b"")]),
+        "weights in npz": Target("b.npz", [_mlx_npz(scratch)], _file),
         "npz": Target("a.npz", [_npz()], lambda here: npz(here / "a.npz")),
         "IDX": Target("a.idx", [_IDX, gzip.compress(_IDX)], lambda here: mnist(here / "a.idx")),
         "latents": Target("l.safetensors", [_latents(scratch)], lambda here: latent_file.read(here / "l.safetensors")),

@@ -19,6 +19,7 @@ from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.weights.compvis import bfl, compvis
 from mflux_vae.weights.diffusers import AUTOENCODER_KL, SAME_NAMES
 from mflux_vae.weights.lapa import LAPA
+from mflux_vae.weights.mlx_examples import MLX_EXAMPLES, NAMING
 from mflux_vae.weights.pytorch_vae import FLAT, pytorch_vae
 from mflux_vae.weights.rules import Rule
 from mflux_vae.weights.taesd import taesd
@@ -71,12 +72,13 @@ class Family:
 
 
 _KL: dict[str, Table] = {"diffusers": AUTOENCODER_KL, "compvis": compvis, "bfl": bfl}
+_FLAT: dict[str, Table] = {"diffusers": FLAT, "pytorch-vae": pytorch_vae, NAMING: MLX_EXAMPLES}
 
 FAMILIES = {
     "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
     "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
     "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
-    "FlatAutoencoder": Family(FlatConfig, FlatAutoencoder, {"diffusers": FLAT, "pytorch-vae": pytorch_vae}),
+    "FlatAutoencoder": Family(FlatConfig, FlatAutoencoder, _FLAT),
     "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }

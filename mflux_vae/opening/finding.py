@@ -104,7 +104,7 @@ def find(source: Source, config: Config | None = None) -> Opened:
 def _unknown(opened: Opened) -> Opened:
     """One that is no preset: its architecture follows from its shapes, its scaling from nothing."""
     config = FAMILIES[opened.family].config.from_dict(
-        recognition.settings(opened.family, _shapes(opened), opened.where)
+        recognition.settings(opened.family, opened.naming, _shapes(opened), opened.where)
     )
     factor, assumed = getattr(config, "scaling_factor", None), None
     if opened.family == "AutoencoderKL":

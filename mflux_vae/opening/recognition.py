@@ -11,6 +11,7 @@ from typing import Any
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.networks.laq import code_counts
+from mflux_vae.weights import mlx_examples
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -37,6 +38,7 @@ _SIGNS = {
     ("AutoencoderTiny", "taesd"): r"(?:taesd_)?(?:encoder\.0|decoder\.1)\.weight",
     ("FlatAutoencoder", "diffusers"): r"encoder\.mean\.weight",
     ("FlatAutoencoder", "pytorch-vae"): r"fc_mu\.weight",
+    ("FlatAutoencoder", mlx_examples.NAMING): r"encoder\.proj_mu\.weight",
     ("LatentActionQuantizer", "lapa"): r"vq\.codebooks",
     ("PlainAutoencoder", "diffusers"): r"encoder\.mu\.weight",
 }
@@ -118,11 +120,12 @@ def narrow(names: Sequence[str], keys: Collection[str], metadata: Mapping[str, s
     return next(([name] for name in clues if name in names), names)
 
 
-def settings(family: str, shapes: Shapes, where: str) -> dict[str, Any]:
+def settings(family: str, naming: str, shapes: Shapes, where: str) -> dict[str, Any]:
     """The configuration, as in a config.json, of a network with these parameters; scaling is not in it.
 
     Args:
         family: class name.
+        naming: of the file's keys; some are of one network only.
         shapes: of the parameters, by our names in our layout (kernels OHWI).
         where: file, for the message.
 
@@ -130,7 +133,7 @@ def settings(family: str, shapes: Shapes, where: str) -> dict[str, Any]:
         WeightsError: shapes from which nothing follows.
     """
     try:
-        return {"_class_name": family, **_SETTINGS[family](shapes)}
+        return {"_class_name": family, **ONE_NETWORK.get(naming, _SETTINGS[family])(shapes)}
     except (KeyError, IndexError, ValueError) as error:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise WeightsError(f"{where}: its architecture is not recognised ({told}); give its configuration") from error
@@ -195,6 +198,24 @@ def _flat(shapes: Shapes) -> dict[str, Any]:
     raise ValueError("nothing tells the size of its images, nor what its output is")
 
 
+def _mlx_example(shapes: Shapes) -> dict[str, Any]:
+    widths = [shapes[f"encoder.down.{level}.conv.weight"][0] for level in range(mlx_examples.LEVELS)]
+    lengths, side = shapes["encoder.mean.weight"], mlx_examples.SIDE
+    if lengths[1] * 4**mlx_examples.LEVELS != widths[-1] * side**2:
+        raise ValueError(f"its images are not of {side} x {side} pixels, as MLX's example has them")
+    return {
+        "in_channels": shapes["encoder.down.0.conv.weight"][-1],
+        "out_channels": shapes[f"decoder.up.{mlx_examples.LEVELS - 1}.conv.weight"][0],
+        "hidden_dims": widths,
+        "latent_dim": lengths[0],
+        "image_size": side,
+        "batch_norm": True,
+        "upsampling": "repeat",
+        "last_conv": False,
+        "output": "sigmoid",
+    }
+
+
 def _laq(shapes: Shapes) -> dict[str, Any]:
     numbers, dim = shapes["to_pixels.weight"]
     channels = next(count for count in (3, 1) if isqrt(numbers // count) ** 2 * count == numbers)
@@ -228,6 +249,9 @@ _SETTINGS = {
     "LatentActionQuantizer": _laq,
     "PlainAutoencoder": _plain,
 }
+
+ONE_NETWORK = {mlx_examples.NAMING: _mlx_example}
+"""Namings that one program has, for one network: what shapes leave open is as there."""
 
 
 def _numbers(shapes: Shapes, path: str) -> list[int]:

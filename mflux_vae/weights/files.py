@@ -15,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.weights.npz import is_npz, read_npz
 from mflux_vae.weights.stored import LARGEST_DIMENSION, MOST_DIMENSIONS, Stored, read_numbers
 from mflux_vae.weights.torch_files import read_torch
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npz")
 """Of weights files."""
 
 _SAFETENSORS_DTYPES = {
@@ -43,12 +44,15 @@ _LONGEST_HEADER = 100_000_000
 
 
 def open_weights(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors, unread, and metadata of a weights file: safetensors or torch's, whatever its name says.
+    """Tensors, unread, and metadata of a weights file: safetensors, torch's or .npz, whatever its name says.
 
     Raises:
-        WeightsError: no such file; not a whole file of either kind; see `header` and `torch_files.read_torch`.
+        WeightsError: no such file; not a whole file of its kind; see `header`, `torch_files.read_torch` and
+            `npz.read_npz`.
     """
     path = Path(path)
+    if is_npz(path):
+        return read_npz(path), {}
     if _is_torchs(path):
         return read_torch(path), {}
     entries, metadata = header(path)

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
+from mflux_vae.weights.broken import Refused
 from mflux_vae.weights.stored import MOST_DIMENSIONS
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
@@ -94,10 +95,6 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-class Refused(Exception):
-    """What is wrong with the pickle."""
 
 
 _CONSTANTS: Mapping[str, Callable[[], Any]] = {

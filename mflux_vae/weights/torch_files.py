@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from math import prod
@@ -17,19 +16,13 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from mflux_vae.errors import WeightsError
-from mflux_vae.weights.pickles import Placeholder, Refused, Storage, Tensor, interpret
+from mflux_vae.weights.archive import MAGIC, Archive
+from mflux_vae.weights.broken import Refused, told
+from mflux_vae.weights.pickles import Placeholder, Storage, Tensor, interpret
 from mflux_vae.weights.stored import LARGEST_DIMENSION, Stored, read_numbers, width
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-_LARGEST_PICKLE = 2**28
 _LONGEST_KEY = 1000
-
-_BROKEN: tuple[type[Exception], ...] = (
-    *(Refused, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
-    *(TypeError, ValueError, Warning, struct.error, zipfile.BadZipFile),
-)
-"""What reading a file that is not what it says may raise."""
 
 
 def read_torch(path: str | Path) -> dict[str, Stored]:
@@ -42,17 +35,12 @@ def read_torch(path: str | Path) -> dict[str, Stored]:
             (whole modules, functions to call), or tensors that reach beyond their data.
     """
     path = Path(path)
-    try:
+    with told(path, "a torch file"):
         with path.open("rb") as file:
-            start = file.read(4)
-            content, where = (_read_zip if start == b"PK\x03\x04" else _read_old)(file)
+            start = file.read(len(MAGIC))
+            content, where = (_read_zip if start == MAGIC else _read_old)(file)
         data = np.memmap(path, np.uint8, "r")
         return {name: _stored(name, tensor, where, data) for name, tensor in _flatten(content)}
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such weights file") from error
-    except _BROKEN as error:
-        told = str(error) if isinstance(error, Refused) else f"broken or truncated: {error or type(error).__name__}"
-        raise WeightsError(f"{path}: not usable as a torch file ({told})".replace("\n", " ")) from error
 
 
 _Places: TypeAlias = "dict[str, tuple[int, int]]"
@@ -60,44 +48,18 @@ _Places: TypeAlias = "dict[str, tuple[int, int]]"
 
 
 def _read_zip(file: IO[bytes]) -> tuple[Any, _Places]:
-    with zipfile.ZipFile(file) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-    top = next((name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")), None)
+    archive = Archive(file, "torch")
+    top = next((name.removesuffix("data.pkl") for name in archive.names if name.endswith("/data.pkl")), None)
     if top is None or top.count("/") != 1:
         raise Refused("a zip archive without data.pkl; not written by torch.save")
-    if f"{top}constants.pkl" in entries:
+    if f"{top}constants.pkl" in archive.names:
         raise Refused("a TorchScript archive, which holds a program; save its state_dict instead")
-
-    def place(name: str) -> tuple[int, int]:
-        """First byte and size of an entry; its own header is looked at, as the directory does not know its length."""
-        entry = entries.get(name)
-        if entry is None:
-            raise Refused(f"{name} is missing")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise Refused(f"{name} is compressed, which torch never does")
-        file.seek(entry.header_offset)
-        header = file.read(30)
-        if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise Refused(f"{name} is not where the archive's directory says")
-        first = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-        if first + entry.file_size > length:
-            raise Refused(f"{name} reaches beyond the end of the file")
-        return first, entry.file_size
-
-    def bytes_of(name: str) -> bytes:
-        first, size = place(name)
-        if size > _LARGEST_PICKLE:
-            raise Refused(f"{name} has {size} bytes, more than any list of tensors needs")
-        file.seek(first)
-        return file.read(size)
-
-    length = file.seek(0, 2)
-    order = bytes_of(f"{top}byteorder") if f"{top}byteorder" in entries else b"little"
+    order = archive.read(f"{top}byteorder") if f"{top}byteorder" in archive.names else b"little"
     if order != b"little":
         raise Refused(f"its byte order is {order[:20]!r}; only little-endian files are read")
     storages: dict[str, Storage] = {}
-    content = interpret(bytes_of(f"{top}data.pkl"), storages)
-    return content, {key: place(f"{top}data/{key}") for key in storages}
+    content = interpret(archive.read(f"{top}data.pkl"), storages)
+    return content, {key: archive.place(f"{top}data/{key}") for key in storages}
 
 
 def _read_old(file: IO[bytes]) -> tuple[Any, _Places]:

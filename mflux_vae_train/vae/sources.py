@@ -20,6 +20,7 @@ from PIL import Image
 
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, load_image
+from mflux_vae.weights.broken import BROKEN
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def npz(path: Path) -> list[np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("x_train", "x_test") if name in file.files] or file.files
             found = {name: pictures for name in names if (pictures := file[name]).ndim in (3, 4)}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, MemoryError, RuntimeError) as error:
+    except BROKEN as error:
         raise ImageError(f"{path} cannot be read ({error}): give an .npz with an array of pictures") from error
     if not found or (len(found) > 1 and [*found] != ["x_train", "x_test"]):
         raise ImageError(f"{path} has {len(found)} arrays of pictures: give one, or x_train and x_test")
