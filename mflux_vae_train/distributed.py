@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.errors import SettingsError, TrainingError
-from mflux_vae_train import lifeline, state
+from mflux_vae_train import lifeline, signals, state
 from mflux_vae_train.lifeline import Lifeline
+from mflux_vae_train.signals import breakable
 from mflux_vae_train.vigil import Vigil, at_most, open_sockets
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,11 @@ class Team:
         """The highest flag of any process at the last `gather`: the same in all of them."""
         return self._own_flag if self.size == 1 else self._flag
 
+    @property
+    def flagged(self) -> bool:
+        """Whether this process has raised its flag, told or not."""
+        return self._own_flag != 0
+
     # exchange
 
     def gather(self, value: Any) -> list[Any]:
@@ -153,10 +160,15 @@ class Team:
     def rounds(
         self, items: Sequence[Item], make: Callable[[Item], Sequence[mx.array]]
     ) -> Iterator[tuple[Item, list[mx.array]]]:
-        """What is made of each item, in order and in all processes; as many are in the making as there are of these."""
+        """What is made of each item, in order and in all processes; as many are in the making as there are of these.
+
+        Raises:
+            Interrupted: a signal came while they were being made.
+        """
         for start in range(0, len(items), self.size):
             now = items[start : start + self.size]
-            own = make(now[self.rank]) if self.rank < len(now) else []
+            mine = now[self.rank : self.rank + 1]
+            own = breakable(self, partial(_made, make, mine))
             yield from zip(now, self.gather_arrays(own), strict=False)
 
     def sum(self, arrays: list[mx.array]) -> None:
@@ -247,7 +259,8 @@ class Team:
             line = lifeline.connected(offer, self.rank)
             lines = {} if line is None else {0: line}
         if all(self.gather(len(lines) == (self.size - 1 if self.first else 1))):
-            self._vigil.begin(Lifeline(self.rank, lines, gone=self._vigil.note, tick=self._vigil.tick))
+            told: dict[str, Any] = {"flag": lambda: self._own_flag, "flagged": signals.as_if}
+            self._vigil.begin(Lifeline(self.rank, lines, gone=self._vigil.note, tick=self._vigil.tick, **told))
         elif self.first:
             logger.warning(
                 "not all processes can reach the first one on port %d: one that dies may leave others waiting",
@@ -336,3 +349,7 @@ def _buckets(arrays: Sequence[mx.array]) -> list[list[int]]:
         if members:
             found.append(members)
     return found
+
+
+def _made(make: Callable[[Item], Sequence[mx.array]], items: Sequence[Item]) -> list[mx.array]:
+    return [array for item in items for array in make(item)]

@@ -34,6 +34,9 @@ _WELCOME = "welcome"
 _HERE = b"+"
 """From another process to the first: it waits at the next meeting; and back: all do."""
 
+_FLAG = b"!"
+"""Before the number of a signal that a process got."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gone:
@@ -58,6 +61,8 @@ class Lifeline(threading.Thread):
         lines: sockets by the rank at the other end: of the first process to all others, of these to the first.
         gone: called with everyone who is gone, from this thread.
         tick: called about once a second, from this thread.
+        flag: what the others are to be told that this process was signalled; 0 for nothing.
+        flagged: called with what another process was signalled, from this thread.
     """
 
     def __init__(
@@ -67,9 +72,12 @@ class Lifeline(threading.Thread):
         *,
         gone: Callable[[Gone], None],
         tick: Callable[[], None],
+        flag: Callable[[], int] = lambda: 0,
+        flagged: Callable[[int], None] = lambda number: None,
     ) -> None:
         super().__init__(name="lifeline", daemon=True)
         self._rank, self._lines, self._gone, self._tick = rank, dict(lines), gone, tick
+        self._flag, self._flagged = flag, flagged
         self._speaking = threading.Lock()
         self._news = threading.Condition()
         self._here, self._left = 0, False
@@ -96,7 +104,7 @@ class Lifeline(threading.Thread):
         """See `threading.Thread`."""
         heard = dict.fromkeys(self._lines, time.monotonic())
         rest = dict.fromkeys(self._lines, b"")
-        said = 0.0
+        said, flag = 0.0, 0
         with selectors.DefaultSelector() as selector:
             for rank, line in self._lines.items():
                 selector.register(line, selectors.EVENT_READ, rank)
@@ -114,6 +122,8 @@ class Lifeline(threading.Thread):
                             with self._news:
                                 self._here += 1
                                 self._news.notify()
+                        elif message.startswith(_FLAG):
+                            self._flagged(int(message.removeprefix(_FLAG)))
                         else:
                             self._pass_on(Gone(**json.loads(message)), rank)
                     if not new:
@@ -123,6 +133,9 @@ class Lifeline(threading.Thread):
                 for rank in [rank for rank, last in heard.items() if time.monotonic() - last > SILENCE]:
                     del heard[rank]
                     self._pass_on(Gone(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
+                if self._flag() != flag:  # the first process passes on what it is told, as its own flag then
+                    flag = self._flag()
+                    self._send(_FLAG + str(flag).encode())
                 if time.monotonic() - said > BEAT:
                     self._send(b"")
                     said = time.monotonic()

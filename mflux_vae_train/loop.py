@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
+from mflux_vae_train import signals
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.hooks import Hook, Record
 from mflux_vae_train.owed import Owed
+from mflux_vae_train.signals import Interrupted
 from mflux_vae_train.step import SAMPLES, MicroBatch
 from mflux_vae_train.vigil import ProcessLost
-
-logger = logging.getLogger(__name__)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal arrived; the update was finished and, where there is a way to, a checkpoint written.
-
-    Attributes:
-        exit_code: what a command line should exit with: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
-        update: updates made.
-    """
-
-    def __init__(self, signum: int, update: int, *, saved: bool = True) -> None:
-        left = "a checkpoint was written" if saved else "no checkpoint was asked for"
-        super().__init__(f"interrupted by {signal.Signals(signum).name} after update {update}; {left}")
-        self.exit_code = 128 + signum
-        self.update = update
 
 
 def fit(
@@ -61,6 +40,8 @@ def fit(
         learning_rate: update -> rate.
         observers: cheap hooks that see every update, an interrupted one included: metrics log, progress bar.
         hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses nothing.
+            What takes long in one of them is `signals.breakable`. Those after the checkpoint are called again when the
+            run goes on after one of them was broken off.
         checkpoint: called with the number of updates made when a signal, or the loss of another process, ends the
             run early.
         owed: hooks that the part of the run before this one did not come to; kept up to date, for a checkpoint.
@@ -73,6 +54,11 @@ def fit(
     owed = Owed() if owed is None else owed
     owed.hooks = min(owed.hooks, len(hooks))
 
+    def keep(updates: int) -> None:
+        """Unless a hook has: which of the later ones were called since is not worth another checkpoint."""
+        if checkpoint is not None and owed.kept != updates:
+            checkpoint(updates)
+
     def settle(record: Record) -> None:
         """Do what is due now, or stop early."""
         while owed.hooks and not team.flag:
@@ -82,13 +68,16 @@ def fit(
             except ProcessLost:
                 owed.hooks += 1
                 raise
+            except Interrupted:  # in all processes: what was left is made when the run goes on
+                owed.hooks += 1
+                if not team.flag:
+                    raise
         if number := team.flag:
-            if checkpoint is not None:
-                checkpoint(record.update)
+            keep(record.update)
             team.gather("saved")  # whoever ends before that has the launcher end the first process, too
             raise Interrupted(number, record.update, saved=checkpoint is not None)
 
-    with _signals(team), _rescue(team, checkpoint) as reached:
+    with signals.noted(team), signals.finishing(), _rescue(team, keep if checkpoint else None) as reached:
         if owed.record is not None and owed.record.update == start:
             settle(dataclasses.replace(owed.record, total=total))
         for update in range(start, total):
@@ -131,41 +120,3 @@ def _rescue(team: Team, checkpoint: Callable[[int], object] | None) -> Iterator[
         with team.saving():
             checkpoint(made)
         raise ProcessLost(f"{error}; the same command continues after update {made}") from error
-
-
-@contextmanager
-def _signals(team: Team) -> Iterator[None]:
-    """The first SIGINT or SIGTERM is the team's flag. From then on signals have their default effect again.
-
-    With several processes SIGHUP, too, which those on other machines get where the launcher is interrupted: their ssh
-    ends. The SIGTERM that may follow is not taken for a second wish, and nobody reads what is said from then on.
-    """
-    team.raise_flag(0)
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if team.size > 1 and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        team.raise_flag(number)
-        if number == signal.SIGHUP:
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        logger.warning(
-            "%s: finishing this update, then a checkpoint; again to stop at once", signal.Signals(number).name
-        )
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

@@ -20,17 +20,20 @@ class Owed:
     Attributes:
         hooks: how many, counted from the last one.
         record: what they are to be called with.
+        kept: number of updates in the last checkpoint that was written or read; None for none.
     """
 
     def __init__(self) -> None:
         self.hooks = 0
         self.record: Record | None = None
+        self.kept: int | None = None
 
     def stateful(self) -> Stateful:
         """For a checkpoint; one text, as the metrics of a record have any names."""
         return Stateful(read=self._read, write=self._write)
 
     def _read(self) -> dict[str, str]:
+        self._keep()
         # without the time that it took, so that equal runs have equal checkpoints
         record = None if self.record is None else {**dataclasses.asdict(self.record), "seconds": 0.0}
         return {"owed": json.dumps({"hooks": self.hooks, "record": record})}
@@ -39,3 +42,7 @@ class Owed:
         told = json.loads(tree["owed"])
         self.hooks = told["hooks"]
         self.record = None if told["record"] is None else Record(**told["record"])
+        self._keep()
+
+    def _keep(self) -> None:
+        self.kept = None if self.record is None else self.record.update

@@ -23,8 +23,8 @@ from __future__ import annotations
 from mflux_vae.errors import InputError, MfluxVaeError, PluginError, RunError
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth, Outcome
-from mflux_vae_train.loop import Interrupted
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, Recommended
+from mflux_vae_train.signals import Interrupted
 
 __all__ = [
     "Conditioning",

@@ -61,7 +61,7 @@ def _run(argv: Sequence[str] | None) -> None:
     )
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from mflux_vae_train import distributed
+    from mflux_vae_train import distributed, signals
     from mflux_vae_train.dreambooth.preparation import check_pictures
     from mflux_vae_train.dreambooth.train import DreamBooth
     from mflux_vae_train.pipelines.registry import open_pipeline
@@ -69,7 +69,8 @@ def _run(argv: Sequence[str] | None) -> None:
 
     # before many gigabytes of weights are read
     wanted(settings.report_to)
-    with distributed.team():  # found first, too: one process may need longer for them than others wait
+    # found first, too: one process may need longer for them than others wait
+    with distributed.team() as team, signals.noted(team):
         check_pictures(settings)
         DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
 

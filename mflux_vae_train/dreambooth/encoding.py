@@ -26,6 +26,7 @@ from mflux_vae_train.dreambooth.store import Store
 from mflux_vae_train.dreambooth.views import Shape, View
 from mflux_vae_train.pipelines.capabilities import Identifies, Use
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+from mflux_vae_train.signals import breakable
 
 PROMPTS_AT_ONCE = 16
 
@@ -134,13 +135,17 @@ def encode_pictures(
         """uint8 (B, H, W, 3) of each group."""
         return {str(rank): mx.array(np.stack(list(islice(coming, len(one))))) for rank, one in enumerate(groups)}
 
+    def encoded(pixels: mx.array | None) -> list[mx.array]:
+        own = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
+        mx.eval(own)
+        return own
+
     shown = None if pending and team.first else True
     with tqdm(total=sum(map(len, pending)), desc="latents", unit="picture", disable=shown) as bar:
         for start in range(0, len(pending), team.size):
             groups = pending[start : start + team.size]
             pixels = team.give(partial(read, groups)).get(str(team.rank))
-            own = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
-            mx.eval(own)
+            own = breakable(team, partial(encoded, pixels))
             for group, found in zip(groups, team.gather_arrays(own), strict=False):
                 for place, latent in zip(group, found[0], strict=True):
                     if team.first and place not in latents:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
-from mflux_vae_train import checkpoint, distributed, lora, state
+from mflux_vae_train import checkpoint, distributed, lora, signals, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.distributed import Team
 from mflux_vae_train.dreambooth import fitting, noise_levels, overview, run_folder
@@ -85,7 +85,7 @@ class DreamBooth:
         Raises:
             InputError: settings, pictures or output folder cannot be used; said before anything long begins.
             TrainingError: the loss is not finite, nothing is learnt, a checkpoint is broken, or a disk is full.
-            Interrupted: a signal arrived during training; a checkpoint was written.
+            Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
         folder = RunFolder(Path(settings.output_dir))
         team = distributed.team()
@@ -94,7 +94,7 @@ class DreamBooth:
                 run = prepare(self.pipeline, settings, folder, team=team)
             _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
             return Outcome(result=None, updates=0)
-        with team, Lock(folder.root) if team.first else nullcontext() as lock:
+        with team, signals.noted(team), Lock(folder.root) if team.first else nullcontext() as lock:
             run = prepare(self.pipeline, settings, folder, _say, team)
             if run.standing.complete:
                 result = result_path(self.pipeline, settings.train_mode, folder)

@@ -19,7 +19,7 @@ from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.runtime import is_cpu
 from mflux_vae.weights.files import write_text
-from mflux_vae_train import checkpoint, distributed, flags, state
+from mflux_vae_train import checkpoint, distributed, flags, signals, state
 from mflux_vae_train.distributed import IDLE, Team
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.hooks import Hook, MetricsLog, Record, every
@@ -101,9 +101,9 @@ class VAETrainer:
         Raises:
             SettingsError: the folder holds another run, or cannot be written.
             TrainingError: the loss is not finite, or a checkpoint is broken.
-            Interrupted: a signal arrived; a checkpoint was written.
+            Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
-        with distributed.team() as team:
+        with distributed.team() as team, signals.noted(team):
             if self.settings.dry_run:
                 metrics = team.from_first(lambda: tried(self.settings, self.network, self.folder, self.source))
                 return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
@@ -209,10 +209,11 @@ class VAETrainer:
         boards: list[TensorBoard] = []
 
         def pictures(record: Record) -> None:
-            if not team.first:
-                return
+            def drawn() -> dict[str, np.ndarray]:
+                return validation.pictures(record.update) if team.first else {}
+
             with as_saved():
-                made = validation.pictures(record.update)
+                made = signals.breakable(team, drawn)
             for board in boards:
                 for name, picture in made.items():
                     board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)

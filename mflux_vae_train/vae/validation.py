@@ -12,6 +12,7 @@ import numpy as np
 from mflux_vae.images import grid, save_image, to_pictures, to_pixels
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.randomness import Stream, sample_keys
+from mflux_vae_train.signals import breakable
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data import Source, in_order
 from mflux_vae_train.vae.losses import active_units
@@ -52,9 +53,17 @@ class Validation:
             `loss` with the final beta, without a discriminator's part; `rec` and `kl` of it; `psnr` (dB) of decoded
             posterior means; `active` latent units, or channels; of vector latents `tc`, the total correlation in nats.
         """
+        held_out = len(self._held_out)
+        sums, means = breakable(self._team, self._own_share)
+        measured = {name: total / held_out for name, total in self._team.totals(sums).items()}
+        everyones = [array for arrays in self._team.gather_arrays(means) for array in arrays]
+        return {**measured, "active": float(active_units(mx.concatenate(everyones)))}
+
+    def _own_share(self) -> tuple[dict[str, float], list[mx.array]]:
+        """Sums over the images of this process, and their posterior means, one row for each place."""
         network, size, held_out = self._network, self._settings.batch_size, len(self._held_out)
         sums: dict[str, float] = {}
-        means = []
+        means: list[mx.array] = []
         pieces = self._team.share([range(start, min(start + size, held_out)) for start in range(0, held_out, size)])
         for piece, pictures in zip(pieces, in_order(self._held_out, pieces), strict=True):
             pixels, count = mx.array(to_pixels(pictures)), len(piece)
@@ -71,9 +80,7 @@ class Validation:
                 sums[name] = sums.get(name, 0.0) + float(value.sum())
             means.append(posterior.mean.reshape(-1, posterior.mean.shape[-1]))
             mx.eval(means[-1])
-        measured = {name: total / held_out for name, total in self._team.totals(sums).items()}
-        everyones = [array for arrays in self._team.gather_arrays(means) for array in arrays]
-        return {**measured, "active": float(active_units(mx.concatenate(everyones)))}
+        return sums, means
 
     def pictures(self, update: int) -> dict[str, np.ndarray]:
         """Writes held-out images above their reconstructions, and images of latents from the prior; and gives them."""

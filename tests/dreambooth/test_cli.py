@@ -16,8 +16,8 @@ from mflux_vae.errors import TrainingError
 from mflux_vae_train import trackers
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.dreambooth import train as train_module
-from mflux_vae_train.loop import Interrupted
 from mflux_vae_train.pipelines import registry
+from mflux_vae_train.signals import Interrupted
 from tests.contracts.fake import FakePipeline
 
 

@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth import overview
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import read_metrics
-from mflux_vae_train.loop import Interrupted
+from mflux_vae_train.signals import Interrupted
 from tests.contracts.fake import FakePipeline
 from tests.crashes import states
 from tests.pipelines.small_flux import small_pipeline

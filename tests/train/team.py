@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,13 +19,14 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.layers import BatchNorm, batch_statistics, fold_statistics
-from mflux_vae_train import checkpoint, distributed, lifeline, state, vigil
+from mflux_vae_train import checkpoint, distributed, lifeline, signals, state, vigil
 from mflux_vae_train.distributed import Team
 from mflux_vae_train.ema import EMA
-from mflux_vae_train.hooks import Hook, MetricsLog
-from mflux_vae_train.loop import Interrupted, fit
+from mflux_vae_train.hooks import Hook, MetricsLog, Record
+from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.signals import Interrupted
 from mflux_vae_train.step import MicroBatch, Step
 from mflux_vae_train.vigil import ProcessLost
 from tests.train.tiny import Net, batch, loss
@@ -189,6 +191,25 @@ def interrupted(team: Team, folder: Path) -> None:
         Run(team, folder, WINDOWS["ragged"]).train(hooks=[at(3, signalled)])
     except Interrupted as stop:
         note(team, folder, {"exit code": stop.exit_code, "update": stop.update})
+
+
+def left(team: Team, folder: Path, rank: str) -> None:
+    """One process gets a signal while all are at work that would take minutes, and they leave it together."""
+    work: list[float] = []
+
+    def long(record: Record) -> None:
+        began = time.monotonic()
+        if team.rank == int(rank):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            signals.breakable(team, lambda: time.sleep(300))
+        finally:
+            work.append(time.monotonic() - began)
+
+    try:
+        Run(team, folder, WINDOWS["even"]).train(hooks=[lambda record: long(record) if record.update == 2 else None])
+    except Interrupted as stop:
+        note(team, folder, {"exit code": stop.exit_code, "update": stop.update, "seconds": work[0]})
 
 
 def broken(team: Team, folder: Path) -> None:

@@ -119,6 +119,14 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_p
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_signal_to_one_has_all_leave_long_work_together(tmp_path: Path) -> None:
+    processes(3, "left", tmp_path, "2")  # who tells the first one, who tells all
+    told = notes(tmp_path)
+    assert len(told) == 3 and all((one["exit code"], one["update"]) == (143, 2) for one in told.values())
+    assert all(one["seconds"] < 45 for one in told.values()), told
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
+
+
 @pytest.mark.parametrize(
     ("how", "why"),
     [

@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.hooks import MetricsLog, Record, every, read_metrics
-from mflux_vae_train.loop import Interrupted, fit
+from mflux_vae_train.loop import fit
 from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.progress import Pace, ProgressBar, duration
 from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.signals import Interrupted
 from mflux_vae_train.step import Step
 from tests.train.tiny import Net, loss, window
 

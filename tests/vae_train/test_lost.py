@@ -18,7 +18,7 @@ from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.images import save_image
 from mflux_vae_train import checkpoint, step
 from mflux_vae_train.lock import Lock
-from mflux_vae_train.loop import Interrupted
+from mflux_vae_train.signals import Interrupted
 from mflux_vae_train.vae.config import settings_from_dict
 from mflux_vae_train.vae.train import VAETrainer
 from tests.crashes import states
