@@ -140,7 +140,12 @@ class DreamBoothSettings:
         None,
     )
     use_dora: bool = flag("train the magnitude of each weight row beside the adapter (DoRA)", False)
-    lora_weights: str | None = flag("adapter to start from, in PEFT's naming: its rank, alpha and layers stand", None)
+    lora_weights: str | None = flag(
+        "adapter to start from, in PEFT's or kohya's naming: its rank, alpha and layers stand", None
+    )
+    train_text_encoder: bool = flag(
+        "adapt CLIP's attention, too; the model's other text encoder is left as it is", False
+    )
     output_kohya_format: bool = flag("write the adapter in kohya's naming, too", False)
     fuse: bool = flag("leave a whole pipeline with the adapter in its weights, too", False)
     quantize: int | None = flag(
@@ -197,6 +202,11 @@ class DreamBoothSettings:
     learning_rate: float | None = flag(
         "peak learning rate (none: the pipeline's for the train mode)", None, above=0, group="optimizer"
     )
+    text_encoder_lr: float | None = flag(
+        "that of --train_text_encoder (none: a twentieth of --learning_rate; not Prodigy's, which has one for all)",
+        None,
+        above=0,
+    )
     scale_lr: bool = flag("multiply --learning_rate by the number of pictures in an update", False)
     lr_scheduler: str = flag(
         "shape after warm-up; constant, too, has one",
@@ -218,6 +228,9 @@ class DreamBoothSettings:
         "decay of the second moment (none: 0.999; 0.99 for Lion; Adafactor's grows by itself)", None, least=0, below=1
     )
     adam_weight_decay: float = flag("decoupled weight decay", 1e-4, least=0)
+    adam_weight_decay_text_encoder: float = flag(
+        "that of --train_text_encoder (not Prodigy's, which has one for all)", 1e-3, least=0
+    )
     adam_epsilon: float = flag("epsilon of AdamW and Prodigy", 1e-8, above=0)
     prodigy_beta3: float | None = flag(
         "decay of what Prodigy finds its rate by (none: the square root of --adam_beta2)", None, above=0, below=1
@@ -312,7 +325,7 @@ class DreamBoothSettings:
 
 _OF_LORA = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
-    *("output_kohya_format", "fuse"),
+    *("output_kohya_format", "fuse", "train_text_encoder"),
 )
 
 _OF_THE_FIRST = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")

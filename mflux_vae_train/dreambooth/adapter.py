@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import Choices
-from mflux_vae_train.dreambooth.fitting import outline_of
 from mflux_vae_train.dreambooth.result import check_result
-from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora
+from mflux_vae_train.dreambooth.trained import kohya_names, outlines
+from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora, TrainsTextEncoder
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 USUAL_PRESETS = ("attention", "attention+mlp")
@@ -27,7 +26,11 @@ def as_in_file(settings: DreamBoothSettings, pipeline: DiffusionPipeline) -> Dre
     """
     if settings.lora_weights is None:
         return settings
-    file = lora.read_adapter(settings.lora_weights, pipeline.adapter_prefix)
+    prefix, known = pipeline.adapter_prefix, outlines(pipeline, settings)
+    files = lora.read_adapter(settings.lora_weights, known, kohya_names(pipeline))
+    if prefix not in files:
+        raise WeightsError(f"{settings.lora_weights}: holds no adapter for {prefix!r}")
+    file = files[prefix]
     for name, value in (("rank", file.rank), ("lora_alpha", file.alpha)):
         if getattr(settings, name) not in (None, value):
             raise SettingsError(
@@ -38,12 +41,20 @@ def as_in_file(settings: DreamBoothSettings, pipeline: DiffusionPipeline) -> Dre
     return replace(settings, rank=file.rank, lora_alpha=file.alpha, use_dora=file.dora)
 
 
-def targets_of(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> Sequence[str]:
-    """Patterns of the layers that are adapted.
+def targets_of(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, Sequence[str]]:
+    """Patterns of the layers that are adapted, of each network.
 
     Raises:
         SettingsError: the pipeline has no such preset.
     """
+    found = {pipeline.adapter_prefix: _of_denoiser(pipeline, settings)}
+    if settings.train_text_encoder:
+        assert isinstance(pipeline, TrainsTextEncoder)  # `fitting.check` refuses others
+        found[pipeline.text_encoder_prefix] = pipeline.text_encoder_targets()
+    return found
+
+
+def _of_denoiser(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> Sequence[str]:
     if settings.lora_layers is None:
         return pipeline.lora_targets()
     presets = pipeline.lora_presets() if isinstance(pipeline, PresetsForLora) else {}
@@ -60,45 +71,49 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
         SettingsError: no layer matches, or --output_kohya_format cannot name one.
         WeightsError: the adapter to start from does not fit.
     """
-    settings, network = choices.settings, outline_of(pipeline)
+    settings, networks = choices.settings, outlines(pipeline, choices.settings)
     assert choices.rank is not None
-    if settings.lora_weights is None:
-        patterns = targets_of(pipeline, settings)
-        for name in filter(str.strip, (settings.lora_layers or "").split(",")):  # each: one may be mistyped
-            lora.matching(network, targets_of(pipeline, replace(settings, lora_layers=name)))
-        where = f"({', '.join(patterns)})"
-    else:
-        patterns = lora.check_adapter_fits(network, settings.lora_weights, pipeline.adapter_prefix)
-        where = f"from {settings.lora_weights}"
-    matched = lora.matching(network, patterns)
+    patterns, where = targets_of(pipeline, settings), ""
+    if settings.lora_weights is not None:
+        in_file = lora.check_adapter_fits(networks, settings.lora_weights, kohya_names(pipeline))
+        patterns, where = {**patterns, **in_file}, f" from {settings.lora_weights}"
+    for name in filter(str.strip, (settings.lora_layers or "").split(",")):  # each: one may be mistyped
+        alone = targets_of(pipeline, replace(settings, lora_layers=name))
+        lora.matching(networks[pipeline.adapter_prefix], alone[pipeline.adapter_prefix])
+    matched = {prefix: lora.matching(network, patterns[prefix]) for prefix, network in networks.items()}
     if settings.output_kohya_format:
         if not isinstance(pipeline, NamesForKohya):
             raise SettingsError(f"--output_kohya_format: {pipeline.name} does not know the names")
-        lora.check_kohya(list(matched), pipeline.kohya_naming().modules)
-    size = choices.rank * sum(matched.values())
+        for prefix, paths in matched.items():
+            lora.check_kohya(list(paths), kohya_names(pipeline)[prefix])
+    size = choices.rank * sum(sum(paths.values()) for paths in matched.values())
     kind, more = ("DoRA", " and a magnitude per row") if settings.use_dora else ("LoRA", "")
-    return f"a {kind} of rank {choices.rank} on {len(matched)} layers: {size:,} weights{more} {where}"
+    (_, first), *others = matched.items()
+    layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
+    if not where:
+        where = f" ({', '.join(pattern for each in patterns.values() for pattern in each)})"
+    return f"a {kind} of rank {choices.rank} on {layers}: {size:,} weights{more}{where}"
 
 
-def attach(pipeline: DiffusionPipeline, choices: Choices) -> None:
-    """Adapts the denoiser and freezes the rest of it.
+def attach(pipeline: DiffusionPipeline, networks: lora.Networks, choices: Choices) -> None:
+    """Adapts what is trained and freezes the rest of it.
 
     Raises:
         SettingsError: the weights, known only now, do not allow what the run is to leave.
     """
-    settings = choices.settings
+    settings, dropout = choices.settings, choices.settings.lora_dropout
     check_result(pipeline, settings, pipeline.denoiser)
     assert choices.rank is not None
-    if settings.lora_weights is not None:
-        path, prefix = Path(settings.lora_weights), pipeline.adapter_prefix
-        lora.load_adapter(pipeline.denoiser, path, prefix, dropout=settings.lora_dropout, seed=settings.seed)
-        return
-    lora.add_lora(
-        pipeline.denoiser,
-        targets_of(pipeline, settings),
-        rank=choices.rank,
-        alpha=choices.lora_alpha,
-        dropout=settings.lora_dropout,
-        dora=settings.use_dora,
-        seed=settings.seed,
-    )
+    if (file := settings.lora_weights) is not None:
+        lora.load_adapter(networks, file, kohya_names(pipeline), dropout=dropout, seed=settings.seed)
+    for prefix, patterns in targets_of(pipeline, settings).items():
+        if not lora.layers(networks[prefix]):
+            lora.add_lora(
+                networks[prefix],
+                patterns,
+                rank=choices.rank,
+                alpha=choices.lora_alpha,
+                dropout=dropout,
+                dora=settings.use_dora,
+                seed=settings.seed,
+            )

@@ -9,7 +9,7 @@ from typing import Any
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import Concept, DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.data import Plan
-from mflux_vae_train.dreambooth.optimization import default_rate
+from mflux_vae_train.dreambooth.optimization import TEXT_ENCODER_SHARE, default_rate
 from mflux_vae_train.dreambooth.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 
@@ -96,6 +96,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         "validation_steps": _validation_steps(settings, plan, pictures),
         "rank": rank if lora else None,
         "lora_alpha": float(rank) if lora else None,
+        "text_encoder_lr": _text_encoder_rate(settings, recommended),
         "prior_loss_weight": _prior_weight(preservation.kind, recommended),
         "class_data_dir": first.class_data_dir,
         "weighting_scheme": recommended.weighting_scheme,
@@ -117,7 +118,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
         max_train_steps=plan.updates,
         validation_epochs=None,
     )
-    del decided["class_data_dir"]
+    del decided["class_data_dir"], decided["text_encoder_lr"]
     sampling = _sampling(settings, scheme=decided.pop("weighting_scheme"), recommended=recommended)
     return Choices(
         **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
@@ -138,6 +139,13 @@ def _prior_weight(kind: Kind, recommended: Recommended) -> float | None:
 
 def _rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
     return default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
+
+
+def _text_encoder_rate(settings: DreamBoothSettings, recommended: Recommended) -> float | None:
+    """None where there is none of its own."""
+    if not settings.train_text_encoder or settings.optimizer == "prodigy":
+        return None
+    return _rate(settings, recommended) * TEXT_ENCODER_SHARE
 
 
 def _validation_steps(settings: DreamBoothSettings, plan: Plan, pictures: int) -> int:
@@ -181,6 +189,11 @@ def _without_use(settings: DreamBoothSettings, recommended: Recommended) -> list
         for name, used_by in _USED_BY.items()
         if scheme not in used_by
     }
+    own = {"text_encoder_lr": "--learning_rate", "adam_weight_decay_text_encoder": "--adam_weight_decay"}
+    if not settings.train_text_encoder:
+        lines |= dict.fromkeys(own, "it is for --train_text_encoder")
+    elif settings.optimizer == "prodigy":
+        lines |= {name: f"Prodigy takes all together, by {other}" for name, other in own.items()}
     if settings.center_crop:
         lines["num_crops"] = "it is for --no_center_crop"
     if settings.prior_preservation in ("dop", "none"):

@@ -21,8 +21,11 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.adapter import targets_of
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import PROMPTS_AT_ONCE, pictures_at_once
+from mflux_vae_train.dreambooth.fitting import outline_of
 from mflux_vae_train.dreambooth.optimization import optimizer_of
 from mflux_vae_train.dreambooth.preservation import choose_preservation
+from mflux_vae_train.dreambooth.trained import outlines
+from mflux_vae_train.dreambooth.views import Shape
 from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -61,16 +64,19 @@ class Estimate:
             raise SettingsError(f"--memory_limit {settings.memory_limit:g}: {_too_much(self)}")
 
 
-def estimated(pipeline: DiffusionPipeline, choices: Choices, *, prompts: int, class_pictures: int) -> Estimate | None:
+def estimated(
+    pipeline: DiffusionPipeline, choices: Choices, *, shape: Shape, prompts: int, class_pictures: int
+) -> Estimate | None:
     """What a run will take; None where the pipeline does not know.
 
     Args:
+        shape: of the largest instance picture.
         prompts: to be encoded.
         class_pictures: to be drawn.
     """
     if not isinstance(pipeline, Estimates):
         return None
-    asked = workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution)
+    asked = workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution, shape)
     together = min(choices.settings.sample_batch_size or pictures_at_once(choices.resolution), class_pictures)
     work = replace(
         asked,
@@ -82,31 +88,36 @@ def estimated(pipeline: DiffusionPipeline, choices: Choices, *, prompts: int, cl
         steps=pipeline.recommended.steps,
     )
     footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
-    cures = [] if footprint.peak <= limit else list(_cures(pipeline, work, limit))
+    cures = [] if footprint.peak <= limit else list(_cures(pipeline, choices.settings, work, limit))
     made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
     return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work)])
 
 
-def workload(pipeline: Estimates, settings: DreamBoothSettings, batch: int, resolution: int) -> Workload:
-    """The training that settings ask for, with so many instance pictures in a micro-batch."""
-    outline, trained_as = pipeline.outline(), settings.train_mode
+def workload(
+    pipeline: DiffusionPipeline, settings: DreamBoothSettings, batch: int, resolution: int, shape: Shape
+) -> Workload:
+    """The training that settings ask for, with so many instance pictures in a micro-batch, the largest of a shape."""
+    trained_as = settings.train_mode
     if trained_as == "lora":
-        rank = settings.rank or pipeline.recommended.rank  # type: ignore[attr-defined]
-        patterns = targets_of(pipeline, settings)  # type: ignore[arg-type]
-        trained = rank * sum(lora.matching(outline, patterns).values())
+        rank = settings.rank or pipeline.recommended.rank
+        layers, patterns = outlines(pipeline, settings), targets_of(pipeline, settings)
+        trained = rank * sum(sum(lora.matching(layers[prefix], own).values()) for prefix, own in patterns.items())
     else:
-        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline.parameters()), 0)
+        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline_of(pipeline).parameters()), 0)
     at_once = pictures_at_once(resolution)
     return Workload(
         resolution=resolution,
+        shape=shape,
         trained=trained,
         adapter=trained_as == "lora",
         state_bytes=_state_bytes(settings),
         batch=batch * (1 if choose_preservation(settings).kind == "none" else 2),
         prompts_at_once=PROMPTS_AT_ONCE,
+        prompt_tokens=settings.max_sequence_length,
         pictures=max(1, min(at_once, settings.num_validation_images)),
         quantize=settings.quantize,
         recompute=settings.gradient_checkpointing,
+        text_encoder=settings.train_text_encoder,
     )
 
 
@@ -116,9 +127,12 @@ def limit_of(settings: DreamBoothSettings) -> int:
 
 
 def with_batch_size(
-    settings: DreamBoothSettings, pipeline: DiffusionPipeline, resolution: int
+    settings: DreamBoothSettings, pipeline: DiffusionPipeline, resolution: int, shape: Shape
 ) -> tuple[DreamBoothSettings, list[str]]:
     """Settings with a micro-batch where they leave it open: the largest that fits, and divides an update's pictures.
+
+    Args:
+        shape: of the largest instance picture.
 
     Returns:
         the settings, and what to say.
@@ -131,12 +145,12 @@ def with_batch_size(
     pictures, limit = settings.gradient_accumulation_steps, limit_of(settings)
     sizes = [size for size in range(pictures, 0, -1) if pictures % size == 0]
     for size in sizes:
-        work = workload(pipeline, settings, size, resolution)
+        work = workload(pipeline, settings, size, resolution, shape)
         footprint = pipeline.footprint(work)
         if footprint.peak <= limit or size == 1:
             break
     if footprint.peak > limit and settings.memory_limit is not None:
-        cures = list(_cures(pipeline, work, limit))
+        cures = list(_cures(pipeline, settings, work, limit))
         too_much = _too_much(Estimate(footprint=footprint, limit=limit, lines=[], cures=cures))
         raise SettingsError(f"--train_batch_size auto, --memory_limit {settings.memory_limit:g}: {too_much}")
     said = f"--train_batch_size auto: {size} at once, {pictures // size} times, for {pictures} pictures in an update"
@@ -149,11 +163,18 @@ def _state_bytes(settings: DreamBoothSettings) -> float:
     return round(optimizer_of(settings).state_bytes(weights) / weights.size, 2)
 
 
-def _cures(pipeline: Estimates, work: Workload, limit: int) -> Iterator[str]:
+def _cures(pipeline: Estimates, settings: DreamBoothSettings, work: Workload, limit: int) -> Iterator[str]:
     """Flags under which it would fit, those that cost least first."""
     recompute = {"recompute": True}, "--gradient_checkpointing"
     batch = {"batch": max(1, work.batch // 2), "micro_batches": 2 * work.micro_batches}, "half --train_batch_size"
-    smaller = {"resolution": work.resolution // 2}, f"--resolution {work.resolution // 2}"
+    height, width = work.trained_shape
+    smaller = (
+        {"resolution": work.resolution // 2, "shape": (height // 2, width // 2)},
+        (
+            f"--resolution {work.resolution // 2}"
+            + (" and half the sides of --aspect_ratio_buckets" if settings.aspect_ratio_buckets else "")
+        ),
+    )
     eight, four = ({"quantize": 8}, "--quantize 8"), ({"quantize": 4}, "--quantize 4")
     tried: list[list[tuple[dict[str, Any], str]]] = [
         [recompute],

@@ -6,7 +6,15 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.pipelines.capabilities import Estimates, LimitsPrompts, Quantizes, Recomputes, Releases, Use
+from mflux_vae_train.pipelines.capabilities import (
+    Estimates,
+    LimitsPrompts,
+    Quantizes,
+    Recomputes,
+    Releases,
+    TrainsTextEncoder,
+    Use,
+)
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -21,6 +29,7 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         "--train_batch_size auto": (settings.train_batch_size is None, Estimates),
         "--memory_limit": (settings.memory_limit is not None, Estimates),
         "--max_sequence_length": (settings.max_sequence_length is not None, LimitsPrompts),
+        "--train_text_encoder": (settings.train_text_encoder, TrainsTextEncoder),
     }
     for flag, (asked, capability) in needing.items():
         if asked and not isinstance(pipeline, capability):
@@ -35,6 +44,8 @@ def apply(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         pipeline.quantize(settings.quantize)
     if settings.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
         pipeline.prompt_limit = settings.max_sequence_length
+    if isinstance(pipeline, TrainsTextEncoder):
+        pipeline.read_prompts_late(settings.train_text_encoder)
     if isinstance(pipeline, Recomputes):
         pipeline.recompute_activations(settings.gradient_checkpointing)
 

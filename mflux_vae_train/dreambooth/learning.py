@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import TrainingError
 from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.trained import as_one
 from mflux_vae_train.hooks import Record
 from mflux_vae_train.step import Arrays, Loss
 
@@ -23,12 +24,15 @@ class Learning:
     Looked at is, after the first update of this process, whether it changed what trains, and after every one
     whether there was a gradient.
 
+    Args:
+        networks: those that train.
+
     Raises (when called):
         TrainingError: nothing is learnt; it says what is probably the reason.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser, self._first, self._without = denoiser, True, 0
+    def __init__(self, *networks: nn.Module) -> None:
+        self._networks, self._first, self._without = networks, True, 0
 
     def __call__(self, record: Record) -> None:
         first, self._first = self._first, False
@@ -46,12 +50,12 @@ class Learning:
                 "the first update changed nothing: its steps are smaller than what the weights' type can hold;"
                 " raise --learning_rate, or train an adapter"
             )
-        if lora.layers(self._denoiser) and not _differs(self._denoiser):
+        if any(lora.layers(network) and not _differs(network) for network in self._networks):
             raise TrainingError("the first update changed nothing: every adapter's B is still zero")
 
 
-def check_adapter(denoiser: nn.Module, path: Path, prefix: str, loss: Loss, arrays: Arrays) -> float:
-    """Reads a saved adapter back into the denoiser that it was trained on, and compares with the base model.
+def check_adapter(networks: lora.Networks, path: Path, loss: Loss, arrays: Arrays) -> float:
+    """Reads a saved adapter back into the networks that it was trained on, and compares with the base model.
 
     Args:
         loss, arrays: what is computed with it and without it.
@@ -62,12 +66,13 @@ def check_adapter(denoiser: nn.Module, path: Path, prefix: str, loss: Loss, arra
     Raises:
         TrainingError: what was saved is no other than the base model, or gives a loss that is not finite.
     """
-    lora.load_adapter(denoiser, path, prefix)
-    if not _differs(denoiser):
+    lora.load_adapter(networks, path)
+    if not any(map(_differs, networks.values())):
         raise TrainingError(f"{path}: read back, every adapter's B is zero: it is the base model")
-    adapted = float(loss(denoiser, arrays)[0])
-    with lora.disabled(denoiser):
-        base = float(loss(denoiser, arrays)[0])
+    together = as_one(networks)
+    adapted = float(loss(together, arrays)[0])
+    with lora.disabled(together):
+        base = float(loss(together, arrays)[0])
     if not math.isfinite(adapted):
         raise TrainingError(
             f"{path}: read back, the adapter gives a loss of {adapted:g}; the base model gives {base:g}"
@@ -75,6 +80,6 @@ def check_adapter(denoiser: nn.Module, path: Path, prefix: str, loss: Loss, arra
     return base - adapted
 
 
-def _differs(denoiser: nn.Module) -> bool:
+def _differs(network: nn.Module) -> bool:
     """Whether an adapter does anything."""
-    return any(bool(mx.any(layer.lora_b != 0)) for layer in lora.layers(denoiser).values())
+    return any(bool(mx.any(layer.lora_b != 0)) for layer in lora.layers(network).values())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth import noise_levels
@@ -55,15 +56,23 @@ def dreambooth_loss(
 
 
 def with_base(
-    pipeline: DiffusionPipeline, batch: MicroBatch, *, guidance: float, sampling: NoiseSampling | None = None
+    pipeline: DiffusionPipeline,
+    adapted: nn.Module,
+    batch: MicroBatch,
+    *,
+    guidance: float,
+    sampling: NoiseSampling | None = None,
 ) -> MicroBatch:
-    """The micro-batch with what the pipeline predicts for its second half while its adapters are off.
+    """The micro-batch with what the pipeline predicts for its second half while the adapters are off.
 
     Outside of any differentiation: to the step it is a constant like the latents.
+
+    Args:
+        adapted: all networks that have adapters.
     """
     assert isinstance(pipeline, Predicts)
     half = {name: mx.split(array, 2)[1] for name, array in batch.arrays.items()}
-    with lora.disabled(pipeline.denoiser):
+    with lora.disabled(adapted):
         predicted = pipeline.predict(
             half["latents"], _conditioning(half), key=half["key"], guidance=guidance, sampling=sampling
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.optimizers as optim
 
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy
+from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lion, Prodigy
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.schedule import learning_rate
@@ -20,6 +23,25 @@ def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> floa
         return 1.0
     rate = recommended.learning_rate if settings.train_mode == "lora" else recommended.learning_rate_full
     return rate * LION_SHARE if settings.optimizer == "lion" else rate
+
+
+TEXT_ENCODER_SHARE = 0.05
+"""Of the denoiser's rate: as the defaults of diffusers' script, 5e-6 and 1e-4, have it."""
+
+
+def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
+    """`optimizer_of`, and where the text encoder learns another such one for it, behind the same schedule.
+
+    Args:
+        settings: with rates decided.
+        text_encoder: first component of the paths of its parameters.
+    """
+    own = optimizer_of(settings)
+    if not settings.train_text_encoder or settings.text_encoder_lr is None or settings.learning_rate is None:
+        return own
+    other = optimizer_of(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
+    share = settings.text_encoder_lr / settings.learning_rate
+    return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (own, 1.0, None)])
 
 
 def optimizer_of(settings: DreamBoothSettings) -> Optimizer:

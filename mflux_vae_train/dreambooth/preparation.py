@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mflux_vae_train.dreambooth.instances import Pictures, content_of, load_pict
 from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_images
 from mflux_vae_train.dreambooth.result import check_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
+from mflux_vae_train.dreambooth.trained import outlines
 from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.capabilities import Identifies, Predicts, Use
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -80,6 +82,7 @@ def prepare(
         ImageError: no instance pictures, or a picture that cannot be read.
         SettingsError: settings that the pipeline, the pictures or the output folder do not allow.
     """
+    fitting.check(pipeline, settings)
     settings = adapter.as_in_file(settings, pipeline)
     trackers.wanted(settings.report_to)
     resolution = choose_resolution(settings, pipeline.recommended)
@@ -87,15 +90,15 @@ def prepare(
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
     in_an_epoch = sum(repeats[one.concept] for one in pictures.instances)
     _check_that_it_can(pipeline, settings)
-    fitting.check(pipeline, settings)
-    settings, said = with_batch_size(settings, pipeline, resolution)
+    largest = max((one.shape for one in pictures.instances), key=math.prod)
+    settings, said = with_batch_size(settings, pipeline, resolution, largest)
     choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     check_result(pipeline, settings, fitting.outline_of(pipeline))
     trained = _trained(pipeline, choices)
     classes = class_folders(choices.concepts, wanted=settings.num_class_images, team=team)
     prompts = len({one.caption for one in pictures.instances}) + len(choices.validation_prompt) + len(classes) + 1
     missing = sum(len(one.missing) for one in classes)
-    estimate = estimated(pipeline, choices, prompts=prompts, class_pictures=missing)
+    estimate = estimated(pipeline, choices, shape=largest, prompts=prompts, class_pictures=missing)
     if estimate is not None and not settings.dry_run:
         tell(estimate.lines)  # before anything is downloaded or read
         estimate.check(settings)
@@ -164,7 +167,7 @@ def _check_that_it_can(pipeline: DiffusionPipeline, settings: DreamBoothSettings
 def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:
     """What will be trained, in words."""
     denoiser = fitting.outline_of(pipeline)
-    if lora.layers(denoiser):
+    if any(map(lora.layers, outlines(pipeline, choices.settings).values())):
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if choices.rank is None:
         sizes = tree_map(lambda array: array.size, denoiser.parameters())

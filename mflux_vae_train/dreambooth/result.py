@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -15,6 +16,7 @@ from mflux_vae.weights.files import write_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.trained import kohya_names, networks
 from mflux_vae_train.pipelines.capabilities import NamesForKohya
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -57,7 +59,7 @@ def save_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folde
     """
     path = result_path(pipeline, settings.train_mode, folder)
     if settings.train_mode == "lora":
-        lora.save_adapter(pipeline.denoiser, path, pipeline.adapter_prefix)
+        lora.save_adapter(networks(pipeline, settings), path)
         if settings.output_kohya_format:
             _save_for_kohya(pipeline, settings, folder.root / KOHYA)
     elif _saves_itself(pipeline):
@@ -67,23 +69,26 @@ def save_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folde
     return path
 
 
-def save_fused(pipeline: DiffusionPipeline, folder: RunFolder) -> Path:
-    """Adds the adapter into the denoiser's weights, where it then is, and writes the whole pipeline.
+def save_fused(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Path:
+    """Adds the adapter into the weights that it is for, where it then is, and writes the whole pipeline.
 
     Returns:
         its folder.
     """
     path = folder.root / FUSED
-    lora.fuse(pipeline.denoiser)
+    for network in networks(pipeline, settings).values():
+        lora.fuse(network)
     _save_whole(pipeline, path)
     return path
 
 
 def _save_for_kohya(pipeline: DiffusionPipeline, settings: DreamBoothSettings, path: Path) -> None:
     assert isinstance(pipeline, NamesForKohya)  # `adapter.described` refuses others
-    naming = pipeline.kohya_naming()
-    tensors = lora.kohya_tensors(pipeline.denoiser, naming.modules)
-    write_safetensors(path, tensors, {**naming.metadata, **_kohya_metadata(settings)})
+    names = kohya_names(pipeline)
+    tensors: dict[str, mx.array] = {}
+    for prefix, network in networks(pipeline, settings).items():
+        tensors |= lora.kohya_tensors(network, names[prefix])
+    write_safetensors(path, tensors, {**pipeline.kohya_naming().metadata, **_kohya_metadata(settings)})
 
 
 def _kohya_metadata(settings: DreamBoothSettings) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,10 +25,11 @@ from mflux_vae_train.dreambooth.data import micro_batches
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
 from mflux_vae_train.dreambooth.material import gather
 from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
-from mflux_vae_train.dreambooth.optimization import optimizer_of, schedule_of
+from mflux_vae_train.dreambooth.optimization import optimizers_of, schedule_of
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.result import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.trained import as_one, networks
 from mflux_vae_train.dreambooth.watching import Watching
 from mflux_vae_train.hooks import every, read_metrics
 from mflux_vae_train.lock import Lock
@@ -79,7 +81,7 @@ class DreamBooth:
     def train(self, settings: DreamBoothSettings) -> Outcome:
         """Trains, or continues where an interrupted run of the same settings stopped.
 
-        Afterwards the pipeline carries what it learnt: the adapter in its denoiser, or the trained weights. A
+        Afterwards the pipeline carries what it learnt: the adapter in its networks, or the trained weights. A
         dry run leaves it as it was, and so does a run that was complete already.
 
         Raises:
@@ -120,18 +122,19 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     mx.clear_cache()
 
     # what is trained, and how
-    denoiser = pipeline.denoiser
+    learners = networks(pipeline, settings)
     if settings.train_mode == "lora":
-        attach(pipeline, choices)
+        attach(pipeline, learners, choices)
     else:
-        denoiser.unfreeze()
-    optimizer = optimizer_of(settings)
+        pipeline.denoiser.unfreeze()
+    together = as_one(learners)
+    optimizer = optimizers_of(settings, text_encoder=[*learners][-1])
     loss = _loss(pipeline, choices)
-    step = Step(denoiser, optimizer, loss, max_grad_norm=settings.max_grad_norm, team=team)
+    step = Step(together, optimizer, loss, max_grad_norm=settings.max_grad_norm, team=team)
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
-    objects = {"denoiser": state.parameters(denoiser), "optimizer": state.tree_of(optimizer.state)}
+    objects = {"denoiser": state.parameters(together), "optimizer": state.tree_of(optimizer.state)}
     owed = Owed()
     objects["owed"] = owed.stateful()
     identity = {**run.identity, "class pictures": material.class_fingerprint}
@@ -163,14 +166,15 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         )
         if choices.preservation != "dop":
             return list(drawn)
-        return [with_base(pipeline, one, guidance=choices.guidance, sampling=choices.sampling) for one in drawn]
+        asked: dict[str, Any] = {"guidance": choices.guidance, "sampling": choices.sampling}
+        return [with_base(pipeline, together, one, **asked) for one in drawn]
 
     def save() -> None:
         if not team.first:
             return
         path = save_result(pipeline, settings, folder)
         if settings.train_mode == "lora":
-            better = check_adapter(denoiser, path, pipeline.adapter_prefix, loss, batches(0)[0].arrays)
+            better = check_adapter(learners, path, loss, batches(0)[0].arrays)
             _say([f"read back, the adapter changes the loss of the first pictures by {-better:+.3g}"])
 
     # the updates; of the hooks, what must not be lost comes first
@@ -184,7 +188,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
             start=start,
             observers=watching.observers,
             hooks=[
-                Learning(denoiser),
+                Learning(*learners.values()),
                 watching.pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 watching.previews(),
@@ -201,7 +205,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     if not overview.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     if settings.fuse:
-        _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, folder)}"])
+        _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])
     write_card(pipeline, settings, folder, result)
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
@@ -212,8 +216,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
 
 
 def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:
-    def loss(denoiser: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        with lora.dropout_keys(denoiser, arrays["dropout_key"]):
+    def loss(together: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        with lora.dropout_keys(together, arrays["dropout_key"]):
             return dreambooth_loss(
                 pipeline,
                 arrays,

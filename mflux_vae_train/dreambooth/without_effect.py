@@ -15,7 +15,6 @@ _PRECISION = (
 )
 _LOADED = "pictures are encoded once before the training; nothing is left to load"
 _HUB = "nothing is uploaded; `hf upload` takes the output folder as it is"
-_TEXT = "text encoders are not trained: prompts are encoded once, and the encoders given back"
 _DATASET = "pictures come from folders: --instance_data_dir, with prompts in metadata.jsonl or .txt files"
 _PIXELS = "FLUX predicts a velocity: its noise levels are weighted with --weighting_scheme"
 
@@ -43,10 +42,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "offset_noise": _PIXELS,
     "noise_offset": _PIXELS,
     # text encoders
-    "train_text_encoder": _TEXT,
-    "text_encoder_lr": _TEXT,
-    "adam_weight_decay_text_encoder": _TEXT,
-    "skip_save_text_encoder": _TEXT,
+    "skip_save_text_encoder": "the adapter of --train_text_encoder is in the same file as the denoiser's",
     # hub
     "push_to_hub": _HUB,
     "hub_token": "downloads use the token of `hf auth login` or HF_TOKEN, and " + _HUB,

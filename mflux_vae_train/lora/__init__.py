@@ -2,6 +2,8 @@
 
 from mflux_vae_train.lora.files import (
     METADATA_KEY,
+    Names,
+    Networks,
     adapter_metadata,
     adapter_tensors,
     check_adapter_fits,
@@ -16,6 +18,8 @@ from mflux_vae_train.lora.targets import EVERYTHING, matching, patterns_of
 __all__ = [
     "EVERYTHING",
     "METADATA_KEY",
+    "Names",
+    "Networks",
     "adapter_metadata",
     "adapter_tensors",
     "add_lora",

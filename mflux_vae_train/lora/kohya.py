@@ -1,22 +1,31 @@
 """Adapters as kohya's scripts name them, and ComfyUI and others read them.
 
 A layer of the original network may be several here, as when queries, keys and values have one projection there. Its
-adapter is then all of theirs side by side: A one below the other, B block by block on the diagonal.
+adapter is then all of theirs side by side: A one below the other, B block by block on the diagonal. Adapters that were
+trained on the one layer are read, too: its parts then share A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train.lora.layers import is_dora, layers
 from mflux_vae_train.lora.targets import dimensions, linears
 
 Modules = Mapping[str, Sequence[str]]
 """Layers of the original network by name: the paths of the layers here, its outputs in this order."""
+
+_DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+
+RANK = "ss_network_dim"
+"""In a file's metadata: the rank of one layer's adapter."""
 
 
 def check_kohya(paths: Sequence[str], modules: Modules) -> None:
@@ -56,7 +65,111 @@ def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
             up = mx.zeros((outputs, 0)) if layer is None else layer.scale * layer.lora_b.T
             rows.append(mx.pad(up, [(0, 0), (before, down.shape[0] - before - up.shape[1])]))
             before += up.shape[1]
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = mx.concatenate(rows)
-        tensors[f"{name}.alpha"] = mx.array(float(down.shape[0]))
+        tensors[f"{name}{_DOWN}"] = down
+        tensors[f"{name}{_UP}"] = mx.concatenate(rows)
+        tensors[f"{name}{_ALPHA}"] = mx.array(float(down.shape[0]))
     return tensors
+
+
+def is_kohya(tensors: Mapping[str, mx.array]) -> bool:
+    """Whether a file's keys are in this naming."""
+    return any(key.endswith(_DOWN) for key in tensors)
+
+
+def from_kohya(
+    tensors: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    networks: Mapping[str, nn.Module],
+    names: Mapping[str, Modules],
+    where: str,
+) -> tuple[dict[str, mx.array], dict[str, object]]:
+    """The inverse of `kohya_tensors`, for the networks of one file: tensors and configuration as PEFT has them.
+
+    Args:
+        networks, names: by the prefix of PEFT's keys.
+
+    Raises:
+        WeightsError: layers that are unknown, lack something or do not fit, all listed; or scales that differ.
+    """
+    known = {name: (prefix, members) for prefix, modules in names.items() for name, members in modules.items()}
+    present = {key.removesuffix(end) for key in tensors for end in (_DOWN, _UP, _ALPHA) if key.endswith(end)}
+    layers_of = {name: _Layer.of(name, tensors) for name in known if name in present}
+    faults = [f"unknown {key}" for key in tensors if not key.endswith((_DOWN, _UP, _ALPHA))]
+    faults += [f"unknown {name}" for name in present - known.keys()]
+    faults += [f"{name} is no adapter: {layer}" for name, layer in layers_of.items() if isinstance(layer, str)]
+    faults += [
+        f"{name} is of {known[name][0]}, which is not adapted" for name in layers_of if known[name][0] not in networks
+    ]
+    if faults:
+        raise WeightsError(f"{where}: does not fit this model: " + "; ".join(sorted(faults)))
+
+    found: dict[str, mx.array] = {}
+    scales: dict[str, set[float]] = {}
+    bases = {prefix: linears(module) for prefix, module in networks.items()}
+    several = [layer for layer in layers_of.values() if isinstance(layer, _Layer)]
+    rank = min((layer.rank for layer in several), key=lambda one: (str(one) != metadata.get(RANK), one))
+    for name, layer in zip(layers_of, several, strict=True):
+        prefix, members = known[name]
+        scales.setdefault(prefix, set()).add(layer.scale)
+        try:
+            parts = layer.apart([dimensions(bases[prefix][path])[0] for path in members], rank)
+        except ValueError as error:
+            raise WeightsError(f"{where}: {name}: {error}") from error
+        for path, part in zip(members, parts, strict=True):
+            if part is not None:
+                found[f"{prefix}.{path}.lora_A.weight"], found[f"{prefix}.{path}.lora_B.weight"] = part
+    if differing := [prefix for prefix, own in scales.items() if len(own) > 1]:
+        raise WeightsError(f"{where}: layers of {differing[0]} differ in alpha / rank; one of each is read")
+    return found, {f"{prefix}.lora_alpha": own.pop() * rank for prefix, own in scales.items()}
+
+
+class _Layer(NamedTuple):
+    """A layer's adapter: A (rank, in), B (out, rank), and what its product counts."""
+
+    down: mx.array
+    up: mx.array
+    scale: float
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, mx.array]) -> _Layer | str:
+        """One from a file, or what is wrong with it."""
+        down, up, alpha = (tensors.get(f"{name}{end}") for end in (_DOWN, _UP, _ALPHA))
+        if down is None or up is None:
+            return f"{_UP if up is None else _DOWN} is missing"
+        if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
+            return f"its shapes are {tuple(down.shape)} and {tuple(up.shape)}"
+        if alpha is not None and alpha.size != 1:
+            return f"{_ALPHA} is {tuple(alpha.shape)}"
+        return cls(down, up, 1.0 if alpha is None else float(np.array(alpha, np.float32).item()) / down.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def apart(self, outputs: Sequence[int], rank: int) -> list[tuple[mx.array, mx.array] | None]:
+        """A and B of each part of the layer, which has so many outputs; None for those that have no adapter.
+
+        Raises:
+            ValueError: it is neither one adapter of this rank for all parts nor one for each.
+        """
+        if self.up.shape[0] != sum(outputs):
+            raise ValueError(f"{_UP[1:]} has {self.up.shape[0]} rows, expected {sum(outputs)}")
+        rows = mx.split(self.up, list(accumulate(outputs))[:-1])
+        if self.rank == rank:
+            return [(self.down, part) for part in rows]
+        count, rest = divmod(self.rank, rank)
+        if rest or count > len(outputs):
+            raise ValueError(f"its rank is {self.rank}, and that of others {rank}")
+        columns = [slice(rank * block, rank * (block + 1)) for block in range(count)]
+        used = [[bool(mx.any(part[:, own])) for own in columns] for part in rows]
+        # as many blocks as parts: which is whose is clear, also of one that is zero
+        whose = list(range(count)) if count == len(rows) else [place for place, own in enumerate(used) if any(own)]
+        clear = len(whose) == count and not any(
+            used[place][block] for place in range(len(rows)) for block in range(count) if whose[block] != place
+        )
+        if not clear:
+            raise ValueError(f"it has {count} times the rank of others, and its blocks belong to no one part each")
+        parts: list[tuple[mx.array, mx.array] | None] = [None] * len(rows)
+        for place, own in zip(whose, columns, strict=True):
+            parts[place] = self.down[own], rows[place][:, own]
+        return parts

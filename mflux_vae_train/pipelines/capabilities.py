@@ -6,7 +6,7 @@ A trainer asks for these with isinstance, and refuses what needs a missing one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -98,6 +98,39 @@ class LimitsPrompts(Protocol):
 
 
 @runtime_checkable
+class TrainsTextEncoder(Protocol):
+    """A pipeline with a text encoder that can learn beside the denoiser.
+
+    Attributes:
+        text_encoder_prefix: first component of its LoRA keys in the PEFT file, e.g. ``text_encoder``.
+    """
+
+    text_encoder_prefix: str
+
+    def read_prompts_late(self, on: bool) -> None:
+        """From now on conditioning holds what the text encoder is given in place of what it makes of that.
+
+        So `loss`, `predict` and `sample` compute with its weights as they are by then, and are differentiable in them.
+        """
+        ...
+
+    def text_encoder_to_train(self) -> nn.Module:
+        """The text encoder, which `Releases.release` leaves where it is from now on.
+
+        Its parameter paths are those of the published files.
+        """
+        ...
+
+    def text_encoder_outline(self) -> nn.Module:
+        """Its layers; their weights need not be there, see `Estimates.outline`."""
+        ...
+
+    def text_encoder_targets(self) -> Sequence[str]:
+        """Patterns of the linear layers that LoRA adapts in it."""
+        ...
+
+
+@runtime_checkable
 class Identifies(Protocol):
     """A pipeline whose encodings of prompts and images can be kept on disk, and used by another run."""
 
@@ -123,10 +156,12 @@ class KohyaNaming:
         modules: by name, the layers' paths in `denoiser`: several where one layer of the original network is several
             here, its outputs in this order.
         metadata: of the file, what follows from the model.
+        text_modules: as `modules`, of the text encoder that can be trained.
     """
 
     modules: Mapping[str, Sequence[str]]
     metadata: Mapping[str, str]
+    text_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @runtime_checkable

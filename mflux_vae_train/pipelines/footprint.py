@@ -12,14 +12,17 @@ class Workload:
     """What a run is going to ask of a pipeline, as far as it takes memory or time.
 
     Attributes:
-        resolution: side of the pictures in pixels.
-        prompts: how many are encoded, `prompts_at_once` of them together.
+        resolution: side of the pictures that are drawn, in pixels.
+        shape: height and width of the largest that is trained on; None for a square of that side.
+        prompts: how many are encoded, `prompts_at_once` of them together, of at most `prompt_tokens` each (None: as
+            many as the model reads).
         batch: samples in a forward and backward pass, those of the prior included.
         micro_batches: such passes in an update.
         class_pictures: to be drawn before the training.
         pictures: drawn at once, in previews and class pictures, with this `guidance` and so many `steps`.
         trained: weights that are trained.
         adapter: whether they are an adapter's, beside those of the denoiser.
+        text_encoder: whether some of them are the text encoder's, which then is there throughout.
         state_bytes: what the optimizer keeps for each of them.
         quantize: bits of the frozen weights; None for the pipeline's precision.
         recompute: whether activations are computed again (`Recomputes`).
@@ -27,18 +30,26 @@ class Workload:
 
     resolution: int
     trained: int
+    shape: tuple[int, int] | None = None
     adapter: bool = True
     state_bytes: float = 8
     batch: int = 1
     micro_batches: int = 1
     prompts: int = 4
     prompts_at_once: int = 16
+    prompt_tokens: int | None = None
     class_pictures: int = 0
     pictures: int = 1
     guidance: float = 1.0
     steps: int = 4
     quantize: int | None = None
     recompute: bool = False
+    text_encoder: bool = False
+
+    @property
+    def trained_shape(self) -> tuple[int, int]:
+        """Height and width of the largest picture that is trained on."""
+        return self.shape or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)

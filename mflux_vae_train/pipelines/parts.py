@@ -53,6 +53,12 @@ class Part(Generic[T]):
         if self.loaded is not None:
             change(self.loaded)
 
+    def keep(self) -> T:
+        """The object, which is never given back from now on: it is going to be changed."""
+        kept = self.get()
+        self._load = None
+        return kept
+
     def release(self) -> None:
         """Forget the object if it can be loaded again. Its memory is free as soon as nobody else holds it."""
         if self.on_demand:

@@ -118,6 +118,18 @@ def test_what_a_pipeline_does_not_offer_is_refused(settings, changes) -> None:
         DreamBooth(FakePipeline()).train(settings(**changes))
 
 
+def test_the_largest_picture_and_the_longest_prompt_are_what_counts(settings) -> None:
+    pipeline = Weighed()
+    pipeline.prompt_limit = None
+    DreamBooth(pipeline).train(settings(aspect_ratio_buckets="16,16;8,40;24,24", dry_run=True, max_sequence_length=7))
+    # the pictures are 20 x 16: nearest to the first of the squares
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].prompt_tokens) == ((16, 16), 7)
+    DreamBooth(pipeline).train(settings(aspect_ratio_buckets="40,32;8,48", dry_run=True))
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].resolution) == ((40, 32), 16)
+    DreamBooth(pipeline).train(settings(dry_run=True))
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].prompt_tokens) == ((16, 16), None)
+
+
 @pytest.mark.parametrize("changes", [{"quantize": 5}, {"quantize": 4, "train_mode": "full"}])
 def test_impossible_quantisations_are_refused(settings, changes) -> None:
     with pytest.raises(SettingsError, match="--quantize"):
@@ -138,7 +150,7 @@ def test_the_largest_micro_batch_that_fits_keeps_the_pictures_of_an_update(setti
         with_prior_preservation=prior,
         prior_preservation="class_images" if prior else "none",
     )
-    found, said = with_batch_size(given, Weighed(), 16)
+    found, said = with_batch_size(given, Weighed(), 16, (16, 16))
     assert (found.train_batch_size, found.gradient_accumulation_steps) == (size, 12 // size)
     assert f"{size} at once" in said[0]
 
@@ -151,7 +163,7 @@ def test_auto_is_how_it_is_written(instance_dir) -> None:
 
 def test_a_limit_that_not_one_picture_fits_is_refused(settings) -> None:
     with pytest.raises(SettingsError, match=r"--train_batch_size auto, --memory_limit 1\.2: training takes 2\.0 GB"):
-        with_batch_size(settings(train_batch_size=None, memory_limit=1.2), Weighed(), 16)
+        with_batch_size(settings(train_batch_size=None, memory_limit=1.2), Weighed(), 16, (16, 16))
 
 
 def test_the_same_update_whatever_the_micro_batch(settings, tmp_path) -> None:

@@ -65,9 +65,9 @@ ARRAYS = {"x": mx.ones((1, 4, 4, 3)), "words": mx.ones((1, 8)), "time": mx.ones(
 
 def test_a_saved_adapter_is_read_back_and_compared_with_the_base(tmp_path):
     denoiser, path = adapted(0.1), tmp_path / "adapter.safetensors"
-    lora.save_adapter(denoiser, path, "transformer")
+    lora.save_adapter({"transformer": denoiser}, path)
     other = adapted(0.5)
-    better = check_adapter(other, path, "transformer", loss, ARRAYS)
+    better = check_adapter({"transformer": other}, path, loss, ARRAYS)
     with_it = loss(denoiser, ARRAYS)[0].item()
     with lora.disabled(denoiser):
         assert better == pytest.approx(loss(denoiser, ARRAYS)[0].item() - with_it) != 0
@@ -76,6 +76,6 @@ def test_a_saved_adapter_is_read_back_and_compared_with_the_base(tmp_path):
 @pytest.mark.parametrize(("b", "said"), [(0.0, "it is the base model"), (float("nan"), "gives a loss of nan")])
 def test_an_adapter_that_was_saved_wrong_is_refused(b, said, tmp_path):
     denoiser, path = adapted(b), tmp_path / "adapter.safetensors"
-    lora.save_adapter(denoiser, path, "transformer")
+    lora.save_adapter({"transformer": denoiser}, path)
     with pytest.raises(TrainingError, match=said):
-        check_adapter(denoiser, path, "transformer", loss, ARRAYS)
+        check_adapter({"transformer": denoiser}, path, loss, ARRAYS)

@@ -99,7 +99,7 @@ def adapted():
 
 def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
     pipeline, batch = adapted
-    completed = with_base(pipeline, batch, guidance=1.0)
+    completed = with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
     loss, parts = dreambooth_loss(pipeline, completed.arrays, guidance=1.0, prior_loss_weight=0.5)
     base = FakePipeline()
     arrays = {name: array[3:] for name, array in batch.arrays.items()}
@@ -113,7 +113,7 @@ def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
 
 def test_the_base_model_is_a_constant_to_the_gradient(adapted):
     pipeline, batch = adapted
-    batch = with_base(pipeline, batch, guidance=1.0)
+    batch = with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
     arrays = batch.arrays
     asked = {"key": arrays["key"], "guidance": 1.0}
 
@@ -137,5 +137,5 @@ def test_adapters_are_on_again_after_the_base_was_asked(adapted):
     arrays = batch.arrays
     given = (arrays["latents"], {"embedding": arrays["conditioning.embedding"]})
     before = pipeline.loss(*given, key=arrays["key"], guidance=1.0)
-    with_base(pipeline, batch, guidance=1.0)
+    with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
     assert mx.array_equal(pipeline.loss(*given, key=arrays["key"], guidance=1.0), before)

@@ -55,7 +55,8 @@ def train(tmp_path, monkeypatch):
     return run
 
 
-def test_resumed_equals_uninterrupted_bitwise(train, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "text_encoder_lr": 1e-3}])
+def test_resumed_equals_uninterrupted_bitwise(train, monkeypatch, changes):
     class Stop(Exception):
         pass
 
@@ -66,16 +67,17 @@ def test_resumed_equals_uninterrupted_bitwise(train, monkeypatch):
             raise Stop
         return made(**values)
 
-    whole = train("whole")
+    whole = train("whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(loop, "Record", record)
-        train("out", checkpointing_steps=1)
-    assert train("out", checkpointing_steps=1).read_bytes() == whole.read_bytes()
+        train("out", checkpointing_steps=1, **changes)
+    assert train("out", checkpointing_steps=1, **changes).read_bytes() == whole.read_bytes()
 
 
-def test_accumulating_four_ones_equals_one_four(train):
-    ones = load_file(train("ones", train_batch_size=1, gradient_accumulation_steps=4))
-    fours = load_file(train("fours", train_batch_size=4, gradient_accumulation_steps=1))
+@pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "text_encoder_lr": 1e-3}])
+def test_accumulating_four_ones_equals_one_four(train, changes):
+    ones = load_file(train("ones", train_batch_size=1, gradient_accumulation_steps=4, **changes))
+    fours = load_file(train("fours", train_batch_size=4, gradient_accumulation_steps=1, **changes))
     for name, array in ones.items():
         assert np.linalg.norm(array - fours[name]) <= 1e-3 * np.linalg.norm(array), name
 

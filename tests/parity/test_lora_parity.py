@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.weights.files import write_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines.flux1 import naming
+from mflux_vae_train.pipelines.flux1.published import CLIP_L
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from tests.train.test_lora import X, adapted, with_dora
 from tests.train.tiny import Net
@@ -54,7 +55,7 @@ def test_peft_computes_the_same_and_learns_the_same(dora: bool, tmp_path: Path) 
 
     ours = with_dora() if dora else adapted(alpha=4.0)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    lora.save_adapter(ours, path, "transformer")
+    lora.save_adapter({"transformer": ours}, path)
     theirs = Theirs()
     theirs.load_state_dict({key: torch.tensor(np.array(value)) for key, value in tree_flatten(Net().parameters())})
     metadata = _load_sft_state_dict_metadata(str(path))
@@ -89,7 +90,7 @@ def test_diffusers_converts_kohyas_naming_back(patterns: list[str]) -> None:
     utilities = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     net = full_width(patterns, num_layers=1, num_single_layers=1)
     expected = deltas(net)
-    modules = naming.kohya_naming(net.config).modules
+    modules = naming.kohya_naming(net.config, CLIP_L).modules
     tensors = lora.kohya_tensors(net, modules)
     given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
     back = utilities._convert_kohya_flux_lora_to_diffusers(copy.copy(given))
@@ -119,9 +120,9 @@ def test_mflux_maps_every_key_of_a_file_of_full_size(kind: str, whole: FluxTrans
 
     path, printed = tmp_path / "adapter.safetensors", []
     if kind == "peft":
-        lora.save_adapter(whole, path, "transformer")
+        lora.save_adapter({"transformer": whole}, path)
     else:
-        write_safetensors(path, lora.kohya_tensors(whole, naming.kohya_naming(whole.config).modules), {})
+        write_safetensors(path, lora.kohya_tensors(whole, naming.kohya_naming(whole.config, CLIP_L).modules), {})
     theirs = Transformer(ModelConfig.schnell())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -22,9 +23,11 @@ from diffusers.training_utils import (  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mflux_vae_train import lora  # noqa: E402
+from mflux_vae_train.config import DreamBoothSettings  # noqa: E402
 from mflux_vae_train.dreambooth.data import Plan, micro_batches  # noqa: E402
 from mflux_vae_train.dreambooth.objective import dreambooth_loss  # noqa: E402
-from mflux_vae_train.optimizers import AdamW  # noqa: E402
+from mflux_vae_train.dreambooth.optimization import optimizers_of  # noqa: E402
+from mflux_vae_train.dreambooth.trained import as_one  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
 from mflux_vae_train.pipelines.flux1.schedule import (  # noqa: E402
@@ -40,6 +43,7 @@ from tests.pipelines.small_flux import small_pipeline  # noqa: E402
 THEIR_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 NUMBERS = {"logit_mean": 0.4, "logit_std": 1.3, "mode_scale": 0.9}
 GUIDANCE, RATE, PRIOR_WEIGHT, UPDATES = 3.5, 1e-2, 0.7, 20
+TEXT_RATE, TEXT_DECAY = 5e-3, 1e-2
 
 
 # noise levels and weights
@@ -88,32 +92,51 @@ def test_weights_agree(scheme: str) -> None:
 
 
 class Theirs:
-    """diffusers' transformer with peft's adapter, trained as diffusers' script does, on our micro-batches."""
+    """diffusers' transformer with peft's adapter, trained as diffusers' script does, on our micro-batches.
+
+    And transformers' CLIP, where ours has an adapter, too.
+    """
 
     def __init__(self, ours: FluxPipeline) -> None:
-        with lora.disabled(ours.denoiser):
-            base = dict(tree_flatten(ours.denoiser.parameters()))
-        adapters = lora.layers(ours.denoiser)
-        rank = next(iter(adapters.values())).lora_a.shape[1]
         settings = {name: value for name, value in ours.denoiser.config.to_dict().items() if name != "_class_name"}
         self.model = diffusers.FluxTransformer2DModel(**settings)
-        self.model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in base.items()})
-        self.model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(adapters)))
+        groups = [{"params": self._take(self.model, ours.denoiser), "weight_decay": 1e-4, "lr": RATE}]
         self.parameters = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        self.clip = None
+        if lora.layers(ours.text_encoder):
+            self.clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**ours.text_encoder.config.to_dict()))
+            own = self._take(self.clip, ours.text_encoder)
+            groups.append({"params": own, "weight_decay": TEXT_DECAY, "lr": TEXT_RATE})
+            self.parameters |= {name: one for name, one in self.clip.named_parameters() if one.requires_grad}
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+    @staticmethod
+    def _take(theirs, ours: nn.Module) -> list:
+        """Weights and adapter of ours; the adapter's parameters."""
+        with lora.disabled(ours):
+            base = named(dict(tree_flatten(ours.parameters())))
+        adapters = lora.layers(ours)
+        rank = next(iter(adapters.values())).lora_a.shape[1]
+        theirs.load_state_dict({name: torch.from_numpy(value) for name, value in base.items()})
+        targets = sorted(name.removeprefix("text_model.") for name in adapters)
+        theirs.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        parameters = {name: one for name, one in theirs.named_parameters() if one.requires_grad}
         with torch.no_grad():
-            for name, value in named(lora.adapter_tensors(ours.denoiser, "x")).items():
-                self.parameters[name].copy_(torch.from_numpy(value))
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=RATE, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8
-        )
+            for name, value in named(lora.adapter_tensors(ours, "x")).items():
+                parameters[name].copy_(torch.from_numpy(value))
+        return list(parameters.values())
 
     def loss(self, ours: FluxPipeline, batch: MicroBatch, scheme: str):
         """Noise and levels are ours; all that is made of them is theirs."""
         given = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items() if "key" not in name}
         latents = given["latents"].permute(0, 3, 1, 2)
+        said = ("prompt_embeds", "pooled" if self.clip is None else "clip_tokens")
+        pooled = given.get("conditioning.pooled")
+        if self.clip is not None:
+            pooled = self.clip(given["conditioning.clip_tokens"].long()).pooler_output
         drawn = ours.predict(
             batch.arrays["latents"],
-            {name: batch.arrays[f"conditioning.{name}"] for name in ("prompt_embeds", "pooled")},
+            {name: batch.arrays[f"conditioning.{name}"] for name in said},
             key=batch.arrays["key"],
             guidance=GUIDANCE,
             sampling=NoiseSampling(scheme=scheme),
@@ -126,7 +149,7 @@ class Theirs:
             hidden_states=pack((1 - sigma) * latents + sigma * noise, count, channels, height, width),
             timestep=sigma.flatten(),
             guidance=torch.full((count,), GUIDANCE),
-            pooled_projections=given["conditioning.pooled"],
+            pooled_projections=pooled,
             encoder_hidden_states=given["conditioning.prompt_embeds"],
             txt_ids=torch.from_numpy(np.array(text_ids(given["conditioning.prompt_embeds"].shape[1]))),
             img_ids=torch.from_numpy(np.array(image_ids(height, width))),
@@ -151,21 +174,39 @@ class Theirs:
 
 
 def named(tensors: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
-    """Our adapter's tensors by the names that peft gives a model's parameters."""
+    """Our tensors by the names that they have in a model with peft's adapters; transformers 5 has no `text_model`."""
+    adapter = any(".lora_" in name for name in tensors)
     return {
-        name.removeprefix("x.").replace(".weight", ".default.weight"): np.array(value)
+        (name.replace(".weight", ".default.weight") if adapter else name)
+        .removeprefix("x.")
+        .removeprefix("text_model."): np.array(value)
         for name, value in tensors.items()
     }
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> FluxPipeline:
-    """With an adapter whose B is not zero, so that A has a gradient."""
+@pytest.fixture(params=["transformer", "transformer and CLIP"])
+def ours(tmp_path: Path, request) -> FluxPipeline:
+    """With adapters whose B is not zero, so that A has a gradient."""
     pipeline = small_pipeline(tmp_path, guidance_embeds=True)
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=4)
-    for number, layer in enumerate(lora.layers(pipeline.denoiser).values()):
+    if request.param != "transformer":
+        pipeline.read_prompts_late(True)
+        lora.add_lora(pipeline.text_encoder_to_train(), pipeline.text_encoder_targets(), rank=4)
+    for number, layer in enumerate(lora.layers(together(pipeline)).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
     return pipeline
+
+
+def together(pipeline: FluxPipeline) -> nn.Module:
+    """All that has adapters."""
+    networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder}
+    return as_one({name: network for name, network in networks.items() if lora.layers(network)})
+
+
+def adapters(pipeline: FluxPipeline) -> dict[str, np.ndarray]:
+    """As `named` has them."""
+    networks = (pipeline.denoiser, pipeline.text_encoder)
+    return {name: value for network in networks for name, value in named(lora.adapter_tensors(network, "x")).items()}
 
 
 @pytest.fixture
@@ -193,21 +234,21 @@ def our_loss(pipeline: FluxPipeline, scheme: str):
 
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "cosmap", "sigma_sqrt"])
 def test_loss_and_gradients_agree(ours: FluxPipeline, batches, scheme: str) -> None:
-    theirs = Theirs(ours)
+    theirs, learners = Theirs(ours), together(ours)
     batch = batches(0)[0]
-    loss, parameters = our_loss(ours, scheme), ours.denoiser.trainable_parameters()
+    loss, parameters = our_loss(ours, scheme), learners.trainable_parameters()
 
     def objective(parameters: dict) -> mx.array:
-        ours.denoiser.update(parameters)
-        return loss(ours.denoiser, batch.arrays)[0]
+        learners.update(parameters)
+        return loss(learners, batch.arrays)[0]
 
     value, gradients = mx.value_and_grad(objective)(parameters)
-    ours.denoiser.update(parameters)
+    learners.update(parameters)
     expected = theirs.loss(ours, batch, scheme)
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    ours.denoiser.update(gradients)  # so that they can be named as the weights are
-    found = named(lora.adapter_tensors(ours.denoiser, "x"))
+    learners.update(gradients)  # so that they can be named as the weights are
+    found = adapters(ours)
     assert found.keys() == theirs.parameters.keys()
     for name, gradient in found.items():
         reference = theirs.parameters[name].grad.numpy()
@@ -217,14 +258,23 @@ def test_loss_and_gradients_agree(ours: FluxPipeline, batches, scheme: str) -> N
 
 def test_twenty_updates_follow_each_other(ours: FluxPipeline, batches) -> None:
     theirs = Theirs(ours)
-    before = named(lora.adapter_tensors(ours.denoiser, "x"))
-    optimizer = AdamW(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=1e-4)
-    step = Step(ours.denoiser, optimizer, our_loss(ours, "none"), max_grad_norm=1.0, compile=False)
+    before, learners = adapters(ours), together(ours)
+    settings = DreamBoothSettings(
+        model="small",
+        instance_data_dir="there",
+        instance_prompt="a photo of sks dog",
+        learning_rate=RATE,
+        train_text_encoder=learners is not ours.denoiser,
+        text_encoder_lr=TEXT_RATE,
+        adam_weight_decay_text_encoder=TEXT_DECAY,
+    )
+    optimizer = optimizers_of(settings, text_encoder="text_encoder")
+    step = Step(learners, optimizer, our_loss(ours, "none"), max_grad_norm=1.0, compile=False)
     for update in range(UPDATES):
         expected = theirs.update(ours, batches(update), "none")
         found = step(update, batches(update), RATE)["loss"]
         assert found == pytest.approx(expected, rel=1e-3), update
-    for name, after in named(lora.adapter_tensors(ours.denoiser, "x")).items():
+    for name, after in adapters(ours).items():
         reference = theirs.parameters[name].detach().numpy()
         moved = np.linalg.norm(reference - before[name])
         assert moved > 0.1 * np.linalg.norm(before[name]), f"{name} hardly moved: nothing is compared"

@@ -66,8 +66,12 @@ def test_pictures_agree(theirs, guidance):
     assert np.abs(draw_ours(tiny.load(), guidance) - draw_theirs(theirs, guidance)).max() * LEVELS <= 2
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path, dora):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_dora": True}, {"train_text_encoder": True, "text_encoder_lr": 3e-3}],
+    ids=["lora", "dora", "clip"],
+)
+def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path, changes):
     pipeline = tiny.load()
     before = draw_ours(pipeline, 1.0)
     outcome = DreamBooth(pipeline).train(
@@ -83,8 +87,8 @@ def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path, dora)
             lr_scheduler="constant",
             learning_rate=1e-3,
             lora_alpha=16.0,  # not the rank: the scale must travel with the file
-            use_dora=dora,
             num_validation_images=0,
+            **changes,
         )
     )
     theirs.load_lora_weights(str(outcome.result.parent), weight_name=outcome.result.name)
@@ -92,5 +96,10 @@ def test_an_adapter_trained_here_gives_the_same_pictures(theirs, tmp_path, dora)
         after = draw_ours(pipeline, 1.0)
         assert np.abs(after - before).max() * LEVELS > 20, "the adapter changes nothing: nothing would be compared"
         assert np.abs(after - draw_theirs(theirs, 1.0)).max() * LEVELS <= 2
+        if "train_text_encoder" in changes:
+            theirs.text_encoder.disable_adapters()
+            without = np.abs(after - draw_theirs(theirs, 1.0)).max() * LEVELS
+            theirs.text_encoder.enable_adapters()
+            assert without > 4, "CLIP's adapter changes nothing: it would not be compared"
     finally:
         theirs.unload_lora_weights()

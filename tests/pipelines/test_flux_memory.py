@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mflux_vae_train import lora
@@ -13,10 +14,11 @@ from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, Releases
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
-from mflux_vae_train.pipelines.flux1.published import published
+from mflux_vae_train.pipelines.flux1.published import CLIP_L, published
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.quantized import quantize, stored_bytes
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from tests.pipelines.flux_stack import Stack, estimated, measured
 from tests.pipelines.small_flux import drawn, small_config
 
@@ -90,6 +92,40 @@ def test_every_saving_saves() -> None:
     assert peak(quantize=4, recompute=True) < peak(quantize=8, recompute=True) < peak(recompute=True)
     assert peak(batch=2) > whole and peak(state_bytes=2) < whole
     assert peak(adapter=False, trained=12_000_000_000) > 100e9
+
+
+def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more() -> None:
+    pipeline = flux1.load("dev")
+
+    def peaks(**changes) -> dict[str, int]:
+        return {phase.name: phase.peak for phase in pipeline.footprint(training(**changes)).phases}
+
+    plain = peaks()
+    assert peaks(shape=(512, 512)) == plain
+    wide = peaks(shape=(512, 1024))
+    assert wide["training"] > plain["training"] and wide["latents"] >= plain["latents"]
+    assert wide["previews"] == plain["previews"] and wide["class pictures"] == plain["class pictures"]
+    short = peaks(prompt_tokens=64)
+    assert short["training"] < plain["training"] and short["text encoding"] < plain["text encoding"]
+    assert peaks(prompt_tokens=4096) == plain, "no more than the model reads"
+    learning, clip = peaks(text_encoder=True), stored_bytes(CLIPTextModel(CLIP_L), memory.Precision.here().width)
+    assert learning["previews"] - plain["previews"] == clip < learning["training"] - plain["training"] < 1.2 * clip
+    assert learning["text encoding"] == plain["text encoding"]
+
+
+def test_what_clip_keeps_is_what_is_estimated() -> None:
+    def peak(layers: int) -> int:
+        network = CLIPTextModel(replace(CLIP_L, vocab_size=99, num_hidden_layers=layers))
+        lora.add_lora(network, naming.CLIP_ATTENTION, rank=4)
+        mx.eval(network.parameters())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        slopes = nn.value_and_grad(network, lambda net: net(mx.ones((4, 77), mx.int32))[1].sum())(network)
+        mx.eval(slopes)
+        return mx.get_peak_memory() - before
+
+    expected = memory.clip_bytes(replace(CLIP_L, num_hidden_layers=2), 4)
+    assert peak(3) - peak(1) == pytest.approx(expected, rel=0.15)
 
 
 def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_dropout_keeps_the_mean() -> None:
 def test_file_round_trip_keeps_weights_and_alpha(tmp_path: Path) -> None:
     net = adapted(alpha=4.0)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    lora.save_adapter(net, path, "transformer")
+    lora.save_adapter({"transformer": net}, path)
     tensors, metadata = read_safetensors(path)
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {
         "transformer.blocks.0.lora_A.weight": (2, 4),
@@ -113,7 +113,7 @@ def test_file_round_trip_keeps_weights_and_alpha(tmp_path: Path) -> None:
     assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 4.0)
     assert config["transformer.target_modules"] == ["blocks.0", "blocks.1"]
     for fresh in (Net(), adapted(alpha=1.0, seed=9)):
-        assert lora.load_adapter(fresh, path, "transformer") == ["blocks.0", "blocks.1"]
+        assert lora.load_adapter({"transformer": fresh}, path) == {"transformer": ["blocks.0", "blocks.1"]}
         assert mx.array_equal(fresh(X), net(X))
 
 
@@ -121,7 +121,7 @@ def test_without_metadata_alpha_is_the_rank(tmp_path: Path) -> None:
     net = adapted(alpha=None)
     write_safetensors(tmp_path / "a.safetensors", lora.adapter_tensors(net, "unet"), {})
     fresh = Net()
-    lora.load_adapter(fresh, tmp_path / "a.safetensors", "unet")
+    lora.load_adapter({"unet": fresh}, tmp_path / "a.safetensors")
     assert mx.array_equal(fresh(X), net(X))
 
 
@@ -132,10 +132,10 @@ def test_a_file_that_does_not_fit_is_refused_with_all_faults(tmp_path: Path) -> 
     tensors["transformer.nowhere.lora_A.weight"] = mx.zeros((2, 4))
     tensors["transformer.blocks.1.lora_A.weight"] = mx.zeros((2, 5))
     path = tmp_path / "a.safetensors"
-    write_safetensors(path, tensors, lora.adapter_metadata(net, "transformer"))
+    write_safetensors(path, tensors, lora.adapter_metadata({"transformer": net}))
     fresh = Net()
     with pytest.raises(WeightsError) as caught:
-        lora.load_adapter(fresh, path, "transformer")
+        lora.load_adapter({"transformer": fresh}, path)
     for fault in (
         "missing transformer.blocks.0.lora_B.weight",
         "unknown transformer.nowhere.lora_A.weight",
@@ -152,17 +152,17 @@ def test_a_file_of_several_ranks_is_refused(tmp_path: Path) -> None:
         {},
     )
     with pytest.raises(WeightsError, match=r"ranks \[2, 3\]"):
-        lora.load_adapter(Net(), tmp_path / "a.safetensors", "t")
+        lora.load_adapter({"t": Net()}, tmp_path / "a.safetensors")
 
 
 def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    lora.save_adapter(adapted(), path, "unet")
+    lora.save_adapter({"unet": adapted()}, path)
     with pytest.raises(WeightsError, match="no adapter for 'transformer'"):
-        lora.load_adapter(Net(), path, "transformer")
+        lora.load_adapter({"transformer": Net()}, path)
     write_safetensors(path, lora.adapter_tensors(adapted(), "unet"), {lora.METADATA_KEY: "{"})
     with pytest.raises(WeightsError, match="cannot be read"):
-        lora.load_adapter(Net(), path, "unet")
+        lora.load_adapter({"unet": Net()}, path)
 
 
 def with_dora(*, trained: bool = True) -> Net:
@@ -182,15 +182,15 @@ def test_dora_scales_every_row_to_its_magnitude(tmp_path: Path) -> None:
         "m",
     }
     expected = net(X)
-    lora.save_adapter(net, tmp_path / "a.safetensors", "transformer")
+    lora.save_adapter({"transformer": net}, tmp_path / "a.safetensors")
     tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
     assert tensors["transformer.blocks.0.lora_magnitude_vector"].shape == (8,)
     assert json.loads(metadata[lora.METADATA_KEY])["transformer.use_dora"] is True
     for fresh in (Net(), with_dora(trained=False)):
-        lora.load_adapter(fresh, tmp_path / "a.safetensors", "transformer")
+        lora.load_adapter({"transformer": fresh}, tmp_path / "a.safetensors")
         assert mx.array_equal(fresh(X), expected)
     with pytest.raises(WeightsError, match=r"unknown transformer\.blocks\.0\.lora_magnitude_vector"):
-        lora.load_adapter(adapted(), tmp_path / "a.safetensors", "transformer")
+        lora.load_adapter({"transformer": adapted()}, tmp_path / "a.safetensors")
     magnitudes = [layer.m for layer in lora.layers(net).values()]
     lora.fuse(net)
     assert mx.allclose(net(X), expected, rtol=1e-4, atol=1e-5)
@@ -220,9 +220,9 @@ def test_a_quantised_layer_is_adapted_and_stays_as_it_is(bits: int, dora: bool, 
     assert mx.square(module(x) - 1).mean() < mx.square(base - 1).mean()
     with lora.disabled(module):
         assert mx.array_equal(module(x), base)
-    lora.save_adapter(module, tmp_path / "a.safetensors", "t")
+    lora.save_adapter({"t": module}, tmp_path / "a.safetensors")
     again = net()
-    lora.load_adapter(again, tmp_path / "a.safetensors", "t")
+    lora.load_adapter({"t": again}, tmp_path / "a.safetensors")
     assert mx.array_equal(again(x), module(x))
 
 

@@ -21,7 +21,7 @@ from mflux_vae_train.pipelines.flux1.published import Configs
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.footprint import Phase, Workload
 from mflux_vae_train.pipelines.quantized import stored_bytes
-from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
@@ -46,6 +46,9 @@ SCORES_KEPT = 1.0
 
 WIDENED = 3.2
 """Sizes of a quantised matrix in full width, while MLX makes that out of it on a CPU: by way of two more as large."""
+
+CLIP_KEPT = 12.0
+"""Numbers per token and CLIP's width that a layer of it with adapters keeps for the backward pass."""
 
 T5_WORKING = 6.0
 """Numbers per token, in units of T5's width and that of its feed-forward layers together."""
@@ -83,21 +86,20 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     """
     here = precision or Precision.here()
     config = configs.transformer
-    tokens = (work.resolution // (VAE_FACTOR * PATCH)) ** 2, text_tokens
+    square = work.resolution, work.resolution
+    tokens, trained_tokens = ((_tokens(*shape), text_tokens) for shape in (square, work.trained_shape))
 
-    transformer = _weights(FluxTransformer, config, here.width, work.quantize)
+    clip = _weights(CLIPTextModel, configs.text_encoder, here.width, None) if work.text_encoder else 0
+    transformer = _weights(FluxTransformer, config, here.width, work.quantize) + clip
     learning = learning_bytes(work, here)
 
-    pixels = work.resolution**2
-    encoded = max(1, min(16, DECODED_AT_ONCE // pixels))
-    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), here.width, "encode", encoded, work.resolution)
-    decoded = max(1, min(work.pictures, DECODED_AT_ONCE // pixels))
-    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", decoded, work.resolution))
+    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), here.width, "encode", 16, work.trained_shape)
+    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", work.pictures, square))
 
     rows = work.pictures * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
     wide = widened_bytes(config, here) if work.quantize else 0
     drawing = max(forward_bytes(config, tokens, rows, here) + wide, decoding)
-    one = forward_operations(config, tokens)
+    one, one_trained = forward_operations(config, tokens), forward_operations(config, trained_tokens)
     found = [_prompts(configs, work, text_tokens, here)]
     held = 0
     if work.class_pictures:
@@ -112,8 +114,10 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         Phase(
             "training",
             transformer + learning,
-            training_bytes(config, tokens, work.batch, here, recompute=work.recompute) + wide,
-            one * passes * work.batch * work.micro_batches,
+            training_bytes(config, trained_tokens, work.batch, here, recompute=work.recompute)
+            + (clip_bytes(configs.text_encoder, work.batch) if work.text_encoder else 0)
+            + wide,
+            one_trained * passes * work.batch * work.micro_batches,
         ),
         Phase("previews", transformer + learning, drawing, 0.0),
     ]
@@ -145,6 +149,12 @@ def training_bytes(
         kept = blocks * INPUTS * number + largest
     working = WORKING[precision.width][recompute]
     return int(kept + max(working * number, ATTENDING * number + SCORES * precision.width * pairs))
+
+
+def clip_bytes(config: CLIPTextConfig, batch: int) -> int:
+    """Activations that CLIP keeps until the transformer's backward pass has come to it."""
+    numbers = CLIP_KEPT * config.num_hidden_layers * config.hidden_size
+    return int(_FULL * numbers * batch * config.max_position_embeddings)
 
 
 def widened_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
@@ -189,10 +199,18 @@ def _weights(kind: Any, config: Any, width: int, bits: int | None) -> int:
 
 
 @cache
-def _autoencoder(config: str, width: int, what: Literal["encode", "decode"], batch: int, side: int) -> tuple[int, int]:
-    """Bytes of the weights, and of a call besides."""
-    network = new_network(json.loads(config))
-    return stored_bytes(network, width), memory.peak_bytes(network, what, batch, side, side)
+def _autoencoder(
+    config: str, width: int, what: Literal["encode", "decode"], pictures: int, shape: tuple[int, int]
+) -> tuple[int, int]:
+    """Bytes of the weights, and of a call with as many of these pictures as it is given at once besides."""
+    network, (height, wide) = new_network(json.loads(config)), shape
+    batch = max(1, min(pictures, DECODED_AT_ONCE // (height * wide)))
+    return stored_bytes(network, width), memory.peak_bytes(network, what, batch, height, wide)
+
+
+def _tokens(height: int, width: int) -> int:
+    """Of a picture."""
+    return (height // (VAE_FACTOR * PATCH)) * (width // (VAE_FACTOR * PATCH))
 
 
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 
 ATTENTION = (
     *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -18,6 +19,9 @@ MLP = (
     "*.proj_out",  # of the single blocks; the transformer's own has nothing before its dot
 )
 PRESETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
+
+CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+CLIP_ATTENTION = tuple(f"*.self_attn.{name}" for name in CLIP_PROJECTIONS)
 
 _DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -57,8 +61,8 @@ mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shl
     return {"diffusers": python, "mflux": without if dora else shell}
 
 
-def kohya_naming(config: FluxTransformerConfig) -> KohyaNaming:
-    """Of a transformer of so many blocks."""
+def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNaming:
+    """Of a transformer and a text encoder of so many blocks."""
     modules = {}
     for kind, blocks, count, names in (
         ("double_blocks", "transformer_blocks", config.num_layers, _DOUBLE),
@@ -67,6 +71,12 @@ def kohya_naming(config: FluxTransformerConfig) -> KohyaNaming:
         for i in range(count):
             for name, members in names.items():
                 modules[f"lora_unet_{kind}_{i}_{name}"] = tuple(f"{blocks}.{i}.{member}" for member in members)
+    layers = [
+        f"text_model.encoder.layers.{i}.{layer}"
+        for i in range(clip.num_hidden_layers)
+        for layer in (*(f"self_attn.{name}" for name in CLIP_PROJECTIONS), "mlp.fc1", "mlp.fc2")
+    ]
+    text_modules = {f"lora_te1_{path.replace('.', '_')}": (path,) for path in layers}
     kind = "dev" if config.guidance_embeds else "schnell"
     metadata = {
         "modelspec.architecture": f"flux-1-{kind}/lora",
@@ -74,4 +84,4 @@ def kohya_naming(config: FluxTransformerConfig) -> KohyaNaming:
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
     }
-    return KohyaNaming(modules=modules, metadata=metadata)
+    return KohyaNaming(modules=modules, metadata=metadata, text_modules=text_modules)

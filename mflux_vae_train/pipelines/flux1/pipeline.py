@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
+from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flux1 import folder as layout
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
-from mflux_vae_train.pipelines.flux1.parts import FluxParts
+from mflux_vae_train.pipelines.flux1.prompts import EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.published import Configs
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
@@ -46,7 +46,7 @@ _DEV = Recommended(
 _SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS, weighting_scheme="schnell", most_guidance=1.0)
 
 
-class FluxPipeline(FluxParts):
+class FluxPipeline(FluxPrompts):
     """FLUX.1 behind the `DiffusionPipeline` protocol. Latents are (B, H/8, W/8, C), scaled.
 
     Args:
@@ -69,12 +69,9 @@ class FluxPipeline(FluxParts):
     ) -> None:
         super().__init__(**parts)
         self.snapshot = snapshot
-        self.guidance_embeds: bool = self._transformer.config.guidance_embeds
         self.schedule = schedule
         self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
         self.name = name
-        self._empty: Conditioning | None = None
-        self._prompt_limit: int | None = None
 
     @classmethod
     def from_pretrained(
@@ -101,26 +98,6 @@ class FluxPipeline(FluxParts):
         """What the transformer computes in."""
         return self.denoiser.x_embedder.bias.dtype
 
-    @property
-    def max_text_tokens(self) -> int:
-        """Tokens per prompt for T5: what its tokenizer is configured for, at most `longest_prompt`."""
-        return min(self.tokenizer_2.max_length or self.longest_prompt, self.longest_prompt)
-
-    @property
-    def longest_prompt(self) -> int:
-        """512, or 256 for models without embedded guidance, as the published models were trained; or `prompt_limit`."""
-        longest = 512 if self.guidance_embeds else 256
-        return min(longest, self.prompt_limit or longest)
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """See `capabilities.LimitsPrompts`."""
-        return self._prompt_limit
-
-    @prompt_limit.setter
-    def prompt_limit(self, tokens: int | None) -> None:
-        self._prompt_limit, self._empty = tokens, None  # which is as long as prompts were
-
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
         """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
 
@@ -132,26 +109,6 @@ class FluxPipeline(FluxParts):
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
         return self.vae.encode_nhwc(pixels)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts -> `prompt_embeds` (B, L, D) from T5 and `pooled` (B, P) from CLIP."""
-        _, pooled = self.text_encoder(self.tokenizer.encode(prompts))
-        tokens = self.tokenizer_2.encode(prompts, self.max_text_tokens)
-        encoded = {"prompt_embeds": self.text_encoder_2(tokens), "pooled": pooled}
-        if "" in prompts:
-            self._empty = _row(encoded, list(prompts).index(""))
-        return encoded
-
-    def encoder_identity(self, use: Use) -> str:
-        """As `FluxParts.encoder_identity`; and how long a prompt may be."""
-        identity = super().encoder_identity(use)
-        return identity if use == "images" else f"{identity} {self.max_text_tokens}"
-
-    def release(self, *uses: Use) -> None:
-        """As `FluxParts.release`. What classifier-free guidance needs of the text encoders is kept."""
-        if "prompts" in uses and self._text_encoder.loaded is not None and not self.guidance_embeds:
-            mx.eval(self._unconditional())
-        super().release(*uses)
 
     def footprint(self, work: Workload) -> Footprint:
         """An estimate of what a run takes, from configurations; nothing is loaded."""
@@ -165,6 +122,7 @@ class FluxPipeline(FluxParts):
         )
         tokenizer = self._tokenizer_2.loaded
         length = self.longest_prompt if tokenizer is None else self.max_text_tokens
+        length = min(length, work.prompt_tokens or length)
         cache = None if self.snapshot is None or self.snapshot.is_here() else self.snapshot.cache()
         return Footprint(
             phases=memory.phases(configs, work, text_tokens=length),
@@ -204,7 +162,8 @@ class FluxPipeline(FluxParts):
         noise = _noise(keys[:, 0], latents.shape[1:])
         tokens = height * width // PATCH**2
         sigma = self.schedule.training_sigmas(keys[:, 1], sampling, image_tokens=tokens)
-        velocity = self._velocity(pack(noised(clean, noise, sigma)), sigma, conditioning, guidance, (height, width))
+        said = self._read(conditioning)
+        velocity = self._velocity(pack(noised(clean, noise, sigma)), sigma, said, guidance, (height, width))
         return Prediction(unpack(velocity, height, width), noise - clean, error_weight(sigma, sampling), sigma)
 
     def sample(
@@ -240,6 +199,8 @@ class FluxPipeline(FluxParts):
         guided = guidance > 1 and not self.guidance_embeds
         if guided:
             conditioning = self._with_unconditional(conditioning)
+        conditioning = self._read(conditioning)
+        mx.eval(conditioning)
         for sigma, next_sigma in pairwise(self.schedule.sigmas(steps, tokens.shape[1]).tolist()):
             rows = mx.concatenate([tokens, tokens]) if guided else tokens
             velocity = self._velocity(rows, mx.full(rows.shape[:1], sigma), conditioning, guidance, grid)
@@ -260,7 +221,7 @@ class FluxPipeline(FluxParts):
 
     def kohya_naming(self) -> KohyaNaming:
         """As `naming.kohya_naming`."""
-        return naming.kohya_naming(self._transformer.config)
+        return naming.kohya_naming(self._transformer.config, self._text_encoder.config)
 
     @property
     def base_model(self) -> str | None:
@@ -280,7 +241,7 @@ class FluxPipeline(FluxParts):
         grid: tuple[int, int],
     ) -> mx.array:
         """Packed latents at noise level sigma (B,) -> velocity, float32; between, the transformer's dtype."""
-        prompt, pooled = (conditioning[name].astype(self.dtype) for name in ("prompt_embeds", "pooled"))
+        prompt, pooled = (conditioning[name].astype(self.dtype) for name in (EMBEDS, POOLED))
         told = mx.full(sigma.shape, guidance) if self.guidance_embeds else None
         velocity = self.denoiser(
             tokens.astype(self.dtype),
@@ -292,25 +253,6 @@ class FluxPipeline(FluxParts):
             told,
         )
         return velocity.astype(mx.float32)
-
-    def _unconditional(self) -> Conditioning:
-        """The empty prompt's row, encoded once; again each time where text encoders are not this pipeline's own."""
-        if self._empty is None or not self._text_encoder.on_demand:
-            were_here = self._text_encoder.loaded is not None
-            self.encode_prompts([""])  # which keeps it
-            mx.eval(self._empty)
-            if not were_here:
-                super().release("prompts")
-        assert self._empty is not None
-        return self._empty
-
-    def _with_unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's rows in front of the given ones: (2 B, ...)."""
-        empty = self._unconditional()
-        return {
-            name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
-            for name, value in conditioning.items()
-        }
 
     def _decode(self, latents: mx.array) -> mx.array:
         """Latents -> images, as many at once as fit the memory of one large one."""
@@ -326,7 +268,3 @@ class FluxPipeline(FluxParts):
 def _noise(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Standard normal float32 (B, *shape), row i of key[i] alone."""
     return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)
-
-
-def _row(conditioning: Conditioning, index: int) -> Conditioning:
-    return {name: array[index : index + 1] for name, array in conditioning.items()}
