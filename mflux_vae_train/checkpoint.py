@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.weights.files import read_safetensors
+from mflux_vae_train.fingerprint import of_file
 from mflux_vae_train.state import Stateful, flatten, restore
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def save(
             temporary.mkdir()
             mx.save_safetensors(str(temporary / ARRAYS), arrays)
             content = {"step": step, "fingerprint": dict(fingerprint or {}), "values": values}
-            checksums = {ARRAYS: _checksum(temporary / ARRAYS), VALUES: _digest(content)}
+            checksums = {ARRAYS: of_file(temporary / ARRAYS), VALUES: _digest(content)}
             text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)
             (temporary / VALUES).write_text(text, encoding="utf-8")
             for path in (temporary / ARRAYS, temporary / VALUES, temporary):
@@ -112,7 +113,7 @@ def read(folder: str | Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         checksums = content.pop("sha256")
-        whole = checksums == {ARRAYS: _checksum(folder / ARRAYS), VALUES: _digest(content)}
+        whole = checksums == {ARRAYS: of_file(folder / ARRAYS), VALUES: _digest(content)}
         int(content["step"]), dict(content["fingerprint"]), dict(content["values"])
     except FileNotFoundError as error:
         raise TrainingError(f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing") from error
@@ -184,14 +185,6 @@ def _found(output_dir: Path) -> list[tuple[int, Path]]:
         if (match := replaced or _NAME.fullmatch(name)) and folder.is_dir():
             found.append((int(match[1]), folder))
     return sorted(found, reverse=True)
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

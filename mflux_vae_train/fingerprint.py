@@ -1,8 +1,9 @@
-"""Which weights a run began from: a hash that costs little, however large they are."""
+"""Which weights and files a run began from: hashes, wherever those lie and whatever they are called."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,19 @@ SAMPLED = 64
 
 BUDGET = 2**28
 """Bytes of the tensors that are looked into. Weights are read when they are first used: no more is read for this."""
+
+
+def of_file(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def of_weights(module: nn.Module) -> str:

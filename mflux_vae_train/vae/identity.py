@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
-from mflux_vae_train.fingerprint import of_weights
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.fingerprint import of_file, of_weights
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data import Source
 from mflux_vae_train.vae.sources import Arrays, Files
@@ -18,7 +20,7 @@ FREE = frozenset(
     {
         *("experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu", "allow_changes"),
         *("save_every_n_steps", "log_images_every_n_steps", "dry_run"),
-        *("data", "init_from", "network_config"),  # what is there counts, not where it lies
+        *("data", "init_from", "network_config", "lpips", "data_list"),  # what is there counts, not where it lies
     }
 )
 """Settings that may change when a run is continued: they do not shape its result."""
@@ -36,8 +38,22 @@ def identity(settings: VAETrainingSettings, network: nn.Module, train: Source, h
     shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     if settings.init_from or settings.network_config:
         shaping["initial weights"] = of_weights(network)
+    for name in ("lpips", "data_list"):
+        files = getattr(settings, name) or ()
+        shaping[name] = [_hash(file) for file in ([files] if isinstance(files, str) else files)] or None
     images = f"{len(train)} and {len(held_out)}, {fingerprint(train):08x} and {fingerprint(held_out):08x}"
     return {**shaping, "images": images}
+
+
+def _hash(file: str) -> str:
+    """
+    Raises:
+        SettingsError: it cannot be read.
+    """
+    try:
+        return of_file(Path(file))[:16]
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def fingerprint(source: Source) -> int:

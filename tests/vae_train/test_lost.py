@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -20,6 +21,8 @@ from mflux_vae_train import checkpoint, step
 from mflux_vae_train.lock import Lock
 from mflux_vae_train.signals import Interrupted
 from mflux_vae_train.vae.config import settings_from_dict
+from mflux_vae_train.vae.identity import identity
+from mflux_vae_train.vae.sources import Arrays
 from mflux_vae_train.vae.train import VAETrainer
 from tests.crashes import states
 
@@ -119,6 +122,40 @@ def test_other_data_are_refused_wherever_they_changed(pictures: Path, tmp_path: 
         train(pictures, tmp_path / "out", **changed)
     assert train(pictures, tmp_path / "out", allow_changes=True, **changed).updates == 2
     assert checkpoint.latest(run_of(tmp_path / "out")) == run_of(tmp_path / "out") / "checkpoint-6"
+
+
+def test_the_content_of_files_counts_not_where_they_lie(tmp_path: Path) -> None:
+    """A list of videos through a whole training; the weights of LPIPS, which are large, as the run is compared by."""
+    for video in ("a", "b", "c"):
+        for number in range(3):
+            shade = np.full((12, 12, 3), 60 * ord(video) % 250 + number, np.uint8)
+            save_image(tmp_path / "videos" / video / f"{number}.png", shade)
+    (tmp_path / "list.txt").write_text("a\nb\n")
+    given: dict[str, Any] = {"lr_scheduler": "constant", "samples_every": None, "val_share": 0.5}
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    made = train(videos, out, data_list=str(tmp_path / "list.txt"), num_epochs=1, **given).updates
+    moved = shutil.move(tmp_path / "list.txt", tmp_path / "moved.txt")
+    assert train(videos, out, data_list=str(moved), num_epochs=2, **given).updates == made
+    (tmp_path / "moved.txt").write_text("a\nc\n")
+    with pytest.raises(SettingsError, match=r"data_list was .*--allow_changes"):
+        train(videos, out, data_list=str(moved), num_epochs=3, **given)
+
+    source = Arrays(np.zeros((4, 12, 12, 3), np.uint8), size=12, channels=3)
+
+    def compared(*files: Path) -> Any:
+        settings = settings_from_dict({"lpips": [str(file) for file in files] or None})
+        return identity(settings, nn.Module(), source, source)["lpips"]
+
+    (tmp_path / "one").write_bytes(b"one")
+    (tmp_path / "two").write_bytes(b"two")
+    known = compared(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tmp_path, tmp_path.with_name("elsewhere"))
+    assert compared(*(tmp_path.with_name("elsewhere") / name for name in ("one", "two"))) == known
+    assert compared(tmp_path / "two", tmp_path / "one") != known and compared() is None
+    (tmp_path / "two").write_bytes(b"three")
+    assert compared(tmp_path / "one", tmp_path / "two") != known
+    with pytest.raises(SettingsError, match="three cannot be read"):
+        compared(tmp_path / "three")
 
 
 def test_other_initial_weights_are_refused_and_the_same_elsewhere_are_not(pictures: Path, tmp_path: Path) -> None:
