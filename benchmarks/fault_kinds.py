@@ -66,7 +66,6 @@ def killed(at: Try) -> str:
         time.sleep(at.chance.uniform(0, at.seconds))
         process.popen.kill()
         process.popen.wait()
-    intact(at.folder)
     return _lost(at)
 
 
@@ -75,28 +74,36 @@ def _lost(at: Try) -> str:
     updates, safe = made(at.folder), kept(at.folder)
     if updates - safe > at.training.interval:
         raise Wrong(f"{updates} updates made, {safe} kept")
+    return _left(at, updates)
+
+
+def _left(at: Try, updates: int) -> str:
+    """What a run was about that ended after so many updates, and now goes on."""
+    begun = at.folder.is_dir()
+    intact(at.folder)
     at.goes_on()
     if updates:
         return "between updates and saves"
-    return "pictures" if at.folder.is_dir() else "starting"
+    return "pictures" if begun else "starting"
 
 
 def interrupted(at: Try) -> str:
-    """By SIGINT or SIGTERM once it trains: it ends within an update, has lost nothing, and says so."""
+    """By SIGINT or SIGTERM at a random time of its work: it ends within an update, has lost nothing, and says so."""
     number = at.chance.choice([signal.SIGINT, signal.SIGTERM])
     process = at.started()
-    process.wait_for(lambda: made(at.folder) > 0)
-    time.sleep(at.chance.uniform(0, at.seconds / 4))
+    process.wait_for(at.folder.is_dir)
+    time.sleep(at.chance.uniform(0, 0.8 * at.seconds))
     before = made(at.folder)
     process.popen.send_signal(number)
-    status, _ = process.end()
+    status, said = process.end()
     if status == 0:
         return "came too late"
-    if status != 128 + number or made(at.folder) > before + 1 or kept(at.folder) != made(at.folder):
-        raise Wrong(f"status {status}, {before} updates before it, {made(at.folder)} after it, {kept(at.folder)} kept")
-    intact(at.folder)
-    at.goes_on()
-    return signal.Signals(number).name
+    after, safe = made(at.folder), kept(at.folder)
+    if status != 128 + number or f"interrupted by {signal.Signals(number).name}" not in said:
+        raise Wrong(f"status {status} after {signal.Signals(number).name}: {said[-300:]!r}")
+    if after > before + 1 or safe != after:
+        raise Wrong(f"{before} updates before it, {after} after it, {safe} kept")
+    return _left(at, after)
 
 
 def interrupted_twice(at: Try) -> str:
