@@ -72,7 +72,8 @@ class DreamBoothSettings:
     """
 
     model: str = flag(
-        "name of a registered pipeline, a folder that one of them opens, or owner/name on the Hugging Face hub",
+        "name of a registered pipeline, a folder that one of them opens, owner/name on the Hugging Face hub, or a file"
+        " of FLUX.1's transformer (its other parts are then downloaded)",
         aliases=("pretrained_model_name_or_path",),
         group="what is learnt, from what",
     )

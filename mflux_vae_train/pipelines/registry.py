@@ -3,8 +3,9 @@
 A pipeline is an entry point of the group ``mflux_vae_train.pipelines``: its name is what ``--model`` takes,
 its value a callable ``load(model: str) -> DiffusionPipeline`` that is given that name. An entry point named
 like a diffusers class opens folders, and repositories of the hub: ``--model FOLDER`` looks up the class that the
-``model_index.json`` names and calls ``load(FOLDER)``. Of a folder without that file, the modules of these entry points
-are asked in turn: their ``opens(folder: Path) -> bool``. This package's own are registered like anyone's.
+``model_index.json`` names and calls ``load(FOLDER)``. Of a folder without that file, or a single file, the modules of
+these entry points are asked in turn: their ``opens(place: Path) -> bool``. This package's own are registered like
+anyone's.
 
 A callable that takes the keywords ``revision`` and ``variant`` is given them, too.
 
@@ -47,7 +48,7 @@ def available() -> list[str]:
 
 
 def open_pipeline(model: str, *, revision: str | None = None, variant: str | None = None) -> DiffusionPipeline:
-    """Opens a registered name, a folder in diffusers' layout, or `owner/name` on the hub.
+    """Opens a registered name, a folder in diffusers' layout, a file that a pipeline opens, or `owner/name` on the hub.
 
     Args:
         revision: of a repository on the hub: a branch, a tag or a commit.
@@ -64,6 +65,13 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
     if model in known:
         return _open(known[model], model, options)
     folder = Path(model).expanduser()
+    if folder.is_file():
+        if options:
+            raise SettingsError(f"{', '.join(f'--{name}' for name in options)}: {folder} is a file, which has none")
+        if (name := _asked(folder, known)) is None:
+            names = ", ".join(filter(lambda name: not _opens_folders(name), sorted(known)))
+            raise SettingsError(f"{folder}: nothing installed opens this file; give a folder, owner/name, or {names}")
+        return _open(known[name], str(folder), options)
     if folder.is_dir():
         if revision is not None:
             raise SettingsError(f"--revision {revision}: {folder} is a folder, which has none")
@@ -169,16 +177,22 @@ def _near(model: str, names: Iterable[str]) -> list[str]:
 
 def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
     index = folder / "model_index.json"
-    if not index.is_file():
-        for name in sorted(filter(_opens_folders, known)):
-            if any(_says_it_opens(entry, folder) for entry in known[name]):
-                return name
+    if not index.is_file() and (name := _asked(folder, known)) is not None:
+        return name
     try:
         return str(json.loads(index.read_text())["_class_name"])
     except FileNotFoundError:
         raise SettingsError(f"{folder} has no model_index.json: give a folder in diffusers' layout") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
+
+
+def _asked(place: Path, known: Mapping[str, list[EntryPoint]]) -> str | None:
+    """Which of those that open folders say that they open a file, or a folder that does not say what it is."""
+    for name in sorted(filter(_opens_folders, known)):
+        if any(_says_it_opens(entry, place) for entry in known[name]):
+            return name
+    return None
 
 
 def _says_it_opens(entry: EntryPoint, folder: Path) -> bool:

@@ -144,7 +144,7 @@ def test_all_is_left_for_other_programs(settings, tmp_path):
 
 def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
     class Snapshot:
-        repository = "black-forest-labs/FLUX.1-schnell"
+        repository, whole = "black-forest-labs/FLUX.1-schnell", True
 
         def is_here(self):
             return True

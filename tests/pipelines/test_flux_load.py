@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,10 @@ from huggingface_hub import errors
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train.pipelines import flux1, registry
+from mflux_vae_train.pipelines.flux1 import keys
+from mflux_vae_train.pipelines.flux1.folder import read_configs
 from mflux_vae_train.pipelines.flux1.hub import patterns
+from mflux_vae_train.pipelines.footprint import Workload
 from tests.pipelines.small_flux import small_pipeline
 
 
@@ -151,3 +156,53 @@ def test_a_variant_is_what_is_read(folder: Path, tmp_path: Path) -> None:
         flux1.load(str(tmp_path))
     opened, plain = registry.open_pipeline(str(tmp_path), variant="bf16"), flux1.load(str(folder))
     assert mx.array_equal(opened.denoiser.proj_out.weight, plain.denoiser.proj_out.weight)
+
+
+@pytest.mark.parametrize(("embeds", "repository"), [(False, "FLUX.1-schnell"), (True, "FLUX.1-dev")])
+@pytest.mark.parametrize("naming", ["bfl", "comfyui", "diffusers"])
+def test_of_a_transformer_in_a_file_all_else_is_the_published_models(
+    hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embeds: bool, repository: str, naming: str
+) -> None:
+    whole = small_pipeline(tmp_path / "parts", guidance_embeds=embeds)
+    whole.save_pretrained(tmp_path / "saved", "float32")
+    known = {folder: read_configs(folder) for folder in [tmp_path / "saved"]}
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.hub.published", lambda _: known[tmp_path / "saved"])
+    small = whole.denoiser.config  # a file does not say how wide its blocks are, as they all are alike
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.weights.FluxTransformerConfig", partial(replace, small))
+    tensors = mx.load(str(tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"))
+    if naming != "diffusers":
+        tensors = keys.to_bfl(tensors)
+    if naming == "comfyui":
+        tensors = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+    mx.save_safetensors(str(tmp_path / "mine.safetensors"), tensors)
+    asked = hub(AssertionError("the hub was asked")).asked
+
+    pipeline = registry.open_pipeline(str(tmp_path / "mine.safetensors"))
+    assert (pipeline.name, pipeline.base_model) == ("mine", None)
+    assert mx.array_equal(pipeline.denoiser.proj_out.weight, whole.denoiser.proj_out.weight)
+    assert not asked and not pipeline.snapshot.is_here()
+    told = pipeline.footprint(Workload(resolution=32, trained=1))
+    assert 0 < told.download < 2 * sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*.safetensors"))
+
+    asked = hub(tmp_path / "saved").asked
+    expected = whole.encode_prompts(["a photo of a dog"])
+    assert mx.array_equal(pipeline.encode_prompts(["a photo of a dog"])["pooled"], expected["pooled"])
+    assert [name for name, _, _ in asked] == [f"black-forest-labs/{repository}"]
+    assert not any(name.startswith("transformer/") and "safetensors" in name for name in asked[0][2])
+
+
+@pytest.mark.parametrize("kind", ["an autoencoder", "no safetensors", "an adapter"])
+def test_a_file_of_anything_else_is_refused_in_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "mine.safetensors"
+    if kind == "an autoencoder":
+        file.write_bytes((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+    elif kind == "an adapter":
+        mx.save_safetensors(str(file), {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((2, 2))})
+    else:
+        file.write_text("no safetensors")
+    with pytest.raises(
+        SettingsError, match="mine.safetensors: nothing installed opens this file; give a folder, owner"
+    ):
+        registry.open_pipeline(str(file))
+    with pytest.raises(SettingsError, match="--revision: .* is a file"):
+        registry.open_pipeline(str(file), revision="main")

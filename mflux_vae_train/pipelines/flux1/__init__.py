@@ -15,7 +15,8 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
     Nothing large is downloaded or read before it is needed; of a published model, nothing at all.
 
     Args:
-        model: `schnell`, `dev`, a folder in diffusers' layout or saved by mflux, or `owner/name`.
+        model: `schnell`, `dev`, a folder in diffusers' layout or saved by mflux, `owner/name`, or a file of the
+            transformer alone: the other parts are then those of the published model.
         revision: of the repository: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
 
@@ -26,14 +27,17 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
     from mflux_vae_train.pipelines.flux1 import hub
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return FluxPipeline.from_pretrained(folder, variant=variant)
+    place = Path(model).expanduser()
+    if place.is_dir():
+        return FluxPipeline.from_pretrained(place, variant=variant)
+    if place.is_file():
+        return hub.open_file(place)
     return hub.open_repository(model, revision=revision, variant=variant)
 
 
-def opens(folder: Path) -> bool:
-    """Whether a folder without `model_index.json` is FLUX.1's all the same: mflux's saves have none."""
+def opens(place: Path) -> bool:
+    """Whether a folder without `model_index.json` is FLUX.1's all the same (mflux's saves have none), or a file is."""
     from mflux_vae_train.pipelines.flux1 import folder as layout
+    from mflux_vae_train.pipelines.flux1 import weights
 
-    return layout.opens(folder)
+    return weights.is_transformer(place) if place.is_file() else layout.opens(place)

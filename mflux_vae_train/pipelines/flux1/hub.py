@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
@@ -11,9 +12,11 @@ from mflux_vae.opening.hub import cache_folder, cached, download
 from mflux_vae.weights.diffusers import STEM
 from mflux_vae.weights.files import open_folder
 from mflux_vae_train.pipelines.flux1 import folder as layout
+from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.flux1.published import PUBLISHED, REPOSITORIES
+from mflux_vae_train.pipelines.flux1.published import PUBLISHED, REPOSITORIES, published
 from mflux_vae_train.pipelines.flux1.weights import TEXT_STEM, saved_by_mflux, single_file
+from mflux_vae_train.pipelines.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +42,41 @@ def open_repository(model: str, *, revision: str | None = None, variant: str | N
     return FluxPipeline(**layout.parts(configs, snapshot, dtype=None, variant=variant), name=model, snapshot=snapshot)
 
 
-class Snapshot:
-    """A repository's files in the hub's cache; calling it gives their folder, after a download where one is needed."""
+def open_file(file: Path) -> FluxPipeline:
+    """A pipeline of a transformer in a file, and of the other parts of the published model that it is a kind of.
 
-    def __init__(self, repository: str, revision: str | None, variant: str | None) -> None:
+    Raises:
+        WeightsError: the file holds no such transformer, or is broken.
+    """
+    config = weights.told_by_weights(file)
+    known = published(config.guidance_embeds)
+    snapshot = Snapshot(
+        REPOSITORIES["dev" if config.guidance_embeds else "schnell"], None, None, parts=_STEMS.keys() - {"transformer"}
+    )
+    parts = layout.parts(replace(known, transformer=config), snapshot, dtype=None, variant=None)
+    parts["transformer"] = Part(lambda: weights.transformer(file, config), config=config)
+    logger.info("%s: all but the transformer is that of %s", file, snapshot.repository)
+    return FluxPipeline(**parts, name=file.stem, snapshot=snapshot)
+
+
+class Snapshot:
+    """A repository's files in the hub's cache; calling it gives their folder, after a download where one is needed.
+
+    Args:
+        parts: those that are wanted; None for all.
+    """
+
+    def __init__(
+        self, repository: str, revision: str | None, variant: str | None, *, parts: Collection[str] | None = None
+    ) -> None:
         self.repository, self._revision, self._variant = repository, revision, variant
+        self.parts = _STEMS.keys() if parts is None else parts
         self._place: Path | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the model is from there."""
+        return set(self.parts) == _STEMS.keys()
 
     def __call__(self) -> Path:
         """
@@ -52,8 +84,9 @@ class Snapshot:
             WeightsError: see `mflux_vae.opening.hub.download`.
         """
         if self._place is None:
-            place = download(self.repository, patterns(self._variant), self._revision)
-            if not any((place / "transformer").glob("*.safetensors")):  # Black Forest Labs' file is all there is
+            place = download(self.repository, patterns(self._variant, self.parts), self._revision)
+            # Black Forest Labs' file is all there is
+            if self.whole and not any((place / "transformer").glob("*.safetensors")):
                 place = download(self.repository, [*patterns(self._variant), *_SINGLE], self._revision)
             logger.info("%s: in %s", self.repository, place)
             self._place = place
@@ -62,7 +95,7 @@ class Snapshot:
     def is_here(self) -> bool:
         """Whether nothing is to be downloaded any more; asks nobody."""
         place = cached(self.repository, self._revision)
-        return place is not None and all(self._has(place, part) for part in _STEMS)
+        return place is not None and all(self._has(place, part) for part in self.parts)
 
     def cache(self) -> Path:
         """The folder that downloads go to."""
@@ -78,12 +111,21 @@ class Snapshot:
         return True
 
 
-def patterns(variant: str | None) -> Sequence[str]:
-    """Files of a repository that a pipeline is made of: not those of other variants, nor the same weights twice."""
+def patterns(variant: str | None, parts: Collection[str] = _STEMS.keys()) -> Sequence[str]:
+    """Files of a repository that a pipeline is made of: not those of other variants, nor the same weights twice.
+
+    Args:
+        parts: whose weights.
+    """
     middle = "" if variant is None else f".{variant}"
-    weights = [
+    files = [
         f"{part}/{stem}{middle}{rest}.safetensors"
         for part, stem in _STEMS.items()
+        if part in parts
         for rest in ("", "-?????-of-?????")  # one file, or shards
     ]
-    return [*_SMALL, *weights, *(f"{part}/[0-9]*.safetensors" for part in _STEMS)]  # the last are mflux's
+    return [
+        *_SMALL,
+        *files,
+        *(f"{part}/[0-9]*.safetensors" for part in _STEMS if part in parts),
+    ]  # the last are mflux's

@@ -8,7 +8,7 @@ MLX holds, found by reading the blocks and by measuring stacks of blocks at full
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -175,14 +175,15 @@ def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -
     return 2.0 * blocks * (layers + 2 * length**2 * width)
 
 
-def published_bytes(configs: Configs) -> int:
-    """Of the weights as they are published, in bfloat16."""
-    networks: list[tuple[Any, Any]] = [
-        (FluxTransformer, configs.transformer),
-        (T5Encoder, configs.text_encoder_2),
-        (CLIPTextModel, configs.text_encoder),
-    ]
-    return sum(_weights(kind, config, 2, None) for kind, config in networks) + stored_bytes(new_network(configs.vae), 2)
+def published_bytes(configs: Configs, parts: Collection[str]) -> int:
+    """Of the weights of some parts as they are published, in bfloat16."""
+    networks: dict[str, Callable[[], int]] = {
+        "transformer": lambda: _weights(FluxTransformer, configs.transformer, 2, None),
+        "text_encoder_2": lambda: _weights(T5Encoder, configs.text_encoder_2, 2, None),
+        "text_encoder": lambda: _weights(CLIPTextModel, configs.text_encoder, 2, None),
+        "vae": lambda: stored_bytes(new_network(configs.vae), 2),
+    }
+    return sum(networks[part]() for part in parts)
 
 
 _QUANTIZED: dict[Any, Callable[[str], bool]] = {

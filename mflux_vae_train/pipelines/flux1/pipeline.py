@@ -123,12 +123,11 @@ class FluxPipeline(FluxPrompts):
         tokenizer = self._tokenizer_2.loaded
         length = self.longest_prompt if tokenizer is None else self.max_text_tokens
         length = min(length, work.prompt_tokens or length)
-        cache = None if self.snapshot is None or self.snapshot.is_here() else self.snapshot.cache()
-        return Footprint(
-            phases=memory.phases(configs, work, text_tokens=length),
-            download=0 if cache is None else memory.published_bytes(configs),
-            cache=cache,
-        )
+        phases = memory.phases(configs, work, text_tokens=length)
+        if self.snapshot is None or self.snapshot.is_here():
+            return Footprint(phases=phases)
+        download = memory.published_bytes(configs, self.snapshot.parts)
+        return Footprint(phases=phases, download=download, cache=self.snapshot.cache())
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
@@ -225,8 +224,8 @@ class FluxPipeline(FluxPrompts):
 
     @property
     def base_model(self) -> str | None:
-        """The repository that it was opened from."""
-        return None if self.snapshot is None else self.snapshot.repository
+        """The repository that all of it was opened from."""
+        return self.snapshot.repository if self.snapshot is not None and self.snapshot.whole else None
 
     def usage(self, adapter: str, prompt: str, *, dora: bool) -> Mapping[str, str]:
         """As `naming.usage`."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mflux_vae.errors import WeightsError
 from mflux_vae.loading import new_network
 from mflux_vae.runtime import compute_dtype
 from mflux_vae.vae import VAE
@@ -37,11 +38,12 @@ _BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\..*"
 
 
 def transformer(
-    folder: Path, config: FluxTransformerConfig, dtype: mx.Dtype | None = None, variant: str | None = None
+    place: Path, config: FluxTransformerConfig, dtype: mx.Dtype | None = None, variant: str | None = None
 ) -> FluxTransformer:
-    """Open the transformer of a pipeline's folder.
+    """Open the transformer of a pipeline's folder, or in a file of its own.
 
     Args:
+        place: the folder, or the file.
         config: of the network that is built.
         dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
         variant: of the weights files, such as "fp16".
@@ -49,7 +51,7 @@ def transformer(
     Raises:
         WeightsError: no weights are there, or they are not this network's; all differences are listed.
     """
-    source, tensors = _transformer_tensors(folder, variant)
+    source, tensors = _transformer_tensors(place, variant)
     return _filled(FluxTransformer(config), tensors, source, dtype)
 
 
@@ -87,13 +89,16 @@ def autoencoder(
     return VAE.from_pretrained(place, dtype)
 
 
-def told_by_weights(folder: Path) -> FluxTransformerConfig:
+def told_by_weights(place: Path) -> FluxTransformerConfig:
     """What follows from a transformer's keys: schnell or dev, and how many blocks.
+
+    Args:
+        place: a pipeline's folder, or a file.
 
     Raises:
         WeightsError: there is no transformer.
     """
-    _, tensors = _transformer_tensors(folder)
+    _, tensors = _transformer_tensors(place)
     found = [(match[1], int(match[2])) for match in map(_BLOCK.fullmatch, tensors) if match]
     doubles, singles = (
         1 + max((index for kind, index in found if kind == name), default=-1)
@@ -124,10 +129,19 @@ def saved_by_mflux(place: Path) -> bool:
     return shard.is_file() and "mflux_version" in header(shard)[1]
 
 
-def _transformer_tensors(folder: Path, variant: str | None = None) -> tuple[Path, dict[str, mx.array]]:
+def is_transformer(file: Path) -> bool:
+    """Whether a file holds a FLUX.1 transformer, as far as its keys say."""
+    try:
+        names = open_weights(file)[0]
+    except WeightsError:
+        return False
+    return keys.is_bfl(names) or any(_BLOCK.fullmatch(name) for name in names)
+
+
+def _transformer_tensors(where: Path, variant: str | None = None) -> tuple[Path, dict[str, mx.array]]:
     """Where the transformer is, and its tensors under our names."""
-    file = single_file(folder, "transformer")
-    place = file or folder / "transformer"
+    file = where if where.is_file() else single_file(where, "transformer")
+    place = file or where / "transformer"
     tensors = _of_file(place) if file else _tensors(place, STEM, variant)
     named = keys.from_bfl(tensors) if keys.is_bfl(tensors) else to_mlx(tensors, keys.MFLUX_TRANSFORMER)
     return place, named
