@@ -12,7 +12,7 @@ import difflib
 import functools
 import logging
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -29,6 +29,9 @@ Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 WithoutEffect: TypeAlias = Mapping[str, str]
 """Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
+
+Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
+"""A settings file's content, and what begins messages about it -> the content by our names."""
 
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
 """Of settings within settings it is YAML."""
@@ -139,18 +142,20 @@ def settings_of(
     given: Mapping[str, Any],
     presets: Presets | None = None,
     without_effect: WithoutEffect | None = None,
+    translate: Translate | None = None,
 ) -> T:
-    """Settings from what a parser with `add_flags` found.
+    """Settings from what a parser with `add_flags` found; `translate` reads files of other programs.
 
     Raises:
         SettingsError: as `settings_from`, and an unknown preset.
     """
     given = dict(given)
     config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(NOTED, [])
-    below = _read_yaml(cls, Path(config), presets, without_effect or {}) if config else {}
+    below = _read_yaml(cls, Path(config), presets, without_effect or {}, translate) if config else {}
     for name in [*below.pop(NOTED, []), *noted]:
         logger.warning("--%s has no effect: %s", name, (without_effect or {})[name])
-    preset = below.pop("preset", None) if preset is None else preset
+    written = below.pop("preset", None)
+    preset = written if preset is None else preset
     values = {**_of_preset(preset, presets or {}), **below}
     values |= {name: _convert(cls, name, value) for name, value in given.items()}
     return _build(cls, values, "--")
@@ -180,13 +185,19 @@ def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
 
 
 def _read_yaml(
-    cls: type, path: Path, presets: Presets | None = None, without_effect: WithoutEffect | None = None
+    cls: type,
+    path: Path,
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+    translate: Translate | None = None,
 ) -> dict[str, Any]:
     content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
+    if translate is not None:
+        content = translate(content, f"{path}: ")
     return _named(cls, content, f"{path}: ", presets, without_effect)
 
 

@@ -25,11 +25,13 @@ def train(parser: ArgumentParser) -> Run:
     add_flags(parser, VAETrainingSettings, PRESETS)
 
     def run(**given: Any) -> None:
-        settings = settings_of(VAETrainingSettings, given, PRESETS)
         from mflux_vae_train.console import spoken
-        from mflux_vae_train.vae.train import VAETrainer
+        from mflux_vae_train.vae.sections import flattened
 
         with spoken([LOGGER]):
+            settings = settings_of(VAETrainingSettings, given, PRESETS, translate=flattened)
+            from mflux_vae_train.vae.train import VAETrainer
+
             VAETrainer(settings).train()
 
     return run

@@ -67,6 +67,12 @@ def test_presets_lie_under_the_flags(name: str) -> None:
     assert settings("--preset", name, "--lr", "0.5") == preset(name, learning_rate=0.5)
 
 
+def test_a_preset_on_the_command_line_wins_over_that_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("preset: beta\nlatent_dim: 3\n")
+    assert settings("--config", str(tmp_path / "run.yaml")) == preset("beta", latent_dim=3)
+    assert settings("--config", str(tmp_path / "run.yaml"), "--preset", "tc") == preset("tc", latent_dim=3)
+
+
 def test_the_seeds_command_lines() -> None:
     one = settings("--experiment_name", "my_beta_vae", "--loss_type", "beta_vae", "--beta_end", "4.0")
     assert one == preset("beta", experiment_name="my_beta_vae")
