@@ -11,6 +11,7 @@ import operator
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,7 +333,7 @@ _OF_LORA = (
 _OF_THE_FIRST = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
 
 
-# Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong.
+# Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong. Pipelines have their own.
 USUAL = {
     "train_batch_size": (1, 4),
     "gradient_accumulation_steps": (1, 8),
@@ -345,13 +346,17 @@ PRODIGYS_USUAL_RATE = (0.1, 2.0)
 """A factor on the rate that it finds."""
 
 
-def advice(settings: DreamBoothSettings) -> list[str]:
-    """One line for each setting outside its usual range: to be logged, never to forbid."""
+def advice(settings: DreamBoothSettings, ranges: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
+    """One line for each setting outside its usual range: to be logged, never to forbid.
+
+    Args:
+        ranges: by setting, in place of the usual ones.
+    """
     lines = []
     prodigy = settings.optimizer == "prodigy"
     rates = PRODIGYS_USUAL_RATE if prodigy else USUAL_RATE[settings.train_mode]
     with_what = " with --optimizer prodigy" if prodigy else f" with --train_mode {settings.train_mode}"
-    for name, (low, high) in {**USUAL, "learning_rate": rates}.items():
+    for name, (low, high) in {**USUAL, "learning_rate": rates, **(ranges or {})}.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
             where = with_what if name == "learning_rate" else ""

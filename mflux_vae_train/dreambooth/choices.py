@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import Concept, DreamBoothSettings, advice
+from mflux_vae_train.config import USUAL, Concept, DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.data import Plan
 from mflux_vae_train.dreambooth.optimization import TEXT_ENCODER_SHARE, default_rate
 from mflux_vae_train.dreambooth.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
@@ -77,7 +78,9 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
             resolution.
     """
     plan = _plan(settings, pictures)
-    warnings = [*advice(settings), *_without_use(settings, recommended), *_harmful(settings, recommended)]
+    harmful = _harmful(settings, recommended)
+    unusual = advice(settings, {"guidance": (0, math.inf) if harmful else _usual_guidance(recommended)})
+    warnings = [*unusual, *_without_use(settings, recommended), *harmful]
     warnings += _too_short(settings, plan)
     preservation = choose_preservation(settings)
     notes, first = preservation.notes, preservation.concepts[0]
@@ -214,6 +217,11 @@ def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str
         f"--guidance {settings.guidance:g}: this model was distilled to draw without guidance; above {most:g} class"
         " pictures and previews take twice as long and come out garish (training does not depend on it)"
     ]
+
+
+def _usual_guidance(recommended: Recommended) -> tuple[float, float]:
+    low, high = recommended.usual_guidance or USUAL["guidance"]
+    return min(low, recommended.guidance), max(high, recommended.guidance)
 
 
 PRODIGY_SETTLES = {"constant": 300, "constant_with_warmup": 300}

@@ -96,6 +96,7 @@ class Recommended:
         prior_loss_weight: weight of the prior-preservation term.
         weighting_scheme: how training draws and weights noise levels; None where there is no `predict`.
         most_guidance: guidance above this harms pictures, as the model was distilled to do without; None for no such.
+        usual_guidance: from and to; other guidance is remarked on. None for what is usual with most models.
     """
 
     resolution: int
@@ -109,6 +110,13 @@ class Recommended:
     prior_loss_weight: float = 1.0
     weighting_scheme: WeightingScheme | None = None
     most_guidance: float | None = None
+    usual_guidance: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.usual_guidance is not None:
+            low, high = self.usual_guidance
+            if low > high:
+                raise ValueError(f"usual_guidance is {self.usual_guidance}")
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import pytest
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import choose
+from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
 from tests.contracts.fake import FakePipeline
 
@@ -195,8 +196,29 @@ def test_prodigy_in_a_short_run_is_a_warning():
 
 
 def test_what_is_unusual_is_a_warning():
-    assert chosen(guidance=3).warnings == ["--guidance is 3; usual is 5 to 10"]
-    assert not chosen().warnings
+    # what the pipeline itself recommends, 1.5, is as usual as the recipe's 5 to 10
+    assert chosen(guidance=12).warnings == ["--guidance is 12; usual is 1.5 to 10"]
+    assert chosen(guidance=1).warnings == ["--guidance is 1; usual is 1.5 to 10"]
+    assert not chosen().warnings and not chosen(guidance=7.5).warnings
+
+
+@pytest.mark.parametrize(
+    ("model", "guidance", "said"),
+    [
+        ("schnell", 7.5, "distilled to draw without guidance"),
+        ("schnell", 1.0, None),
+        ("schnell", 0.0, None),
+        ("dev", 7.5, "--guidance is 7.5; usual is 1.5 to 5"),
+        ("dev", 3.5, None),
+    ],
+)
+def test_what_guidance_is_usual_depends_on_the_model(model, guidance, said):
+    settings = DreamBoothSettings(
+        model=model, instance_data_dir="pictures", instance_prompt="a photo of sks dog", guidance=guidance
+    )
+    warnings = choose(settings, flux1.load(model).recommended, pictures=5).warnings
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
 
 
 def test_seed_000s_example_is_understood():

@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.folder import read_configs
 from mflux_vae_train.pipelines.flux1.hub import patterns
 from mflux_vae_train.pipelines.footprint import Workload
-from tests.pipelines.small_flux import small_pipeline
+from tests.pipelines.small_flux import RECOMMENDED, small_pipeline
 
 
 class Hub:
@@ -128,6 +128,17 @@ def test_what_cannot_be_downloaded_is_one_clear_line(hub, error: Exception, told
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_usual_with_a_model_is_kept_with_it(tmp_path: Path) -> None:
+    usual = replace(RECOMMENDED, usual_guidance=(0.5, 2.0))
+    small_pipeline(tmp_path / "parts", recommended=usual).save_pretrained(tmp_path / "saved")
+    assert flux1.load(str(tmp_path / "saved")).recommended == usual
+    file = tmp_path / "saved" / "recommended.json"
+    for wrong in ([1.0], [2.0, 1.0], ["a", "b"], 3.0):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "usual_guidance": wrong}))
+        with pytest.raises((SettingsError, WeightsError), match=r"recommended\.json"):
+            flux1.load(str(tmp_path / "saved"))
+
+
 def test_a_folder_has_no_revision(folder: Path) -> None:
     with pytest.raises(SettingsError, match=r"--revision v1: .* is a folder"):
         registry.open_pipeline(str(folder), revision="v1")
@@ -200,9 +211,7 @@ def test_a_file_of_anything_else_is_refused_in_one_line(folder: Path, tmp_path: 
         mx.save_safetensors(str(file), {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((2, 2))})
     else:
         file.write_text("no safetensors")
-    with pytest.raises(
-        SettingsError, match="mine.safetensors: nothing installed opens this file; give a folder, owner"
-    ):
+    with pytest.raises(SettingsError, match=r"mine\.safetensors: nothing installed opens this file; give a folder"):
         registry.open_pipeline(str(file))
-    with pytest.raises(SettingsError, match="--revision: .* is a file"):
+    with pytest.raises(SettingsError, match=r"--revision: .* is a file"):
         registry.open_pipeline(str(file), revision="main")

@@ -175,7 +175,10 @@ def _read_recommended(path: Path) -> Recommended | None:
     if not path.is_file():
         return None
     try:
-        recommended = typed(lambda: Recommended(**read_json(path)), path)
+        told: Any = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()
+        }
+        recommended = typed(lambda: Recommended(**told), path)
         NoiseSampling(scheme=recommended.weighting_scheme or "uniform")
         return recommended
     except (TypeError, SettingsError) as error:

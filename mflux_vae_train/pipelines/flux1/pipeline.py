@@ -42,8 +42,16 @@ _DEV = Recommended(
     rank=16,
     caption_dropout=0.0,
     weighting_scheme="flux_shift",
+    usual_guidance=(1.5, 5.0),
 )
-_SCHNELL = replace(_DEV, guidance=1.0, steps=SCHNELL_STEPS, weighting_scheme="schnell", most_guidance=1.0)
+_SCHNELL = replace(
+    _DEV,
+    guidance=1.0,
+    steps=SCHNELL_STEPS,
+    weighting_scheme="schnell",
+    most_guidance=1.0,
+    usual_guidance=(0.0, 1.0),
+)
 
 
 class FluxPipeline(FluxPrompts):
