@@ -18,6 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
+from mflux_vae.kernels import sum_of_squares
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
@@ -216,4 +217,4 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return mx.sqrt(tree_reduce(lambda total, x: total + x.astype(mx.float32).square().sum(), tree, mx.array(0.0)))
+    return mx.sqrt(tree_reduce(lambda total, x: total + sum_of_squares(x), tree, mx.array(0.0)))

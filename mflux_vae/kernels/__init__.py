@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import deferred
+from mflux_vae.kernels.bands import by_samples, deferred
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -30,6 +30,7 @@ from mflux_vae.kernels.normalization import (
     group_norm_statistics,
     layer_norm,
     rms_norm,
+    sum_of_squares,
 )
 from mflux_vae.kernels.pointwise import gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu, tanh
 from mflux_vae.kernels.transposed import conv_transpose2d
@@ -59,6 +60,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
+    "sum_of_squares",
     "tanh",
     "workspace_bytes",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, streams
+from mflux_vae.kernels.bands import computes_now, filled, fuses, streams
 from mflux_vae.kernels.fusion import fused
 
 BAND_SCORES = 1 << 20
@@ -22,6 +22,8 @@ BAND_SCORES = 1 << 20
 _SMALLEST = 1 << 15
 """Fewer scores are not worth a band."""
 SCORES_AT_ONCE = 1 << 23
+_AT_ONCE = 16
+"""Rows are cut into so many pieces to find their largest values."""
 _FUSED_MAX_WIDTH = 128
 """MLX's attention on Metal and CUDA makes no scores up to this width of a head."""
 
@@ -81,8 +83,24 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     if not runtime.is_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    scores = (q * scale) @ k.swapaxes(-1, -2)
-    return softmax(scores if mask is None else scores + mask) @ v
+    scores = (q if scale == 1 else q * scale) @ k.swapaxes(-1, -2)
+    scores = scores if mask is None else scores + mask
+    if not fuses(scores):
+        return softmax(scores) @ v
+    return _weighted(scores, v)
+
+
+def _weighted(scores: mx.array, v: mx.array) -> mx.array:
+    """softmax(scores) @ v, float32."""
+    powers = exp(scores - _largest(scores))
+    return (powers @ v) / (powers @ mx.ones((v.shape[-2], 1)))
+
+
+def _largest(x: mx.array) -> mx.array:
+    """Of each row, (..., M) -> (..., 1): in two steps, as MLX compares whole vectors along all axes but the last."""
+    if x.shape[-1] % _AT_ONCE == 0:
+        x = mx.max(mx.unflatten(x, -1, (_AT_ONCE, -1)), axis=-2)
+    return mx.max(x, axis=-1, keepdims=True)
 
 
 def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
@@ -96,11 +114,7 @@ def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     def band(index: tuple[slice, slice, slice]) -> mx.array:
         keys, values = k[index[:2]], v[index[:2]]
         scores = (q[index] * scale) @ keys.swapaxes(-1, -2)
-        if mask is not None:
-            scores = scores + _part(mask, index)
-        powers = exp(scores - mx.max(scores, axis=-1, keepdims=True))
-        sums = powers @ mx.ones((k.shape[2], 1))
-        return (powers @ values) / sums
+        return _weighted(scores if mask is None else scores + _part(mask, index), values)
 
     def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
         for image in range(batch):

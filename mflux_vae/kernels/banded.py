@@ -92,10 +92,6 @@ def convolution(
     form = form_of((kh, kw), stride, channels, out)
     whole: Any = slice(0, batch), slice(0, out_h), slice(0, out)
 
-    def with_bias_and_residual(y: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
-        y = y if bias is None else _plus(y, bias[places])
-        return y if residual is None else _plus(residual[these, lines, :, places], y)
-
     def read(these: slice, lines: slice, beyond: int = 0) -> tuple[mx.array, tuple[int, int]]:
         """What some rows of the result see, and the rows of zeros above and below it."""
         first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top + beyond
@@ -108,19 +104,22 @@ def convolution(
     def from_tiles(x: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
         w = kernel[:, places] if kernel is not None else _transformed(weight, places, turned)
         count = winograd.tiles_over(lines.stop - lines.start), across
-        y = winograd.uncut(mx.contiguous(winograd.convolve(x, w, count)))[:, : lines.stop - lines.start, :out_w]
-        return with_bias_and_residual(y, these, lines, places)
+        y = winograd.convolve(x, w, count)
+        y = mx.contiguous(y) if bias is None else _plus(y, bias[places])
+        y = winograd.uncut(y)[:, : lines.stop - lines.start, :out_w]
+        return y if residual is None else _plus(residual[these, lines, :, places], y)
 
     def in_a_piece(these: slice, lines: slice) -> mx.array:
         x, zeros = read(these, lines)
-        return with_bias_and_residual(in_one_piece(x, weight, stride, (zeros, (left, right))), these, lines, whole[2])
+        y = in_one_piece(x, weight, stride, (zeros, (left, right)))
+        y = y if bias is None else _plus(y, bias)
+        return y if residual is None else _plus(residual[these, lines], y)
 
     bands: Iterator[tuple[Any, Band]]
     if form == "winograd":
         down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
-        few = shares_outputs(batch * down * across, out)
         kernel = winograd.remembered(weight) if remember and batch * out_h * out_w <= REMEMBERED_MAX_PIXELS else None
-        if few:
+        if shares_outputs(batch * down * across, out):
             x = in_tiles(*whole[:2])
             mx.eval(x)
             everywhere = cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))

@@ -26,6 +26,8 @@ MAX_STREAMS = 8
 PIECE = 1 << 20
 """Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
 _KEPT_FOR_REUSE = 32 << 20
+_ROWS = 512
+"""Of samples that are computed together: fewer make thin matrices, more take more memory."""
 
 
 class _Local(threading.local):
@@ -33,6 +35,7 @@ class _Local(threading.local):
 
     streams: list[mx.Stream] | None = None
     deferred = False
+    within = False
 
 
 _local = _Local()
@@ -41,15 +44,20 @@ _local = _Local()
 def computes_now(*arrays: mx.array) -> bool:
     """Whether results are computed at once: on a CPU, where no argument is part of a trace, unless `deferred`.
 
-    The arguments' own computation begins.
+    The arguments' own computation begins. Not within a part of `by_samples`, which is computed as a whole.
     """
-    if _local.deferred or not runtime.is_cpu():
+    if _local.deferred or _local.within or not runtime.is_cpu():
         return False
     try:
         mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
     except ValueError:
         return False
     return True
+
+
+def fuses(*arrays: mx.array) -> bool:
+    """Whether formulas are compiled: where results are computed at once, and within a part of `by_samples`."""
+    return _local.within or computes_now(*arrays)
 
 
 @contextmanager
@@ -76,7 +84,7 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
         for stream, (index, band) in together:
             with mx.stream(stream):
                 y[index] = band()
-        (mx.async_eval if together else mx.eval)(y)
+        mx.eval(y)
     return y
 
 
@@ -91,9 +99,46 @@ def added(bands: Iterable[Band]) -> mx.array:
         for place, (stream, band) in enumerate(together):
             with mx.stream(stream):
                 sums[place] = sums[place] + band() if place in sums else band()
-        (mx.async_eval if together else mx.eval)(sums)
+        mx.eval(sums)
     first, *others = sums.values()
     return sum(others, first)
+
+
+def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    """function(*arrays), a few samples at a time on each core where results are computed at once.
+
+    For a network's many small operations: a part goes through all of them on its own core, and waits for no other.
+
+    Args:
+        function: of arrays whose first axis are samples, none of which depends on another; so is its result.
+        arrays: the first (B, L, ...); of others, those with a first axis of length 1 are for all samples.
+    """
+    batch, length = arrays[0].shape[:2]
+    if batch == 1 or streams() == 1 or not computes_now(*arrays):
+        return function(*arrays)
+    mx.eval(arrays)  # or one stream would wait for what another one computes besides
+    parts: list[mx.array] = []
+    try:
+        for together in _side_by_side(cut(batch, max(1, min(-(-batch // streams()), _ROWS // length)))):
+            with _within():
+                some = []
+                for stream, these in together:
+                    with mx.stream(stream):
+                        some.append(function(*(a if a.shape[0] == 1 else a[these] for a in arrays)))
+            mx.eval(some)
+            parts += some
+    except ValueError:  # what `function` uses besides is part of a trace
+        return function(*arrays)
+    return mx.concatenate(parts)
+
+
+@contextmanager
+def _within() -> Iterator[None]:
+    before, _local.within = _local.within, True
+    try:
+        yield
+    finally:
+        _local.within = before
 
 
 T = TypeVar("T")
@@ -105,7 +150,6 @@ def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
     with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():
         while together := list(zip(streams, islice(remaining, len(streams)), strict=False)):
             yield together
-        yield []
 
 
 def _forget(needed: int) -> None:

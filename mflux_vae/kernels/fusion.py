@@ -29,18 +29,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-Formula: TypeAlias = Callable[..., mx.array]
+Formula: TypeAlias = Callable[..., Any]
 
 
 def fused(formula: Formula) -> Formula:
     """`formula` in one pass where this machine can compile; as it is elsewhere, and while MLX differentiates or traces.
 
     Args:
-        formula: element by element, with broadcasting; arrays in, an array out.
+        formula: element by element, with broadcasting; arrays in, an array out, or several.
     """
 
     @cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import mlx.core as mx
+import numpy as np
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, pieces
+from mflux_vae.kernels.bands import computes_now, filled, fuses, pieces
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import overridable
 
@@ -138,15 +139,37 @@ def batch_norm_apply(
     return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
 
 
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Of all elements, float32, a scalar: on a CPU a product of x with itself, one pass over memory on all cores."""
+    flat = x.astype(mx.float32).reshape(1, -1)
+    return (flat @ flat.T)[0, 0] if runtime.is_cpu() else mx.square(flat).sum()
+
+
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
     if not runtime.is_cpu():
         return mx.fast.rms_norm(x, weight, eps)
     wide = x.astype(mx.float32)
-    y = (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    y = (wide * mx.rsqrt(_mean(mx.square(wide)) + eps)).astype(x.dtype)
     return y if weight is None else y * weight
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
     """Layer normalisation over the last axis; weight and bias may be absent."""
-    return mx.fast.layer_norm(x, weight, bias, eps)
+    if not fuses(x):
+        return mx.fast.layer_norm(x, weight, bias, eps)
+    wide = x.astype(mx.float32)
+    wide = wide - _mean(wide)
+    y = wide * mx.rsqrt(_mean(mx.square(wide)) + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _mean(x: mx.array) -> mx.array:
+    """Mean over the last axis, which is kept: a product, that uses every lane of a vector."""
+    return x @ _shares(x.shape[-1])
+
+
+@cache
+def _shares(count: int) -> mx.array:
+    return mx.array(np.full((count, 1), 1 / count, np.float32))

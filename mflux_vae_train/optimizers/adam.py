@@ -6,6 +6,8 @@ import math
 
 import mlx.core as mx
 
+from mflux_vae.kernels.fusion import fused
+from mflux_vae.runtime import is_cpu
 from mflux_vae_train.optimizers.base import Optimizer, State
 
 
@@ -27,20 +29,41 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(learning_rate)
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
+        self._in_one_pass = fused(self._formula)
 
     def start(self, weights: mx.array, state: State) -> None:
         state["m"], state["v"] = mx.zeros_like(weights), mx.zeros_like(weights)
 
     def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
         m, v = self.moments(state, weights.shape)
-        m = self.beta1 * m + (1 - self.beta1) * gradient
-        v = self.beta2 * v + (1 - self.beta2) * mx.square(gradient)
+        n, rate = self.step.astype(mx.float32), self.learning_rate
+        formula = self._in_one_pass if is_cpu() else self._formula  # a GPU's whole update is compiled
+        weights, m, v = formula(
+            gradient,
+            weights,
+            m,
+            v,
+            1 - rate * self.weight_decay,
+            rate / one_minus_power(self.beta1, n),
+            1 / one_minus_power(self.beta2, n),
+        )
         self.keep(state, m, v)
-        n = self.step.astype(mx.float32)
-        m = m / one_minus_power(self.beta1, n)
-        v = v / one_minus_power(self.beta2, n)
-        rate = self.learning_rate
-        return weights * (1 - rate * self.weight_decay) - rate * m / (mx.sqrt(v) + self.epsilon)
+        return weights
+
+    def _formula(
+        self,
+        gradient: mx.array,
+        weights: mx.array,
+        m: mx.array,
+        v: mx.array,
+        kept: mx.array,
+        rate: mx.array,
+        larger: mx.array,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Weights and moments after the update; `rate` and `larger` correct the moments' bias."""
+        m = self.beta1 * m + (1 - self.beta1) * gradient
+        v = self.beta2 * v + (1 - self.beta2) * (gradient * gradient)
+        return weights * kept - rate * m / (mx.sqrt(v * larger) + self.epsilon), m, v
 
     def moments(self, state: State, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
         """First and second moment, float32."""
