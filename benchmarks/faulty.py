@@ -1,9 +1,9 @@
 """Runs a module as `python -m` does, in a process that suffers from something.
 
-    python -m benchmarks.faulty [--folder FOLDER] [--kill_before N] [--count] [--clock_back] MODULE ARGUMENTS ...
+    python -m benchmarks.faulty [--folder FOLDER] [--kill_before N [--by SIGNAL]] [--count] [--clock_back] MODULE ...
 
-`--kill_before N` ends the process (SIGKILL) before the N-th change of a file below FOLDER, `--count` says how many
-there were. `--clock_back` lets the system's clock run backwards, as the process sees it.
+`--kill_before N` sends the process a signal (SIGKILL) before the N-th change of a file below FOLDER, `--count` says how
+many there were. `--clock_back` lets the system's clock run backwards, as the process sees it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def changes(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kill_before", type=int, metavar="N")
+    parser.add_argument("--by", type=signal.Signals.__getitem__, default=signal.SIGKILL, metavar="SIGNAL")
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--folder", default=".")
     parser.add_argument("--clock_back", action="store_true")
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if given.kill_before is not None or given.count:
-        _watch(given.folder, given.kill_before)
+        _watch(given.folder, given.kill_before, given.by)
     if given.clock_back:
         began, own = time.time(), time.time
         time.time = lambda: began - 3600 * (own() - began)
@@ -47,7 +48,7 @@ def main() -> None:
     runpy.run_module(given.module, run_name="__main__", alter_sys=True)
 
 
-def _watch(folder: str, kill_before: int | None) -> None:
+def _watch(folder: str, kill_before: int | None, by: int) -> None:
     """Counts changes of files, and says at the end how many there were, if there is an end."""
     seen = 0
     if kill_before is None:
@@ -58,7 +59,7 @@ def _watch(folder: str, kill_before: int | None) -> None:
         if changes(event, arguments, folder):
             seen += 1
             if seen == kill_before:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
 
     sys.addaudithook(watch)
 
