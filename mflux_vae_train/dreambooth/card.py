@@ -17,7 +17,8 @@ CARD = "README.md"
 
 _SHOWN = (
     *("train_mode", "rank", "lora_alpha", "lora_layers", "use_dora", "resolution", "max_train_steps"),
-    *("train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "seed"),
+    *("train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "train_text_encoder"),
+    *("text_encoder_lr", "lr_scheduler", "seed"),
 )
 """Settings that the card repeats; settings.yaml has all of them."""
 
@@ -65,7 +66,8 @@ def _body(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: Run
     if picture is not None:
         parts.append(f"![pictures after the training]({picture})")
     if settings.train_mode == "lora" and isinstance(pipeline, Published):
-        for program, text in pipeline.usage(result.name, settings.instance_prompt, dora=settings.use_dora).items():
+        kind = {"dora": settings.use_dora, "text_encoder": settings.train_text_encoder}
+        for program, text in pipeline.usage(result.name, settings.instance_prompt, **kind).items():
             parts.append(f"## In {program}\n\n{text.strip()}")
     beside = [
         (settings.output_kohya_format, f"`{KOHYA}` is the same adapter in kohya's naming."),

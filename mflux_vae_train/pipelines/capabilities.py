@@ -182,11 +182,12 @@ class Published(Protocol):
         """Its repository on the hub, ``owner/name``; None where it is none."""
         ...
 
-    def usage(self, adapter: str, prompt: str, *, dora: bool) -> Mapping[str, str]:
+    def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
         """Program -> how an adapter is used there, as Markdown.
 
         Args:
             adapter: name of its file.
             dora: whether it has magnitudes, which not every program reads.
+            text_encoder: whether a part of it is the text encoder's.
         """
         ...

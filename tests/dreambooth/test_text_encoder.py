@@ -140,6 +140,7 @@ def test_what_was_learnt_is_saved_in_both_namings_and_read_back(pipeline, settin
     after = drawn(pipeline)
     tensors, _ = read_safetensors(out / "pytorch_lora_weights.safetensors")
     key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_B.weight"
+    assert "mflux passes over what CLIP has learnt" in (out / "README.md").read_text()
     assert key in tensors and sum(name.startswith("text_encoder.") for name in tensors) == 16
     with lora.disabled(pipeline.text_encoder):
         without = drawn(pipeline)

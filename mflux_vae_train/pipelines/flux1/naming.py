@@ -43,7 +43,7 @@ _SINGLE = {
 """Of a block: the original's layers and this network's. Those outside the blocks have no LoRA in kohya's scripts."""
 
 
-def usage(base: str | None, adapter: str, prompt: str, *, dora: bool) -> dict[str, str]:
+def usage(base: str | None, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> dict[str, str]:
     """Program -> how an adapter in PEFT's naming is used there, as Markdown."""
     base = base or "path/to/the/base/model"
     python = f"""```python
@@ -58,6 +58,10 @@ image = pipeline({prompt!r}).images[0]
 mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
     without = "mflux reads no DoRA. `--fuse` leaves a whole pipeline instead."
+    if text_encoder:
+        shell += (
+            "\n\nmflux passes over what CLIP has learnt, and takes the rest. `--fuse` keeps both."
+        )
     return {"diffusers": python, "mflux": without if dora else shell}
 
 

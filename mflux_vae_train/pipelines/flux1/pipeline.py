@@ -235,9 +235,9 @@ class FluxPipeline(FluxPrompts):
         """The repository that all of it was opened from."""
         return self.snapshot.repository if self.snapshot is not None and self.snapshot.whole else None
 
-    def usage(self, adapter: str, prompt: str, *, dora: bool) -> Mapping[str, str]:
+    def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
         """As `naming.usage`."""
-        return naming.usage(self.base_model, adapter, prompt, dora=dora)
+        return naming.usage(self.base_model, adapter, prompt, dora=dora, text_encoder=text_encoder)
 
     def _velocity(
         self,
