@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import shutil
 import time
@@ -26,11 +27,17 @@ from mflux_vae_train.dreambooth.optimization import optimizer_of
 from mflux_vae_train.dreambooth.preservation import choose_preservation
 from mflux_vae_train.dreambooth.trained import outlines
 from mflux_vae_train.dreambooth.views import Shape
+from mflux_vae_train.hooks import Hook, Record
 from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 GB = 2**30
+
+TRAINING = "training"
+"""Name of the phase whose operations are those of one update."""
+
+logger = logging.getLogger(__name__)
 
 _FULL_WIDTH = 4
 """Bytes of a number in float32."""
@@ -91,6 +98,33 @@ def estimated(
     cures = [] if footprint.peak <= limit else list(_cures(pipeline, choices.settings, work, limit))
     made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
     return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work)])
+
+
+def compared(estimate: Estimate | None) -> Hook:
+    """A hook that says, after the first update that it sees, what that took beside what was estimated for it.
+
+    Nothing is computed for it, and no peak is forgotten: where something before took more, it can say no more than so.
+    """
+    before, seen = mx.get_peak_memory(), False
+
+    def compare(_: Record) -> None:
+        nonlocal seen
+        first, seen = not seen, True
+        if estimate is None or not first:
+            return
+        peak = mx.get_peak_memory()
+        took = _gb(peak) if peak > before else f"no more than the {_gb(before)} of what came before it"
+        training = max((phase.peak for phase in estimate.footprint.phases if phase.name == TRAINING), default=0)
+        logger.info("the first update took %s at its peak, and %s were estimated", took, _gb(training))
+        if before < estimate.limit < peak:
+            logger.warning(
+                "that is more than the %s that there are: the machine may swap or stop; less is taken with"
+                " --gradient_checkpointing, or with half the --train_batch_size and twice the"
+                " --gradient_accumulation_steps",
+                _gb(estimate.limit),
+            )
+
+    return compare
 
 
 def workload(
@@ -221,8 +255,8 @@ def _time(footprint: Footprint, work: Workload) -> Iterator[str]:
     """What the matrix products alone take at the speed that they have here now."""
     if work.quantize is not None and is_cpu():
         return  # MLX multiplies quantised matrices on a CPU in a way of its own, far slower
-    before = sum(phase.operations for phase in footprint.phases if phase.name != "training")
-    update = sum(phase.operations for phase in footprint.phases if phase.name == "training")
+    before = sum(phase.operations for phase in footprint.phases if phase.name != TRAINING)
+    update = sum(phase.operations for phase in footprint.phases if phase.name == TRAINING)
     speed = _operations_per_second()
     if update:
         yield (

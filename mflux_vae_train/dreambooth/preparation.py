@@ -19,7 +19,7 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.distributed import ALONE, IDLE, Team
 from mflux_vae_train.dreambooth import adapter, fitting
 from mflux_vae_train.dreambooth.choices import Choices, choose, choose_resolution
-from mflux_vae_train.dreambooth.estimate import estimated, with_batch_size
+from mflux_vae_train.dreambooth.estimate import Estimate, estimated, with_batch_size
 from mflux_vae_train.dreambooth.instances import Pictures, content_of, load_pictures
 from mflux_vae_train.dreambooth.prior import ClassFolder, class_folders, class_images
 from mflux_vae_train.dreambooth.result import check_result
@@ -41,6 +41,7 @@ class Preparation:
         identity: what makes this run this run.
         standing: how far it has come.
         lines: what to say at the start.
+        estimate: what it will take; None where the pipeline does not know.
     """
 
     choices: Choices
@@ -49,6 +50,7 @@ class Preparation:
     identity: Mapping[str, Any]
     standing: Standing
     lines: Sequence[str]
+    estimate: Estimate | None
 
 
 def check_pictures(settings: DreamBoothSettings) -> None:
@@ -147,6 +149,7 @@ def prepare(
         identity=identity,
         standing=state,
         lines=lines,
+        estimate=estimate,
     )
 
 

@@ -22,6 +22,7 @@ from mflux_vae_train.dreambooth.adapter import attach
 from mflux_vae_train.dreambooth.card import write_card
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.data import micro_batches
+from mflux_vae_train.dreambooth.estimate import compared
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
 from mflux_vae_train.dreambooth.material import gather
 from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
@@ -186,7 +187,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
             learning_rate=rate,
             total=plan.updates,
             start=start,
-            observers=watching.observers,
+            observers=[*watching.observers, compared(run.estimate)],
             hooks=[
                 Learning(*learners.values()),
                 watching.pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),

@@ -13,7 +13,7 @@ from mflux_vae_train.dreambooth import choices, estimate, report
 from mflux_vae_train.dreambooth.estimate import GB, with_batch_size
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.flags import settings_from
-from mflux_vae_train.hooks import read_metrics
+from mflux_vae_train.hooks import Record, read_metrics
 from mflux_vae_train.pipelines import flux1, tiny
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.tiny import WEIGHTS
@@ -65,6 +65,34 @@ def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, 
         DreamBooth(Weighed()).train(settings(memory_limit=4))
     assert "estimated memory at the peak: text encoding 1.0 GB, training 2.0 GB (--memory_limit: 4.0 GB)" in looked[0]
     assert "to the first update" in looked[0]
+
+
+def test_after_the_first_update_it_is_compared_with_what_that_took(settings, caplog, monkeypatch) -> None:
+    peaks = iter([2 * GB, 5 * GB, 7 * GB])
+    monkeypatch.setattr(estimate.mx, "get_peak_memory", lambda: next(peaks))
+    made = estimate.Estimate(
+        footprint=Footprint(phases=[Phase("latents", 9 * GB, 0, 0), Phase("training", GB, 3 * GB, 0)]),
+        limit=int(4.5 * GB),
+        lines=[],
+        cures=[],
+    )
+    hook = estimate.compared(made)
+    with caplog.at_level(logging.INFO):
+        for update in (1, 2):
+            hook(Record(update=update, total=2, metrics={}, seconds=1.0))
+    assert "took 5.0 GB at its peak, and 4.0 GB were estimated" in told(caplog)
+    assert "more than the 4.5 GB that there are" in told(caplog) and len(caplog.records) == 2
+    caplog.clear()
+    peaks = iter([6 * GB, 6 * GB])
+    with caplog.at_level(logging.INFO):
+        estimate.compared(made)(Record(update=1, total=2, metrics={}, seconds=1.0))
+    assert "no more than the 6.0 GB of what came before it" in told(caplog) and len(caplog.records) == 1
+
+
+def test_a_run_says_what_its_first_update_took(settings, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        DreamBooth(Weighed()).train(settings())
+    assert told(caplog).count("the first update took") == 1
 
 
 def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> None:

@@ -59,9 +59,7 @@ mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shl
 ```"""
     without = "mflux reads no DoRA. `--fuse` leaves a whole pipeline instead."
     if text_encoder:
-        shell += (
-            "\n\nmflux passes over what CLIP has learnt, and takes the rest. `--fuse` keeps both."
-        )
+        shell += "\n\nmflux passes over what CLIP has learnt, and takes the rest. `--fuse` keeps both."
     return {"diffusers": python, "mflux": without if dora else shell}
 
 
