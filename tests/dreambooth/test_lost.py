@@ -165,8 +165,13 @@ def test_within_a_window_whatever_is_trained(name: str, settings: Make, tmp_path
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_within_a_window_over_quantised_weights(settings: Make, tmp_path: Path) -> None:
+def test_within_a_window_of_all_at_once_over_quantised_weights(
+    settings: Make, tmp_path: Path, instance_dir: Path
+) -> None:
+    """Prior preservation, dropout of captions and in the adapter, buckets, Prodigy, over a base of 8 bits."""
     changes: dict[str, Any] = {"quantize": 8, "resolution": 32, "num_class_images": 1, "max_train_steps": 3}
+    changes |= {"optimizer": "prodigy", "learning_rate": 1.0, "use_aspect_ratio_buckets": True, "random_flip": True}
+    save_image(instance_dir / "wide.png", np.full((32, 64, 3), 90, np.uint8))
 
     def pipeline(name: str) -> Any:
         return small_pipeline(tmp_path / name)
@@ -286,6 +291,29 @@ def test_a_disk_that_is_full_among_the_class_pictures(
         train(settings())
     assert [path.name for path in (tmp_path / "out" / "class_images").iterdir()] == ["class-00000.png"]
     assert "No space left" in (tmp_path / "out" / "train.log").read_text()
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_a_disk_that_is_full_among_the_encodings(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    kept, own = 0, os.replace
+
+    def full(source: Path, target: Path) -> None:
+        nonlocal kept
+        target = Path(target)
+        kept += target.parent.name == "encodings" and not target.name.startswith(".")
+        if kept == 3:
+            raise OSError(28, "No space left on device", str(target))
+        own(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        train(settings())
+    encodings = tmp_path / "out" / "encodings"
+    assert len(list(encodings.iterdir())) == 2 and not list(encodings.glob(".*"))
     train(settings())
     same(tmp_path / "out", left(tmp_path / "whole"))
 
