@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ import mlx.nn as nn
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.layers import BatchNorm, Conv2d, TransposedConv2d, leaky_relu
+from mflux_vae.networks.own import OwnConfig
 from mflux_vae.networks.scaling import ScaledConfig
 from mflux_vae.overriding import overridable
 from mflux_vae.posterior import DiagonalGaussian
@@ -21,7 +21,7 @@ NEGATIVE_SLOPE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatConfig(ScaledConfig):
+class FlatConfig(OwnConfig, ScaledConfig):
     """What a `FlatAutoencoder` is made of.
 
     Every level halves the resolution, rounding up, and the decoder gives each size back: images of any size return in
@@ -61,6 +61,7 @@ class FlatConfig(ScaledConfig):
             if getattr(self, name) not in known:
                 raise SettingsError(f"FlatAutoencoder: {name} is {' or '.join(known)}, not {getattr(self, name)!r}")
 
+    NAME: ClassVar[str] = "FlatAutoencoder"
     vectors: ClassVar[bool] = True
     """Latents have no height and width."""
 
@@ -81,22 +82,6 @@ class FlatConfig(ScaledConfig):
         for _ in self.hidden_dims:
             sizes.append((sizes[-1] + 1) // 2)
         return tuple(sizes)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> FlatConfig:
-        """Read config.json; keys that start with an underscore are bookkeeping.
-
-        Raises:
-            SettingsError: an unknown key, or a value of the wrong type.
-        """
-        try:
-            return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        except TypeError as error:
-            raise SettingsError(f"FlatAutoencoder: not its configuration ({error})") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads."""
-        return {"_class_name": "FlatAutoencoder", **asdict(self), "hidden_dims": list(self.hidden_dims)}
 
 
 class Down(nn.Module):

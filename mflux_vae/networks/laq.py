@@ -7,9 +7,9 @@ paints the second.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.layers import Conv2d
+from mflux_vae.networks.own import OwnConfig
 from mflux_vae.networks.tokens import PositionBias, Transformer
 
 _CONVOLUTIONS = {
@@ -30,7 +31,7 @@ _CONVOLUTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAQConfig:
+class LAQConfig(OwnConfig):
     """What a `LatentActionQuantizer` is made of; names are LAPA's, defaults what it published.
 
     Attributes:
@@ -58,6 +59,7 @@ class LAQConfig:
     channels: int = 3
     code_seq_len: int = 4
 
+    NAME: ClassVar[str] = "LatentActionQuantizer"
     pairs: ClassVar[bool] = True
     """It takes two frames, not one image."""
 
@@ -86,22 +88,6 @@ class LAQConfig:
     def bits(self) -> float:
         """What the codes of a pair of frames can tell at most."""
         return self.code_seq_len * math.log2(self.codebook_size)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> LAQConfig:
-        """Read config.json; keys that start with an underscore are bookkeeping.
-
-        Raises:
-            SettingsError: an unknown key, or a value that does not go.
-        """
-        try:
-            return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        except TypeError as error:
-            raise SettingsError(f"LatentActionQuantizer: not its configuration ({error})") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads."""
-        return {"_class_name": "LatentActionQuantizer", **asdict(self)}
 
 
 def code_counts(grid: int, kernels: Sequence[int] | None = None) -> list[int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +12,7 @@ import mlx.nn as nn
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.layers import Conv2d, leaky_relu
+from mflux_vae.networks.own import OwnConfig
 from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.overriding import pointwise
 from mflux_vae.posterior import DiagonalGaussian
@@ -21,7 +21,7 @@ NEGATIVE_SLOPE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainConfig(ScaledConfig):
+class PlainConfig(OwnConfig, ScaledConfig):
     """What a `PlainAutoencoder` is made of.
 
     Attributes:
@@ -31,6 +31,8 @@ class PlainConfig(ScaledConfig):
         bottleneck_blocks: residual blocks at the lowest resolution, in encoder and decoder each.
         scaling_factor, shift_factor: a denoiser sees (latents - shift) * scale.
     """
+
+    NAME: ClassVar[str] = "PlainAutoencoder"
 
     in_channels: int = 3
     out_channels: int = 3
@@ -52,22 +54,6 @@ class PlainConfig(ScaledConfig):
     def downsampling(self) -> int:
         """Pixels per latent in each direction."""
         return 2 ** (len(self.channels) - 1)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> PlainConfig:
-        """Read config.json; keys that start with an underscore are bookkeeping.
-
-        Raises:
-            SettingsError: an unknown key, or a value of the wrong type.
-        """
-        try:
-            return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        except TypeError as error:
-            raise SettingsError(f"PlainAutoencoder: not its configuration ({error})") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads."""
-        return {"_class_name": "PlainAutoencoder", **asdict(self), "channels": list(self.channels)}
 
 
 def _leaky(x: mx.array) -> mx.array:

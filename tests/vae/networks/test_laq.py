@@ -31,14 +31,14 @@ def test_the_published_network_has_its_size_and_is_recognised_by_its_shapes() ->
     parameters = dict(tree_flatten(LatentActionQuantizer().parameters()))
     assert sum(value.size for value in parameters.values()) == 343_796_080
     shapes = {name: value.shape for name, value in parameters.items()}
-    assert recognition.settings("LatentActionQuantizer", shapes, "x.pt") == LAQConfig().to_dict()
+    assert recognition.settings("LatentActionQuantizer", "lapa", shapes, "x.pt") == LAQConfig().to_dict()
 
 
 @pytest.mark.parametrize("changes", [{"code_seq_len": 1}, {"patch_size": 16, "code_seq_len": 16}, {"channels": 1}])
 def test_others_are_recognised_too(changes: dict[str, int]) -> None:
     config = LAQConfig(**{"dim": 8, "heads": 2, "spatial_depth": 1, "temporal_depth": 2, "dim_head": 4, **changes})
     shapes = {name: value.shape for name, value in tree_flatten(LatentActionQuantizer(config).parameters())}
-    assert recognition.settings("LatentActionQuantizer", shapes, "x.pt") == config.to_dict()
+    assert recognition.settings("LatentActionQuantizer", "lapa", shapes, "x.pt") == config.to_dict()
 
 
 def test_frames_of_another_size_need_a_configuration(tmp_path: Path) -> None:
