@@ -42,6 +42,7 @@ __all__ = [
     "attention",
     "batch_norm",
     "batch_norm_apply",
+    "by_samples",
     "conv2d",
     "conv_transpose2d",
     "deferred",

@@ -87,7 +87,7 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arr
     scores = scores if mask is None else scores + mask
     if not fuses(scores):
         return softmax(scores) @ v
-    return _weighted(scores, v)
+    return _weighted(scores.astype(mx.float32), v.astype(mx.float32)).astype(v.dtype)
 
 
 def _weighted(scores: mx.array, v: mx.array) -> mx.array:

@@ -107,7 +107,7 @@ def _stepwise_half(x: mx.array) -> mx.array:
 
 
 def _gated(x: mx.array, p: Sequence[float], q: Sequence[float], all_from: float) -> mx.array:
-    """x (1/2 + t(x)) of an odd t = x P(x^2) / Q(x^2) that is 1/2 from some x on: one comparison, few operations deep."""
+    """x (1/2 + t(x)) of an odd t = x P(x^2) / Q(x^2) that is 1/2 from some x on: one comparison, one pass."""
     square, size = x * x, mx.abs(x)
     fourth = square * square
     t = square * _sum(p, square, fourth) / _sum(q, square, fourth)

@@ -120,7 +120,8 @@ class T5Attention(nn.Module):
         buckets = relative_position_buckets(
             length, config.relative_attention_num_buckets, config.relative_attention_max_distance
         )
-        return self.relative_attention_bias(mx.array(buckets)).transpose(2, 0, 1)[None]
+        # copied: every block adds it, and strides would take longer each time
+        return mx.contiguous(self.relative_attention_bias(mx.array(buckets)).transpose(2, 0, 1))[None]
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
         B, L, _ = x.shape
@@ -202,7 +203,9 @@ class T5Stack(nn.Module):
             seen = attention_mask.astype(mx.bool_)[:, None, None, :]
             bias = mx.where(seen, bias, mx.array(mx.finfo(bias.dtype).min, bias.dtype))
         # the residual stream outgrows float16 and loses too much in bfloat16: it stays in float32
-        x = x.astype(mx.float32)
+        return kernels.by_samples(self._encoded, x.astype(mx.float32), bias)
+
+    def _encoded(self, x: mx.array, bias: mx.array) -> mx.array:
         for block in self.block:
             x = block(x, bias)
         return self.final_layer_norm(x)
