@@ -64,6 +64,27 @@ class Tape:
         self._noted.append((place, pull))
         return Recorded(self, value, place)
 
+    def recomputed(self, part: Callable[[Any], Any], x: Recorded, parameters: Any) -> Recorded:
+        """part(x), of which only x is kept: on the way back it is computed again.
+
+        Args:
+            part: of a network, with these parameters; called twice, with stand-ins.
+        """
+        value = value_of(part(Tape({}).start(x.value)))
+        own = dict(tree_flatten(parameters))
+        names = [name for name, array in own.items() if self.place(array) is not None]
+        kept, place = x.value, x.place
+
+        def pull(gradient: mx.array) -> None:
+            inner = Tape({name: own[name] for name in names})
+            again = Recorded(inner, kept, None if place is None else Place())
+            found = inner.gradients([(part(again), gradient)])
+            _give([self.place(own[name]) for name in names], [found[name] for name in names])
+            if place is not None and again.place is not None and again.place.gradient is not None:
+                place.add(again.place.gradient)
+
+        return self.note(value, pull, x, *(own[name] for name in names))
+
     def gradients(self, ends: Sequence[tuple[Any, mx.array]]) -> Any:
         """Go all the way back, once.
 

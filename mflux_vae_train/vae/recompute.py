@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.layers import batch_statistics, fold_statistics
+from mflux_vae_train.tape import Recorded
 from mflux_vae_train.vae.dropout import as_now
 
 
@@ -33,11 +34,23 @@ def recompute_blocks(network: nn.Module) -> int:
 
 @cache
 def _recomputing(kind: Any) -> Any:
-    def call(self: Any, x: mx.array, *settings: Any) -> mx.array:
+    def call(self: Any, x: Any, *settings: Any) -> Any:
         if not self.training:
             return kind.__call__(self, x, *settings)
 
         keys = as_now(self)
+        if isinstance(x, Recorded):
+            seen: list[dict[str, mx.array]] = []
+
+            def part(x: Recorded) -> Any:
+                with keys():
+                    y = kind.__call__(self, x, *settings)
+                seen.append(batch_statistics(self))
+                return y
+
+            taped = x.tape.recomputed(part, x, self.trainable_parameters())
+            fold_statistics(self, seen[0])
+            return taped
 
         def inner(parameters: Any, x: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
             self.update(parameters)
@@ -45,9 +58,9 @@ def _recomputing(kind: Any) -> Any:
                 return kind.__call__(self, x, *settings), batch_statistics(self)
 
         own = self.trainable_parameters()
-        y, seen = mx.checkpoint(inner)(own, x)
+        y, statistics = mx.checkpoint(inner)(own, x)
         self.update(own)  # tracing leaves its placeholders
-        fold_statistics(self, seen)
+        fold_statistics(self, statistics)
         return y
 
     # a stage must not be gone through layer by layer any more

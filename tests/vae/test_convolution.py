@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mflux_vae import kernels, runtime
-from mflux_vae.kernels import convolution, winograd
+from mflux_vae.kernels import banded, gradients, winograd
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -49,6 +49,19 @@ def compare(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: i
         assert distance(a, b) <= limit, name
 
 
+def compare_closed(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: int, padding: Any) -> None:
+    """Gradients that are computed at once, for strides of 1 and 2 and padding less than the kernel."""
+    keys = mx.random.split(mx.random.key(sum(shape) + out), 3)
+    x = mx.random.normal(shape, key=keys[0])
+    weight = mx.random.normal((out, *kernel, shape[-1]), key=keys[1])
+    dy = mx.random.normal(reference(x, weight, None, stride, padding).shape, key=keys[2])
+    _, theirs = mx.vjp(lambda x, weight: reference(x, weight, None, stride, padding), [x, weight], [dy])
+    to_x = gradients.conv2d_input(dy, weight, shape, stride=stride, padding=padding)
+    to_weight = gradients.conv2d_weight(x, dy, kernel, stride=stride, padding=padding)
+    for name, a, b in zip(["x", "w"], (to_x, to_weight), theirs, strict=True):
+        assert distance(a, b) <= BACKWARD, name
+
+
 sides = st.integers(0, 2)
 paddings = st.one_of(sides, st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)))
 
@@ -70,10 +83,21 @@ def test_any_shape(case: tuple[Any, ...]) -> None:
     compare(*case)
 
 
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(convolutions())
+def test_closed_gradients_of_any_shape(case: tuple[Any, ...]) -> None:
+    shape, out, kernel, stride, padding, _ = case
+    limits = zip(kernel, ((padding, padding),) * 2 if isinstance(padding, int) else padding, strict=True)
+    assume(stride <= 2 and all(max(sides) < size for size, sides in limits))
+    compare_closed(shape, out, kernel, stride, padding)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 9, 20, 260), (1, 16, 30, 32), (3, 8, 8, 64)])
 def test_the_shapes_of_autoencoders(shape: tuple[int, ...], stride: int) -> None:
-    compare(shape, 8, (3, 3), stride, 1 if stride == 1 else ((0, 1), (0, 1)), True)
+    padding = 1 if stride == 1 else ((0, 1), (0, 1))
+    compare(shape, 8, (3, 3), stride, padding, True)
+    compare_closed(shape, 72, (3, 3), stride, padding)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -136,9 +160,11 @@ def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
 )
 def test_bands_of_any_size(shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, bias: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "_BAND_TILES", tiles)
-        patch.setattr(convolution, "_BAND_ELEMENTS", elements)
+        patch.setattr(banded, "BAND_TILES", tiles)
+        patch.setattr(banded, "BAND_ELEMENTS", elements)
+        patch.setattr(banded, "_BAND_WEIGHTS", elements)
         compare(shape, out, (3, 3), 1, 1, bias)
+        compare_closed(shape, out, (3, 3), 1, 1)
 
 
 @pytest.mark.parametrize("traced", [False, True])
