@@ -45,7 +45,7 @@ class Tape:
 
     def __init__(self, parameters: Any):
         self._parameters = parameters
-        self._places = {id(array): Place() for _, array in tree_flatten(parameters)}
+        self._places = {id(array): Place() for array in dict(tree_flatten(parameters)).values()}
         self._noted: list[tuple[Place, Pull]] = []
 
     def place(self, argument: Any) -> Place | None:
@@ -265,9 +265,10 @@ def _by_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(tape: Tape, *arguments: Any, **named: Any) -> Any:
         values = [value_of(argument) for argument in arguments]
-        held = {i: tree_flatten(a.trainable_parameters()) for i, a in enumerate(arguments) if isinstance(a, nn.Module)}
+        modules = {i: a for i, a in enumerate(arguments) if isinstance(a, nn.Module)}
+        held = {i: dict(tree_flatten(module.trainable_parameters())) for i, module in modules.items()}
         inputs = [(i, "", a) for i, a in enumerate(arguments) if i not in held]
-        inputs += [(i, name, array) for i, arrays in held.items() for name, array in arrays]
+        inputs += [(i, name, array) for i, arrays in held.items() for name, array in arrays.items()]
         inputs = [given for given in inputs if tape.place(given[2]) is not None]
 
         def call(*arrays: mx.array) -> mx.array:
@@ -286,7 +287,7 @@ def _by_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
                 _, answers = mx.vjp(call, before, [gradient])
             finally:  # differentiation leaves its placeholders in modules
                 for i, arrays in held.items():
-                    values[i].update(tree_unflatten(arrays))
+                    values[i].update(tree_unflatten(list(arrays.items())))
             _give([tape.place(array) for _, _, array in inputs], answers)
 
         return tape.note(function(*values, **named), pull, *(array for _, _, array in inputs))

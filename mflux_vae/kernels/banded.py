@@ -90,7 +90,7 @@ def convolution(
     out = weight.shape[3 if turned else 0]
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
     form = form_of((kh, kw), stride, channels, out)
-    whole: Any = slice(0, batch), slice(0, out_h), slice(0, out)
+    every_image, every_row, every_output = slice(0, batch), slice(0, out_h), slice(0, out)
 
     def read(these: slice, lines: slice, beyond: int = 0) -> tuple[mx.array, tuple[int, int]]:
         """What some rows of the result see, and the rows of zeros above and below it."""
@@ -109,6 +109,9 @@ def convolution(
         y = winograd.uncut(y)[:, : lines.stop - lines.start, :out_w]
         return y if residual is None else _plus(residual[these, lines, :, places], y)
 
+    def from_rows(these: slice, lines: slice) -> mx.array:
+        return from_tiles(in_tiles(these, lines), these, lines, every_output)
+
     def in_a_piece(these: slice, lines: slice) -> mx.array:
         x, zeros = read(these, lines)
         y = in_one_piece(x, weight, stride, (zeros, (left, right)))
@@ -120,21 +123,19 @@ def convolution(
         down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
         kernel = winograd.remembered(weight) if remember and batch * out_h * out_w <= REMEMBERED_MAX_PIXELS else None
         if shares_outputs(batch * down * across, out):
-            x = in_tiles(*whole[:2])
+            x = in_tiles(every_image, every_row)
             mx.eval(x)
-            everywhere = cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
             bands = (
-                ((*whole[:2], slice(None), places), partial(from_tiles, x, *whole[:2], places)) for places in everywhere
+                ((every_image, every_row, slice(None), places), partial(from_tiles, x, every_image, every_row, places))
+                for places in cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
             )
         else:
             if kernel is None:
-                kernel = _transformed(weight, whole[2], turned)
+                kernel = _transformed(weight, every_output, turned)
             tiles = max(BAND_TILES[0], min(BAND_TILES[1], BAND_ELEMENTS // (36 * max(channels, out))))
             images, tall = _share(batch, down, tiles // across)
-            bands = (
-                (index, lambda index=index: from_tiles(in_tiles(*index), *index, whole[2]))
-                for index in _rows(batch, out_h, images, tall * winograd.TILE)
-            )
+            rows_of_tiles = _rows(batch, out_h, images, tall * winograd.TILE)
+            bands = ((index, partial(from_rows, *index)) for index in rows_of_tiles)
     else:
         weight = mx.contiguous(upside_down(weight)) if turned else weight
         per_row = out_w * max(kh * kw * (out if form == "taps last" else channels), out)
