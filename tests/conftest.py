@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
+import huggingface_hub.constants
 import pytest
 
 from mflux_vae import cli
@@ -21,3 +23,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return status, *capsys.readouterr()
 
     return main
+
+
+@pytest.fixture
+def hub_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's client keeps all that it keeps in this folder: files, tokens, what it notes of the hub."""
+    constants, home = huggingface_hub.constants, tmp_path_factory.mktemp("hub")
+    usual = constants.HF_HOME
+    for name, value in vars(constants).items():
+        if isinstance(value, str) and value.startswith(usual):
+            monkeypatch.setattr(constants, name, str(home) + value.removeprefix(usual))
+    return home

@@ -77,7 +77,7 @@ def server() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def online(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def online(server: Hub, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     constants, address = huggingface_hub.constants, f"http://127.0.0.1:{server.server_port}"
     path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     monkeypatch.setattr(constants, "ENDPOINT", address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mflux_vae import VAE
 from mflux_vae.errors import MfluxVaeError, SettingsError, WeightsError
 from mflux_vae.images import save_image
 from mflux_vae.opening import hub
@@ -21,6 +23,7 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.console import spoken
 from mflux_vae_train.dreambooth import run_folder
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.pipelines.registry import open_pipeline
 from tests.conftest import Run
 from tests.contracts.fake import FakePipeline
 from tests.fuzzing import Target, watched
@@ -139,11 +142,10 @@ def test_a_snapshot_that_lacks_what_it_should_have(
         hub.fetch("owner/name")
 
 
-def test_offline_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", [hub.fetch, VAE.from_pretrained, open_pipeline])
+def test_offline_nobody_is_asked(ask: Callable[[str], object], hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("HF_HUB_CACHE", "HF_TOKEN_PATH"):
-        monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / name))
-    asking = Target("unused", [b""], lambda _: hub.fetch("owner/name"))
-    watched(asking, b"", tmp_path)
+    asking = Target("unused", [b""], lambda _: ask("owner/name"))
+    watched(asking, b"", hub_home)
     with pytest.raises(WeightsError, match="cannot be reached"):
-        asking(b"", tmp_path, good=True)
+        asking(b"", hub_home, good=True)
