@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
-from mflux_vae.kernels import sum_of_squares
+from mflux_vae.kernels import compiles, sum_of_squares
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
@@ -27,6 +27,8 @@ from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
 SAMPLES = "samples"
+COMPILED_FROM = 300
+"""Updates on a CPU whose step is worth compiling."""
 
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
 """(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
@@ -70,9 +72,10 @@ class Step:
         buffers: whether a forward pass may replace the arrays that are not for training, frozen or not, as batch
             normalisation does with its running statistics. Each micro-batch of an update
             begins with the same ones, and what they become is averaged by weight: the same for any number of processes.
-        compile: None decides: yes on Metal and CUDA, never on a CPU. There `mx.compile` calls a C++ compiler for
-            every new kernel: a six-block transformer's first update took half a minute more, and later ones
-            were no faster with an adapter and slower with all weights trained.
+        updates: how many are planned, as far as known.
+        compile: None decides: yes on Metal and CUDA; on a CPU from `COMPILED_FROM` updates on. There `mx.compile`
+            calls a C++ compiler for every new kernel, once on each machine: a quarter of a minute for an adapter's
+            step, whose later updates take a sixth less time.
         team: the processes that make every update together, each from its share of the micro-batches.
     """
 
@@ -85,6 +88,7 @@ class Step:
         max_grad_norm: float = 1.0,
         ema: EMA | None = None,
         buffers: bool = False,
+        updates: int = 0,
         compile: bool | None = None,
         team: Team = ALONE,
     ) -> None:
@@ -128,7 +132,9 @@ class Step:
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
         self._gradients = taped if is_cpu() else traced
         self._apply = apply
-        if not is_cpu() if compile is None else compile:
+        if compile is None:
+            compile = not is_cpu() or (updates >= COMPILED_FROM and compiles())
+        if compile:
             self._gradients = mx.compile(traced)
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]

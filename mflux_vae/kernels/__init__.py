@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import by_samples, deferred
+from mflux_vae.kernels.bands import by_samples, by_tokens, deferred
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -22,6 +22,7 @@ from mflux_vae.kernels.convolution import (
     repeat_pixels,
     workspace_bytes,
 )
+from mflux_vae.kernels.fusion import compiles
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -42,7 +43,9 @@ __all__ = [
     "attention",
     "batch_norm",
     "batch_norm_apply",
+    "compiles",
     "by_samples",
+    "by_tokens",
     "conv2d",
     "conv_transpose2d",
     "deferred",

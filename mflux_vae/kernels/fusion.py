@@ -61,6 +61,19 @@ def fused(formula: Formula) -> Formula:
     return call
 
 
+@cache
+def compiles() -> bool:
+    """Whether `mx.compile` gains anything on this machine's CPU: there is a C++ compiler, and it works."""
+    if shutil.which("g++") is None:
+        return False
+    _with_wide_vectors()
+    try:
+        mx.eval(mx.compile(lambda x: x * x + 1)(mx.zeros((2,))))
+    except RuntimeError:
+        return False
+    return True
+
+
 # MLX runs `g++ ... "/tmp/mlx/<version>/cpu/<name>.cpp" -o ...` through the shell. Its sources, and no others, get
 # the attribute on their function and the pragma before their loops; the result still runs on any x86-64.
 _COMPILER = """#!/bin/sh

@@ -131,7 +131,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     together = as_one(learners)
     optimizer = optimizers_of(settings, text_encoder=[*learners][-1])
     loss = _loss(pipeline, choices)
-    step = Step(together, optimizer, loss, max_grad_norm=settings.max_grad_norm, team=team)
+    step = Step(together, optimizer, loss, max_grad_norm=settings.max_grad_norm, updates=plan.updates, team=team)
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
