@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import by_samples, by_tokens, deferred
+from mflux_vae.kernels.bands import by_samples, deferred, overlapping
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -44,7 +44,6 @@ __all__ = [
     "batch_norm",
     "batch_norm_apply",
     "by_samples",
-    "by_tokens",
     "compiles",
     "conv2d",
     "conv_transpose2d",
@@ -56,6 +55,7 @@ __all__ = [
     "group_norm_statistics",
     "layer_norm",
     "norm_silu_conv2d",
+    "overlapping",
     "quick_gelu",
     "relu",
     "repeat_conv2d",
