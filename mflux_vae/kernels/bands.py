@@ -26,6 +26,8 @@ MAX_STREAMS = 8
 PIECE = 1 << 20
 """Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
 _KEPT_FOR_REUSE = 32 << 20
+_SMALL_BYTES = 4 << 20
+"""Of what is computed soon while `overlapping`: larger bands find each other's memory in the core's cache."""
 _ROWS = 512
 """Of samples that are computed together: fewer make thin matrices, more take more memory."""
 
@@ -36,6 +38,7 @@ class _Local(threading.local):
     streams: list[mx.Stream] | None = None
     deferred = False
     within = False
+    overlapping = False
 
 
 _local = _Local()
@@ -70,6 +73,30 @@ def deferred() -> Iterator[None]:
         _local.deferred = before
 
 
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Within it small results are computed while the next ones are described, for who asks for many in a row.
+
+    The time between two of them is then not lost; products use one thread, as bands' do.
+    """
+    before, _local.overlapping = _local.overlapping, True
+    try:
+        with runtime.one_blas_thread():
+            try:
+                yield
+            finally:
+                for stream in _streams():
+                    mx.synchronize(stream)
+    finally:
+        _local.overlapping = before
+
+
+def _compute(*arrays: mx.array) -> None:
+    """Now, or soon."""
+    soon = _local.overlapping and max(array.nbytes for array in arrays) <= _SMALL_BYTES
+    (mx.async_eval if soon else mx.eval)(*arrays)
+
+
 def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
     """`y` with each band written where its index says.
 
@@ -79,12 +106,12 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
             computed side by side.
     """
     _forget(y.nbytes)
-    mx.eval(y)
+    _compute(y)
     for together in _side_by_side(bands):
         for stream, (index, band) in together:
             with mx.stream(stream):
                 y[index] = band()
-        mx.eval(y)
+        _compute(y)
     return y
 
 
@@ -99,7 +126,7 @@ def added(bands: Iterable[Band]) -> mx.array:
         for place, (stream, band) in enumerate(together):
             with mx.stream(stream):
                 sums[place] = sums[place] + band() if place in sums else band()
-        mx.eval(sums)
+        _compute(*sums.values())
     first, *others = sums.values()
     return sum(others, first)
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mflux_vae import kernels
 from mflux_vae.errors import TrainingError
 from mflux_vae.layers import batch_statistics, fold_statistics
 from mflux_vae.lpips import LPIPS
@@ -96,7 +97,7 @@ class Objective:
         if "critic" in arrays:
             return None
         tape = Tape(network.trainable_parameters())
-        with self.dropout_keys.holding(arrays["key"]):
+        with kernels.overlapping(), self.dropout_keys.holding(arrays["key"]):
             posterior, z, made = self._forward(network, tape.start(arrays["pixels"]), arrays)
             ends = posterior.mean, posterior.logvar, z, made
             values = [value_of(end) for end in ends]
