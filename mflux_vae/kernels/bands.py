@@ -174,8 +174,10 @@ T = TypeVar("T")
 def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
     """As many at a time as there are streams, each with its own."""
     streams, remaining = _streams(), iter(bands)
-    mx.synchronize()  # a product under way would have now these, now those threads, and other last digits
-    with runtime.one_blas_thread() if len(streams) > 1 else nullcontext():
+    has_one = _local.overlapping or len(streams) == 1
+    if not has_one:
+        mx.synchronize()  # a product under way would have now these, now those threads, and other last digits
+    with nullcontext() if has_one else runtime.one_blas_thread():
         while together := list(zip(streams, islice(remaining, len(streams)), strict=False)):
             yield together
 
