@@ -63,7 +63,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if scores >= _SMALLEST and computes_now(q, k, v, *([] if mask is None else [mask])):
         dtype = q.dtype
-        q, k, v = (mx.contiguous(a.astype(mx.float32)) for a in (q, k, v))
+        q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         return _in_bands(q, k, v, scale, mask).astype(dtype)
     queries = max(SCORES_AT_ONCE // (scores // q.shape[2]), 1)
     if runtime.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
@@ -83,11 +83,15 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     if not runtime.is_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    scores = (q if scale == 1 else q * scale) @ k.swapaxes(-1, -2)
-    scores = scores if mask is None else scores + mask
+    scores = _scores(q, k, scale, mask)
     if not fuses(scores):
         return softmax(scores) @ v
     return _weighted(scores.astype(mx.float32), v.astype(mx.float32)).astype(v.dtype)
+
+
+def _scores(q: mx.array, k: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    scores = (q if scale == 1 else q * scale) @ k.swapaxes(-1, -2)
+    return scores if mask is None else scores + mask
 
 
 def _weighted(scores: mx.array, v: mx.array) -> mx.array:
@@ -110,23 +114,23 @@ def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     at_once = queries if heads_at_once > 1 else max(1, min(queries, BAND_SCORES // k.shape[2]))
     if batch * heads == 1:  # as autoencoders have
         at_once = min(at_once, -(-queries // streams()))
+    if at_once < queries:  # or every band would copy its head's
+        k, v = mx.contiguous(k), mx.contiguous(v)
+    mx.eval(q, k, v)
 
     def band(index: tuple[slice, slice, slice]) -> mx.array:
-        keys, values = k[index[:2]], v[index[:2]]
-        scores = (q[index] * scale) @ keys.swapaxes(-1, -2)
-        return _weighted(scores if mask is None else scores + _part(mask, index), values)
+        part = None if mask is None else _part(mask, index)
+        return _weighted(_scores(q[index], k[index[:2]], scale, part), v[index[:2]]).swapaxes(1, 2)
 
     def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
         for image in range(batch):
             for head in range(0, heads, heads_at_once):
                 for query in range(0, queries, at_once):
                     rows = slice(query, min(query + at_once, queries))
-                    index = slice(image, image + 1), slice(head, min(head + heads_at_once, heads)), rows
-                    yield index, partial(band, index)
+                    of, some = slice(image, image + 1), slice(head, min(head + heads_at_once, heads))
+                    yield (of, rows, some), partial(band, (of, some, rows))
 
-    y = mx.zeros((batch, heads, queries, v.shape[3]))
-    mx.eval(y)
-    return filled(y, bands())
+    return filled(mx.zeros((batch, queries, heads, v.shape[3])), bands()).swapaxes(1, 2)
 
 
 def _part(mask: mx.array, index: tuple[slice, slice, slice]) -> mx.array:
