@@ -26,6 +26,9 @@ BEAT = 3.0
 SILENCE = 40.0
 """Seconds without one after which a process counts as gone."""
 
+_TICK = 1.0
+"""Seconds that listening takes, at most, before other things are looked at."""
+
 _PATIENCE = 15.0
 """Seconds for all lines to be made."""
 
@@ -104,12 +107,12 @@ class Lifeline(threading.Thread):
         """See `threading.Thread`."""
         heard = dict.fromkeys(self._lines, time.monotonic())
         rest = dict.fromkeys(self._lines, b"")
-        said, flag = 0.0, 0
+        said, flag, awake = 0.0, 0, time.monotonic()
         with selectors.DefaultSelector() as selector:
             for rank, line in self._lines.items():
                 selector.register(line, selectors.EVENT_READ, rank)
             while True:
-                for key, _ in selector.select(1.0):
+                for key, _ in selector.select(_TICK):
                     rank, line = key.data, self._lines[key.data]
                     try:
                         new = line.recv(4096)
@@ -130,7 +133,11 @@ class Lifeline(threading.Thread):
                         selector.unregister(line)
                         del heard[rank]
                         self._pass_on(Gone(rank=rank, why="ended without a word"), rank)
-                for rank in [rank for rank, last in heard.items() if time.monotonic() - last > SILENCE]:
+                # while it is stopped itself, maybe together with the others, it hears nobody
+                stopped = max(0.0, time.monotonic() - awake - _TICK)
+                heard = {rank: last + stopped for rank, last in heard.items()}
+                awake = time.monotonic()
+                for rank in [rank for rank, last in heard.items() if awake - last > SILENCE]:
                     del heard[rank]
                     self._pass_on(Gone(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
                 if self._flag() != flag:  # the first process passes on what it is told, as its own flag then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,61 @@ def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path
     alone(command)
     near(tmp_path / "out" / "pytorch_lora_weights.safetensors", one / "pytorch_lora_weights.safetensors")
     assert [line["update"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+
+
+FAKE = (
+    "import sys; from mflux_vae_train.pipelines import registry; from mflux_vae_train.dreambooth import cli\n"
+    "from tests.contracts.fake import FakePipeline\n"
+    "registry.open_pipeline = lambda *_, **__: FakePipeline()\n"
+    "sys.exit(cli.main())"
+)
+
+
+def fake(output: Path) -> list[object]:
+    """DreamBooth on a pipeline that is started in no time: class pictures, latents, previews in five groups each."""
+    more = {"resolution": 16, "num_class_images": 5, "num_validation_images": 5, "sample_batch_size": 1}
+    more |= {"gradient_accumulation_steps": 4, "adam_epsilon": 1e-3}
+    command = dreambooth(output, *(part for name, value in more.items() for part in (f"--{name}", value)))
+    return [sys.executable, "-c", FAKE, *command[3:]]
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run of one process."""
+    folder = tmp_path_factory.mktemp("faked") / "out"
+    alone(fake(folder))
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_pictures_latents_and_previews_are_those_of_one_process(count: int, faked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for status, said in ring(count, fake(out)):
+        assert status == 0, said
+    assert files(out) == files(faked)
+    shared = [name for name in files(faked) if name.startswith(("class_images", "encodings", "samples/step-00000"))]
+    assert sum(name.startswith("class_images") for name in shared) == 5 and len(shared) > 10
+    for name in shared:
+        assert (out / name).read_bytes() == (faked / name).read_bytes(), name
+    near(out / "pytorch_lora_weights.safetensors", faked / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
+def test_a_run_goes_on_with_more_or_fewer_processes(before: int, after: int, faked: Path, tmp_path: Path) -> None:
+    """After the checkpoint of the second update; all that was written later is lost."""
+    out = tmp_path / "out"
+    if before == 1:
+        shutil.copytree(faked, out)
+    else:
+        for status, said in ring(before, fake(out)):
+            assert status == 0, said
+    shutil.rmtree(out / "checkpoint-3")
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    results = ring(after, fake(out))
+    assert [status for status, _ in results] == [0] * after, results
+    assert "continuing after update 2" in (out / "train.log").read_text()
+    assert files(out) == files(faked)
+    near(out / "pytorch_lora_weights.safetensors", faked / "pytorch_lora_weights.safetensors")
 
 
 def test_a_mistake_is_said_by_all_and_ends_all(tmp_path: Path) -> None:

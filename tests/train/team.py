@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -218,6 +219,19 @@ def broken(team: Team, folder: Path) -> None:
         Run(team, folder, WINDOWS["even"], broken=2).train()
     except TrainingError as error:
         note(team, folder, str(error))
+
+
+def paused(team: Team, folder: Path) -> None:
+    """All processes are stopped for longer than one of them may be silent, as by Ctrl-Z, and go on."""
+    lifeline.BEAT, lifeline.SILENCE = 0.3, 3.0
+
+    def pause() -> None:
+        subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    run = Run(team, folder, WINDOWS["even"])
+    run.train(hooks=[at(2, pause)])
+    note(team, folder, len(run.arrays()))
 
 
 def lost(team: Team, folder: Path, how: str, asleep: str = "") -> None:

@@ -144,6 +144,14 @@ def test_where_one_is_gone_the_others_keep_what_was_made_and_end(how: str, why: 
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def test_processes_that_were_stopped_together_go_on(tmp_path: Path, alone: Any) -> None:
+    processes(2, "paused", tmp_path)
+    assert notes(tmp_path).keys() == {0, 1}
+    together = read_metrics(tmp_path / "metrics.jsonl")
+    for line, other in zip(alone["even"][1], together, strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+
+
 def test_who_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> None:
     """As with RDMA, where waiting in vain is not an error."""
     (status, said), _ = ring(2, command("lost", tmp_path, "engine", "asleep"), wait_for_last=False)
