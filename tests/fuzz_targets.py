@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -18,7 +19,7 @@ from mflux_vae.images import image_text, load_image
 from mflux_vae.loading import new_network
 from mflux_vae.opening.finding import settings_of
 from mflux_vae.weights.files import open_folder, open_weights
-from mflux_vae_train import checkpoint, flags, state
+from mflux_vae_train import checkpoint, flags, lora, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.captions import captions
 from mflux_vae_train.pipelines import tiny
@@ -59,6 +60,35 @@ def _checkpoint(folder: Path) -> None:
     checkpoint.latest(folder)
     tree = {"a": mx.zeros((2,)), "n": 1}
     checkpoint.load(folder / "checkpoint-1", {"run": state.tree_of(tree)}, fingerprint={"seed": 0})
+
+
+_PARTS = {"transformer": {"lora_one": ("layers.0", "layers.1")}}
+"""Two layers that kohya's naming has as one."""
+
+
+def _adapted() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 2))
+
+
+def _adapter(folder: Path) -> None:
+    network = _adapted()
+    lora.load_adapter({"transformer": network}, folder / "a.safetensors", _PARTS)
+    mx.eval(network.parameters())
+
+
+def _adapters(folder: Path) -> list[bytes]:
+    """In PEFT's naming and in kohya's."""
+    network = _adapted()
+    lora.add_lora(network, ["*"], rank=1)
+    lora.save_adapter({"transformer": network}, folder / "p.safetensors")
+    for layer in lora.layers(network).values():
+        layer.lora_b = mx.ones_like(layer.lora_b)
+    mx.save_safetensors(
+        str(folder / "k.safetensors"),
+        lora.kohya_tensors(network, _PARTS["transformer"]),
+        {"ss_network_dim": "1", "format": "pt"},
+    )
+    return [(folder / name).read_bytes() for name in ("p.safetensors", "k.safetensors")]
 
 
 def _autoencoder(folder: Path) -> None:
@@ -152,6 +182,7 @@ def _targets(scratch: Path) -> dict[str, Target]:
     found = {
         "picture": Target("a.png", _pictures(), _picture, base=PICTURE_BYTES),
         "safetensors": Target("a.safetensors", [_safetensors(), _safetensors(format="pt")], _file),
+        "adapter": Target("a.safetensors", _adapters(scratch), _adapter),
         "torch, zip": Target("a.pt", [_torch(write_zip, scratch)], _file),
         "torch, old": Target("a.ckpt", [_torch(write_old, scratch)], _file),
         "index of shards": Target(
