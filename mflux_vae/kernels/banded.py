@@ -6,7 +6,7 @@ there the transformed weights are the larger part, and are best used while they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mflux_vae.kernels import winograd
 from mflux_vae.kernels.bands import Band, added, cut, filled, streams
-from mflux_vae.kernels.forms import Sides, form_of, in_one_piece, padded, upside_down
+from mflux_vae.kernels.forms import Form, Sides, form_of, in_one_piece, padded, repeated, upside_down
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.gathering import windows
 from mflux_vae.kernels.pointwise import silu
@@ -47,10 +47,7 @@ def repeated_rows_of(x: mx.array) -> Rows:
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
         first = start // 2
-        part = x[images, first : (stop + 1) // 2]
-        batch, height, width, channels = part.shape
-        part = mx.broadcast_to(part[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-        return part.reshape(batch, 2 * height, 2 * width, channels)[:, start - 2 * first : stop - 2 * first]
+        return repeated(x[images, first : (stop + 1) // 2])[:, start - 2 * first : stop - 2 * first]
 
     return rows
 
@@ -138,8 +135,7 @@ def convolution(
             bands = ((index, partial(from_rows, *index)) for index in rows_of_tiles)
     else:
         weight = mx.contiguous(upside_down(weight)) if turned else weight
-        per_row = out_w * max(kh * kw * (out if form == "taps last" else channels), out)
-        share = _share(batch, out_h, BAND_ELEMENTS // per_row)
+        share = _share(batch, out_h, BAND_ELEMENTS // (out_w * _widest(form, channels, out, kh * kw)))
         bands = ((index, partial(in_a_piece, *index)) for index in _rows(batch, out_h, *share))
     return filled(mx.zeros((batch, out_h, out_w, out)), bands)
 
@@ -147,6 +143,19 @@ def convolution(
 def _transformed(weight: mx.array, places: slice, turned: bool) -> mx.array:
     """The transformed weights of some output channels."""
     return winograd.transformed(weight[..., places] if turned else weight[places], turned=turned)
+
+
+def _widest(form: Form, channels: int, out: int, taps: int) -> int:
+    """Numbers for each pixel of the result in the largest array that a band makes; not of Winograd's form."""
+    return max(taps * (out if form == "taps last" else channels), out)
+
+
+def pixels_at_once(result: tuple[int, int, int], channels: int, weight: Sequence[int], form: Form) -> int:
+    """Pixels of the result (B, H, W, ...) in the bands of a `convolution` that are computed side by side."""
+    batch, height, width = result
+    out, kh, kw, _ = weight
+    images, rows = _share(batch, height, BAND_ELEMENTS // (width * _widest(form, channels, out, kh * kw)))
+    return min(streams() * images * rows, batch * height) * width
 
 
 def shares_outputs(tiles: int, out: int) -> bool:
@@ -197,12 +206,9 @@ def _winograd_weight_gradient(rows: Rows, shape: tuple[int, ...], dy: mx.array, 
     down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
 
     def in_tiles(these: slice, lines: slice) -> mx.array:
-        first, end = (
-            lines.start - top,
-            lines.start + winograd.TILE * winograd.tiles_over(lines.stop - lines.start) + 2 - top,
-        )
-        x = rows(these, max(first, 0), max(min(end, height), 0))
-        return winograd.tiles(x, (winograd.tiles_over(lines.stop - lines.start), across), (max(-first, 0), left))
+        tall, first = winograd.tiles_over(lines.stop - lines.start), lines.start - top
+        x = rows(these, max(first, 0), max(min(first + winograd.TILE * tall + 2, height), 0))
+        return winograd.tiles(x, (tall, across), (max(-first, 0), left))
 
     def places(these: slice, lines: slice, channels: slice = slice(None)) -> mx.array:
         count = winograd.tiles_over(lines.stop - lines.start), across

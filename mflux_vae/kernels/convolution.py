@@ -24,7 +24,16 @@ import mlx.core as mx
 from mflux_vae import runtime
 from mflux_vae.kernels import banded, winograd
 from mflux_vae.kernels.bands import computes_now, streams
-from mflux_vae.kernels.forms import Padding, form_of, in_one_piece, padded, sides_of, upside_down, weight_to_depth
+from mflux_vae.kernels.forms import (
+    Padding,
+    form_of,
+    in_one_piece,
+    padded,
+    repeated,
+    sides_of,
+    upside_down,
+    weight_to_depth,
+)
 from mflux_vae.kernels.gathering import windows
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.pointwise import silu
@@ -122,9 +131,7 @@ def repeat_conv2d(
 @overridable
 def repeat_pixels(x: mx.array) -> mx.array:
     """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
-    batch, height, width, channels = x.shape
-    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    return repeated(x)
 
 
 FUSED = (norm_silu_conv2d, repeat_conv2d)
@@ -139,37 +146,42 @@ def _fuses(x: Any, *others: mx.array | None) -> bool:
     return computes_now(*arrays)
 
 
-def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
+def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, made: int = 0) -> int:
     """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
 
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
     input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
-    nearly twice; and the weights, reordered and transformed. Shifts: the rows, padded too, and the sum before and after
-    a tap. MLX's own: the gathered windows, and the sum before and after the bias. Else the gathered windows, and twice
-    the rows they are of.
+    nearly twice; and the weights, reordered and transformed. Taps last: every tap's results, padded too, and their sum.
+    Shifts: the rows, padded, and the sum before and after a tap. MLX's own: rows and padded rows, the gathered windows
+    and the sum. Patches: the rows behind which zeros are put, the gathered windows and the sum.
 
     Args:
         shape: of the argument, (B, H, W, C).
         weight: (O, kh, kw, C).
+        made: arrays of a band's rows that are made on the way to them (`repeat_conv2d` 1, `norm_silu_conv2d` 2).
     """
     batch, height, width, channels = shape
     out, kh, kw, _ = weight
-    side_by_side = streams()
+    if kh == kw == stride == 1:
+        return 0
+    side_by_side, taps = streams(), kh * kw
     form = form_of((kh, kw), stride, channels, out)
     if form == "winograd":
         tiles = max(banded.BAND_TILES[0], min(banded.BAND_TILES[1], banded.BAND_ELEMENTS // (36 * max(channels, out))))
-        most = batch * -(-height // winograd.TILE) * -(-width // winograd.TILE)
+        most = batch * winograd.tiles_over(height) * winograd.tiles_over(width)
         weights = 0 if batch * height * width <= banded.REMEMBERED_MAX_PIXELS else 45 * channels * out
-        read = side_by_side * most if banded.shares_outputs(most, out) else min(side_by_side * tiles, most)
-        return 4 * (read * 100 * channels + min(side_by_side * tiles, most) * 64 * out + weights)
-    if form == "shifts":
-        pixels = min(batch * height * width, side_by_side * banded.BAND_ELEMENTS // (kh * kw * channels))
-        return 4 * pixels * (2 * channels + 2 * out)
-    if form == "own":
-        pixels = min(batch * height * width, side_by_side * banded.BAND_ELEMENTS // max(kh * kw * channels, out))
-        return 4 * pixels * (kh * kw * channels + channels + 2 * out)
-    gathered = batch * height * width // stride**2 * kh * kw * (out if form == "taps last" else channels)
-    return round(4 * min(side_by_side * banded.BAND_ELEMENTS, gathered) * (1 + 2 * stride**2 / (kh * kw)))
+        written = min(side_by_side * tiles, most)
+        read = side_by_side * most if banded.shares_outputs(most, out) else written
+        return 4 * (read * 100 * channels + written * (64 * out + made * winograd.TILE**2 * channels) + weights)
+    pixels = banded.pixels_at_once((batch, -(-height // stride), -(-width // stride)), channels, weight, form)
+    below = stride**2 * channels  # numbers of the argument for each pixel of the result
+    each = {
+        "taps last": 2 * taps * out + out,
+        "shifts": below + 2 * out,
+        "own": 2 * below + taps * channels + out,
+        "patches": below + taps * channels + out,
+    }
+    return 4 * pixels * (each[form] + made * below)
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:

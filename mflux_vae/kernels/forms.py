@@ -85,6 +85,13 @@ def padded(x: mx.array, sides: Sides) -> mx.array:
     return mx.pad(x, [(0, 0), *sides, (0, 0)]) if any(map(any, sides)) else x
 
 
+def repeated(x: mx.array) -> mx.array:
+    """(B, H, W, C) -> (B, 2H, 2W, C), every pixel four times."""
+    batch, height, width, channels = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
 def upside_down(weight: mx.array) -> mx.array:
     """(O, kh, kw, C) -> (C, kh, kw, O), both directions reversed: what a gradient is convolved with."""
     return weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
