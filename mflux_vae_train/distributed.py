@@ -14,10 +14,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae_train import lifeline, signals, state
 from mflux_vae_train.lifeline import Lifeline
+from mflux_vae_train.packing import ALIGNED, Form, as_bytes, form_of, room_of, split
 from mflux_vae_train.signals import breakable
 from mflux_vae_train.vigil import Vigil, at_most, open_sockets
 
@@ -47,9 +48,6 @@ _MEETING = 120.0
 
 _ROOM = 1019
 """Bytes of JSON that go with the first message of `Team.gather`."""
-
-_ALIGNED = 16
-"""Bytes."""
 
 
 class Team:
@@ -138,24 +136,24 @@ class Team:
         """Every process's arrays, by rank: any number of any shapes."""
         if self.size == 1:
             return [list(arrays)]
-        forms = self.gather([_form(array) for array in arrays])
-        sizes = [sum(map(_room, each)) for each in forms]
-        rest = max(*sizes, _ALIGNED) - sizes[self.rank]
-        content = mx.concatenate([*map(_as_bytes, arrays), mx.zeros(rest, mx.uint8)])
-        return [_split(row, each) for row, each in zip(self._all_gather(content), forms, strict=True)]
+        forms = self.gather([form_of(array) for array in arrays])
+        sizes = [sum(map(room_of, each)) for each in forms]
+        rest = max(*sizes, ALIGNED) - sizes[self.rank]
+        content = mx.concatenate([*map(as_bytes, arrays), mx.zeros(rest, mx.uint8)])
+        return [split(row, each) for row, each in zip(self._all_gather(content), forms, strict=True)]
 
     def give(self, make: Callable[[], Mapping[str, mx.array]]) -> dict[str, mx.array]:
         """The arrays that the first process makes, by name, in all; the others do not even try."""
         own = dict(make()) if self.first else {}
         if self.size == 1:
             return own
-        forms: dict[str, Form] = self.from_first(lambda: {name: _form(array) for name, array in own.items()})
+        forms: dict[str, Form] = self.from_first(lambda: {name: form_of(array) for name, array in own.items()})
         if self.first:
-            content = [mx.concatenate([*map(_as_bytes, own.values()), mx.zeros(_ALIGNED, mx.uint8)])]
+            content = [mx.concatenate([*map(as_bytes, own.values()), mx.zeros(ALIGNED, mx.uint8)])]
         else:
-            content = [mx.zeros(sum(map(_room, forms.values())) + _ALIGNED, mx.uint8)]
+            content = [mx.zeros(sum(map(room_of, forms.values())) + ALIGNED, mx.uint8)]
         self.sum(content)
-        return dict(zip(forms, _split(content[0], list(forms.values())), strict=True))
+        return dict(zip(forms, split(content[0], list(forms.values())), strict=True))
 
     def rounds(
         self, items: Sequence[Item], make: Callable[[Item], Sequence[mx.array]]
@@ -295,43 +293,6 @@ def team() -> Team:
         except RuntimeError as error:
             raise TrainingError(f"the processes do not find each other ({error}): see mlx.launch --verbose") from error
     return all_of_us
-
-
-Form: TypeAlias = tuple[Sequence[int], str]
-"""Shape and dtype of an array, in plain JSON."""
-
-
-def _form(array: mx.array) -> Form:
-    return array.shape, str(array.dtype).removeprefix("mlx.core.")
-
-
-def _dtype(form: Form) -> mx.Dtype:
-    found: mx.Dtype = getattr(mx, {"bool": "bool_"}.get(form[1], form[1]))
-    return found
-
-
-def _bytes(form: Form) -> int:
-    """Of its content."""
-    return math.prod(form[0]) * _dtype(form).size
-
-
-def _room(form: Form) -> int:
-    """Bytes that it takes in a message: what follows begins where any dtype may."""
-    return -(-_bytes(form) // _ALIGNED) * _ALIGNED
-
-
-def _as_bytes(array: mx.array) -> mx.array:
-    """To the bit: in floats, -0.0 plus another process's 0.0 would not be -0.0."""
-    form = _form(array)
-    return mx.pad(array.reshape(-1).view(mx.uint8), (0, _room(form) - _bytes(form)))
-
-
-def _split(content: mx.array, forms: Sequence[Form]) -> list[mx.array]:
-    starts = accumulate(map(_room, forms), initial=0)
-    return [
-        content[start : start + _bytes(form)].view(_dtype(form)).reshape(form[0])
-        for start, form in zip(starts, forms, strict=False)
-    ]
 
 
 def _buckets(arrays: Sequence[mx.array]) -> list[list[int]]:

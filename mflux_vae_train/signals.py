@@ -33,11 +33,13 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int, update: int | None = None, *, saved: bool = True) -> None:
-        left = "what was finished is kept"
-        if update is not None:
-            left = f"after update {update}; {'a checkpoint was written' if saved else 'no checkpoint was asked for'}"
         said = f"interrupted by {signal.Signals(signum).name}"
-        super().__init__(f"{said}; {left}" if update is None else f"{said} {left}")
+        if update is None:
+            said += "; what was finished is kept"
+        else:
+            kept = "a checkpoint was written" if saved else "no checkpoint was asked for"
+            said += f" after update {update}; {kept}"
+        super().__init__(said)
         self.exit_code = 128 + signum
         self.update = update
 
