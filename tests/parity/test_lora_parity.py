@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.published import CLIP_L
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from tests.train.test_lora import X, adapted, with_dora
 from tests.train.tiny import Net
 
@@ -103,6 +105,51 @@ def test_diffusers_converts_kohyas_naming_back(patterns: list[str]) -> None:
             np.testing.assert_allclose(theirs, expected[path], rtol=1e-4, atol=1e-4)
         else:  # a part of a fused layer that has no adapter here
             assert not mx.any(theirs)
+
+
+def test_diffusers_finds_what_clip_has_learnt_in_kohyas_naming() -> None:
+    torch = pytest.importorskip("torch")
+    utilities = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    net = full_width(["*.to_out.0"], num_layers=1, num_single_layers=0, num_attention_heads=1)
+    clip = CLIPTextModel(replace(CLIP_L, num_hidden_layers=2, vocab_size=9, hidden_size=48))
+    lora.add_lora(clip, naming.CLIP_ATTENTION, rank=3, alpha=6.0)
+    clip.update(tree_map(lambda x: x + mx.sin(mx.arange(x.size)).reshape(x.shape), clip.trainable_parameters()))
+    names = naming.kohya_naming(net.config, clip.config)
+    tensors = lora.kohya_tensors(net, names.modules) | lora.kohya_tensors(clip, names.text_modules)
+    given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
+    back = utilities._convert_kohya_flux_lora_to_diffusers(given)
+    for path, expected in deltas(clip).items():
+        # diffusers' own name for it, older than PEFT's
+        layer = f"text_encoder.{path.removesuffix('_proj').replace('self_attn.', 'self_attn.to_')}_lora"
+        a, b = (back[f"{layer}.{kind}.weight"].numpy() for kind in ("down", "up"))
+        np.testing.assert_allclose(b @ a, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_trained_by_kohyas_scripts_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    utilities = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    net = FluxTransformer(FluxTransformerConfig(num_layers=1, num_single_layers=1))
+    shapes = {
+        "lora_unet_double_blocks_0_img_attn_qkv": (3 * 3072, 3072),
+        "lora_unet_double_blocks_0_txt_mlp_0": (4 * 3072, 3072),
+        "lora_unet_single_blocks_0_linear1": (7 * 3072, 3072),
+    }
+    tensors, draws = {}, np.random.default_rng(0)
+    for name, (outputs, inputs) in shapes.items():
+        tensors[f"{name}.lora_down.weight"] = mx.array(draws.standard_normal((4, inputs), np.float32))
+        tensors[f"{name}.lora_up.weight"] = mx.array(draws.standard_normal((outputs, 4), np.float32))
+        tensors[f"{name}.alpha"] = mx.array(2.0)
+    given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
+    theirs = utilities._convert_kohya_flux_lora_to_diffusers(given)
+    write_safetensors(tmp_path / "a.safetensors", tensors, {"ss_network_dim": "4"})
+    names = {"transformer": naming.kohya_naming(net.config, CLIP_L).modules}
+    found = lora.load_adapter({"transformer": net}, tmp_path / "a.safetensors", names)
+    assert len(found["transformer"]) == 3 + 1 + 4
+    for path, layer in lora.layers(net).items():
+        a, b = (theirs[f"transformer.{path}.lora_{kind}.weight"].numpy() for kind in "AB")
+        x = draws.standard_normal((2, a.shape[1]), np.float32)
+        found = layer.scale * (x @ np.array(layer.lora_a)) @ np.array(layer.lora_b)
+        np.testing.assert_allclose(found, x @ a.T @ b.T, rtol=1e-3, atol=1e-2)  # of numbers near a hundred
 
 
 @pytest.fixture(scope="module")
