@@ -88,8 +88,10 @@ def test_processes_that_are_killed_leave_one_folder(temporary: Path) -> None:
     """Also one that another one started, which finds the compiler there already."""
     inner = "import os, signal; from mflux_vae.kernels import fusion; fusion._with_wide_vectors()"
     outer = f"{inner}; import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    # without what this process may have put there for itself
+    path = [place for place in os.environ["PATH"].split(os.pathsep) if fusion._PREFIX not in place]
+    environment = {**os.environ, "TMPDIR": str(temporary), "PATH": os.pathsep.join(path)}
     for code in (inner, outer):
         killed = f"{code}; os.kill(os.getpid(), signal.SIGKILL)"
-        environment = {**os.environ, "TMPDIR": str(temporary)}
         assert subprocess.run([sys.executable, "-c", killed], env=environment).returncode == -9
     assert len([folder for folder in temporary.iterdir() if folder.name.startswith(fusion._PREFIX)]) == 1
