@@ -7,7 +7,8 @@ Flags of `mflux-train-dreambooth` change the training; what is trained on, the p
 checkpoints are the benchmark's own.
 
 For each of several subjects that the base has never seen, over several seeds, in each of the `WAYS`: with class images,
-with output preservation (dop), without prior preservation; and with dop another optimizer, rank, or a quantised base:
+with output preservation (dop), without prior preservation; and with dop another optimizer, rank, a quantised base, or a
+text encoder that learns, too:
 
 - subject_fidelity: share of pictures of "a photo of sks <class>" that show the subject;
 - class_retention: share of pictures of "a photo of a <class>" that show the class and not the subject;
@@ -58,6 +59,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "prodigy": {"prior_preservation": "dop", "optimizer": "prodigy", "lr_scheduler": "constant"},
     "rank_4": {"prior_preservation": "dop", "rank": 4},
     "4_bits": {"prior_preservation": "dop", "quantize": 4},
+    "text_encoder": {"prior_preservation": "dop", "train_text_encoder": True},
 }
 """What differs from the other settings; where nothing is said, an adapter of the pipeline's rank, with AdamW, over
 float32."""

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import harness
+from benchmarks import dreambooth_quality, harness
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.harness import Measured, Options, Process, Result, Row, Side, SideFailed, Work
 from benchmarks.weights import tensor
+from mflux_vae_train.config import DreamBoothSettings
 
 OURS, FIRST, LAST = (Side(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
 ROW = Row(work="a work", ours=OURS, peers=[FIRST, LAST], target=1.3)
@@ -211,3 +212,11 @@ def test_a_side_that_fails_says_why_in_one_line(build, words, tmp_path):
         pytest.raises(SideFailed, match=rf"^broken: .*{words}"),
     ):
         run.output(tmp_path / "out.npz")
+
+
+@pytest.mark.parametrize("way", dreambooth_quality.WAYS)
+def test_every_way_to_be_compared_is_one_that_a_run_can_go(way: str) -> None:
+    given = {"model": "tiny", "instance_data_dir": "there", "instance_prompt": "a photo of sks star"}
+    plain, changed = DreamBoothSettings(**given), DreamBoothSettings(**given, **dreambooth_quality.WAYS[way])
+    assert all(getattr(changed, name) == value for name, value in dreambooth_quality.WAYS[way].items())
+    assert plain != changed
