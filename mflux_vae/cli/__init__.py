@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; errors are one line on standard error.
 
     Returns:
-        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT.
+        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 141 where nobody reads on.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     handler, show, logger = _Console(), warnings.showwarning, logging.getLogger(LOGGER)
@@ -44,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(argv))
         settings.pop("debug")
         settings.pop("run")(**settings)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
         return _said(str(interrupt) or "interrupted", getattr(interrupt, "exit_code", 130))
     except MfluxVaeError as error:
         return _said(f"error: {error}", error.exit_code)
+    except BrokenPipeError:  # who reads, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 141
     except Exception as error:  # a full disk, too little memory
         if debug:
             raise

@@ -257,3 +257,12 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(model: Path, tmp_p
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "40 pictures" in done.stdout and "40 of them new" not in done.stdout, done.stderr
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    code = "import sys; from mflux_vae.cli import main; sys.exit(main(['info']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, timeout=60, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
