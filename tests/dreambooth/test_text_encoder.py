@@ -12,11 +12,16 @@ from mflux_vae.weights.files import read_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth import overview
+from mflux_vae_train.dreambooth.data import Plan, micro_batches
+from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
 from mflux_vae_train.dreambooth.result import FUSED, KOHYA
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.dreambooth.trained import as_one
+from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.step import Step
 from tests.contracts.fake import FakePipeline
+from tests.dreambooth.caches import plain_cache
 from tests.pipelines.small_flux import RECOMMENDED, small_pipeline
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog"]
@@ -112,6 +117,35 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
             ends.append(pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean().item())
         together.update(own)
         assert (ends[0] - ends[1]) / 0.04 == pytest.approx(size, rel=0.05, abs=2e-5), name
+
+
+@pytest.mark.slow  # a C++ compiler is called
+def test_a_compiled_step_is_the_same(tmp_path) -> None:
+    losses = []
+    for compiled in (False, True):
+        pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True)
+        pipeline.read_prompts_late(True)
+        networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
+        for network, targets in zip(
+            networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()), strict=True
+        ):
+            lora.add_lora(network, targets, rank=2, dropout=0.1)
+        together = as_one(networks)
+        latents = mx.random.normal((4, 4, 6, 4), key=mx.random.key(0))
+        cache = plain_cache(latents, None, pipeline.encode_prompts([*PROMPTS, ""]), preserves_output=True)
+        plan = Plan(samples=12, batch_size=2, accumulation=2)
+
+        def loss(together, arrays, pipeline=pipeline):
+            with lora.dropout_keys(together, arrays["dropout_key"]):
+                return dreambooth_loss(pipeline, arrays, guidance=2.0, prior_loss_weight=1.0)
+
+        step = Step(together, AdamW(), loss, compile=compiled)
+        losses.append([])
+        for update in range(plan.updates):
+            drawn_now = micro_batches(cache, plan, update=update, seed=0, caption_dropout=0.2)
+            batches = [with_base(pipeline, together, one, guidance=2.0) for one in drawn_now]
+            losses[-1].append(step(update, batches, RATE)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != pytest.approx(losses[0][2], rel=1e-2)
 
 
 def test_the_first_update_goes_as_far_as_the_rates_say(pipeline, settings) -> None:
