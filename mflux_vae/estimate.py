@@ -172,14 +172,15 @@ class _Weighed(Stand):
             batch, height, width, channels = self.shape
             times = 2 if function is kernels.repeat_conv2d else 1
             shape = batch, times * height, times * width, channels
-            transient += _convolution(shape, arguments[_WEIGHTS[function]], named.get("stride", 1))
+            weight = arguments[_WEIGHTS[function]]
+            transient += _convolution(shape, weight, named.get("stride", 1), _MADE.get(function, 0))
         elif function is kernels.conv_transpose2d and is_cpu():
             phases = (*self.shape[:3], 4 * example.shape[3])  # which wait to be put in their order
             tally.take(_phases(self.shape, arguments[1]) + 4 * prod(phases))
             made = _Weighed(tally, phases, example.dtype, 4 * prod(phases))
             return _Weighed(tally, example.shape, example.dtype, 0, [made], apart=True)
         elif function in _ATTENTION:
-            transient += _attention(example.shape)
+            transient += _ATTENTION[function](example.shape)
         else:  # in another order
             transient += prod(self.shape) * self.dtype.size
         tally.take(transient)
@@ -203,7 +204,8 @@ class _Walk(_Tally):
         elif isinstance(held, Whole):
             for x in held.inputs:
                 x.reach(0, x.shape[1])
-            self.take(sum(_read(x, 0, x.shape[1]) for x in held.inputs) + _attention(held.shape) + strip.nbytes)
+            own = _ATTENTION.get(held.function, _attention)(held.shape)
+            self.take(sum(_read(x, 0, x.shape[1]) for x in held.inputs) + own + strip.nbytes)
         else:
             for x in held.inputs:
                 x.reach(start, stop)
@@ -241,16 +243,16 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
 }
 """Which argument of a convolution is the weight."""
 
+_MADE: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
+"""Arrays that are made of a band's rows before they are convolved."""
 
 _APART = (kernels.repeat_pixels, leaky_relu)
 """What cannot be computed in its argument's memory."""
 
-_ATTENTION = (Attention.__call__, LinearAttention.__call__)
 
-
-def _convolution(shape: Sequence[int], weight: mx.array, stride: int) -> int:
+def _convolution(shape: Sequence[int], weight: mx.array, stride: int, made: int = 0) -> int:
     """Bytes of a convolution's own; on Metal and CUDA a copy of the padded image."""
-    return kernels.workspace_bytes(shape, weight.shape, stride) if is_cpu() else 4 * prod(shape)
+    return kernels.workspace_bytes(shape, weight.shape, stride, made=made) if is_cpu() else 4 * prod(shape)
 
 
 def _phases(shape: Sequence[int], weight: mx.array) -> int:
@@ -269,3 +271,16 @@ def _attention(shape: Sequence[int]) -> int:
     if not is_cpu():
         return 4 * (6 * prod(shape) + 3 * min(scores, kernels.SCORES_AT_ONCE))
     return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * BAND_SCORES), 3 * min(scores, BAND_SCORES)))
+
+
+def _linear_attention(shape: Sequence[int]) -> int:
+    """Bytes of linear attention's own: queries, keys and values, each of them in its own order too, the keys' weights
+    and the sum; and what keys and values make, channels by channels."""
+    return 4 * (8 * prod(shape) + 2 * shape[0] * shape[-1] ** 2)
+
+
+_ATTENTION: dict[Callable[..., Any], Callable[[Sequence[int]], int]] = {
+    Attention.__call__: _attention,
+    LinearAttention.__call__: _linear_attention,
+}
+"""Bytes of attention's own, by shape."""

@@ -350,16 +350,16 @@ class Convolution(Held):
 
 
 class Whole(Held):
-    """What a function makes of whole arrays."""
+    """What a function makes of whole arrays; `call` is it with its other arguments."""
 
-    def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
-        example = function(*(_example(stand) for stand in inputs))
+    def __init__(self, job: Job, function: Callable[..., Any], call: Callable[..., mx.array], inputs: Sequence[Stand]):
+        example = call(*(_example(stand) for stand in inputs))
         self._hold(job, example.shape, example.dtype, inputs)
         self.step = self.shape[1]
-        self._function = function
+        self.function, self._call = function, call
 
     def compute(self, start: int, stop: int) -> mx.array:
-        return self._function(*(stand.rows(0, stand.shape[1]) for stand in self.inputs))
+        return self._call(*(stand.rows(0, stand.shape[1]) for stand in self.inputs))
 
 
 def _applied(job: Job, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
@@ -374,7 +374,7 @@ def _applied(job: Job, function: Callable[..., Any], arguments: Sequence[Any], n
 
     differs_by_row = any(isinstance(value, mx.array) and value.ndim > 2 and value.shape[-3] > 1 for value in given)
     if differs_by_row or not is_pointwise(function):
-        return Whole(job, call, stands)
+        return Whole(job, function, call, stands)
     return Pointwise(job, call, stands) if len(stands) == 1 else Held(job, call, stands)
 
 

@@ -26,7 +26,7 @@ PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend"
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 whats = pytest.mark.parametrize("what", ["encode", "decode"])
 
-SHARES = {"encode": 0.43, "decode": 0.4}
+SHARES = {"encode": 0.42, "decode": 0.4}
 """Of the untiled call's memory, what exact tiling of a large image takes at most."""
 
 
@@ -67,6 +67,10 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
         (2, 128, 96),
     ),
     "without norms": (lambda: drawn(AutoencoderTiny()), (1, 128, 128)),
+    "linear attention": (
+        lambda: small_kl(attention_type="linear", block_out_channels=(16, 32, 32, 32)),
+        (1, 192, 192),
+    ),
 }
 
 
@@ -79,14 +83,37 @@ def test_the_estimate_is_within_20_percent(name: str, what: str, plan: Tiling | 
     assert memory.peak_bytes(network, what, *size, plan) == pytest.approx(measured(network, what, *size, plan), rel=0.2)
 
 
+VECTORS: dict[str, FlatConfig] = {
+    "transposed": FlatConfig(in_channels=3, out_channels=3, hidden_dims=(32, 64, 128), image_size=64, output="tanh"),
+    # its last convolution takes rows that are made on the way, and has one output channel
+    "repeat": FlatConfig(hidden_dims=(16, 32, 64), latent_dim=8, image_size=64, upsampling="repeat", last_conv=False),
+}
+
+
 @whats
-def test_the_estimate_of_vectors_is_too(what: str) -> None:
-    config = FlatConfig(in_channels=3, out_channels=3, hidden_dims=(32, 64, 128), image_size=64, output="tanh")
-    network = drawn(FlatAutoencoder(config)).eval()
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_estimate_of_vectors_is_too(name: str, what: str) -> None:
+    network = network_of(name, lambda: drawn(FlatAutoencoder(VECTORS[name])).eval())
     taken = measured(network, what, 64, 64, 64, None)
     assert memory.peak_bytes(network, what, 64, 64, 64) == pytest.approx(taken, rel=0.2)
     with pytest.raises(SettingsError, match="sees the whole image"):
         memory.peak_bytes(network, what, 64, 64, 64, Tiling("exact"))
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 256, 3, 64), (4, 64, 64, 16, 48), (2, 64, 64, 64, 128)], ids=str)
+def test_the_estimate_of_a_convolution_with_stride(shape: tuple[int, ...]) -> None:
+    *image, out = shape
+    x, weight, taken = mx.random.normal(image), mx.random.normal((out, 3, 3, image[3])), []
+    mx.eval(x, weight)
+    for _ in range(3):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        y = kernels.conv2d(x, weight, stride=2, padding=1)
+        mx.eval(y)
+        taken.append(mx.get_peak_memory() - before - y.nbytes)
+        del y
+    assert kernels.workspace_bytes(image, weight.shape, 2) == pytest.approx(max(taken[1:]), rel=0.2)
 
 
 def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
@@ -149,7 +176,7 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
     for what in ("encode", "decode"):
         sizes = [memory.peak_bytes(network, what, 1, side, side) for side in (256, 512, 1024)]
-        assert 2.5 < sizes[1] / sizes[0] < 4.5
+        assert 2.7 < sizes[1] / sizes[0] < 4.5  # an encoder's strided convolutions have bands of one size
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (memory.peak_bytes(network, what, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512)))
         assert exact < SHARES[what] * whole
