@@ -37,8 +37,9 @@ def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Opti
         text_encoder: first component of the paths of its parameters.
     """
     own = optimizer_of(settings)
-    if not settings.train_text_encoder or settings.text_encoder_lr is None or settings.learning_rate is None:
+    if not settings.train_text_encoder or settings.optimizer == "prodigy":  # which finds one rate for all
         return own
+    assert settings.text_encoder_lr is not None and settings.learning_rate is not None
     other = optimizer_of(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
     share = settings.text_encoder_lr / settings.learning_rate
     return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (own, 1.0, None)])

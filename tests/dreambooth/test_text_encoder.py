@@ -161,6 +161,17 @@ def test_a_rate_left_open_is_a_twentieth(pipeline, settings, tmp_path) -> None:
     assert f"text_encoder_lr: {RATE / 20}" in (tmp_path / "out" / "settings.yaml").read_text()
 
 
+def test_prodigy_finds_one_rate_for_both(settings, tmp_path) -> None:
+    adapted = []
+    for rate in (None, 0.3):
+        pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+        DreamBooth(pipeline).train(
+            settings(f"{rate}", optimizer="prodigy", learning_rate=None, text_encoder_lr=rate, max_train_steps=2)
+        )
+        adapted.append([layer.lora_b for layers in adapters(pipeline) for layer in layers.values()])
+    assert all(mx.array_equal(one, other) for one, other in zip(*adapted, strict=True))
+
+
 @pytest.mark.parametrize("optimizer", ["prodigy", "adafactor", "lion", "adamw8bit"])
 def test_every_optimizer_trains_both(pipeline, settings, optimizer) -> None:
     rates = {"learning_rate": None, "text_encoder_lr": None} if optimizer == "prodigy" else {}
