@@ -22,14 +22,15 @@ class Try:
 
     Attributes:
         out: an empty folder for the run.
-        seconds, changes, size: how long the run takes that suffers nothing, how often it changes a file, and the
-            bytes that it leaves.
+        seconds, updates, changes, size: how long the run takes that suffers nothing, the updates that it makes, how
+            often it changes a file, and the bytes that it leaves.
     """
 
     training: Training
     out: Path
     chance: random.Random
     seconds: float
+    updates: int
     changes: int
     size: int
 
@@ -88,7 +89,7 @@ def _left(at: Try, updates: int) -> str:
 
 
 def interrupted(at: Try) -> str:
-    """By SIGINT or SIGTERM, at a random time or before a random change of a file, pictures among them.
+    """By SIGINT or SIGTERM, after a random update or before a random change of a file, pictures among them.
 
     It ends within an update, has lost nothing, and says so.
     """
@@ -97,15 +98,16 @@ def interrupted(at: Try) -> str:
         change = [f"--kill_before={at.chance.randint(1, at.changes)}", f"--by={number.name}"]
         process = at.started(faulty=[*change, f"--folder={at.folder}"])
     else:
-        process = at.started()
-        process.wait_for(at.folder.is_dir)
-        time.sleep(at.chance.uniform(0, at.seconds / 2))
+        process, target = at.started(), at.chance.randrange(at.updates)
+        begun = at.folder / "settings.yaml"
+        process.wait_for(lambda: begun.exists() and made(at.folder) >= target)
+        time.sleep(at.chance.uniform(0, 0.5))
         before = made(at.folder)
         process.popen.send_signal(number)
     status, said = process.end()
-    if status == 0:
-        return "came too late"
     after, safe = made(at.folder), kept(at.folder)
+    if status == 0 or (status == -number and after == at.updates):  # its work was done by then
+        return "came too late"
     if status != 128 + number or f"interrupted by {signal.Signals(number).name}" not in said:
         raise Wrong(f"status {status} after {signal.Signals(number).name}: {said[-300:]!r}")
     if (before is not None and after > before + 1) or safe != after:

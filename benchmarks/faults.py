@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.fault_kinds import FAULTS, NEEDING_ROOT, Fault, Try
-from benchmarks.fault_runs import TRAININGS, Training, Wrong, emptied, is_root, left, same
+from benchmarks.fault_runs import TRAININGS, Training, Wrong, emptied, is_root, left, made, same
 from benchmarks.machine import describe
 
 
@@ -43,8 +43,8 @@ def main() -> int:
     return int(wrong > 0)
 
 
-def _undisturbed(training: Training, room: Path) -> tuple[dict[str, bytes], float, int]:
-    """What a run leaves that suffers nothing, the seconds it takes, and how often it changes a file."""
+def _undisturbed(training: Training, room: Path) -> tuple[dict[str, bytes], float, int, int]:
+    """What a run leaves that suffers nothing, the seconds it takes, its updates, and how often it changes a file."""
     began = time.monotonic()
     out = emptied(room / "out")
     training.start(out).finished()
@@ -53,7 +53,8 @@ def _undisturbed(training: Training, room: Path) -> tuple[dict[str, bytes], floa
     process = training.start(out, faulty=["--count", f"--folder={training.folder(out)}"])
     process.finished()
     same(training.folder(out), result)
-    return result, seconds, int(process.said().rpartition("changes of files: ")[2].split()[0])
+    changes = int(process.said().rpartition("changes of files: ")[2].split()[0])
+    return result, seconds, made(training.folder(out)), changes
 
 
 def _tried(name: str, fault: Fault, times: int, seed: int, expected: dict[str, tuple], room: Path) -> int:
@@ -62,9 +63,10 @@ def _tried(name: str, fault: Fault, times: int, seed: int, expected: dict[str, t
     wrong = []
     for number in range(times):
         training = TRAININGS[number % len(TRAININGS)]
-        result, seconds, changes = expected[training.name]
+        result, seconds, updates, changes = expected[training.name]
         size = sum(map(len, result.values()))
-        at = Try(training, emptied(room) / "out", random.Random(f"{seed} {name} {number}"), seconds, changes, size)
+        chance = random.Random(f"{seed} {name} {number}")
+        at = Try(training, emptied(room) / "out", chance, seconds, updates, changes, size)
         at.out.mkdir()
         try:
             hit[fault(at)] += 1
