@@ -15,7 +15,7 @@ SINUSOIDAL_CHANNELS = 256
 ROPE_THETA = 10_000.0
 
 Rotation = tuple[mx.array, mx.array]
-"""Cosine and sine of every position's angles, each (N, 1, head_dim / 2) float32."""
+"""Cosine and sine of every position's angles, each (N, 1, head_dim) float32; the sine of a pair's first is negative."""
 
 
 def sinusoidal(values: mx.array, channels: int = SINUSOIDAL_CHANNELS, max_period: float = 10_000.0) -> mx.array:
@@ -71,7 +71,8 @@ def rotation(ids: mx.array, axes_dims: Sequence[int]) -> Rotation:
         frequencies = mx.array((ROPE_THETA ** -(np.arange(0, dims, 2) / dims)).astype(np.float32))
         angles.append(positions[:, axis, None] * frequencies)
     angle = mx.concatenate(angles, axis=-1)[:, None]
-    return mx.cos(angle), mx.sin(angle)
+    sine = mx.sin(angle)
+    return mx.repeat(mx.cos(angle), 2, axis=-1), mx.stack([-sine, sine], axis=-1).flatten(-2)
 
 
 def rotate(x: mx.array, by: Rotation) -> mx.array:
@@ -81,9 +82,8 @@ def rotate(x: mx.array, by: Rotation) -> mx.array:
 
 
 def _turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    other_of_pair = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return x * cos + other_of_pair * sin
 
 
 _turn_with_vjp = mx.custom_function(_turn)
