@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import dreambooth_speed, flux_training, reading, text_encoders, vae_speed, vae_training
+from benchmarks import dreambooth_speed, flux_forward, flux_training, reading, text_encoders, vae_speed, vae_training
 from benchmarks.harness import main
 
 SCRIPTS = {
     "vae_speed": vae_speed.rows,
     "vae_training": vae_training.rows,
     "flux_training": flux_training.rows,
+    "flux_forward": flux_forward.rows,
     "text_encoders": text_encoders.rows,
     "reading": reading.rows,
     "dreambooth_speed": dreambooth_speed.rows,
