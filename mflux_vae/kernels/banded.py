@@ -181,6 +181,8 @@ def weight_gradient(
         return (dy.reshape(-1, out).T @ x).reshape(out, 1, 1, channels)
     if kernel == (3, 3) and stride == 1 and min(channels, out) >= _GRADIENT_MIN_CHANNELS:
         return _winograd_weight_gradient(rows, shape, dy, (top, left))
+    if form_of(kernel, stride, channels, out) == "taps last":
+        return _few_outputs_weight_gradient(rows, shape, dy, kernel, sides)
     if stride == 1 and channels in _SHIFTS_CHANNELS:
         # a product per tap of the flattened images, from where the tap points; zeros where rows run over their ends
         x = padded(rows(everything, 0, height), sides).reshape(-1, channels)
@@ -197,6 +199,27 @@ def weight_gradient(
 
     share = _share(batch, out_h, BAND_ELEMENTS // (out_w * kh * kw * channels))
     return added(partial(band, *index) for index in _rows(batch, out_h, *share)).reshape(out, kh, kw, channels)
+
+
+def _few_outputs_weight_gradient(
+    rows: Rows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], sides: Sides
+) -> mx.array:
+    """`weight_gradient` with stride 1 and few output channels: windows of the gradient, which are small, not of x."""
+    (batch, height, width, channels), ((top, _), (left, right)) = shape, sides
+    _, out_h, _, out = dy.shape
+    kh, kw = kernel
+
+    def band(these: slice, lines: slice) -> mx.array:
+        """Of rows of x: what their pixels contribute to, tap by tap, the last tap first."""
+        first, end = lines.start - (kh - 1 - top), lines.stop + top
+        given = dy[these, max(first, 0) : max(min(end, out_h), 0)]
+        beyond = (max(-first, 0), end - first - given.shape[1] - max(-first, 0)), (kw - 1 - left, kw - 1 - right)
+        seen = windows(padded(given, beyond), kernel, 1, (lines.stop - lines.start, width))
+        return seen.T @ rows(these, lines.start, lines.stop).reshape(-1, channels)
+
+    share = _share(batch, height, BAND_ELEMENTS // (width * max(channels, kh * kw * out)))
+    taps = added(partial(band, *index) for index in _rows(batch, height, *share)).reshape(kh, kw, out, channels)
+    return taps[::-1, ::-1].transpose(2, 0, 1, 3)
 
 
 def _winograd_weight_gradient(rows: Rows, shape: tuple[int, ...], dy: mx.array, origin: tuple[int, int]) -> mx.array:
