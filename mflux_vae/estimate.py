@@ -18,7 +18,7 @@ from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.kernels.attention import BAND_SCORES
 from mflux_vae.kernels.bands import streams
-from mflux_vae.layers import Attention, LinearAttention, leaky_relu
+from mflux_vae.layers import Attention, LinearAttention
 from mflux_vae.overriding import is_pointwise
 from mflux_vae.runtime import is_cpu
 from mflux_vae.strips import Convolution, Held, Job, Repeated, Source, Stand, Whole
@@ -246,7 +246,7 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
 _MADE: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
 """Arrays that are made of a band's rows before they are convolved."""
 
-_APART = (kernels.repeat_pixels, leaky_relu)
+_APART = (kernels.repeat_pixels, kernels.leaky_relu)
 """What cannot be computed in its argument's memory."""
 
 

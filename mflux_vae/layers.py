@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import kernels
-from mflux_vae.overriding import overridable, pointwise
+from mflux_vae.overriding import overridable
 
 
 class Conv2d(nn.Module):
@@ -235,12 +235,6 @@ class Upsample(nn.Module):
         return kernels.repeat_conv2d(
             x.astype(self.conv.weight.dtype), self.conv.weight, self.conv.get("bias"), padding=1
         )
-
-
-@pointwise
-def leaky_relu(x: mx.array, slope: float) -> mx.array:
-    """x, times `slope` where it is negative (0 < slope < 1)."""
-    return mx.maximum(x, slope * x)
 
 
 @overridable

@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.kernels import gradients
-from mflux_vae.layers import leaky_relu
 
 Pull: TypeAlias = Callable[[mx.array], None]
 """Takes the gradient for a function's result, and gives its arguments theirs."""
@@ -250,7 +249,7 @@ def _batch_norm(tape: Tape, x: Any, weight: mx.array, bias: mx.array, eps: float
 
 
 def _leaky_relu(tape: Tape, x: Any, slope: float) -> Any:
-    y, place = leaky_relu(value_of(x), slope), tape.place(x)
+    y, place = kernels.leaky_relu(value_of(x), slope), tape.place(x)
     return tape.note(y, lambda gradient: _give([place], [gradients.leaky_relu(y, slope, gradient)]), x)
 
 
@@ -301,5 +300,5 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     kernels.norm_silu_conv2d: _norm_silu_conv2d,
     kernels.repeat_conv2d: _repeat_conv2d,
     kernels.batch_norm: _batch_norm,
-    leaky_relu: _leaky_relu,
+    kernels.leaky_relu: _leaky_relu,
 }

@@ -33,7 +33,7 @@ from mflux_vae.kernels.normalization import (
     rms_norm,
     sum_of_squares,
 )
-from mflux_vae.kernels.pointwise import gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu, tanh
+from mflux_vae.kernels.pointwise import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
 from mflux_vae.kernels.transposed import conv_transpose2d
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "group_norm_apply",
     "group_norm_statistics",
     "layer_norm",
+    "leaky_relu",
     "norm_silu_conv2d",
     "overlapping",
     "quick_gelu",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
@@ -194,6 +195,13 @@ def pieces(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[sl
         images = min(-(-batch // streams()), PIECE // (pixels * channels))
         return cut(batch, images), [slice(0, pixels)]
     return cut(batch, 1), cut(pixels, min(-(-pixels // streams()), max(1, PIECE // channels)))
+
+
+def mapped(band: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
+    """An array (B, N, C) of what `band` makes of each piece: of which images, which of their pixels."""
+    batch, pixels, channels = shape
+    images, parts = pieces(batch, pixels, channels)
+    return filled(mx.zeros(shape), (((these, part), partial(band, these, part)) for these in images for part in parts))
 
 
 def cut(length: int, at_once: int) -> list[slice]:

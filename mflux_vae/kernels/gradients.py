@@ -7,14 +7,13 @@ cotangent `dy` of a function's result. Arrays are float32, images NHWC.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mflux_vae.kernels import banded
-from mflux_vae.kernels.bands import filled, pieces
+from mflux_vae.kernels.bands import filled, mapped, pieces
 from mflux_vae.kernels.forms import Padding, padded, sides_of, weight_to_depth
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.normalization import group_norm_statistics
@@ -121,7 +120,7 @@ def _through_silu(x: mx.array, scale: mx.array, shift: mx.array, da: mx.array) -
         h = _scaled(x[these, part], scale[these, None], shift[these, None])
         return _silu_slope_times(h, sigmoid(h), da[these, part])
 
-    return _pointwise(band, x.shape).reshape(shape)
+    return mapped(band, x.shape).reshape(shape)
 
 
 def batch_norm(
@@ -164,13 +163,7 @@ def _norm(
         of_each = (values[these, None] for values in (scale, second, constant))
         return _affine(dh[these, part], x[these, part], *of_each)
 
-    return _pointwise(combined, x.shape).reshape(shape), (moment * r).sum(axis=0), total.sum(axis=0)
-
-
-def _pointwise(band: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
-    """An array (B, N, C) of what `band` makes of each piece."""
-    images, parts = pieces(*shape)
-    return filled(mx.zeros(shape), (((these, part), partial(band, these, part)) for these in images for part in parts))
+    return mapped(combined, x.shape).reshape(shape), (moment * r).sum(axis=0), total.sum(axis=0)
 
 
 def leaky_relu(y: mx.array, slope: float, dy: mx.array) -> mx.array:
@@ -181,7 +174,7 @@ def leaky_relu(y: mx.array, slope: float, dy: mx.array) -> mx.array:
     def band(these: slice, part: slice) -> mx.array:
         return _leaky_slope_times(flat[these, part], dy[these, part], factor)
 
-    return _pointwise(band, flat.shape).reshape(y.shape)
+    return mapped(band, flat.shape).reshape(y.shape)
 
 
 def _over_group(values: mx.array, groups: int) -> mx.array:

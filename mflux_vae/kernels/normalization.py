@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, fuses, pieces
+from mflux_vae.kernels.bands import computes_now, filled, fuses, mapped, pieces
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import overridable
 
@@ -87,6 +87,11 @@ def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
 
 
 @fused
+def _scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return x * scale + shift
+
+
+@fused
 def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
     difference = x - y
     return difference * difference
@@ -127,8 +132,15 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
     Returns:
         what `batch_norm_apply` does, and mean and (biased) variance, (C,) each, float32.
     """
-    mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
-    return batch_norm_apply(x, mean, variance, weight, bias, eps), mean, variance
+    if x.dtype != mx.float32 or not computes_now(x, weight, bias):
+        mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
+        return batch_norm_apply(x, mean, variance, weight, bias, eps), mean, variance
+    flat = x.reshape(1, -1, x.shape[-1])
+    mean, variance = (values[0] for values in group_norm_statistics(flat, x.shape[-1]))
+    scale = mx.rsqrt(variance + eps) * weight
+    shift = bias - mean * scale
+    y = mapped(lambda these, part: _scale_and_shift(flat[these, part], scale, shift), flat.shape)
+    return y.reshape(x.shape), mean, variance
 
 
 def batch_norm_apply(

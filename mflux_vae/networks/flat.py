@@ -11,7 +11,8 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.layers import BatchNorm, Conv2d, TransposedConv2d, leaky_relu
+from mflux_vae.kernels import leaky_relu
+from mflux_vae.layers import BatchNorm, Conv2d, TransposedConv2d
 from mflux_vae.networks.own import OwnConfig
 from mflux_vae.networks.scaling import ScaledConfig
 from mflux_vae.overriding import overridable

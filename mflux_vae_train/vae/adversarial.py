@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import BatchNorm, Conv2d, leaky_relu
+from mflux_vae.kernels import leaky_relu
+from mflux_vae.layers import BatchNorm, Conv2d
 
 NEGATIVE_SLOPE = 0.2
 MOST = 1e4

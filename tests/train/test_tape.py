@@ -19,7 +19,6 @@ from mflux_vae.layers import (
     ResnetBlock,
     Upsample,
     average_pixels,
-    leaky_relu,
     norm_silu_conv,
 )
 from mflux_vae.overriding import overridable
@@ -43,7 +42,7 @@ class Network(nn.Module):
 
     def __call__(self, x: Any) -> Any:
         x = self.attention(self.block(self.first(x * 0.5 + 0.5)))
-        x = leaky_relu(self.batch(self.up(self.down(x))), 0.2) - average_pixels(kernels.repeat_pixels(x))
+        x = kernels.leaky_relu(self.batch(self.up(self.down(x))), 0.2) - average_pixels(kernels.repeat_pixels(x))
         x = norm_silu_conv(self.norm, self.last, x)
         x = self.first(x)[..., :3] * 2 + kernels.tanh(x) / 3
         return _heads(x, self.heads)
