@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, fuses, mapped
+from mflux_vae.kernels.bands import fuses
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.overriding import pointwise
 
@@ -24,10 +24,7 @@ def relu(x: mx.array) -> mx.array:
 @pointwise
 def leaky_relu(x: mx.array, slope: float) -> mx.array:
     """x, times `slope` where it is negative (0 < slope < 1)."""
-    if x.dtype != mx.float32 or x.ndim < 2 or not computes_now(x):
-        return mx.maximum(x, slope * x)
-    flat, factor = x.reshape(1, -1, x.shape[-1]), mx.array(slope)
-    return mapped(lambda these, part: _leaky(flat[these, part], factor), flat.shape).reshape(x.shape)
+    return mx.maximum(x, slope * x)
 
 
 @pointwise
@@ -84,11 +81,6 @@ _QUICK_Q = tuple(c * _QUICK ** (2 * i) for i, c in enumerate(_Q))
 
 _GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
 """sqrt(2 / pi) and the cubic coefficient of Hendrycks and Gimpel 2016."""
-
-
-@fused
-def _leaky(x: mx.array, slope: mx.array) -> mx.array:
-    return mx.where(x > 0, x, x * slope)
 
 
 Pointwise: TypeAlias = Callable[[mx.array], mx.array]
