@@ -124,7 +124,7 @@ def convolution(
             mx.eval(x)
             bands = (
                 ((every_image, every_row, slice(None), places), partial(from_tiles, x, every_image, every_row, places))
-                for places in cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
+                for places in cut(out, outputs_at_once(channels, out))
             )
         else:
             if kernel is None:
@@ -161,6 +161,11 @@ def pixels_at_once(result: tuple[int, int, int], channels: int, weight: Sequence
 def shares_outputs(tiles: int, out: int) -> bool:
     """Whether bands are output channels and not rows: where Winograd's weights are the larger part."""
     return tiles <= min(BAND_TILES[0], out // 2)
+
+
+def outputs_at_once(channels: int, out: int) -> int:
+    """Output channels of a band where bands are those."""
+    return _even(out, _BAND_WEIGHTS // (36 * channels))
 
 
 def weight_gradient(
@@ -245,7 +250,7 @@ def _winograd_weight_gradient(rows: Rows, shape: tuple[int, ...], dy: mx.array, 
         def of_channels(some: slice) -> mx.array:
             return winograd.weight_from_places(winograd.weight_gradient(x, places(*whole, some)))
 
-        parts = cut(out, _even(out, _BAND_WEIGHTS // (36 * channels)))
+        parts = cut(out, outputs_at_once(channels, out))
         return filled(mx.zeros((out, 3, 3, channels)), ((part, partial(of_channels, part)) for part in parts))
 
     images, tall = _share(batch, down, BAND_TILES[1] // across)

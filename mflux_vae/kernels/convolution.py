@@ -169,10 +169,12 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     if form == "winograd":
         tiles = max(banded.BAND_TILES[0], min(banded.BAND_TILES[1], banded.BAND_ELEMENTS // (36 * max(channels, out))))
         most = batch * winograd.tiles_over(height) * winograd.tiles_over(width)
-        weights = 0 if batch * height * width <= banded.REMEMBERED_MAX_PIXELS else 45 * channels * out
         written = min(side_by_side * tiles, most)
-        read = side_by_side * most if banded.shares_outputs(most, out) else written
-        return 4 * (read * 100 * channels + written * (64 * out + made * winograd.TILE**2 * channels) + weights)
+        if banded.shares_outputs(most, out):
+            places = 2 * side_by_side * banded.outputs_at_once(channels, out)  # as many bands wait as are computed
+            return 4 * (most * (100 + made * winograd.TILE**2) * channels + places * (64 * most + 45 * channels))
+        weights = 0 if batch * height * width <= banded.REMEMBERED_MAX_PIXELS else 45 * channels * out
+        return 4 * (written * (100 * channels + 64 * out + made * winograd.TILE**2 * channels) + weights)
     pixels = banded.pixels_at_once((batch, -(-height // stride), -(-width // stride)), channels, weight, form)
     below = stride**2 * channels  # numbers of the argument for each pixel of the result
     each = {

@@ -109,7 +109,7 @@ def test_the_estimate_of_vectors_is_too(name: str, what: str) -> None:
         memory.peak_bytes(network, what, 64, 64, 64, Tiling("exact"))
 
 
-@pytest.mark.parametrize("shape", [(1, 256, 256, 3, 64), (4, 64, 64, 16, 48), (2, 64, 64, 64, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 256, 256, 3, 64), (2, 64, 64, 64, 128)], ids=str)
 def test_the_estimate_of_a_convolution_with_stride(shape: tuple[int, ...]) -> None:
     *image, out = shape
     x, weight = mx.random.normal(image), mx.random.normal((out, 3, 3, image[3]))
