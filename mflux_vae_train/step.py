@@ -104,7 +104,9 @@ class Step:
             model.update(parameters)
             model.update(kept)
             value, metrics = loss(model, arrays)
-            return value * weight, ({name: metric * weight for name, metric in metrics.items()}, self._buffers())
+            # `mx.compile` fails where two results are the same formula, as a loss and its only part: these never are
+            weighted = mx.stack([*metrics.values()]) * weight if metrics else []
+            return value * weight, (dict(zip(metrics, weighted, strict=True)), self._buffers())
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total

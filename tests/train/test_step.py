@@ -142,6 +142,18 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("compile", [False, True])
+def test_a_part_may_be_the_whole_loss(compile: bool) -> None:
+    def loss(model: Any, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        value = mx.square(model(arrays["x"])).mean()
+        return value, {"only": value, "again": mx.square(model(arrays["x"])).mean()}
+
+    net = nn.Linear(2, 2)
+    step = Step(net, AdamW(), loss, compile=compile)
+    told = step(0, [MicroBatch(arrays={"x": mx.ones((3, 2))}, weight=3)], 1e-3)
+    assert told["only"] == told["again"] == pytest.approx(told["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("compile", [False, True])
 def test_running_statistics_follow_the_samples_of_an_update_and_no_failed_one(compile: bool) -> None:
     def normed(model: nn.Module, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
         value = mx.square(model(arrays["x"]) - 1 + arrays["x"].sum()).mean()
