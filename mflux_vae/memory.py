@@ -15,6 +15,7 @@ from mflux_vae.estimate import WHOLE
 from mflux_vae.estimate import peak_bytes as peak_bytes
 from mflux_vae.runtime import is_cpu
 from mflux_vae.tiling import Tiling
+from mflux_vae.units import size_text
 
 logger = logging.getLogger("mflux_vae")
 
@@ -73,8 +74,8 @@ def _fitting(
         if needed <= available:
             break
     logger.info(
-        "%s of %d x %d x %d pixels would take %.1f GB of memory, %.1f GB are left: tiled (%s, %d pixels), %.1f GB",
-        what, batch, height, width, whole / 1e9, available / 1e9, chosen.mode, chosen.tile, needed / 1e9,
+        "%s of %d x %d x %d pixels would take %s of memory, %s are left: tiled (%s, %d pixels), %s",
+        what, batch, height, width, size_text(whole), size_text(available), chosen.mode, chosen.tile, size_text(needed),
     )  # fmt: skip
     return chosen
 

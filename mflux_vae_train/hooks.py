@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mflux_vae.errors import TrainingError
+from mflux_vae.units import GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ MEASURED = ("seconds", "memory_gb")
 
 def resources(record: Record) -> dict[str, float]:
     """Training samples of an update, and the peak of MLX's memory so far (2^30 bytes)."""
-    return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / 2**30, 3)}
+    return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 3)}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ class Step:
             model.update(kept)
             value, metrics = loss(model, arrays)
             # `mx.compile` fails where two results are the same formula, as a loss and its only part: these never are
-            weighted = mx.stack([*metrics.values()]) * weight if metrics else []
+            weighted: Any = mx.stack([*metrics.values()]) * weight if metrics else []
             return value * weight, (dict(zip(metrics, weighted, strict=True)), self._buffers())
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:

@@ -11,6 +11,7 @@ from mflux_vae import loading, memory
 from mflux_vae.opening import presets
 from mflux_vae.opening.families import FAMILIES
 from mflux_vae.opening.presets import PRESETS
+from mflux_vae.units import size_text
 
 SIDES = (512, 1024, 2048)
 """Of images whose memory is told."""
@@ -40,7 +41,7 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     )
     print(f"  latents: {_told(latents)}")
     for what, sizes in needed.items() if sides else ():
-        print(f"  memory to {what}: {', '.join(f'{size} {_size(number)}' for size, number in sizes.items())}")
+        print(f"  memory to {what}: {', '.join(f'{size} {size_text(number)}' for size, number in sizes.items())}")
     if found.assumed:
         print(f"  {found.assumed}")
 
@@ -73,10 +74,6 @@ def _latents(config: Any) -> dict[str, Any]:
     else:
         scaling = f"(raw - {shift or 0}) * {factor}"
     return {"channels": config.scaled_channels, "downsampling": config.scaled_downsampling, "scaling": scaling}
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
 
 
 def _told(latents: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from mlx.utils import tree_map, tree_reduce
 from mflux_vae import memory
 from mflux_vae.errors import SettingsError
 from mflux_vae.runtime import compute_dtype, is_cpu
+from mflux_vae.units import GB, size_text
 from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.adapter import targets_of
@@ -31,8 +32,6 @@ from mflux_vae_train.hooks import Hook, Record
 from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-
-GB = 2**30
 
 TRAINING = "training"
 """Name of the phase whose operations are those of one update."""
@@ -113,15 +112,15 @@ def compared(estimate: Estimate | None) -> Hook:
         if estimate is None or not first:
             return
         peak = mx.get_peak_memory()
-        took = _gb(peak) if peak > before else f"no more than the {_gb(before)} of what came before it"
+        took = size_text(peak) if peak > before else f"no more than the {size_text(before)} of what came before it"
         training = max((phase.peak for phase in estimate.footprint.phases if phase.name == TRAINING), default=0)
-        logger.info("the first update took %s at its peak, and %s were estimated", took, _gb(training))
+        logger.info("the first update took %s at its peak, and %s were estimated", took, size_text(training))
         if before < estimate.limit < peak:
             logger.warning(
                 "that is more than the %s that there are: the machine may swap or stop; less is taken with"
                 " --gradient_checkpointing, or with half the --train_batch_size and twice the"
                 " --gradient_accumulation_steps",
-                _gb(estimate.limit),
+                size_text(estimate.limit),
             )
 
     return compare
@@ -226,26 +225,27 @@ def _cures(pipeline: Estimates, settings: DreamBoothSettings, work: Workload, li
             continue
         peak = pipeline.footprint(replace(work, **merged)).peak
         if peak <= limit:
-            yield f"{' '.join(text for _, text in changes)} ({_gb(peak)})"
+            yield f"{' '.join(text for _, text in changes)} ({size_text(peak)})"
 
 
 def _lines(made: Estimate, settings: DreamBoothSettings, work: Workload) -> Iterator[str]:
     footprint = made.footprint
-    peaks = ", ".join(f"{phase.name} {_gb(phase.peak)}" for phase in footprint.phases)
+    peaks = ", ".join(f"{phase.name} {size_text(phase.peak)}" for phase in footprint.phases)
     where = "--memory_limit" if settings.memory_limit is not None else "free"
-    yield f"estimated memory at the peak: {peaks} ({where}: {_gb(made.limit)})"
+    yield f"estimated memory at the peak: {peaks} ({where}: {size_text(made.limit)})"
     if footprint.download and footprint.cache is not None:
         free = shutil.disk_usage(_existing(footprint.cache)).free
         short = "" if free > footprint.download else ", which is TOO LITTLE"
-        yield f"to download: {_gb(footprint.download)} to {footprint.cache}, where {_gb(free)} are free{short}"
-    yield f"on disk: {_gb(work.trained * (_FULL_WIDTH + work.state_bytes))} for each checkpoint"
+        needed = f"{size_text(footprint.download)} to {footprint.cache}"
+        yield f"to download: {needed}, where {size_text(free)} are free{short}"
+    yield f"on disk: {size_text(work.trained * (_FULL_WIDTH + work.state_bytes))} for each checkpoint"
     if not made.fits:
         yield f"this run would not fit: {_too_much(made)}"
 
 
 def _too_much(made: Estimate) -> str:
     largest = max(made.footprint.phases, key=lambda phase: phase.peak)
-    what = f"{largest.name} takes {_gb(largest.peak)} of {_gb(made.limit)}"
+    what = f"{largest.name} takes {size_text(largest.peak)} of {size_text(made.limit)}"
     if not made.cures:
         return f"{what}, and no flag cures it"
     return f"{what}; it would fit with {', or '.join(made.cures)}"
@@ -276,10 +276,6 @@ def _operations_per_second(side: int = 1024) -> float:
 
 def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.1f} GB" if size >= GB / 2 else f"{size / 2**20:.0f} MB"
 
 
 def _span(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mflux_vae.units import GB
 from mflux_vae_train.hooks import Record
 
 
@@ -26,5 +27,5 @@ class Progress:
             "KL": f"{metrics['kl']:.4g}",
             "active": f"{metrics['active']:.0f}",
             "images/s": f"{self._speed:.3g}",
-            "memory": f"{mx.get_peak_memory() / 2**30:.2f} GB",
+            "memory": f"{mx.get_peak_memory() / GB:.2f} GB",
         }
