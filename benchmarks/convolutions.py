@@ -2,7 +2,7 @@
 
     python -m benchmarks.convolutions [--rounds 5]
 
-Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.convolution` chooses, starred. Its
+Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.forms` chooses, starred. Its
 rule should be changed where the star is far from the least.
 """
 
@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from benchmarks.machine import describe
 from mflux_vae import runtime
-from mflux_vae.kernels import conv2d, convolution
+from mflux_vae.kernels import banded, conv2d, forms
 
 SHAPES = (
     # batch, side, channels, output channels, kernel, stride
@@ -48,26 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runtime.is_cpu():
         print("On a GPU all convolutions are MLX's own.")
         return 0
-    forms = get_args(convolution.Form)
+    names = get_args(forms.Form)
     print(describe())
-    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in forms))
+    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in names))
     for batch, side, channels, out, kernel, stride in SHAPES:
         x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
         weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
         mx.eval(x, weight)
-        chosen = convolution._form((kernel, kernel), stride, channels, out)
+        chosen = forms.form_of((kernel, kernel), stride, channels, out)
         # Winograd's form and shifts are for stride 1
-        possible = [form for form in forms if stride == 1 or form in ("patches", "own")]
+        possible = [form for form in names if stride == 1 or form in ("patches", "own")]
         runs = {form: partial(_forced, form, x, weight, stride) for form in possible}
         taken = _in_turns(runs, rounds)
         marks = {name: "*" if name == chosen else " " for name in taken}
-        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in forms]
+        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in names]
         print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>13}" for cell in cells))
     return 0
 
 
 def _forced(form: str, x: mx.array, weight: mx.array, stride: int) -> None:
-    with patch.object(convolution, "_form", lambda *_: form):
+    with patch.object(forms, "form_of", lambda *_: form), patch.object(banded, "form_of", lambda *_: form):
         mx.eval(conv2d(x, weight, stride=stride, padding=1))
 
 

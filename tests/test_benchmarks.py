@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import dreambooth_quality, harness
+from benchmarks import convolutions, dreambooth_quality, harness
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.harness import Measured, Options, Process, Result, Row, Side, SideFailed, Work
 from benchmarks.weights import tensor
@@ -220,3 +220,11 @@ def test_every_way_to_be_compared_is_one_that_a_run_can_go(way: str) -> None:
     plain, changed = DreamBoothSettings(**given), DreamBoothSettings(**given, **dreambooth_quality.WAYS[way])
     assert all(getattr(changed, name) == value for name, value in dreambooth_quality.WAYS[way].items())
     assert plain != changed
+
+
+def test_every_form_of_a_convolution_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(convolutions, "SHAPES", ((1, 13, 32, 40, 3, 1), (1, 12, 8, 16, 3, 2)))
+    assert convolutions.main(["--rounds", "1"]) == 0
+    *_, names, first, second = capsys.readouterr().out.splitlines()
+    assert "winograd" in names and first.count("*") == second.count("*") == 1
+    assert len(first.split()) == 6 + 5 and len(second.split()) == 6 + 2
