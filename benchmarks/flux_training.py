@@ -85,7 +85,7 @@ def ours() -> Work:
     from mflux_vae_train import lora
     from mflux_vae_train.optimizers import AdamW
     from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-    from mflux_vae_train.step import COMPILED_FROM, Arrays, MicroBatch, Step
+    from mflux_vae_train.step import Arrays, MicroBatch, Step
 
     network = FluxTransformer(FluxTransformerConfig(**CONFIG))
     fill_mlx(network)
@@ -99,7 +99,7 @@ def ours() -> Work:
         out = model(**{name: array for name, array in arrays.items() if name != "target"})
         return mx.square(out - target).mean(), {}
 
-    step = Step(network, AdamW(weight_decay=1e-2), loss, updates=COMPILED_FROM)
+    step = Step(network, AdamW(weight_decay=1e-2), loss, compile=True)
     batch = MicroBatch(arrays=given, weight=1)
 
     def run() -> dict[str, float]:

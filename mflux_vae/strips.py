@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import kernels
+from mflux_vae.kernels.forms import sides_of
 from mflux_vae.layers import average_pixels
 from mflux_vae.overriding import is_pointwise, pointwise
 
@@ -327,7 +328,7 @@ class Convolution(Held):
         stride: int = 1,
         padding: kernels.Padding = 0,
     ):
-        (top, _), self._sides = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        (top, _), self._sides = sides_of(padding)
         example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
         self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
         self._hold(job, example.shape, example.dtype, [x], cost=stride**2)

@@ -18,7 +18,6 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
-from mflux_vae.kernels import compiles, sum_of_squares
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
@@ -27,8 +26,6 @@ from mflux_vae_train.state import buffers_of
 
 Arrays: TypeAlias = Mapping[str, mx.array]
 SAMPLES = "samples"
-COMPILED_FROM = 300
-"""Updates on a CPU whose step is worth compiling."""
 
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
 """(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
@@ -72,10 +69,9 @@ class Step:
         buffers: whether a forward pass may replace the arrays that are not for training, frozen or not, as batch
             normalisation does with its running statistics. Each micro-batch of an update
             begins with the same ones, and what they become is averaged by weight: the same for any number of processes.
-        updates: how many are planned, as far as known.
-        compile: None decides: yes on Metal and CUDA; on a CPU from `COMPILED_FROM` updates on. There `mx.compile`
-            calls a C++ compiler for every new kernel, once on each machine: a quarter of a minute for an adapter's
-            step, whose later updates take a sixth less time.
+        compile: None decides: yes on Metal and CUDA, no on a CPU, where `mx.compile` calls a C++ compiler for every new
+            kernel: a quarter of a minute for an adapter's step, once on each machine, whose later updates take a
+            sixth less time.
         team: the processes that make every update together, each from its share of the micro-batches.
     """
 
@@ -88,7 +84,6 @@ class Step:
         max_grad_norm: float = 1.0,
         ema: EMA | None = None,
         buffers: bool = False,
-        updates: int = 0,
         compile: bool | None = None,
         team: Team = ALONE,
     ) -> None:
@@ -122,6 +117,8 @@ class Step:
             kept = optimizer.exact(parameters) if isinstance(optimizer, Optimizer) else parameters
             return tree_map(lambda weights: weights.astype(mx.float32), kept)
 
+        traced = mx.value_and_grad(objective)
+
         def taped(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[Any, Any]:
             answer = loss.gradients(model, arrays, weight) if isinstance(loss, HasGradients) else None
             if answer is None:
@@ -130,13 +127,9 @@ class Step:
             metrics = {name: metric * weight for name, metric in metrics.items()}
             return (value * weight, (metrics, self._buffers())), gradients
 
-        traced = mx.value_and_grad(objective)
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
-        self._gradients = taped if is_cpu() else traced
-        self._apply = apply
-        if compile is None:
-            compile = not is_cpu() or (updates >= COMPILED_FROM and compiles())
-        if compile:
+        self._gradients, self._apply = taped if is_cpu() else traced, apply
+        if not is_cpu() if compile is None else compile:
             self._gradients = mx.compile(traced)
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
@@ -225,4 +218,10 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return mx.sqrt(tree_reduce(lambda total, x: total + sum_of_squares(x), tree, mx.array(0.0)))
+    return mx.sqrt(tree_reduce(lambda total, x: total + _sum_of_squares(x), tree, mx.array(0.0)))
+
+
+def _sum_of_squares(x: mx.array) -> mx.array:
+    """On a CPU a product of x with itself: one pass over memory, on all cores."""
+    flat = x.astype(mx.float32).reshape(1, -1)
+    return (flat @ flat.T)[0, 0] if is_cpu() else mx.square(flat).sum()

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.kernels import gradients
+from mflux_vae.kernels.forms import sides_of
 
 Pull: TypeAlias = Callable[[mx.array], None]
 """Takes the gradient for a function's result, and gives its arguments theirs."""
@@ -183,7 +184,7 @@ def _conv2d(
     padding: kernels.Padding = 0,
 ) -> Any:
     kept, to_x, to_weight, to_bias = value_of(x), *(tape.place(argument) for argument in (x, weight, bias))
-    (top, bottom), (left, right) = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    (top, bottom), (left, right) = sides_of(padding)
     kh, kw = weight.shape[1:3]
     if stride > 2 or max(top, bottom) >= kh or max(left, right) >= kw:
         return _by_vjp(kernels.conv2d)(tape, x, weight, bias, stride=stride, padding=padding)

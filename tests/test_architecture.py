@@ -171,7 +171,7 @@ def test_what_parts_of_the_component_do_not_know(module: str, unknown: set[str])
 
 @pytest.mark.parametrize("module", ["loop", "step"])
 def test_the_loop_knows_no_image_model_or_adapter(module: str) -> None:
-    known = {f"{COMPONENT}.errors", f"{COMPONENT}.kernels", f"{COMPONENT}.runtime"}
+    known = {f"{COMPONENT}.errors", f"{COMPONENT}.runtime"}
     found = ours(imports(f"{TRAINING}.{module}"))
     assert {name for name in found if room(name) == "component"} <= known
     assert f"{TRAINING}.lora" not in found

@@ -31,7 +31,6 @@ from mflux_vae.kernels.normalization import (
     group_norm_statistics,
     layer_norm,
     rms_norm,
-    sum_of_squares,
 )
 from mflux_vae.kernels.pointwise import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
 from mflux_vae.kernels.transposed import conv_transpose2d
@@ -65,7 +64,6 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
-    "sum_of_squares",
     "tanh",
     "workspace_bytes",
 ]

@@ -18,6 +18,7 @@ from mflux_vae.kernels.bands import Band, added, cut, filled, streams
 from mflux_vae.kernels.forms import Form, Sides, form_of, in_one_piece, padded, repeated, upside_down
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.gathering import windows
+from mflux_vae.kernels.normalization import scale_and_shift
 from mflux_vae.kernels.pointwise import silu
 
 Rows: TypeAlias = Callable[[slice, int, int], mx.array]
@@ -56,7 +57,7 @@ def silu_rows_of(x: mx.array, scale: mx.array, shift: mx.array) -> Rows:
     """Those of silu(x scale + shift), by values (B, C) for each image and channel."""
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
-        return silu(_scale_and_shift(x[images, start:stop], scale[images, None, None], shift[images, None, None]))
+        return silu(scale_and_shift(x[images, start:stop], scale[images, None, None], shift[images, None, None]))
 
     return rows
 
@@ -277,11 +278,6 @@ def _even(length: int, fit: int) -> int:
     """About `fit`, so that all streams are busy to the end."""
     rounds = max(1, round(length / max(fit, 1) / streams()))
     return -(-length // (streams() * rounds))
-
-
-@fused
-def _scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return x * scale + shift
 
 
 @fused

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -65,13 +65,19 @@ def fuses(*arrays: mx.array) -> bool:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
-    before, _local.deferred = _local.deferred, True
+def _being(what: str) -> Iterator[None]:
+    """This thread is `deferred`, `within` or `overlapping`."""
+    before = getattr(_local, what)
+    setattr(_local, what, True)
     try:
         yield
     finally:
-        _local.deferred = before
+        setattr(_local, what, before)
+
+
+def deferred() -> AbstractContextManager[None]:
+    """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
+    return _being("deferred")
 
 
 @contextmanager
@@ -80,16 +86,12 @@ def overlapping() -> Iterator[None]:
 
     The time between two of them is then not lost; products use one thread, as bands' do.
     """
-    before, _local.overlapping = _local.overlapping, True
-    try:
-        with runtime.one_blas_thread():
-            try:
-                yield
-            finally:
-                for stream in _streams():
-                    mx.synchronize(stream)
-    finally:
-        _local.overlapping = before
+    with _being("overlapping"), runtime.one_blas_thread():
+        try:
+            yield
+        finally:
+            for stream in _streams():
+                mx.synchronize(stream)
 
 
 def _compute(*arrays: mx.array) -> None:
@@ -148,7 +150,7 @@ def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array
     parts: list[mx.array] = []
     try:
         for together in _side_by_side(cut(batch, max(1, min(-(-batch // streams()), _ROWS // length)))):
-            with _within():
+            with _being("within"):
                 some = []
                 for stream, these in together:
                     with mx.stream(stream):
@@ -158,15 +160,6 @@ def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array
     except ValueError:  # what `function` uses besides is part of a trace
         return function(*arrays)
     return mx.concatenate(parts)
-
-
-@contextmanager
-def _within() -> Iterator[None]:
-    before, _local.within = _local.within, True
-    try:
-        yield
-    finally:
-        _local.within = before
 
 
 T = TypeVar("T")

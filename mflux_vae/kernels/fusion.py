@@ -45,14 +45,7 @@ def fused(formula: Formula) -> Formula:
 
     @cache
     def best(arguments: int) -> Formula:
-        """Tried once: MLX does without a compiler, not with a broken one, or a disk that it cannot write to."""
-        _with_wide_vectors()
-        compiled = mx.compile(formula)
-        try:
-            mx.eval(compiled(*(mx.zeros((2,)) for _ in range(arguments))))
-        except RuntimeError:
-            return formula
-        return compiled
+        return _compiled(formula, arguments) or formula
 
     @wraps(formula)
     def call(*arguments: mx.array) -> mx.array:
@@ -64,14 +57,18 @@ def fused(formula: Formula) -> Formula:
 @cache
 def compiles() -> bool:
     """Whether `mx.compile` gains anything on this machine's CPU: there is a C++ compiler, and it works."""
-    if shutil.which("g++") is None:
-        return False
+    return shutil.which("g++") is not None and _compiled(lambda x: x * x + 1, 1) is not None
+
+
+def _compiled(formula: Formula, arguments: int) -> Formula | None:
+    """Tried once: MLX does without a compiler, not with a broken one, or a disk that it cannot write to."""
     _with_wide_vectors()
+    compiled: Formula = mx.compile(formula)
     try:
-        mx.eval(mx.compile(lambda x: x * x + 1)(mx.zeros((2,))))
+        mx.eval(compiled(*(mx.zeros((2,)) for _ in range(arguments))))
     except RuntimeError:
-        return False
-    return True
+        return None
+    return compiled
 
 
 # MLX runs `g++ ... "/tmp/mlx/<version>/cpu/<name>.cpp" -o ...` through the shell. Its sources, and no others, get

@@ -16,7 +16,7 @@ from mflux_vae.kernels import banded
 from mflux_vae.kernels.bands import filled, mapped, pieces
 from mflux_vae.kernels.forms import Padding, padded, sides_of, weight_to_depth
 from mflux_vae.kernels.fusion import fused
-from mflux_vae.kernels.normalization import group_norm_statistics
+from mflux_vae.kernels.normalization import group_norm_statistics, over_group, scale_and_shift
 from mflux_vae.kernels.pointwise import sigmoid
 
 
@@ -75,7 +75,6 @@ def repeat_conv2d(x: mx.array, weight: mx.array, dy: mx.array, *, padding: Paddi
     """Of `repeat_conv2d` for input and weight."""
     batch, height, width, channels = x.shape
     shape = (batch, 2 * height, 2 * width, channels)
-
     dx = conv2d_input(dy, weight, shape, padding=padding).reshape(batch, height, 2, width, 2, channels)
     dx = _sum_of_four(dx[:, :, 0, :, 0], dx[:, :, 0, :, 1], dx[:, :, 1, :, 0], dx[:, :, 1, :, 1])
     rows, kernel = banded.repeated_rows_of(x), (weight.shape[1], weight.shape[2])
@@ -104,10 +103,11 @@ def norm_silu_conv2d(
     mean, variance = group_norm_statistics(x, groups)
     r = mx.rsqrt(variance + eps)
     scale = r * gain
-    rows, kernel = banded.silu_rows_of(x, scale, bias - mean * scale), (weight.shape[1], weight.shape[2])
+    shift = bias - mean * scale
+    rows, kernel = banded.silu_rows_of(x, scale, shift), (weight.shape[1], weight.shape[2])
     d_weight = banded.weight_gradient(rows, x.shape, dy, kernel, 1, sides_of(padding))
     da = conv2d_input(dy, weight, x.shape, padding=padding)
-    dh = _through_silu(x, scale, bias - mean * scale, da)
+    dh = _through_silu(x, scale, shift, da)
     return NormSiluConv(*_norm(x, groups, gain, mean, r, dh), d_weight)
 
 
@@ -117,7 +117,7 @@ def _through_silu(x: mx.array, scale: mx.array, shift: mx.array, da: mx.array) -
     x, da = x.reshape(shape[0], -1, shape[-1]), da.reshape(shape[0], -1, shape[-1])
 
     def band(these: slice, part: slice) -> mx.array:
-        h = _scaled(x[these, part], scale[these, None], shift[these, None])
+        h = scale_and_shift(x[these, part], scale[these, None], shift[these, None])
         return _silu_slope_times(h, sigmoid(h), da[these, part])
 
     return mapped(band, x.shape).reshape(shape)
@@ -137,7 +137,7 @@ def _norm(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of h = (x - mean) r gain + bias for x, gain and bias; mean and r = 1 / deviation, (B, C), are x's own.
 
-    With g = gain dh and a group's n values: dx = r (g - sum(g) / n - (x - mean) r^2 sum(g (x - mean)) / n).
+    With g = gain dh and means over a group: dx = r (g - mean(g) - (x - mean) r^2 mean(g (x - mean))).
     """
     shape, batch, channels = x.shape, x.shape[0], x.shape[-1]
     x, dh = x.reshape(batch, -1, channels), dh.reshape(batch, -1, channels)
@@ -154,9 +154,9 @@ def _norm(
     total, moment = filled(mx.zeros((batch, len(parts), 2, channels)), bands).sum(axis=1).swapaxes(0, 1)
 
     # three factors for each image and channel: of dh, of x, and none
-    share = groups / (x.shape[1] * channels)
-    first = _over_group(total * gain, groups) * (r * share)
-    second = _over_group(moment * gain, groups) * (r * r * r * share)
+    share = 1 / x.shape[1]
+    first = over_group(total * gain, groups) * (r * share)
+    second = over_group(moment * gain, groups) * (r * r * r * share)
     constant, scale = second * mean - first, r * gain
 
     def combined(these: slice, part: slice) -> mx.array:
@@ -177,21 +177,9 @@ def leaky_relu(y: mx.array, slope: float, dy: mx.array) -> mx.array:
     return mapped(band, flat.shape).reshape(y.shape)
 
 
-def _over_group(values: mx.array, groups: int) -> mx.array:
-    """Sum over each group's channels, spread back over them. (B, C) -> (B, C)."""
-    batch, channels = values.shape
-    total = values.reshape(batch, groups, -1).sum(axis=-1, keepdims=True)
-    return mx.broadcast_to(total, (batch, groups, channels // groups)).reshape(batch, channels)
-
-
 @fused
 def _sum_of_four(a: mx.array, b: mx.array, c: mx.array, d: mx.array) -> mx.array:
     return (a + b) + (c + d)
-
-
-@fused
-def _scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    return x * scale + shift
 
 
 @fused

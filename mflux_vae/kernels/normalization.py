@@ -36,8 +36,8 @@ def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]
     if computes_now(x):
         return _statistics_in_bands(x.reshape(batch, -1, channels), groups)
     x = x.reshape(batch, -1, channels).astype(mx.float32)
-    mean = _over_group(_over_pixels(x, width), groups)
-    return mean, _over_group(_over_pixels(mx.square(x - mean[:, None]), width), groups)
+    mean = over_group(_over_pixels(x, width), groups)
+    return mean, over_group(_over_pixels(mx.square(x - mean[:, None]), width), groups)
 
 
 def group_norm_apply(
@@ -87,7 +87,8 @@ def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
 
 
 @fused
-def _scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+def scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """x scale + shift."""
     return x * scale + shift
 
 
@@ -105,7 +106,7 @@ def _over_pixels(x: mx.array, width: int) -> mx.array:
     return mx.mean(x, axis=1)
 
 
-def _over_group(values: mx.array, groups: int) -> mx.array:
+def over_group(values: mx.array, groups: int) -> mx.array:
     """Mean over each group's channels, spread back over them. (B, C) -> (B, C)."""
     batch, channels = values.shape
     mean = mx.mean(values.reshape(batch, groups, -1), axis=-1, keepdims=True)
@@ -139,7 +140,7 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
     mean, variance = (values[0] for values in group_norm_statistics(flat, x.shape[-1]))
     scale = mx.rsqrt(variance + eps) * weight
     shift = bias - mean * scale
-    y = mapped(lambda these, part: _scale_and_shift(flat[these, part], scale, shift), flat.shape)
+    y = mapped(lambda these, part: scale_and_shift(flat[these, part], scale, shift), flat.shape)
     return y.reshape(x.shape), mean, variance
 
 
@@ -149,12 +150,6 @@ def batch_norm_apply(
     """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (..., C), all others (C,)."""
     scale = mx.rsqrt(variance + eps) * weight
     return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
-
-
-def sum_of_squares(x: mx.array) -> mx.array:
-    """Of all elements, float32, a scalar: on a CPU a product of x with itself, one pass over memory on all cores."""
-    flat = x.astype(mx.float32).reshape(1, -1)
-    return (flat @ flat.T)[0, 0] if runtime.is_cpu() else mx.square(flat).sum()
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:

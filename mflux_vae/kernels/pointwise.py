@@ -185,6 +185,5 @@ def _differentiable(value: Pointwise, value_and_slope: Callable[[mx.array], tupl
 _silu = _differentiable(lambda x: _gated(x, _P, _Q, _ALL), _silu_and_slope)
 _quick_gelu = _differentiable(lambda x: _gated(x, _QUICK_P, _QUICK_Q, _ALL / _QUICK), _quick_gelu_and_slope)
 _gelu_tanh = _differentiable(lambda x: _gated(x, _GELU_P, _GELU_Q, _GELU_ALL), _gelu_tanh_and_slope)
-_tanh = _differentiable(lambda x: x * (0.5 + _fused_half(2 * _gelu_argument(x))), _gelu_tanh_and_slope)
 _tanh = _differentiable(lambda x: 2 * _fused_half(2 * x), _tanh_and_slope)
 _sigmoid = _differentiable(lambda x: 0.5 + _fused_half(x), _sigmoid_and_slope)

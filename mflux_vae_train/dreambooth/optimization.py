@@ -1,4 +1,4 @@
-"""Which optimizer a run has, at which rates."""
+"""Which optimizer a run has, at which rates, and whether its updates are compiled."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from dataclasses import replace
 
 import mlx.optimizers as optim
 
+from mflux_vae.kernels import compiles
+from mflux_vae.runtime import is_cpu
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lion, Prodigy
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.schedule import learning_rate
 
+COMPILED_FROM = 300
+"""Updates on a CPU whose step is worth compiling, see `Step`."""
+
 LION_SHARE = 0.1
 """Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
+
+
+def worth_compiling(updates: int) -> bool:
+    """Whether a run of so many updates gains by it."""
+    return not is_cpu() or (updates >= COMPILED_FROM and compiles())
 
 
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:

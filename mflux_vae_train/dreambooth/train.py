@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth.estimate import compared
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
 from mflux_vae_train.dreambooth.material import gather
 from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
-from mflux_vae_train.dreambooth.optimization import optimizers_of, schedule_of
+from mflux_vae_train.dreambooth.optimization import optimizers_of, schedule_of, worth_compiling
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.result import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -132,7 +132,14 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     together = as_one(learners)
     optimizer = optimizers_of(settings, text_encoder=[*learners][-1])
     loss = _loss(pipeline, choices)
-    step = Step(together, optimizer, loss, max_grad_norm=settings.max_grad_norm, updates=plan.updates, team=team)
+    step = Step(
+        together,
+        optimizer,
+        loss,
+        max_grad_norm=settings.max_grad_norm,
+        compile=worth_compiling(plan.updates),
+        team=team,
+    )
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
