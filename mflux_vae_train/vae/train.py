@@ -225,8 +225,19 @@ class VAETrainer:
                 loading.save_network(network, last)
             checkpoint.save(folder, updates, objects, fingerprint=fingerprint, total_limit=2)
 
+        def enough() -> bool:
+            return settings.early_stopping is not None and watch["since"] >= settings.early_stopping
+
+        def ending(hook: Hook) -> Hook:
+            """To this hook the update after which it is enough is the last one, as it is."""
+            return lambda record: hook(dataclasses.replace(record, total=record.update) if enough() else record)
+
+        made = start
+
         def stop(record: Record) -> None:
-            if settings.early_stopping is not None and watch["since"] >= settings.early_stopping:
+            nonlocal made
+            if enough():
+                made = record.update
                 raise _Enough
 
         # the updates; of the hooks, what must not be lost comes first
@@ -253,13 +264,12 @@ class VAETrainer:
             hooks = [
                 every(epochs * settings.val_every, validate),
                 every(epochs * settings.val_every, note),
-                every(epochs * settings.save_every, lambda record: save(record.update)),
+                ending(every(epochs * settings.save_every, lambda record: save(record.update))),
                 every(settings.save_every_n_steps, lambda record: save(record.update), last=False),
-                every(epochs * settings.samples_every if settings.samples_every else None, pictures),
+                ending(every(epochs * settings.samples_every if settings.samples_every else None, pictures)),
                 every(settings.log_images_every_n_steps, pictures, last=False),
                 stop,
             ]
-            made = start
             try:
                 fit(
                     step=steps,

@@ -158,15 +158,22 @@ def test_a_longer_run_goes_on_and_another_one_is_refused(tmp_path: Path) -> None
         trained(tmp_path, experiment_name="mine", learning_rate=0.1)
 
 
-def test_the_best_is_kept_and_enough_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_the_best_is_kept_and_enough_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
     from mflux_vae_train.vae.validation import Validation
 
-    losses = iter([3.0, 1.0, 2.0, 2.0, 0.0])
+    losses = iter([3.0, 1.0, 2.0, 2.0])
     own = Validation.measured
     monkeypatch.setattr(Validation, "measured", lambda self: {**own(self), "loss": next(losses)})
-    outcome = trained(tmp_path, num_epochs=9, early_stopping=2)
+    enough: dict[str, Any] = {"num_epochs": 9, "early_stopping": 2, "save_every": save_every}
+    outcome = trained(tmp_path, **enough)
     assert [row["loss"] for row in lines(outcome.folder / "validation.jsonl")] == [3.0, 1.0, 2.0, 2.0]
-    assert trained(tmp_path, num_epochs=9, early_stopping=2).updates == 0  # it is still enough
+    assert outcome.updates == 12 and len(lines(outcome.folder / "metrics.jsonl")) == 12
+    # it ends as a run of so many epochs does
+    assert (outcome.folder / "checkpoint-12").is_dir() and (outcome.folder / "samples/samples-000012.png").is_file()
+    assert trained(tmp_path, **enough).updates == 0  # it is still enough
     best, last = loading.open_network(outcome.best), loading.open_network(outcome.last)
     assert any(
         not np.array_equal(a, b)
