@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Instance:
         concept: number of the concept that it shows.
         caption: its prompt.
         mask: file that says which places of it count, None for all alike.
-        views: by place, and there mirrored or not: what its samples are drawn from.
+        views: by place, and there mirrored or not: what its samples are drawn from. Of no place its mask is all black.
         square: its centre, uint8 (resolution, resolution, 3): for people to look at.
     """
 
@@ -117,7 +118,7 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
 
     Raises:
         ImageError: no such folder, no picture in it, a picture or mask that cannot be read (named), a mask of another
-            shape than its picture or black all over, or ``--masked_loss`` without any mask.
+            shape than its picture or black in all that is taken of it, or ``--masked_loss`` without any mask.
         SettingsError: prompts or shapes cannot be read.
     """
     among = shapes(settings, resolution=resolution, multiple=multiple)
@@ -130,8 +131,9 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
         used = masks if settings.masked_loss else {}
         skipped, unused = skipped + others, unused + len(masks) - len(used)
         prompts = captions(folder, paths, prompt=concept.instance_prompt, column=settings.caption_column)
-        read = ahead(partial(_read, masks=used, resolution=resolution), paths)
-        for path, prompt, (content, size, square) in zip(paths, prompts, read, strict=True):
+        see: dict[str, Any] = {"among": among, "crops": crops, "mirror": settings.random_flip}
+        read = ahead(partial(_read, masks=used, resolution=resolution, **see), paths)
+        for path, prompt, (content, seen, square) in zip(paths, prompts, read, strict=True):
             instances.append(
                 Instance(
                     path=path,
@@ -139,7 +141,7 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
                     concept=number,
                     caption=prompt,
                     mask=used.get(path),
-                    views=views(size, nearest(size, among), crops=crops, mirror=settings.random_flip),
+                    views=seen,
                     square=square,
                 )
             )
@@ -165,17 +167,22 @@ def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
     return pictures, masks, skipped - beside
 
 
-def _read(path: Path, *, masks: dict[Path, Path], resolution: int) -> tuple[str, Shape, np.ndarray]:
-    """Content, size and centre square of a picture; its mask is looked at."""
+def _read(
+    path: Path, *, masks: dict[Path, Path], resolution: int, among: Sequence[Shape], crops: int, mirror: bool
+) -> tuple[str, Sequence[Sequence[View]], np.ndarray]:
+    """Content of a picture, its views, and its centre square. Where its mask is black nothing is to be seen."""
     picture = load_image(path)
-    height, width = picture.shape[:2]
+    height, width = size = picture.shape[:2]
+    seen = views(size, nearest(size, among), crops=crops, mirror=mirror)
     if path in masks:
         mask = load_mask(masks[path])
         if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width):
             raise ImageError(f"{masks[path]} is {mask.shape[1]}x{mask.shape[0]}, of another shape than {path.name}")
-        if not mask.any():
-            raise ImageError(f"{masks[path]} is black all over: nothing of {path.name} would count")
-    return content_of(path), (height, width), covered(picture, (resolution, resolution))
+        seen = [place for place in seen if place[0].of(mask).any()]
+        if not seen:
+            where = "all over" if not mask.any() else "where the picture is cut"
+            raise ImageError(f"{masks[path]} is black {where}: nothing of {path.name} would count")
+    return content_of(path), seen, covered(picture, (resolution, resolution))
 
 
 def load_mask(path: Path) -> np.ndarray:

@@ -15,14 +15,14 @@ from mflux_vae_train.hooks import Record
 from mflux_vae_train.step import Arrays, Loss
 
 PATIENCE = 3
-"""Updates in succession without any gradient that end a run; one alone may be an empty mask."""
+"""Updates in succession without any gradient that end a run; one alone may have seen a mask's black places."""
 
 
 class Learning:
     """A hook that ends a run which learns nothing. (A loss or a gradient that is not finite ends it in the step.)
 
-    Looked at is, after the first update of this process, whether it changed what trains, and after every one
-    whether there was a gradient.
+    Looked at is, after every update, whether there was a gradient, and after the first one of this process that had
+    one whether it changed what trains.
 
     Args:
         networks: those that train.
@@ -35,16 +35,19 @@ class Learning:
         self._networks, self._first, self._without = networks, True, 0
 
     def __call__(self, record: Record) -> None:
-        first, self._first = self._first, False
-        self._without = self._without + 1 if record.metrics["grad_norm"] == 0 else 0
-        if self._without and (first or self._without == PATIENCE):
-            which = "the first update" if first else f"the updates up to {record.update}"
-            raise TrainingError(
-                f"{which} changed nothing, all gradients are zero: the loss does not reach what is trained"
-                " (a guidance or prompt that the pipeline ignores, adapted layers that it does not use, black masks)"
-            )
-        if not first:
+        if record.metrics["grad_norm"] == 0:
+            self._without += 1
+            if self._without == PATIENCE or record.total == self._without:
+                raise TrainingError(
+                    f"the updates up to {record.update} changed nothing, all gradients are zero: the loss does not"
+                    " reach what is trained (a guidance or prompt that the pipeline ignores, adapted layers that it"
+                    " does not use, black masks)"
+                )
             return
+        self._without = 0
+        if not self._first:
+            return
+        self._first = False
         if record.metrics["learning_rate"] > 0 and record.metrics["update_size"] == 0:
             raise TrainingError(
                 "the first update changed nothing: its steps are smaller than what the weights' type can hold;"

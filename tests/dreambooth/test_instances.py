@@ -140,6 +140,19 @@ def test_masks_that_cannot_be_meant_are_refused(instance_dir, load, mask, said):
         load(masked_loss=True)
 
 
+def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
+    """Such samples would count nothing, and an update of nothing else would have no gradient."""
+    save_image(instance_dir / "picture-0.png", picture(80, 16))
+    mask = picture(80, 16)
+    mask[:20] = 255
+    save_image(instance_dir / "picture-0-mask.png", mask)
+    cut = {"center_crop": False, "num_crops": 5}
+    assert [row[0].place for row in load(**cut).instances[0].views] == [0, 0.25, 0.5, 0.75, 1]
+    assert [row[0].place for row in load(**cut, masked_loss=True).instances[0].views] == [0, 0.25]
+    with pytest.raises(ImageError, match="black where the picture is cut"):
+        load(masked_loss=True)
+
+
 # concepts, views
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
@@ -27,25 +29,30 @@ def adapted(b=0.0):
 @pytest.mark.parametrize(
     ("denoiser", "wrong", "said"),
     [
-        (adapted(0.1), {"gradient": 0.0}, "all gradients are zero"),
         (adapted(0.1), {"size": 0.0}, "raise --learning_rate"),
         (adapted(0.0), {}, "every adapter's B is still zero"),
     ],
 )
 @pytest.mark.parametrize("update", [1, 7])  # of a run, and of one that goes on after the sixth
-def test_the_first_update_must_change_something(denoiser, wrong, said, update):
+def test_the_first_update_with_a_gradient_must_change_something(denoiser, wrong, said, update):
+    learning = Learning(denoiser)
+    learning(record(update, gradient=0.0))
     with pytest.raises(TrainingError, match=said):
-        Learning(denoiser)(record(update, **wrong))
+        learning(record(update + 1, **wrong))
 
 
-def test_later_ones_may_lack_a_gradient_but_not_for_long():
+def test_updates_may_lack_a_gradient_but_not_for_long():
     learning = Learning(adapted(0.1))
-    learning(record(1))
-    for update in range(2, 20):  # never three in succession
-        learning(record(update, gradient=float(update % PATIENCE == 0), size=0.0))
-    with pytest.raises(TrainingError, match="the updates up to 21 changed nothing"):
+    for update in range(1, 20):  # never three in succession
+        learning(record(update, gradient=float(update % PATIENCE == 0)))
+    with pytest.raises(TrainingError, match="the updates up to 21 changed nothing, all gradients are zero"):
         for update in range(20, 30):
             learning(record(update, gradient=0.0))
+
+
+def test_a_run_of_fewer_updates_may_not_lack_all():
+    with pytest.raises(TrainingError, match="the updates up to 1 changed nothing"):
+        Learning(adapted(0.1))(replace(record(1, gradient=0.0), total=1))
 
 
 def test_a_rate_of_zero_may_change_nothing():
