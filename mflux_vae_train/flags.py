@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.yaml_files import read_yaml
-from mflux_vae_train.config import is_tuple, kind_of
+from mflux_vae_train.fields import is_tuple, kind_of
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import is_text
+from mflux_vae_train.fields import is_text
 
 METADATA = "metadata.jsonl"
 """One JSON object per line: the picture's name under ``file_name``, and its prompt."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import check_fields, flag
+from mflux_vae_train.fields import check_fields, flag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ import typing
 
 import pytest
 
-from mflux_vae_train.config import DreamBoothSettings, is_tuple, kind_of
+from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.without_effect import WITHOUT_EFFECT
+from mflux_vae_train.fields import is_tuple, kind_of
 from mflux_vae_train.flags import settings_from
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import Concept, DreamBoothSettings, check_fields, flag, is_tuple, kind_of
+from mflux_vae_train.config import Concept, DreamBoothSettings
+from mflux_vae_train.fields import check_fields, flag, is_tuple, kind_of
 from mflux_vae_train.flags import add_flags, from_yaml, parser_from, settings_from, settings_of, to_yaml
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]

@@ -16,7 +16,7 @@ import pytest
 
 from mflux_vae import cli
 from mflux_vae.images import load_image, save_image
-from mflux_vae_train.config import is_tuple, kind_of
+from mflux_vae_train.fields import is_tuple, kind_of
 from mflux_vae_train.flags import add_flags, from_yaml, settings_of, to_yaml
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings, preset
 from tests.conftest import Run
