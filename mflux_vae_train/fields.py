@@ -8,7 +8,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -82,11 +82,26 @@ def check_fields(settings: Any) -> None:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
 
 
-def without_use(settings: Any, reasons: Mapping[str, str]) -> list[str]:
-    """One line for each of these settings that was given: it has no effect, for this reason."""
+def without_use(
+    settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]], reasons: Mapping[str, str]
+) -> list[str]:
+    """One line for each setting that was given and that others leave without effect.
+
+    Args:
+        used_by: by name of a setting those that only some of its values look at, and these values.
+        reasons: by name why others have no effect.
+    """
+    unused = {
+        name: f"it is for --{chosen} {', '.join(values)}, and this run's is {getattr(settings, chosen)}"
+        for chosen, names in used_by.items()
+        for name, values in names.items()
+        if getattr(settings, chosen) not in values
+    }
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     return [
-        f"--{name} has no effect: {why}" for name, why in reasons.items() if getattr(settings, name) != defaults[name]
+        f"--{name} has no effect: {why}"
+        for name, why in {**unused, **reasons}.items()
+        if getattr(settings, name) != defaults[name]
     ]
 
 

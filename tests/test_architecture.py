@@ -48,7 +48,10 @@ ON_DEMAND = {
 }
 """What modules of the component import inside the functions that use it."""
 
-LIGHT = ("", ".config", ".console", ".flags", ".dreambooth", ".dreambooth.cli", ".vae", ".vae.cli", ".vae.config")
+LIGHT = (
+    *("", ".config", ".console", ".fields", ".flags"),
+    *(".dreambooth", ".dreambooth.cli", ".vae", ".vae.cli", ".vae.config"),
+)
 """What a command line needs for `--help`."""
 
 

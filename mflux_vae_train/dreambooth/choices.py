@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -12,6 +12,7 @@ from mflux_vae_train.config import USUAL, Concept, DreamBoothSettings, advice
 from mflux_vae_train.dreambooth.data import Plan
 from mflux_vae_train.dreambooth.optimization import TEXT_ENCODER_SHARE, default_rate
 from mflux_vae_train.dreambooth.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
+from mflux_vae_train.fields import without_use
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 
 PREVIEWS_IN_A_RUN = 8
@@ -80,9 +81,9 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
     plan = _plan(settings, pictures)
     harmful = _harmful(settings, recommended)
     unusual = advice(settings, {"guidance": (0, math.inf) if harmful else _usual_guidance(recommended)})
-    warnings = [*unusual, *_without_use(settings, recommended), *harmful]
-    warnings += _too_short(settings, plan)
     preservation = choose_preservation(settings)
+    warnings = [*unusual, *_without_use(settings, recommended, preservation.kind), *harmful]
+    warnings += _too_short(settings, plan)
     notes, first = preservation.notes, preservation.concepts[0]
     if settings.scale_lr:
         rate, at_once = _rate(settings, recommended), plan.batch_size * plan.accumulation
@@ -177,35 +178,45 @@ def _sampling(settings: DreamBoothSettings, *, scheme: Any, recommended: Recomme
     return None if own is not None and asked == NoiseSampling(scheme=own) else asked
 
 
-_USED_BY = {
-    "logit_mean": ("logit_normal", "flux_shift"),
-    "logit_std": ("logit_normal", "flux_shift"),
-    "mode_scale": ("mode",),
+_USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "weighting_scheme": {
+        "logit_mean": ("logit_normal", "flux_shift"),
+        "logit_std": ("logit_normal", "flux_shift"),
+        "mode_scale": ("mode",),
+    },
+    "lr_scheduler": {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",)},
+    "optimizer": {
+        "adam_beta1": ("adamw", "adamw8bit", "lion", "prodigy"),
+        "adam_beta2": ("adamw", "adamw8bit", "lion", "prodigy"),
+        "adam_epsilon": ("adamw", "adamw8bit", "prodigy"),
+        "prodigy_beta3": ("prodigy",),
+        "prodigy_decouple": ("prodigy",),
+        "prodigy_use_bias_correction": ("prodigy",),
+        "prodigy_safeguard_warmup": ("prodigy",),
+    },
 }
+"""By setting: those that only some of its values look at."""
 
 
-def _without_use(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
+def _without_use(settings: DreamBoothSettings, recommended: Recommended, preserved: Kind) -> list[str]:
     """One line for each setting that others leave without effect."""
-    scheme = settings.weighting_scheme or recommended.weighting_scheme
-    lines = {
-        name: f"it is for --weighting_scheme {' and '.join(used_by)}, and this run's is {scheme}"
-        for name, used_by in _USED_BY.items()
-        if scheme not in used_by
-    }
+    settings = replace(settings, weighting_scheme=settings.weighting_scheme or recommended.weighting_scheme)
+    reasons: dict[str, str] = {}
     own = {"text_encoder_lr": "--learning_rate", "adam_weight_decay_text_encoder": "--adam_weight_decay"}
     if not settings.train_text_encoder:
-        lines |= dict.fromkeys(own, "it is for --train_text_encoder")
+        reasons |= dict.fromkeys(own, "it is for --train_text_encoder")
     elif settings.optimizer == "prodigy":
-        lines |= {name: f"Prodigy takes all together, by {other}" for name, other in own.items()}
+        reasons |= {name: f"Prodigy takes all together, by {other}" for name, other in own.items()}
     if settings.center_crop:
-        lines["num_crops"] = "it is for --no_center_crop"
-    if settings.prior_preservation in ("dop", "none"):
-        no_pictures = f"--prior_preservation {settings.prior_preservation} takes no class pictures"
-        lines |= {"class_data_dir": no_pictures, "num_class_images": no_pictures}
-    defaults = {field.name: field.default for field in fields(settings)}
-    return [
-        f"--{name} has no effect: {why}" for name, why in lines.items() if getattr(settings, name) != defaults[name]
-    ]
+        reasons["num_crops"] = "it is for --no_center_crop"
+    if settings.report_to in (None, "none"):
+        reasons["logging_dir"] = "it is for --report_to"
+    if preserved != "class_images":
+        pictures = ("class_data_dir", "num_class_images", "sample_batch_size")
+        reasons |= dict.fromkeys(pictures, f"--prior_preservation {preserved} takes no class pictures")
+    if preserved == "none":
+        reasons["prior_loss_weight"] = "there is no prior preservation"
+    return without_use(settings, _USED_BY, reasons)
 
 
 def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:

@@ -271,14 +271,3 @@ def get_default_config() -> dict[str, Any]:
 def get_beta_vae_config() -> dict[str, Any]:
     """All settings of the preset `beta`, to be changed and given to `VAETrainer`."""
     return dataclasses.asdict(preset("beta"))
-
-
-def advice(settings: VAETrainingSettings) -> list[str]:
-    """One line for each combination that is known to end badly: to be logged, never to forbid."""
-    beta = settings.beta_end if settings.loss_type == "beta_vae" else settings.beta
-    if settings.reduction == "mean" and beta > 0.01:
-        return [
-            f"the KL divergence, a sum, weighs {beta:g} beside an error that is a mean over pixels: the posterior will"
-            " collapse; take --reduction sum, or a beta near 1e-4"
-        ]
-    return []

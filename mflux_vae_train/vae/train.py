@@ -30,7 +30,8 @@ from mflux_vae_train.owed import Owed
 from mflux_vae_train.progress import ProgressBar
 from mflux_vae_train.step import Step
 from mflux_vae_train.trackers import TensorBoard
-from mflux_vae_train.vae.config import VAETrainingSettings, advice, settings_from_dict
+from mflux_vae_train.vae.advice import advice
+from mflux_vae_train.vae.config import VAETrainingSettings, settings_from_dict
 from mflux_vae_train.vae.data import Source
 from mflux_vae_train.vae.identity import identity
 from mflux_vae_train.vae.network import begin_training, build, new_critic, parameter_count

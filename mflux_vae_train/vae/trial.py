@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae_train import checkpoint
-from mflux_vae_train.vae.config import VAETrainingSettings, advice
+from mflux_vae_train.vae.advice import advice
+from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data import Source
 from mflux_vae_train.vae.network import latent_shape, parameter_count
 from mflux_vae_train.vae.objective import Objective

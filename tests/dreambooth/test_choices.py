@@ -8,6 +8,7 @@ import pytest
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import choose
+from mflux_vae_train.dreambooth.optimization import optimizer_of
 from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
 from tests.contracts.fake import FakePipeline
@@ -159,6 +160,31 @@ def test_settings_that_others_leave_without_effect_are_named():
     of_pictures = {"class_data_dir": "dogs", "num_class_images": 20}
     assert named(prior_preservation="dop", **of_pictures) == ["--class_data_dir", "--num_class_images"]
     assert not named(**of_pictures)
+    assert named(with_prior_preservation=False, prior_loss_weight=0.5) == ["--prior_loss_weight"]
+    assert named(logging_dir="there") == ["--logging_dir"]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "chosen_by"),
+    [
+        ("lr_num_cycles", 3, {"lr_scheduler": "cosine_with_restarts"}),
+        ("lr_power", 2.0, {"lr_scheduler": "polynomial"}),
+        ("prodigy_beta3", 0.9, {"optimizer": "prodigy"}),
+        ("prodigy_decouple", False, {"optimizer": "prodigy"}),
+    ],
+)
+def test_what_one_schedule_or_optimizer_alone_looks_at(name, other, chosen_by):
+    assert not any(name in line for line in chosen(**{name: other}, **chosen_by).warnings)
+    assert sum(line.startswith(f"--{name} has no effect") for line in chosen(**{name: other}).warnings) == 1
+
+
+def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+    for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
+        choices = chosen(optimizer=optimizer, **dict.fromkeys(names, 0.5))
+        own = vars(optimizer_of(choices.settings))
+        unused = {name for name in names if any(line.startswith(f"--{name} has") for line in choices.warnings)}
+        assert unused == {name for name in names if name.removeprefix("adam_") not in own}
 
 
 def test_every_weighting_scheme_is_a_choice():

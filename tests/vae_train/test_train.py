@@ -22,10 +22,10 @@ from mflux_vae.weights.files import write_safetensors
 from mflux_vae.weights.rules import from_mlx
 from mflux_vae_train import checkpoint, step
 from mflux_vae_train.vae.adversarial import PatchDiscriminator
+from mflux_vae_train.vae.advice import advice
 from mflux_vae_train.vae.config import (
     PRESETS,
     VAETrainingSettings,
-    advice,
     get_beta_vae_config,
     get_default_config,
     preset,
@@ -196,6 +196,30 @@ def test_a_loss_that_will_collapse_is_advised_against() -> None:
     (line,) = advice(preset("mnist", reduction="mean", beta=0.5))
     assert "collapse" in line
     assert not any(advice(preset(name)) for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "chosen_by"),
+    [
+        ("free_bits", 0.5, {"loss_type": "vae"}),
+        ("beta", 4.0, {"loss_type": "tc"}),
+        ("beta_end", 4.0, {"loss_type": "beta_vae"}),
+        ("gamma", 2.0, {"loss_type": "tc"}),
+        ("lr_gamma", 0.5, {"lr_scheduler": "step"}),
+        ("lr_step_epochs", 3, {"lr_scheduler": "step"}),
+        ("batch_norm", False, {"network": "flat"}),
+        ("layers_per_block", 1, {"network": "kl"}),
+        ("lpips_weight", 0.5, {"lpips": ("vgg.pth",)}),
+        ("disc_weight", 0.8, {"disc_start": 5}),
+    ],
+)
+def test_settings_without_effect_are_named(name: str, other: Any, chosen_by: dict[str, Any]) -> None:
+    without = {"loss_type": "beta_vae" if name in ("free_bits", "beta") else "vae", "network": "plain"}
+    if name == "free_bits":
+        without["loss_type"] = "tc"
+    (line,) = advice(VAETrainingSettings(**{**without, name: other}))
+    assert line.startswith(f"--{name} has no effect: ")
+    assert not advice(VAETrainingSettings(**{name: other}, **chosen_by))
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("mlx-mnist", 149_265), ("vanilla-256", 62_980_803)])
