@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
         weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
         mx.eval(x, weight)
-        chosen = forms.form_of((kernel, kernel), stride, channels, out)
+        chosen = forms.form_of((kernel, kernel), stride, channels, out, batch * (side // stride) ** 2)
         # Winograd's form and shifts are for stride 1
         possible = [form for form in names if stride == 1 or form in ("patches", "own")]
         runs = {form: partial(_forced, form, x, weight, stride) for form in possible}

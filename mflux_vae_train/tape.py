@@ -197,9 +197,7 @@ def _conv2d(
         if to_x is not None:
             to_x.add(gradients.conv2d_input(gradient, weight, kept.shape, stride=stride, padding=padding))
 
-    return tape.note(
-        kernels.conv2d(kept, weight, bias, stride=stride, padding=padding, remember=False), pull, x, weight, bias
-    )
+    return tape.note(kernels.conv2d(kept, weight, bias, stride=stride, padding=padding), pull, x, weight, bias)
 
 
 def _norm_silu_conv2d(
@@ -222,7 +220,7 @@ def _norm_silu_conv2d(
             to_bias.add(gradients.sum_of_rows(gradient))
         _give(places, gradients.norm_silu_conv2d(kept, norm, weight, gradient, padding=padding))
 
-    y = kernels.norm_silu_conv2d(kept, norm, weight, bias, padding=padding, residual=value_of(residual), remember=False)
+    y = kernels.norm_silu_conv2d(kept, norm, weight, bias, padding=padding, residual=value_of(residual))
     return tape.note(y, pull, *arguments, bias, residual)
 
 
@@ -236,7 +234,7 @@ def _repeat_conv2d(
             to_bias.add(gradients.sum_of_rows(gradient))
         _give(places, gradients.repeat_conv2d(kept, weight, gradient, padding=padding))
 
-    return tape.note(kernels.repeat_conv2d(kept, weight, bias, padding=padding, remember=False), pull, x, weight, bias)
+    return tape.note(kernels.repeat_conv2d(kept, weight, bias, padding=padding), pull, x, weight, bias)
 
 
 def _batch_norm(tape: Tape, x: Any, weight: mx.array, bias: mx.array, eps: float) -> tuple[Any, mx.array, mx.array]:

@@ -6,7 +6,7 @@ there the transformed weights are the larger part, and are best used while they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from mflux_vae.kernels import winograd
 from mflux_vae.kernels.bands import Band, added, cut, filled, streams
 from mflux_vae.kernels.forms import Form, Sides, form_of, in_one_piece, padded, repeated, upside_down
 from mflux_vae.kernels.fusion import fused
-from mflux_vae.kernels.gathering import windows
+from mflux_vae.kernels.gathering import overlapped, windows
 from mflux_vae.kernels.normalization import scale_and_shift
 from mflux_vae.kernels.pointwise import silu
 
@@ -28,10 +28,8 @@ BAND_ELEMENTS = 1 << 21
 """Of the largest array that a band makes, so that it stays in the core's cache or near it."""
 BAND_TILES = (64, 256)
 """Winograd's tiles in a band: fewer make thin matrices, more do not make faster ones."""
-_BAND_WEIGHTS = 1 << 19
+_BAND_WEIGHTS = 1 << 21
 """Elements of the transformed weights of a band of output channels."""
-REMEMBERED_MAX_PIXELS = 256
-"""Transforming a weight takes 144 pixels' worth of products, remembering it four times its memory."""
 _GRADIENT_MIN_CHANNELS = 64
 """Of Winograd's form of a weight's gradient."""
 _SHIFTS_CHANNELS = range(8, 128)
@@ -72,7 +70,6 @@ def convolution(
     residual: mx.array | None = None,
     *,
     turned: bool = False,
-    remember: bool = False,
 ) -> mx.array:
     """Convolution of an image (B, H, W, C) that is made row by row, float32, computed at once.
 
@@ -80,14 +77,13 @@ def convolution(
         weight: (O, kh, kw, C).
         residual: added to the result; or None.
         turned: convolve with `upside_down(weight)` instead; the image then has O channels.
-        remember: whether the next call, with the same weight, may find what is made of it here.
     """
     batch, height, width, channels = shape
     (top, bottom), (left, right) = sides
     kh, kw = weight.shape[1:3]
     out = weight.shape[3 if turned else 0]
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
-    form = form_of((kh, kw), stride, channels, out)
+    form = form_of((kh, kw), stride, channels, out, batch * out_h * out_w)
     every_image, every_row, every_output = slice(0, batch), slice(0, out_h), slice(0, out)
 
     def read(these: slice, lines: slice, beyond: int = 0) -> tuple[mx.array, tuple[int, int]]:
@@ -99,16 +95,17 @@ def convolution(
         x, (above, _) = read(these, lines, beyond=-(lines.stop - lines.start) % winograd.TILE)
         return winograd.tiles(x, (winograd.tiles_over(lines.stop - lines.start), across), (above, left))
 
-    def from_tiles(x: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
-        w = kernel[:, places] if kernel is not None else _transformed(weight, places, turned)
-        count = winograd.tiles_over(lines.stop - lines.start), across
-        y = winograd.convolve(x, w, count)
+    def from_tiles(x: mx.array, kernel: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
+        y = winograd.convolve(x, kernel, (winograd.tiles_over(lines.stop - lines.start), across))
         y = mx.contiguous(y) if bias is None else _plus(y, bias[places])
         y = winograd.uncut(y)[:, : lines.stop - lines.start, :out_w]
         return y if residual is None else _plus(residual[these, lines, :, places], y)
 
-    def from_rows(these: slice, lines: slice) -> mx.array:
-        return from_tiles(in_tiles(these, lines), these, lines, every_output)
+    def from_rows(kernel: mx.array, these: slice, lines: slice) -> mx.array:
+        return from_tiles(in_tiles(these, lines), kernel, these, lines, every_output)
+
+    def from_outputs(x: mx.array, places: slice) -> mx.array:
+        return from_tiles(x, _transformed(weight, places, turned), every_image, every_row, places)
 
     def in_a_piece(these: slice, lines: slice) -> mx.array:
         x, zeros = read(these, lines)
@@ -119,24 +116,21 @@ def convolution(
     bands: Iterator[tuple[Any, Band]]
     if form == "winograd":
         down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
-        kernel = winograd.remembered(weight) if remember and batch * out_h * out_w <= REMEMBERED_MAX_PIXELS else None
         if shares_outputs(batch * down * across, out):
             x = in_tiles(every_image, every_row)
             mx.eval(x)
             bands = (
-                ((every_image, every_row, slice(None), places), partial(from_tiles, x, every_image, every_row, places))
+                ((every_image, every_row, slice(None), places), partial(from_outputs, x, places))
                 for places in cut(out, outputs_at_once(channels, out))
             )
         else:
-            if kernel is None:
-                kernel = _transformed(weight, every_output, turned)
-            tiles = max(BAND_TILES[0], min(BAND_TILES[1], BAND_ELEMENTS // (36 * max(channels, out))))
-            images, tall = _share(batch, down, tiles // across)
+            kernel = _transformed(weight, every_output, turned)
+            images, tall = band_of(form, (batch, down, across), channels, out, kh * kw)
             rows_of_tiles = _rows(batch, out_h, images, tall * winograd.TILE)
-            bands = ((index, partial(from_rows, *index)) for index in rows_of_tiles)
+            bands = ((index, partial(from_rows, kernel, *index)) for index in rows_of_tiles)
     else:
         weight = mx.contiguous(upside_down(weight)) if turned else weight
-        share = _share(batch, out_h, BAND_ELEMENTS // (out_w * _widest(form, channels, out, kh * kw)))
+        share = band_of(form, (batch, out_h, out_w), channels, out, kh * kw)
         bands = ((index, partial(in_a_piece, *index)) for index in _rows(batch, out_h, *share))
     return filled(mx.zeros((batch, out_h, out_w, out)), bands)
 
@@ -146,17 +140,18 @@ def _transformed(weight: mx.array, places: slice, turned: bool) -> mx.array:
     return winograd.transformed(weight[..., places] if turned else weight[places], turned=turned)
 
 
-def _widest(form: Form, channels: int, out: int, taps: int) -> int:
-    """Numbers for each pixel of the result in the largest array that a band makes; not of Winograd's form."""
-    return max(taps * (out if form == "taps last" else channels), out)
+def band_of(form: Form, result: tuple[int, int, int], channels: int, out: int, taps: int) -> tuple[int, int]:
+    """Images of a band of a `convolution`, and rows of each.
 
-
-def pixels_at_once(result: tuple[int, int, int], channels: int, weight: Sequence[int], form: Form) -> int:
-    """Pixels of the result (B, H, W, ...) in the bands of a `convolution` that are computed side by side."""
+    Args:
+        result: images, rows and columns of the result, of which channels are `out`; of Winograd's form its tiles.
+    """
     batch, height, width = result
-    out, kh, kw, _ = weight
-    images, rows = _share(batch, height, BAND_ELEMENTS // (width * _widest(form, channels, out, kh * kw)))
-    return min(streams() * images * rows, batch * height) * width
+    if form == "winograd":
+        fit = max(BAND_TILES[0], min(BAND_TILES[1], BAND_ELEMENTS // (36 * max(channels, out))))
+    else:
+        fit = BAND_ELEMENTS // max(taps * (out if form == "taps last" else channels), out)
+    return _share(batch, height, fit // width)
 
 
 def shares_outputs(tiles: int, out: int) -> bool:
@@ -185,9 +180,10 @@ def weight_gradient(
     if kernel == (1, 1) and stride == 1 and not any(map(any, sides)):
         x = rows(everything, 0, height).reshape(-1, channels)
         return (dy.reshape(-1, out).T @ x).reshape(out, 1, 1, channels)
-    if kernel == (3, 3) and stride == 1 and min(channels, out) >= _GRADIENT_MIN_CHANNELS:
+    form = form_of(kernel, stride, channels, out, batch * out_h * out_w)
+    if form == "winograd" and min(channels, out) >= _GRADIENT_MIN_CHANNELS:
         return _winograd_weight_gradient(rows, shape, dy, (top, left))
-    if form_of(kernel, stride, channels, out) == "taps last":
+    if form == "taps last":
         return _few_outputs_weight_gradient(rows, shape, dy, kernel, sides)
     if stride == 1 and channels in _SHIFTS_CHANNELS:
         # a product per tap of the flattened images, from where the tap points; zeros where rows run over their ends
@@ -205,6 +201,30 @@ def weight_gradient(
 
     share = _share(batch, out_h, BAND_ELEMENTS // (out_w * kh * kw * channels))
     return added(partial(band, *index) for index in _rows(batch, out_h, *share)).reshape(out, kh, kw, channels)
+
+
+def input_gradient(dy: mx.array, weight: mx.array, shape: tuple[int, ...], stride: int, sides: Sides) -> mx.array:
+    """Gradient for the input, (B, H, W, C), of a `convolution`: windows, each a product of dy, over each other.
+
+    Args:
+        dy: gradient for the result, (B, h, w, O).
+    """
+    batch, height, width, channels = shape
+    out, kh, kw, _ = weight.shape
+    (top, _), (left, _) = sides
+    _, out_h, out_w, _ = dy.shape
+    matrix = weight.reshape(out, -1)
+
+    def band(these: slice, lines: slice) -> mx.array:
+        first, end = max(-((kh - 1 - top - lines.start) // stride), 0), min((lines.stop - 1 + top) // stride + 1, out_h)
+        given = dy[these, first:end].reshape(-1, out)
+        x = mx.concatenate([given, mx.zeros((1, out))]) @ matrix
+        part = these.stop - these.start, lines.stop - lines.start, width
+        origin = top + lines.start - first * stride, left
+        return overlapped(x, (kh, kw), stride, (max(end - first, 0), out_w), part, origin)
+
+    share = _share(batch, height, BAND_ELEMENTS // (width * kh * kw * channels))
+    return filled(mx.zeros(shape), ((index, partial(band, *index)) for index in _rows(batch, height, *share)))
 
 
 def _few_outputs_weight_gradient(

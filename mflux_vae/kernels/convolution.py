@@ -2,7 +2,7 @@
 
 On a CPU one of six forms is chosen by shape (`forms`; `python -m benchmarks.convolutions` measures the choice):
 
-- *Winograd* (3x3, stride 1, enough channels): a quarter of the products, see `winograd`;
+- *Winograd* (3x3, stride 1, enough channels and pixels): a quarter of the products, see `winograd`;
 - *taps last* (few output channels): one product of all pixels with all taps' weights, whose few results are then
   shifted and added;
 - *shifts* (stride 1, few channels, wide images): a product per tap, of the flattened image from where the tap points;
@@ -50,7 +50,6 @@ def conv2d(
     *,
     stride: int = 1,
     padding: Padding = 0,
-    remember: bool = True,
 ) -> mx.array:
     """2-D convolution (cross-correlation).
 
@@ -60,7 +59,6 @@ def conv2d(
         bias: (O,) or None.
         stride: the same in both directions; above 2 it is MLX's own convolution on every device.
         padding: zeros around the image: one number, or ((top, bottom), (left, right)).
-        remember: whether what is made of the weight may be kept for the next call; not where it is going to change.
 
     Returns:
         (B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, O).
@@ -85,7 +83,7 @@ def conv2d(
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
         return y if bias is None else y + bias
     if weight.shape[1:3] != (1, 1) and computes_now(x, weight):
-        return banded.convolution(banded.rows_of(x), x.shape, weight, bias, stride, sides, remember=remember)
+        return banded.convolution(banded.rows_of(x), x.shape, weight, bias, stride, sides)
     x = padded(x, sides)
     y = _conv_valid(*(_space_to_depth(x, weight) if stride == 2 else (x, weight)))
     return y if bias is None else y + bias
@@ -100,7 +98,6 @@ def norm_silu_conv2d(
     *,
     padding: Padding = 0,
     residual: mx.array | None = None,
-    remember: bool = True,
 ) -> mx.array:
     """residual + conv2d(silu(group_norm(x, *norm)), weight, bias), without a pass over memory for each.
 
@@ -113,19 +110,17 @@ def norm_silu_conv2d(
         y = conv2d(silu(group_norm(x, *norm)).astype(weight.dtype), weight, bias, padding=padding)
         return y if residual is None else residual + y
     rows = banded.silu_rows_of(x, *group_norm_affine(x, *norm))
-    return banded.convolution(rows, x.shape, weight, bias, 1, sides, residual, remember=remember)
+    return banded.convolution(rows, x.shape, weight, bias, 1, sides, residual)
 
 
 @overridable
-def repeat_conv2d(
-    x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0, remember: bool = True
-) -> mx.array:
+def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
     """conv2d(repeat_pixels(x), weight, bias), without the four times larger image in memory."""
     if not _fuses(x, weight):
         return conv2d(repeat_pixels(x), weight, bias, padding=padding)
     batch, height, width, channels = x.shape
     shape, rows = (batch, 2 * height, 2 * width, channels), banded.repeated_rows_of(x)
-    return banded.convolution(rows, shape, weight, bias, 1, sides_of(padding), remember=remember)
+    return banded.convolution(rows, shape, weight, bias, 1, sides_of(padding))
 
 
 @overridable
@@ -150,10 +145,12 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
 
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
-    input its 16 pixels with margins, and the 36 places of its window, twice; of the output 36 places, and its pixels,
-    nearly twice; and the weights, reordered and transformed. Taps last: every tap's results, padded too, and their sum.
-    Shifts: the rows, padded, and the sum before and after a tap. MLX's own: rows and padded rows, the gathered windows
-    and the sum. Patches: the rows behind which zeros are put, the gathered windows and the sum.
+    input its 16 pixels, with the band's margins, and the 36 places of its window, twice; of the output 36 places, and
+    its pixels twice; and the weights, reordered and transformed. Where bands are output channels, all places of the
+    input come first, and then every band's own part of the weights. Taps last: every tap's results, padded too, and
+    their sum. Shifts: the rows, padded, and the sum before and after a tap; half of what rows are made of is gone
+    by then. MLX's own: rows and padded rows, the gathered windows and the sum. Patches: the rows behind which zeros
+    are put, the gathered windows and the sum.
 
     Args:
         shape: of the argument, (B, H, W, C).
@@ -164,18 +161,20 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     out, kh, kw, _ = weight
     if kh == kw == stride == 1:
         return 0
-    side_by_side, taps = streams(), kh * kw
-    form = form_of((kh, kw), stride, channels, out)
+    taps, count = kh * kw, batch * -(-height // stride) * -(-width // stride)
+    form = form_of((kh, kw), stride, channels, out, count)
+    step = winograd.TILE if form == "winograd" else stride
+    down, across = -(-height // step), -(-width // step)
+    images, rows = banded.band_of(form, (batch, down, across), channels, out, taps)
+    at_once = min(streams() * images * rows, batch * down) * across
     if form == "winograd":
-        tiles = max(banded.BAND_TILES[0], min(banded.BAND_TILES[1], banded.BAND_ELEMENTS // (36 * max(channels, out))))
-        most = batch * winograd.tiles_over(height) * winograd.tiles_over(width)
-        written = min(side_by_side * tiles, most)
-        if banded.shares_outputs(most, out):
-            places = 2 * side_by_side * banded.outputs_at_once(channels, out)  # as many bands wait as are computed
-            return 4 * (most * (100 + made * winograd.TILE**2) * channels + places * (64 * most + 45 * channels))
-        weights = 0 if batch * height * width <= banded.REMEMBERED_MAX_PIXELS else 45 * channels * out
-        return 4 * (written * (100 * channels + 64 * out + made * winograd.TILE**2 * channels) + weights)
-    pixels = banded.pixels_at_once((batch, -(-height // stride), -(-width // stride)), channels, weight, form)
+        tiles, pixels = batch * down * across, winograd.TILE**2
+        if banded.shares_outputs(tiles, out):
+            places = streams() * banded.outputs_at_once(channels, out)
+            first = tiles * ((1 + made) * pixels + 72) * channels
+            return 4 * max(first, tiles * 36 * channels + places * (68 * tiles + 45 * channels))
+        pixels += -(-2 * winograd.TILE // rows)
+        return 4 * (at_once * (((1 + made) * pixels + 72) * channels + 68 * out) + 45 * channels * out)
     below = stride**2 * channels  # numbers of the argument for each pixel of the result
     each = {
         "taps last": 2 * taps * out + out,
@@ -183,7 +182,8 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
         "own": 2 * below + taps * channels + out,
         "patches": below + taps * channels + out,
     }
-    return 4 * pixels * (each[form] + made * below)
+    before = made * below // (2 if form == "shifts" else 1)
+    return 4 * at_once * (each[form] + before)
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:

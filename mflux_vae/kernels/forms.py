@@ -14,6 +14,8 @@ Sides: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros at ((top, bottom), (left, right))."""
 
 _WINOGRAD_MIN_CHANNELS = 32
+PATCHES_MAX_PIXELS = 512
+"""Of all images together: Winograd's four times larger weights cost more than it saves with fewer pixels."""
 _SHIFTS_MIN_CHANNELS = 8
 _SHIFTS_MIN_WIDTH = 12
 """Where rows are shorter, too much of what is multiplied runs over their ends."""
@@ -24,12 +26,16 @@ _TAPS_LAST_SHARE = 4
 Form: TypeAlias = Literal["winograd", "taps last", "shifts", "own", "patches"]
 
 
-def form_of(kernel: tuple[int, int], stride: int, channels: int, out: int) -> Form:
-    """The fastest form of a shape, measured with MKL on two cores of an AVX-512 server."""
+def form_of(kernel: tuple[int, int], stride: int, channels: int, out: int, pixels: int) -> Form:
+    """The fastest form of a shape, measured with MKL on two cores of an AVX-512 server.
+
+    Args:
+        pixels: of the result, in all images.
+    """
     if stride == 1 and out * _TAPS_LAST_SHARE <= channels and out <= 32:
         return "taps last"
-    if kernel == (3, 3) and stride == 1 and min(channels, out) >= _WINOGRAD_MIN_CHANNELS:
-        return "winograd"
+    if stride == 1 and min(channels, out) >= _WINOGRAD_MIN_CHANNELS:
+        return "winograd" if kernel == (3, 3) and pixels > PATCHES_MAX_PIXELS else "patches"
     if stride == 1 and channels < _WINOGRAD_MIN_CHANNELS:
         return "shifts" if channels >= _SHIFTS_MIN_CHANNELS else "own"
     return "patches"
@@ -43,7 +49,7 @@ def in_one_piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = 
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
     if kh == kw == stride == 1:
         return padded(x, sides) @ weight.reshape(out, channels).T
-    form = form_of((kh, kw), stride, channels, out)
+    form = form_of((kh, kw), stride, channels, out, batch * out_h * out_w)
     if form == "winograd":
         count = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
         y = winograd.convolve(winograd.tiles(x, count, (top, left)), winograd.transformed(weight), count)

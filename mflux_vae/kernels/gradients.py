@@ -14,10 +14,13 @@ import mlx.core as mx
 
 from mflux_vae.kernels import banded
 from mflux_vae.kernels.bands import filled, mapped, pieces
-from mflux_vae.kernels.forms import Padding, padded, sides_of, weight_to_depth
+from mflux_vae.kernels.forms import Padding, form_of, padded, sides_of, weight_to_depth
 from mflux_vae.kernels.fusion import fused
 from mflux_vae.kernels.normalization import group_norm_statistics, over_group, scale_and_shift
 from mflux_vae.kernels.pointwise import sigmoid
+
+_OVERLAPPED_MIN_CHANNELS = 32
+"""Of a gradient that is multiplied into overlapping windows: with fewer, adding those up takes too long."""
 
 
 def sum_of_rows(y: mx.array) -> mx.array:
@@ -29,7 +32,7 @@ def sum_of_rows(y: mx.array) -> mx.array:
 def conv2d_input(
     dy: mx.array, weight: mx.array, shape: tuple[int, ...], *, stride: int = 1, padding: Padding = 0
 ) -> mx.array:
-    """Gradient of `conv2d` for its input: a convolution with the turned weights.
+    """Gradient of `conv2d` for its input: a convolution with the turned weights, or windows laid over each other.
 
     Args:
         dy: (B, h, w, O).
@@ -42,8 +45,11 @@ def conv2d_input(
     batch, height, width, channels = shape
     if weight.shape[1:3] == (1, 1) and stride == 1 and dy.shape[1:3] == shape[1:3]:
         return dy @ weight.reshape(-1, channels)
+    out, kh, kw, _ = weight.shape
+    form = form_of((kh, kw), stride, out, channels, batch * height * width)
+    if form == "patches" and out >= _OVERLAPPED_MIN_CHANNELS:
+        return banded.input_gradient(dy, weight, shape, stride, sides_of(padding))
     if stride == 1:
-        _, kh, kw, _ = weight.shape
         before_h, before_w = kh - 1 - top, kw - 1 - left
         after_h, after_w = height + kh - 1 - dy.shape[1] - before_h, width + kw - 1 - dy.shape[2] - before_w
         sides = (before_h, after_h), (before_w, after_w)

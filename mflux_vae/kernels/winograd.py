@@ -7,7 +7,6 @@ matrix, so that all three steps are matrix products, which is what a BLAS does b
 
 from __future__ import annotations
 
-import weakref
 from functools import cache
 
 import mlx.core as mx
@@ -40,30 +39,6 @@ def transformed(weight: mx.array, *, turned: bool = False) -> mx.array:
     transform = _matrices()[1][:, ::-1] if turned else _matrices()[1]
     places = (transform @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)
     return places.swapaxes(1, 2) if turned else places
-
-
-_remembered: dict[int, tuple[weakref.ref[mx.array], mx.array, mx.array]] = {}
-
-
-def remembered(weight: mx.array) -> mx.array:
-    """`transformed`, once for each weight array; not for use inside a trace.
-
-    An array object can be given other contents (`w += 1`), an array's buffer cannot while anything refers to it: so
-    the buffer is kept, and a weight is the same as before while it lies there.
-    """
-    key = id(weight)
-    if key in _remembered:
-        known, buffer, result = _remembered[key]
-        if known() is weight and _address(buffer) == _address(weight):
-            return result
-    result, buffer = transformed(weight), weight.reshape(-1)
-    mx.eval(result, buffer)
-    _remembered[key] = weakref.ref(weight, lambda _: _remembered.pop(key, None)), buffer, result
-    return result
-
-
-def _address(x: mx.array) -> int:
-    return np.asarray(x).ctypes.data
 
 
 def tiles(x: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:

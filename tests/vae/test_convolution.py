@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mflux_vae import kernels, runtime
-from mflux_vae.kernels import banded, gradients, winograd
+from mflux_vae.kernels import banded, forms, gradients
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -92,9 +92,17 @@ def test_closed_gradients_of_any_shape(case: tuple[Any, ...]) -> None:
     compare_closed(shape, out, kernel, stride, padding)
 
 
+few_pixels = pytest.mark.parametrize("few", [0, forms.PATCHES_MAX_PIXELS])
+"""In Winograd's form, and in the one that small images have."""
+
+
+@few_pixels
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 9, 20, 260), (1, 16, 30, 32), (3, 8, 8, 64)])
-def test_the_shapes_of_autoencoders(shape: tuple[int, ...], stride: int) -> None:
+def test_the_shapes_of_autoencoders(
+    shape: tuple[int, ...], stride: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "PATCHES_MAX_PIXELS", few)
     padding = 1 if stride == 1 else ((0, 1), (0, 1))
     compare(shape, 8, (3, 3), stride, padding, True)
     compare_closed(shape, 72, (3, 3), stride, padding)
@@ -156,21 +164,31 @@ def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
     out=st.sampled_from([1, 8, 32, 40]),
     tiles=st.sampled_from([(1, 1), (3, 3), (64, 256)]),
     elements=st.sampled_from([200, 5000, 1 << 21]),
+    few=st.sampled_from([0, forms.PATCHES_MAX_PIXELS]),
     bias=st.booleans(),
 )
-def test_bands_of_any_size(shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, bias: bool) -> None:
+def test_bands_of_any_size(
+    shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, few: int, bias: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "PATCHES_MAX_PIXELS", few)
         patch.setattr(banded, "BAND_TILES", tiles)
         patch.setattr(banded, "BAND_ELEMENTS", elements)
         patch.setattr(banded, "_BAND_WEIGHTS", elements)
         compare(shape, out, (3, 3), 1, 1, bias)
         compare_closed(shape, out, (3, 3), 1, 1)
+        if min(shape[1:3]) > 1:
+            compare_closed(shape, out, (3, 3), 2, ((0, 1), (0, 1)))
 
 
+@few_pixels
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(1, 12, 16, 32), (3, 7, 9, 32), (2, 16, 5, 8)])
-def test_what_goes_with_a_convolution_changes_nothing(shape: tuple[int, ...], residual: bool, traced: bool) -> None:
+def test_what_goes_with_a_convolution_changes_nothing(
+    shape: tuple[int, ...], residual: bool, traced: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "PATCHES_MAX_PIXELS", few)
     keys = mx.random.split(mx.random.key(5), 4)
     out, channels, norm = 36, shape[-1], norm_of(shape[-1])
     x, added = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])
@@ -191,23 +209,6 @@ def test_what_goes_with_a_convolution_changes_nothing(shape: tuple[int, ...], re
     slope, theirs = (mx.grad(lambda x, f=f: mx.square(f(x)).sum())(x) for f in (repeated, lambda x: reference(
         mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2), weight, bias, 1, 1)))  # fmt: skip
     assert distance(slope, theirs) <= BACKWARD
-
-
-def test_changed_weights_are_noticed_and_old_ones_forgotten() -> None:
-    keys = mx.random.split(mx.random.key(6))
-    x, weight = mx.random.normal((1, 8, 8, 32), key=keys[0]), mx.random.normal((32, 3, 3, 32), key=keys[1])
-    known = len(winograd._remembered)
-
-    def agrees(weight: mx.array) -> bool:
-        return distance(kernels.conv2d(x, weight, padding=1), reference(x, weight, None, 1, 1)) <= FORWARD
-
-    assert agrees(weight) and agrees(weight) and len(winograd._remembered) == known + 1
-    weight[0] = 3.0  # the same object, other contents
-    assert agrees(weight)
-    weight += 1
-    assert agrees(weight) and len(winograd._remembered) == known + 1
-    del weight
-    assert len(winograd._remembered) == known
 
 
 def test_nothing_is_computed_while_deferred() -> None:

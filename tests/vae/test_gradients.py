@@ -28,7 +28,8 @@ def draws(*shapes: tuple[int, ...]) -> list[mx.array]:
 
 @pytest.mark.parametrize("elements", [64, 1 << 20])
 @pytest.mark.parametrize(
-    ("shape", "out", "groups"), [((2, 9, 11, 8), 6, 4), ((3, 5, 4, 4), 3, 1), ((1, 20, 17, 64), 96, 32)]
+    ("shape", "out", "groups"),
+    [((2, 9, 11, 8), 6, 4), ((3, 5, 4, 4), 3, 1), ((1, 20, 17, 64), 96, 32), ((1, 27, 21, 64), 96, 32)],
 )
 def test_norm_silu_convolution(
     shape: tuple[int, ...], out: int, groups: int, elements: int, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +47,7 @@ def test_norm_silu_convolution(
     agree(function, (x, gain, bias, weight), dy, ours)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 8, 7, 64)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 8, 7, 64), (1, 13, 12, 64)])
 def test_repeated_pixels(shape: tuple[int, ...]) -> None:
     batch, height, width, channels = shape
     x, weight, dy = draws(shape, (72, 3, 3, channels), (batch, 2 * height, 2 * width, 72))

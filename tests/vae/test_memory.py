@@ -196,7 +196,7 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
     for what in ("encode", "decode"):
         sizes = [memory.peak_bytes(network, what, 1, side, side) for side in (256, 512, 1024)]
-        assert 2.7 < sizes[1] / sizes[0] < 4.5  # an encoder's strided convolutions have bands of one size
+        assert 2.5 < sizes[1] / sizes[0] < 4.5  # an encoder's strided convolutions have bands of one size
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (memory.peak_bytes(network, what, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512)))
         assert exact < SHARES[what] * whole
