@@ -159,6 +159,8 @@ def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
 
 
 if sys.platform == "linux" and is_cpu():
+    # Wider graphs MLX computes depth first, and so what is meant for one core after all that is meant for another.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     _keep_freed_memory()
     # The default of 32 MB makes every large temporary a fresh mmap that page-faults: nine times slower.
     mx.set_cache_limit(int(_memory_bytes() * _CACHE_SHARE))

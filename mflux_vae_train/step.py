@@ -7,7 +7,7 @@ read: whatever is random comes inside the micro-batch, as keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -41,6 +41,10 @@ class HasGradients(Protocol):
         """As `Loss` answers, and the trainable parameters' gradients, times `scale`; None if there is no such way."""
 
 
+Pass: TypeAlias = Callable[[], tuple[Any, Any]]
+"""A micro-batch forward and backward: (loss, (metrics, buffers)) and gradients, described when it is called."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """What one forward and backward pass sees.
@@ -54,6 +58,11 @@ class MicroBatch:
 
     arrays: Arrays
     weight: float
+
+
+def one_by_one(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
+    """What passes answer, not computed yet: who asks for the next one before that has all their activations at once."""
+    return (described() for described in passes)
 
 
 class Step:
@@ -72,6 +81,7 @@ class Step:
         compile: None decides: yes on Metal and CUDA, no on a CPU, where `mx.compile` calls a C++ compiler for every new
             kernel: a quarter of a minute for an adapter's step, once on each machine, whose later updates take a
             sixth less time.
+        passes: how those of an update are computed: in their order, one at a time, or several.
         team: the processes that make every update together, each from its share of the micro-batches.
     """
 
@@ -85,10 +95,11 @@ class Step:
         ema: EMA | None = None,
         buffers: bool = False,
         compile: bool | None = None,
+        passes: Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]] = one_by_one,
         team: Team = ALONE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
-        self.team = team
+        self.team, self._passes = team, passes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         optimizer.init(model.trainable_parameters())
@@ -151,13 +162,17 @@ class Step:
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
         sums = [] if batches else [tree_map(mx.zeros_like, tree) for tree in (parameters, before)]
-        for batch in batches:
-            weight = mx.array(batch.weight, mx.float32)
+
+        def differentiated(batch: MicroBatch) -> tuple[Any, Any]:
             try:
-                (part, (measured, kept)), slope = self._gradients(parameters, before, batch.arrays, weight)
+                return self._gradients(parameters, before, batch.arrays, mx.array(batch.weight, mx.float32))
             finally:  # differentiation and tracing leave their placeholders in the module
                 self.model.update(parameters)
                 self.model.update(before)
+
+        answers = self._passes(partial(differentiated, batch) for batch in batches)
+        for batch, ((part, (measured, kept)), slope) in zip(batches, answers, strict=True):
+            weight = batch.weight
             loss = loss + part
             metrics = {name: metrics.get(name, 0.0) + value for name, value in measured.items()}
             new = [slope, tree_map(lambda now, then, weight=weight: (now - then) * weight, kept, before)]

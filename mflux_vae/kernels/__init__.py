@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import by_samples, deferred, overlapping
+from mflux_vae.kernels.bands import by_samples, deferred, overlapping, side_by_side
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -61,6 +61,7 @@ __all__ = [
     "repeat_conv2d",
     "repeat_pixels",
     "rms_norm",
+    "side_by_side",
     "sigmoid",
     "silu",
     "softmax",

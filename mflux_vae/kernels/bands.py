@@ -165,6 +165,23 @@ def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array
 T = TypeVar("T")
 
 
+def side_by_side(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What tasks answer, in their order: as many computed at a time as there are cores, each on one of its own.
+
+    For graphs of many small operations, on a CPU: their products are too small for several threads.
+
+    Args:
+        tasks: each describes arrays, in any nesting, that take nothing from another's.
+    """
+    for together in _side_by_side(tasks):
+        answers = []
+        for stream, task in together:
+            with mx.stream(stream):
+                answers.append(task())
+        mx.eval(answers)
+        yield from answers
+
+
 def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
     """As many at a time as there are streams, each with its own."""
     streams, remaining = _streams(), iter(bands)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
+import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
-from mflux_vae.kernels import compiles
+from mflux_vae import kernels
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lion, Prodigy
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.schedule import learning_rate
+from mflux_vae_train.step import Pass, one_by_one
 
 COMPILED_FROM = 300
 """Updates on a CPU whose step is worth compiling, see `Step`."""
@@ -22,9 +26,19 @@ LION_SHARE = 0.1
 """Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
 
 
+SMALL = 50_000_000
+"""Parameters of networks whose activations may be there once for each core, and whose products keep but one busy."""
+
+
 def worth_compiling(updates: int) -> bool:
     """Whether a run of so many updates gains by it."""
-    return not is_cpu() or (updates >= COMPILED_FROM and compiles())
+    return not is_cpu() or (updates >= COMPILED_FROM and kernels.compiles())
+
+
+def passes_of(trained: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
+    """Micro-batches of a small network side by side on a CPU: a core each, instead of all cores for each product."""
+    size = sum(array.size for array in dict(tree_flatten(trained.parameters())).values())
+    return kernels.side_by_side if is_cpu() and size <= SMALL else one_by_one
 
 
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:

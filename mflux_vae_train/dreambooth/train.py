@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth.estimate import compared
 from mflux_vae_train.dreambooth.learning import Learning, check_adapter
 from mflux_vae_train.dreambooth.material import gather
 from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
-from mflux_vae_train.dreambooth.optimization import optimizers_of, schedule_of, worth_compiling
+from mflux_vae_train.dreambooth.optimization import optimizers_of, passes_of, schedule_of, worth_compiling
 from mflux_vae_train.dreambooth.preparation import Preparation, prepare
 from mflux_vae_train.dreambooth.result import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -138,6 +138,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         loss,
         max_grad_norm=settings.max_grad_norm,
         compile=worth_compiling(plan.updates),
+        passes=passes_of(together),
         team=team,
     )
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)

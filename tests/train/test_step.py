@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mflux_vae import kernels
 from mflux_vae.errors import TrainingError
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.optimizers import AdamW, Prodigy
@@ -34,6 +35,17 @@ def test_accumulated_micro_batches_equal_one_batch(cut: list[list[int]]) -> None
     for one, other in zip(measured, accumulated, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_micro_batches_side_by_side_are_those_one_by_one(compile: bool) -> None:
+    updates = [[batch([0, 1], update), batch([2], update), batch([3], update)] for update in range(3)]
+    one_by_one, told = after(updates, compile=compile)
+    together, also_told = after(updates, compile=compile, passes=kernels.side_by_side)
+    for path in one_by_one:
+        np.testing.assert_allclose(together[path], one_by_one[path], rtol=1e-5, atol=1e-6)
+    for one, other in zip(told, also_told, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_gradients_are_the_mean_over_the_window_clipped_by_global_norm() -> None:
