@@ -87,9 +87,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """A bar with loss (smoothed), rate and time left, and a log line now and then.
+    """A bar with time left, loss (smoothed) and rate, and a log line now and then.
 
-    On a terminal the line is for log files only (see `console.Console`), and the bar is what is seen.
+    On a terminal the line is for log files only (see `console.Console`), and the bar is what is seen: the time left
+    first, as a narrow terminal shows no more than its beginning.
 
     Args:
         total: updates of the whole run.
@@ -127,7 +128,7 @@ class ProgressBar:
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         rate, left, also = record.metrics["learning_rate"], self._pace.told(record.update), self._also(record)
         shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **also}
-        self._bar.set_postfix_str(", ".join([*(f"{name} {text}" for name, text in shown.items()), left]), refresh=False)
+        self._bar.set_postfix_str(", ".join([left, *(f"{name} {text}" for name, text in shown.items())]), refresh=False)
         self._bar.update(1)
         now = time.monotonic()
         if now - self._said >= self._interval or record.update == record.total:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,15 @@ def test_without_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert lines[0].startswith("update 3 of 3, loss 1.0000, rate 1.00e-04")
+
+
+def test_on_a_terminal_the_time_left_is_what_is_cut_off_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ProgressBar(total=3, also=lambda _: {"more": "text"}) as bar:
+        bar(Record(update=1, total=3, metrics={"loss": 1.0, "learning_rate": 1e-4}, seconds=2.0))
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert "update/s, 4 s left, loss 1.0000, rate 1.0e-04, more text]" in last.replace("s/update", "update/s")
