@@ -229,6 +229,8 @@ def _of_one(prefix: str, tensors: Mapping[str, mx.array], config: Mapping[str, o
         raise WeightsError(f"{path}: holds no adapter for {prefix!r}: no key {prefix}.*{_A}")
     try:
         alpha = float(config.get(f"{prefix}.lora_alpha", min(ranks)))  # type: ignore[arg-type]
+        if config.get(f"{prefix}.use_rslora"):  # scaled by alpha / sqrt(rank) there (arXiv:2312.03732)
+            alpha *= math.sqrt(min(ranks))
         if not math.isfinite(alpha):
             raise ValueError(f"alpha is {alpha}")
     except (ValueError, TypeError, OverflowError) as error:

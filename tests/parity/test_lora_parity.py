@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.weights.files import write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.lora.files import adapter_config
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.published import CLIP_L
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
@@ -38,8 +40,8 @@ def deltas(net: nn.Module) -> dict[str, mx.array]:
     return {path: layer.scale * (layer.lora_a @ layer.lora_b).T for path, layer in lora.layers(net).items()}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_peft_computes_the_same_and_learns_the_same(dora: bool, tmp_path: Path) -> None:
+def read_by_peft(path: Path) -> Any:
+    """`Net` in torch, with a file's adapter as diffusers' loader has PEFT attach it."""
     torch = pytest.importorskip("torch")
     PeftAdapterMixin = pytest.importorskip("diffusers.loaders").PeftAdapterMixin
     from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
@@ -55,13 +57,31 @@ def test_peft_computes_the_same_and_learns_the_same(dora: bool, tmp_path: Path) 
             h = torch.tanh(self.blocks[0](x)) + 0.1
             return self.out(torch.tanh(self.blocks[1](h)))
 
-    ours = with_dora() if dora else adapted(alpha=4.0)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    lora.save_adapter({"transformer": ours}, path)
     theirs = Theirs()
     theirs.load_state_dict({key: torch.tensor(np.array(value)) for key, value in tree_flatten(Net().parameters())})
     metadata = _load_sft_state_dict_metadata(str(path))
     theirs.load_lora_adapter(load_file(path), prefix="transformer", metadata=metadata)
+    return theirs
+
+
+def test_a_scale_by_the_root_of_the_rank_is_read_as_peft_reads_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    saved, path = adapted(alpha=4.0), tmp_path / "pytorch_lora_weights.safetensors"
+    config = {**adapter_config(saved, "transformer"), "transformer.use_rslora": True}
+    write_safetensors(path, lora.adapter_tensors(saved, "transformer"), {lora.METADATA_KEY: json.dumps(config)})
+    ours = Net()
+    lora.load_adapter({"transformer": ours}, path)
+    np.testing.assert_allclose(read_by_peft(path)(torch.tensor(np.array(X))).detach(), ours(X), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(ours(X), saved(X), rtol=1e-2)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_computes_the_same_and_learns_the_same(dora: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    ours = with_dora() if dora else adapted(alpha=4.0)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    lora.save_adapter({"transformer": ours}, path)
+    theirs = read_by_peft(path)
     config = theirs.peft_config["default_0"]
     assert (config.r, config.lora_alpha, config.use_dora) == (2, 4, dora)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -123,6 +124,15 @@ def test_without_metadata_alpha_is_the_rank(tmp_path: Path) -> None:
     fresh = Net()
     lora.load_adapter({"unet": fresh}, tmp_path / "a.safetensors")
     assert mx.array_equal(fresh(X), net(X))
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    net, path = adapted(alpha=4.0), tmp_path / "a.safetensors"
+    config = {"transformer.lora_alpha": 4, "transformer.use_rslora": True}
+    write_safetensors(path, lora.adapter_tensors(net, "transformer"), {lora.METADATA_KEY: json.dumps(config)})
+    other = Net()
+    lora.load_adapter({"transformer": other}, path)
+    assert {layer.scale for layer in lora.layers(other).values()} == {pytest.approx(4 / math.sqrt(2))}
 
 
 def test_a_file_that_does_not_fit_is_refused_with_all_faults(tmp_path: Path) -> None:
