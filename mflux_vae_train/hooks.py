@@ -99,7 +99,7 @@ MEASURED = ("seconds", "memory_gb")
 
 
 def resources(record: Record) -> dict[str, float]:
-    """Training samples of an update, and the peak of MLX's memory so far (2^30 bytes)."""
+    """Training samples of an update, and the peak of MLX's memory so far (GB)."""
     return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 3)}
 
 

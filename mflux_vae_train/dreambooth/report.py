@@ -46,7 +46,6 @@ class Report:
 
     def __init__(self, pipeline_name: str, run: Preparation, folder: RunFolder) -> None:
         self._pipeline_name, self._run, self._folder = pipeline_name, run, folder
-        self._began = time.monotonic()
         self._made: dict[tuple[Path, int], list[list[str]]] = {}  # pictures that are in the page already
 
     def write(self, state: str, *, updates: int, said: str = "") -> None:

@@ -58,7 +58,6 @@ class FluxParts:
         # its configuration as a folder has it, wherever it comes from
         self._vae = vae if isinstance(vae, Part) else Part(loaded=vae, config=vae.config.to_dict())
         self._text_encoder, self._text_encoder_2 = Part.of(text_encoder), Part.of(text_encoder_2)
-        self._quantized: int | None = None
         self._folders = tokenizer_folder, tokenizer_2_folder
         self._tokenizer, self._tokenizer_2 = (Part(partial(_open_tokenizer, folder)) for folder in self._folders)
         for tokenizer, folder in zip((self._tokenizer, self._tokenizer_2), self._folders, strict=True):
@@ -114,7 +113,6 @@ class FluxParts:
 
     def quantize(self, bits: int) -> None:
         """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits, from now on."""
-        self._quantized = bits
         for part in (self._transformer, self._text_encoder_2):
             part.release()  # what was only looked at is quantised when it is loaded again
         self._transformer.then(lambda module: quantize(module, bits, is_quantized_layer))
