@@ -37,8 +37,6 @@ def peak_bytes(
 ) -> int:
     """Estimate the most memory that arrays take at once during a call, besides weights and the input.
 
-    On a CPU the first call on a small image takes more: transformed weights, which are then kept (`kernels.winograd`).
-
     Args:
         network: what encodes or decodes.
         what: which of both.
