@@ -62,7 +62,7 @@ class DreamBoothSettings:
         None,
     )
     repeats: int = flag("times that each picture counts in an epoch", 1, least=1)
-    center_crop: bool = flag("take the centre of each picture, not one of --num_crops places, drawn anew every time", True)
+    center_crop: bool = flag("take the centre of each picture, not one of --num_crops places by chance", True)
     num_crops: int = flag("places that a picture is cut at with --no_center_crop", 4, least=2)
     random_flip: bool = flag("mirror half of the samples", False)
     use_aspect_ratio_buckets: bool = flag(
