@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mflux_vae import kernels
-from mflux_vae.errors import TrainingError
+from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.layers import batch_statistics, fold_statistics
 from mflux_vae.lpips import LPIPS
 from mflux_vae.overriding import overridable
@@ -34,6 +34,9 @@ class Objective:
     Args:
         dataset_size: how many training images there are, for the estimates of total correlation.
         critic: the discriminator; its parameters come with the micro-batch, under `critic`, once it takes part.
+
+    Raises:
+        SettingsError: batches that are larger than the data set, where total correlation is estimated.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class Objective:
             "perceptual_weight": settings.lpips_weight,
         }
         if settings.loss_type == "tc":
+            if settings.batch_size > dataset_size:  # a batch stands for the data set, by weights
+                raise SettingsError(
+                    f"--batch_size is {settings.batch_size}; with --loss_type tc at most as many as the {dataset_size}"
+                    " training images are allowed"
+                )
             self.criterion: Any = DisentangledVAELoss(
                 settings.beta, settings.gamma, dataset_size=dataset_size, **common
             )

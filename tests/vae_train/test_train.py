@@ -253,6 +253,7 @@ def test_dictionaries_of_settings() -> None:
         ({"mixed_precision": True, "cpu": True}, "a CPU computes in float32"),
         ({"data": "nowhere"}, "nowhere"),
         ({"max_filters": 6}, "multiple of 4"),
+        ({"loss_type": "tc", "batch_size": 25}, "at most as many as the 24 training images"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
