@@ -24,6 +24,8 @@ def read_yaml(path: str | Path) -> Any:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         count = _count(content, {})
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path} does not exist: give a YAML file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a thirteenth month, a number of miles

@@ -33,6 +33,9 @@ WithoutEffect: TypeAlias = Mapping[str, str]
 Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
 """A settings file's content, and what begins messages about it -> the content by our names."""
 
+SHORT_USAGE = "%(prog)s [--flag value ...]"
+"""All flags would fill a screen before the first one is explained."""
+
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
 """Of settings within settings it is YAML."""
 
@@ -66,11 +69,9 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
-    # all of them would fill a screen before the first one is explained
-    usage = "%(prog)s [--flag value ...]"
     names = ", ".join(f"--{name}" for name in without_effect or {})
     epilog = f"Accepted without effect, and the log says why: {names}." if names else None
-    parser = _Parser(prog=prog, usage=usage, description=description, epilog=epilog, allow_abbrev=False)
+    parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
     for name in without_effect or {}:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
@@ -235,14 +236,18 @@ def _convert(cls: type, name: str, value: Any) -> Any:
         if value is None:
             return None
         members = value if isinstance(value, list | tuple) else [value]
-        if isinstance(value, str):  # numbers stand in a row; a text is one, whatever is in it
-            members = [value] if kind is str or dataclasses.is_dataclass(kind) else value.replace(",", " ").split()
+        if kind in (int, float):  # numbers stand in a row, "32 64" or "32,64"; a text is one, whatever is in it
+            members = [part for member in members for part in _numbers(member)]
         return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
         return value
     if optional and value.strip().lower() in ("none", "null", "auto"):
         return None
     return _member(kind, name, value)
+
+
+def _numbers(member: Any) -> Sequence[Any]:
+    return member.replace(",", " ").split() if isinstance(member, str) else [member]
 
 
 def _member(kind: type, name: str, value: Any) -> Any:
@@ -276,7 +281,8 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     if missing:
         dashes = "--" if prefix == "--" else ""
         where = "" if prefix == "--" else prefix
-        raise SettingsError(f"{where}missing: " + ", ".join(dashes + name for name in missing))
+        cure = " (--help lists all flags)" if dashes else ""
+        raise SettingsError(f"{where}missing: {', '.join(dashes + name for name in missing)}{cure}")
     return cls(**values)
 
 

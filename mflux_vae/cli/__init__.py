@@ -10,11 +10,12 @@ values by name. The first line of its docstring is the help.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     parser = _Parser(prog=PROG, description="Images to latents and back, with any autoencoder in wide use.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.commands = commands.choices
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -159,8 +161,30 @@ def _said(line: str, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Of the program where it has `commands`, else of one of them. What is mistyped is said before what is missing."""
+
+    commands: Mapping[str, argparse.ArgumentParser] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if self.commands is not None:
+            named = next((word for word in words if not word.startswith("-")), None)
+            if named is not None and named not in self.commands:
+                self.error(f"there is no command {named}{_hint(named, self.commands)}")
+        else:
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            for flag in flags:
+                if flag not in self._option_string_actions:
+                    self.error(f"unknown flag {flag}{_hint(flag, self._option_string_actions)}")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (--help lists commands and flags)")
+        raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Console(logging.Handler):

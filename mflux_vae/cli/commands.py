@@ -25,7 +25,7 @@ from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
-from mflux_vae.images import find_images, image_text, load_image, load_images, save_image, strip
+from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, load_images, save_image, strip
 from mflux_vae.lpips import LPIPS
 from mflux_vae.reporting import log
 from mflux_vae.tiling import Tiling
@@ -36,6 +36,9 @@ MEASURES = ("mse", "psnr", "ssim")
 
 SHOWN = 8
 """Pictures on a sheet of a comparison."""
+
+SUFFIX = ".safetensors"
+"""Of files of latents."""
 
 MARK = "mflux-vae"
 """Name of the text chunk in PNG files from here: such a file may be replaced, another's may not."""
@@ -52,6 +55,8 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
     files, target = _named(pictures), Path(output)
     if target.is_dir():
         raise SettingsError(f"{target} is a folder: --output takes the name of a file")
+    if target.suffix != SUFFIX:
+        raise SettingsError(f"--output {target}: latents are written as {target.with_suffix(SUFFIX)}")
     vae, tiling = _open(**opening)
     unfinished = Unfinished(target, _settings(vae, opening))
     new = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
@@ -181,7 +186,8 @@ def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     for given in map(Path, pictures):
         found = find_images(given)[0] if given.is_dir() else [given]
         if not found:
-            raise ImageError(f"{given} has no pictures")
+            below = "; folders in it are not looked into" if any(one.is_dir() for one in given.iterdir()) else ""
+            raise ImageError(f"{given} has no pictures: {', '.join(sorted(EXTENSIONS))} count{below}")
         for file in found:
             if not file.is_file():
                 raise ImageError(f"{file} does not exist")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -171,7 +172,9 @@ def _local(source: Source) -> tuple[Path, str | None]:
         return folder, None
     if isinstance(source, str) and (named := hub.split(source)):
         return hub.fetch(*named), None
-    raise WeightsError(f"{source}: no such file or folder; known presets: {', '.join(presets.names())}")
+    near = difflib.get_close_matches(text, presets.names(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise WeightsError(f"{source}: no such file or folder{hint or ';'} known presets: {', '.join(presets.names())}")
 
 
 def _only_file(folder: Path) -> Path:
@@ -180,14 +183,15 @@ def _only_file(folder: Path) -> Path:
     halves = [file for file in files if "encoder" in file.stem]
     if len(files) == 1 or (len(files) == 2 and len(halves) == 1):
         return (halves or files)[0]
-    cure = f"of its {len(files)} weights files, name the one to open" if files else "nor are there weights"
-    raise WeightsError(f"{folder / 'config.json'}: no such file; {cure}")
+    if not files:
+        raise WeightsError(f"{folder}: no autoencoder is in it, neither config.json nor a weights file")
+    raise WeightsError(f"{folder}: has no config.json and {len(files)} weights files: name the one to open")
 
 
 def _of_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Tensors and metadata of one file; of TAESD's two halves, of both."""
     tensors, metadata = open_weights(path)
-    if not tensors or not all(re.fullmatch(r"\d+\..*", key) for key in tensors):
+    if not tensors or not all(re.fullmatch(r"\d+\.(.*\.)?(weight|bias)", key) for key in tensors):
         return tensors, metadata
     half = "encoder" if "0.weight" in tensors else "decoder"
     other = HALVES[half == HALVES[0]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.cli.arguments import PICTURES, add_model
-from mflux_vae_train.flags import add_flags, settings_of
+from mflux_vae_train.flags import SHORT_USAGE, add_flags, settings_of
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
 
 LOGGER = "mflux_vae_train"
@@ -23,6 +23,7 @@ Run = Callable[..., None]
 def train(parser: ArgumentParser) -> Run:
     """Train an autoencoder; the same command continues an interrupted run."""
     add_flags(parser, VAETrainingSettings, PRESETS)
+    parser.usage = SHORT_USAGE
 
     def run(**given: Any) -> None:
         from mflux_vae_train.console import spoken

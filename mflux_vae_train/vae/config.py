@@ -21,16 +21,17 @@ class VAETrainingSettings:
         SettingsError: a value is of the wrong kind or outside its limits, or two settings exclude each other.
     """
 
-    # where
-    experiment_name: str | None = flag("name of the run (none: made of data, widths and latent size)", None)
+    experiment_name: str | None = flag(
+        "name of the run (none: made of data, widths and latent size)", None, group="where"
+    )
     output_dir: str = flag("the run's folder is checkpoints/<experiment_name> in here", ".", aliases=("outdir",))
 
-    # data
     data: str = flag(
         "\"digits\" (drawn here, nothing to download), a folder of images, of MNIST's files or of videos' frames, an"
         " .npz, a file in IDX, or the name of a data set that a package registers",
         "digits",
         aliases=("data_path",),
+        group="data",
     )
     data_kind: str | None = flag(
         "what --data is (none: seen by itself)",
@@ -45,11 +46,11 @@ class VAETrainingSettings:
     augment_flip: bool = flag("mirror half of the training images", False)
     augment_shift: int = flag("move training images by up to this many pixels", 0, least=0)
 
-    # network
     network: str = flag(
         "flat: latents are vectors; kl: Stable Diffusion's autoencoder; plain: residual blocks without norms",
         "flat",
         choices=("flat", "kl", "plain"),
+        group="network",
     )
     hidden_dims: tuple[int, ...] = flag("width of each level; each halves the image", (32, 64, 128, 256), least=1)
     max_filters: int | None = flag("widths M/4, M/2, M in place of --hidden_dims", None, least=4)
@@ -77,11 +78,11 @@ class VAETrainingSettings:
     init_from: str | None = flag("an autoencoder to start from: a folder, a weights file, a hub id", None)
     train: str = flag("decoder: latents stay what they are", "all", choices=("all", "decoder"))
 
-    # loss
     loss_type: str = flag(
         "vae: beta times KL; beta_vae: beta rises from --beta_start to --beta_end; tc: total correlation times beta",
         "vae",
         choices=("vae", "beta_vae", "tc"),
+        group="loss",
     )
     reconstruction_loss_type: str = flag("error of an image", "mse", choices=("mse", "l1", "bce"))
     reduction: str = flag("the error's sum over an image, or its mean", "sum", choices=("sum", "mean"))
@@ -99,8 +100,7 @@ class VAETrainingSettings:
     disc_start: int | None = flag("update from which a patch discriminator counts (none: without)", None, least=0)
     disc_weight: float = flag("weight of the discriminator", 0.5, least=0)
 
-    # how much, how fast
-    batch_size: int = flag("images in a micro-batch", 128, least=1, aliases=("batchsize",))
+    batch_size: int = flag("images in a micro-batch", 128, least=1, aliases=("batchsize",), group="how much, how fast")
     gradient_accumulation_steps: int = flag("micro-batches in an update", 1, least=1)
     num_epochs: int = flag("passes over the training images", 100, least=1, aliases=("epochs",))
     optimizer: str = flag(
@@ -126,8 +126,7 @@ class VAETrainingSettings:
     mixed_precision: bool = flag("compute in bfloat16, keep weights in float32 (Metal and CUDA)", False)
     gradient_checkpointing: bool = flag("compute blocks again in the backward pass: less memory, more time", False)
 
-    # watching and resuming
-    val_every: int = flag("epochs between validations", 1, least=1)
+    val_every: int = flag("epochs between validations", 1, least=1, group="watching and resuming")
     early_stopping: int | None = flag(
         "end after this many validations without a better loss (none: never)", None, least=1
     )

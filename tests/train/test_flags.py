@@ -170,7 +170,7 @@ def test_mistakes_in_the_file_are_named(text: str, said: str, tmp_path: Path) ->
         settings_from(DreamBoothSettings, [*NEEDED, "--config", str(path)])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match="does not exist"):
         from_yaml(DreamBoothSettings, tmp_path / "nowhere.yaml")
 
 

@@ -60,7 +60,7 @@ def test_pictures(
     odd.write(path)
     command = ["encode", path, "--model", model, "--output", file]
     if path.is_dir():
-        return refused(capsys, command, f"{path} has no pictures")
+        return refused(capsys, command, f"{path} has no pictures: .bmp, ")
     if odd.error:
         refused(capsys, command, f"{path} {odd.error}")
         assert not file.exists()
@@ -193,11 +193,11 @@ FIRST = "decoder.conv_in.bias"
 BAD: dict[str, tuple[Make, str]] = {
     # files
     "no such path": (nowhere, "nowhere: no such file or folder"),
-    "an empty folder": (empty_folder, "config.json: no such file"),
+    "an empty folder": (empty_folder, "no autoencoder is in it"),
     "a pipeline without autoencoder": (pipeline_without_autoencoder, "vae"),
     "no config.json and two weights files": (
         lambda folder: without("config.json")(text("b.safetensors", "")(folder)),
-        "config.json: no such file",
+        "no config.json and 2 weights files",
     ),
     "no weights": (without(WEIGHTS), "no such weights file"),
     "empty weights": (text(WEIGHTS, b""), f"{WEIGHTS}: not a whole safetensors file"),

@@ -79,6 +79,7 @@ def test_the_seeds_command_lines() -> None:
     line = "--experiment_name custom_vae --latent_dim 64 --hidden_dims 32 64 128 --learning_rate 1e-4 --batch_size 256"
     two = settings(*line.split())
     assert (two.latent_dim, two.hidden_dims, two.learning_rate, two.batch_size) == (64, (32, 64, 128), 1e-4, 256)
+    assert settings("--hidden_dims", "32,64,128") == settings("--hidden_dims", "32", "64", "128")
     line = "--preset mlx-mnist --cpu --seed 3 --batchsize 64 --max_filters 128 --epochs 5 --lr 0.01 --latent_dims 16"
     three = settings(*line.split())
     assert (three.cpu, three.seed, three.batch_size, three.num_epochs, three.learning_rate) == (True, 3, 64, 5, 0.01)

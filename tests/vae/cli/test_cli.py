@@ -203,6 +203,29 @@ def test_failures_end_with_one_line(
         run(*command, "--debug")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["encod", "photos"], "there is no command encod; did you mean encode?"),
+        (["encode", "photos", "--modl", "sd1"], "unknown flag --modl; did you mean --model?"),
+        (["train", "--latent-dmi=3"], "unknown flag --latent-dmi; did you mean --latent-dim?"),
+    ],
+)
+def test_what_is_mistyped_is_told_and_not_what_is_missing(run: Run, words: list[str], told: str) -> None:
+    status, _, err = run(*words)
+    assert status == 2 and told in err and err.count("\n") == 1 and "required" not in err
+
+
+def test_latents_are_not_written_as_a_picture(run: Run, photos: Path) -> None:
+    status, _, err = run("encode", photos, "--model", "sd1", "--output", photos / "a.png")
+    assert status == 2 and f"latents are written as {photos / 'a.safetensors'}" in err
+
+
+def test_folders_in_folders_are_not_looked_into_and_that_is_said(run: Run, photos: Path) -> None:
+    status, _, err = run("encode", photos.parent, "--model", "sd1", "--output", photos / "latents.safetensors")
+    assert status == 2 and "has no pictures: .bmp, " in err and "folders in it are not looked into" in err
+
+
 def test_debug_tells_shapes(run: Run, model: Path, photos: Path) -> None:
     quiet, loud = (run("reconstruct", photos / "a.png", "--model", model, *flags)[2] for flags in ((), ("--debug",)))
     assert "(1, 24, 32, 3)" in loud and "MB" in loud and not quiet

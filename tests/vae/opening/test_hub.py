@@ -86,6 +86,7 @@ def test_the_hub_gives_the_autoencoder_and_nothing_else(
         ("owner/pipeline/unet", "has no unet/config.json"),
         ("owner/empty", rf"has no {STEM}\.safetensors"),
         ("nothing", "nothing: no such file or folder; known presets: sd1, "),
+        ("sdlx", r"sdlx: no such file or folder; did you mean sdxl\? known presets: sd1, "),
         ("./owner/pipeline", "no such file or folder; known presets"),
         ("models/vae.safetensors", "no such file or folder; known presets"),
         ("a/b/c.txt", "no such repository"),
