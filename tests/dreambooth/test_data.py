@@ -191,6 +191,15 @@ def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
     assert counts.sum() == 1400 and (abs(counts - 350) < 60).all()
 
 
+@pytest.mark.parametrize("entries", [[[0, 1]], [[0], [1]]])  # mirrored or not, or two places
+def test_two_views_take_turns_by_chance(cache, entries):
+    two = replace(cache, samples=[Sample(entries=entries, prompt=PROMPT)], prior=None)
+    drawn = [
+        batch.arrays["latents"].item() for (batch,) in run_of(two, Plan(samples=200, batch_size=1, accumulation=1))
+    ]
+    assert set(drawn) == {0, 1} and 70 < sum(drawn) < 130
+
+
 def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
     plan = Plan(samples=12, batch_size=3, accumulation=1)
     for (batch,) in run_of(replace(cache, prior=None, preserves_output=True), plan):
