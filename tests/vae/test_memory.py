@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mflux_vae.networks.plain import PlainAutoencoder
 from mflux_vae.networks.tiny import AutoencoderTiny
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.tiling import Tiling
+from tests.peaks import peak_of
 from tests.vae.small import drawn, small_flux2, small_kl
 
 PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend", 64)}
@@ -34,16 +34,9 @@ SHARES = {"encode": 0.42, "decode": 0.4}
 
 def peaks(call: Callable[[], list[mx.array]]) -> Iterator[int]:
     """The memory of one call after another, the first of all left out."""
-    for number in count():
-        gc.collect()
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        result = call()
-        mx.eval(result)
-        del result
-        if number:
-            yield mx.get_peak_memory() - before
+    peak_of(call)
+    while True:
+        yield peak_of(call)
 
 
 def nearest(estimate: int, measured: Iterator[int], calls: int = 20) -> int:
@@ -183,17 +176,18 @@ def test_exact_tiling_of_a_large_image(what: str) -> None:
     network = network_of("AutoencoderKL", lambda: drawn(AutoencoderKL()))
     shape = (1, 768, 1024, 3) if what == "encode" else (1, 96, 128, 4)
     x = mx.random.uniform(-1, 1, shape, key=mx.random.key(0))
-    results, taken = [], []
-    for plan in (None, Tiling("exact", 512)):
-        mx.eval(x, network.parameters())
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        result = getattr(tiling, what)(network, x, plan)
-        results.append(result if what == "decode" else result.mean)
-        mx.eval(results)
-        taken.append(mx.get_peak_memory() - before)
-        del result
+    mx.eval(x, network.parameters())
+    results: list[mx.array] = []
+
+    def taken_by(plan: Tiling | None) -> int:
+        def call() -> list[mx.array]:
+            result = getattr(tiling, what)(network, x, plan)
+            results.append(result if what == "decode" else result.mean)
+            return results
+
+        return peak_of(call)
+
+    taken = [taken_by(plan) for plan in (None, Tiling("exact", 512))]
     difference = mx.abs(results[0] - results[1]).max().item()
     print(f"{what}: difference {difference:.1e}, peak {taken[1] / 1e6:.0f} of {taken[0] / 1e6:.0f} MB")
     assert difference <= 2 / 255
