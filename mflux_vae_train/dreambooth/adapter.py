@@ -91,8 +91,14 @@ def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
     (_, first), *others = matched.items()
     layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
     if not where:
-        where = f" ({', '.join(pattern for each in patterns.values() for pattern in each)})"
+        where = f" ({', '.join(name for each in patterns.values() for name in _named(each, pipeline))})"
     return f"a {kind} of rank {choices.rank} on {layers}: {size:,} weights{more}{where}"
+
+
+def _named(patterns: Sequence[str], pipeline: DiffusionPipeline) -> Sequence[str]:
+    """The preset that has these patterns; themselves where none has."""
+    presets = pipeline.lora_presets() if isinstance(pipeline, PresetsForLora) else {}
+    return [name for name, its in presets.items() if set(its) == set(patterns)] or patterns
 
 
 def attach(pipeline: DiffusionPipeline, networks: lora.Networks, choices: Choices) -> None:

@@ -13,8 +13,6 @@ from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.pipelines.capabilities import Published
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
-CARD = "README.md"
-
 _SHOWN = (
     *("train_mode", "rank", "lora_alpha", "lora_layers", "use_dora", "resolution", "max_train_steps"),
     *("train_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "train_text_encoder"),
@@ -28,9 +26,8 @@ def write_card(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder
 
     Whose licence holds is said, and none is declared: it is the base model's.
     """
-    path = folder.root / CARD
-    write_text(path, _front(pipeline, settings, folder) + _body(pipeline, settings, folder, result))
-    return path
+    write_text(folder.card, _front(pipeline, settings, folder) + _body(pipeline, settings, folder, result))
+    return folder.card
 
 
 def _front(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> str:

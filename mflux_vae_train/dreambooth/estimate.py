@@ -32,11 +32,15 @@ from mflux_vae_train.hooks import Hook, Record
 from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.progress import duration
 
 TRAINING = "training"
 """Name of the phase whose operations are those of one update."""
 
 logger = logging.getLogger(__name__)
+
+_WORTH_TELLING = 120.0
+"""Seconds."""
 
 _FULL_WIDTH = 4
 """Bytes of a number in float32."""
@@ -96,7 +100,7 @@ def estimated(
     footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
     cures = [] if footprint.peak <= limit else list(_cures(pipeline, choices.settings, work, limit))
     made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
-    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work)])
+    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work, choices.plan.updates)])
 
 
 def compared(estimate: Estimate | None) -> Hook:
@@ -112,9 +116,9 @@ def compared(estimate: Estimate | None) -> Hook:
         if estimate is None or not first:
             return
         peak = mx.get_peak_memory()
-        took = size_text(peak) if peak > before else f"no more than the {size_text(before)} of what came before it"
+        took = size_text(peak) if peak > before else f"at most {size_text(before)}"  # which something before it took
         training = max((phase.peak for phase in estimate.footprint.phases if phase.name == TRAINING), default=0)
-        logger.info("the first update took %s at its peak, and %s were estimated", took, size_text(training))
+        logger.info("the first update took %s of memory at its peak (estimated: %s)", took, size_text(training))
         if before < estimate.limit < peak:
             logger.warning(
                 "that is more than the %s that there are: the machine may swap or stop; less is taken with"
@@ -245,23 +249,28 @@ def _lines(made: Estimate, settings: DreamBoothSettings, work: Workload) -> Iter
 
 def _too_much(made: Estimate) -> str:
     largest = max(made.footprint.phases, key=lambda phase: phase.peak)
-    what = f"{largest.name} takes {size_text(largest.peak)} of {size_text(made.limit)}"
+    takes = "take" if largest.name.endswith("s") else "takes"
+    what = f"{largest.name} {takes} {size_text(largest.peak)} of {size_text(made.limit)}"
     if not made.cures:
         return f"{what}, and no flag cures it"
     return f"{what}; it would fit with {', or '.join(made.cures)}"
 
 
-def _time(footprint: Footprint, work: Workload) -> Iterator[str]:
-    """What the matrix products alone take at the speed that they have here now."""
+def _time(footprint: Footprint, work: Workload, updates: int) -> Iterator[str]:
+    """What the matrix products alone take at the speed that they have here now; nothing where that is little.
+
+    Small models take far more, and so the bound would say nothing of them.
+    """
     if work.quantize is not None and is_cpu():
         return  # MLX multiplies quantised matrices on a CPU in a way of its own, far slower
     before = sum(phase.operations for phase in footprint.phases if phase.name != TRAINING)
     update = sum(phase.operations for phase in footprint.phases if phase.name == TRAINING)
     speed = _operations_per_second()
-    if update:
+    total = (before + updates * update) / speed
+    if update and total > _WORTH_TELLING:
         yield (
-            f"time: no less than {_span(before / speed)} to the first update and {_span(update / speed)} for each:"
-            f" what matrix products alone take at {speed / 1e12:.2g} TFLOP/s (measured now; small models take far more)"
+            f"time: at least {duration(total)}, of which {_span(before / speed)} before the first update and"
+            f" {_span(update / speed)} for each: matrix products alone, at {speed / 1e12:.2g} TFLOP/s as measured now"
         )
 
 
@@ -279,6 +288,4 @@ def _existing(folder: Path) -> Path:
 
 
 def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)

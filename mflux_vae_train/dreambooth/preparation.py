@@ -133,8 +133,8 @@ def prepare(
         lines.append(f"class pictures in {one.folder}: {one.present} there, {len(one.missing)} to generate{used}")
     lines += [
         f"training {trained}",
-        f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} pictures, {epochs:.4g} epochs;"
-        f" learning rate {choices.learning_rate:g}, {settings.lr_scheduler}",
+        f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} pictures, {epochs:.4g}"
+        f" {'epoch' if epochs == 1 else 'epochs'}; learning rate {choices.learning_rate:g}, {settings.lr_scheduler}",
     ]
     if settings.resume_from_checkpoint == "latest" and state.checkpoint is None and not state.complete:
         lines.append(f"no checkpoint in {folder.root} yet: the run begins")

@@ -75,6 +75,10 @@ class RunFolder:
         return self.root / "settings.yaml"
 
     @property
+    def card(self) -> Path:
+        return self.root / "README.md"
+
+    @property
     def encodings(self) -> Path:
         return self.root / "encodings"
 
@@ -224,7 +228,8 @@ def _has_result(folder: RunFolder, content: Mapping[str, Any]) -> bool:
 
 def _refuse_strangers(folder: RunFolder, identity: Mapping[str, Any]) -> None:
     """Files that a run would overwrite, in a folder that is no run's; a checkpoint of this run vouches for them."""
-    threatened = [path for path in (folder.adapter, folder.metrics, folder.samples) if path.exists()]
+    written = (folder.adapter, folder.metrics, folder.samples, folder.card, folder.settings, folder.report)
+    threatened = [path for path in written if path.exists()]
     threatened += sorted(folder.root.glob("checkpoint-*"))
     if not threatened:
         return

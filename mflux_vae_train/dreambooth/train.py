@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
-from mflux_vae.units import GB
+from mflux_vae.units import size_text
 from mflux_vae_train import checkpoint, distributed, lora, signals, state
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.distributed import Team
@@ -219,8 +219,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     write_card(pipeline, settings, folder, result)
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    peak = mx.get_peak_memory() / GB
-    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak:.1f} GB); see {folder.report}"])
+    peak = size_text(mx.get_peak_memory())
+    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     watching.finished(f"after {minutes}:{seconds:02} minutes")
     return Outcome(result=result, updates=plan.updates - start)
 

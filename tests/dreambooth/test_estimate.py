@@ -59,13 +59,21 @@ def told(caplog: pytest.LogCaptureFixture) -> str:
 
 def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, monkeypatch) -> None:
     looked = []
+    monkeypatch.setattr(estimate, "_operations_per_second", lambda: 1e7)
     monkeypatch.setattr(
         "mflux_vae_train.dreambooth.preparation.of_weights", lambda *_: looked.append(told(caplog)) or "hash"
     )
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings(memory_limit=4))
     assert "estimated memory at the peak: text encoding 1.0 GB, training 2.0 GB (--memory_limit: 4.0 GB)" in looked[0]
-    assert "to the first update" in looked[0]
+    assert "time: at least 8 min, of which 100 s before the first update and 3 min for each" in looked[0]
+
+
+def test_a_bound_of_seconds_is_not_worth_telling(settings, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "_operations_per_second", lambda: 1e9)
+    with caplog.at_level(logging.INFO):
+        DreamBooth(Weighed()).train(settings(dry_run=True))
+    assert "estimated memory" in told(caplog) and "time:" not in told(caplog)
 
 
 def test_after_the_first_update_it_is_compared_with_what_that_took(settings, caplog, monkeypatch) -> None:
@@ -81,13 +89,13 @@ def test_after_the_first_update_it_is_compared_with_what_that_took(settings, cap
     with caplog.at_level(logging.INFO):
         for update in (1, 2):
             hook(Record(update=update, total=2, metrics={}, seconds=1.0))
-    assert "took 5.0 GB at its peak, and 4.0 GB were estimated" in told(caplog)
+    assert "took 5.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog)
     assert "more than the 4.5 GB that there are" in told(caplog) and len(caplog.records) == 2
     caplog.clear()
     peaks = iter([6 * GB, 6 * GB])
     with caplog.at_level(logging.INFO):
         estimate.compared(made)(Record(update=1, total=2, metrics={}, seconds=1.0))
-    assert "no more than the 6.0 GB of what came before it" in told(caplog) and len(caplog.records) == 1
+    assert "took at most 6.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog) and len(caplog.records) == 1
 
 
 def test_a_run_says_what_its_first_update_took(settings, caplog) -> None:
@@ -112,7 +120,7 @@ def test_a_published_model_is_estimated_without_a_download(settings, caplog, mon
     with caplog.at_level(logging.INFO):
         DreamBooth(pipeline).train(settings(model="schnell", dry_run=True, guidance=7.5))
     said = told(caplog)
-    assert "a LoRA of rank 16 on 418 layers" in said
+    assert "a LoRA of rank 16 on 418 layers: 65,372,160 weights (attention+mlp)" in said
     assert "to download: 33.7 GB" in said and "estimated memory at the peak: text encoding" in said
     assert "--guidance 7.5: this model was distilled to draw without guidance" in said
 
@@ -245,4 +253,5 @@ def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) 
 
 
 def test_times_and_sizes_are_said_in_words() -> None:
-    assert [estimate._span(seconds) for seconds in (0.031, 60, 600, 7200)] == ["0.031 s", "60 s", "10 min", "2.0 h"]
+    said = [estimate._span(seconds) for seconds in (0.031, 60, 600, 7200)]
+    assert said == ["0.031 s", "60 s", "10 min", "2 h 00 min"]

@@ -411,6 +411,14 @@ def test_files_of_something_else_in_the_output(settings, tmp_path):
     refused(settings(), r"holds checkpoint-7, but no run\.json")
 
 
+@pytest.mark.parametrize("name", ["README.md", "settings.yaml", "report.html"])
+def test_a_file_of_somebody_else_is_not_overwritten(settings, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("precious")
+    refused(settings(), rf"holds {name}, but no run\.json")
+    assert (tmp_path / "out" / name).read_text() == "precious"
+
+
 def test_a_broken_run_file(settings, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{")

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.loading import new_network
+from mflux_vae.loading import new_network, open_network
 from mflux_vae.runtime import compute_dtype
 from mflux_vae.vae import VAE
 from mflux_vae.weights.diffusers import STEM
@@ -85,8 +85,8 @@ def autoencoder(
         return VAE(network=network.eval())
     alone = place / f"{STEM}.{variant}.safetensors"
     if (file := alone if alone.is_file() else single_file(folder, "vae")) is not None:
-        return VAE.from_pretrained(file, dtype, config=config)
-    return VAE.from_pretrained(place, dtype)
+        return VAE(network=open_network(file, dtype, config=config))
+    return VAE(network=open_network(place, dtype))
 
 
 def told_by_weights(place: Path) -> FluxTransformerConfig:
