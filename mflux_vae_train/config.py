@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mflux_vae.errors import SettingsError
@@ -298,34 +297,3 @@ _OF_LORA = (
 )
 
 _OF_THE_FIRST = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
-
-
-# Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong. Pipelines have their own.
-USUAL = {
-    "train_batch_size": (1, 4),
-    "gradient_accumulation_steps": (1, 8),
-    "guidance": (5.0, 10.0),
-    "num_class_images": (5, 100),
-}
-USUAL_RATE = {"full": (1e-6, 1e-5), "lora": (1e-5, 1e-3)}
-"""By train mode: an adapter, which begins at zero, wants more than weights that are there."""
-PRODIGYS_USUAL_RATE = (0.1, 2.0)
-"""A factor on the rate that it finds."""
-
-
-def advice(settings: DreamBoothSettings, ranges: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
-    """One line for each setting outside its usual range: to be logged, never to forbid.
-
-    Args:
-        ranges: by setting, in place of the usual ones.
-    """
-    lines = []
-    prodigy = settings.optimizer == "prodigy"
-    rates = PRODIGYS_USUAL_RATE if prodigy else USUAL_RATE[settings.train_mode]
-    with_what = " with --optimizer prodigy" if prodigy else f" with --train_mode {settings.train_mode}"
-    for name, (low, high) in {**USUAL, "learning_rate": rates, **(ranges or {})}.items():
-        value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            where = with_what if name == "learning_rate" else ""
-            lines.append(f"--{name} is {value:g}; usual{where} is {low:g} to {high:g}")
-    return lines

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import USUAL, Concept, DreamBoothSettings, advice
+from mflux_vae_train.config import Concept, DreamBoothSettings
+from mflux_vae_train.dreambooth.advice import advice
 from mflux_vae_train.dreambooth.data import Plan
 from mflux_vae_train.dreambooth.optimization import TEXT_ENCODER_SHARE, default_rate
 from mflux_vae_train.dreambooth.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
-from mflux_vae_train.fields import without_use
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 
 PREVIEWS_IN_A_RUN = 8
@@ -79,11 +78,8 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
             resolution.
     """
     plan = _plan(settings, pictures)
-    harmful = _harmful(settings, recommended)
-    unusual = advice(settings, {"guidance": (0, math.inf) if harmful else _usual_guidance(recommended)})
     preservation = choose_preservation(settings)
-    warnings = [*unusual, *_without_use(settings, recommended, preservation.kind), *harmful]
-    warnings += _too_short(settings, plan)
+    warnings = advice(settings, recommended, preserved=preservation.kind, updates=plan.updates)
     notes, first = preservation.notes, preservation.concepts[0]
     if settings.scale_lr:
         rate, at_once = _rate(settings, recommended), plan.batch_size * plan.accumulation
@@ -176,79 +172,6 @@ def _sampling(settings: DreamBoothSettings, *, scheme: Any, recommended: Recomme
     )
     own = recommended.weighting_scheme
     return None if own is not None and asked == NoiseSampling(scheme=own) else asked
-
-
-_USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "weighting_scheme": {
-        "logit_mean": ("logit_normal", "flux_shift"),
-        "logit_std": ("logit_normal", "flux_shift"),
-        "mode_scale": ("mode",),
-    },
-    "lr_scheduler": {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",)},
-    "optimizer": {
-        "adam_beta1": ("adamw", "adamw8bit", "lion", "prodigy"),
-        "adam_beta2": ("adamw", "adamw8bit", "lion", "prodigy"),
-        "adam_epsilon": ("adamw", "adamw8bit", "prodigy"),
-        "prodigy_beta3": ("prodigy",),
-        "prodigy_decouple": ("prodigy",),
-        "prodigy_use_bias_correction": ("prodigy",),
-        "prodigy_safeguard_warmup": ("prodigy",),
-    },
-}
-"""By setting: those that only some of its values look at."""
-
-
-def _without_use(settings: DreamBoothSettings, recommended: Recommended, preserved: Kind) -> list[str]:
-    """One line for each setting that others leave without effect."""
-    settings = replace(settings, weighting_scheme=settings.weighting_scheme or recommended.weighting_scheme)
-    reasons: dict[str, str] = {}
-    own = {"text_encoder_lr": "--learning_rate", "adam_weight_decay_text_encoder": "--adam_weight_decay"}
-    if not settings.train_text_encoder:
-        reasons |= dict.fromkeys(own, "it is for --train_text_encoder")
-    elif settings.optimizer == "prodigy":
-        reasons |= {name: f"Prodigy takes all together, by {other}" for name, other in own.items()}
-    if settings.center_crop:
-        reasons["num_crops"] = "it is for --no_center_crop"
-    if settings.report_to in (None, "none"):
-        reasons["logging_dir"] = "it is for --report_to"
-    if preserved != "class_images":
-        pictures = ("class_data_dir", "num_class_images", "sample_batch_size")
-        reasons |= dict.fromkeys(pictures, f"--prior_preservation {preserved} takes no class pictures")
-    if preserved == "none":
-        reasons["prior_loss_weight"] = "there is no prior preservation"
-    return without_use(settings, _USED_BY, reasons)
-
-
-def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
-    """A line where guidance would spoil the pictures of a model that was distilled to do without."""
-    most = recommended.most_guidance
-    if settings.guidance is None or most is None or settings.guidance <= most:
-        return []
-    return [
-        f"--guidance {settings.guidance:g}: this model was distilled to draw without guidance; above {most:g} class"
-        " pictures and previews take twice as long and come out garish (training does not depend on it)"
-    ]
-
-
-def _usual_guidance(recommended: Recommended) -> tuple[float, float]:
-    low, high = recommended.usual_guidance or USUAL["guidance"]
-    return min(low, recommended.guidance), max(high, recommended.guidance)
-
-
-PRODIGY_SETTLES = {"constant": 300, "constant_with_warmup": 300}
-PRODIGY_SETTLES_ELSE = 600
-"""Updates that a run with Prodigy should have, by schedule. On the embedded pipeline it looked for its rate for 150;
-over 300 with a cosine, which lowers the rate meanwhile, the subject was not learnt, and at a constant rate it was."""
-
-
-def _too_short(settings: DreamBoothSettings, plan: Plan) -> list[str]:
-    settled = PRODIGY_SETTLES.get(settings.lr_scheduler, PRODIGY_SETTLES_ELSE)
-    if settings.optimizer != "prodigy" or plan.updates >= settled:
-        return []
-    return [
-        "--optimizer prodigy begins with steps of next to nothing and takes a hundred updates or more to find its rate;"
-        f" this run has {plan.updates} with --lr_scheduler {settings.lr_scheduler}: it may learn little"
-    ]
 
 
 def _shown(value: object) -> str:

@@ -8,7 +8,6 @@ import pytest
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.choices import choose
-from mflux_vae_train.dreambooth.optimization import optimizer_of
 from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
 from tests.contracts.fake import FakePipeline
@@ -149,42 +148,6 @@ def test_noise_levels_are_the_pipelines_unless_it_is_told():
     asked = chosen(weighting_scheme="logit_normal", logit_mean=0.5)
     assert asked.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
     assert not any("logit" in line for line in asked.warnings)
-
-
-def test_settings_that_others_leave_without_effect_are_named():
-    def named(**given):
-        return [line.split()[0] for line in chosen(**given).warnings if "no effect" in line]
-
-    assert named(logit_mean=0.5, mode_scale=1.0) == ["--logit_mean", "--mode_scale"]
-    assert named(num_crops=3) == ["--num_crops"] and not named(num_crops=3, center_crop=False)
-    of_pictures = {"class_data_dir": "dogs", "num_class_images": 20}
-    assert named(prior_preservation="dop", **of_pictures) == ["--class_data_dir", "--num_class_images"]
-    assert not named(**of_pictures)
-    assert named(with_prior_preservation=False, prior_loss_weight=0.5) == ["--prior_loss_weight"]
-    assert named(logging_dir="there") == ["--logging_dir"]
-
-
-@pytest.mark.parametrize(
-    ("name", "other", "chosen_by"),
-    [
-        ("lr_num_cycles", 3, {"lr_scheduler": "cosine_with_restarts"}),
-        ("lr_power", 2.0, {"lr_scheduler": "polynomial"}),
-        ("prodigy_beta3", 0.9, {"optimizer": "prodigy"}),
-        ("prodigy_decouple", False, {"optimizer": "prodigy"}),
-    ],
-)
-def test_what_one_schedule_or_optimizer_alone_looks_at(name, other, chosen_by):
-    assert not any(name in line for line in chosen(**{name: other}, **chosen_by).warnings)
-    assert sum(line.startswith(f"--{name} has no effect") for line in chosen(**{name: other}).warnings) == 1
-
-
-def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
-    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
-    for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
-        choices = chosen(optimizer=optimizer, **dict.fromkeys(names, 0.5))
-        own = vars(optimizer_of(choices.settings))
-        unused = {name for name in names if any(line.startswith(f"--{name} has") for line in choices.warnings)}
-        assert unused == {name for name in names if name.removeprefix("adam_") not in own}
 
 
 def test_every_weighting_scheme_is_a_choice():

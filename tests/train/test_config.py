@@ -1,4 +1,4 @@
-"""Settings: what is refused, what only draws advice."""
+"""Settings: what is refused, and what is made of what is given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.config import DreamBoothSettings, advice
+from mflux_vae_train.config import DreamBoothSettings
 
 NEEDED = {"model": "tiny", "instance_data_dir": "pictures", "instance_prompt": "a photo of sks dog"}
 
@@ -60,26 +60,6 @@ def test_folders_that_would_take_each_others_pictures_are_refused(folders: dict)
         DreamBoothSettings(**(NEEDED | folders))
     assert all(f"--{name}" in str(caught.value) for name in list(folders)[-1:])
     DreamBoothSettings(**NEEDED, output_dir="pictures/out", class_data_dir="pictures/out/class")
-
-
-def test_documented_ranges_draw_advice_and_forbid_nothing() -> None:
-    assert advice(DreamBoothSettings(**NEEDED)) == []
-    assert advice(DreamBoothSettings(**NEEDED, train_batch_size=4, gradient_accumulation_steps=8)) == []
-    unusual = DreamBoothSettings(
-        **NEEDED, train_batch_size=5, gradient_accumulation_steps=9, guidance=4, num_class_images=200
-    )
-    assert advice(DreamBoothSettings(**NEEDED, train_mode="full", learning_rate=5e-6)) == []
-    (slow,) = advice(DreamBoothSettings(**NEEDED, learning_rate=5e-6))
-    assert slow == "--learning_rate is 5e-06; usual with --train_mode lora is 1e-05 to 0.001"
-    assert advice(DreamBoothSettings(**NEEDED, optimizer="prodigy", learning_rate=1.0)) == []
-    (low,) = advice(DreamBoothSettings(**NEEDED, optimizer="prodigy", learning_rate=1e-4))
-    assert "usual with --optimizer prodigy is 0.1 to 2" in low
-    assert [line.split()[0] for line in advice(unusual)] == [
-        "--train_batch_size",
-        "--gradient_accumulation_steps",
-        "--guidance",
-        "--num_class_images",
-    ]
 
 
 def test_whole_numbers_become_floats_and_paths_text() -> None:
