@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mflux_vae_train.report.charts import SIZE, Chart, draw, number
@@ -19,6 +19,7 @@ def curve(values, name="loss", **options) -> Curve:
     return Curve(name=name, updates=range(1, len(values) + 1), values=list(values), **options)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_round_few_and_inside(low: float, width: float) -> None:
     ticks = round_numbers(low, low + width)

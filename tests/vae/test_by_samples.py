@@ -52,7 +52,7 @@ def close(ours: mx.array, theirs: mx.array, limit: float) -> None:
     np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=limit * float(mx.abs(theirs).max()))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.integers(1, 7), length=st.sampled_from([1, 9, 16, 50]), own=st.booleans())
 def test_parts_are_the_whole(cores: int, batch: int, length: int, own: bool) -> None:
     w, (x, mask) = weights(), inputs(batch, length, batch if own else 1)
