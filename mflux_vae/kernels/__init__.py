@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import by_samples, deferred, overlapping, side_by_side
+from mflux_vae.kernels.bands import by_samples, deferred, overlapping, side_by_side, streams
 from mflux_vae.kernels.convolution import (
     FUSED,
     Padding,
@@ -65,6 +65,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
+    "streams",
     "tanh",
     "workspace_bytes",
 ]

@@ -24,7 +24,7 @@ from mflux_vae_train.dreambooth.adapter import targets_of
 from mflux_vae_train.dreambooth.choices import Choices
 from mflux_vae_train.dreambooth.encoding import PROMPTS_AT_ONCE, pictures_at_once
 from mflux_vae_train.dreambooth.fitting import outline_of
-from mflux_vae_train.dreambooth.optimization import optimizer_of
+from mflux_vae_train.dreambooth.optimization import at_once, optimizer_of
 from mflux_vae_train.dreambooth.preservation import choose_preservation
 from mflux_vae_train.dreambooth.trained import outlines
 from mflux_vae_train.dreambooth.views import Shape
@@ -86,12 +86,12 @@ def estimated(
     """
     if not isinstance(pipeline, Estimates):
         return None
-    asked = workload(pipeline, choices.settings, choices.plan.batch_size, choices.resolution, shape)
+    plan = choices.plan
+    asked = workload(pipeline, choices.settings, plan.batch_size, plan.accumulation, choices.resolution, shape)
     together = min(choices.settings.sample_batch_size or pictures_at_once(choices.resolution), class_pictures)
     work = replace(
         asked,
         pictures=max(asked.pictures, together),
-        micro_batches=choices.plan.accumulation,
         prompts=prompts,
         class_pictures=class_pictures,
         guidance=choices.guidance,
@@ -100,7 +100,7 @@ def estimated(
     footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
     cures = [] if footprint.peak <= limit else list(_cures(pipeline, choices.settings, work, limit))
     made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
-    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work, choices.plan.updates)])
+    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work, plan.updates)])
 
 
 def compared(estimate: Estimate | None) -> Hook:
@@ -131,17 +131,23 @@ def compared(estimate: Estimate | None) -> Hook:
 
 
 def workload(
-    pipeline: DiffusionPipeline, settings: DreamBoothSettings, batch: int, resolution: int, shape: Shape
+    pipeline: DiffusionPipeline,
+    settings: DreamBoothSettings,
+    batch: int,
+    micro_batches: int,
+    resolution: int,
+    shape: Shape,
 ) -> Workload:
     """The training that settings ask for, with so many instance pictures in a micro-batch, the largest of a shape."""
+    outline = outline_of(pipeline)
     trained_as = settings.train_mode
     if trained_as == "lora":
         rank = settings.rank or pipeline.recommended.rank
         layers, patterns = outlines(pipeline, settings), targets_of(pipeline, settings)
         trained = rank * sum(sum(lora.matching(layers[prefix], own).values()) for prefix, own in patterns.items())
     else:
-        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline_of(pipeline).parameters()), 0)
-    at_once = pictures_at_once(resolution)
+        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline.parameters()), 0)
+    drawn_at_once = pictures_at_once(resolution)
     return Workload(
         resolution=resolution,
         shape=shape,
@@ -149,9 +155,11 @@ def workload(
         adapter=trained_as == "lora",
         state_bytes=_state_bytes(settings),
         batch=batch * (1 if choose_preservation(settings).kind == "none" else 2),
+        micro_batches=micro_batches,
+        side_by_side=min(at_once(outline), micro_batches),
         prompts_at_once=PROMPTS_AT_ONCE,
         prompt_tokens=settings.max_sequence_length,
-        pictures=max(1, min(at_once, settings.num_validation_images)),
+        pictures=max(1, min(drawn_at_once, settings.num_validation_images)),
         quantize=settings.quantize,
         recompute=settings.gradient_checkpointing,
         text_encoder=settings.train_text_encoder,
@@ -182,7 +190,7 @@ def with_batch_size(
     pictures, limit = settings.gradient_accumulation_steps, limit_of(settings)
     sizes = [size for size in range(pictures, 0, -1) if pictures % size == 0]
     for size in sizes:
-        work = workload(pipeline, settings, size, resolution, shape)
+        work = workload(pipeline, settings, size, pictures // size, resolution, shape)
         footprint = pipeline.footprint(work)
         if footprint.peak <= limit or size == 1:
             break

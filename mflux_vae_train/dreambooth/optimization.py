@@ -25,7 +25,6 @@ COMPILED_FROM = 300
 LION_SHARE = 0.1
 """Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
 
-
 SMALL = 50_000_000
 """Parameters of networks whose activations may be there once for each core, and whose products keep but one busy."""
 
@@ -35,10 +34,18 @@ def worth_compiling(updates: int) -> bool:
     return not is_cpu() or (updates >= COMPILED_FROM and kernels.compiles())
 
 
-def passes_of(trained: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
-    """Micro-batches of a small network side by side on a CPU: a core each, instead of all cores for each product."""
-    size = sum(array.size for array in dict(tree_flatten(trained.parameters())).values())
-    return kernels.side_by_side if is_cpu() and size <= SMALL else one_by_one
+def at_once(denoiser: nn.Module) -> int:
+    """How many micro-batches are computed side by side: of a small network on a CPU one on each core.
+
+    Its products would keep no more of them busy.
+    """
+    size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
+    return kernels.streams() if is_cpu() and size <= SMALL else 1
+
+
+def passes_of(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
+    """How `Step` computes those of an update."""
+    return kernels.side_by_side if at_once(denoiser) > 1 else one_by_one
 
 
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:

@@ -138,7 +138,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         loss,
         max_grad_norm=settings.max_grad_norm,
         compile=worth_compiling(plan.updates),
-        passes=passes_of(together),
+        passes=passes_of(pipeline.denoiser),
         team=team,
     )
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)

@@ -17,7 +17,7 @@ class Workload:
         prompts: how many are encoded, `prompts_at_once` of them together, of at most `prompt_tokens` each (None: as
             many as the model reads).
         batch: samples in a forward and backward pass, those of the prior included.
-        micro_batches: such passes in an update.
+        micro_batches: such passes in an update, so many of them `side_by_side`.
         class_pictures: to be drawn before the training.
         pictures: drawn at once, in previews and class pictures, with this `guidance` and so many `steps`.
         trained: weights that are trained.
@@ -35,6 +35,7 @@ class Workload:
     state_bytes: float = 8
     batch: int = 1
     micro_batches: int = 1
+    side_by_side: int = 1
     prompts: int = 4
     prompts_at_once: int = 16
     prompt_tokens: int | None = None

@@ -9,8 +9,9 @@ import pytest
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.units import GB
+from mflux_vae_train import step
 from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.dreambooth import choices, estimate, report
+from mflux_vae_train.dreambooth import choices, estimate, optimization, report
 from mflux_vae_train.dreambooth.estimate import with_batch_size
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.flags import settings_from
@@ -145,6 +146,18 @@ def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
     work = pipeline.asked[-1]
     assert (work.recompute, work.state_bytes, work.batch, work.micro_batches) == (True, 4, 1, 4)
     assert work.trained == 3 * (14 + 24) + 3 * (24 + 24)
+
+
+@pytest.mark.parametrize(("small", "cores", "together"), [(10**6, 2, 2), (10**6, 16, 4), (1, 2, 1)])
+def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypatch, small, cores, together) -> None:
+    monkeypatch.setattr(optimization, "SMALL", small)
+    monkeypatch.setattr(optimization.kernels, "streams", lambda: cores)
+    monkeypatch.setattr(optimization, "is_cpu", lambda: True)
+    pipeline = Weighed()
+    DreamBooth(pipeline).train(settings(dry_run=True))
+    assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].side_by_side) == (4, together)
+    one_by_one = optimization.passes_of(pipeline.denoiser) is step.one_by_one
+    assert one_by_one == (together == 1)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
             Phase("class pictures", transformer, drawing, one * work.steps * work.class_pictures * rows / work.pictures)
         )
         held = transformer
+    together = work.batch * work.side_by_side
     passes = 2 + work.recompute + (not work.adapter)  # forward, to the inputs, again, to the weights
     return [
         *found,
@@ -114,8 +115,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         Phase(
             "training",
             transformer + learning,
-            training_bytes(config, trained_tokens, work.batch, here, recompute=work.recompute)
-            + (clip_bytes(configs.text_encoder, work.batch) if work.text_encoder else 0)
+            training_bytes(config, trained_tokens, together, here, recompute=work.recompute)
+            + (clip_bytes(configs.text_encoder, together) if work.text_encoder else 0)
             + wide,
             one_trained * passes * work.batch * work.micro_batches,
         ),
