@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def check_pictures(settings: DreamBoothSettings) -> None:
     Raises:
         ImageError: no instance pictures, or a picture that cannot be read.
     """
-    load_pictures(settings, resolution=settings.resolution or 8)
+    # what a mask leaves of a picture depends on how the pipeline has it cut
+    load_pictures(replace(settings, masked_loss=False), resolution=settings.resolution or 8)
     folders = {one.class_data_dir for one in settings.subjects if one.class_data_dir is not None}
     for folder in sorted(folders):
         for _ in ahead(load_image, class_images(Path(folder))):

@@ -11,6 +11,7 @@ from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.instances import Pictures, load_pictures
+from mflux_vae_train.dreambooth.preparation import check_pictures
 
 PROMPT = "a photo of sks dog"
 
@@ -151,6 +152,18 @@ def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
     assert [row[0].place for row in load(**cut, masked_loss=True).instances[0].views] == [0, 0.25]
     with pytest.raises(ImageError, match="black where the picture is cut"):
         load(masked_loss=True)
+
+
+def test_a_small_mask_is_no_mistake_before_the_pipeline_says_how_large_pictures_are(instance_dir, load):
+    mask = picture(1024, 1024)
+    mask[500:505, 500:505] = 255
+    save_image(instance_dir / "picture-0.png", picture(1024, 1024))
+    save_image(instance_dir / "picture-0-mask.png", mask)
+    settings = DreamBoothSettings(
+        model="fake", instance_data_dir=str(instance_dir), instance_prompt=PROMPT, masked_loss=True
+    )
+    check_pictures(settings)
+    assert len(load_pictures(settings, resolution=512, multiple=16).instances) == 5
 
 
 # concepts, views
