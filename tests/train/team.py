@@ -221,9 +221,14 @@ def broken(team: Team, folder: Path) -> None:
         note(team, folder, str(error))
 
 
+def impatient() -> None:
+    """Silence is noticed soon; ten signs of life may stay away meanwhile, as on a machine that is busy."""
+    lifeline._TICK, lifeline.BEAT, lifeline.SILENCE, vigil._GRACE = 0.1, 0.3, 3.0, 0.5
+
+
 def paused(team: Team, folder: Path) -> None:
     """All processes are stopped for longer than one of them may be silent, as by Ctrl-Z, and go on."""
-    lifeline.BEAT, lifeline.SILENCE = 0.3, 3.0
+    impatient()
 
     def pause() -> None:
         subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
@@ -236,7 +241,7 @@ def paused(team: Team, folder: Path) -> None:
 
 def lost(team: Team, folder: Path, how: str, asleep: str = "") -> None:
     """The last process is gone in one of several ways, after two updates; the others say when they noticed."""
-    lifeline.BEAT, lifeline.SILENCE, vigil._GRACE = 0.3, 1.5, 0.5
+    impatient()
     began = time.monotonic()
 
     def go() -> None:
