@@ -21,6 +21,7 @@ from mflux_vae.errors import TrainingError
 from mflux_vae.runtime import is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
+from mflux_vae_train.leaves import over_leaves
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.state import buffers_of
 
@@ -103,6 +104,8 @@ class Step:
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         optimizer.init(model.trainable_parameters())
+        for single in getattr(optimizer, "optimizers", [optimizer]):
+            single.consumes = True  # nobody asks for gradients after an update
         # Arrays that were never evaluated would be computed again in every compiled call.
         mx.eval(model.parameters(), optimizer.state)
 
@@ -116,12 +119,13 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
+            gradients = over_leaves(lambda g: g * scale.astype(g.dtype), gradients, consumed=True)
             before = exact(parameters)
-            changed = optimizer.apply_gradients(tree_map(lambda g: g * scale.astype(g.dtype), gradients), parameters)
+            changed = optimizer.apply_gradients(gradients, parameters)
             if ema is not None:
                 ema.update(exact(changed))
-            change = tree_map(lambda new, old: new - old, exact(changed), before)
-            return changed, global_norm(change) / mx.maximum(global_norm(parameters), 1e-20)
+            change = over_leaves(lambda new, old: _sum_of_squares(new - old), exact(changed), before)
+            return changed, _root_of_sum(change) / mx.maximum(global_norm(parameters), 1e-20)
 
         def exact(parameters: Any) -> Any:
             """Float32: what the optimizer keeps of weights in half precision, which small updates leave as they are."""
@@ -233,10 +237,14 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return mx.sqrt(tree_reduce(lambda total, x: total + _sum_of_squares(x), tree, mx.array(0.0)))
+    return _root_of_sum(over_leaves(_sum_of_squares, tree))
+
+
+def _root_of_sum(squares: Any) -> mx.array:
+    return mx.sqrt(tree_reduce(mx.add, squares, mx.array(0.0)))
 
 
 def _sum_of_squares(x: mx.array) -> mx.array:
-    """On a CPU a product of x with itself: one pass over memory, on all cores."""
+    """On a CPU a product of x with itself: one pass over memory."""
     flat = x.astype(mx.float32).reshape(1, -1)
     return (flat @ flat.T)[0, 0] if is_cpu() else mx.square(flat).sum()

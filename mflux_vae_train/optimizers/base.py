@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from mflux_vae_train.leaves import over_leaves
+
 State: TypeAlias = "dict[str, Any]"
 """Of one parameter: named arrays, or dicts of them."""
 
@@ -20,6 +22,9 @@ class Optimizer(optim.Optimizer):
     Half precision cannot hold small updates: in bfloat16 1 + 1/500 is 1, so that weights would stand still at usual
     rates. The weights of such parameters are therefore kept in the state in float32, and rounded from there.
     """
+
+    consumes = False
+    """Whether gradients may be given up by who calls `apply_gradients`: their memory is then used again, on a CPU."""
 
     def __init__(self, learning_rate: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +46,8 @@ class Optimizer(optim.Optimizer):
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         self.prepare(gradients, parameters)
-        return super().apply_gradients(gradients, parameters)
+        super().apply_gradients({}, {})  # counts, and asks its schedules
+        return over_leaves(self.apply_single, gradients, parameters, self.state, consumed=self.consumes)
 
     def prepare(self, gradients: Any, parameters: Any) -> None:
         """Initializes the state if `init` was not called: from weights, where MLX takes gradients for their shapes."""
