@@ -132,30 +132,42 @@ def frames(path: str | Path, listed: str | Path | None = None, *, size: int, cha
         ImageError: no such folder or list, or no frame.
     """
     root = _folder(path)
-    videos = _listed(Path(listed)) if listed is not None else sorted(_folders(root))
+    entries = _listed(Path(listed)) if listed is not None else sorted(_folders(root))
+    videos: dict[str, list[str]] = {}  # a list of frames may go through all videos again and again
+    for entry in entries:
+        videos.setdefault(str(Path(entry).parent) if _is_frame(entry) else entry, []).append(entry)
     starts, absent = array("Q"), 0
 
     def names() -> Iterator[str]:
         nonlocal absent
-        count, before = 0, None
-        for video in videos:
-            if Path(video).suffix.lower() in EXTENSIONS:
-                found, home = ([video], str(Path(video).parent)) if (root / video).is_file() else ([], None)
-            else:
-                found, home = [f"{video}/{name}" for name in _images(root / video)], video
-            absent += not found
-            if found and home != before:
+        count = 0
+        for entries in videos.values():
+            there = [_frames_of(root, entry) for entry in entries]
+            absent += there.count([])
+            if any(there):
                 starts.append(count)
-                before = home
-            count += len(found)
-            yield from found
+            for found in there:
+                count += len(found)
+                yield from found
 
     paths = Paths(root, names())
     if not len(paths):
         raise ImageError(f"{path} holds no frames: expected <video>/<frame>.jpg" + (f", as in {listed}" * bool(listed)))
     if absent:
-        logger.warning("%s: %d of %d videos have no frames here", path, absent, len(videos))
+        logger.warning("%s: %d of %d videos have no frames here", path, absent, len(entries))
     return Files(paths, size=size, channels=channels, starts=np.array(starts, np.int64))
+
+
+def _is_frame(entry: str) -> bool:
+    """Whether an entry of a list names a frame, and not a video."""
+    return entry.lower().endswith(EXTENSIONS)
+
+
+def _frames_of(root: Path, entry: str) -> list[str]:
+    """Those of a video, or a single one, as far as they are there."""
+    if _is_frame(entry):
+        return [entry] if (root / entry).is_file() else []
+    return [f"{entry}/{name}" for name in _images(root / entry)]
 
 
 def mnist(path: Path) -> list[np.ndarray]:

@@ -114,6 +114,7 @@ def test_frames_of_videos_stay_together(videos):
         ("list.txt", "# videos\n3\n\n1/00011.jpg\n1/00012.jpg\n", [30, 31, 11, 12]),
         ("list.json", json.dumps([{"id": "2", "label": "moving"}, {"id": 3}]), [20, 30, 31]),
         ("list.json", json.dumps(["2", "1"]), [20, 10, 11, 12]),
+        ("list.txt", "1/00011.jpg\n./3/00030.jpg\n1/00012.jpg\n./3/00031.jpg\n", [11, 12, 30, 31]),
     ],
 )
 def test_a_list_says_which_videos(videos, tmp_path, name, text, expected):
