@@ -155,6 +155,7 @@ def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [(1, 256, 256), (2, 128, 192), (1, 512, 384)], ids=str)
 @pytest.mark.parametrize("build", [AutoencoderKL, AutoencoderTiny, PlainAutoencoder])
 @plans
