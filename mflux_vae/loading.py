@@ -156,7 +156,7 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
         dtype: of the stored weights: float32, float16 or bfloat16.
 
     Raises:
-        SettingsError: another dtype.
+        SettingsError: another dtype, or another kind of file.
         WeightsError: a network of a kind that `open_network` does not know.
     """
     config = network.config.to_dict()
@@ -211,6 +211,8 @@ def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any]
     if target.suffix == ".safetensors":
         write_safetensors(target, tensors, {CONFIG_KEY: json.dumps(config)})
         return [target]
+    if target.is_file():
+        raise SettingsError(f"{target} is a file: give a folder, or a name that ends in .safetensors")
     if naming == "diffusers":
         files = [target / f"{STEM}.safetensors", target / "config.json"]
         write_safetensors(files[0], tensors)

@@ -114,12 +114,12 @@ class VAE(nn.Module):
         loading.save_network(self.network, folder, dtype)
 
     def encode(
-        self, image: mx.array, *, sample: bool = False, key: mx.array | None = None, tiling: Asked = None
+        self, image: mx.array | np.ndarray, *, sample: bool = False, key: mx.array | None = None, tiling: Asked = None
     ) -> mx.array:
         """Image to latents, scaled for the denoiser.
 
         Args:
-            image: (B, C, H, W) in [0, 255], uint8 or floating point, of any size (see the class).
+            image: (B, C, H, W) in [0, 255], uint8 or floating point, MLX's or NumPy's, of any size (see the class).
             sample: draw from the posterior instead of taking its mode.
             key: random key for the draw; None uses MLX's global state.
             tiling: see the class.
@@ -138,15 +138,18 @@ class VAE(nn.Module):
         log.debug("raw latents %s -> latents %s", shape(raw), shape(latents))
         return latents
 
-    def posterior(self, image: mx.array, *, tiling: Asked = None) -> DiagonalGaussian:
+    def posterior(self, image: mx.array | np.ndarray, *, tiling: Asked = None) -> DiagonalGaussian:
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
+        image = _mlx(image)
         self._check(image)
         # NCHW [0, 255] -> NHWC [-1, 1]
         pixels = padded(image.astype(mx.float32).transpose(0, 2, 3, 1) / 127.5 - 1, self.spatial_scale)
         log.debug("image %s -> pixels %s", shape(image), shape(pixels))
         return self._encode(pixels, tiling)
 
-    def decode(self, latent: mx.array, *, size: tuple[int, int] | None = None, tiling: Asked = None) -> mx.array:
+    def decode(
+        self, latent: mx.array | np.ndarray, *, size: tuple[int, int] | None = None, tiling: Asked = None
+    ) -> mx.array:
         """Scaled latents to an image.
 
         Args:
@@ -160,7 +163,7 @@ class VAE(nn.Module):
         Raises:
             ImageError: wrong number of axes or channels, or a size that the latents cannot have.
         """
-        axes = 2 if self._vectors else 4
+        axes, latent = 2 if self._vectors else 4, _mlx(latent)
         if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
             expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
             raise ImageError(f"latents are {tuple(latent.shape)}, expected {expected}")
@@ -221,7 +224,7 @@ class VAE(nn.Module):
             made.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
         return made
 
-    def __call__(self, image: mx.array, *, tiling: Asked = None) -> tuple[mx.array, DiagonalGaussian]:
+    def __call__(self, image: mx.array | np.ndarray, *, tiling: Asked = None) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
         posterior = self.posterior(image, tiling=tiling)
         return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
@@ -273,12 +276,19 @@ class VAE(nn.Module):
         channels = self.config.in_channels
         if image.ndim != 4 or image.shape[1] != channels or not image.size:
             raise ImageError(f"image is {tuple(image.shape)}, expected (B, {channels}, H, W) with values in [0, 255]")
+        height, width = image.shape[2:]
+        if self._vectors and max(height, width) > (side := self.spatial_scale):  # told before it is made a multiple
+            raise ImageError(f"this autoencoder is for images of {side} x {side}, not {height} x {width}: resize them")
         if mx.issubdtype(image.dtype, mx.floating):
             _check_range(image)
 
 
 def _weights(network: nn.Module) -> list[mx.array]:
     return list(dict(tree_flatten(network.parameters())).values())
+
+
+def _mlx(array: mx.array | np.ndarray) -> mx.array:
+    return array if isinstance(array, mx.array) else mx.array(np.asarray(array))
 
 
 def padded(pixels: mx.array, factor: int) -> mx.array:

@@ -29,6 +29,7 @@ from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, lo
 from mflux_vae.lpips import LPIPS
 from mflux_vae.reporting import log
 from mflux_vae.tiling import Tiling
+from mflux_vae.units import count_text
 from mflux_vae.vae import VAE
 from mflux_vae.weights.files import DTYPES, write_json
 
@@ -265,7 +266,7 @@ def _progress(names: Sequence[str], *, of: int) -> Iterable[str]:
 
 
 def _count(pictures: Sized) -> str:
-    return f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}"
+    return count_text(len(pictures), "picture")
 
 
 @contextmanager

@@ -95,7 +95,7 @@ _ROWS = {
     "kind": lambda of: of["kind"],
     "parameters": lambda of: f"{of['parameters']:,}",
     "latents": lambda of: of["latent"]["shape"],
-    "numbers in an image per number": lambda of: _number(of["latent"]["compression"], 0),
+    "compression": lambda of: f"{_number(of['latent']['compression'], 0)} : 1",
     "MSE / levels²": lambda of: _number(of["mse"], 1),
     "PSNR / dB": lambda of: _number(of["psnr"], 2),
     "SSIM": lambda of: _number(of["ssim"], 4),

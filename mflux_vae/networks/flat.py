@@ -188,6 +188,11 @@ class FlatAutoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
+    @property
+    def latent_dim(self) -> int:
+        """Length of a latent."""
+        return self.config.latent_dim
+
     def encode(self, pixels: mx.array) -> DiagonalGaussian:
         """(B, S, S, C) in [-1, 1] -> posterior over (B, latent).
 

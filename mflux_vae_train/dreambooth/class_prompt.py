@@ -57,7 +57,7 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
         return None, f"{instance_prompt!r} holds several words that may be the identifier ({found})"
     place = places[0]
     identifier = words[place]
-    if place + 1 == len(words) or not _names_a_class(words[place + 1]) or identifier[-1] in ",.;:":
+    if place + 1 == len(words) or not _names_a_class(*words[place + 1 : place + 3]) or identifier[-1] in ",.;:":
         return None, f"no class word follows the identifier {identifier!r} in {instance_prompt!r}"
     before, after = words[:place], words[place + 1 :]
     noun = after[0].rstrip(",.;:!?")
@@ -79,8 +79,10 @@ def is_identifier(word: str) -> bool:
     return bool(re.fullmatch("[bcdfghjklmnpqrstvwxz]{3,5}", letters)) and letters not in ABBREVIATIONS
 
 
-def _names_a_class(word: str) -> bool:
+def _names_a_class(word: str, after: str = "") -> bool:
     noun = word.rstrip(",.;:!?").lower()
+    if noun == "can":  # a tin, and no verb: "sks can", "sks can on a table"
+        return not after or noun != word.lower() or after.lower() in PREPOSITIONS
     if not re.fullmatch(r"[a-z]+(-[a-z]+)*", noun) or noun in FUNCTION_WORDS or is_identifier(noun):
         return False
     return not noun.endswith("ing") or noun in NOUNS_IN_ING

@@ -16,6 +16,7 @@ import numpy as np
 from mflux_vae.ahead import ahead
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, covered, find_images, load_image, load_images
+from mflux_vae.units import count_text
 from mflux_vae_train.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.captions import captions
 from mflux_vae_train.dreambooth.views import Shape, View, nearest, shapes, views
@@ -85,9 +86,9 @@ class Pictures:
     def described(self, concepts: Sequence[Concept]) -> list[str]:
         """Lines for the start of a run."""
         counts = Counter(instance.concept for instance in self.instances)
-        skipped = f", {self.skipped} other files skipped" if self.skipped else ""
+        skipped = f", {count_text(self.skipped, 'other file')} skipped" if self.skipped else ""
         lines = [
-            f"{counts[number]} instance pictures in {concept.instance_data_dir}"
+            f"{count_text(counts[number], 'instance picture')} in {concept.instance_data_dir}"
             + (skipped if number == len(concepts) - 1 else "")
             for number, concept in enumerate(concepts)
         ]

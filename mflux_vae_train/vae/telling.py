@@ -1,6 +1,8 @@
-"""What a progress bar shows of an autoencoder's training."""
+"""How numbers of an autoencoder's training are told: on a progress bar, and on a line."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import mlx.core as mx
 
@@ -29,3 +31,21 @@ class Progress:
             "images/s": f"{self._speed:.3g}",
             "memory": f"{mx.get_peak_memory() / GB:.2f} GB",
         }
+
+
+def in_words(metrics: Mapping[str, float], units: int) -> str:
+    """What was measured of images, with units.
+
+    Args:
+        metrics: as `Validation.measured` gives them, or some of them.
+        units: latent units, or channels.
+    """
+    show = {
+        "loss": "loss {:.4g}",
+        "rec": "rec {:.4g}",
+        "kl": "KL {:.4g} nats",
+        "psnr": "PSNR {:.2f} dB",
+        "tc": "TC {:.3g} nats",
+        "active": f"{{:.0f}} of {units} units active",
+    }
+    return ", ".join(show.get(name, f"{name} {{:.4g}}").format(value) for name, value in metrics.items())

@@ -18,6 +18,7 @@ import numpy as np
 from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.runtime import is_cpu
+from mflux_vae.units import count_text
 from mflux_vae.weights.files import write_text
 from mflux_vae_train import checkpoint, distributed, flags, signals, state
 from mflux_vae_train.distributed import IDLE, Team
@@ -38,11 +39,14 @@ from mflux_vae_train.vae.network import begin_training, build, new_critic, param
 from mflux_vae_train.vae.objective import CriticToo, Objective, critic_loss
 from mflux_vae_train.vae.plan import Plan, images_of
 from mflux_vae_train.vae.recompute import recompute_blocks
-from mflux_vae_train.vae.telling import Progress
+from mflux_vae_train.vae.telling import Progress, in_words
 from mflux_vae_train.vae.trial import tried
 from mflux_vae_train.vae.validation import Validation, collapse
 
 logger = logging.getLogger(__name__)
+
+_YOUNG = 50
+"""Updates after which a posterior that tells nothing of its image is no longer one that has not begun to."""
 
 _REST = 0.25
 """Beside Muon's rate, that of AdamW, as `--optimizer` says."""
@@ -170,9 +174,10 @@ class VAETrainer:
         if lock is not None:
             _claim(folder, settings, lock)
         logger.info(
-            "%s: %s parameters, %d images and %d held out, %d updates in %d epochs%s",
-            settings.name, f"{parameter_count(network):,}", len(train), len(held_out), plan.total, settings.num_epochs,
-            f", going on after update {start}" if start else "",
+            "%s: %s parameters, %s and %d held out, %s in %s%s",
+            settings.name, f"{parameter_count(network):,}", count_text(len(train), "image"), len(held_out),
+            count_text(plan.total, "update"),
+            count_text(settings.num_epochs, "epoch"), f", going on after update {start}" if start else "",
         )  # fmt: skip
 
         # what happens beside the updates
@@ -198,12 +203,14 @@ class VAETrainer:
                 watch["since"] = 0 if better else watch["since"] + 1
                 if better and team.first:
                     loading.save_network(network, best)
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in watch["metrics"].items())
-            best_so_far = ", the best so far" if better else ""
-            logger.info("epoch %d: %s%s", record.update // plan.per_epoch, numbers, best_so_far)
+            logger.info(
+                "epoch %d of %d, held out: %s%s",
+                record.update // plan.per_epoch, settings.num_epochs,
+                in_words(watch["metrics"], network.config.latent_channels), ", the best so far" if better else "",
+            )  # fmt: skip
             warning = collapse(watch["metrics"], network)
             told = watch["collapsed"]
-            watch["collapsed"] = warning is not None and record.update > plan.total / 10  # a young one is no wonder
+            watch["collapsed"] = warning is not None and record.update > max(plan.total / 10, _YOUNG)
             if watch["collapsed"] and not told:
                 logger.warning("%s", warning)
 

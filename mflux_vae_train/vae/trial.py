@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mflux_vae.units import count_text
 from mflux_vae_train import checkpoint
 from mflux_vae_train.vae.advice import advice
 from mflux_vae_train.vae.config import VAETrainingSettings
@@ -13,6 +14,7 @@ from mflux_vae_train.vae.data import Source
 from mflux_vae_train.vae.network import latent_shape, parameter_count
 from mflux_vae_train.vae.objective import Objective
 from mflux_vae_train.vae.plan import Plan, images_of
+from mflux_vae_train.vae.telling import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,10 @@ def tried(settings: VAETrainingSettings, network: Any, folder: Path, source: Sou
     newest = checkpoint.latest(folder)
     for line in (
         f"{settings.name}: {parameter_count(network):,} parameters, latents of {shape}",
-        f"{len(train)} images and {len(held_out)} held out, {plan.images} in an update",
-        f"{plan.total} updates in {settings.num_epochs} epochs, into {folder}",
+        f"{count_text(len(train), 'image')} and {len(held_out)} held out, {plan.images} in an update",
+        f"{count_text(plan.total, 'update')} in {count_text(settings.num_epochs, 'epoch')}, into {folder}",
         f"would go on from {newest}" if newest else "would begin",
-        "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
+        f"first batch: {in_words(metrics, network.config.latent_channels)}",
     ):
         logger.info("%s", line)
     return metrics

@@ -179,7 +179,7 @@ def test_concepts_have_their_own_pictures_and_prompts(instance_dir, tmp_path, lo
     assert [one.concept for one in pictures.instances] == [0] * 5 + [1]
     assert captions_of(pictures) == [PROMPT] * 5 + ["a photo of xyz cat"]
     lines = pictures.described(concepts)
-    assert lines[0].startswith("5 instance pictures in") and "1 other files skipped" in lines[1]
+    assert lines[0].startswith("5 instance pictures in") and "1 other file skipped" in lines[1]
 
 
 def test_each_picture_is_seen_as_asked(instance_dir, load):

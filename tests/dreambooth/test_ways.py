@@ -126,7 +126,7 @@ def test_several_concepts_have_their_own_prompts_and_class_pictures(settings, in
         *("a photo of sks dog", "sks dog, small", "a photo of xyz cat", "a drawing of zwx dog"),
         *("a photo of a dog", "a photo of a cat"),
     }
-    assert "9 instance pictures in" in caplog.text and "1 instance pictures in" in caplog.text
+    assert "9 instance pictures in" in caplog.text and "1 instance picture in" in caplog.text
     assert "2 epochs" in caplog.text
     # the pictures count, not where they lie
     (tmp_path / "cats").rename(tmp_path / "elsewhere")

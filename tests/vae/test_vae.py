@@ -40,6 +40,15 @@ def test_shapes_of_the_default_network() -> None:
     assert VAE(latent_channels=16).encode(mx.zeros((1, 3, 64, 72))).shape == (1, 16, 8, 9)
 
 
+def test_arrays_of_numpy_are_taken_as_those_of_mlx() -> None:
+    vae = VAE(network=small_kl())
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 24, 16), dtype=np.uint8)
+    latent, again = vae.encode(image), vae(image)[0]
+    assert np.array_equal(latent, vae.encode(mx.array(image)))
+    assert np.array_equal(vae.decode(np.array(latent)), vae.decode(latent))
+    assert np.array_equal(again, vae(mx.array(image))[0])
+
+
 @both
 def test_encode_is_the_networks_mode_scaled(build: Build) -> None:
     network, image = build(**SCALES), pictures()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -90,7 +91,8 @@ def test_train_then_look(run: Run, tmp_path: Path) -> None:
     command = ("train", "--experiment_name=mine", f"--output_dir={tmp_path}", "--epochs=1", *TINY)
     status, out, err = run(*command)
     assert status == 0, err
-    assert "18 images and 2 held out" in out and "epoch 1: loss" in out and "psnr" in out
+    assert "18 images and 2 held out" in out and "2 updates in 1 epoch\n" in out
+    assert re.search(r"epoch 1 of 1, held out: loss .*, KL \S+ nats, PSNR \S+ dB, .* of 3 units active", out), out
     assert run(*command)[0] == 0
     model = tmp_path / "checkpoints" / "mine" / "best_model.safetensors"
 

@@ -183,8 +183,16 @@ def test_the_best_is_kept_and_enough_is_enough(
 
 def test_collapse_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        trained(tmp_path, beta=1e4, learning_rate=0.03, num_epochs=5, batch_norm=False)
+        trained(tmp_path, beta=1e4, learning_rate=0.03, num_epochs=20, batch_norm=False)
     assert sum("posterior collapse" in record.message for record in caplog.records) == 1
+
+
+def test_a_posterior_that_was_hardly_trained_has_not_collapsed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, beta=1e4, learning_rate=0.03, num_epochs=5, batch_norm=False)
+    assert "posterior collapse" not in caplog.text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
