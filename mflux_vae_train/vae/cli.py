@@ -145,14 +145,12 @@ def traverse(parser: ArgumentParser) -> Run:
         latent_range: tuple[float, float],
         **opening: Any,
     ) -> None:
-        import numpy as np
-
         sampler, file = _opened(**opening)
         _at_least(1, num_steps=num_steps)
         base = None if image is None else sampler.encode([image])
         units = sampler.strongest(16) if dims is None else dims
-        rows = [sampler.traverse_latent(unit, num_steps, latent_range, base=base) for unit in units]
-        sampler.save_samples(np.concatenate(rows), file, columns=num_steps)
+        rows = {unit: sampler.traverse_latent(unit, num_steps, latent_range, base=base) for unit in units}
+        sampler.save_traversals(rows, file)
         print(file)
 
     return _with_range(run)

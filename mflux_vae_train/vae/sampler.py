@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from mflux_vae import loading
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.images import grid, load_image, save_image, to_pictures, to_pixels
+from mflux_vae.images import grid, labelled_rows, load_image, save_image, strip, to_pictures, to_pixels
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.network import is_flat, latent_shape
 
 _AT_ONCE = 64
+_SEEN_WELL = 64
+"""Pixels a side."""
 
 
 class VAESampler:
@@ -169,6 +171,16 @@ class VAESampler:
     def save_interpolation(self, samples: np.ndarray, path: str | Path) -> None:
         """Writes what `interpolate_latent` or `traverse_latent` gave, side by side."""
         self.save_samples(samples, path, columns=len(samples))
+
+    def save_traversals(self, samples: Mapping[int, np.ndarray], path: str | Path) -> None:
+        """Writes what `traverse_latent` gave for several units: numbered rows, small images enlarged."""
+        rows = []
+        for unit, images in samples.items():
+            times = max(1, _SEEN_WELL // images.shape[2])
+            pictures = to_pictures(images * 2 - 1).repeat(times, axis=1).repeat(times, axis=2)
+            row = strip(list(pictures), gap=2)
+            rows.append((f"unit {unit}", np.broadcast_to(row, (*row.shape[:2], 3))))
+        save_image(path, labelled_rows(rows))
 
     def _base(self, base: mx.array | None) -> np.ndarray:
         if not is_flat(self.model):

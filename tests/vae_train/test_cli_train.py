@@ -101,14 +101,17 @@ def test_train_then_look(run: Run, tmp_path: Path) -> None:
     for words, file, rows, columns in (
         (("sample", "--num_samples=6"), "samples", 2, 3),
         (("grid", "--grid_size=4", "--latent_range_min=-4.0", "--latent_range_max=4.0"), "latent_grid", 4, 4),
-        (("traverse", "--num_steps=5"), "traversal", 3, 5),
-        (("traverse", "--dims", "2", "--num_steps=5", f"--image={made}/samples.png"), "traversal", 1, 5),
         (("interpolate", "--num_steps=7", "--spherical", "--latent_dims=3"), "interpolation", 1, 7),
-        (("interpolate", "--images", f"{made}/samples.png", f"{made}/traversal.png"), "interpolation", 1, 10),
+        (("interpolate", "--images", f"{made}/samples.png", f"{made}/latent_grid.png"), "interpolation", 1, 10),
     ):
         status, out, err = run(*words, f"--model_path={model}", f"--output_dir={made}")
         assert status == 0 and out.strip() == str(made / f"{file}.png"), err
         assert load_image(out.strip()).shape == (rows * row - 2, columns * row - 2, 3)
+    for words, units in ((("--num_steps=5",), 3), (("--dims", "2", "--num_steps=5", f"--image={made}/samples.png"), 1)):
+        status, out, err = run("traverse", *words, f"--model_path={model}", f"--output_dir={made}")
+        assert status == 0 and out.strip() == str(made / "traversal.png"), err
+        height, width, _ = load_image(out.strip()).shape
+        assert height == 4 + units * (5 * 12 + 4) and width > 5 * (5 * 12 + 2)  # enlarged, with labels at the left
     assert run("sample", "--model", model, "--outfile", tmp_path / "samples.png", "--seed=1")[0] == 0
     assert (load_image(tmp_path / "samples.png") != load_image(made / "samples.png")[:1, :1]).any()
 
