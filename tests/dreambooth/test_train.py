@@ -483,7 +483,7 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(settings, tmp_path
     assert pipeline.images_encoded == pipeline.images_sampled == 0
     for words in (
         "6 instance pictures in",
-        "1 other files skipped",
+        "1 other file skipped",
         "learning_rate 0.02",
         "0 there, 4 to generate",
         "a LoRA of rank 2 on 2 layers: 172 weights (proj_in, blocks.*.to_out)",
