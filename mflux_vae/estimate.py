@@ -107,6 +107,8 @@ class _Weighed(Stand):
         apart: but not in an input's, which is needed to the end.
     """
 
+    size = 0  # also of one whose making is interrupted
+
     def __init__(
         self,
         tally: _Tally,
@@ -118,13 +120,13 @@ class _Weighed(Stand):
         apart: bool = False,
     ):
         super().__init__(tally, shape, dtype)
-        self.size = 0
         self._pending, self._apart = list(inputs), apart
         if not inputs:
             self._take(size)
 
     def __del__(self) -> None:
-        self.job.held -= self.size
+        if self.size:
+            self.job.held -= self.size
 
     def settle(self) -> None:
         """Computed now, if it was not, in one evaluation with all that it waits for; at its end arrays are freed."""
