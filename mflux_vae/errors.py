@@ -15,6 +15,9 @@ access tokens that the hub or an address put there are left out.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from mflux_vae.redaction import redacted
 
 
@@ -55,3 +58,9 @@ class RunError(MfluxVaeError):
 
 class TrainingError(RunError):
     """Training cannot go on, or a checkpoint cannot be restored."""
+
+
+def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
+    """End of a message about a name that there is not: the nearest one that there is, after `dashes`; or nothing."""
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""

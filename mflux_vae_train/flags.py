@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import logging
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.yaml_files import read_yaml
 from mflux_vae_train.fields import is_tuple, kind_of
 
@@ -132,7 +131,7 @@ def settings_from(
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            hint = _hint(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
+            hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
             raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
         raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
     return settings_of(cls, vars(namespace), without_effect=without_effect)
@@ -221,7 +220,7 @@ def _named(
             values.setdefault(NOTED, []).append(name)
             continue
         if name not in known:
-            raise SettingsError(f"{where}unknown setting {key!r}{_hint(name, known)}")
+            raise SettingsError(f"{where}unknown setting {key!r}{did_you_mean(name, known)}")
         name = known[name]
         # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
         values[name] = _convert(cls, name, value)
@@ -300,8 +299,3 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is None or field.default is False or field.default == "":
         return ""
     return f" [{'on' if field.default is True else field.default}]".replace("%", "%%")
-
-
-def _hint(name: str, known: Iterable[str], dashes: str = "") -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {dashes}{close[0]}?" if close else ""

@@ -10,17 +10,16 @@ values by name. The first line of its docstring is the help.
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
-from mflux_vae.errors import MfluxVaeError, SettingsError
+from mflux_vae.errors import MfluxVaeError, SettingsError, did_you_mean
 from mflux_vae.redaction import redacted
 
 PROG = "mflux-vae"
@@ -170,21 +169,16 @@ class _Parser(argparse.ArgumentParser):
         if self.commands is not None:
             named = next((word for word in words if not word.startswith("-")), None)
             if named is not None and named not in self.commands:
-                self.error(f"there is no command {named}{_hint(named, self.commands)}")
+                self.error(f"there is no command {named}{did_you_mean(named, self.commands)}")
         else:
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             for flag in flags:
                 if flag not in self._option_string_actions:
-                    self.error(f"unknown flag {flag}{_hint(flag, self._option_string_actions)}")
+                    self.error(f"unknown flag {flag}{did_you_mean(flag, self._option_string_actions)}")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Console(logging.Handler):

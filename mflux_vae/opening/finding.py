@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.errors import SettingsError, WeightsError, did_you_mean
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.opening import hub, presets, recognition
 from mflux_vae.opening.families import FAMILIES
@@ -172,8 +171,7 @@ def _local(source: Source) -> tuple[Path, str | None]:
         return folder, None
     if isinstance(source, str) and (named := hub.split(source)):
         return hub.fetch(*named), None
-    near = difflib.get_close_matches(text, presets.names(), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(text, presets.names())
     raise WeightsError(f"{source}: no such file or folder{hint or ';'} known presets: {', '.join(presets.names())}")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae_train.fields import check_fields, flag
 
 
@@ -259,8 +258,7 @@ def settings_from_dict(values: Mapping[str, Any]) -> VAETrainingSettings:
     """
     known = {name: f.name for f in dataclasses.fields(VAETrainingSettings) for name in (f.name, *f.metadata["aliases"])}
     if unknown := [name for name in values if name not in known]:
-        near = [name for one in unknown for name in difflib.get_close_matches(str(one), known, n=1)]
-        hint = f"; did you mean {' and '.join(near)}?" if near else f"; there are {', '.join(known)}"
+        hint = "".join(did_you_mean(str(name), known) for name in unknown) or f"; there are {', '.join(known)}"
         raise SettingsError(f"no settings: {', '.join(map(repr, unknown))}{hint}")
     return VAETrainingSettings(**{known[name]: value for name, value in values.items()})
 
