@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mflux_vae.rebind import rebind
 
@@ -106,6 +107,7 @@ blas, _cure = _open_blas() if sys.platform == "linux" else (None, "")
 """Path of the BLAS that was opened for MLX; None where MLX uses the one it came with."""
 
 import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is imported)
+from mlx.utils import tree_flatten  # noqa: E402
 
 
 def is_cpu() -> bool:
@@ -156,6 +158,17 @@ def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
         requested: wanted dtype; None means bfloat16.
     """
     return mx.float32 if is_cpu() else (requested or mx.bfloat16)
+
+
+def eval_each(tree: Any) -> None:
+    """Evaluate the arrays of a tree one by one.
+
+    `mx.eval(tree)` computes every array on the way to one of them, such as weights before their conversion to another
+    dtype, before the first array of the tree: all of those are in memory together.
+    """
+    arrays: dict[str, mx.array] = dict(tree_flatten(tree))
+    for array in arrays.values():
+        mx.eval(array)
 
 
 if sys.platform == "linux" and is_cpu():

@@ -152,8 +152,8 @@ def load(
             )
         logger.warning("%s: continued with changes: %s", folder, "; ".join(changed))
     arrays, _ = read_safetensors(Path(folder) / ARRAYS)
+    restore(objects, arrays, content["values"], where=str(folder))  # which drops the old arrays
     mx.eval(arrays)  # reading is lazy, and the file may be pruned before the arrays are used
-    restore(objects, arrays, content["values"], where=str(folder))
     return int(content["step"])
 
 

@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
-from mflux_vae.runtime import is_cpu
+from mflux_vae.runtime import eval_each, is_cpu
 from mflux_vae_train.distributed import ALONE, Team
 from mflux_vae_train.ema import EMA
 from mflux_vae_train.leaves import over_leaves
@@ -107,7 +107,7 @@ class Step:
         for single in getattr(optimizer, "optimizers", [optimizer]):
             single.consumes = True  # nobody asks for gradients after an update
         # Arrays that were never evaluated would be computed again in every compiled call.
-        mx.eval(model.parameters(), optimizer.state)
+        eval_each([model.parameters(), optimizer.state])
 
         def objective(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[mx.array, Any]:
             model.update(parameters)

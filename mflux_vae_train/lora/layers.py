@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mflux_vae.runtime import eval_each
+from mflux_vae.utils.modules import replace_layers
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
 from mflux_vae_train.lora.targets import dimensions, linears, matching
 from mflux_vae_train.randomness import Stream, rng
@@ -67,7 +69,7 @@ def add_lora(
         layer.dropout = KeyedDropout(dropout, salt, keys)
         adapted.append((path, layer))
     module.update_modules(tree_unflatten(adapted))
-    mx.eval(module.trainable_parameters())
+    eval_each(module.trainable_parameters())  # DoRA's magnitudes take each weight in full width
     return targets
 
 
@@ -95,12 +97,14 @@ def disabled(module: nn.Module) -> Iterator[None]:
 
 def fuse(module: nn.Module) -> None:
     """Add the adapters into the weights, which keep their dtype (and bits), and remove them: one layer at a time."""
-    for path, layer in layers(module).items():
-        fused, base = layer.fuse(), layer.linear
-        if isinstance(base, nn.Linear):
-            fused.weight = fused.weight.astype(base.weight.dtype)
-        mx.eval(fused.parameters())
-        module.update_modules(tree_unflatten([(path, fused)]))
+    replace_layers(module, list(layers(module)), _fused)
+
+
+def _fused(layer: Any) -> nn.Module:
+    fused: nn.Module = layer.fuse()
+    if isinstance(layer.linear, nn.Linear):
+        fused.weight = fused.weight.astype(layer.linear.weight.dtype)
+    return fused
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The scheme is MLX's (`mx.quantize`, affine): groups of inputs share a scale and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx.utils import tree_unflatten
 
 from mflux_vae import runtime
 from mflux_vae.errors import WeightsError
+from mflux_vae.utils.modules import replace_layers
 
 GROUP_SIZES = (64, 32)
 """Inputs that share a scale: the first of these that divides a layer's inputs."""
@@ -58,16 +60,24 @@ def quantize(module: nn.Module, bits: int, wanted: Callable[[str], bool]) -> Non
         bits: 4 or 8.
         wanted: which of them, by their path. Those whose inputs no group size divides stay.
     """
-    for path, layer in module.named_modules():
-        if type(layer) is not nn.Linear or not wanted(path) or (size := group_size(layer.weight.shape[1])) is None:
-            continue
-        outputs, inputs = layer.weight.shape
-        smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
-        smaller.weight, smaller.scales, smaller.biases = mx.quantize(layer.weight, size, bits)
-        if "bias" in layer:
-            smaller.bias = layer.bias
-        mx.eval(smaller.parameters())
-        module.update_modules(tree_unflatten([(path, smaller)]))
+    paths = [path for path, layer in module.named_modules() if wanted(path) and _group_size_of(layer) is not None]
+    replace_layers(module, paths, partial(_quantized, bits=bits))
+
+
+def _quantized(layer: nn.Linear, bits: int) -> QuantizedLinear:
+    outputs, inputs = layer.weight.shape
+    size = group_size(inputs)
+    assert size is not None
+    smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
+    smaller.weight, smaller.scales, smaller.biases = mx.quantize(layer.weight, size, bits)
+    if "bias" in layer:
+        smaller.bias = layer.bias
+    return smaller
+
+
+def _group_size_of(layer: nn.Module) -> int | None:
+    """Group size of a plain linear layer; None where it cannot be quantised."""
+    return group_size(layer.weight.shape[1]) if type(layer) is nn.Linear else None
 
 
 def prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str) -> dict[str, mx.array]:
@@ -130,7 +140,7 @@ def stored_bytes(module: nn.Module, width: int, bits: int | None = None, wanted:
     total = 0
     for path, layer in module.named_modules():
         own = [value for value in layer.values() if isinstance(value, mx.array)]
-        size = group_size(layer.weight.shape[1]) if type(layer) is nn.Linear else None
+        size = _group_size_of(layer)
         if bits is None or size is None or not wanted(path):
             total += sum(value.size * (width if mx.issubdtype(value.dtype, mx.floating) else 4) for value in own)
         else:

@@ -1,0 +1,128 @@
+"""Large modules are loaded, changed, saved and resumed one layer at a time: peaks of memory of stacks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+from mflux_vae import runtime
+from mflux_vae.weights.files import read_safetensors
+from mflux_vae.weights.rules import load_strict
+from mflux_vae_train import checkpoint, lora, state
+from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
+from mflux_vae_train.step import Step
+from tests.peaks import peak_of
+
+WIDTH, LAYERS = 512, 12
+LAYER = 4 * WIDTH**2
+"""Bytes of a layer in float32."""
+
+ALL = LAYERS * LAYER
+SLACK = 2 * LAYER
+
+
+class Stack(nn.Module):
+    """Linear layers without biases, in a list within a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = [[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS // 2)] for _ in range(2)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in [*self.halves[0], *self.halves[1]]:
+            x = layer(x)
+        return x
+
+
+def held(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
+def computed() -> Stack:
+    stack = Stack()
+    runtime.eval_each(stack.parameters())
+    return stack
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[[], Stack]:
+    """Opens a stack whose weights lie in a file of half their size, unread."""
+    file = tmp_path / "stack.safetensors"
+    mx.save_safetensors(str(file), {name: a.astype(mx.bfloat16) for name, a in tree_flatten(Stack().parameters())})
+
+    def opened() -> Stack:
+        stack = Stack()
+        load_strict(stack, read_safetensors(file)[0], where=str(file), dtype=mx.float32)
+        return stack
+
+    return opened
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_stored_module_is_quantised_layer_by_layer(stored: Callable[[], Stack], bits: int) -> None:
+    opened = []
+
+    def quantised() -> dict:
+        opened.append(stored())
+        quantize(opened[0], bits, lambda path: True)
+        return opened[0].parameters()
+
+    peak = peak_of(quantised)
+    assert all(type(layer) is QuantizedLinear for layer in opened[0].halves[1])
+    assert peak < held(opened[0]) + SLACK < ALL
+
+
+def test_quantising_frees_the_old_layers() -> None:
+    stack = computed()
+    before = mx.get_active_memory()
+    peak = peak_of(lambda: quantize(stack, 4, lambda path: True) or [])
+    assert peak < SLACK
+    assert mx.get_active_memory() - before < held(stack) + LAYER - ALL
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_adapters_are_added_and_fused_layer_by_layer(dora: bool, bits: int | None) -> None:
+    stack = computed()
+    if bits:
+        quantize(stack, bits, lambda path: True)
+    weights = held(stack)
+    peak = peak_of(lambda: lora.add_lora(stack, ["*"], rank=4, dora=dora) and [])
+    adapters = held(stack) - weights
+    assert peak < adapters + SLACK, "adding"
+    peak = peak_of(lambda: lora.fuse(stack) or [])
+    assert held(stack) == weights
+    assert peak < 3 * SLACK <= ALL / 2, "fusing"
+
+
+def test_weights_are_converted_one_by_one(stored: Callable[[], Stack]) -> None:
+    def loss(model: nn.Module, arrays: dict) -> tuple[mx.array, dict]:
+        return mx.square(model(arrays["x"])).mean(), {}
+
+    opened = []
+
+    def prepared() -> list:
+        opened.append(stored())
+        lora.add_lora(opened[0], ["*"], rank=1)
+        Step(opened[0], optim.SGD(0.1), loss)
+        return []
+
+    assert peak_of(prepared) < ALL + SLACK
+
+
+def test_checkpoints_are_saved_without_a_copy_and_replace_what_was_there(tmp_path: Path) -> None:
+    stack = computed()
+    objects = {"network": state.parameters(stack)}
+    assert peak_of(lambda: checkpoint.save(tmp_path, 1, objects) and []) < SLACK
+    wanted = {name: mx.array(array) for name, array in tree_flatten(stack.parameters())}
+    mx.eval(wanted)
+    stack.update(computed().parameters())
+    assert peak_of(lambda: checkpoint.load(tmp_path / "checkpoint-1", objects) and []) < SLACK
+    found = dict(tree_flatten(stack.parameters()))
+    assert all(mx.array_equal(found[name], array) for name, array in wanted.items())
