@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mflux_vae_train import lora
 from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import MEASURED
@@ -61,3 +62,28 @@ def test_resumed_equals_uninterrupted(tmp_path):
     adapters = [mx.load(str(folder / "pytorch_lora_weights.safetensors")) for folder in (tmp_path / "whole", parts)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(mx.array_equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+SMALL = {
+    "resolution": 32,
+    "prior_preservation": "none",
+    "max_train_steps": 2,
+    "gradient_accumulation_steps": 1,
+    "checkpointing_steps": 99,
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"quantize": 4}, {"use_dora": True}, {"quantize": 8, "use_dora": True}], ids=str)
+@pytest.mark.parametrize("layers", [*tiny.load().lora_presets(), lora.EVERYTHING])
+def test_every_layer_preset_trains(tmp_path, layers, how):
+    lines = train(tmp_path / "out", **SMALL, lora_layers=layers, **how)
+    assert [line["update_size"] > 0 for line in lines] == [True, True]
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_an_adapter_of_every_layer_is_where_another_run_begins(tmp_path):
+    train(tmp_path / "first", **SMALL, lora_layers="all")
+    file = tmp_path / "first" / "pytorch_lora_weights.safetensors"
+    train(tmp_path / "second", **SMALL, lora_weights=str(file), quantize=4)
+    before, after = (mx.load(str(tmp_path / name / file.name)) for name in ("first", "second"))
+    assert before.keys() == after.keys() and "transformer.x_embedder.lora_A.weight" in before

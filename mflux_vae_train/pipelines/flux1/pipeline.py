@@ -104,7 +104,8 @@ class FluxPipeline(FluxPrompts):
     @property
     def dtype(self) -> mx.Dtype:
         """What the transformer computes in."""
-        return self.denoiser.x_embedder.bias.dtype
+        embedder: Any = self.denoiser.x_embedder
+        return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
         """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
