@@ -54,7 +54,8 @@ class Rule:
             return None
         if self.ours is None:
             return "", tensor
-        return self.ours.format(**match.groupdict()), self.to_mlx(tensor) if self.to_mlx else tensor
+        # a transposed view of the file's order would be slower, and BLAS would sum it in another order
+        return self.ours.format(**match.groupdict()), mx.contiguous(self.to_mlx(tensor)) if self.to_mlx else tensor
 
     def write(self, key: str, tensor: mx.array) -> tuple[str, mx.array] | None:
         """The inverse of `read`."""

@@ -15,6 +15,7 @@ from mflux_vae.layers import Conv2d
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.networks.flat import FlatAutoencoder, FlatConfig
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+from mflux_vae.runtime import eval_each
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.vae import initial
 from mflux_vae_train.vae.adversarial import PatchDiscriminator
@@ -40,7 +41,7 @@ def build(settings: VAETrainingSettings) -> Any:
     network: Any = _network(settings)
     if settings.init == "orthogonal":
         initial.orthogonal(network, settings.seed)
-    mx.eval(network.parameters())
+    eval_each(network.parameters())
     config = network.config
     if config.in_channels != settings.in_channels or config.out_channels != settings.in_channels:
         raise SettingsError(f"--in_channels is {settings.in_channels}; the network has {config.in_channels}")
