@@ -184,8 +184,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
             return
         path = save_result(pipeline, settings, folder)
         if settings.train_mode == "lora":
-            better = check_adapter(learners, path, loss, batches(0)[0].arrays)
-            _say([f"read back, the adapter changes the loss of the first pictures by {-better:+.3g}"])
+            check_adapter(learners, path)
 
     # the updates; of the hooks, what must not be lost comes first
     validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]

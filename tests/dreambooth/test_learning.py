@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import mlx.core as mx
 import pytest
 
 from mflux_vae.errors import TrainingError
@@ -63,26 +62,20 @@ def test_full_training_has_no_adapter_to_look_at():
     Learning(FakePipeline().denoiser)(record(1))
 
 
-def loss(denoiser, arrays):
-    return mx.square(denoiser(arrays["x"], arrays["words"], arrays["time"])).mean(), {}
-
-
-ARRAYS = {"x": mx.ones((1, 4, 4, 3)), "words": mx.ones((1, 8)), "time": mx.ones((1,))}
-
-
-def test_a_saved_adapter_is_read_back_and_compared_with_the_base(tmp_path):
+def test_a_saved_adapter_is_read_back_without_a_forward_pass(tmp_path, monkeypatch):
     denoiser, path = adapted(0.1), tmp_path / "adapter.safetensors"
     lora.save_adapter({"transformer": denoiser}, path)
-    other = adapted(0.5)
-    better = check_adapter({"transformer": other}, path, loss, ARRAYS)
-    with_it = loss(denoiser, ARRAYS)[0].item()
-    with lora.disabled(denoiser):
-        assert better == pytest.approx(loss(denoiser, ARRAYS)[0].item() - with_it) != 0
+    monkeypatch.setattr(type(denoiser), "__call__", lambda *_: pytest.fail("computed"))
+    check_adapter({"transformer": denoiser}, path)
+    with pytest.raises(TrainingError, match="differs"):
+        check_adapter({"transformer": adapted(0.5)}, path)
+    lora.save_adapter({"transformer": adapted(0.1), "text_encoder": adapted(0.1)}, path)
+    check_adapter({"transformer": denoiser, "text_encoder": adapted(0.1)}, path)
 
 
-@pytest.mark.parametrize(("b", "said"), [(0.0, "it is the base model"), (float("nan"), "gives a loss of nan")])
+@pytest.mark.parametrize(("b", "said"), [(0.0, "it is the base model"), (float("nan"), "not finite")])
 def test_an_adapter_that_was_saved_wrong_is_refused(b, said, tmp_path):
     denoiser, path = adapted(b), tmp_path / "adapter.safetensors"
     lora.save_adapter({"transformer": denoiser}, path)
     with pytest.raises(TrainingError, match=said):
-        check_adapter({"transformer": denoiser}, path, loss, ARRAYS)
+        check_adapter({"transformer": denoiser}, path)
