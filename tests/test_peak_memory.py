@@ -8,11 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
 
 from mflux_vae import runtime
-from mflux_vae.weights.files import read_safetensors
+from mflux_vae.weights.files import convert_safetensors, read_safetensors
 from mflux_vae.weights.rules import load_strict
 from mflux_vae_train import checkpoint, lora, state
 from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
@@ -114,6 +116,36 @@ def test_weights_are_converted_one_by_one(stored: Callable[[], Stack]) -> None:
         return []
 
     assert peak_of(prepared) < ALL + SLACK
+
+
+def test_weights_are_saved_in_another_precision_one_by_one(stored: Callable[[], Stack], tmp_path: Path) -> None:
+    file, expected = tmp_path / "halves.safetensors", dict(tree_flatten(stored().parameters()))
+
+    def saved() -> list:
+        convert_safetensors(file, dict(tree_flatten(stored().parameters())), mx.float16)
+        return []
+
+    assert peak_of(saved) < 2 * SLACK < ALL
+    found = load_file(file)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], np.array(array.astype(mx.float16)))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_what_is_saved_in_another_precision_is_what_mlx_saves(tmp_path: Path, dtype: mx.Dtype) -> None:
+    tensors = {
+        "b": mx.random.normal((3, 5)).T,
+        "a": mx.array(1.5, mx.bfloat16),
+        "packed": mx.array([7, 2**31], mx.uint32),
+        "c": mx.random.normal((7,)).astype(mx.float16),
+    }
+    wanted = {name: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for name, a in tensors.items()}
+    convert_safetensors(tmp_path / "x.safetensors", dict(tensors), dtype)
+    found, metadata = read_safetensors(tmp_path / "x.safetensors")
+    assert metadata == {"format": "pt"} and found.keys() == wanted.keys()
+    assert all(found[name].dtype == a.dtype and mx.array_equal(found[name], a) for name, a in wanted.items())
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_checkpoints_are_saved_without_a_copy_and_replace_what_was_there(tmp_path: Path) -> None:

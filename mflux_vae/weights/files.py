@@ -36,6 +36,8 @@ _SAFETENSORS_DTYPES = {
 }
 """Name in numpy and MLX, where they have it, and bytes of each of the format's dtypes."""
 
+_SAFETENSORS_NAMES = {dtype: name for name, (dtype, _) in _SAFETENSORS_DTYPES.items()}
+
 Entry: TypeAlias = "tuple[tuple[int, ...], str, int]"
 
 _LENGTH_BYTES = 8
@@ -189,6 +191,42 @@ def write_safetensors(
         _replace(temporary, path)
     except RuntimeError as error:  # what MLX says of a full disk
         raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert_safetensors(path: str | Path, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """Write tensors in another precision, one after the other; the name appears only when the file is complete.
+
+    Args:
+        tensors: is emptied, so that each tensor can be freed as soon as it is written.
+        dtype: of the stored tensors; what is not floating-point, such as quantised weights, keeps its own.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    path = Path(path)
+    dtypes = {name: dtype if mx.issubdtype(one.dtype, mx.floating) else one.dtype for name, one in tensors.items()}
+    told: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    first = 0
+    for name in sorted(tensors):
+        end = first + tensors[name].size * dtypes[name].size
+        told[name] = {
+            "dtype": _SAFETENSORS_NAMES[str(dtypes[name]).removeprefix("mlx.core.")],
+            "shape": tensors[name].shape,
+            "data_offsets": [first, end],
+        }
+        first = end
+    text = json.dumps(told).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.writing.safetensors")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+            for name in sorted(tensors):
+                file.write(np.array(tensors.pop(name).astype(dtypes[name]).reshape(-1).view(mx.uint8)).data)
+        _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ class Part(Generic[T]):
         if load is None and loaded is None:
             raise ValueError("a part needs a way to be loaded, or to be there")
         self._load, self.loaded, self.config = load, loaded, config
-        self._changes: list[Callable[[T], object]] = []
+        self._changes: list[tuple[Callable[[T], object], str]] = []
 
     @classmethod
     def of(cls, given: T | Part[T]) -> Part[T]:
@@ -42,16 +42,38 @@ class Part(Generic[T]):
         if self.loaded is None:
             assert self._load is not None
             loaded = self._load()
-            for change in self._changes:
+            for change, _ in self._changes:
                 change(loaded)
             self.loaded = loaded
         return self.loaded
 
-    def then(self, change: Callable[[T], object]) -> None:
-        """Change the object in place: now if it is there, and whenever it is loaded."""
-        self._changes.append(change)
+    def borrow(self) -> T:
+        """The object for one use: if it is not there, it is loaded and not kept."""
+        kept, borrowed = self.loaded is not None, self.get()
+        if not kept:
+            self.release()
+        return borrowed
+
+    def then(self, change: Callable[[T], object], name: str = "") -> None:
+        """Change the object in place: now if it is there, and whenever it is loaded.
+
+        Args:
+            name: of the change, for `identity`; empty where it does not change what the object computes.
+        """
+        self._changes.append((change, name))
         if self.loaded is not None:
             change(self.loaded)
+
+    def identity(self, of: Callable[[T], str]) -> str:
+        """`of(object)` before any change, followed by the names of the changes.
+
+        No change is made for this, however long it would take. An object that is loaded for it is not kept.
+        """
+        source = self.loaded
+        if source is None or (self._changes and self._load is not None):
+            assert self._load is not None
+            source = self._load()
+        return " ".join([of(source), *dict.fromkeys(name for _, name in self._changes if name)])
 
     def keep(self) -> T:
         """The object, which is never given back from now on: it is going to be changed."""

@@ -13,6 +13,8 @@ from mflux_vae_train.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.hooks import MEASURED
 from mflux_vae_train.pipelines import tiny
+from mflux_vae_train.pipelines.flux1 import parts
+from mflux_vae_train.pipelines.quantized import quantize
 
 EXAMPLE = Path(tiny.__file__).parent / "example"
 
@@ -87,3 +89,15 @@ def test_an_adapter_of_every_layer_is_where_another_run_begins(tmp_path):
     train(tmp_path / "second", **SMALL, lora_weights=str(file), quantize=4)
     before, after = (mx.load(str(tmp_path / name / file.name)) for name in ("first", "second"))
     assert before.keys() == after.keys() and "transformer.x_embedder.lora_A.weight" in before
+
+
+def test_each_network_is_quantised_once(tmp_path, monkeypatch):
+    given = []
+
+    def counted(module, *arguments):
+        given.append(type(module).__name__)
+        quantize(module, *arguments)
+
+    monkeypatch.setattr(parts, "quantize", counted)
+    train(tmp_path / "out", **SMALL, quantize=4)
+    assert sorted(given) == ["FluxTransformer", "T5Encoder"]

@@ -17,7 +17,7 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.weights.rules import from_mlx
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import registry
-from mflux_vae_train.pipelines.flux1 import keys
+from mflux_vae_train.pipelines.flux1 import keys, parts
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
@@ -202,6 +202,27 @@ def test_the_empty_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(FluxPipeline, "encode_prompts", lambda *_: pytest.fail("encoded again"))
     for _ in range(2):
         assert mx.array_equal(pipeline.sample(conditioning, **guided), expected)
+
+
+def test_identities_are_found_without_quantising(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = FluxPipeline.from_pretrained(folder)
+    plain = pipeline.encoder_identity("prompts")
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "quantize", lambda *_: pytest.fail("quantised"))
+        pipeline.quantize(4)
+        found = pipeline.encoder_identity("prompts")
+        other = FluxPipeline.from_pretrained(folder)
+        other.quantize(8)
+        assert len({plain, found, other.encoder_identity("prompts")}) == 3
+    assert isinstance(pipeline.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo, nn.QuantizedLinear)
+    assert pipeline.encoder_identity("prompts") == found, "it depends on what is loaded"
+
+
+def test_parts_that_are_loaded_to_be_saved_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(folder)
+    transformer = pipeline.denoiser
+    pipeline.save_pretrained(tmp_path / "again")
+    assert [part.loaded for part in pipeline.networks.values()] == [transformer, None, None]
 
 
 def test_given_networks_are_never_lost(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.loading import new_network
 from mflux_vae.vae import VAE
 from mflux_vae.weights.diffusers import STEM
-from mflux_vae.weights.files import DTYPES, read_json, write_json, write_safetensors
+from mflux_vae.weights.files import DTYPES, convert_safetensors, read_json, write_json
 from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.published import Configs, published
@@ -150,9 +150,8 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     """
     if dtype not in DTYPES:
         raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
-    _save(pipeline.denoiser, folder / "transformer", STEM, DTYPES[dtype])
-    _save(pipeline.text_encoder, folder / "text_encoder", weights.TEXT_STEM, DTYPES[dtype])
-    _save(pipeline.text_encoder_2, folder / "text_encoder_2", weights.TEXT_STEM, DTYPES[dtype])
+    for name, part in pipeline.networks.items():
+        _save(part, folder / name, STEM if name == "transformer" else weights.TEXT_STEM, DTYPES[dtype])
     pipeline.vae.save_pretrained(folder / "vae", dtype)
     _copy(pipeline.tokenizer_folder, folder / "tokenizer")
     _copy(pipeline.tokenizer_2_folder, folder / "tokenizer_2")
@@ -161,14 +160,12 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     write_json(folder / "model_index.json", _INDEX)
 
 
-def _save(module: Any, folder: Path, stem: str, dtype: mx.Dtype) -> None:
-    parameters = dict(tree_flatten(module.parameters()))
-    tensors = {
-        name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value  # quantised ones stay
-        for name, value in parameters.items()
-    }
-    write_safetensors(folder / f"{stem}.safetensors", tensors)
-    write_json(folder / "config.json", module.config.to_dict())
+def _save(part: Part[Any], folder: Path, stem: str, dtype: mx.Dtype) -> None:
+    module = part.borrow()
+    config, tensors = module.config.to_dict(), dict(tree_flatten(module.parameters()))
+    del module  # what was loaded for this alone is freed tensor by tensor
+    convert_safetensors(folder / f"{stem}.safetensors", tensors, dtype)
+    write_json(folder / "config.json", config)
 
 
 def _read_recommended(path: Path) -> Recommended | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -99,13 +99,19 @@ class FluxParts:
     def tokenizer_2_folder(self) -> Path:
         return _path(self._folders[1])
 
+    @property
+    def networks(self) -> Mapping[str, Part]:
+        """All but the autoencoder, by the name of their folder."""
+        parts = self._transformer, self._text_encoder, self._text_encoder_2
+        return dict(zip(("transformer", "text_encoder", "text_encoder_2"), parts, strict=True))
+
     def check(self) -> None:
         """Open every part and look whether all of it fits, without reading its numbers.
 
         Raises:
             WeightsError: a file is missing or broken, or its tensors are not the network's; all are listed.
         """
-        for part in (self._transformer, self._text_encoder, self._text_encoder_2, self._vae):
+        for part in (*self.networks.values(), self._vae):
             part.get()
             part.release()
         self._tokenizer.get()
@@ -115,8 +121,9 @@ class FluxParts:
         """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits, from now on."""
         for part in (self._transformer, self._text_encoder_2):
             part.release()  # what was only looked at is quantised when it is loaded again
-        self._transformer.then(lambda module: quantize(module, bits, is_quantized_layer))
-        self._text_encoder_2.then(lambda module: quantize(module, bits, is_quantized_text_layer))
+        name = f"{bits} bits"
+        self._transformer.then(lambda module: quantize(module, bits, is_quantized_layer), name)
+        self._text_encoder_2.then(lambda module: quantize(module, bits, is_quantized_text_layer), name)
 
     def recompute_activations(self, on: bool) -> None:
         """Let the transformer's blocks keep their inputs alone in a forward pass, see `FluxTransformer.recompute`."""
@@ -133,17 +140,11 @@ class FluxParts:
         return (self._vae,) if use == "images" else (self._text_encoder, self._text_encoder_2)
 
     def encoder_identity(self, use: Use) -> str:
-        """Weights, precision and tokenizers; of weights that were not read yet, little is read, and not kept."""
-        opened = [part for part in self._serving(use) if part.loaded is None]
+        """Weights, precision and tokenizers. Of weights that are not loaded, little is read and nothing quantised."""
         if use == "images":
-            networks, others = [self.vae.network], [str(self.vae.config.to_dict())]
-        else:
-            networks = [self.text_encoder, self.text_encoder_2]
-            others = [_files_of(folder) for folder in (self.tokenizer_folder, self.tokenizer_2_folder)]
-        identity = " ".join([*(f"{of_weights(one)} {_dtype(one)}" for one in networks), *others])
-        for part in opened:
-            part.release()
-        return identity
+            return self._vae.identity(lambda vae: f"{_weights(vae.network)} {vae.config.to_dict()}")
+        networks = [part.identity(_weights) for part in (self._text_encoder, self._text_encoder_2)]
+        return " ".join([*networks, _files_of(self.tokenizer_folder), _files_of(self.tokenizer_2_folder)])
 
     def outline(self) -> nn.Module:
         """The transformer if it is there; else its layers, with weights that nobody computes."""
@@ -154,9 +155,10 @@ def _set_recompute(module: FluxTransformer, *, on: bool) -> None:
     module.recompute = on
 
 
-def _dtype(module: nn.Module) -> str:
+def _weights(module: nn.Module) -> str:
+    """Hash of a network's weights, and their dtypes."""
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return ", ".join(sorted({str(array.dtype) for array in parameters.values()}))
+    return " ".join([of_weights(module), ", ".join(sorted({str(array.dtype) for array in parameters.values()}))])
 
 
 def _files_of(folder: Path) -> str:
