@@ -8,7 +8,7 @@ more than its own rounding.
 `bands`        an output filled in place, band by band, on every core
 `gathering`    windows of an image
 `gradients`    of these functions in closed form, for who goes back through a network layer by layer
-`fusion`       a formula as one pass over memory, with the machine's widest vectors
+`fusion`       a formula as one pass over memory
 """
 
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
