@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import dreambooth_speed, flux_forward, flux_training, reading, text_encoders, vae_speed, vae_training
+from benchmarks import (
+    dreambooth_speed,
+    flux_forward,
+    flux_training,
+    image_loading,
+    text_encoders,
+    vae_speed,
+    vae_training,
+)
 from benchmarks.harness import main
 
 SCRIPTS = {
@@ -20,7 +28,7 @@ SCRIPTS = {
     "flux_training": flux_training.rows,
     "flux_forward": flux_forward.rows,
     "text_encoders": text_encoders.rows,
-    "reading": reading.rows,
+    "image_loading": image_loading.rows,
     "dreambooth_speed": dreambooth_speed.rows,
 }
 

@@ -23,14 +23,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mflux_vae_train import distributed, lora
+from mflux_vae_train import lora
+from mflux_vae_train.distributed import process_group
+from mflux_vae_train.distributed.watchdog import open_sockets
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.randomness import Stream, sample_keys
-from mflux_vae_train.step import MicroBatch, Step
-from mflux_vae_train.vigil import open_sockets
+from mflux_vae_train.training.step import MicroBatch, Step
 
 RANK = 16
 TARGETS = naming.PRESETS["attention+mlp"]
@@ -83,7 +84,7 @@ def _told(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def measured(team: distributed.Team) -> Iterator[str]:
+def measured(team: process_group.Team) -> Iterator[str]:
     """A row for each way of training the embedded pipeline, of what this process sent per update."""
     yield f"| embedded pipeline, {team.size} processes | gradients | counted | by the kernel | messages besides |"
     yield "|---|---|---|---|---|"
@@ -136,7 +137,7 @@ def main() -> None:
     if "--measure" not in sys.argv[1:]:
         print("\n".join(on_paper()))
         return
-    with distributed.team() as team:
+    with process_group.team() as team:
         lines = list(measured(team))
         if team.first:
             print("\n".join(lines))

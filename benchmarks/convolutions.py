@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolutions [--rounds 5]
 
-Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.forms` chooses, starred. Its
-rule should be changed where the star is far from the least.
+Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.cpu.conv_algorithms` chooses,
+starred. Its rule should be changed where the star is far from the least.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from unittest.mock import patch
 import mlx.core as mx
 
 from benchmarks.machine import describe
-from mflux_vae import runtime
-from mflux_vae.kernels import banded, conv2d, forms
+from mflux_vae.kernels import conv2d
+from mflux_vae.kernels.cpu import conv_algorithms, conv_parallel
+from mflux_vae.runtime import device
 
 SHAPES = (
     # batch, side, channels, output channels, kernel, stride
@@ -46,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each form (default 5)")
     rounds = parser.parse_args(argv).rounds
-    if not runtime.is_cpu():
+    if not device.is_cpu():
         print("On a GPU all convolutions are MLX's own.")
         return 0
-    names = get_args(forms.Form)
+    names = get_args(conv_algorithms.Form)
     print(describe())
     print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in names))
     for batch, side, channels, out, kernel, stride in SHAPES:
         x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
         weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
         mx.eval(x, weight)
-        chosen = forms.form_of((kernel, kernel), stride, channels, out, batch * (side // stride) ** 2)
+        chosen = conv_algorithms.form_of((kernel, kernel), stride, channels, out, batch * (side // stride) ** 2)
         # Winograd's form and shifts are for stride 1
         possible = [form for form in names if stride == 1 or form in ("patches", "own")]
         runs = {form: partial(_forced, form, x, weight, stride) for form in possible}
@@ -68,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _forced(form: str, x: mx.array, weight: mx.array, stride: int) -> None:
-    with patch.object(forms, "form_of", lambda *_: form), patch.object(banded, "form_of", lambda *_: form):
+    with (
+        patch.object(conv_algorithms, "form_of", lambda *_: form),
+        patch.object(conv_parallel, "form_of", lambda *_: form),
+    ):
         mx.eval(conv2d(x, weight, stride=stride, padding=1))
 
 

@@ -23,9 +23,9 @@ import numpy as np
 from mflux_vae.images import to_pixels
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.config import settings_from_dict
+from mflux_vae_train.vae.losses.total_correlation import decomposition
 from mflux_vae_train.vae.objective import sampled
 from mflux_vae_train.vae.plan import images_of
-from mflux_vae_train.vae.total_correlation import decomposition
 from mflux_vae_train.vae.train import VAETrainer
 
 SMALL: dict[str, Any] = {"hidden_dims": (16, 32, 64), "latent_dim": 10, "samples_every": None, "val_every": 1000}

@@ -23,11 +23,11 @@ from PIL import Image
 
 from benchmarks.machine import describe
 from mflux_vae.images import find_images, load_image
-from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.flags import settings_from
 from mflux_vae_train.pipelines import tiny
-from mflux_vae_train.pipelines.tiny.evaluate import pictures
+from mflux_vae_train.settings.flags import settings_from
+from mflux_vae_train.tiny_world.evaluate import pictures
 
 PICTURES = 16
 SHRUNK = 16

@@ -35,14 +35,14 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe
 from mflux_vae.images import grid, save_image
-from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.flags import settings_from
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-from mflux_vae_train.pipelines.tiny.checker import is_subject, shows_class
-from mflux_vae_train.pipelines.tiny.evaluate import accuracy, pictures
-from mflux_vae_train.pipelines.tiny.world import SUBJECTS, Subject, article, evaluation_prompts, subject_images
+from mflux_vae_train.settings.flags import settings_from
+from mflux_vae_train.tiny_world.checker import is_subject, shows_class
+from mflux_vae_train.tiny_world.evaluate import accuracy, pictures
+from mflux_vae_train.tiny_world.world import SUBJECTS, Subject, article, evaluation_prompts, subject_images
 
 INSTANCE_IMAGES = 5
 PICTURES = 32

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Options, Row, Side, Work, main
-from benchmarks.side import RSS_UNIT
+from benchmarks.worker import RSS_UNIT
 
 COMMAND = (
     "--model=tiny",

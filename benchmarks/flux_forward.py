@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.flux_training import CONFIG, inputs
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import mlx_work, torch_device, torch_work
+from benchmarks.implementations import mlx_work, torch_device, torch_work
 from benchmarks.weights import fill_mlx, fill_torch
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import mlx_work, torch_device, torch_work, training
+from benchmarks.implementations import mlx_work, torch_device, torch_work, training
 from benchmarks.weights import fill_mlx, fill_torch, noise, tensor
 
 RANK, RATE = 16, 1e-4
@@ -44,7 +44,7 @@ def rows(options: Options) -> list[Row]:
                 imports=(
                     "mflux_vae_train.pipelines.flux1.transformer",
                     "mflux_vae_train.lora",
-                    "mflux_vae_train.step",
+                    "mflux_vae_train.training.step",
                     "mflux_vae_train.optimizers",
                     "mlx_lm.tuner.lora",
                 ),
@@ -85,7 +85,7 @@ def ours() -> Work:
     from mflux_vae_train import lora
     from mflux_vae_train.optimizers import AdamW
     from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-    from mflux_vae_train.step import Arrays, MicroBatch, Step
+    from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
     network = FluxTransformer(FluxTransformerConfig(**CONFIG))
     fill_mlx(network)

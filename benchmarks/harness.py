@@ -1,6 +1,6 @@
 """What all measurements share: two or more sides of one piece of work, timed in turns, compared and printed.
 
-Each side lives in a process of its own (`benchmarks.side`), which imports its libraries, builds its networks and
+Each side lives in a process of its own (`benchmarks.worker`), which imports its libraries, builds its networks and
 warms up before anything counts, and is then asked for one repetition at a time: A B A B, so that a machine that
 slows down slows down both. Before that the outputs of all sides are compared; what disagrees is not timed.
 """
@@ -221,7 +221,7 @@ class Process:
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.side"],
+            [sys.executable, "-m", "benchmarks.worker"],
             cwd=ROOT,
             env={**os.environ, **counts, **side.environment},
             stdin=subprocess.PIPE,
@@ -456,9 +456,9 @@ def main(scripts: Mapping[str, Rows], description: str | None, argv: Sequence[st
     parser.add_argument("--threads", type=int, default=len(_cores()), help="for every side (default: all cores)")
     parser.add_argument("--against", type=Path, help="dreambooth_speed: another checkout to compare with")
     given = parser.parse_args(argv)
-    from mflux_vae import runtime
+    from mflux_vae.runtime import device
 
-    options = Options(quick=given.quick, gpu=not runtime.is_cpu(), against=given.against)
+    options = Options(quick=given.quick, gpu=not device.is_cpu(), against=given.against)
     chosen = list(select(scripts, options, given.only))
     if not chosen:
         parser.error(f"nothing is called {', '.join(given.only)}; scripts: {', '.join(scripts)}; --list names the rows")

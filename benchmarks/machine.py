@@ -6,17 +6,17 @@ import importlib.metadata
 import os
 import platform
 
-from mflux_vae import runtime
+from mflux_vae.runtime import device
 
 
 def describe() -> str:
     """Processor, cores, system, and versions, in one line."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "numpy"))
-    device = "CPU" if runtime.is_cpu() else "GPU"
-    blas = os.path.basename(runtime.blas) if runtime.blas else "MLX's own"
+    kind = "CPU" if device.is_cpu() else "GPU"
+    blas = os.path.basename(device.blas) if device.blas else "MLX's own"
     return (
         f"{_processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"{versions}, {device}, BLAS {blas}"
+        f"{versions}, {kind}, BLAS {blas}"
     )
 
 

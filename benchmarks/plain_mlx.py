@@ -141,7 +141,7 @@ class Autoencoder(nn.Module):
 
 def build(what: str, size: int) -> Any:
     """A side: encode or decode at `size` pixels."""
-    from benchmarks.sides import mlx_work
+    from benchmarks.implementations import mlx_work
     from benchmarks.vae_speed import inputs
     from benchmarks.weights import fill_mlx
 

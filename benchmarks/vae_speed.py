@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import mlx_work, nhwc, torch_device, torch_work
+from benchmarks.implementations import mlx_work, nhwc, torch_device, torch_work
 from benchmarks.weights import fill_mlx, fill_torch, noise
 
 FACTOR, LATENT = 8, 4

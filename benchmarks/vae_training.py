@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.sides import mlx_work, torch_device, torch_work, training
+from benchmarks.implementations import mlx_work, torch_device, torch_work, training
 from benchmarks.vae_speed import LAYOUTS, OURS, TORCH
 from benchmarks.weights import fill_mlx, fill_torch, noise
 
@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "use_post_quant_conv": False,
     "mid_block_add_attention": False,
 }
-"""As in `mflux_vae_train.pipelines.tiny.recipe`, which torch's process must not import."""
+"""As in `mflux_vae_train.tiny_world.recipe`, which torch's process must not import."""
 
 CASES = {"SD": (SD, 128, 1), "tiny": (TINY, 64, 8)}
 """Configuration, pixels, batch."""
@@ -111,7 +111,7 @@ def _our_step(network: Any, settings: dict[str, Any], images: np.ndarray, draws:
     import mlx.core as mx
 
     from mflux_vae_train.optimizers import AdamW
-    from mflux_vae_train.step import MicroBatch, Step
+    from mflux_vae_train.training.step import MicroBatch, Step
     from mflux_vae_train.vae.config import VAETrainingSettings
     from mflux_vae_train.vae.objective import Objective
 
@@ -136,7 +136,7 @@ def _our_step(network: Any, settings: dict[str, Any], images: np.ndarray, draws:
 
 def vectors() -> tuple[Any, np.ndarray, np.ndarray]:
     """The configuration, pixels (B, 64, 64, 1) in [0, 1] and noise (B, latent)."""
-    from mflux_vae.networks.flat import FlatConfig
+    from mflux_vae.networks.vector_latent import FlatConfig
 
     config = FlatConfig(**VECTOR)
     side = config.image_size
@@ -146,7 +146,7 @@ def vectors() -> tuple[Any, np.ndarray, np.ndarray]:
 
 def our_vectors() -> Work:
     """The network with vector latents."""
-    from mflux_vae.networks.flat import FlatAutoencoder
+    from mflux_vae.networks.vector_latent import FlatAutoencoder
 
     config, images, draws = vectors()
     settings = {"beta": 1.0, "reconstruction_loss_type": "mse", "reduction": "sum"}

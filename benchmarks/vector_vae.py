@@ -14,7 +14,7 @@ class Vectors(nn.Module):
     """A convolutional VAE with vector latents, batch norms, and LeakyReLU, with the names of ours.
 
     Args:
-        config: as `mflux_vae.networks.flat.FlatConfig`.
+        config: as `mflux_vae.networks.vector_latent.FlatConfig`.
     """
 
     def __init__(self, config: Any) -> None:

@@ -6,8 +6,8 @@ The names below are imported when they are first asked for, so that a command li
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mflux_vae import runtime as runtime  # first: it opens a fast BLAS
 from mflux_vae.errors import ImageError, InputError, MfluxVaeError, SettingsError, WeightsError
+from mflux_vae.runtime import device  # noqa: F401  (finds a BLAS before MLX is first used)
 
 if TYPE_CHECKING:
     from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
     from mflux_vae.posterior import DiagonalGaussian
     from mflux_vae.previews import Previewer
-    from mflux_vae.tiling import Tiling
+    from mflux_vae.tiling.tiles import Tiling
     from mflux_vae.vae import VAE
 
 __all__ = [
@@ -51,7 +51,7 @@ _HOMES = {
     "PlainAutoencoder": "networks.plain",
     "PlainConfig": "networks.plain",
     "Previewer": "previews",
-    "Tiling": "tiling",
+    "Tiling": "tiling.tiles",
 }
 """Where the names live that are imported late."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from mflux_vae.redaction import redacted
+from mflux_vae.utils.redaction import redacted
 
 
 class MfluxVaeError(Exception):

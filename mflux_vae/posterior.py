@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mflux_vae.overriding import pointwise
+from mflux_vae.kernels.overrides import pointwise
 
 LOGVAR_RANGE = (-30.0, 20.0)
 

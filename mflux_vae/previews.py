@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
-from mflux_vae.weights.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from mflux_vae.vae import VAE

@@ -12,14 +12,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mflux_vae import images, loading, memory
-from mflux_vae import tiling as pieces
-from mflux_vae.as_mflux import MfluxVAE
+from mflux_vae import images
+from mflux_vae.call_log import known, log, reported, shape
 from mflux_vae.errors import ImageError
-from mflux_vae.memory import Asked
+from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.reporting import known, log, reported, shape
+from mflux_vae.pretrained import loading
+from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae.tiling import tiles as pieces
+from mflux_vae.tiling.plan import Asked
 
 
 class VAE(nn.Module):
@@ -256,20 +258,20 @@ class VAE(nn.Module):
             tiling: see the class.
         """
         height, width = (side + -side % self.spatial_scale for side in (height, width))
-        plan = memory.plan(self.network, what, batch, height, width, tiling)
-        return memory.peak_bytes(self.network, what, batch, height, width, plan)
+        plan = tiling_plan.plan(self.network, what, batch, height, width, tiling)
+        return tiling_plan.peak_bytes(self.network, what, batch, height, width, plan)
 
     def _encode(self, pixels: mx.array, tiling: Asked) -> DiagonalGaussian:
         """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
         batch, height, width, _ = pixels.shape
-        plan = memory.plan(self.network, "encode", batch, height, width, tiling)
+        plan = tiling_plan.plan(self.network, "encode", batch, height, width, tiling)
         return reported("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
 
     def _decode(self, latents: mx.array, tiling: Asked) -> mx.array:
         """Raw latents to NHWC about [-1, 1]."""
         sides = latents.shape[1:-1] or (1, 1)
         batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in sides)
-        plan = memory.plan(self.network, "decode", batch, height, width, tiling)
+        plan = tiling_plan.plan(self.network, "decode", batch, height, width, tiling)
         return reported("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
 
     def _check(self, image: mx.array) -> None:

@@ -21,10 +21,10 @@ The contract:
 from __future__ import annotations
 
 from mflux_vae.errors import InputError, MfluxVaeError, PluginError, RunError
-from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.distributed.interrupts import Interrupted
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth, Outcome
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, Recommended
-from mflux_vae_train.signals import Interrupted
 
 __all__ = [
     "Conditioning",

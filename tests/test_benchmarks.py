@@ -13,7 +13,7 @@ from benchmarks import convolutions, dreambooth_quality, harness
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.harness import Measured, Options, Process, Result, Row, Side, SideFailed, Work
 from benchmarks.weights import tensor
-from mflux_vae_train.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 
 OURS, FIRST, LAST = (Side(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
 ROW = Row(work="a work", ours=OURS, peers=[FIRST, LAST], target=1.3)

@@ -10,15 +10,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mflux_vae.weights.files import convert_safetensors, read_safetensors
+from mflux_vae.weights.rules import load_strict
+from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
+from mflux_vae_train.step import Step
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 from mflux_vae import runtime
-from mflux_vae.weights.files import convert_safetensors, read_safetensors
-from mflux_vae.weights.rules import load_strict
 from mflux_vae_train import checkpoint, lora, state
-from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
-from mflux_vae_train.step import Step
 from tests.peaks import peak_of
 
 WIDTH, LAYERS = 512, 12

@@ -17,16 +17,16 @@ import pytest
 from mflux_vae import VAE
 from mflux_vae.errors import MfluxVaeError, SettingsError, WeightsError
 from mflux_vae.images import save_image
-from mflux_vae.opening import hub
-from mflux_vae.redaction import HIDDEN, redacted
-from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.console import spoken
+from mflux_vae.pretrained import hub
+from mflux_vae.utils.redaction import HIDDEN, redacted
 from mflux_vae_train.dreambooth import run_folder
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.monitoring.console import spoken
 from mflux_vae_train.pipelines.registry import open_pipeline
 from tests.conftest import Run
 from tests.contracts.fake import FakePipeline
-from tests.fuzzing import Target, watched
+from tests.fuzzing.mutations import Target, watched
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
 

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae_train.hooks import read_metrics
 from mflux_vae_train.pipelines import tiny
-from tests.train.launching import ROOT, THREADS, TIMEOUT, launch, ring
+from mflux_vae_train.training.hooks import read_metrics
+from tests.mflux_vae_train.distributed.launch import ROOT, THREADS, TIMEOUT, launch, ring
 
 pytestmark = pytest.mark.slow
 

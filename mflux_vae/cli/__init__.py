@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
 from mflux_vae.errors import MfluxVaeError, SettingsError, did_you_mean
-from mflux_vae.redaction import redacted
+from mflux_vae.utils.redaction import redacted
 
 PROG = "mflux-vae"
 LOGGER = "mflux_vae"

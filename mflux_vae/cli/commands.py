@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mflux_vae import loading
+from mflux_vae.call_log import log
 from mflux_vae.cli import latent_file
 from mflux_vae.cli.inspection import info as info
 from mflux_vae.cli.latent_file import Entry, Unfinished
@@ -26,12 +26,12 @@ from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
 from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, load_images, save_image, strip
-from mflux_vae.lpips import LPIPS
-from mflux_vae.reporting import log
-from mflux_vae.tiling import Tiling
-from mflux_vae.units import count_text
+from mflux_vae.metrics.lpips import LPIPS
+from mflux_vae.pretrained import loading
+from mflux_vae.tiling.tiles import Tiling
+from mflux_vae.utils.formatting import count_text
 from mflux_vae.vae import VAE
-from mflux_vae.weights.files import DTYPES, write_json
+from mflux_vae.weights.formats.files import DTYPES, write_json
 
 MEASURES = ("mse", "psnr", "ssim")
 

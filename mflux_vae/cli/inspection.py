@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-from mflux_vae import loading, memory
-from mflux_vae.opening import presets
-from mflux_vae.opening.families import FAMILIES
-from mflux_vae.opening.presets import PRESETS
-from mflux_vae.units import size_text
+from mflux_vae.pretrained import loading, presets
+from mflux_vae.pretrained.families import FAMILIES
+from mflux_vae.pretrained.presets import PRESETS
+from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae.utils.formatting import size_text
 
 SIDES = (512, 1024, 2048)
 """Of images whose memory is told."""
@@ -29,7 +29,8 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     latents = _latents(network.config)
     sides = SIDES if "downsampling" in latents else (latents["image"],) if "image" in latents else ()
     needed = {
-        what: {f"{side}x{side}": memory.peak_bytes(network, what, 1, side, side) for side in sides} for what in WHAT
+        what: {f"{side}x{side}": tiling_plan.peak_bytes(network, what, 1, side, side) for side in sides}
+        for what in WHAT
     }
     if as_json:
         print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))

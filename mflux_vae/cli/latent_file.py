@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.weights.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 
 FORMAT = "mflux-vae latents 1"
 

@@ -8,12 +8,12 @@ from typing import Any, Literal, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import loading
 from mflux_vae.compare.measuring import from_chw, to_nchw
 from mflux_vae.images import to_pictures, to_pixels
-from mflux_vae.memory import Asked
 from mflux_vae.networks.laq import LatentActionQuantizer
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.pretrained import loading
+from mflux_vae.tiling.plan import Asked
 from mflux_vae.vae import VAE
 
 First: TypeAlias = Literal["self", "previous"]

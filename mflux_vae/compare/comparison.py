@@ -17,8 +17,8 @@ import numpy as np
 from mflux_vae.compare.codecs import Codec, First
 from mflux_vae.compare.measuring import mean_of, quality
 from mflux_vae.images import covered, load_images
-from mflux_vae.loading import parameter_count
-from mflux_vae.lpips import LPIPS
+from mflux_vae.metrics.lpips import LPIPS
+from mflux_vae.pretrained.loading import parameter_count
 
 ROUNDS = 5
 """How often each model is timed, on the first picture."""

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import metrics
 from mflux_vae.images import to_pictures
-from mflux_vae.lpips import LPIPS
+from mflux_vae.metrics import image as metrics
+from mflux_vae.metrics.lpips import LPIPS
 
 _LPIPS_SEES = 16
 """Pixels on a side that LPIPS needs."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mflux_vae.compare.captions import caption
 from mflux_vae.compare.codecs import Codec
+from mflux_vae.compare.labels import caption
 from mflux_vae.compare.measuring import error_map
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import labelled_rows, strip

@@ -11,9 +11,9 @@ more than its own rounding.
 `fusion`       a formula as one pass over memory
 """
 
+from mflux_vae.kernels.activations import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
 from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
-from mflux_vae.kernels.bands import by_samples, deferred, overlapping, side_by_side, streams
-from mflux_vae.kernels.convolution import (
+from mflux_vae.kernels.conv import (
     FUSED,
     Padding,
     conv2d,
@@ -22,7 +22,9 @@ from mflux_vae.kernels.convolution import (
     repeat_pixels,
     workspace_bytes,
 )
-from mflux_vae.kernels.fusion import compiles
+from mflux_vae.kernels.conv_transpose import conv_transpose2d
+from mflux_vae.kernels.cpu.fusion import compiles
+from mflux_vae.kernels.cpu.parallel import by_samples, deferred, overlapping, side_by_side, streams
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -32,8 +34,6 @@ from mflux_vae.kernels.normalization import (
     layer_norm,
     rms_norm,
 )
-from mflux_vae.kernels.pointwise import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
-from mflux_vae.kernels.transposed import conv_transpose2d
 
 __all__ = [
     "FUSED",

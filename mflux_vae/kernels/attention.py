@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, fuses, streams
-from mflux_vae.kernels.fusion import fused
+from mflux_vae.kernels.cpu.fusion import fused
+from mflux_vae.kernels.cpu.parallel import computes_now, filled, fuses, streams
+from mflux_vae.runtime import device
 
 BAND_SCORES = 1 << 20
 """Of a band, on a CPU."""
@@ -66,7 +66,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         return _in_bands(q, k, v, scale, mask).astype(dtype)
     queries = max(SCORES_AT_ONCE // (scores // q.shape[2]), 1)
-    if runtime.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
+    if device.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
         return _attention(q, k, v, scale, mask)
     parts = []
     for start in range(0, q.shape[2], queries):
@@ -81,7 +81,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    if not runtime.is_cpu():
+    if not device.is_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     scores = _scores(q, k, scale, mask)
     if not fuses(scores):

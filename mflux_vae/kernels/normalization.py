@@ -7,10 +7,10 @@ from functools import cache, partial
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import runtime
-from mflux_vae.kernels.bands import computes_now, filled, fuses, mapped, pieces
-from mflux_vae.kernels.fusion import fused
-from mflux_vae.overriding import overridable
+from mflux_vae.kernels.cpu.fusion import fused
+from mflux_vae.kernels.cpu.parallel import computes_now, filled, fuses, mapped, pieces
+from mflux_vae.kernels.overrides import overridable
+from mflux_vae.runtime import device
 
 _PIXELS_SUMMED_AT_ONCE = 4096
 
@@ -154,7 +154,7 @@ def batch_norm_apply(
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
-    if not runtime.is_cpu():
+    if not device.is_cpu():
         return mx.fast.rms_norm(x, weight, eps)
     wide = x.astype(mx.float32)
     y = (wide * mx.rsqrt(_mean(mx.square(wide)) + eps)).astype(x.dtype)

@@ -11,7 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import (
+from mflux_vae.networks.ddconfig import kl_settings
+from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
+from mflux_vae.networks.layers import (
     Attention,
     Conv2d,
     Downsample,
@@ -23,8 +25,6 @@ from mflux_vae.layers import (
     Upsample,
     norm_silu_conv,
 )
-from mflux_vae.networks.ddconfig import kl_settings
-from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
 from mflux_vae.posterior import DiagonalGaussian
 
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")

@@ -16,9 +16,9 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.layers import Conv2d
-from mflux_vae.networks.own import OwnConfig
-from mflux_vae.networks.tokens import PositionBias, Transformer
+from mflux_vae.networks.config import OwnConfig
+from mflux_vae.networks.laq_transformer import PositionBias, Transformer
+from mflux_vae.networks.layers import Conv2d
 
 _CONVOLUTIONS = {
     1: ((3, 2, 1), (4, 1, 0)),

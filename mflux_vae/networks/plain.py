@@ -12,10 +12,10 @@ import mlx.nn as nn
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.kernels import leaky_relu
-from mflux_vae.layers import Conv2d
-from mflux_vae.networks.own import OwnConfig
-from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
-from mflux_vae.overriding import pointwise
+from mflux_vae.kernels.overrides import pointwise
+from mflux_vae.networks.config import OwnConfig
+from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
+from mflux_vae.networks.layers import Conv2d
 from mflux_vae.posterior import DiagonalGaussian
 
 NEGATIVE_SLOPE = 0.2

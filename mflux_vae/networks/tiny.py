@@ -11,8 +11,8 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.layers import Conv2d
-from mflux_vae.networks.scaling import ScaledConfig, ScaledLatents
+from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
+from mflux_vae.networks.layers import Conv2d
 from mflux_vae.posterior import DiagonalGaussian
 
 _FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from mflux_vae_train.console import spoken
+from mflux_vae_train.monitoring.console import spoken
 
 PROG = "mflux-train-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
@@ -52,25 +52,25 @@ def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    from mflux_vae_train.config import DreamBoothSettings
-    from mflux_vae_train.dreambooth.without_effect import WITHOUT_EFFECT
-    from mflux_vae_train.flags import settings_from
+    from mflux_vae_train.dreambooth.config import DreamBoothSettings
+    from mflux_vae_train.dreambooth.ignored_flags import WITHOUT_EFFECT
+    from mflux_vae_train.settings.flags import settings_from
 
     settings = settings_from(
         DreamBoothSettings, argv, prog=PROG, description=_description(), without_effect=WITHOUT_EFFECT
     )
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from mflux_vae_train import distributed, signals
-    from mflux_vae_train.dreambooth.preparation import check_pictures
+    from mflux_vae_train.distributed import interrupts, process_group
+    from mflux_vae_train.dreambooth.planning.prepare import check_pictures
     from mflux_vae_train.dreambooth.train import DreamBooth
+    from mflux_vae_train.monitoring.trackers import wanted
     from mflux_vae_train.pipelines.registry import open_pipeline
-    from mflux_vae_train.trackers import wanted
 
     # before many gigabytes of weights are read
     wanted(settings.report_to)
     # found first, too: one process may need longer for them than others wait
-    with distributed.team() as team, signals.noted(team):
+    with process_group.team() as team, interrupts.noted(team):
         check_pictures(settings)
         DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import MfluxVaeError, SettingsError
-from mflux_vae.redaction import redacted
-from mflux_vae.weights.files import write_json, write_text
-from mflux_vae_train import checkpoint, flags
-from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.lock import Lock
+from mflux_vae.utils.redaction import redacted
+from mflux_vae.weights.formats.files import write_json, write_text
+from mflux_vae_train.checkpointing import checkpoint
+from mflux_vae_train.checkpointing.lock import Lock
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.settings import flags
 
 FREE = frozenset(
     {

@@ -14,32 +14,36 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
-from mflux_vae.units import size_text
-from mflux_vae_train import checkpoint, distributed, lora, signals, state
-from mflux_vae_train.config import DreamBoothSettings
-from mflux_vae_train.distributed import Team
-from mflux_vae_train.dreambooth import fitting, noise_levels, overview, run_folder
-from mflux_vae_train.dreambooth.adapter import attach
-from mflux_vae_train.dreambooth.card import write_card
-from mflux_vae_train.dreambooth.choices import Choices
-from mflux_vae_train.dreambooth.data import micro_batches
-from mflux_vae_train.dreambooth.estimate import compared
-from mflux_vae_train.dreambooth.learning import Learning, check_adapter
-from mflux_vae_train.dreambooth.material import gather
-from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base
-from mflux_vae_train.dreambooth.optimization import optimizers_of, passes_of, schedule_of, worth_compiling
-from mflux_vae_train.dreambooth.preparation import Preparation, prepare
-from mflux_vae_train.dreambooth.result import result_path, save_fused, save_result
+from mflux_vae.utils.formatting import size_text
+from mflux_vae_train import lora
+from mflux_vae_train.checkpointing import checkpoint, state
+from mflux_vae_train.checkpointing.lock import Lock
+from mflux_vae_train.distributed import interrupts, process_group
+from mflux_vae_train.distributed.process_group import Team
+from mflux_vae_train.dreambooth import pipeline_features, run_folder
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.data.batches import micro_batches
+from mflux_vae_train.dreambooth.export import result_path, save_fused, save_result
+from mflux_vae_train.dreambooth.optimization import loss_by_noise
+from mflux_vae_train.dreambooth.optimization.checks import Learning, check_adapter
+from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base
+from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of, passes_of, schedule_of, worth_compiling
+from mflux_vae_train.dreambooth.optimization.trainable import as_one, networks
+from mflux_vae_train.dreambooth.planning.adapter import attach
+from mflux_vae_train.dreambooth.planning.memory_estimate import compared
+from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare
+from mflux_vae_train.dreambooth.planning.resolve import Choices
+from mflux_vae_train.dreambooth.precompute import gather
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.model_card import write_card
+from mflux_vae_train.dreambooth.reporting.monitor import Watching
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.dreambooth.trained import as_one, networks
-from mflux_vae_train.dreambooth.watching import Watching
-from mflux_vae_train.hooks import every, read_metrics
-from mflux_vae_train.lock import Lock
-from mflux_vae_train.loop import fit
-from mflux_vae_train.owed import Owed
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
-from mflux_vae_train.step import Arrays, Loss, MicroBatch, Step
+from mflux_vae_train.training.hooks import every, read_metrics
+from mflux_vae_train.training.loop import fit
+from mflux_vae_train.training.pending_hooks import Owed
+from mflux_vae_train.training.step import Arrays, Loss, MicroBatch, Step
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +96,13 @@ class DreamBooth:
             Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
         folder = RunFolder(Path(settings.output_dir))
-        team = distributed.team()
+        team = process_group.team()
         if settings.dry_run:
             with team:
                 run = prepare(self.pipeline, settings, folder, team=team)
             _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
             return Outcome(result=None, updates=0)
-        with team, signals.noted(team), Lock(folder.root) if team.first else nullcontext() as lock:
+        with team, interrupts.noted(team), Lock(folder.root) if team.first else nullcontext() as lock:
             run = prepare(self.pipeline, settings, folder, _say, team)
             if run.standing.complete:
                 result = result_path(self.pipeline, settings.train_mode, folder)
@@ -109,7 +113,7 @@ class DreamBooth:
             try:
                 with run_folder.logged(folder.log) if team.first else nullcontext():
                     _say(run.lines, run.choices.warnings)
-                    fitting.apply(self.pipeline, run.choices.settings)
+                    pipeline_features.apply(self.pipeline, run.choices.settings)
                     return _train(self.pipeline, run, folder, team)
             except OSError as error:
                 raise TrainingError(f"{error}; the same command continues where it can be written again") from error
@@ -190,7 +194,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
     with Watching(pipeline, validation, run, folder, start=start, team=team) as watching:
         fit(
-            step=lambda update, drawn, rate: noise_levels.joined(step(update, drawn, rate)),
+            step=lambda update, drawn, rate: loss_by_noise.joined(step(update, drawn, rate)),
             batches=batches,
             learning_rate=rate,
             total=plan.updates,
@@ -211,7 +215,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     result = result_path(pipeline, settings.train_mode, folder)
     if not team.first:
         return Outcome(result=result, updates=plan.updates - start)
-    if not overview.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
+    if not preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     if settings.fuse:
         _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])

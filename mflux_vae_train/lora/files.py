@@ -98,7 +98,7 @@ def adapter_metadata(networks: Networks) -> dict[str, str]:
 
 def save_adapter(networks: Networks, path: str | Path) -> None:
     """Write the adapters as a PEFT/diffusers safetensors file."""
-    from mflux_vae.weights.files import write_safetensors
+    from mflux_vae.weights.formats.files import write_safetensors
 
     tensors: dict[str, mx.array] = {}
     for prefix, module in networks.items():
@@ -117,7 +117,7 @@ def read_adapter(path: str | Path, networks: Networks, names: Names | None = Non
         WeightsError: nothing in it for any of them, something for others; ranks or alphas that differ by layer;
             metadata that cannot be read.
     """
-    from mflux_vae.weights.files import read_safetensors
+    from mflux_vae.weights.formats.files import read_safetensors
 
     tensors, metadata = read_safetensors(path)
     config = {} if is_kohya(tensors) else _config(metadata, path)

@@ -6,8 +6,8 @@ import math
 
 import mlx.core as mx
 
-from mflux_vae.kernels.fusion import fused
-from mflux_vae.runtime import is_cpu
+from mflux_vae.kernels.cpu.fusion import fused
+from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.optimizers.base import Optimizer, State
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae_train.leaves import over_leaves
+from mflux_vae_train.optimizers.parallel_map import over_leaves
 
 State: TypeAlias = "dict[str, Any]"
 """Of one parameter: named arrays, or dicts of them."""

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mflux_vae.errors import PluginError, SettingsError
-from mflux_vae.opening import hub
+from mflux_vae.pretrained import hub
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.protocol import DiffusionPipeline

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.cli.arguments import PICTURES, add_model
-from mflux_vae_train.flags import SHORT_USAGE, add_flags, settings_of
+from mflux_vae_train.settings.flags import SHORT_USAGE, add_flags, settings_of
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
 
 LOGGER = "mflux_vae_train"
@@ -26,8 +26,8 @@ def train(parser: ArgumentParser) -> Run:
     parser.usage = SHORT_USAGE
 
     def run(**given: Any) -> None:
-        from mflux_vae_train.console import spoken
-        from mflux_vae_train.vae.sections import flattened
+        from mflux_vae_train.monitoring.console import spoken
+        from mflux_vae_train.vae.compat.pytorch_vae_config import flattened
 
         with spoken([LOGGER]):
             settings = settings_of(VAETrainingSettings, given, PRESETS, translate=flattened)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux_vae.errors import SettingsError, did_you_mean
-from mflux_vae_train.fields import check_fields, flag
+from mflux_vae_train.settings.fields import check_fields, flag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,18 +12,18 @@ from mlx.utils import tree_map
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError, TrainingError
-from mflux_vae.layers import batch_statistics, fold_statistics
-from mflux_vae.lpips import LPIPS
-from mflux_vae.overriding import overridable
+from mflux_vae.kernels.overrides import overridable
+from mflux_vae.metrics.lpips import LPIPS
+from mflux_vae.networks.layers import batch_statistics, fold_statistics
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae_train.step import Arrays, MicroBatch, Step
-from mflux_vae_train.tape import Tape, value_of
-from mflux_vae_train.vae import adversarial
+from mflux_vae_train.distributed.watchdog import ProcessLost
+from mflux_vae_train.training.step import Arrays, MicroBatch, Step
+from mflux_vae_train.training.tape import Tape, value_of
+from mflux_vae_train.vae.build import before_last_layer, is_flat
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.dropout import by_keys
-from mflux_vae_train.vae.losses import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
-from mflux_vae_train.vae.network import before_last_layer, is_flat
-from mflux_vae_train.vigil import ProcessLost
+from mflux_vae_train.vae.losses import adversarial
+from mflux_vae_train.vae.losses.elbo import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
 
 
 class Objective:

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.images import to_pixels
-from mflux_vae_train import schedule
-from mflux_vae_train.distributed import ALONE, Team
+from mflux_vae_train.distributed.process_group import ALONE, Team
 from mflux_vae_train.randomness import Stream, sample_keys
-from mflux_vae_train.step import MicroBatch
+from mflux_vae_train.training import lr_schedule
+from mflux_vae_train.training.step import MicroBatch
 from mflux_vae_train.vae.config import VAETrainingSettings
-from mflux_vae_train.vae.data import Augmentation, Batches, Source, open_data, split
+from mflux_vae_train.vae.data.batches import Augmentation, Batches, Source, open_data, split
 
 
 class Plan:
@@ -47,11 +47,11 @@ class Plan:
         settings = self._settings
         stairs = {"exponential": 1, "step": settings.lr_step_epochs}
         stair = stairs.get(settings.lr_scheduler)
-        return schedule.learning_rate(
+        return lr_schedule.learning_rate(
             peak=settings.learning_rate,
             total=self.total,
             warmup=settings.lr_warmup_steps,
-            shape=settings.lr_scheduler if stair is None else schedule.STAIRCASE,
+            shape=settings.lr_scheduler if stair is None else lr_schedule.STAIRCASE,
             gamma=settings.lr_gamma,
             stair=self.per_epoch * (stair or 1),
         )

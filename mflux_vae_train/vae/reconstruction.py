@@ -9,10 +9,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import metrics
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import save_image, to_pictures, to_pixels
-from mflux_vae_train.flags import from_yaml
+from mflux_vae.metrics import image as metrics
+from mflux_vae_train.settings.flags import from_yaml
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.plan import images_of
 from mflux_vae_train.vae.sampler import VAESampler

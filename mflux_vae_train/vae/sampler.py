@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import loading
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import grid, labelled_rows, load_image, save_image, strip, to_pictures, to_pixels
+from mflux_vae.pretrained import loading
 from mflux_vae_train.randomness import Stream, sample_keys
-from mflux_vae_train.vae.network import is_flat, latent_shape
+from mflux_vae_train.vae.build import is_flat, latent_shape
 
 _AT_ONCE = 64
 _SEEN_WELL = 64

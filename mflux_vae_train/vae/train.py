@@ -15,32 +15,34 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae import loading
 from mflux_vae.errors import SettingsError, TrainingError
-from mflux_vae.runtime import is_cpu
-from mflux_vae.units import count_text
-from mflux_vae.weights.files import write_text
-from mflux_vae_train import checkpoint, distributed, flags, signals, state
-from mflux_vae_train.distributed import IDLE, Team
-from mflux_vae_train.ema import EMA
-from mflux_vae_train.hooks import Hook, MetricsLog, Record, every
-from mflux_vae_train.lock import Lock
-from mflux_vae_train.loop import fit
+from mflux_vae.pretrained import loading
+from mflux_vae.runtime.device import is_cpu
+from mflux_vae.utils.formatting import count_text
+from mflux_vae.weights.formats.files import write_text
+from mflux_vae_train.checkpointing import checkpoint, state
+from mflux_vae_train.checkpointing.lock import Lock
+from mflux_vae_train.distributed import interrupts, process_group
+from mflux_vae_train.distributed.process_group import IDLE, Team
+from mflux_vae_train.monitoring.progress import ProgressBar
+from mflux_vae_train.monitoring.trackers import TensorBoard
 from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon
-from mflux_vae_train.owed import Owed
-from mflux_vae_train.progress import ProgressBar
-from mflux_vae_train.step import Step
-from mflux_vae_train.trackers import TensorBoard
-from mflux_vae_train.vae.advice import advice
+from mflux_vae_train.settings import flags
+from mflux_vae_train.training.ema import EMA
+from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, every
+from mflux_vae_train.training.loop import fit
+from mflux_vae_train.training.pending_hooks import Owed
+from mflux_vae_train.training.step import Step
+from mflux_vae_train.vae.build import begin_training, build, new_critic, parameter_count
 from mflux_vae_train.vae.config import VAETrainingSettings, settings_from_dict
-from mflux_vae_train.vae.data import Source
-from mflux_vae_train.vae.identity import identity
-from mflux_vae_train.vae.network import begin_training, build, new_critic, parameter_count
+from mflux_vae_train.vae.config_warnings import advice
+from mflux_vae_train.vae.data.batches import Source
+from mflux_vae_train.vae.dry_run import tried
+from mflux_vae_train.vae.fingerprint import identity
+from mflux_vae_train.vae.formatting import Progress, in_words
+from mflux_vae_train.vae.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import CriticToo, Objective, critic_loss
 from mflux_vae_train.vae.plan import Plan, images_of
-from mflux_vae_train.vae.recompute import recompute_blocks
-from mflux_vae_train.vae.telling import Progress, in_words
-from mflux_vae_train.vae.trial import tried
 from mflux_vae_train.vae.validation import Validation, collapse
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ class VAETrainer:
             TrainingError: the loss is not finite, or a checkpoint is broken.
             Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
-        with distributed.team() as team, signals.noted(team):
+        with process_group.team() as team, interrupts.noted(team):
             if self.settings.dry_run:
                 metrics = team.from_first(lambda: tried(self.settings, self.network, self.folder, self.source))
                 return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
@@ -221,7 +223,7 @@ class VAETrainer:
                 return validation.pictures(record.update) if team.first else {}
 
             with as_saved():
-                made = signals.breakable(team, drawn)
+                made = interrupts.breakable(team, drawn)
             for board in boards:
                 for name, picture in made.items():
                     board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)

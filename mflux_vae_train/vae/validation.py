@@ -10,15 +10,15 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.images import grid, save_image, to_pictures, to_pixels
-from mflux_vae_train.distributed import ALONE, Team
+from mflux_vae_train.distributed.interrupts import breakable
+from mflux_vae_train.distributed.process_group import ALONE, Team
 from mflux_vae_train.randomness import Stream, sample_keys
-from mflux_vae_train.signals import breakable
+from mflux_vae_train.vae.build import is_flat, latent_shape
 from mflux_vae_train.vae.config import VAETrainingSettings
-from mflux_vae_train.vae.data import Source, in_order
-from mflux_vae_train.vae.losses import active_units
-from mflux_vae_train.vae.network import is_flat, latent_shape
+from mflux_vae_train.vae.data.batches import Source, in_order
+from mflux_vae_train.vae.losses.elbo import active_units
+from mflux_vae_train.vae.losses.total_correlation import decomposition
 from mflux_vae_train.vae.objective import Objective, sampled
-from mflux_vae_train.vae.total_correlation import decomposition
 
 PAIRS, SAMPLES, COLUMNS = 16, 64, 8
 """Images in the pictures."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-import mflux_vae.runtime  # noqa: F401  (opens a fast BLAS before MLX is used)
+import mflux_vae.runtime.device  # noqa: F401  (opens a fast BLAS before MLX is used)
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.capabilities import Use
 from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended

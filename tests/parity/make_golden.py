@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from mflux_vae.networks.laq import LAQConfig
 from tests.parity.lapa import TheirLatentActionQuantization
 
-GOLDEN = Path(__file__).parents[1] / "vae" / "golden"
+GOLDEN = Path(__file__).parents[1] / "mflux_vae" / "golden"
 SIZE_LIMIT = 200_000
 """Bytes of a folder."""
 

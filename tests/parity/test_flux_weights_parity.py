@@ -18,11 +18,11 @@ from diffusers import AutoencoderKL  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mflux_vae.loading import new_network  # noqa: E402
-from mflux_vae.weights.diffusers import SAME_NAMES  # noqa: E402
-from mflux_vae.weights.rules import from_mlx, to_mlx  # noqa: E402
+from mflux_vae.pretrained.loading import new_network  # noqa: E402
+from mflux_vae.weights.keymaps.diffusers import SAME_NAMES  # noqa: E402
+from mflux_vae.weights.keymaps.rules import from_mlx, to_mlx  # noqa: E402
 from mflux_vae_train.pipelines.flux1 import keys, weights  # noqa: E402
-from mflux_vae_train.pipelines.flux1.published import CLIP_L, T5_XXL, published  # noqa: E402
+from mflux_vae_train.pipelines.flux1.configs import CLIP_L, T5_XXL, published  # noqa: E402
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig  # noqa: E402
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
 

@@ -21,11 +21,12 @@ import mlx.nn as nn  # noqa: E402
 import safetensors.torch  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mflux_vae import WeightsError, loading  # noqa: E402
-from mflux_vae.weights.files import open_weights  # noqa: E402
-from mflux_vae.weights.torch_files import read_torch  # noqa: E402
+from mflux_vae import WeightsError  # noqa: E402
+from mflux_vae.pretrained import loading  # noqa: E402
+from mflux_vae.weights.formats.files import open_weights  # noqa: E402
+from mflux_vae.weights.formats.torch_files import read_torch  # noqa: E402
+from tests.mflux_vae.naming_samples import flux2, kl, tiny  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
-from tests.vae.named import flux2, kl, tiny  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""

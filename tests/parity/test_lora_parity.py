@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae.weights.files import write_safetensors
+from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.lora.files import adapter_config
 from mflux_vae_train.pipelines.flux1 import naming
-from mflux_vae_train.pipelines.flux1.published import CLIP_L
+from mflux_vae_train.pipelines.flux1.configs import CLIP_L
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
-from tests.train.test_lora import X, adapted, with_dora
-from tests.train.tiny import Net
+from tests.mflux_vae_train.lora.test_lora import X, adapted, with_dora
+from tests.mflux_vae_train.training.tiny_model import Net
 
 pytestmark = pytest.mark.parity
 

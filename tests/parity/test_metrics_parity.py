@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 
 import mlx.core as mx  # noqa: E402
 
-from mflux_vae import metrics  # noqa: E402
-from mflux_vae.lpips import LPIPS  # noqa: E402
-from tests.vae.test_metrics import waves  # noqa: E402
+from mflux_vae.metrics import image as metrics  # noqa: E402
+from mflux_vae.metrics.lpips import LPIPS  # noqa: E402
+from tests.mflux_vae.metrics.test_metrics import waves  # noqa: E402
 
 SIZES = [(11, 11), (40, 33), (64, 129)]
 

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mflux_vae import VAE, Tiling
-from mflux_vae.as_mflux import MfluxVAE
-from tests.vae.small import small_kl
+from mflux_vae.integrations.mflux import MfluxVAE
+from tests.mflux_vae.small_models import small_kl
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("mflux")

@@ -24,11 +24,11 @@ from diffusers.training_utils import (  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mflux_vae_train import lora  # noqa: E402
-from mflux_vae_train.config import DreamBoothSettings  # noqa: E402
-from mflux_vae_train.dreambooth.data import Plan, micro_batches  # noqa: E402
-from mflux_vae_train.dreambooth.objective import dreambooth_loss, with_base  # noqa: E402
-from mflux_vae_train.dreambooth.optimization import optimizers_of  # noqa: E402
-from mflux_vae_train.dreambooth.trained import as_one  # noqa: E402
+from mflux_vae_train.dreambooth.config import DreamBoothSettings  # noqa: E402
+from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.trainable import as_one  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
 from mflux_vae_train.pipelines.flux1.schedule import (  # noqa: E402
@@ -37,9 +37,9 @@ from mflux_vae_train.pipelines.flux1.schedule import (  # noqa: E402
     training_levels,
 )
 from mflux_vae_train.pipelines.protocol import NoiseSampling  # noqa: E402
-from mflux_vae_train.step import Arrays, MicroBatch, Step  # noqa: E402
-from tests.dreambooth.caches import plain_cache  # noqa: E402
-from tests.pipelines.small_flux import small_pipeline  # noqa: E402
+from mflux_vae_train.training.step import Arrays, MicroBatch, Step  # noqa: E402
+from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache  # noqa: E402
+from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline  # noqa: E402
 
 THEIR_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 NUMBERS = {"logit_mean": 0.4, "logit_std": 1.3, "mode_scale": 0.9}

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
 from mflux_vae_train.optimizers import Adafactor, Prodigy  # noqa: E402
-from mflux_vae_train.schedule import POLYNOMIAL, RESTARTS, SHAPES, learning_rate  # noqa: E402
-from tests.train.test_optimizers import run, series  # noqa: E402
+from mflux_vae_train.training.lr_schedule import POLYNOMIAL, RESTARTS, SHAPES, learning_rate  # noqa: E402
+from tests.mflux_vae_train.optimizers.test_optimizers import run, series  # noqa: E402
 
 
 def theirs(make: Any, start: np.ndarray, gradients: list[np.ndarray], rates: list[float]) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention as TheirT5Attention  
 
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer  # noqa: E402
-from mflux_vae_train.pipelines.tiny.tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
+from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
 
 CLIP_L = dict(
     hidden_size=768,

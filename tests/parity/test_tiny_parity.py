@@ -13,10 +13,10 @@ diffusers = pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 
-from mflux_vae_train.config import DreamBoothSettings  # noqa: E402
+from mflux_vae_train.dreambooth.config import DreamBoothSettings  # noqa: E402
 from mflux_vae_train.dreambooth.train import DreamBooth  # noqa: E402
 from mflux_vae_train.pipelines import tiny  # noqa: E402
-from mflux_vae_train.pipelines.tiny.recipe import SIZE, TEXT_TOKENS  # noqa: E402
+from mflux_vae_train.tiny_world.recipe import SIZE, TEXT_TOKENS  # noqa: E402
 
 PROMPTS = ["a photo of a red heart on snow", "a photo of xyz star"]
 EXAMPLE = Path(tiny.__file__).parent / "example"

@@ -18,12 +18,12 @@ from diffusers import Flux2Pipeline  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig  # noqa: E402
-from mflux_vae.opening.families import FAMILIES  # noqa: E402
-from mflux_vae.opening.presets import PRESETS  # noqa: E402
-from mflux_vae.weights.rules import from_mlx  # noqa: E402
+from mflux_vae.pretrained.families import FAMILIES  # noqa: E402
+from mflux_vae.pretrained.presets import PRESETS  # noqa: E402
+from mflux_vae.weights.keymaps.rules import from_mlx  # noqa: E402
+from tests.mflux_vae.pretrained.test_presets import PARAMETERS  # noqa: E402
+from tests.mflux_vae.small_models import drawn, narrow, pictures, small_flux2, small_kl, small_tiny  # noqa: E402
 from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
-from tests.vae.opening.test_presets import PARAMETERS  # noqa: E402
-from tests.vae.small import drawn, narrow, pictures, small_flux2, small_kl, small_tiny  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""

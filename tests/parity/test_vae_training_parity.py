@@ -18,11 +18,11 @@ import torch.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.vector_vae import Vectors  # noqa: E402
-from mflux_vae.opening.families import FAMILIES  # noqa: E402
-from mflux_vae.weights.rules import from_mlx  # noqa: E402
+from mflux_vae.pretrained.families import FAMILIES  # noqa: E402
+from mflux_vae.weights.keymaps.rules import from_mlx  # noqa: E402
+from mflux_vae_train.vae.build import build, latent_shape, parameter_count  # noqa: E402
 from mflux_vae_train.vae.config import preset  # noqa: E402
-from mflux_vae_train.vae.data import open_data, split  # noqa: E402
-from mflux_vae_train.vae.network import build, latent_shape, parameter_count  # noqa: E402
+from mflux_vae_train.vae.data.batches import open_data, split  # noqa: E402
 from mflux_vae_train.vae.plan import Plan  # noqa: E402
 from mflux_vae_train.vae.train import VAETrainer  # noqa: E402
 

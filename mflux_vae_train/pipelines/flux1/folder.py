@@ -21,19 +21,19 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.loading import new_network
+from mflux_vae.pretrained.loading import new_network
 from mflux_vae.vae import VAE
-from mflux_vae.weights.diffusers import STEM
-from mflux_vae.weights.files import DTYPES, convert_safetensors, read_json, write_json
+from mflux_vae.weights.formats.files import DTYPES, convert_safetensors, read_json, write_json
+from mflux_vae.weights.keymaps.diffusers import STEM
+from mflux_vae_train.pipelines.config_check import typed
 from mflux_vae_train.pipelines.flux1 import weights
+from mflux_vae_train.pipelines.flux1.configs import Configs, published
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
-from mflux_vae_train.pipelines.flux1.published import Configs, published
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.parts import Part
+from mflux_vae_train.pipelines.lazy import Part
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 from mflux_vae_train.pipelines.text import clip, t5
-from mflux_vae_train.pipelines.typed import typed
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.opening.hub import cache_folder, cached, download
-from mflux_vae.weights.diffusers import STEM
-from mflux_vae.weights.files import open_folder
+from mflux_vae.pretrained.hub import cache_folder, cached, download
+from mflux_vae.weights.formats.files import open_folder
+from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae_train.pipelines.flux1 import folder as layout
 from mflux_vae_train.pipelines.flux1 import weights
+from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, REPOSITORIES, published
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.flux1.published import PUBLISHED, REPOSITORIES, published
 from mflux_vae_train.pipelines.flux1.weights import TEXT_STEM, saved_by_mflux, single_file
-from mflux_vae_train.pipelines.parts import Part
+from mflux_vae_train.pipelines.lazy import Part
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def open_repository(model: str, *, revision: str | None = None, variant: str | N
         revision, variant: see `flux1.load`.
 
     Raises:
-        WeightsError: see `mflux_vae.opening.hub.download`.
+        WeightsError: see `mflux_vae.pretrained.hub.download`.
     """
     snapshot = Snapshot(REPOSITORIES.get(model, model), revision, variant)
     configs = PUBLISHED.get(snapshot.repository) if revision is None else None
@@ -81,7 +81,7 @@ class Snapshot:
     def __call__(self) -> Path:
         """
         Raises:
-            WeightsError: see `mflux_vae.opening.hub.download`.
+            WeightsError: see `mflux_vae.pretrained.hub.download`.
         """
         if self._place is None:
             place = download(self.repository, patterns(self._variant, self.parts), self._revision)

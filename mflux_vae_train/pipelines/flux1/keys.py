@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae.weights.rules import Rule, Tensors, from_mlx, to_mlx
+from mflux_vae.weights.keymaps.rules import Rule, Tensors, from_mlx, to_mlx
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO
 
 _PREFIX = "model.diffusion_model."

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from mflux_vae import memory, runtime
-from mflux_vae.loading import new_network
+from mflux_vae.pretrained.loading import new_network
+from mflux_vae.runtime import device
+from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
-from mflux_vae_train.pipelines.flux1.published import Configs
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.footprint import Phase, Workload
-from mflux_vae_train.pipelines.quantized import stored_bytes
+from mflux_vae_train.pipelines.quantization import stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
@@ -74,7 +75,7 @@ class Precision:
 
     @classmethod
     def here(cls) -> Precision:
-        return cls(width=runtime.compute_dtype().size, fused=not runtime.is_cpu())
+        return cls(width=device.compute_dtype().size, fused=not device.is_cpu())
 
 
 def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
@@ -207,7 +208,7 @@ def _autoencoder(
     """Bytes of the weights, and of a call with as many of these pictures as it is given at once besides."""
     network, (height, wide) = new_network(json.loads(config)), shape
     batch = max(1, min(pictures, DECODED_AT_ONCE // (height * wide)))
-    return stored_bytes(network, width), memory.peak_bytes(network, what, batch, height, wide)
+    return stored_bytes(network, width), tiling_plan.peak_bytes(network, what, batch, height, wide)
 
 
 def _tokens(height: int, width: int) -> int:

@@ -16,8 +16,8 @@ from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.capabilities import Use
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.parts import Part
-from mflux_vae_train.pipelines.quantized import quantize
+from mflux_vae_train.pipelines.lazy import Part
+from mflux_vae_train.pipelines.quantization import quantize
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 from mflux_vae_train.pipelines.text.tokenizer import Tokenizer, load_tokenizer

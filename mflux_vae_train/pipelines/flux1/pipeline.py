@@ -14,9 +14,9 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flux1 import folder as layout
 from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.prompts import EMBEDS, POOLED, FluxPrompts
-from mflux_vae_train.pipelines.flux1.published import Configs
 from mflux_vae_train.pipelines.flux1.schedule import (
     SCHNELL_STEPS,
     FlowMatchSchedule,

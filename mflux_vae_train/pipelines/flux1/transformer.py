@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
-from mflux_vae_train.pipelines.recompute import recomputed
+from mflux_vae_train.pipelines.gradient_checkpointing import recomputed
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6

@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.loading import new_network, open_network
-from mflux_vae.runtime import compute_dtype
+from mflux_vae.pretrained.loading import new_network, open_network
+from mflux_vae.runtime.device import compute_dtype
 from mflux_vae.vae import VAE
-from mflux_vae.weights.diffusers import STEM
-from mflux_vae.weights.files import header, open_weights, read_folder, read_json
-from mflux_vae.weights.rules import Tensors, load_strict, to_mlx
-from mflux_vae_train.pipelines import quantized
+from mflux_vae.weights.formats.files import header, open_weights, read_folder, read_json
+from mflux_vae.weights.keymaps.diffusers import STEM
+from mflux_vae.weights.keymaps.rules import Tensors, load_strict, to_mlx
+from mflux_vae_train.pipelines import quantization
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.text import clip, t5
@@ -80,7 +80,7 @@ def autoencoder(
     place = folder / "vae"
     if saved_by_mflux(place):
         network = new_network(config)
-        tensors = quantized.widened(network, to_mlx(_tensors(place, STEM), keys.MFLUX_VAE), str(place))
+        tensors = quantization.widened(network, to_mlx(_tensors(place, STEM), keys.MFLUX_VAE), str(place))
         load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype))
         return VAE(network=network.eval())
     alone = place / f"{STEM}.{variant}.safetensors"
@@ -164,6 +164,6 @@ def _of_file(file: Path) -> dict[str, mx.array]:
 
 
 def _filled(network: N, tensors: Tensors, source: Path, dtype: mx.Dtype | None) -> N:
-    ready = quantized.prepared(network, tensors, str(source))
+    ready = quantization.prepared(network, tensors, str(source))
     load_strict(network, ready, where=str(source), dtype=compute_dtype(dtype))
     return network

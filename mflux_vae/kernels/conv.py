@@ -1,0 +1,215 @@
+"""Two-dimensional convolution.
+
+On a CPU one of six forms is chosen by shape (`forms`; `python -m benchmarks.convolutions` measures the choice):
+
+- *Winograd* (3x3, stride 1, enough channels and pixels): a quarter of the products, see `winograd`;
+- *taps last* (few output channels): one product of all pixels with all taps' weights, whose few results are then
+  shifted and added;
+- *shifts* (stride 1, few channels, wide images): a product per tap, of the flattened image from where the tap points;
+- *MLX's own* (stride 1, fewer channels, as pictures have): what takes long is to gather such short pieces;
+- *patches* (all others): windows gathered into rows, one product;
+- 1x1: a product as it is.
+
+In bands where results are computed at once (see `banded`), in one piece inside a trace. Gradients are convolutions and
+products of the same kinds: MLX's own input gradient of a stride-2 convolution costs fifty times the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae.kernels.activations import silu
+from mflux_vae.kernels.cpu import conv_parallel, winograd
+from mflux_vae.kernels.cpu.conv_algorithms import (
+    Padding,
+    form_of,
+    in_one_piece,
+    padded,
+    repeated,
+    sides_of,
+    upside_down,
+    weight_to_depth,
+)
+from mflux_vae.kernels.cpu.im2col import windows
+from mflux_vae.kernels.cpu.parallel import computes_now, streams
+from mflux_vae.kernels.normalization import group_norm, group_norm_affine
+from mflux_vae.kernels.overrides import overridable
+from mflux_vae.runtime import device
+
+_custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
+
+
+@overridable
+def conv2d(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = 0,
+) -> mx.array:
+    """2-D convolution (cross-correlation).
+
+    Args:
+        x: (B, H, W, C).
+        weight: (O, kh, kw, C).
+        bias: (O,) or None.
+        stride: the same in both directions; above 2 it is MLX's own convolution on every device.
+        padding: zeros around the image: one number, or ((top, bottom), (left, right)).
+
+    Returns:
+        (B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, O).
+
+    Raises:
+        ValueError: the kernel is larger than the padded image, or their channels differ.
+    """
+    (top, bottom), (left, right) = sides = sides_of(padding)
+    height, width = x.shape[1] + top + bottom, x.shape[2] + left + right
+    if height < weight.shape[1] or width < weight.shape[2] or x.shape[3] != weight.shape[3]:
+        raise ValueError(
+            f"no convolution of {x.shape} (B, H, W, C), {height} x {width} when padded, "
+            f"with a kernel {weight.shape} (O, kh, kw, C)"
+        )
+    if not device.is_cpu() or stride > 2:
+        if top == bottom and left == right:
+            y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
+        else:
+            y = mx.conv2d(padded(x, sides), weight, stride=stride)
+        return y if bias is None else y + bias
+    if x.dtype != mx.float32:  # products of halves are thirty times slower
+        y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
+        return y if bias is None else y + bias
+    if weight.shape[1:3] != (1, 1) and computes_now(x, weight):
+        return conv_parallel.convolution(conv_parallel.rows_of(x), x.shape, weight, bias, stride, sides)
+    x = padded(x, sides)
+    y = _conv_valid(*(_space_to_depth(x, weight) if stride == 2 else (x, weight)))
+    return y if bias is None else y + bias
+
+
+@overridable
+def norm_silu_conv2d(
+    x: mx.array,
+    norm: tuple[int, mx.array, mx.array, float],
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    padding: Padding = 0,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """residual + conv2d(silu(group_norm(x, *norm)), weight, bias), without a pass over memory for each.
+
+    Args:
+        norm: groups, weight, bias and eps, as of `group_norm`.
+        residual: of the result's shape, or None.
+    """
+    sides = sides_of(padding)
+    if not _fuses(x, weight, residual, *norm[1:3]):
+        y = conv2d(silu(group_norm(x, *norm)).astype(weight.dtype), weight, bias, padding=padding)
+        return y if residual is None else residual + y
+    rows = conv_parallel.silu_rows_of(x, *group_norm_affine(x, *norm))
+    return conv_parallel.convolution(rows, x.shape, weight, bias, 1, sides, residual)
+
+
+@overridable
+def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
+    """conv2d(repeat_pixels(x), weight, bias), without the four times larger image in memory."""
+    if not _fuses(x, weight):
+        return conv2d(repeat_pixels(x), weight, bias, padding=padding)
+    batch, height, width, channels = x.shape
+    shape, rows = (batch, 2 * height, 2 * width, channels), conv_parallel.repeated_rows_of(x)
+    return conv_parallel.convolution(rows, shape, weight, bias, 1, sides_of(padding))
+
+
+@overridable
+def repeat_pixels(x: mx.array) -> mx.array:
+    """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
+    return repeated(x)
+
+
+FUSED = (norm_silu_conv2d, repeat_conv2d)
+"""Where a stand-in for an array is to be treated step by step, their `__wrapped__` does it."""
+
+
+def _fuses(x: Any, *others: mx.array | None) -> bool:
+    """Whether bands can take their rows through other functions: x is an array, no stand-in, and computed at once."""
+    arrays = [array for array in (x, *others) if array is not None]
+    if any(not isinstance(array, mx.array) or array.dtype != mx.float32 for array in arrays):
+        return False
+    return computes_now(*arrays)
+
+
+def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, made: int = 0) -> int:
+    """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
+
+    Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
+    input its 16 pixels, with the band's margins, and the 36 places of its window, twice; of the output 36 places, and
+    its pixels twice; and the weights, reordered and transformed. Where bands are output channels, all places of the
+    input come first, and then every band's own part of the weights. Taps last: every tap's results, padded too, and
+    their sum. Shifts: the rows, padded, and the sum before and after a tap; half of what rows are made of is gone
+    by then. MLX's own: rows and padded rows, the gathered windows and the sum. Patches: the rows behind which zeros
+    are put, the gathered windows and the sum.
+
+    Args:
+        shape: of the argument, (B, H, W, C).
+        weight: (O, kh, kw, C).
+        made: arrays of a band's rows that are made on the way to them (`repeat_conv2d` 1, `norm_silu_conv2d` 2).
+    """
+    batch, height, width, channels = shape
+    out, kh, kw, _ = weight
+    if kh == kw == stride == 1:
+        return 0
+    taps, count = kh * kw, batch * -(-height // stride) * -(-width // stride)
+    form = form_of((kh, kw), stride, channels, out, count)
+    step = winograd.TILE if form == "winograd" else stride
+    down, across = -(-height // step), -(-width // step)
+    images, rows = conv_parallel.band_of(form, (batch, down, across), channels, out, taps)
+    at_once = min(streams() * images * rows, batch * down) * across
+    if form == "winograd":
+        tiles, pixels = batch * down * across, winograd.TILE**2
+        if conv_parallel.shares_outputs(tiles, out):
+            places = streams() * conv_parallel.outputs_at_once(channels, out)
+            first = tiles * ((1 + made) * pixels + 72) * channels
+            return 4 * max(first, tiles * 36 * channels + places * (68 * tiles + 45 * channels))
+        pixels += -(-2 * winograd.TILE // rows)
+        return 4 * (at_once * (((1 + made) * pixels + 72) * channels + 68 * out) + 45 * channels * out)
+    below = stride**2 * channels  # numbers of the argument for each pixel of the result
+    each = {
+        "taps last": 2 * taps * out + out,
+        "shifts": below + 2 * out,
+        "own": 2 * below + taps * channels + out,
+        "patches": below + taps * channels + out,
+    }
+    before = made * below // (2 if form == "shifts" else 1)
+    return 4 * at_once * (each[form] + before)
+
+
+def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+    """Rewrite a stride-2 convolution as a stride-1 one over 2x2 blocks, whose gradients are convolutions again."""
+    batch, height, width, channels = x.shape
+    _, kh, kw, _ = weight.shape
+    # rows and columns that no window reaches are cut, those that complete a block are added
+    blocks_h, blocks_w = (height - kh) // 2 + (kh + 1) // 2, (width - kw) // 2 + (kw + 1) // 2
+    x = x[:, : 2 * blocks_h, : 2 * blocks_w]
+    x = mx.pad(x, [(0, 0), (0, 2 * blocks_h - x.shape[1]), (0, 2 * blocks_w - x.shape[2]), (0, 0)])
+    x = x.reshape(batch, blocks_h, 2, blocks_w, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, blocks_h, blocks_w, 4 * channels), weight_to_depth(weight)
+
+
+@_custom_function
+def _conv_valid(x: mx.array, weight: mx.array) -> mx.array:
+    """Convolution without padding, stride 1, with gradients."""
+    return in_one_piece(x, weight)
+
+
+@_conv_valid.vjp
+def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y: mx.array) -> tuple[mx.array, mx.array]:
+    """The input's gradient is a convolution again, the weight's one product over patches."""
+    x, weight = primals
+    out, kh, kw, _ = weight.shape
+    margin = padded(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
+    grad_x = _conv_valid(margin, upside_down(weight))
+    grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, (cotangent.shape[1], cotangent.shape[2]))
+    return grad_x, grad_w.reshape(weight.shape)

@@ -1,0 +1,1 @@
+"""Faster operations for Linux CPUs."""

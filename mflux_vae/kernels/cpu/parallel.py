@@ -1,0 +1,232 @@
+"""An output computed in bands, on every core and in bounded memory, for the CPU.
+
+MLX's graph says what depends on what, not when: of a hundred bands it would run all first steps, then all second
+ones, and every step's results would lie in memory at once. And all its operations but matrix products run on one
+core. So where nothing differentiates or traces, the large operations of this package do not only describe their
+result, they compute it: a few bands at a time, each on a stream (and so a core) of its own, written in place into
+the output. What a band leaves behind in the buffer cache the next one uses while it is still in the core's cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any, TypeAlias, TypeVar
+
+import mlx.core as mx
+
+from mflux_vae.runtime import device
+
+Band: TypeAlias = Callable[[], mx.array]
+"""What computes one."""
+
+MAX_STREAMS = 8
+PIECE = 1 << 20
+"""Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
+_KEPT_FOR_REUSE = 32 << 20
+_SMALL_BYTES = 4 << 20
+"""Of what is computed soon while `overlapping`: larger bands find each other's memory in the core's cache."""
+_ROWS = 512
+"""Of samples that are computed together: fewer make thin matrices, more take more memory."""
+
+
+class _Local(threading.local):
+    """MLX's streams belong to the thread that made them, and so does what it is doing."""
+
+    streams: list[mx.Stream] | None = None
+    deferred = False
+    within = False
+    overlapping = False
+
+
+_local = _Local()
+
+
+def computes_now(*arrays: mx.array) -> bool:
+    """Whether results are computed at once: on a CPU, where no argument is part of a trace, unless `deferred`.
+
+    The arguments' own computation begins. Not within a part of `by_samples`, which is computed as a whole.
+    """
+    if _local.deferred or _local.within or not device.is_cpu():
+        return False
+    try:
+        mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
+    except ValueError:
+        return False
+    return True
+
+
+def fuses(*arrays: mx.array) -> bool:
+    """Whether formulas are compiled: where results are computed at once, and within a part of `by_samples`."""
+    return _local.within or computes_now(*arrays)
+
+
+@contextmanager
+def _being(what: str) -> Iterator[None]:
+    """This thread is `deferred`, `within` or `overlapping`."""
+    before = getattr(_local, what)
+    setattr(_local, what, True)
+    try:
+        yield
+    finally:
+        setattr(_local, what, before)
+
+
+def deferred() -> AbstractContextManager[None]:
+    """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
+    return _being("deferred")
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Within it small results are computed while the next ones are described, for who asks for many in a row.
+
+    The time between two of them is then not lost; products use one thread, as bands' do.
+    """
+    with _being("overlapping"), device.one_blas_thread():
+        try:
+            yield
+        finally:
+            for stream in _streams():
+                mx.synchronize(stream)
+
+
+def _compute(*arrays: mx.array) -> None:
+    """Now, or soon."""
+    soon = _local.overlapping and max(array.nbytes for array in arrays) <= _SMALL_BYTES
+    (mx.async_eval if soon else mx.eval)(*arrays)
+
+
+def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
+    """`y` with each band written where its index says.
+
+    Args:
+        y: no other reference to it may exist, or every band costs a copy of the whole.
+        bands: (index into y, what to put there); the functions are called one after the other, their results
+            computed side by side.
+    """
+    _forget(y.nbytes)
+    _compute(y)
+    for together in _side_by_side(bands):
+        for stream, (index, band) in together:
+            with mx.stream(stream):
+                y[index] = band()
+        _compute(y)
+    return y
+
+
+def added(bands: Iterable[Band]) -> mx.array:
+    """The sum of what bands make; each core adds up its own.
+
+    Args:
+        bands: at least one, with results of one shape; computed as those of `filled`.
+    """
+    sums: dict[int, mx.array] = {}
+    for together in _side_by_side(bands):
+        for place, (stream, band) in enumerate(together):
+            with mx.stream(stream):
+                sums[place] = sums[place] + band() if place in sums else band()
+        _compute(*sums.values())
+    first, *others = sums.values()
+    return sum(others, first)
+
+
+def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    """function(*arrays), a few samples at a time on each core where results are computed at once.
+
+    For a network's many small operations: a part goes through all of them on its own core, and waits for no other.
+
+    Args:
+        function: of arrays whose first axis are samples, none of which depends on another; so is its result.
+        arrays: the first (B, L, ...); of others, those with a first axis of length 1 are for all samples.
+    """
+    batch, length = arrays[0].shape[:2]
+    if batch == 1 or streams() == 1 or not computes_now(*arrays):
+        return function(*arrays)
+    mx.eval(arrays)  # or one stream would wait for what another one computes besides
+    parts: list[mx.array] = []
+    try:
+        for together in _side_by_side(cut(batch, max(1, min(-(-batch // streams()), _ROWS // length)))):
+            with _being("within"):
+                some = []
+                for stream, these in together:
+                    with mx.stream(stream):
+                        some.append(function(*(a if a.shape[0] == 1 else a[these] for a in arrays)))
+            mx.eval(some)
+            parts += some
+    except ValueError:  # what `function` uses besides is part of a trace
+        return function(*arrays)
+    return mx.concatenate(parts)
+
+
+T = TypeVar("T")
+
+
+def side_by_side(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What tasks answer, in their order: as many computed at a time as there are cores, each on one of its own.
+
+    For graphs of many small operations, on a CPU: their products are too small for several threads.
+
+    Args:
+        tasks: each describes arrays, in any nesting, that take nothing from another's.
+    """
+    for together in _side_by_side(tasks):
+        answers = []
+        for stream, task in together:
+            with mx.stream(stream):
+                answers.append(task())
+        mx.eval(answers)
+        yield from answers
+
+
+def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
+    """As many at a time as there are streams, each with its own."""
+    streams, remaining = _streams(), iter(bands)
+    has_one = _local.overlapping or len(streams) == 1
+    if not has_one:
+        mx.synchronize()  # a product under way would have now these, now those threads, and other last digits
+    with nullcontext() if has_one else device.one_blas_thread():
+        while together := list(zip(streams, islice(remaining, len(streams)), strict=False)):
+            yield together
+
+
+def _forget(needed: int) -> None:
+    """MLX gives a buffer only to what is as large: those of other layers would just lie there."""
+    if mx.get_cache_memory() > needed + _KEPT_FOR_REUSE:
+        mx.clear_cache()
+
+
+def pieces(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[slice]]:
+    """How to cut (batch, pixels, channels) into bands of at most `PIECE` elements: images, and pixels of each."""
+    if batch >= streams() and pixels * channels <= PIECE:
+        images = min(-(-batch // streams()), PIECE // (pixels * channels))
+        return cut(batch, images), [slice(0, pixels)]
+    return cut(batch, 1), cut(pixels, min(-(-pixels // streams()), max(1, PIECE // channels)))
+
+
+def mapped(band: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
+    """An array (B, N, C) of what `band` makes of each piece: of which images, which of their pixels."""
+    batch, pixels, channels = shape
+    images, parts = pieces(batch, pixels, channels)
+    return filled(mx.zeros(shape), (((these, part), partial(band, these, part)) for these in images for part in parts))
+
+
+def cut(length: int, at_once: int) -> list[slice]:
+    """Slices of so many each, the last one maybe of fewer."""
+    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+
+
+def streams() -> int:
+    """How many bands are computed side by side."""
+    return min(device.cores(), MAX_STREAMS)
+
+
+def _streams() -> list[mx.Stream]:
+    """One for each core, the default one first; this thread's."""
+    if _local.streams is None:
+        more = streams() - 1
+        _local.streams = [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(more))]
+    return _local.streams

@@ -1,0 +1,296 @@
+"""The parts of autoencoders: convolution, group norm, residual block, attention, down- and upsampling. NHWC.
+
+Attribute names are those of diffusers, so that parameter paths and checkpoint keys are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae import kernels
+from mflux_vae.kernels.overrides import overridable
+
+
+class Conv2d(nn.Module):
+    """Convolution, in the dtype of its weight, whatever that of its input.
+
+    The weight is (O, kh, kw, C), initialised as torch does (uniform, Kaiming with a = sqrt 5).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: kernels.Padding = 0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        bound = (in_channels * kernel * kernel) ** -0.5
+        self.weight = mx.random.uniform(-bound, bound, (out_channels, kernel, kernel, in_channels))
+        if bias:
+            self.bias = mx.random.uniform(-bound, bound, (out_channels,))
+        self._stride, self._padding = stride, padding
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x.astype(self.weight.dtype)
+        return kernels.conv2d(x, self.weight, self.get("bias"), stride=self._stride, padding=self._padding)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with scale and shift per channel."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+        self._groups, self._eps = groups, eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return kernels.group_norm(x, self._groups, self.weight, self.bias, self._eps)
+
+
+class TransposedConv2d(nn.Module):
+    """Transposed 3x3 convolution with stride 2 and padding 1, which doubles the resolution, or doubles it less one.
+
+    The weight is (O, 3, 3, C), initialised as torch does.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        bound = (out_channels * 9) ** -0.5
+        self.weight = mx.random.uniform(-bound, bound, (out_channels, 3, 3, in_channels))
+        self.bias = mx.random.uniform(-bound, bound, (out_channels,))
+
+    def __call__(self, x: mx.array, *, size: tuple[int, int] | None = None) -> mx.array:
+        return kernels.conv_transpose2d(x.astype(self.weight.dtype), self.weight, self.bias, size=size)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, as torch computes it (Ioffe and Szegedy 2015).
+
+    In evaluation it uses the running statistics, in training the batch's. It then does not change the running ones,
+    so that a training step remains a function of arrays: `batch_statistics` takes out what was seen, inside the
+    function that is differentiated or compiled, and `fold_statistics` moves the running ones towards it afterwards.
+    No gradient trains them, and `unfreeze` does not either.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+        self.running_mean = mx.zeros((channels,))
+        self.running_var = mx.ones((channels,))
+        self._eps, self.momentum = eps, momentum
+
+    @property
+    def _no_grad(self) -> set[str]:
+        """Where MLX looks for what is frozen."""
+        frozen: set[str] = self.__dict__.setdefault("_frozen", set())
+        frozen |= {"running_mean", "running_var"}
+        return frozen
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        self.__dict__["_frozen"] = set(names)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training:
+            return kernels.batch_norm_apply(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps)
+        y, mean, variance = kernels.batch_norm(x, self.weight, self.bias, self._eps)
+        count = math.prod(x.shape[:-1])
+        self._seen = [mx.stop_gradient(mean), mx.stop_gradient(variance) * (count / max(count - 1, 1))]
+        return y
+
+
+def batch_statistics(module: nn.Module) -> dict[str, mx.array]:
+    """What the batch norms of a module saw in its last call in training, and forget now.
+
+    Returns:
+        mean and (unbiased) variance by the names of the running ones in `module.parameters()`, (C,) each; empty without
+        batch norms or in evaluation. Of several micro-batches the averages may be folded in.
+    """
+    seen: dict[str, mx.array] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, BatchNorm) and "_seen" in part:
+            mean, variance = part.pop("_seen")
+            prefix = f"{name}." if name else ""
+            seen |= {f"{prefix}running_mean": mean, f"{prefix}running_var": variance}
+    return seen
+
+
+def fold_statistics(module: nn.Module, seen: Mapping[str, mx.array]) -> None:
+    """Move the running statistics of a module's batch norms towards `seen`, by each norm's momentum."""
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(part, BatchNorm) and f"{prefix}running_mean" in seen:
+            for kind in ("running_mean", "running_var"):
+                old, new = part[kind], seen[f"{prefix}{kind}"]
+                part[kind] = old + part.momentum * (new.astype(old.dtype) - old)
+
+
+def norm_silu_conv(norm: GroupNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """conv(silu(norm(x))), plus `residual`."""
+    settings = norm._groups, norm.weight, norm.bias, norm._eps
+    return kernels.norm_silu_conv2d(
+        x, settings, conv.weight, conv.get("bias"), padding=conv._padding, residual=residual
+    )
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, beside a skip connection; in training with dropout before the second convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, *, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out_channels)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
+        if dropout:
+            self.dropout = nn.Dropout(dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        x = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        if "dropout" in self and self.training:
+            return x + self.conv2(self.dropout(kernels.silu(self.norm2(h))))
+        return norm_silu_conv(self.norm2, self.conv2, h, residual=x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, beside a skip connection."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = GroupNorm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = [nn.Linear(channels, channels)]
+
+    @overridable
+    def __call__(self, x: mx.array) -> mx.array:
+        batch, height, width, channels = x.shape
+        h = self.group_norm(x).reshape(batch, 1, height * width, channels)
+        h = kernels.attention(self.to_q(h), self.to_k(h), self.to_v(h), scale=channels**-0.5)
+        return x + self.to_out[0](h).reshape(x.shape)
+
+
+class LinearAttention(nn.Module):
+    """latent-diffusion's linear attention: one head, keys normalised over pixels; no norm, no skip connection.
+
+    Its cost grows with the number of pixels, not with its square (Katharopoulos et al. 2020).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    @overridable
+    def __call__(self, x: mx.array) -> mx.array:
+        batch, height, width, channels = x.shape
+        q, k, v = mx.split(self.to_qkv(x.reshape(batch, height * width, channels)), 3, axis=-1)
+        context = kernels.softmax(k, axis=1).swapaxes(1, 2) @ v
+        return self.to_out(q @ context).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halves height and width; pads at the right and the bottom only, as the published autoencoders do.
+
+    Args:
+        conv: False for the mean of every four pixels.
+    """
+
+    def __init__(self, channels: int, *, conv: bool = True):
+        super().__init__()
+        if conv:
+            self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(x) if "conv" in self else average_pixels(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then a convolution, unless `conv` is False."""
+
+    def __init__(self, channels: int, *, conv: bool = True):
+        super().__init__()
+        if conv:
+            self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "conv" not in self:
+            return kernels.repeat_pixels(x)
+        return kernels.repeat_conv2d(
+            x.astype(self.conv.weight.dtype), self.conv.weight, self.conv.get("bias"), padding=1
+        )
+
+
+@overridable
+def average_pixels(x: mx.array) -> mx.array:
+    """Mean of every 2x2 pixels; an odd last row or column is left out. (B, H, W, C) -> (B, H // 2, W // 2, C)."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
+Layer: TypeAlias = Callable[[mx.array], mx.array]
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, attention after each where given, then down- or upsampling where given."""
+
+    def __init__(
+        self,
+        resnets: Sequence[nn.Module],
+        attentions: Sequence[nn.Module] = (),
+        *,
+        down: Downsample | None = None,
+        up: Upsample | None = None,
+    ):
+        super().__init__()
+        self.resnets = list(resnets)
+        if attentions:
+            self.attentions = list(attentions)
+        if down is not None:
+            self.downsamplers = [down]
+        if up is not None:
+            self.upsamplers = [up]
+
+    def steps(self) -> Sequence[Layer]:
+        """What makes up the stage, one after the other: whoever goes through them himself holds no stage's input."""
+        pairs = zip_longest(self.resnets, self.get("attentions", []))
+        resamplers = [*self.get("downsamplers", []), *self.get("upsamplers", [])]
+        return [*(step for pair in pairs for step in pair if step is not None), *resamplers]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for step in Stage.steps(self):
+            x = step(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention where given, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, *, attention: nn.Module | None, dropout: float = 0.0):
+        super().__init__()
+        self.resnets = [ResnetBlock(channels, channels, groups, dropout=dropout) for _ in range(2)]
+        if attention is not None:
+            self.attentions = [attention]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.resnets[0](x)
+        for attention in self.get("attentions", []):
+            x = attention(x)
+        return self.resnets[1](x)

@@ -1,0 +1,85 @@
+"""The kinds of autoencoders: how each is built from its configuration, and how its weights may be named on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer
+from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
+from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
+from mflux_vae.weights.keymaps.compvis import bfl, compvis
+from mflux_vae.weights.keymaps.diffusers import AUTOENCODER_KL, SAME_NAMES
+from mflux_vae.weights.keymaps.lapa import LAPA
+from mflux_vae.weights.keymaps.mlx_examples import MLX_EXAMPLES, NAMING
+from mflux_vae.weights.keymaps.pytorch_vae import FLAT, pytorch_vae
+from mflux_vae.weights.keymaps.rules import Rule
+from mflux_vae.weights.keymaps.taesd import taesd
+
+Table: TypeAlias = "Sequence[Rule] | Callable[[Iterable[str]], Sequence[Rule]]"
+
+
+_LARGEST = 2**16
+"""Of the whole numbers in a configuration."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of autoencoder.
+
+    Attributes:
+        config: its configuration's class: `from_dict` reads a config.json, `to_dict` writes one.
+        network: its class, built from a configuration.
+        tables: key tables by naming; `diffusers` is the one of folders. Some depend on the network's keys, by their
+            names or by ours.
+    """
+
+    config: Any
+    network: Any
+    tables: Mapping[str, Table]
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """An untrained network as a config.json describes it.
+
+        Raises:
+            SettingsError: it asks for what the network does not have, or its values are of the wrong kind or size.
+        """
+        name = self.network.__name__
+        numbers = [n for value in config.values() for n in (value if isinstance(value, list) else [value])]
+        if huge := [n for n in numbers if isinstance(n, int) and n > _LARGEST]:
+            raise SettingsError(f"{name}: {huge[0]} in its configuration is more than any autoencoder has")
+        try:
+            return self.network(self.config.from_dict(config))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]
+            raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
+        finally:
+            # else the draws of many networks that nobody computes pile up, deeper than MLX can follow
+            mx.eval(mx.random.state)
+
+    def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
+        """The key table for a network with these keys."""
+        table = self.tables[naming]
+        return table(keys) if callable(table) else table
+
+
+_KL: dict[str, Table] = {"diffusers": AUTOENCODER_KL, "compvis": compvis, "bfl": bfl}
+_FLAT: dict[str, Table] = {"diffusers": FLAT, "pytorch-vae": pytorch_vae, NAMING: MLX_EXAMPLES}
+
+FAMILIES = {
+    "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
+    "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
+    "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
+    "FlatAutoencoder": Family(FlatConfig, FlatAutoencoder, _FLAT),
+    "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
+    "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
+}
+"""By the `_class_name` of config.json (`finding.family_of`)."""

@@ -1,0 +1,1 @@
+"""Devices, BLAS and process-wide settings."""

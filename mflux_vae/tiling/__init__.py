@@ -1,0 +1,1 @@
+"""Large images: tiles, strips and the memory they need."""

@@ -1,0 +1,402 @@
+"""A network's own code on an image too large for it: layer by layer, in strips of rows, to the untiled result.
+
+`Job.run(function, x)` calls the function with a stand-in for the array. The network's functions note what they would
+compute (`mflux_vae.kernels.overrides`) instead of computing it; the notes are then worked off strip by strip:
+
+- Convolutions, sums and whatever a norm takes its statistics of are *held*: computed in order from top to bottom,
+  each row once, and dropped as soon as nothing below asks for it again.
+- What acts on each pixel alone, and nearest-neighbour upsampling, is *passed through*: computed when it is read.
+- A norm needs all of its input first: its statistics are taken from every strip as it is computed, then merged.
+  A convolution that a norm follows at the finest resolution is not held but computed again, once for each pass over
+  the image: that costs a decoder some 40 % more products, an encoder 15 %, and halves what is held at the most.
+- Anything else, such as attention, gets its input whole.
+
+So a network without norms streams through a few rows per layer, and one with norms holds one residual block's input
+while its output replaces it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae import kernels
+from mflux_vae.kernels.cpu.conv_algorithms import sides_of
+from mflux_vae.kernels.overrides import is_pointwise, pointwise
+from mflux_vae.networks.layers import average_pixels
+
+_BELOW_ALL = 1 << 40
+
+
+class Job:
+    """One run through a network, and what its stand-ins share.
+
+    Attributes:
+        pixels: of a strip, at the resolution of what is computed; None for everything in one piece.
+        held: bytes of all strips that are held now.
+        made: all that is held, in the order of the network's code.
+    """
+
+    def __init__(self, pixels: int | None):
+        self.pixels = pixels
+        self.held = 0
+        self.made: list[Held] = []
+
+    def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
+        """`function(x)`: (B, H, W, C) to any number of such arrays."""
+        with kernels.deferred():  # arrays that only show a shape are not computed
+            answers: Any = function(Source(self, x))  # type: ignore[arg-type]
+            results = [Held(self, _first, [answer]) for answer in answers]
+        finest = max(held.shape[1] * held.shape[2] for held in self.made)
+        for held in self.made:
+            normed_convolution = isinstance(held, Convolution) and held.groups is not None
+            held.kept = self.pixels is None or not normed_convolution or held.shape[1] * held.shape[2] < finest
+        for held in self.made:
+            held.announce()
+        for held in self.made:  # in their order, so that none has to call for the one before
+            if held.groups is not None:
+                held.statistics()
+        return [result.rows(0, result.shape[1]) for result in results]
+
+    def compute(self, held: Held, start: int, stop: int) -> mx.array:
+        """Rows start to stop, computed now."""
+        strip = mx.contiguous(held.compute(start, stop))  # a copy where it would hold on to more memory than its own
+        mx.eval(strip)
+        return strip
+
+    def statistics(self, strip: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+        """A strip's share in a group norm's statistics, computed now."""
+        mean, variance = kernels.group_norm_statistics(strip, groups)
+        mx.eval(mean, variance)
+        return mean, variance
+
+
+class Stand:
+    """Stands in for an array (B, H, W, C); a subclass knows how to compute some of its rows."""
+
+    ndim = 4
+
+    def __init__(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand] = ()):
+        self.job, self.shape, self.dtype, self.inputs = job, tuple(shape), dtype, inputs
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Rows start to stop; what is passed through is left to MLX's next evaluation."""
+        raise NotImplementedError
+
+    def reach(self, start: int, stop: int) -> None:
+        """Compute all that is held of what the rows start to stop need."""
+        for stand in self.inputs:
+            stand.reach(start, stop)
+
+    def release(self, reader: int, start: int) -> None:
+        """`reader` will not ask for rows above `start` any more; with 0, said first: it is going to ask."""
+        for stand in self.inputs:
+            stand.release(reader, start)
+
+    def __mlx_function__(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+        if function is kernels.conv2d:
+            return Convolution(self.job, *arguments, **named)
+        if function is kernels.group_norm:
+            return GroupNorm(self.job, *arguments, **named)
+        if function is kernels.repeat_pixels:
+            return Repeated(self)
+        if function is average_pixels:
+            return Averaged(self)
+        if function in kernels.FUSED:
+            return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]  # step by step
+        return _applied(self.job, function, arguments, named)
+
+    def astype(self, dtype: mx.Dtype) -> Stand:
+        return self if dtype == self.dtype else self.__mlx_function__(_astype, (self, dtype), {})
+
+    def __getitem__(self, index: Any) -> Stand:
+        dots, channels = index
+        if dots is not Ellipsis or channels.step is not None:
+            raise TypeError(f"an image in strips gives a range of its channels, x[..., start:stop], not x[{index}]")
+        return self.__mlx_function__(_channels, (self, channels.start, channels.stop), {})
+
+    def __add__(self, other: Any) -> Stand:
+        return self.__mlx_function__(_add, (self, other), {})
+
+    def __sub__(self, other: Any) -> Stand:
+        return self.__mlx_function__(_subtract, (self, other), {})
+
+    def __rsub__(self, other: Any) -> Stand:
+        return self.__mlx_function__(_subtract, (other, self), {})
+
+    def __mul__(self, other: Any) -> Stand:
+        return self.__mlx_function__(_multiply, (self, other), {})
+
+    def __truediv__(self, other: Any) -> Stand:
+        return self.__mlx_function__(_divide, (self, other), {})
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Source(Stand):
+    """The image itself."""
+
+    def __init__(self, job: Job, x: mx.array):
+        super().__init__(job, x.shape, x.dtype)
+        self._x = x
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self._x[:, start:stop]
+
+
+class Pointwise(Stand):
+    """What a function makes of each pixel."""
+
+    def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
+        example = function(*(_example(stand, rows=1) for stand in inputs))
+        batch, _, width, channels = example.shape
+        super().__init__(job, (batch, inputs[0].shape[1], width, channels), example.dtype, inputs)
+        self._function = function
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return self._function(*(stand.rows(start, stop) for stand in self.inputs))
+
+
+class Repeated(Stand):
+    """Every pixel four times."""
+
+    def __init__(self, x: Stand):
+        batch, height, width, channels = x.shape
+        super().__init__(x.job, (batch, 2 * height, 2 * width, channels), x.dtype, [x])
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        first = start // 2
+        repeated = kernels.repeat_pixels(self.inputs[0].rows(first, (stop + 1) // 2))
+        return repeated[:, start - 2 * first : stop - 2 * first]
+
+    def reach(self, start: int, stop: int) -> None:
+        super().reach(start // 2, (stop + 1) // 2)
+
+    def release(self, reader: int, start: int) -> None:
+        super().release(reader, start // 2)
+
+
+class Averaged(Stand):
+    """The mean of every four pixels."""
+
+    def __init__(self, x: Stand):
+        batch, height, width, channels = x.shape
+        super().__init__(x.job, (batch, height // 2, width // 2, channels), x.dtype, [x])
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        return average_pixels(self.inputs[0].rows(2 * start, 2 * stop))
+
+    def reach(self, start: int, stop: int) -> None:
+        super().reach(2 * start, 2 * stop)
+
+    def release(self, reader: int, start: int) -> None:
+        super().release(reader, 2 * start)
+
+
+class GroupNorm(Stand):
+    """`kernels.group_norm`, its statistics of all rows."""
+
+    def __init__(self, job: Job, x: Stand, groups: int, weight: mx.array, bias: mx.array, eps: float):
+        held = x if isinstance(x, Held) and x.groups is None else Held(job, _first, [x])
+        super().__init__(job, held.shape, held.dtype, [held])
+        held.groups = groups
+        self._held, self._weight, self._bias, self._eps = held, weight, bias, eps
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        x, statistics = self._held.rows(start, stop), self._held.statistics()
+        return kernels.group_norm_apply(x, *statistics, self._weight, self._bias, self._eps)
+
+    def reach(self, start: int, stop: int) -> None:
+        self._held.statistics()
+        super().reach(start, stop)
+
+
+class Held(Stand):
+    """Computed from top to bottom, strip by strip, by a function of the inputs' same rows; held while it is read.
+
+    Attributes:
+        step: rows of a strip.
+        kept: computed once, and held until every reader is past it; else computed anew in every pass, a few strips
+            of which are held.
+        groups: of the group norm that takes its statistics; None for none.
+        in_its_stead: narrower arrays made of this one that are better held for later.
+    """
+
+    def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
+        alike = Pointwise(job, function, inputs)
+        self._hold(job, alike.shape, alike.dtype, inputs)
+        self._function = function
+
+    def _hold(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand], cost: int = 1) -> None:
+        super().__init__(job, shape, dtype, inputs)
+        self.step = max(job.pixels // (self.shape[2] * cost), 1) if job.pixels else self.shape[1]
+        self.kept = True
+        self.groups: int | None = None
+        self.in_its_stead: list[Held] = []
+        self._strips: list[tuple[int, mx.array]] = []
+        self._done = 0
+        self._needed: dict[int, int] = {}
+        self._statistics: list[tuple[int, mx.array, mx.array]] = []
+        self._measured = False
+        job.made.append(self)
+
+    def announce(self) -> None:
+        """Tell what is kept that it is going to be read."""
+        if self.kept:
+            super().release(id(self), 0)
+
+    def compute(self, start: int, stop: int) -> mx.array:
+        """Rows start to stop from the inputs'."""
+        return self._function(*(stand.rows(start, stop) for stand in self.inputs))
+
+    def first_input_row(self, row: int) -> int:
+        """The first row of the inputs that rows from `row` on need."""
+        return row
+
+    def reach(self, start: int, stop: int) -> None:
+        height = self.shape[1]
+        if not self.kept:
+            self._drop(start - self.step)  # some reader may be a few rows behind this one
+            first = self._strips[0][0] if self._strips else self._done
+            if not first <= start <= self._done:  # another pass
+                self._drop(height)
+                self._done = start
+        while self._done < min(stop, height):
+            at, self._done = self._done, min(self._done + self.step, height)
+            strip = self.job.compute(self, at, self._done)
+            self._strips.append((at, strip))
+            self.job.held += strip.nbytes
+            if self.groups is not None and not self._measured:
+                self._statistics.append((strip.shape[1], *self.job.statistics(strip, self.groups)))
+            if self.kept:
+                super().release(id(self), self.first_input_row(self._done) if self._done < height else _BELOW_ALL)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        self.reach(start, stop)
+        pieces = [strip[:, max(start - at, 0) : stop - at] for at, strip in self.strips(start, stop)]
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+
+    def strips(self, start: int, stop: int) -> list[tuple[int, mx.array]]:
+        """What is held of the rows start to stop: strips, each with its first row."""
+        return [(at, strip) for at, strip in self._strips if start < at + strip.shape[1] and at < stop]
+
+    def release(self, reader: int, start: int) -> None:
+        if not self.kept:
+            super().release(reader, self.first_input_row(start))
+            if start >= self.shape[1]:
+                self._drop(start)
+            return
+        self._needed[reader] = start
+        if start:
+            for held in self.in_its_stead:
+                held.reach(0, start)
+            self._drop(min(self._needed.values()))
+
+    def _drop(self, above: int) -> None:
+        """Let go of strips that end above a row."""
+        kept = self.strips(above, self.shape[1])
+        self.job.held -= sum(strip.nbytes for _, strip in self._strips) - sum(strip.nbytes for _, strip in kept)
+        self._strips = kept
+
+    def statistics(self) -> tuple[mx.array, mx.array]:
+        """Mean and variance of each group, spread over its channels: (B, C) each, float32 (Chan et al. 1979)."""
+        if not self._measured:
+            for start in range(0, self.shape[1], self.step):
+                self.reach(start, start + self.step)
+            self._measured = True
+            rows, means, variances = (list(values) for values in zip(*self._statistics, strict=True))
+            share = (mx.array(rows, mx.float32) / self.shape[1])[:, None, None]
+            mean = (mx.stack(means) * share).sum(axis=0)
+            variance = ((mx.stack(variances) + mx.square(mx.stack(means) - mean)) * share).sum(axis=0)
+            self._statistics = [(self.shape[1], mean, variance)]
+        return self._statistics[0][1:]
+
+
+class Convolution(Held):
+    """`kernels.conv2d`."""
+
+    def __init__(
+        self,
+        job: Job,
+        x: Stand,
+        weight: mx.array,
+        bias: mx.array | None = None,
+        *,
+        stride: int = 1,
+        padding: kernels.Padding = 0,
+    ):
+        (top, _), self._sides = sides_of(padding)
+        example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
+        self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
+        self._hold(job, example.shape, example.dtype, [x], cost=stride**2)
+        if isinstance(x, Held) and self.shape[3] < x.shape[3] and weight.shape[1] == stride == 1:
+            x.in_its_stead.append(self)
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        """First row of the input that rows start to stop see, and the one after the last, padding included."""
+        return start * self.stride - self._top, (stop - 1) * self.stride - self._top + self.weight.shape[1]
+
+    def compute(self, start: int, stop: int) -> mx.array:
+        (x,), (first, end) = self.inputs, self.window(start, stop)
+        rows = x.rows(max(first, 0), min(end, x.shape[1]))
+        mx.eval(rows)  # what went into them can go before the convolution takes memory of its own
+        padding = ((max(-first, 0), max(end - x.shape[1], 0)), self._sides)
+        return kernels.conv2d(rows, self.weight, self._bias, stride=self.stride, padding=padding)
+
+    def first_input_row(self, row: int) -> int:
+        return max(self.window(row, row)[0], 0)
+
+
+class Whole(Held):
+    """What a function makes of whole arrays; `call` is it with its other arguments."""
+
+    def __init__(self, job: Job, function: Callable[..., Any], call: Callable[..., mx.array], inputs: Sequence[Stand]):
+        example = call(*(_example(stand) for stand in inputs))
+        self._hold(job, example.shape, example.dtype, inputs)
+        self.step = self.shape[1]
+        self.function, self._call = function, call
+
+    def compute(self, start: int, stop: int) -> mx.array:
+        return self._call(*(stand.rows(0, stand.shape[1]) for stand in self.inputs))
+
+
+def _applied(job: Job, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+    """A call with stand-ins among its arguments."""
+    given = (*arguments, *named.values())
+    stands = [value for value in given if isinstance(value, Stand)]
+
+    def call(*arrays: mx.array) -> Any:
+        left = iter(arrays)
+        values = [next(left) if isinstance(value, Stand) else value for value in given]
+        return function(*values[: len(arguments)], **dict(zip(named, values[len(arguments) :], strict=True)))
+
+    differs_by_row = any(isinstance(value, mx.array) and value.ndim > 2 and value.shape[-3] > 1 for value in given)
+    if differs_by_row or not is_pointwise(function):
+        return Whole(job, function, call, stands)
+    return Pointwise(job, call, stands) if len(stands) == 1 else Held(job, call, stands)
+
+
+def _example(stand: Stand, rows: int | None = None) -> mx.array:
+    """An array of a stand-in's shape, never computed: what a function makes of it has the shape of its result."""
+    batch, height, width, channels = stand.shape
+    return mx.zeros((batch, rows or height, width, channels), stand.dtype)
+
+
+_add, _subtract, _multiply, _divide = map(pointwise, (operator.add, operator.sub, operator.mul, operator.truediv))
+
+
+@pointwise
+def _astype(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    return x.astype(dtype)
+
+
+@pointwise
+def _channels(x: mx.array, start: int | None, stop: int | None) -> mx.array:
+    return x[..., start:stop]
+
+
+def _first(x: mx.array) -> mx.array:
+    return x

@@ -1,0 +1,297 @@
+"""A pickle interpreted without executing anything: dicts, lists, scalars and tensors come out.
+
+It goes opcode by opcode. No class is looked up and no function is called: a name is a pair of strings, and what a call
+would have made is a tensor, a container or a `Placeholder`. Names that torch and its trainers do not write are refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, NamedTuple
+
+from mflux_vae.weights.formats.lazy_tensor import MOST_DIMENSIONS
+from mflux_vae.weights.formats.safe_reading import Refused
+
+_SCALARS = (str, int, float, bool, bytes, type(None))
+
+_DTYPES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "Untyped": "",  # the tensor says it
+}
+"""By the name of torch's storage class."""
+
+_ALLOWED = {
+    "torch": "*Storage Size device Tensor [b-u]*[0-9] float half double long short bool *_e*m*",
+    "torch._tensor": "_rebuild_from_type_v2",
+    "torch._utils": "_rebuild_*",
+    "torch.nn.parameter": "Parameter",
+    "torch.storage": "*Storage",
+    "torch.serialization": "_get_layout",
+    "torch.optim.lr_scheduler": "*",
+    "collections": "OrderedDict defaultdict Counter deque",
+    "datetime": "*",
+    "pathlib": "*Path",
+    "argparse": "Namespace",
+    "_codecs": "encode",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "scalar _reconstruct",
+    "numpy._core.multiarray": "scalar _reconstruct",
+    "typing": "Any",
+    **dict.fromkeys(
+        ("builtins", "__builtin__"),
+        "set frozenset list tuple dict int float complex str bool bytes bytearray object slice range",
+    ),
+    **{package + deeper: "*" for package in ("lightning", "lightning_fabric", "omegaconf") for deeper in ("", ".*")},
+    **{"pytorch_lightning": "*", "pytorch_lightning.*": "*"},
+}
+"""Patterns of modules, and of the names in them, that a pickle may mention: torch's, and what trainers leave beside."""
+
+
+class Name(NamedTuple):
+    """What the pickle calls `module.name`; only ever its two strings."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """Where an object of another class was."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of numbers in the file: `dtype` (empty where the tensor says it), key, and its size in elements."""
+
+    dtype: str
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A view of a storage; offset and strides in elements of `dtype`."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_CONSTANTS: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list,
+}
+_LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+)
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MARK = object()
+
+
+def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
+    """Run one pickle's opcodes over dicts, lists, tuples, scalars, names and tensors.
+
+    Args:
+        source: the bytes, or a file that is read up to the pickle's end.
+        storages: filled with the storages that are mentioned, by key.
+
+    Raises:
+        Refused: it mentions what it may not.
+        Exception: of many kinds (`torch_files` lists them), where it is no pickle.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        index = len(stack) - 1
+        while stack[index] is not _MARK:  # below the bottom: an IndexError, the pickle is broken
+            index -= 1
+            if index < 0:
+                raise Refused("a mark is missing")
+        items = stack[index + 1 :]
+        del stack[index:]
+        return items
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(source):
+        code = opcode.name
+        if code in _LITERALS:
+            stack.append(argument)
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code]())
+        elif code in ("PROTO", "FRAME"):
+            pass
+        elif code == "MARK":
+            stack.append(_MARK)
+        elif code in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif code == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif code in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code in _TUPLES:
+            count = _TUPLES[code]
+            items = stack[-count:]
+            del stack[-count:]
+            stack.append(tuple(items))
+        elif code == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif code in ("LIST", "FROZENSET"):
+            stack.append(since_mark())
+        elif code == "DICT":
+            stack.append(_fill({}, since_mark()))
+        elif code == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            _fill(stack[-1], [key, value])
+        elif code == "SETITEMS":
+            items = since_mark()
+            _fill(stack[-1], items)
+        elif code in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if code == "APPEND" else since_mark()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+            elif not isinstance(stack[-1], Placeholder):
+                raise Refused(f"{code} on what is no list")
+        elif code == "GLOBAL":
+            stack.append(_name(*argument.split(" ", 1)))
+        elif code == "STACK_GLOBAL":
+            name, module = stack.pop(), stack.pop()
+            stack.append(_name(str(module), str(name)))
+        elif code in ("REDUCE", "NEWOBJ"):
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_called(function, arguments))
+        elif code == "NEWOBJ_EX":
+            _, arguments, function = stack.pop(), stack.pop(), stack.pop()
+            stack.append(_called(function, arguments))
+        elif code == "BUILD":
+            stack.pop()  # attributes: of an OrderedDict, torch's bookkeeping; of a placeholder, nothing we need
+            if not isinstance(stack[-1], dict | Placeholder | Tensor):
+                raise Refused("attributes for what is no object")
+        elif code == "BINPERSID":
+            storage = _storage(stack.pop())
+            if storages is not None and storages.setdefault(storage.key, storage) != storage:
+                raise Refused(f"two storages are called {storage.key!r}")
+            stack.append(storage)
+        elif code == "POP":
+            stack.pop()
+        elif code == "POP_MARK":
+            since_mark()
+        elif code == "DUP":
+            stack.append(stack[-1])
+        elif code == "STOP":
+            return stack.pop()
+        else:
+            raise Refused(f"its opcode {code} is not one that torch writes")
+    raise Refused("its end is missing")
+
+
+@cache
+def _name(module: str, name: str) -> Name:
+    found = Name(module, name)
+    known = any(
+        fnmatchcase(found.module, module) and any(fnmatchcase(found.name, pattern) for pattern in names.split())
+        for module, names in _ALLOWED.items()
+    )
+    if not known:
+        raise Refused(
+            f"it wants to use {str(found)[:100]!r}; only tensors and containers are read: save its state_dict"
+        )
+    return found
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """What a call would have made, as far as it is a tensor or a container."""
+    if not isinstance(function, Name) or not isinstance(arguments, tuple):
+        raise Refused("a call of what is no name")
+    match function:
+        case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"):
+            return _tensor(arguments)
+        case ("torch._utils", "_rebuild_tensor_v3"):
+            return _tensor(arguments, arguments[6].name)
+        case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
+            return arguments[0]
+        case ("torch._tensor", "_rebuild_from_type_v2"):
+            return _called(arguments[0], arguments[2])
+        case ("collections", "OrderedDict"):
+            return _ordered(*arguments)
+        case ("collections", "defaultdict"):
+            return {}
+        case ("torch", "Size"):
+            return arguments[0]
+        case _:
+            return Placeholder(str(function))
+
+
+def _ordered(pairs: Any = ()) -> dict[Any, Any]:
+    """OrderedDict(pairs), as Python 2 writes it; the pairs are used up, so that no file makes much out of little."""
+    filled: dict[Any, Any] = {}
+    for pair in pairs:
+        key, value = pair
+        _fill(filled, [key, value])
+    if pairs:
+        pairs.clear()
+    return filled
+
+
+def _fill(target: Any, items: Sequence[Any]) -> Any:
+    if isinstance(target, Placeholder):
+        return target
+    if not isinstance(target, dict) or len(items) % 2:
+        raise Refused("items for what is no dictionary")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if isinstance(key, (*_SCALARS, Name)):  # a nested tuple can take forever to hash
+            target[key] = value
+    return target
+
+
+def _storage(persistent: Any) -> Storage:
+    if not isinstance(persistent, tuple) or len(persistent) < 5 or persistent[0] != "storage":
+        raise Refused("a reference to what is no storage")
+    kind, key, _, size, *view = persistent[1:]
+    dtype = _DTYPES.get(kind.name.lstrip("_").removesuffix("Storage")) if isinstance(kind, Name) else None
+    if dtype is None:
+        raise Refused(f"numbers of an unknown kind, {str(kind)[:60]}")
+    if any(part is not None for part in view):
+        raise Refused("a storage that is part of another")
+    if not isinstance(size, int) or not isinstance(key, str):
+        raise Refused("a storage without name or size")
+    return Storage(dtype, key, size)
+
+
+def _tensor(arguments: Sequence[Any], dtype: str = "") -> Tensor:
+    storage, offset, shape, strides = arguments[:4]
+    if max(len(shape), len(strides)) > MOST_DIMENSIONS:
+        raise Refused(f"a tensor of {len(shape)} dimensions")
+    numbers = (offset, *shape, *strides)
+    whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if not isinstance(storage, Storage) or not whole or len(shape) != len(strides):
+        raise Refused("a tensor without storage, or with an impossible shape")
+    if not (dtype := dtype or storage.dtype):
+        raise Refused("a tensor without a dtype")
+    return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))

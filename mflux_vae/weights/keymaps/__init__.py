@@ -1,0 +1,1 @@
+"""Two-way tables between the key naming of a file and of a network."""

@@ -1,0 +1,1 @@
+"""State, checkpoints and the lock of a run folder."""

@@ -1,0 +1,1 @@
+"""Images and captions of a run, and micro-batches from them."""

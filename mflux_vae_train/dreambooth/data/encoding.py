@@ -1,0 +1,258 @@
+"""Prompts and pictures -> conditioning and latents, each encoded once, by this run or an earlier one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.images import averaged, load_image, to_pixels
+from mflux_vae.utils.prefetch import ahead
+from mflux_vae_train.distributed.interrupts import breakable
+from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.dreambooth.config import Concept
+from mflux_vae_train.dreambooth.data.batches import Cache, Latent, Sample
+from mflux_vae_train.dreambooth.data.crops import Shape, View
+from mflux_vae_train.dreambooth.data.dataset import Instance, content_of, load_mask
+from mflux_vae_train.dreambooth.data.encoding_cache import Store
+from mflux_vae_train.pipelines.capabilities import Identifies, Use
+from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
+
+PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts, encoded.
+
+    Attributes:
+        rows: where each stands in the conditioning.
+    """
+
+    conditioning: Conditioning
+    rows: Mapping[str, int]
+
+    def of(self, prompt: str) -> Conditioning:
+        """The conditioning of one prompt, a batch of one."""
+        row = self.rows[prompt]
+        return {name: array[row : row + 1] for name, array in self.conditioning.items()}
+
+
+class Seen(NamedTuple):
+    """A picture in one of its views."""
+
+    path: Path
+    view: View
+
+
+def open_store(pipeline: DiffusionPipeline, folder: Path) -> Store:
+    """Where the encodings of a pipeline are kept: nowhere, if it cannot say what encodes."""
+    return Store(folder if isinstance(pipeline, Identifies) else None)
+
+
+def pictures_at_once(resolution: int) -> int:
+    """How many pictures an autoencoder or sampler gets together: a million pixels, at most sixteen."""
+    return max(1, min(16, 2**20 // resolution**2))
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """A hash of the contents of files, in order; their names do not count."""
+    digest = hashlib.sha256()
+    for content in ahead(content_of, paths):
+        digest.update(bytes.fromhex(content))
+    return digest.hexdigest()[:16]
+
+
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store, *, team: Team = ALONE) -> Prompts:
+    """Each prompt once, some at a time; of several processes the first does it for all."""
+    unique = list(dict.fromkeys(prompts))
+    conditioning = team.give(lambda: _conditioning(pipeline, unique, store))
+    return Prompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
+
+
+def _conditioning(pipeline: DiffusionPipeline, unique: Sequence[str], store: Store) -> Conditioning:
+    encoder = _encoder(pipeline, "prompts")
+    keys = [{"prompt": prompt, "encoder": encoder} for prompt in unique]
+    rows = [store.get(key) for key in keys]
+    for start in range(0, len(unique), PROMPTS_AT_ONCE):
+        group = slice(start, start + PROMPTS_AT_ONCE)
+        if None not in rows[group]:
+            continue
+        # The groups are fixed, so that no row depends, by a rounding, on which ones were there already.
+        found = pipeline.encode_prompts(unique[group])
+        mx.eval(found)
+        for place, row in enumerate(rows[group]):
+            if row is None:
+                new = {name: array[place : place + 1] for name, array in found.items()}
+                store.put(keys[start + place], new)
+                rows[start + place] = new
+    known = [row for row in rows if row is not None]
+    conditioning = {name: mx.concatenate([row[name] for row in known]) for name in known[0]}
+    mx.eval(conditioning)
+    return conditioning
+
+
+def encode_pictures(
+    encode: Callable[[mx.array], mx.array],
+    pictures: Sequence[Seen],
+    *,
+    store: Store | None = None,
+    encoder: str = "",
+    team: Team = ALONE,
+) -> list[Latent]:
+    """Latents of pictures, some of one shape at a time; files of the next ones are read meanwhile, no more than that.
+
+    Of several processes the first reads files and keeps the store, as what others have may lie on other machines; the
+    encoding is shared out.
+
+    Args:
+        encode: (B, H, W, 3) in [-1, 1] -> latents.
+        encoder: what `encode` is, for the store.
+    """
+    store = store or Store(None)
+    keys = _keys(pictures, encoder) if team.first else []
+    known = [kept["latents"] if (kept := store.get(key)) else None for key in keys]
+    latents = {place: latent for place, latent in enumerate(known) if latent is not None}
+    there = set(team.from_first(lambda: list(latents)))
+    pending = [group for group in _alike(pictures) if not there.issuperset(group)]
+    coming = ahead(
+        lambda one: one.view.of(load_image(one.path)),
+        [pictures[place] for group in pending for place in group] if team.first else [],
+        limit=max(map(len, pending), default=1) * team.size,
+    )
+
+    def read(groups: Sequence[Sequence[int]]) -> dict[str, mx.array]:
+        """uint8 (B, H, W, 3) of each group."""
+        return {str(rank): mx.array(np.stack(list(islice(coming, len(one))))) for rank, one in enumerate(groups)}
+
+    def encoded(pixels: mx.array | None) -> list[mx.array]:
+        own = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
+        mx.eval(own)
+        return own
+
+    shown = None if pending and team.first else True
+    with tqdm(total=sum(map(len, pending)), desc="latents", unit="picture", disable=shown) as bar:
+        for start in range(0, len(pending), team.size):
+            groups = pending[start : start + team.size]
+            pixels = team.give(partial(read, groups)).get(str(team.rank))
+            own = breakable(team, partial(encoded, pixels))
+            for group, found in zip(groups, team.gather_arrays(own), strict=False):
+                for place, latent in zip(group, found[0], strict=True):
+                    if team.first and place not in latents:
+                        latents[place] = latent
+                        store.put(keys[place], {"latents": latent})
+                bar.update(len(group))
+    everyones = team.give(lambda: {str(place): latents[place] for place in range(len(pictures))})
+    return list(everyones.values())
+
+
+def _keys(pictures: Sequence[Seen], encoder: str) -> list[dict[str, object]]:
+    """What each picture's latents are kept under."""
+    paths = list(dict.fromkeys(one.path for one in pictures))
+    contents = dict(zip(paths, ahead(content_of, paths), strict=True))
+    return [{"picture": contents[one.path], "view": astuple(one.view), "encoder": encoder} for one in pictures]
+
+
+def _alike(pictures: Sequence[Seen]) -> list[list[int]]:
+    """Numbers of pictures that are encoded together. Which ones are does not depend on what is in the store, so that
+    no latent does by a rounding."""
+    by_shape: dict[Shape, list[int]] = {}
+    for place, one in enumerate(pictures):
+        by_shape.setdefault(one.view.shape, []).append(place)
+    groups = []
+    for (height, width), places in by_shape.items():
+        size = pictures_at_once(math.isqrt(height * width))
+        groups += [places[start : start + size] for start in range(0, len(places), size)]
+    return groups
+
+
+def build_cache(
+    pipeline: DiffusionPipeline,
+    instances: Sequence[Instance],
+    prompts: Prompts,
+    concepts: Sequence[Concept],
+    store: Store,
+    *,
+    class_pictures: Sequence[Sequence[Path]] | None,
+    preserves_output: bool,
+    team: Team = ALONE,
+) -> Cache:
+    """Encodes all pictures; nothing else of them is needed after it.
+
+    Args:
+        concepts: with nothing left open.
+        class_pictures: by concept; None where there are none.
+
+    Raises:
+        SettingsError: there are masks, and latents that are no pictures.
+    """
+    encoder = _encoder(pipeline, "images")
+
+    def encoded(pictures: Sequence[Seen]) -> list[Latent]:
+        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder, team=team)
+
+    # every view of every instance picture, numbered
+    latents = encoded([Seen(one.path, view) for one in instances for row in one.views for view in row])
+    numbers = count()
+    entries = [[[next(numbers) for _ in row] for row in one.views] for one in instances]
+    samples = [
+        Sample(
+            entries=own,
+            prompt=prompts.rows[one.caption],
+            class_prompt=None if (asked := concepts[one.concept].class_prompt) is None else prompts.rows[asked],
+            concept=one.concept,
+        )
+        for one, own in zip(instances, entries, strict=True)
+        for _ in range(concepts[one.concept].repeats or 1)
+    ]
+
+    # beside each shape of instance pictures, class pictures cut to it
+    prior: dict[tuple[int, tuple[int, ...]], Sequence[Latent]] | None = None
+    if class_pictures is not None:
+        shapes = {
+            (one.concept, one.shape): latents[own[0][0]].shape for one, own in zip(instances, entries, strict=True)
+        }
+        prior = {
+            (concept, shape): encoded([Seen(path, View(shape=pixels)) for path in class_pictures[concept]])
+            for (concept, pixels), shape in shapes.items()
+        }
+    return Cache(
+        samples=samples,
+        latents=latents,
+        masks=_masks(instances, entries, latents) if any(one.mask for one in instances) else None,
+        prior=prior,
+        prompts=prompts.conditioning,
+        empty=prompts.rows[""],
+        preserves_output=preserves_output,
+    )
+
+
+def _masks(
+    instances: Sequence[Instance], entries: Sequence[Sequence[Sequence[int]]], latents: Sequence[Latent]
+) -> list[mx.array]:
+    """What each place of the latents counts, (h, w, 1) in [0, 1]: the grey of the mask, averaged over the place."""
+    masks = []
+    for one, own in zip(instances, entries, strict=True):
+        grey = None if one.mask is None else load_mask(one.mask)
+        for views, numbers in zip(one.views, own, strict=True):
+            for view, number in zip(views, numbers, strict=True):
+                shape = latents[number].shape
+                if len(shape) != 3:
+                    raise SettingsError(f"--masked_loss needs latents that are pictures, and these are {shape}")
+                levels = np.full(shape[:2], 255) if grey is None else averaged(view.of(grey), shape[:2])
+                masks.append(mx.array(levels.reshape(*shape[:2], 1).astype(np.float32) / 255))
+    return masks
+
+
+def _encoder(pipeline: DiffusionPipeline, use: Use) -> str:
+    return pipeline.encoder_identity(use) if isinstance(pipeline, Identifies) else ""

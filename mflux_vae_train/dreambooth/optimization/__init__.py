@@ -1,0 +1,1 @@
+"""What is trained, on which loss, with which optimizer."""

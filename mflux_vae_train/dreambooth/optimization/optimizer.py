@@ -1,0 +1,112 @@
+"""Which optimizer a run has, at which rates, and whether its updates are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from mflux_vae import kernels
+from mflux_vae.runtime.device import is_cpu
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lion, Prodigy
+from mflux_vae_train.optimizers.base import Optimizer
+from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.training.lr_schedule import learning_rate
+from mflux_vae_train.training.step import Pass, one_by_one
+
+COMPILED_FROM = 300
+"""Updates on a CPU whose step is worth compiling, see `Step`."""
+
+LION_SHARE = 0.1
+"""Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
+
+SMALL = 50_000_000
+"""Parameters of networks whose activations may be there once for each core, and whose products keep but one busy."""
+
+
+def worth_compiling(updates: int) -> bool:
+    """Whether a run of so many updates gains by it."""
+    return not is_cpu() or (updates >= COMPILED_FROM and kernels.compiles())
+
+
+def at_once(denoiser: nn.Module) -> int:
+    """How many micro-batches are computed side by side: of a small network on a CPU one on each core.
+
+    Its products would keep no more of them busy.
+    """
+    size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
+    return kernels.streams() if is_cpu() and size <= SMALL else 1
+
+
+def passes_of(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
+    """How `Step` computes those of an update."""
+    return kernels.side_by_side if at_once(denoiser) > 1 else one_by_one
+
+
+def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
+    """Peak learning rate where the user gives none: what the pipeline recommends is meant for AdamW."""
+    if settings.optimizer == "prodigy":
+        return 1.0
+    rate = recommended.learning_rate if settings.train_mode == "lora" else recommended.learning_rate_full
+    return rate * LION_SHARE if settings.optimizer == "lion" else rate
+
+
+TEXT_ENCODER_SHARE = 0.05
+"""Of the denoiser's rate: as the defaults of diffusers' script, 5e-6 and 1e-4, have it."""
+
+
+def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
+    """`optimizer_of`, and where the text encoder learns another such one for it, behind the same schedule.
+
+    Args:
+        settings: with rates decided.
+        text_encoder: first component of the paths of its parameters.
+    """
+    own = optimizer_of(settings)
+    if not settings.train_text_encoder or settings.optimizer == "prodigy":  # which finds one rate for all
+        return own
+    assert settings.text_encoder_lr is not None and settings.learning_rate is not None
+    other = optimizer_of(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
+    share = settings.text_encoder_lr / settings.learning_rate
+    return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (own, 1.0, None)])
+
+
+def optimizer_of(settings: DreamBoothSettings) -> Optimizer:
+    """The optimizer that `settings` describe; its rate is set by each update."""
+    decay, beta1, epsilon = settings.adam_weight_decay, settings.adam_beta1, settings.adam_epsilon
+    usual = 0.99 if settings.optimizer == "lion" else 0.999
+    beta2 = usual if settings.adam_beta2 is None else settings.adam_beta2
+    if settings.optimizer == "adafactor":
+        return Adafactor(weight_decay=decay)
+    if settings.optimizer == "lion":
+        return Lion(beta1=beta1, beta2=beta2, weight_decay=decay)
+    if settings.optimizer == "prodigy":
+        return Prodigy(
+            beta1=beta1,
+            beta2=beta2,
+            beta3=settings.prodigy_beta3,
+            epsilon=epsilon,
+            weight_decay=decay,
+            decouple=settings.prodigy_decouple,
+            use_bias_correction=settings.prodigy_use_bias_correction,
+            safeguard_warmup=settings.prodigy_safeguard_warmup,
+        )
+    kind = AdamW8bit if settings.optimizer == "adamw8bit" else AdamW
+    return kind(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)
+
+
+def schedule_of(settings: DreamBoothSettings, *, peak: float, updates: int) -> Callable[[int], float]:
+    """Update -> rate, over a run of so many."""
+    return learning_rate(
+        peak=peak,
+        total=updates,
+        warmup=settings.lr_warmup_steps,
+        shape=settings.lr_scheduler,
+        cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )

@@ -1,0 +1,1 @@
+"""Decisions of a run before its first update."""

@@ -1,0 +1,1 @@
+"""What a run shows: previews, charts, report, model card."""

@@ -1,0 +1,1 @@
+"""Console, progress, trackers and the HTML report."""

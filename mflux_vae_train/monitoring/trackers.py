@@ -1,0 +1,217 @@
+"""Other programs' places for curves and pictures: TensorBoard and Weights & Biases, each an extra.
+
+They are imported when they are asked for. A tracker is an observer of the loop that can also take pictures; it is
+opened with the update that the run goes on from, and closed with it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.training.hooks import Record
+
+NAMES = ("tensorboard", "wandb")
+"""Each is the name of a package, and of the extra that brings it."""
+
+
+class Tracker(Protocol):
+    """What `TensorBoard` and `WandB` have in common."""
+
+    def __call__(self, record: Record) -> None:
+        """Every metric of an update."""
+
+    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+        """Numbers as of the model after that update."""
+
+    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+        """A picture, uint8 (H, W, 3), of the model after that update."""
+
+    def __enter__(self) -> Tracker: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def wanted(report_to: str | None) -> Sequence[str]:
+    """Names of the trackers that ``--report_to`` asks for; `all` means those that are installed.
+
+    Raises:
+        SettingsError: one of them, or with `all` every one, is not installed.
+    """
+    if report_to in (None, "none"):
+        return ()
+    names = [name for name in NAMES if _installed(name)]
+    if report_to == "all":
+        if not names:
+            raise SettingsError(f"--report_to all: install one of them: {', '.join(map(_install, NAMES))}")
+        return names
+    if report_to not in names:
+        raise SettingsError(f"--report_to {report_to}: it is not installed: {_install(str(report_to))}")
+    return (str(report_to),)
+
+
+def open_tracker(name: str, folder: Path, *, run: str, settings: Mapping[str, Any], start: int) -> Tracker:
+    """One of `NAMES`, writing into a folder of its own below `folder`.
+
+    Args:
+        run: what the run is called.
+        settings: what is shown of it.
+        start: updates made before; what was reported of later ones is replaced where the tracker can.
+
+    Raises:
+        SettingsError: it cannot be opened: not installed, not logged in.
+    """
+    kinds: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    return kinds[name](folder / name, run=run, settings=settings, start=start)
+
+
+class TensorBoard:
+    """Event files for TensorBoard.
+
+    Args:
+        folder: for the files; a resumed run adds one, which replaces what the earlier ones have after `start`.
+        run, settings: shown as a text, where there are settings.
+
+    Raises:
+        SettingsError: TensorBoard is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, *, run: str = "", settings: Mapping[str, Any] | None = None, start: int = 0
+    ) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise SettingsError(f"TensorBoard is not installed: {_install('tensorboard')} ({error})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._summary, self._writer = event_pb2, summary_pb2.Summary, EventFileWriter(str(folder))
+        # readers drop what other files of the folder hold from this step on
+        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=begun))
+        if settings:
+            shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
+            text = tensor_pb2.TensorProto(dtype="DT_STRING", string_val=[_table(run, settings)], tensor_shape=shape)
+            plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+            metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+            self._add(start, [self._summary.Value(tag="settings", tensor=text, metadata=metadata)])
+
+    def __call__(self, record: Record) -> None:
+        self.values("train", record.update, record.metrics)
+
+    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+        self._add(update, [self._summary.Value(tag=f"{group}/{name}", simple_value=x) for name, x in metrics.items()])
+
+    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+        height, width, _ = picture.shape
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_png(picture))
+        self._add(update, [self._summary.Value(tag=f"{name}: {caption}", image=image)])
+
+    def _add(self, update: int, values: Sequence[Any]) -> None:
+        self._writer.add_event(
+            self._event.Event(wall_time=time.time(), step=update, summary=self._summary(value=values))
+        )
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; ``WANDB_PROJECT``, ``WANDB_MODE=offline`` and its other variables hold.
+
+    Args:
+        folder: named wandb; where it keeps its files, and the id under which a resumed run goes on.
+        run: the run's name there.
+
+    Raises:
+        SettingsError: wandb is not installed, or refuses to begin.
+    """
+
+    PROJECT = "dreambooth"
+
+    def __init__(
+        self, folder: Path, *, run: str = "", settings: Mapping[str, Any] | None = None, start: int = 0
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise SettingsError(f"wandb is not installed: {_install('wandb')} ({error})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "run-id"
+        if start == 0 or not known.exists():
+            known.write_text(secrets.token_hex(4), encoding="utf-8")
+        options: dict[str, Any] = {} if os.environ.get("WANDB_PROJECT") else {"project": self.PROJECT}
+        try:
+            self._run = wandb.init(
+                id=known.read_text(encoding="utf-8"),
+                resume="allow",
+                name=run or None,
+                dir=str(folder.parent),  # where it makes a folder of its name
+                config=dict(settings or {}),
+                **options,
+            )
+        except Exception as error:  # its own errors; which ones changes from version to version
+            said = " ".join(str(error).split()).rstrip(".")
+            raise SettingsError(
+                f"--report_to wandb: {said}; run `wandb login`, or set WANDB_MODE=offline in the environment"
+            ) from error
+        self._image = wandb.Image
+
+    def __call__(self, record: Record) -> None:
+        self.values("train", record.update, record.metrics)
+
+    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"{group}/{name}": value for name, value in metrics.items()}, step=update)
+
+    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+        self._run.log({name: self._image(picture, caption=caption)}, step=update)
+
+    def __enter__(self) -> WandB:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # a module that was put there by hand has no spec
+        return True
+
+
+def _install(name: str) -> str:
+    return f"pip install 'mflux-vae[{name}]'"
+
+
+def _png(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _table(run: str, settings: Mapping[str, Any]) -> bytes:
+    """Markdown; a bar in a text would end its cell."""
+    rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items()]
+    return "\n".join([f"**{run}**", "", "| setting | value |", "|---|---|", *rows]).encode()

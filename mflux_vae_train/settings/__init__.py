@@ -1,0 +1,1 @@
+"""Dataclass fields, flags and YAML."""

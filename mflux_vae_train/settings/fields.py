@@ -1,0 +1,146 @@
+"""Fields of dataclasses of settings: each is a flag, a key of a YAML file and a line of the help, and is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.utils.redaction import redacted
+
+
+def flag(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    aliases: tuple[str, ...] = (),
+    group: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A field that is also a flag.
+
+    Args:
+        help: one line for ``--help``; the default is appended there.
+        default: left out, the flag is required.
+        choices: the allowed strings, where only some are.
+        least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
+        aliases: other names of the flag and of the key.
+        group: heading in ``--help`` for this flag and those after it, up to the next that has one.
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, "group": group, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """(the type without None, of a tuple that of its members, whether None is allowed) of a field's type hint."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = [k for k in typing.get_args(hint) if k is not type(None)]
+        return kind_of(kinds[0])[0], True
+    return (typing.get_args(hint)[0] if is_tuple(hint) else hint), False
+
+
+def is_tuple(hint: Any) -> bool:
+    """Whether a field takes any number of values, at least one."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(is_tuple(member) for member in typing.get_args(hint))
+    return typing.get_origin(hint) is tuple
+
+
+def check_fields(settings: Any) -> None:
+    """Check every field's type, choices and limits. Whole numbers become floats, paths become text, lists tuples.
+
+    Raises:
+        SettingsError: naming the flag, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        kind, optional = kind_of(hints[field.name])
+        value: Any = getattr(settings, field.name)
+        if value is None and optional:
+            continue
+        if is_tuple(hints[field.name]):
+            value = tuple(value) if isinstance(value, list | tuple) else (value,)
+            fits = bool(value) and all(_fits(field, kind, member) for member in value)
+        else:
+            if isinstance(value, str) and redacted(value) != value:  # settings are written into files and cards
+                raise SettingsError(f"--{field.name} holds an access token; log in instead: hf auth login, or HF_TOKEN")
+            if kind is float and type(value) is int:
+                value = float(value) if abs(value) < 10**300 else math.inf
+            elif kind is str and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            fits = _fits(field, kind, value)
+        object.__setattr__(settings, field.name, value)  # frozen for everyone else
+        if not fits:
+            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+
+
+def without_use(
+    settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]], reasons: Mapping[str, str]
+) -> list[str]:
+    """One line for each setting that was given and that others leave without effect.
+
+    Args:
+        used_by: by name of a setting those that only some of its values look at, and these values.
+        reasons: by name why others have no effect.
+    """
+    unused = {
+        name: f"it is for --{chosen} {', '.join(values)}, and this run's is {getattr(settings, chosen)}"
+        for chosen, names in used_by.items()
+        for name, values in names.items()
+        if getattr(settings, chosen) not in values
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return [
+        f"--{name} has no effect: {why}"
+        for name, why in {**unused, **reasons}.items()
+        if getattr(settings, name) != defaults[name]
+    ]
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written, to a file or as a name of one: some of what JSON and YAML can say cannot."""
+    try:
+        return "\0" not in value and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
+    choices = field.metadata.get("choices")
+    if type(value) is not kind or (choices and value not in choices):
+        return False
+    limits = [(holds, field.metadata[name]) for name, (_, holds) in LIMITS.items() if name in field.metadata]
+    number: Any = value
+    if kind is str:
+        return is_text(number)
+    if kind is float and not math.isfinite(number):
+        return False
+    return kind not in (int, float) or all(limit is None or holds(number, limit) for holds, limit in limits)
+
+
+LIMITS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
+    if field.metadata.get("choices"):
+        return "allowed are " + ", ".join(field.metadata["choices"])
+    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        kind, f"a {kind.__name__}"
+    )
+    limits = [
+        f"{word} {field.metadata[name]}" for name, (word, _) in LIMITS.items() if field.metadata.get(name) is not None
+    ]
+    return " ".join([noun, " and ".join(limits)]).strip() + " is allowed"

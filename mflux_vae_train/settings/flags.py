@@ -1,0 +1,301 @@
+"""A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is named.
+
+Flags are spelled as the fields, ``--train_batch_size``, or with hyphens. A flag on the command line wins over
+``--config run.yaml``, which wins over ``--preset name`` where there are presets, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import logging
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.yaml_io import read_yaml
+from mflux_vae_train.settings.fields import is_tuple, kind_of
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""By name: values of fields that replace the defaults."""
+
+WithoutEffect: TypeAlias = Mapping[str, str]
+"""Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
+
+Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
+"""A settings file's content, and what begins messages about it -> the content by our names."""
+
+SHORT_USAGE = "%(prog)s [--flag value ...]"
+"""All flags would fill a screen before the first one is explained."""
+
+METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
+"""Of settings within settings it is YAML."""
+
+
+NOTED = "without_effect"
+"""Where a namespace lists those that were given."""
+
+
+class _Note(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, word: str | None = None) -> None:
+        setattr(namespace, NOTED, [*getattr(namespace, NOTED, ()), self.dest])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists all flags)")
+
+
+def parser_from(
+    cls: type,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    without_effect: WithoutEffect | None = None,
+) -> argparse.ArgumentParser:
+    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `without_effect`.
+
+    Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x``, which may be
+    followed by true or false, and ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
+
+    Raises (when parsing):
+        SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
+    """
+    names = ", ".join(f"--{name}" for name in without_effect or {})
+    epilog = f"Accepted without effect, and the log says why: {names}." if names else None
+    parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
+    add_flags(parser, cls)
+    for name in without_effect or {}:
+        spellings, hidden = _spellings(name), argparse.SUPPRESS
+        parser.add_argument(*spellings, action=_Note, nargs="?", default=hidden, help=hidden)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | None = None) -> None:
+    """Adds what `parser_from` has to any parser, and ``--preset`` where there are presets."""
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
+    if presets:
+        add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags win over it")
+    hints = typing.get_type_hints(cls)
+    for field in _fields(cls):
+        if heading := field.metadata.get("group"):
+            add = functools.partial(parser.add_argument_group(heading).add_argument, default=argparse.SUPPRESS)
+        kind, _ = kind_of(hints[field.name])
+        text = field.metadata["help"].replace("%", "%%") + _default_text(field)
+        choices, aliases = field.metadata["choices"], field.metadata["aliases"]
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kind, "YAML")
+        if aliases:
+            text += f" (also {', '.join(f'--{alias}' for alias in aliases)})"
+        names = [spelling for name in (field.name, *aliases) for spelling in _spellings(name)]
+        for i, name in enumerate(names):
+            shown = argparse.SUPPRESS if i else text
+            if kind is bool:
+                add(name, dest=field.name, nargs="?", const=True, metavar="true|false", help=shown)
+            elif is_tuple(hints[field.name]):
+                add(name, dest=field.name, metavar=metavar, nargs="+", action="extend", help=shown)
+            else:
+                add(name, dest=field.name, metavar=metavar, help=shown)
+        if kind is bool:
+            negative = f"no_{field.name}"
+            for i, name in enumerate(_spellings(negative) if field.default is not False else []):
+                shown = argparse.SUPPRESS if i else f"the opposite of --{field.name}"
+                add(name, dest=field.name, action="store_false", help=shown)
+
+
+def settings_from(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    without_effect: WithoutEffect | None = None,
+    **parser_options: Any,
+) -> T:
+    """Settings from a command line (``sys.argv`` where None), with ``--config`` underneath.
+
+    What is given of `without_effect`, as a flag or in the file, is said in the log.
+
+    Raises:
+        SettingsError: an unknown flag or key (with the nearest known one), a missing required flag, or what
+            the dataclass itself refuses.
+    """
+    parser = parser_from(cls, without_effect=without_effect, **parser_options)
+    namespace, unknown = parser.parse_known_args(argv)
+    known = {f.name for f in _fields(cls)}
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.split("=")[0]
+            hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
+            raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
+        raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
+    return settings_of(cls, vars(namespace), without_effect=without_effect)
+
+
+def settings_of(
+    cls: type[T],
+    given: Mapping[str, Any],
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+    translate: Translate | None = None,
+) -> T:
+    """Settings from what a parser with `add_flags` found; `translate` reads files of other programs.
+
+    Raises:
+        SettingsError: as `settings_from`, and an unknown preset.
+    """
+    given = dict(given)
+    config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(NOTED, [])
+    below = _read_yaml(cls, Path(config), presets, without_effect or {}, translate) if config else {}
+    for name in [*below.pop(NOTED, []), *noted]:
+        logger.warning("--%s has no effect: %s", name, (without_effect or {})[name])
+    written = below.pop("preset", None)
+    preset = written if preset is None else preset
+    values = {**_of_preset(preset, presets or {}), **below}
+    values |= {name: _convert(cls, name, value) for name, value in given.items()}
+    return _build(cls, values, "--")
+
+
+def from_yaml(cls: type[T], path: str | Path) -> T:
+    """Settings from a YAML file that names every required field.
+
+    Raises:
+        SettingsError: the file cannot be read, has an unknown or a missing key, or a value is refused.
+    """
+    return _build(cls, _read_yaml(cls, Path(path)), f"{path}: ")
+
+
+def to_yaml(settings: Any) -> str:
+    """All settings as YAML; `from_yaml` reads them back equal."""
+    import yaml
+
+    text: str = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True, width=1000)
+    return text
+
+
+def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
+    if name is not None and name not in presets:
+        raise SettingsError(f"--preset is {name!r}; allowed are {', '.join(presets)}")
+    return {} if name is None else presets[name]
+
+
+def _read_yaml(
+    cls: type,
+    path: Path,
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+    translate: Translate | None = None,
+) -> dict[str, Any]:
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
+    if translate is not None:
+        content = translate(content, f"{path}: ")
+    return _named(cls, content, f"{path}: ", presets, without_effect)
+
+
+def _named(
+    cls: type,
+    content: Mapping[Any, Any],
+    where: str,
+    presets: Presets | None = None,
+    without_effect: WithoutEffect | None = None,
+) -> dict[str, Any]:
+    """Values by field of what a file holds; `where` begins the messages."""
+    known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if presets and name == "preset":
+            values[name] = value
+            continue
+        if without_effect and name in without_effect:
+            values.setdefault(NOTED, []).append(name)
+            continue
+        if name not in known:
+            raise SettingsError(f"{where}unknown setting {key!r}{did_you_mean(name, known)}")
+        name = known[name]
+        # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
+        values[name] = _convert(cls, name, value)
+    return values
+
+
+def _convert(cls: type, name: str, value: Any) -> Any:
+    """Text -> the field's type; what is no text stays. The dataclass checks limits afterwards."""
+    hint = typing.get_type_hints(cls)[name]
+    kind, optional = kind_of(hint)
+    if is_tuple(hint):
+        if value is None:
+            return None
+        members = value if isinstance(value, list | tuple) else [value]
+        if kind in (int, float):  # numbers stand in a row, "32 64" or "32,64"; a text is one, whatever is in it
+            members = [part for member in members for part in _numbers(member)]
+        return tuple(_member(kind, name, member) for member in members)
+    if not isinstance(value, str) or kind is str:
+        return value
+    if optional and value.strip().lower() in ("none", "null", "auto"):
+        return None
+    return _member(kind, name, value)
+
+
+def _numbers(member: Any) -> Sequence[Any]:
+    return member.replace(",", " ").split() if isinstance(member, str) else [member]
+
+
+def _member(kind: type, name: str, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _nested(kind, name, value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+        raise SettingsError(f"--{name} is {value!r}; {noun} is allowed") from None
+
+
+def _nested(cls: Any, name: str, value: Any) -> Any:
+    """Settings within settings, of a mapping or its YAML."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"--{name}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"--{name}: holds {content!r}; 'name: value' pairs are expected")
+    return _build(cls, _named(cls, content, f"--{name}: "), f"--{name}: ")
+
+
+def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
+    missing = [f.name for f in _fields(cls) if f.default is dataclasses.MISSING]
+    missing = [name for name in missing if name not in values]
+    if missing:
+        dashes = "--" if prefix == "--" else ""
+        where = "" if prefix == "--" else prefix
+        cure = " (--help lists all flags)" if dashes else ""
+        raise SettingsError(f"{where}missing: {', '.join(dashes + name for name in missing)}{cure}")
+    return cls(**values)
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)
+
+
+def _spellings(name: str) -> list[str]:
+    return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return " [required]"
+    if field.default is None or field.default is False or field.default == "":
+        return ""
+    return f" [{'on' if field.default is True else field.default}]".replace("%", "%%")

@@ -1,0 +1,179 @@
+"""Train the embedded pipeline's transformer and text encoders, together, on latents of captioned scenes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mflux_vae import VAE
+from mflux_vae_train.optimizers import AdamW, Grouped, Muon
+from mflux_vae_train.pipelines.flux1 import transformer as flux
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
+from mflux_vae_train.pipelines.protocol import NoiseSampling
+from mflux_vae_train.pipelines.text import clip, t5
+from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
+from mflux_vae_train.randomness import Stream, rng, sample_keys
+from mflux_vae_train.tiny_world import corpus, recipe
+from mflux_vae_train.tiny_world.run import run
+from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from mflux_vae_train.tiny_world.world import EXTRA_WORDS, WORDS, training_example
+from mflux_vae_train.training.ema import EMA
+from mflux_vae_train.training.step import Arrays, MicroBatch, Step
+
+logger = logging.getLogger(__name__)
+
+_ENCODED_AT_ONCE = 64
+
+
+class Trained(nn.Module):
+    """What is trained together."""
+
+    def __init__(self, pipeline: FluxPipeline):
+        super().__init__()
+        self.transformer = pipeline.denoiser
+        self.clip = pipeline.text_encoder
+        self.t5 = pipeline.text_encoder_2
+
+
+def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
+    """An untrained pipeline around a trained autoencoder."""
+    words = sorted({*WORDS, *EXTRA_WORDS})
+    build_clip_tokenizer(words, work / "tokenizer", recipe.TEXT_TOKENS)
+    build_t5_tokenizer(words, work / "tokenizer_2", recipe.TEXT_TOKENS)
+    first, second = load_tokenizer(work / "tokenizer"), load_tokenizer(work / "tokenizer_2")
+    eos = first.pad_id  # rows of CLIP are padded with the end of text
+    pipeline = FluxPipeline(
+        transformer=flux.FluxTransformer(recipe.TRANSFORMER),
+        vae=vae,
+        text_encoder=clip.CLIPTextModel(recipe.clip_config(first.vocab_size, eos=eos, bos=eos - 1, pad=eos)),
+        text_encoder_2=t5.T5Encoder(recipe.t5_config(second.vocab_size)),
+        tokenizer_folder=work / "tokenizer",
+        tokenizer_2_folder=work / "tokenizer_2",
+        schedule=FlowMatchSchedule(),
+        recommended=recipe.RECOMMENDED,
+        name="tiny",
+    )
+    keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
+    flux.init_weights(pipeline.denoiser, keys[0])
+    clip.init_weights(pipeline.text_encoder, keys[1], embedding_std=settings.clip_embedding_std)
+    t5.init_weights(pipeline.text_encoder_2, keys[2], relative_bias_std=settings.t5_bias_std)
+    return pipeline
+
+
+def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
+    """Unscaled latents (N, h, w, C) float16 and captions of photographs, then of scenes; kept in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    parameters = dict(tree_flatten(vae.network.parameters()))
+    source = b"".join(np.array(value).tobytes() for value in parameters.values())
+    source += json.dumps([settings.seed, settings.scenes, settings.photos, dict(settings.caption_shares)]).encode()
+    file = work / f"latents-{zlib.crc32(source):08x}.npz"
+    if file.is_file():
+        with np.load(file) as stored:
+            return stored["latents"], stored["captions"].tolist()
+    photos = corpus.crops(
+        corpus.photographs(), settings.seed, settings.photos, recipe.SIZE, smallest=settings.photo_crop
+    )
+    latents = [_encode(vae, part) for part in np.array_split(photos, -(-settings.photos // _ENCODED_AT_ONCE))]
+    captions = corpus.photo_captions(settings.seed, settings.photos)
+    for start in range(0, settings.scenes, _ENCODED_AT_ONCE):
+        stop = min(start + _ENCODED_AT_ONCE, settings.scenes)
+        examples = [
+            training_example(settings.seed, index, recipe.SIZE, settings.caption_shares) for index in range(start, stop)
+        ]
+        latents.append(_encode(vae, np.stack([picture for picture, _, _ in examples])))
+        captions += [caption for _, caption, _ in examples]
+        if start % (50 * _ENCODED_AT_ONCE) == 0:
+            logger.info("encoded %d of %d scenes", stop, settings.scenes)
+    np.savez(file, latents=np.concatenate(latents), captions=np.array(captions))
+    return np.concatenate(latents), captions
+
+
+def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
+    pixels = mx.array(pictures).astype(mx.float32) / 127.5 - 1
+    return np.array(vae.network.encode(pixels).mode(), np.float16)
+
+
+def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile: bool = True) -> FluxPipeline:
+    """Train in rounds, or go on where `work` left off. Returns the pipeline with averaged weights.
+
+    Args:
+        compile: fuse the step; the compiler's minute pays in hours of batches of one shape.
+    """
+    pipeline = new_pipeline(work, vae, rounds[0])
+    for number, settings in enumerate(rounds, start=1):
+        train_round(work, f"flux-{number}", pipeline, settings, compile=compile)
+    return pipeline
+
+
+def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.FluxRecipe, *, compile: bool) -> None:
+    """Train the pipeline, checkpoints in `work / name`, and leave the averaged weights in it."""
+    vae = pipeline.vae
+    raw, captions = encode_examples(work, vae, settings)
+    latents, examples = mx.array(raw), len(captions)
+    model = Trained(pipeline)
+    ids = {
+        name: tokenizer.encode([*captions, ""], recipe.TEXT_TOKENS)  # the last row is the empty caption
+        for name, tokenizer in (("clip", pipeline.tokenizer), ("t5", pipeline.tokenizer_2))
+    }
+
+    def batch(update: int) -> list[MicroBatch]:
+        epoch, place = divmod(update * settings.batch, examples - settings.batch)
+        order = rng(settings.seed, Stream.DATA_ORDER, epoch).permutation(examples)
+        chosen = order[place : place + settings.batch]
+        dropped = rng(settings.seed, Stream.CAPTION_DROPOUT, update).random(settings.batch) < settings.caption_dropout
+        rows = mx.array(np.where(dropped, examples, chosen))
+        arrays = {
+            "latents": vae.scaled(latents[mx.array(chosen)].astype(mx.float32)),
+            "clip": ids["clip"][rows],
+            "t5": ids["t5"][rows],
+            "key": sample_keys(settings.seed, Stream.NOISE, update, range(settings.batch)),
+        }
+        return [MicroBatch(arrays=arrays, weight=settings.batch)]
+
+    sampling = NoiseSampling(scheme=settings.weighting_scheme)
+
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        _, pooled = model.clip(arrays["clip"])
+        conditioning = {"prompt_embeds": model.t5(arrays["t5"]), "pooled": pooled}
+        predicted = pipeline.predict(
+            arrays["latents"], conditioning, key=arrays["key"], guidance=1.0, sampling=sampling
+        )
+        return predicted.loss().mean(), {"words": word_contrast(conditioning)}
+
+    def is_text(path: str, _: mx.array) -> bool:
+        return not path.startswith("transformer.")
+
+    def is_block_matrix(path: str, weight: mx.array) -> bool:
+        return "transformer_blocks" in path and weight.ndim == 2 and ".norm" not in path
+
+    optimizer = Grouped(
+        [
+            (Muon(), settings.muon_rate, is_block_matrix),
+            (AdamW(beta2=0.99, weight_decay=0.0), settings.text_rate, is_text),
+            (AdamW(beta2=0.99, weight_decay=0.0), settings.adamw_rate, None),
+        ]
+    )
+    ema = EMA(model.trainable_parameters(), settings.ema_decay)
+    step = Step(model, optimizer, loss, ema=ema, compile=compile)
+
+    def rate(update: int) -> float:
+        warm = min(1.0, (update + 1) / settings.warmup)
+        return warm * min(1.0, (settings.updates - update) / (settings.decay_share * settings.updates))
+
+    run(work / name, step, batch, rate, settings.updates, settings.checkpoint_every, settings)
+    model.update(ema.state["average"])
+
+
+def word_contrast(conditioning: dict[str, mx.array]) -> mx.array:
+    """How far apart the prompts of a batch are, relative to their size: near zero, the text encoders collapsed."""
+    pooled = conditioning["pooled"]
+    return mx.sqrt(mx.var(pooled, axis=0).sum() / mx.square(pooled).sum(axis=1).mean())

@@ -1,0 +1,162 @@
+"""latent-diffusion's class around its network, for training loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.pretrained import loading
+from mflux_vae_train.optimizers import Adam
+from mflux_vae_train.randomness import Stream, sample_keys
+from mflux_vae_train.vae.losses.elbo import VAELoss
+from mflux_vae_train.vae.objective import sampled
+
+Loss: TypeAlias = Callable[..., tuple[mx.array, dict[str, mx.array]]]
+"""As `AutoEncoderKL.default_loss`."""
+
+KL_WEIGHT = 0.5
+"""Of a sum over latents, beside an error that is a mean over pixels: it dominates, and the posterior collapses."""
+
+
+class AutoEncoderKL(nn.Module):
+    """An autoencoder with its loss and optimizer; images and latents are (B, C, H, W), images in [-1, 1].
+
+    `VAETrainer` trains the same network from settings, with all that a training needs (`network_config`, `init_from`).
+
+    Args:
+        ddconfig: latent-diffusion's description of encoder and decoder.
+        embed_dim: channels of a latent.
+        lossconfig: the loss: a function like `default_loss`, or what `VAELoss` takes by keyword, such as
+            {"beta": 1e-6, "loss_type": "l1"}; None for `default_loss`.
+        ckpt_path: weights in any naming.
+        ignore_keys: how names of weights begin that are not taken from there, such as "decoder".
+        colorize_nlabels: labels of segmentation maps, (B, labels, H, W), that `to_rgb` is to show.
+        monitor: name of a number of `validation_step` whose least value `best` keeps.
+
+    Attributes:
+        network: NHWC, as `mflux_vae` has it.
+        learning_rate: of `configure_optimizers`.
+        best: least monitored value so far, or None.
+
+    Raises:
+        SettingsError: something in `ddconfig` is missing, unknown or not supported, or in `lossconfig` wrong.
+        WeightsError: the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        embed_dim: int,
+        lossconfig: Mapping[str, Any] | Loss | None = None,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+    ) -> None:
+        super().__init__()
+        config = AutoencoderKLConfig.from_ddconfig(ddconfig, embed_dim)
+        self.network = AutoencoderKL(config)
+        if ckpt_path is not None:
+            stored = loading.open_network(ckpt_path, mx.float32, config=config.to_dict())
+            taken = dict(tree_flatten(stored.parameters())).items()
+            self.network.update(tree_unflatten([item for item in taken if not item[0].startswith(tuple(ignore_keys))]))
+        self.learning_rate, self.monitor = 4.5e-6, monitor
+        self.best: float | None = None
+        self._loss = lossconfig if callable(lossconfig) else self._configured(lossconfig)
+        self._colours = colorize_nlabels and mx.random.normal((colorize_nlabels, 3), key=mx.random.key(0))
+
+    def encode(self, x: mx.array) -> DiagonalGaussian:
+        """(B, C, H, W) -> posterior over (B, embed_dim, h, w)."""
+        posterior = self.network.encode(x.transpose(0, 2, 3, 1))
+        return DiagonalGaussian(posterior.mean.transpose(0, 3, 1, 2), posterior.logvar.transpose(0, 3, 1, 2))
+
+    def decode(self, z: mx.array) -> mx.array:
+        """(B, embed_dim, h, w) -> (B, C, H, W), about in [-1, 1]."""
+        return self.network.decode(z.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    def __call__(
+        self, input: mx.array, sample_posterior: bool = True, *, keys: mx.array | None = None
+    ) -> tuple[mx.array, DiagonalGaussian]:
+        """Reconstruction and posterior.
+
+        Args:
+            sample_posterior: decode a draw, or else the mean.
+            keys: of the draws, (B, 2); None draws from MLX's global state.
+        """
+        posterior = self.encode(input)
+        if not sample_posterior:
+            return self.decode(posterior.mode()), posterior
+        return self.decode(posterior.sample() if keys is None else sampled(posterior, keys)), posterior
+
+    forward = __call__
+
+    def get_last_layer(self) -> mx.array:
+        """The decoder's last kernel, which an adversarial loss balances its gradients by."""
+        weight: mx.array = self.network.decoder.conv_out.weight
+        return weight
+
+    def default_loss(
+        self,
+        inputs: mx.array,
+        reconstructions: mx.array,
+        posterior: DiagonalGaussian,
+        global_step: int = 0,
+        last_layer: mx.array | None = None,
+        split: str = "train",
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Mean squared error + 0.5 KL, and the numbers by name. Know that its posteriors collapse: see `KL_WEIGHT`."""
+        error, divergence = mx.square(reconstructions - inputs).mean(), posterior.kl().mean()
+        return self._told(error + KL_WEIGHT * divergence, error, divergence, split)
+
+    def training_step(self, batch: mx.array, batch_idx: int) -> mx.array:
+        """The loss of a batch, to be differentiated; its noise is a function of `batch_idx`."""
+        return self._stepped(batch, batch_idx, Stream.NOISE, "train")[0]
+
+    def validation_step(self, batch: mx.array, batch_idx: int) -> dict[str, mx.array]:
+        """The numbers of a batch, as `val/total_loss` and so on."""
+        told = self._stepped(batch, batch_idx, Stream.EVALUATION, "val")[1]
+        if self.monitor is not None:
+            value = float(told[self.monitor])
+            self.best = value if self.best is None else min(self.best, value)
+        return told
+
+    def configure_optimizers(self) -> Adam:
+        """latent-diffusion's: Adam (0.5, 0.9)."""
+        return Adam(beta1=0.5, beta2=0.9, learning_rate=self.learning_rate)
+
+    def to_rgb(self, x: mx.array) -> mx.array:
+        """Segmentation maps (B, labels, H, W) -> (B, 3, H, W) in [-1, 1], each label in a random colour of its own."""
+        colours: Any = self._colours
+        rgb = mx.tensordot(x.transpose(0, 2, 3, 1), colours, axes=1).transpose(0, 3, 1, 2)
+        return 2 * (rgb - rgb.min()) / mx.maximum(rgb.max() - rgb.min(), 1e-12) - 1
+
+    def _stepped(self, batch: mx.array, index: int, stream: Stream, split: str) -> tuple[mx.array, dict[str, mx.array]]:
+        again, posterior = self(batch, keys=sample_keys(0, stream, index, range(len(batch))))
+        return self._loss(batch, again, posterior, index, last_layer=self.get_last_layer(), split=split)
+
+    def _configured(self, lossconfig: Mapping[str, Any] | None) -> Loss:
+        if lossconfig is None:
+            return self.default_loss
+        criterion = VAELoss(**{"signed": True, **lossconfig})
+
+        def loss(
+            inputs: mx.array, again: mx.array, posterior: DiagonalGaussian, _: int, *, split: str, **others: Any
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            images = (again.transpose(0, 2, 3, 1), inputs.transpose(0, 2, 3, 1))
+            return self._told(*criterion(*images, posterior.mean, posterior.logvar), split)
+
+        return loss
+
+    @staticmethod
+    def _told(
+        total: mx.array, error: mx.array, divergence: mx.array, split: str
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        numbers = {"total_loss": total, "rec_loss": error, "kl_loss": divergence}
+        return total, {f"{split}/{name}": mx.stop_gradient(value) for name, value in numbers.items()}

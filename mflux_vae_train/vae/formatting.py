@@ -1,0 +1,51 @@
+"""How numbers of an autoencoder's training are told: on a progress bar, and on a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from mflux_vae.utils.formatting import GB
+from mflux_vae_train.training.hooks import Record
+
+
+class Progress:
+    """Reconstruction error, divergence and latent units in use of an update; images per second, smoothed; memory.
+
+    Args:
+        images: in an update.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._images, self._speed = images, 0.0
+
+    def __call__(self, record: Record) -> dict[str, str]:
+        speed = self._images / max(record.seconds, 1e-9)
+        self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
+        metrics = record.metrics
+        return {
+            "rec": f"{metrics['rec']:.4g}",
+            "KL": f"{metrics['kl']:.4g}",
+            "active": f"{metrics['active']:.0f}",
+            "images/s": f"{self._speed:.3g}",
+            "memory": f"{mx.get_peak_memory() / GB:.2f} GB",
+        }
+
+
+def in_words(metrics: Mapping[str, float], units: int) -> str:
+    """What was measured of images, with units.
+
+    Args:
+        metrics: as `Validation.measured` gives them, or some of them.
+        units: latent units, or channels.
+    """
+    show = {
+        "loss": "loss {:.4g}",
+        "rec": "rec {:.4g}",
+        "kl": "KL {:.4g} nats",
+        "psnr": "PSNR {:.2f} dB",
+        "tc": "TC {:.3g} nats",
+        "active": f"{{:.0f}} of {units} units active",
+    }
+    return ", ".join(show.get(name, f"{name} {{:.4g}}").format(value) for name, value in metrics.items())

@@ -1,0 +1,285 @@
+"""``mflux-vae``: what comes out, what is done again and what is not, how it ends, and that it answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae import VAE
+from mflux_vae.cli import commands, latent_file
+from mflux_vae.errors import ImageError
+from mflux_vae.images import image_text, load_image, save_image
+from tests.conftest import Run
+from tests.helpers.program import answered
+from tests.mflux_vae.small_models import small_kl
+
+SIZES = {"a.png": (24, 32), "b.png": (17, 9), "c.jpg": (40, 16)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    VAE(network=small_kl()).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        save_image(tmp_path / "photos" / name, draw.integers(0, 256, (*size, 3), dtype=np.uint8))
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+def test_pictures_to_latents_and_back(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "made" / "latents.safetensors", tmp_path / "out"
+    status, told, err = run("encode", photos, "--model", model, "--output", file)
+    assert status == 0 and "3 pictures, 3 of them new" in told, err
+    vae = VAE.from_pretrained(model)
+    entries, settings = latent_file.read(file)
+    assert list(entries) == list(SIZES) and settings["model"] == str(model)
+    for name, entry in entries.items():
+        picture = load_image(photos / name)
+        assert entry.size == SIZES[name] == picture.shape[:2]
+        expected = vae.encode(mx.array(picture.transpose(2, 0, 1)[None]))[0]
+        np.testing.assert_allclose(entry.latents, expected, atol=1e-5)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["latents.safetensors"]
+
+    status, told, err = run("decode", file, "--output", out)  # with the model that the file names
+    assert status == 0 and "3 pictures, 3 of them new" in told, err
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
+    for name, entry in entries.items():
+        picture = load_image(out / f"{Path(name).stem}.png")
+        expected = vae.decode(entry.latents[None], size=entry.size)[0]
+        assert picture.shape[:2] == SIZES[name]
+        np.testing.assert_allclose(picture.transpose(2, 0, 1), expected, atol=0.51)
+    assert "0 of them new" in run("decode", file, "--output", out)[1]
+    again = run("decode", file, "--output", out, "--tiling", "blend", "--tile", 16)
+    assert again[0] == 0 and "3 of them new" in again[1], again
+
+
+def test_an_interrupted_encode_goes_on_where_it_stopped(
+    run: Run, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "latents.safetensors"
+    command = ("encode", photos, "--model", model, "--output", file)
+    encode, encoded = VAE.encode, []
+
+    def counted(vae: VAE, image: mx.array, **settings: object) -> mx.array:
+        if len(encoded) == stop:
+            raise KeyboardInterrupt
+        encoded.append(tuple(image.shape[2:]))
+        return encode(vae, image, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VAE, "encode", counted)
+    stop = 2
+    status, told, err = run(*command)
+    assert (status, told, err) == (130, "", "mflux-vae: interrupted\n")
+    assert not file.exists()
+    stop = -1
+    assert "3 pictures, 1 of them new" in run(*command)[1]
+    assert encoded == list(SIZES.values())
+    assert "0 of them new" in run(*command)[1] and len(encoded) == 3
+    whole = file.read_bytes()
+
+    save_image(photos / "b.png", np.zeros((8, 8, 3), np.uint8))  # another picture of the same name
+    assert "1 of them new" in run(*command)[1] and encoded[3:] == [(8, 8)] and file.read_bytes() != whole
+    (photos / "a.png").unlink()
+    assert "2 pictures, 0 of them new" in run(*command)[1] and list(latent_file.read(file)[0]) == ["b.png", "c.jpg"]
+    assert "2 of them new" in run(*command, "--tiling", "off")[1]  # other settings, other latents
+
+
+def test_what_a_crash_left_behind_is_made_again(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latents.safetensors"
+    parts = tmp_path / ".latents.safetensors.parts"
+    parts.mkdir()
+    (parts / "0123.safetensors").write_bytes(b"cut")
+    status, told, err = run("encode", photos / "a.png", photos / "b.png", "--model", model, "--output", file)
+    assert status == 0 and "2 of them new" in told and not parts.exists(), err
+
+
+def test_nothing_of_others_is_overwritten(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latents.safetensors"
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    assert run("encode", photos, "--model", model, "--output", file)[0] == 0
+    for command in (("decode", file), ("reconstruct", photos, "--model", model)):
+        status, _, err = run(*command, "--output", photos)
+        assert status == 2 and "a.png exists and is not from here" in err, err
+    weights = model / "diffusion_pytorch_model.safetensors"
+    status, _, err = run("encode", photos, "--model", model, "--output", weights)
+    assert status == 2 and f"{weights}: not a file of latents" in err
+    assert before == {path: path.read_bytes() for path in photos.iterdir()}
+
+
+def test_names_of_several_folders_and_kinds(run: Run, model: Path, tmp_path: Path) -> None:
+    for name in ("x/a.png", "x/a.jpg", "y/a.png"):
+        save_image(tmp_path / name, np.full((8, 8, 3), 9, np.uint8))
+    file, x, y = tmp_path / "latents.safetensors", tmp_path / "x", tmp_path / "y"
+    assert run("encode", x, y, "--model", model, "--output", file)[0] == 0
+    assert list(latent_file.read(file)[0]) == ["x/a.jpg", "x/a.png", "y/a.png"]
+    assert run("decode", file, "--output", tmp_path / "out")[0] == 0
+    made = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))
+    assert made == ["x/a.jpg.png", "x/a.png.png", "y/a.png"]
+    status, _, err = run("encode", x / "a.png", y / "a.png", "--model", model, "--output", file)
+    assert status == 2 and "have one name, a.png" in err
+    assert run("encode", x, x / "a.png", "--model", model, "--output", file)[0] == 0  # one picture twice is one
+
+
+def test_a_file_of_latents_cannot_name_files_elsewhere(run: Run, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latents.safetensors"
+    for name in ("../a.png", "/tmp/a.png", "a/../../b.png", "", "a//b.png"):
+        latent_file.write(file, {name: latent_file.Entry(mx.zeros((4, 1, 1)), (8, 8), 0)}, {"model": str(model)})
+        status, _, err = run("decode", file, "--output", tmp_path / "out")
+        assert status == 2 and "no name of a picture" in err and not (tmp_path / "out").exists()
+
+
+def test_latents_of_other_weights_are_decoded_with_a_warning(
+    run: Run, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    file, other = tmp_path / "latents.safetensors", tmp_path / "other"
+    assert run("encode", photos, "--model", model, "--output", file)[0] == 0
+    VAE(network=small_kl(seed=1)).save_pretrained(other)
+    status, _, err = run("decode", file, "--model", other, "--output", tmp_path / "out")
+    assert status == 0 and "warning:" in err and "other weights" in err
+    VAE(network=small_kl(latent_channels=8)).save_pretrained(other)
+    status, _, err = run("decode", file, "--model", other, "--output", tmp_path / "out2")
+    assert status == 2 and "expected (B, 8, h, w)" in err and str(file) in err
+
+
+def test_reconstruct_shows_and_measures(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, told, err = run("reconstruct", photos, "--model", model, "--output", out, "--amplify", 2)
+    assert status == 0, err
+    assert all(word in told for word in ("a.png", "24x32", "PSNR", "SSIM", "mean of 3"))
+    vae, picture = VAE.from_pretrained(model), load_image(photos / "b.png")
+    again = np.rint(np.array(vae(mx.array(picture.transpose(2, 0, 1)[None]))[0][0])).transpose(1, 2, 0)
+    sheet = load_image(out / "b.png")
+    height, width = SIZES["b.png"]
+    left, middle, right = sheet[:, :width], sheet[:, width + 4 : -width - 4], sheet[:, -width:]
+    assert sheet.shape == (height, 3 * width + 8, 3)
+    assert np.array_equal(left, picture) and np.array_equal(middle, again)
+    assert np.array_equal(right, np.clip(2 * np.abs(picture - again), 0, 255))
+
+    status, told, err = run("reconstruct", photos, "--model", model, "--json")
+    answer = json.loads(told)
+    assert [row["name"] for row in answer["pictures"]] == list(SIZES)
+    psnr = 10 * np.log10(255**2 / np.mean((picture - again) ** 2))
+    assert answer["pictures"][1]["psnr"] == pytest.approx(psnr, abs=1e-3)
+    assert -1 <= answer["mean"]["ssim"] <= 1 and answer["pictures"][1]["height"] == height
+
+
+def test_a_perfect_reconstruction_has_no_number_of_decibels(
+    run: Run, model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VAE, "__call__", lambda vae, image, tiling=None: (image.astype(mx.float32), None))
+    answer = json.loads(run("reconstruct", photos, "--model", model, "--json")[1])
+    assert {row["psnr"] for row in answer["pictures"]} == {answer["mean"]["psnr"]} == {None}
+    assert "inf" in run("reconstruct", photos, "--model", model)[1]
+
+
+def test_failures_end_with_one_line(
+    run: Run, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("[malloc] cannot\nallocate")
+
+    command = ("encode", photos, "--model", model, "--output", tmp_path / "latents.safetensors")
+    for failure, told in ((full, "No space left on device"), (broken, "RuntimeError: [malloc] cannot allocate")):
+        monkeypatch.setattr(latent_file, "write", failure)
+        status, _, err = run(*command)
+        assert status == 1 and err.count("\n") == 1 and told in err
+    with pytest.raises(RuntimeError):
+        run(*command, "--debug")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["encod", "photos"], "there is no command encod; did you mean encode?"),
+        (["encode", "photos", "--modl", "sd1"], "unknown flag --modl; did you mean --model?"),
+        (["train", "--latent-dmi=3"], "unknown flag --latent-dmi; did you mean --latent-dim?"),
+    ],
+)
+def test_what_is_mistyped_is_told_and_not_what_is_missing(run: Run, words: list[str], told: str) -> None:
+    status, _, err = run(*words)
+    assert status == 2 and told in err and err.count("\n") == 1 and "required" not in err
+
+
+def test_latents_are_not_written_as_a_picture(run: Run, photos: Path) -> None:
+    status, _, err = run("encode", photos, "--model", "sd1", "--output", photos / "a.png")
+    assert status == 2 and f"latents are written as {photos / 'a.safetensors'}" in err
+
+
+def test_folders_in_folders_are_not_looked_into_and_that_is_said(run: Run, photos: Path) -> None:
+    status, _, err = run("encode", photos.parent, "--model", "sd1", "--output", photos / "latents.safetensors")
+    assert status == 2 and "has no pictures: .bmp, " in err and "folders in it are not looked into" in err
+
+
+def test_debug_tells_shapes(run: Run, model: Path, photos: Path) -> None:
+    quiet, loud = (run("reconstruct", photos / "a.png", "--model", model, *flags)[2] for flags in ((), ("--debug",)))
+    assert "(1, 24, 32, 3)" in loud and "MB" in loud and not quiet
+
+
+def test_what_is_not_from_here_is_told_from_what_is(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        (tmp_path / "x.png").write_bytes(b"none")
+        image_text(tmp_path / "x.png")
+    assert commands.MARK not in image_text(Path(__file__).parents[3] / "mflux_vae_train/pipelines/tiny/example/0.png")
+
+
+# as a program
+
+
+def program(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "import sys; from mflux_vae.cli import main; sys.exit(main())", *map(str, arguments)]
+
+
+def test_help_is_answered_at_once_and_loads_nothing_heavy() -> None:
+    said, seconds = answered(program("--help"))
+    assert "reconstruct" in said and seconds < 0.5
+    code = "import sys; from mflux_vae.cli import main; main(['encode', '--help'])"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=60)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "argparse" in loaded and not loaded & {"numpy", "PIL", "tqdm", "transformers", "torch"}
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(model: Path, tmp_path: Path) -> None:
+    for index in range(40):
+        save_image(tmp_path / "many" / f"{index}.png", np.full((256, 256, 3), index, np.uint8))
+    out = tmp_path / "out" / "latents.safetensors"
+    command = program("encode", tmp_path / "many", "--model", model, "--output", out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background would inherit deafness
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MKL_NUM_THREADS": "1"})
+    signal.signal(signal.SIGINT, before)
+    parts = out.with_name(f".{out.name}.parts")
+    deadline = time.monotonic() + 60
+    while not list(parts.glob("[0-9a-f]*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "mflux-vae: interrupted"
+    assert not out.exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "40 pictures" in done.stdout and "40 of them new" not in done.stdout, done.stderr
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    code = "import sys; from mflux_vae.cli import main; sys.exit(main(['info']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, timeout=60, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

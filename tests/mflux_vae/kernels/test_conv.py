@@ -1,0 +1,228 @@
+"""`kernels.conv2d` is MLX's convolution, forward and backward, whatever the shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mflux_vae import kernels
+from mflux_vae.kernels.cpu import conv_algorithms, conv_gradients, conv_parallel
+from mflux_vae.runtime import device
+
+FORWARD, BACKWARD = 1e-4, 1e-3
+
+
+def reference(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int, padding: kernels.Padding) -> mx.array:
+    rows, columns = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    y = mx.conv2d(mx.pad(x, [(0, 0), rows, columns, (0, 0)]), weight, stride=stride)
+    return y if bias is None else y + bias
+
+
+def distance(ours: mx.array, theirs: mx.array) -> float:
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    difference, size = (float(mx.abs(a.astype(mx.float32)).max()) for a in (ours - theirs, theirs))
+    return difference / max(size, 1e-6)
+
+
+def compare(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: int, padding: Any, bias: bool) -> None:
+    keys = mx.random.split(mx.random.key(sum(shape) + out), 4)
+    x = mx.random.normal(shape, key=keys[0])
+    weight = mx.random.normal((out, *kernel, shape[-1]), key=keys[1])
+    added = mx.random.normal((out,), key=keys[2]) if bias else None
+
+    def of(convolution: Callable[[mx.array, mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        y = convolution(x, weight)
+        direction = mx.random.normal(y.shape, key=keys[3])
+        along = mx.grad(lambda x, weight: (convolution(x, weight) * direction).sum(), argnums=(0, 1))
+        return y, *along(x, weight)
+
+    ours = of(lambda x, weight: kernels.conv2d(x, weight, added, stride=stride, padding=padding))
+    theirs = of(lambda x, weight: reference(x, weight, added, stride, padding))
+    for name, a, b, limit in zip(["y", "x", "w"], ours, theirs, (FORWARD, BACKWARD, BACKWARD), strict=True):
+        assert distance(a, b) <= limit, name
+
+
+def compare_closed(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: int, padding: Any) -> None:
+    """Gradients that are computed at once, for strides of 1 and 2 and padding less than the kernel."""
+    keys = mx.random.split(mx.random.key(sum(shape) + out), 3)
+    x = mx.random.normal(shape, key=keys[0])
+    weight = mx.random.normal((out, *kernel, shape[-1]), key=keys[1])
+    dy = mx.random.normal(reference(x, weight, None, stride, padding).shape, key=keys[2])
+    _, theirs = mx.vjp(lambda x, weight: reference(x, weight, None, stride, padding), [x, weight], [dy])
+    to_x = conv_gradients.conv2d_input(dy, weight, shape, stride=stride, padding=padding)
+    to_weight = conv_gradients.conv2d_weight(x, dy, kernel, stride=stride, padding=padding)
+    for name, a, b in zip(["x", "w"], (to_x, to_weight), theirs, strict=True):
+        assert distance(a, b) <= BACKWARD, name
+
+
+sides = st.integers(0, 2)
+paddings = st.one_of(sides, st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
+    kernel = draw(st.sampled_from([1, 3, 4, 5])), draw(st.sampled_from([1, 3, 4, 5]))
+    padding = draw(paddings)
+    ((top, bottom), (left, right)) = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    height = draw(st.integers(max(1, kernel[0] - top - bottom), 17))
+    width = draw(st.integers(max(1, kernel[1] - left - right), 17))
+    shape = draw(st.integers(1, 2)), height, width, draw(st.integers(1, 5))
+    return shape, draw(st.integers(1, 5)), kernel, draw(st.sampled_from([1, 2, 3])), padding, draw(st.booleans())
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(convolutions())
+def test_any_shape(case: tuple[Any, ...]) -> None:
+    compare(*case)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(convolutions())
+def test_closed_gradients_of_any_shape(case: tuple[Any, ...]) -> None:
+    shape, out, kernel, stride, padding, _ = case
+    limits = zip(kernel, ((padding, padding),) * 2 if isinstance(padding, int) else padding, strict=True)
+    assume(stride <= 2 and all(max(sides) < size for size, sides in limits))
+    compare_closed(shape, out, kernel, stride, padding)
+
+
+few_pixels = pytest.mark.parametrize("few", [0, conv_algorithms.PATCHES_MAX_PIXELS])
+"""In Winograd's form, and in the one that small images have."""
+
+
+@few_pixels
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 9, 20, 260), (1, 16, 30, 32), (3, 8, 8, 64)])
+def test_the_shapes_of_autoencoders(
+    shape: tuple[int, ...], stride: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
+    padding = 1 if stride == 1 else ((0, 1), (0, 1))
+    compare(shape, 8, (3, 3), stride, padding, True)
+    compare_closed(shape, 72, (3, 3), stride, padding)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(convolutions())
+def test_any_shape_on_other_devices(case: tuple[Any, ...]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "is_cpu", lambda: False)
+        compare(*case)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_half_precision_stays_half_precision(dtype: mx.Dtype, stride: int) -> None:
+    keys = mx.random.split(mx.random.key(0), 2)
+    x = mx.random.normal((2, 8, 14, 4), key=keys[0]).astype(dtype)
+    weight = mx.random.normal((3, 3, 3, 4), key=keys[1]).astype(dtype)
+    ours = kernels.conv2d(x, weight, stride=stride, padding=1)
+    theirs = reference(x.astype(mx.float32), weight.astype(mx.float32), None, stride, 1)
+    assert ours.dtype == dtype
+    assert distance(ours.astype(mx.float32), theirs) < 0.02
+
+
+def test_compiled_and_differentiated_twice() -> None:
+    keys = mx.random.split(mx.random.key(1), 2)
+    x, weight = mx.random.normal((1, 6, 14, 2), key=keys[0]), mx.random.normal((3, 3, 3, 2), key=keys[1])
+
+    def curvature(convolution: Callable[[mx.array, mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        slope = mx.grad(lambda x: mx.square(mx.square(convolution(x, weight))).sum())
+        return mx.grad(lambda x: mx.square(slope(x)).sum())
+
+    ours = mx.compile(curvature(lambda x, w: kernels.conv2d(x, w, padding=1)))(x)
+    theirs = curvature(lambda x, w: reference(x, w, None, 1, 1))(x)
+    assert distance(ours, theirs) <= BACKWARD
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 2, 20, 3), (1, 20, 2, 3), (1, 5, 5, 4)])
+def test_what_does_not_fit_is_refused(shape: tuple[int, ...], stride: int) -> None:
+    with pytest.raises(ValueError, match="no convolution"):
+        kernels.conv2d(mx.zeros(shape), mx.zeros((4, 3, 3, 3)), stride=stride)
+
+
+def test_an_image_as_large_as_the_kernel_gives_one_pixel() -> None:
+    x = mx.array(np.arange(9.0, dtype=np.float32).reshape(1, 3, 3, 1))
+    assert kernels.conv2d(x, mx.ones((1, 3, 3, 1))).tolist() == [[[[36.0]]]]
+
+
+def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
+    keys = mx.random.split(mx.random.key(channels))
+    return channels // 4, mx.random.normal((channels,), key=keys[0]), mx.random.normal((channels,), key=keys[1]), 1e-6
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 19), st.sampled_from([4, 32, 36])),
+    out=st.sampled_from([1, 8, 32, 40]),
+    tiles=st.sampled_from([(1, 1), (3, 3), (64, 256)]),
+    elements=st.sampled_from([200, 5000, 1 << 21]),
+    few=st.sampled_from([0, conv_algorithms.PATCHES_MAX_PIXELS]),
+    bias=st.booleans(),
+)
+def test_bands_of_any_size(
+    shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, few: int, bias: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
+        patch.setattr(conv_parallel, "BAND_TILES", tiles)
+        patch.setattr(conv_parallel, "BAND_ELEMENTS", elements)
+        patch.setattr(conv_parallel, "_BAND_WEIGHTS", elements)
+        compare(shape, out, (3, 3), 1, 1, bias)
+        compare_closed(shape, out, (3, 3), 1, 1)
+        if min(shape[1:3]) > 1:
+            compare_closed(shape, out, (3, 3), 2, ((0, 1), (0, 1)))
+
+
+@few_pixels
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(1, 12, 16, 32), (3, 7, 9, 32), (2, 16, 5, 8)])
+def test_what_goes_with_a_convolution_changes_nothing(
+    shape: tuple[int, ...], residual: bool, traced: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
+    keys = mx.random.split(mx.random.key(5), 4)
+    out, channels, norm = 36, shape[-1], norm_of(shape[-1])
+    x, added = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])
+    weight, bias = mx.random.normal((out, 3, 3, channels), key=keys[2]), mx.random.normal((out,), key=keys[3])
+
+    def normed(x: mx.array) -> mx.array:
+        given = added if residual else None
+        return kernels.norm_silu_conv2d(x, norm, weight, bias, padding=1, residual=given)
+
+    def repeated(x: mx.array) -> mx.array:
+        return kernels.repeat_conv2d(x, weight, bias, padding=1)
+
+    y = reference(kernels.silu(kernels.group_norm(x, *norm)), weight, bias, 1, 1)
+    assert distance((mx.compile(normed) if traced else normed)(x), y + added if residual else y) <= FORWARD
+    twice = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+    y = reference(twice, weight, bias, 1, 1)
+    assert distance((mx.compile(repeated) if traced else repeated)(x), y) <= FORWARD
+    slope, theirs = (mx.grad(lambda x, f=f: mx.square(f(x)).sum())(x) for f in (repeated, lambda x: reference(
+        mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2), weight, bias, 1, 1)))  # fmt: skip
+    assert distance(slope, theirs) <= BACKWARD
+
+
+def test_nothing_is_computed_while_deferred() -> None:
+    before = mx.get_active_memory()
+    with kernels.deferred():
+        y = kernels.conv2d(mx.zeros((1, 512, 512, 32)), mx.zeros((32, 3, 3, 32)), padding=1)
+    assert mx.get_active_memory() - before < 8 << 20 < y.nbytes
+
+
+def test_in_several_threads() -> None:
+    x, weight = mx.random.normal((2, 40, 40, 32)), mx.random.normal((32, 3, 3, 32))
+    mx.eval(x, weight)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: np.array(kernels.conv2d(x, weight, padding=1)), range(6)))
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])

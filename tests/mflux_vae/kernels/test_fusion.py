@@ -1,0 +1,86 @@
+"""Formulas are compiled where MLX can write its files, and computed as they are elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mflux_vae.kernels.cpu import fusion
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="without g++ MLX compiles nothing on a CPU")
+
+FORMULAS = """
+import json
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mflux_vae.kernels import fusion
+x = mx.arange(6.0).reshape(2, 3)
+plus = fusion.fused(lambda x, y: x + y)
+plus(x, x)
+print(json.dumps([plus(x, x[0]).tolist(), fusion.compiles()]))
+"""
+"""MLX compiles nothing for the first sum (one operation), and something for the second (broadcasting counts)."""
+
+
+def unusable(kind: str, folder: Path) -> Path:
+    """A folder for temporary files that MLX cannot use."""
+    if kind == "absent":
+        return folder / "nonexistent"
+    if kind == "a file":
+        (folder / "file").write_text("")
+        return folder / "file"
+    if kind == "read-only":
+        (folder / "mlx").mkdir(mode=0o500)
+    if kind == "another user's":
+        (folder / "mlx" / mx.__version__).mkdir(parents=True)
+        os.chown(folder / "mlx", 12345, 12345)
+    if kind == "in the way":
+        (folder / "mlx").write_text("")
+    return folder
+
+
+KINDS = [
+    "absent",
+    "a file",
+    "in the way",
+    pytest.param("read-only", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")),
+    pytest.param("another user's", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may give away")),
+]
+
+
+@pytest.mark.parametrize("kind", ["usable", *KINDS])
+def test_formulas_are_computed_whatever_the_temporary_folder(kind: str, tmp_path: Path) -> None:
+    folder = unusable(kind, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", FORMULAS], cwd=ROOT, env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[0, 2, 4], [3, 5, 7]], kind == "usable"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_mlx_cannot_use_is_named_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = unusable(kind, tmp_path)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(mx, "disable_compile", lambda: None)
+    caplog.set_level(logging.INFO, "mflux_vae")
+    fusion.compiles.cache_clear()
+    try:
+        assert not fusion.compiles() and not fusion.compiles()
+    finally:
+        fusion.compiles.cache_clear()
+    (record,) = caplog.records
+    assert str(folder) in record.getMessage() and "TMPDIR" in record.getMessage()

@@ -1,0 +1,216 @@
+"""Norms, activations and attention are their formulas, gradients and half precision included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mflux_vae import kernels
+from mflux_vae.runtime import device as runtime_device
+
+HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(params=["cpu", "other"], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways: the CPU's forms, and MLX's own operations as Metal and CUDA use them."""
+    monkeypatch.setattr(runtime_device, "is_cpu", lambda: request.param == "cpu")
+    yield
+
+
+def close(ours: mx.array, theirs: mx.array | np.ndarray, limit: float) -> None:
+    """Differences no larger than `limit` of the largest value."""
+    ours, theirs = (np.array(mx.array(a).astype(mx.float32), np.float64) for a in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit * max(1.0, np.abs(theirs).max()))
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def slopes(fn: Callable[..., mx.array], *arguments: mx.array) -> list[mx.array]:
+    """Gradients of a weighted sum of the results, with respect to every argument."""
+    weights = normal(*fn(*arguments).shape, seed=99)
+
+    def weighted(arguments: list[mx.array]) -> mx.array:
+        return (fn(*arguments).astype(mx.float32) * weights).sum()
+
+    return mx.grad(weighted)(list(arguments))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]] = {
+    "silu": (kernels.silu, lambda x: x / (1 + mx.exp(-x))),
+    "quick_gelu": (kernels.quick_gelu, lambda x: x / (1 + mx.exp(-1.702 * x))),
+    "gelu": (kernels.gelu, nn.gelu),
+    "gelu_tanh": (kernels.gelu_tanh, nn.gelu_approx),
+    "sigmoid": (kernels.sigmoid, lambda x: 1 / (1 + mx.exp(-x))),
+    "tanh": (kernels.tanh, mx.tanh),
+}
+activations = pytest.mark.parametrize(("ours", "formula"), ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+
+
+@activations
+def test_activations_and_their_gradients(ours: Callable, formula: Callable) -> None:
+    x = mx.concatenate([mx.linspace(-30, 30, 4001), mx.linspace(-0.01, 0.01, 101)])
+    close(ours(x), formula(x), 3e-6)
+    close(slopes(ours, x)[0], slopes(formula, x)[0], 3e-6)
+
+
+@activations
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_activations_in_half_precision(ours: Callable, formula: Callable, dtype: mx.Dtype) -> None:
+    x = mx.linspace(-12, 12, 1001).astype(dtype)
+    wide = x.astype(mx.float32)
+    assert ours(x).dtype == dtype
+    near = np.abs(np.array(ours(x).astype(mx.float32)) - np.array(formula(wide)))
+    assert (near <= HALF[dtype] * np.maximum(1, np.abs(np.array(formula(wide))))).all()
+    (slope,) = slopes(ours, x)
+    assert slope.dtype == dtype
+    close(slope, slopes(formula, wide)[0], 2 * HALF[dtype])
+
+
+@activations
+def test_activations_far_out_and_without_a_number(ours: Callable, formula: Callable) -> None:
+    x = mx.array([-1e6, -100.0, 0.0, 100.0, 1e6])
+    np.testing.assert_allclose(ours(x), formula(x), rtol=1e-6, atol=1e-6)
+    assert np.isnan(ours(mx.array([float("nan")])).item())
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    pixels=st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 3),
+    offset=st.sampled_from([0.0, 3.0]),
+)
+def test_group_norm_and_its_gradients(
+    batch: int, pixels: list[int], groups: int, per_group: int, offset: float
+) -> None:
+    channels = groups * per_group
+    x = normal(batch, *pixels, channels) + offset
+    weight, bias = normal(channels, seed=1), normal(channels, seed=2)
+
+    def formula(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        grouped = x.reshape(batch, -1, groups, per_group)
+        centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+        normed = centred / mx.sqrt(mx.square(centred).mean(axis=(1, 3), keepdims=True) + 1e-3)
+        return normed.reshape(x.shape) * weight + bias
+
+    def ours(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        return kernels.group_norm(x, groups, weight, bias, 1e-3)
+
+    close(ours(x, weight, bias), formula(x, weight, bias), 1e-5)
+    for a, b in zip(slopes(ours, x, weight, bias), slopes(formula, x, weight, bias), strict=True):
+        close(a, b, 2e-4)
+
+
+def test_group_norm_is_exact_on_large_images() -> None:
+    x = normal(1, 160, 200, 8) + 1
+    ours = kernels.group_norm(x, 2, mx.ones((8,)), mx.zeros((8,)), 1e-6)
+    wide = np.array(x, np.float64).reshape(1, -1, 2, 4)
+    mean, variance = wide.mean(axis=(1, 3), keepdims=True), wide.var(axis=(1, 3), keepdims=True)
+    close(ours, ((wide - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), 5e-7)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_group_norm_in_half_precision(dtype: mx.Dtype) -> None:
+    x = (normal(2, 40, 40, 8) * 40 + 100).astype(dtype)
+    weight, bias = normal(8, seed=1).astype(dtype), normal(8, seed=2).astype(dtype)
+    ours = kernels.group_norm(x, 4, weight, bias, 1e-6)
+    assert ours.dtype == dtype
+    wide = kernels.group_norm(*(a if isinstance(a, int) else a.astype(mx.float32) for a in (x, 4, weight, bias)), 1e-6)
+    close(ours, wide, HALF[dtype])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_and_its_gradients(affine: bool) -> None:
+    def formula(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        y = centred / mx.sqrt(mx.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
+        return y * weight + bias if affine else y
+
+    def ours(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        return kernels.layer_norm(x, *((weight, bias) if affine else (None, None)), 1e-5)
+
+    arguments = normal(3, 5, 17) * 2 + 1, normal(17, seed=1), normal(17, seed=2)
+    close(ours(*arguments), formula(*arguments), 1e-6)
+    for a, b in zip(slopes(ours, *arguments), slopes(formula, *arguments), strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm_and_its_gradients(affine: bool) -> None:
+    def formula(x: mx.array, weight: mx.array) -> mx.array:
+        y = x / mx.sqrt(mx.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+        return y * weight if affine else y
+
+    def ours(x: mx.array, weight: mx.array) -> mx.array:
+        return kernels.rms_norm(x, weight if affine else None, 1e-6)
+
+    arguments = normal(3, 5, 16), normal(16, seed=1)
+    close(ours(*arguments), formula(*arguments), 1e-6)
+    for a, b in zip(slopes(ours, *arguments), slopes(formula, *arguments), strict=True):
+        close(a, b, 1e-5)
+
+
+def test_rms_norm_of_numbers_whose_squares_overflow_half_precision() -> None:
+    x = mx.full((1, 8), 3000.0, dtype=mx.float16)
+    assert kernels.rms_norm(x, None, 1e-6).tolist() == [[1.0] * 8]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradients(masked: bool) -> None:
+    q, k, v = normal(2, 3, 7, 8), normal(2, 3, 5, 8, seed=1), normal(2, 3, 5, 8, seed=2)
+    mask = mx.where(mx.random.uniform(shape=(2, 1, 7, 5), key=mx.random.key(3)) < 0.3, -1e9, 0.0) if masked else None
+
+    def formula(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        scores = 0.3 * (q[..., :, None, :] * k[..., None, :, :]).sum(axis=-1)
+        powers = mx.exp(scores if mask is None else scores + mask)
+        return (powers / powers.sum(axis=-1, keepdims=True)) @ v
+
+    def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return kernels.attention(q, k, v, scale=0.3, mask=mask)
+
+    close(ours(q, k, v), formula(q, k, v), 1e-6)
+    for a, b in zip(slopes(ours, q, k, v), slopes(formula, q, k, v), strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("scores", [600, 3000, 1 << 20])
+@pytest.mark.parametrize("mask_shape", [None, (60,), (1, 1, 50, 60), (2, 1, 1, 60), (2, 3, 50, 60)])
+def test_attention_in_bands_of_heads_or_queries(
+    scores: int, mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("mflux_vae.kernels.attention")  # the package's `attention` is the function
+    monkeypatch.setattr(module, "_SMALLEST", 1)
+    monkeypatch.setattr(module, "BAND_SCORES", scores)
+    q, k, v = normal(2, 3, 50, 16), normal(2, 3, 60, 16, seed=1), normal(2, 3, 60, 8, seed=2)
+    mask = None if mask_shape is None else mx.where(normal(*mask_shape, seed=3) < 0, -mx.inf, 0.0)
+    scores_of_all = 0.3 * (q @ k.swapaxes(-1, -2))
+    formula = mx.softmax(scores_of_all if mask is None else scores_of_all + mask, axis=-1) @ v
+    close(kernels.attention(q, k, v, scale=0.3, mask=mask), formula, 3e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_softmax_of_large_arrays(axis: int) -> None:
+    x = 20 * normal(40, 30, 50)
+    close(kernels.softmax(x, axis=axis), mx.softmax(x, axis=axis), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_softmax_and_attention_in_half_precision(dtype: mx.Dtype) -> None:
+    weights = kernels.softmax(normal(4, 3000).astype(dtype))
+    assert weights.dtype == dtype
+    close(weights.astype(mx.float32).sum(axis=-1), mx.ones((4,)), HALF[dtype])
+    q, k, v = (normal(1, 2, 50, 16, seed=seed) for seed in range(3))
+    ours = kernels.attention(*(a.astype(dtype) for a in (q, k, v)), scale=0.25)
+    assert ours.dtype == dtype
+    close(ours, kernels.attention(q, k, v, scale=0.25), 2 * HALF[dtype])

@@ -1,0 +1,132 @@
+"""The hub: what is asked for, and what is said where it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+
+from mflux_vae import WeightsError
+from mflux_vae.pretrained import hub, loading
+from mflux_vae.weights.formats.files import write_safetensors
+from mflux_vae.weights.keymaps.diffusers import STEM
+from tests.mflux_vae.naming_samples import arrays, kl, named, parameters, same
+from tests.mflux_vae.weights.torch_writer import of_arrays, write_zip
+
+TREE = {
+    "owner/pipeline": ("model_index.json", "vae/config.json", f"vae/{STEM}.safetensors", f"unet/{STEM}.safetensors"),
+    "stabilityai/sdxl-vae": ("config.json", f"{STEM}.safetensors", "sdxl_vae.safetensors"),
+    "owner/old": ("config.json", f"{STEM}.bin"),
+    "owner/single": ("flux_vae.safetensors", "README.md"),
+    "owner/empty": ("config.json",),
+}
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Repositories in a folder; downloading copies what matches into a cache, and is written down."""
+    from fnmatch import fnmatch
+
+    network, cache, asked = kl(), tmp_path / "cache", []
+    tensors, storages = of_arrays(arrays(network))
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], revision: str | None) -> str:
+        if repo_id not in TREE:
+            raise huggingface_hub.errors.RepositoryNotFoundError(
+                "404", response=SimpleNamespace(headers={}, request=None)
+            )
+        root = cache / repo_id
+        root.mkdir(parents=True, exist_ok=True)
+        for name in TREE[repo_id]:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                asked.append(f"{repo_id}/{name}")
+                path = root / name
+                path.parent.mkdir(exist_ok=True)
+                if path.suffix == ".json":
+                    path.write_text(json.dumps(network.config.to_dict()))
+                elif path.suffix == ".bin":
+                    write_zip(path, tensors, storages)
+                else:
+                    write_safetensors(path, named(network))
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return SimpleNamespace(network=network, asked=asked)
+
+
+@pytest.mark.parametrize(
+    ("source", "weights"),
+    [
+        ("owner/pipeline", f"owner/pipeline/vae/{STEM}.safetensors"),
+        ("owner/pipeline/vae", f"owner/pipeline/vae/{STEM}.safetensors"),
+        ("sdxl", f"stabilityai/sdxl-vae/{STEM}.safetensors"),
+        ("SD-XL", f"stabilityai/sdxl-vae/{STEM}.safetensors"),
+        ("stabilityai/sdxl-vae", f"stabilityai/sdxl-vae/{STEM}.safetensors"),
+        ("stabilityai/sdxl-vae/sdxl_vae.safetensors", "stabilityai/sdxl-vae/sdxl_vae.safetensors"),
+        ("owner/old", f"owner/old/{STEM}.bin"),
+        ("owner/single/flux_vae.safetensors", "owner/single/flux_vae.safetensors"),
+    ],
+)
+def test_the_hub_gives_the_autoencoder_and_nothing_else(
+    source: str, weights: str, fake_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert same(parameters(loading.open_network(source)), parameters(fake_hub.network))
+    assert {name for name in fake_hub.asked if not name.endswith(".json")} == {weights}
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("owner/nothing", "owner/nothing: no such file or folder here, and no such repository on the hub"),
+        ("owner/single", "has no vae/config.json; name one of its files: owner/single/FILE"),
+        ("owner/pipeline/unet", "has no unet/config.json"),
+        ("owner/empty", rf"has no {STEM}\.safetensors"),
+        ("nothing", "nothing: no such file or folder; known presets: sd1, "),
+        ("sdlx", r"sdlx: no such file or folder; did you mean sdxl\? known presets: sd1, "),
+        ("./owner/pipeline", "no such file or folder; known presets"),
+        ("models/vae.safetensors", "no such file or folder; known presets"),
+        ("a/b/c.txt", "no such repository"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(
+    source: str, told: str, fake_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=told):
+        loading.open_network(source)
+
+
+def http(kind: type[Exception]) -> Exception:
+    return kind("Client error 403\nmore", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (lambda: http(huggingface_hub.errors.GatedRepoError), "a/b: is gated; accept its conditions.*hf auth login"),
+        (
+            lambda: http(huggingface_hub.errors.HfHubHTTPError),
+            r"the download failed \(Client error 403\); the same command",
+        ),
+        (
+            lambda: huggingface_hub.errors.LocalEntryNotFoundError("x"),
+            "not in the cache, and the hub cannot be reached",
+        ),
+        (lambda: huggingface_hub.errors.OfflineModeIsEnabled("x"), "not in the cache, and the hub cannot be reached"),
+        (lambda: huggingface_hub.errors.HFValidationError("x"), "no name of a repository"),
+        (lambda: ConnectionResetError("reset by peer"), r"failed \(reset by peer\); the same command resumes it"),
+        (lambda: OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_downloads_that_fail_say_why(error, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(WeightsError, match=told) as caught:
+        hub.fetch("a/b")
+    assert "\n" not in str(caught.value)

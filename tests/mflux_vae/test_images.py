@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mflux_vae import images
+from mflux_vae.errors import ImageError
+from tests.mflux_vae.odd_images import PICTURES
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def test_only_pictures_are_found_sorted_and_the_rest_is_counted(tmp_path):
+    for name in ("b.png", "a.JPG", "c.webp", ".hidden.png", ".DS_Store", "Thumbs.db", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    found, skipped = images.find_images(tmp_path)
+    assert [path.name for path in found] == ["a.JPG", "b.png", "c.webp"]
+    assert skipped == 4
+
+
+def test_a_missing_folder_and_a_file_in_its_place_are_said(tmp_path):
+    with pytest.raises(ImageError, match="does not exist"):
+        images.find_images(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImageError, match="is a file"):
+        images.find_images(tmp_path / "file")
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), WHITE)
+    image.paste(RED, (0, 0, 10, 20))  # red at the left ...
+    exif = Image.Exif()
+    exif[0x0112] = 6  # ... and the camera was turned: red belongs at the top
+    image.save(tmp_path / "turned.png", exif=exif)
+    picture = images.load_image(tmp_path / "turned.png")
+    assert picture.shape == (40, 20, 3)
+    assert tuple(picture[2, 10]) == RED and tuple(picture[30, 10]) == WHITE
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60), (20, 20), (7, 90)])
+def test_the_centre_square_is_kept(tmp_path, size):
+    image = Image.new("RGB", size, WHITE)
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    image.paste(RED, (left, top, left + side, top + side))
+    image.save(tmp_path / "image.png")
+    picture = images.load_image(tmp_path / "image.png", resolution=16)
+    assert picture.shape == (16, 16, 3)
+    assert tuple(picture[8, 8]) == RED
+
+
+def test_resizing_keeps_the_mean_brightness(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    images.save_image(tmp_path / "noise.png", noise)
+    small = images.load_image(tmp_path / "noise.png", resolution=16)
+    assert abs(small.mean() - noise.mean()) < 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_odd_picture_is_read_as_it_looks_or_refused_in_one_line(tmp_path, name, channels):
+    odd, path = PICTURES[name], tmp_path / name
+    odd.write(path)
+    if odd.error is not None:
+        with pytest.raises(ImageError) as told:
+            images.load_images([path], channels=channels)
+        assert str(told.value).startswith(f"{path} {odd.error}") and "\n" not in str(told.value)
+        return
+    (picture,) = images.load_images(path, channels=channels)
+    assert picture.dtype == np.uint8 and picture.shape == (*odd.size, channels)
+    red, green, blue = odd.colour
+    expected = odd.colour if channels == 3 else 0.299 * red + 0.587 * green + 0.114 * blue
+    np.testing.assert_allclose(picture, np.broadcast_to(expected, picture.shape), atol=2)
+
+
+def test_of_several_frames_the_first_is_taken_and_said(tmp_path, caplog):
+    PICTURES["animated.gif"].write(tmp_path / "animated.gif")
+    with caplog.at_level("INFO", logger="mflux_vae"):
+        images.load_image(tmp_path / "animated.gif")
+    assert "animated.gif has several frames or pages: the first is taken" in caplog.text
+
+
+ARRAYS = {
+    "grey": (np.full((4, 6), 77, np.uint8), 77),
+    "one channel": (np.full((4, 6, 1), 77, np.uint8), 77),
+    "bool": (np.ones((4, 6), bool), 255),
+    "16 bits": (np.full((4, 6, 3), 77 * 257, np.uint16), 77),
+    "float": (np.full((4, 6, 3), 76.6, np.float32), 77),
+    "black floats": (np.zeros((4, 6, 3)), 0),
+    "opacity": (np.dstack([np.zeros((4, 6, 3)), np.full((4, 6), 0.0)]), 255),
+    "16 bits with opacity": (np.full((4, 6, 4), 65535, np.uint16), 255),
+    "strided": (np.full((8, 12, 3), 77, np.uint8)[::2, ::2], 77),
+    "pillow": (Image.new("CMYK", (6, 4), (0, 0, 0, 0)), 255),
+    "mlx": (mx.full((4, 6, 3), 77, mx.uint8), 77),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_are_pictures_too(kind):
+    source, level = ARRAYS[kind]
+    for channels in (1, 3):
+        (picture,) = images.load_images([source], channels=channels)
+        assert picture.dtype == np.uint8 and picture.shape == (4, 6, channels) and (picture == level).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.full((4, 6, 3), np.nan), "not a number"),
+        (np.full((4, 6, 3), np.inf), "infinite"),
+        (np.full((4, 6, 3), -0.5), r"is in \[-0.5, -0.5\], expected \[0, 255\]"),
+        (np.full((4, 6, 3), 256), r"is in \[256, 256\]"),
+        (np.full((4, 6, 3), 0.5), "times 255"),
+        (np.zeros((3, 4, 6), np.uint8), r"array \(3, 4, 6\)"),
+        (np.zeros((1, 3, 4, 6), np.uint8), r"array \(1, 3, 4, 6\)"),
+        (np.zeros((0, 6, 3), np.uint8), r"array \(0, 6, 3\)"),
+        (np.zeros((4, 6), complex), "array of complex128"),
+        (7, r"array \(\)"),
+        (None, "a NoneType"),
+        (b"bytes", "a bytes"),
+        (Image.new("F", (4, 4)), "floating-point"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_place(source, message):
+    with pytest.raises(ImageError, match=rf"^picture 1 .*{message}"):
+        images.load_images([np.zeros((4, 6, 3), np.uint8), source])
+
+
+def test_networks_of_other_channels_are_given_arrays():
+    with pytest.raises(ImageError, match="this network 4"):
+        images.load_images([], channels=4)
+
+
+def test_pixels_and_pictures_are_inverse_and_clipped():
+    levels = np.arange(256, dtype=np.uint8)
+    assert (images.to_pictures(images.to_pixels(levels)) == levels).all()
+    assert images.to_pixels(levels).min() == -1 and images.to_pixels(levels).max() == 1
+    assert images.to_pictures(np.array([-7.0, 7.0, np.nan, np.inf])).tolist() == [0, 255, 0, 255]
+
+
+def test_a_saved_picture_comes_back_with_its_text_and_leaves_no_other_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    images.save_image(tmp_path / "deep" / "image.png", noise, text={"prompt": "a photo of a café"})
+    assert (images.load_image(tmp_path / "deep" / "image.png") == noise).all()
+    assert images.image_text(tmp_path / "deep" / "image.png") == {"prompt": "a photo of a café"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["image.png"]
+
+
+def test_rows_are_stacked_with_labels_at_the_left():
+    red = np.full((8, 8, 3), RED, dtype=np.uint8)
+    sheet = images.labelled_rows([("one", images.strip([red, red], gap=3)), ("three hundred", red)])
+    assert sheet.shape[0] == 2 * 8 + 3 * 4
+    assert (sheet == np.array(RED)).all(-1).sum() == 3 * 8 * 8
+    left = sheet[:, : sheet.shape[1] - 19 - 4]
+    assert (left < 128).all(-1).any()
+
+
+def test_a_picture_of_one_channel_is_saved_as_such_and_a_failed_save_leaves_nothing(tmp_path):
+    images.save_image(tmp_path / "grey.png", np.full((4, 6, 1), 77, np.uint8))
+    with Image.open(tmp_path / "grey.png") as image:
+        assert image.mode == "L" and image.size == (6, 4)
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(OSError):
+        images.save_image(tmp_path / "taken.png", np.zeros((4, 6, 3), np.uint8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grey.png", "taken.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_strip_has_gaps_of_white(channels):
+    left, right = np.full((4, 6, channels), 10, np.uint8), np.full((4, 3, channels), 20, np.uint8)
+    assert images.strip([left, right], gap=2)[2, :, 0].tolist() == [10] * 6 + [255] * 2 + [20] * 3

@@ -1,0 +1,51 @@
+"""One process at a time in a folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae_train.checkpointing.lock import Lock
+
+HOLDING = (
+    "import sys, time; from mflux_vae_train.checkpointing.lock import Lock; l = Lock(sys.argv[1]); l.take(); "
+    "print(1, flush=True)"
+)
+
+
+def test_another_holder_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
+    with Lock(tmp_path) as lock:
+        lock.take()  # once is enough
+        with pytest.raises(SettingsError, match="another process is at work"), Lock(tmp_path):
+            pass
+    with Lock(tmp_path):
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_comes_later_can_be_locked_then(tmp_path: Path) -> None:
+    with Lock(tmp_path / "new") as lock:
+        (tmp_path / "new").mkdir()
+        with Lock(tmp_path / "new"):
+            pass
+        lock.take()
+        with pytest.raises(SettingsError):
+            Lock(tmp_path / "new").take()
+
+
+def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{HOLDING}; time.sleep(60)", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    with pytest.raises(SettingsError):
+        Lock(tmp_path).take()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with Lock(tmp_path):
+        pass

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae_train.dreambooth.data import batches as micro_batching
+from mflux_vae_train.dreambooth.data.batches import Cache, Plan, Sample
+from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EMPTY, PROMPT, plain_cache
+
+
+@pytest.fixture
+def cache():
+    """Latents that say which picture they are: instance 0..4, class 100..102; prompts 0, 1, 2."""
+    return plain_cache(
+        mx.arange(5).reshape(5, 1), 100 + mx.arange(3).reshape(3, 1), {"embedding": mx.arange(3).reshape(3, 1)}
+    )
+
+
+def run_of(cache, plan, *, seed=0, caption_dropout=0.0):
+    """Every micro-batch of a run."""
+    return [
+        micro_batching.micro_batches(cache, plan, update=update, seed=seed, caption_dropout=caption_dropout)
+        for update in range(plan.updates)
+    ]
+
+
+def joined(batches, name):
+    """An array over the micro-batches of an update: instance samples first, then prior samples."""
+    halves = [np.split(np.array(batch.arrays[name]), 2) for batch in batches]
+    return np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
+
+
+def test_the_order_runs_through_all_and_is_shuffled_anew():
+    epochs = [[micro_batching.shuffled(3, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 10
+    assert epochs != [
+        [micro_batching.shuffled(4, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)
+    ]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (4, 1), (3, 2), (7, 1)])
+def test_epochs_see_every_picture_equally_often_and_flush_the_last_window(cache, batch_size, accumulation):
+    plan = Plan(samples=3 * 5, batch_size=batch_size, accumulation=accumulation)
+    run = run_of(cache, plan)
+    assert len(run) == plan.updates
+    assert all(len(batches) == accumulation for batches in run[:-1])
+    weights = [batch.weight for batches in run for batch in batches]
+    assert sum(weights) == 15 and max(weights) <= batch_size and min(weights) > 0
+    seen = np.concatenate([np.array(b.arrays["latents"])[: int(b.weight), 0] for batches in run for b in batches])
+    assert np.bincount(seen).tolist() == [3, 3, 3, 3, 3]
+
+
+def test_four_of_one_are_one_of_four(cache):
+    ones = run_of(cache, Plan(samples=14, batch_size=1, accumulation=4), caption_dropout=0.3)
+    fours = run_of(cache, Plan(samples=14, batch_size=4, accumulation=1), caption_dropout=0.3)
+    assert len(ones) == len(fours) == 4
+    for one, four in zip(ones, fours, strict=True):
+        for name in four[0].arrays:
+            np.testing.assert_array_equal(joined(one, name), joined(four, name))
+
+
+def test_a_batch_is_a_function_of_its_number_alone(cache):
+    plan = Plan(samples=40, batch_size=2, accumulation=2)
+    whole = run_of(cache, plan, caption_dropout=0.5)
+    alone = micro_batching.micro_batches(cache, plan, update=7, seed=0, caption_dropout=0.5)
+    for one, other in zip(whole[7], alone, strict=True):
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, other.arrays[name])
+
+
+def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noise(cache):
+    (batch,) = micro_batching.micro_batches(
+        cache, Plan(samples=12, batch_size=4, accumulation=1), update=0, seed=0, caption_dropout=0.0
+    )
+    latents, prompts = (
+        np.array(batch.arrays["latents"])[:, 0],
+        np.array(batch.arrays["conditioning.embedding"])[:, 0],
+    )
+    assert (latents[:4] < 5).all() and (latents[4:] >= 100).all()
+    assert prompts.tolist() == [PROMPT] * 4 + [CLASS_PROMPT] * 4
+    for name in ("key", "dropout_key"):
+        keys = np.array(batch.arrays[name])
+        assert keys.shape == (8, 2) and len(np.unique(keys, axis=0)) == 8
+
+
+def test_noise_of_the_instance_does_not_depend_on_the_prior(cache):
+    plan = Plan(samples=12, batch_size=2, accumulation=2)
+    without = run_of(replace(cache, prior=None), plan)
+    for one, other in zip(run_of(cache, plan), without, strict=True):
+        for batch, bare in zip(one, other, strict=True):
+            np.testing.assert_array_equal(batch.arrays["key"][:2], bare.arrays["key"])
+            np.testing.assert_array_equal(batch.arrays["latents"][:2], bare.arrays["latents"])
+
+
+def test_noise_never_repeats(cache):
+    plan = Plan(samples=64, batch_size=4, accumulation=2)
+    keys = np.concatenate([np.array(b.arrays["key"]) for batches in run_of(cache, plan) for b in batches])
+    assert len(np.unique(keys, axis=0)) == 128
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_captions_are_dropped_at_the_asked_rate(cache, share):
+    plan = Plan(samples=2000, batch_size=50, accumulation=1)
+    batches = [batch for batches in run_of(cache, plan, caption_dropout=share) for batch in batches]
+    rows = np.concatenate([np.array(batch.arrays["conditioning.embedding"])[:, 0] for batch in batches])
+    assert abs((rows == EMPTY).mean() - share) < 0.03
+    if share == 0:
+        assert (rows != EMPTY).all()
+
+
+# shapes, views, masks
+
+
+@pytest.fixture
+def mixed():
+    """Samples of two shapes and two concepts: of 2 x 2 views each; latents say concept, picture and view."""
+    latents, masks, samples = [], [], []
+    for number in range(7):
+        concept, shape = number % 2, (2, 4, 1) if number % 3 else (4, 2, 1)
+        entries = [[len(latents) + 2 * crop + mirrored for mirrored in range(2)] for crop in range(2)]
+        latents += [mx.full(shape, 100 * concept + 10 * number + view) for view in range(4)]
+        masks += [mx.full(shape, view / 4) for view in range(4)]
+        samples.append(Sample(entries=entries, prompt=concept, class_prompt=2 + concept, concept=concept))
+    prior = {
+        (concept, shape): [mx.full(shape, -100.0 * (concept + 1) - picture) for picture in range(3)]
+        for concept in range(2)
+        for shape in ((2, 4, 1), (4, 2, 1))
+    }
+    prompts = {"embedding": mx.arange(5).reshape(5, 1)}
+    return Cache(samples=samples, latents=latents, masks=masks, prior=prior, prompts=prompts, empty=4)
+
+
+def by_key(batches):
+    """Every sample of an update by its noise's key: its latents, prompt, mask."""
+    return {
+        tuple(np.array(batch.arrays["key"])[row].tolist()): tuple(
+            np.array(batch.arrays[name])[row].tolist() for name in ("latents", "mask", "conditioning.embedding")
+        )
+        for batch in batches
+        for row in range(batch.arrays["latents"].shape[0])
+    }
+
+
+def test_a_micro_batch_has_one_shape_and_an_update_all_its_samples(mixed):
+    plan = Plan(samples=40, batch_size=4, accumulation=2)
+    run = run_of(mixed, plan)
+    assert len({batch.arrays["latents"].shape[1:] for batches in run for batch in batches}) == 2
+    for update, batches in enumerate(run):
+        assert sum(batch.weight for batch in batches) == len(plan.positions(update)) == 8
+        assert all(batch.weight <= 4 for batch in batches)
+
+
+def test_four_of_one_are_one_of_four_whatever_their_shapes(mixed):
+    runs = [
+        run_of(mixed, Plan(samples=30, batch_size=size, accumulation=8 // size), caption_dropout=0.3)
+        for size in (1, 2, 4, 8)
+    ]
+    for update in range(4):
+        first, *others = (by_key(run[update]) for run in runs)
+        assert all(other == first for other in others)
+
+
+def test_the_prior_beside_a_sample_is_of_its_concept_and_shape(mixed):
+    for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=2)):
+        for batch in batches:
+            instance, prior = np.split(np.array(batch.arrays["latents"])[:, 0, 0, 0], 2)
+            prompts, of_class = np.split(np.array(batch.arrays["conditioning.embedding"])[:, 0], 2)
+            assert (prompts == instance // 100).all() and (of_class == 2 + prompts).all()
+            assert (-prior // 100 == prompts + 1).all()
+            assert (np.split(np.array(batch.arrays["mask"]), 2)[1] == 1).all(), "class pictures have no mask"
+
+
+def test_masks_go_with_their_views(mixed):
+    for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=1)):
+        for batch in batches:
+            half = int(batch.weight)
+            views = np.array(batch.arrays["latents"])[:half, 0, 0, 0] % 10
+            assert (np.array(batch.arrays["mask"])[:half, 0, 0, 0] == views / 4).all()
+
+
+def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
+    plan = Plan(samples=7 * 200, batch_size=7, accumulation=1)
+    run = run_of(replace(mixed, prior=None), plan)
+    views = [
+        tuple(np.sort(np.concatenate([np.array(b.arrays["latents"])[:, 0, 0, 0] for b in batches]))) for batches in run
+    ]
+    assert len(set(views)) > 190
+    counts = np.bincount(np.array(views).astype(int).ravel() % 10)
+    assert counts.sum() == 1400 and (abs(counts - 350) < 60).all()
+
+
+@pytest.mark.parametrize("entries", [[[0, 1]], [[0], [1]]])  # mirrored or not, or two places
+def test_two_views_take_turns_by_chance(cache, entries):
+    two = replace(cache, samples=[Sample(entries=entries, prompt=PROMPT)], prior=None)
+    drawn = [
+        batch.arrays["latents"].item() for (batch,) in run_of(two, Plan(samples=200, batch_size=1, accumulation=1))
+    ]
+    assert set(drawn) == {0, 1} and 70 < sum(drawn) < 130
+
+
+def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
+    plan = Plan(samples=12, batch_size=3, accumulation=1)
+    for (batch,) in run_of(replace(cache, prior=None, preserves_output=True), plan):
+        for name in ("latents", "key"):
+            np.testing.assert_array_equal(*np.split(np.array(batch.arrays[name]), 2))
+        dropout = np.array(batch.arrays["dropout_key"])
+        assert len(np.unique(dropout, axis=0)) == 6
+        prompts = np.array(batch.arrays["conditioning.embedding"])[:, 0]
+        assert prompts.tolist() == [PROMPT] * 3 + [CLASS_PROMPT] * 3

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.images import averaged, covered
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.data.crops import View, nearest, shapes, views
+
+
+def settings(**changes) -> DreamBoothSettings:
+    return DreamBoothSettings(model="x", instance_data_dir="y", instance_prompt="z", **changes)
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Red grows to the right, green downwards."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([255 * columns / width, 255 * rows / height, 0 * rows], axis=-1).astype(np.uint8)
+
+
+def test_without_buckets_there_is_the_square():
+    assert shapes(settings(), resolution=512, multiple=16) == [(512, 512)]
+
+
+@pytest.mark.parametrize("resolution", [64, 512, 768, 1024])
+def test_buckets_have_the_pixels_of_the_resolution_and_sides_that_the_pipeline_takes(resolution):
+    found = shapes(settings(use_aspect_ratio_buckets=True), resolution=resolution, multiple=16)
+    assert (resolution, resolution) in found
+    for height, width in found:
+        assert height % 16 == width % 16 == 0
+        assert (width, height) in found, "what is there for tall pictures is there for wide ones"
+        # rounding a side by at most 8 pixels
+        assert abs(math.log(height * width / resolution**2)) <= 8 / height + 8 / width + 0.02
+
+
+def test_eleven_shapes_at_512():
+    found = shapes(settings(use_aspect_ratio_buckets=True), resolution=512, multiple=16)
+    assert len(found) == 11 and (416, 624) in found and (720, 368) in found
+
+
+def test_own_buckets_are_read_and_mistakes_named():
+    own = settings(aspect_ratio_buckets=" 512,512; 384, 640;512,512")
+    assert shapes(own, resolution=512, multiple=16) == [(512, 512), (384, 640)]
+    for text, said in (
+        ("512", "no 'height,width'"),
+        ("512,-1", "no 'height"),
+        ("512,500", "multiples of 16"),
+        ("0,0", "16"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            shapes(settings(aspect_ratio_buckets=text), resolution=512, multiple=16)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 100), (4, 4)), ((100, 160), (4, 8)), ((100, 130), (4, 4)), ((900, 400), (8, 4))]
+)
+def test_the_nearest_shape_needs_the_least_cut_off(size, expected):
+    assert nearest(size, [(4, 4), (4, 8), (8, 4)]) == expected
+
+
+def test_places_run_from_one_end_to_the_other():
+    picture = ramp(30, 90)
+    rows = views((30, 90), (30, 30), crops=3, mirror=True)
+    assert [[view.mirrored for view in row] for row in rows] == [[False, True]] * 3
+    for row, left in zip(rows, (0, 30, 60), strict=True):
+        plain, mirrored = (view.of(picture) for view in row)
+        np.testing.assert_array_equal(plain, picture[:, left : left + 30])
+        np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+    assert len(views((30, 30), (10, 10), crops=3, mirror=False)) == 1, "nothing is cut off: one place"
+    assert views((30, 90), (30, 30), crops=1, mirror=False) == [[View(shape=(30, 30))]]
+
+
+@pytest.mark.parametrize("size", [(7, 31), (31, 7), (16, 16), (100, 33)])
+@pytest.mark.parametrize("shape", [(16, 8), (8, 16), (32, 32)])
+def test_what_is_seen_has_the_shape_and_is_not_distorted(size, shape):
+    seen = covered(ramp(*size), shape).astype(float)
+    assert seen.shape == (*shape, 3)
+    # as many pixels of the original per pixel downwards as to the right
+    across, down = (
+        np.gradient(seen[..., 0], axis=1).mean() * size[1],
+        np.gradient(seen[..., 1], axis=0).mean() * size[0],
+    )
+    assert across == pytest.approx(down, rel=0.25)
+
+
+def test_averages_are_means_over_parts():
+    picture = np.random.default_rng(0).integers(0, 256, (32, 16, 1), dtype=np.uint8)
+    expected = picture.reshape(4, 8, 2, 8).mean(axis=(1, 3))
+    np.testing.assert_allclose(averaged(picture, (4, 2))[..., 0], expected, atol=1)

@@ -1,0 +1,196 @@
+"""The instance pictures of a run: which files they are, their prompts, masks and views."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.images import save_image
+from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
+from mflux_vae_train.dreambooth.data.dataset import Pictures, load_pictures
+from mflux_vae_train.dreambooth.planning.prepare import check_pictures
+
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture
+def load(instance_dir):
+    def loaded(resolution: int = 16, **changes) -> Pictures:
+        given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": PROMPT}
+        if "concepts" in changes:
+            given = {"model": "fake"}
+        return load_pictures(DreamBoothSettings(**given, **changes), resolution=resolution, multiple=4)
+
+    return loaded
+
+
+def picture(height: int = 16, width: int = 16, level: int = 0) -> np.ndarray:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def test_pictures_are_sorted_counted_and_fingerprinted(instance_dir, load):
+    pictures = load()
+    assert [path.name for path in pictures.paths] == [f"picture-{index}.png" for index in range(5)]
+    assert pictures.skipped == 1
+    assert all(array.shape == (16, 16, 3) for array in pictures.arrays)
+    (instance_dir / "picture-0.png").rename(instance_dir / "aaa.png")
+    assert load().fingerprint == pictures.fingerprint
+    save_image(instance_dir / "aaa.png", picture())
+    assert load().fingerprint != pictures.fingerprint
+
+
+def test_a_folder_without_pictures_says_which_files_count(tmp_path, load):
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"no picture among its 1 files: .*\.jpg.*\.png"):
+        load(concepts=[Concept(instance_data_dir=tmp_path, instance_prompt=PROMPT)])
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_broken_picture_is_named_wherever_it_stands(instance_dir, load, broken):
+    path = instance_dir / f"picture-{broken}.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
+        load()
+
+
+# prompts
+
+
+def captions_of(pictures: Pictures) -> list[str]:
+    return [instance.caption for instance in pictures.instances]
+
+
+def test_prompts_come_from_metadata_then_from_text_files_then_from_the_run(instance_dir, load):
+    assert captions_of(load()) == [PROMPT] * 5
+    (instance_dir / "picture-0.txt").write_text("sks dog\nasleep ")
+    (instance_dir / "picture-1.txt").write_text("sks dog awake")
+    (instance_dir / "picture-2.txt").write_text(" \n")
+    rows = [
+        {"file_name": "picture-1.png", "text": "sks dog in metadata"},
+        {"file_name": "picture-3.png", "prompt": "x"},
+    ]
+    (instance_dir / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    pictures = load()
+    assert captions_of(pictures) == ["sks dog asleep", "sks dog in metadata", PROMPT, "x", PROMPT]
+    assert pictures.skipped == 1, "files that say prompts are of use"
+    assert "3 of 5 pictures have prompts of their own" in pictures.described(
+        [Concept(instance_data_dir="x", instance_prompt=PROMPT)]
+    )
+
+
+def test_the_column_can_be_named(instance_dir, load):
+    (instance_dir / "metadata.jsonl").write_text(json.dumps({"file_name": "picture-4.png", "text": "t", "said": "s"}))
+    assert captions_of(load())[4] == "t"
+    assert captions_of(load(caption_column="said"))[4] == "s"
+    with pytest.raises(SettingsError, match=r"line 1: no text under caption; --caption_column"):
+        load(caption_column="caption")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "picture-0.png", "text": ', "line 1: is no JSON"),
+        ("[1]", "a JSON object with a file_name"),
+        ('{"file_name": "nobody.png", "text": "x"}', "no picture 'nobody.png'"),
+        ('{"file_name": "picture-0.png", "text": 3}', "no text under text or prompt"),
+    ],
+)
+def test_mistakes_in_metadata_are_named(instance_dir, load, line, said):
+    (instance_dir / "metadata.jsonl").write_text(line)
+    with pytest.raises(SettingsError, match=said):
+        load()
+
+
+def test_a_column_without_metadata_and_text_that_is_none_are_refused(instance_dir, load):
+    with pytest.raises(SettingsError, match=r"--caption_column said: there is no .*metadata\.jsonl"):
+        load(caption_column="said")
+    (instance_dir / "picture-0.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(SettingsError, match=r"picture-0\.txt cannot be read"):
+        load()
+
+
+# masks
+
+
+def test_a_mask_is_no_picture(instance_dir, load):
+    save_image(instance_dir / "picture-1-mask.png", picture(20, 16, 200)[..., :1])
+    save_image(instance_dir / "lonely-mask.png", picture())
+    unmasked = load()
+    assert [path.name for path in unmasked.paths] == ["lonely-mask.png", *(f"picture-{i}.png" for i in range(5))]
+    assert unmasked.unused_masks == 1 and all(one.mask is None for one in unmasked.instances)
+    masked = load(masked_loss=True)
+    assert masked.paths == unmasked.paths and masked.fingerprint != unmasked.fingerprint
+    assert [one.mask.name if one.mask else None for one in masked.instances][2] == "picture-1-mask.png"
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (picture(20, 16, 0), "black all over"),
+        (picture(16, 20, 255), "of another shape"),
+        (None, "no picture NAME.jpg has a NAME-mask.png"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(instance_dir, load, mask, said):
+    if mask is not None:
+        save_image(instance_dir / "picture-1-mask.png", mask)
+    with pytest.raises(ImageError, match=said):
+        load(masked_loss=True)
+
+
+def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
+    """Such samples would count nothing, and an update of nothing else would have no gradient."""
+    save_image(instance_dir / "picture-0.png", picture(80, 16))
+    mask = picture(80, 16)
+    mask[:20] = 255
+    save_image(instance_dir / "picture-0-mask.png", mask)
+    cut = {"center_crop": False, "num_crops": 5}
+    assert [row[0].place for row in load(**cut).instances[0].views] == [0, 0.25, 0.5, 0.75, 1]
+    assert [row[0].place for row in load(**cut, masked_loss=True).instances[0].views] == [0, 0.25]
+    with pytest.raises(ImageError, match="black where the picture is cut"):
+        load(masked_loss=True)
+
+
+def test_a_small_mask_is_no_mistake_before_the_pipeline_says_how_large_pictures_are(instance_dir, load):
+    mask = picture(1024, 1024)
+    mask[500:505, 500:505] = 255
+    save_image(instance_dir / "picture-0.png", picture(1024, 1024))
+    save_image(instance_dir / "picture-0-mask.png", mask)
+    settings = DreamBoothSettings(
+        model="fake", instance_data_dir=str(instance_dir), instance_prompt=PROMPT, masked_loss=True
+    )
+    check_pictures(settings)
+    assert len(load_pictures(settings, resolution=512, multiple=16).instances) == 5
+
+
+# concepts, views
+
+
+def test_concepts_have_their_own_pictures_and_prompts(instance_dir, tmp_path, load):
+    save_image(tmp_path / "cats" / "cat.png", picture())
+    concepts = [
+        Concept(instance_data_dir=instance_dir, instance_prompt=PROMPT),
+        Concept(instance_data_dir=tmp_path / "cats", instance_prompt="a photo of xyz cat"),
+    ]
+    pictures = load(concepts=concepts)
+    assert [one.concept for one in pictures.instances] == [0] * 5 + [1]
+    assert captions_of(pictures) == [PROMPT] * 5 + ["a photo of xyz cat"]
+    lines = pictures.described(concepts)
+    assert lines[0].startswith("5 instance pictures in") and "1 other file skipped" in lines[1]
+
+
+def test_each_picture_is_seen_as_asked(instance_dir, load):
+    for path in instance_dir.glob("*.png"):
+        path.unlink()
+    save_image(instance_dir / "square.png", picture(40, 40))
+    save_image(instance_dir / "tall.png", picture(80, 41))
+    assert [[len(row) for row in one.views] for one in load().instances] == [[1], [1]]
+    assert [[len(row) for row in one.views] for one in load(random_flip=True).instances] == [[2], [2]]
+    several = load(random_flip=True, center_crop=False, num_crops=3).instances
+    assert [[len(row) for row in one.views] for one in several] == [[2], [2, 2, 2]]
+    bucketed = load(use_aspect_ratio_buckets=True)
+    assert [one.shape for one in bucketed.instances] == [(16, 16), (24, 12)]
+    assert "shapes: 16x16 1, 24x12 1" in bucketed.described([Concept(instance_data_dir="x", instance_prompt=PROMPT)])

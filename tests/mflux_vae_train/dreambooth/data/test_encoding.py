@@ -1,0 +1,233 @@
+"""What is encoded, how often, and what the next run finds of it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.images import load_image, save_image
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.data import encoding
+from mflux_vae_train.dreambooth.data.crops import View
+from mflux_vae_train.dreambooth.data.dataset import load_pictures
+from mflux_vae_train.dreambooth.data.encoding import Seen, build_cache, encode_pictures, encode_prompts, open_store
+from mflux_vae_train.dreambooth.data.encoding_cache import Store
+from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
+from tests.contracts.fake import FakePipeline
+
+LARGE = View(shape=(600, 600))
+
+
+def seen(folder, view=LARGE) -> list[Seen]:
+    return [Seen(path, view) for path in sorted(folder.glob("*.png"))]
+
+
+def corners(pixels: mx.array) -> mx.array:
+    return pixels[:, 0, 0]
+
+
+class Counting:
+    """An encoder that remembers the sizes of what it was given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        self.sizes.append(pixels.shape[0])
+        return corners(pixels) + 0.001 * len(self.sizes)
+
+
+def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
+    encode = Counting()
+    latents = encode_pictures(encode, seen(instance_dir))
+    assert encode.sizes == [2, 2, 1]
+    for latent, (path, _) in zip(latents, seen(instance_dir), strict=True):
+        expected = load_image(path, resolution=600)[0, 0] / 127.5 - 1
+        np.testing.assert_allclose(latent, expected, atol=0.004)
+
+
+def test_pictures_of_one_shape_are_encoded_together(instance_dir):
+    wide = View(shape=(300, 600))
+    pictures = [Seen(path, view) for path, _ in seen(instance_dir) for view in (LARGE, wide)]
+    shapes = []
+    latents = encode_pictures(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
+    assert shapes == [(2, 600, 600, 3), (2, 600, 600, 3), (1, 600, 600, 3), (5, 300, 600, 3)]
+    for latent, (path, view) in zip(latents, pictures, strict=True):
+        expected = view.of(load_image(path))[:1, :1] / 127.5 - 1
+        np.testing.assert_allclose(latent, expected, atol=1e-5)
+
+
+def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
+    read = []
+    monkeypatch.setattr(encoding, "load_image", lambda path: read.append(path) or np.zeros((600, 600, 3), np.uint8))
+    pictures = seen(instance_dir) * 3
+    at_encoding = []
+
+    def encode(pixels):
+        at_encoding.append(len(read))
+        return corners(pixels)
+
+    assert len(encode_pictures(encode, pictures)) == 15
+    assert sorted(read) == sorted(one.path for one in pictures)
+    assert all(count <= 2 * (batch + 2) for batch, count in enumerate(at_encoding))
+
+
+def test_a_broken_picture_is_named(instance_dir):
+    path = instance_dir / "picture-3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"picture-3\.png"):
+        encode_pictures(corners, seen(instance_dir))
+
+
+# the store
+
+
+def test_what_was_encoded_is_not_encoded_again(instance_dir, tmp_path):
+    encode = Counting()
+    first = encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"), encoder="a")
+    store = Store(tmp_path / "kept")
+    again = encode_pictures(encode, seen(instance_dir), store=store, encoder="a")
+    assert encode.sizes == [2, 2, 1] and (store.found, store.written) == (5, 0)
+    assert all(mx.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("change", ["encoder", "shape", "place", "mirrored", "content"])
+def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
+    store, encode = Store(tmp_path / "kept"), Counting()
+    encode_pictures(encode, seen(instance_dir), store=store, encoder="a")
+    view = {
+        "shape": View(shape=(300, 600)),
+        "place": View(shape=(600, 600), place=1.0),
+        "mirrored": View(shape=(600, 600), mirrored=True),
+    }.get(change, LARGE)
+    if change == "content":
+        for path, _ in seen(instance_dir):
+            save_image(path, load_image(path) // 2)
+    before = sum(encode.sizes)
+    encode_pictures(encode, seen(instance_dir, view), store=store, encoder="b" if change == "encoder" else "a")
+    assert sum(encode.sizes) - before == 5
+
+
+def test_a_name_or_a_date_does_not_matter(instance_dir, tmp_path):
+    store, encode = Store(tmp_path / "kept"), Counting()
+    encode_pictures(encode, seen(instance_dir), store=store)
+    for index, (path, _) in enumerate(seen(instance_dir)):
+        path.rename(instance_dir / f"z{9 - index}.png")
+    encode_pictures(encode, seen(instance_dir), store=store)
+    assert encode.sizes == [2, 2, 1]
+
+
+def test_what_is_missing_or_broken_is_encoded_with_its_group_and_the_rest_stays(instance_dir, tmp_path):
+    """A latent may differ by a rounding with what it is encoded beside: the groups are those of a whole run."""
+    folder = tmp_path / "kept"
+    encode_pictures(Counting(), seen(instance_dir), store=Store(folder))
+    kept = sorted(folder.iterdir())
+    kept[0].write_bytes(b"broken")
+    kept[1].unlink()
+    encode = Counting()
+    encode_pictures(encode, seen(instance_dir), store=(store := Store(folder)))
+    assert store.found == 3 and store.written == 2 and set(encode.sizes) <= {1, 2}
+    encode_pictures(encode_nothing, seen(instance_dir), store=Store(folder))
+    assert len(list(folder.iterdir())) == 5, "and nothing temporary is left"
+
+
+def encode_nothing(pixels: mx.array) -> mx.array:
+    raise AssertionError("this was encoded before")
+
+
+def test_a_stopped_run_keeps_what_it_finished(instance_dir, tmp_path):
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def encode(pixels):
+        calls.append(pixels.shape[0])
+        if len(calls) == 2:
+            raise Stop
+        return corners(pixels)
+
+    with pytest.raises(Stop):
+        encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"))
+    encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"))
+    assert calls == [2, 2, 2, 1]
+
+
+def test_prompts_are_encoded_once(tmp_path):
+    pipeline = FakePipeline()
+    asked = ["a dog", "", "a dog", "a cat"]
+    first = encode_prompts(pipeline, asked, open_store(pipeline, tmp_path))
+    again = encode_prompts(pipeline, ["a cat", ""], open_store(pipeline, tmp_path))
+    assert pipeline.prompts_encoded == ["a dog", "", "a cat"]
+    for prompt in ("a cat", ""):
+        expected = FakePipeline().encode_prompts([prompt])["embedding"]
+        for prompts in (first, again):
+            assert mx.array_equal(prompts.of(prompt)["embedding"], expected)
+    assert set(first.rows) == set(asked)
+
+
+def test_a_pipeline_that_cannot_say_what_it_is_keeps_nothing(tmp_path):
+    assert open_store(FakePipeline(), tmp_path).folder == tmp_path
+
+    class Nameless:
+        pass
+
+    assert open_store(Nameless(), tmp_path).folder is None
+
+
+# the whole of it
+
+
+def cache_of(instance_dir, pipeline, tmp_path, **changes):
+    given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": "a photo of sks dog"}
+    settings = DreamBoothSettings(**given, output_dir=str(tmp_path / "out"), **changes)
+    preservation = choose_preservation(settings)
+    pictures = load_pictures(settings, resolution=16, multiple=4)
+    prompts = encode_prompts(pipeline, ["a photo of sks dog", "a photo of a dog", ""], Store(None))
+    classes = [sorted(instance_dir.glob("*.png"))[:2]] if preservation.kind == "class_images" else None
+    return build_cache(
+        pipeline,
+        pictures.instances,
+        prompts,
+        preservation.concepts,
+        Store(None),
+        class_pictures=classes,
+        preserves_output=preservation.kind == "dop",
+    )
+
+
+def test_views_are_entries_and_class_pictures_are_cut_to_the_shapes_beside_them(instance_dir, tmp_path):
+    save_image(instance_dir / "wide.png", np.zeros((40, 80, 3), np.uint8))
+    cache = cache_of(instance_dir, FakePipeline(), tmp_path, random_flip=True, use_aspect_ratio_buckets=True, repeats=3)
+    assert len(cache.samples) == 6 * 3 and len(cache.latents) == 6 * 2
+    shapes = {latent.shape for latent in cache.latents}
+    assert len(shapes) == 2
+    assert cache.prior.keys() == {(0, shape) for shape in shapes}
+    assert all(latent.shape == shape for (_, shape), latents in cache.prior.items() for latent in latents)
+    plain, mirrored = (cache.latents[entry] for entry in cache.samples[0].entries[0])
+    np.testing.assert_allclose(plain[:, ::-1], mirrored, atol=0.02)
+
+
+def test_masks_lie_on_the_latents_places(instance_dir, tmp_path):
+    mask = np.zeros((20, 16, 1), np.uint8)
+    mask[:, 8:] = 255
+    mask[:, 4:8] = 128
+    save_image(instance_dir / "picture-0-mask.png", mask)
+    cache = cache_of(instance_dir, FakePipeline(), tmp_path, masked_loss=True, random_flip=True)
+    plain, mirrored = (np.array(cache.masks[entry])[..., 0] for entry in cache.samples[0].entries[0])
+    assert plain.shape == cache.latents[0].shape[:2] == (4, 4)
+    np.testing.assert_allclose(plain, [[0, 0.5, 1, 1]] * 4, atol=0.1)
+    np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+    assert (np.array(cache.masks[cache.samples[1].entries[0][0]]) == 1).all(), "without a mask every place counts"
+
+
+def test_masks_on_latents_without_places_are_refused(instance_dir, tmp_path):
+    class Flat(FakePipeline):
+        def encode_images(self, pixels):
+            return super().encode_images(pixels).flatten(1)
+
+    save_image(instance_dir / "picture-0-mask.png", np.full((20, 16, 1), 255, np.uint8))
+    with pytest.raises(SettingsError, match="latents that are pictures"):
+        cache_of(instance_dir, Flat(), tmp_path, masked_loss=True)

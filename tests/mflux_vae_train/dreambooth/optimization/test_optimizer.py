@@ -1,0 +1,69 @@
+"""Settings reach the optimizer and the schedule; rates that nobody gave suit the optimizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.optimization.optimizer import default_rate, optimizer_of, schedule_of
+from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy
+from tests.contracts.fake import FakePipeline
+
+RECOMMENDED = FakePipeline.recommended
+
+
+def settings(**given):
+    needed = {"model": "fake", "instance_data_dir": "pictures", "instance_prompt": "a photo of sks dog"}
+    return DreamBoothSettings(**(needed | given))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rate"),
+    [
+        ("adamw", AdamW, RECOMMENDED.learning_rate),
+        ("adamw8bit", AdamW8bit, RECOMMENDED.learning_rate),
+        ("adafactor", Adafactor, RECOMMENDED.learning_rate),
+        ("lion", Lion, RECOMMENDED.learning_rate / 10),
+        ("prodigy", Prodigy, 1.0),
+    ],
+)
+def test_each_name_is_an_optimizer_with_a_rate_of_its_own(name, kind, rate):
+    given = settings(optimizer=name, adam_weight_decay=0.25)
+    optimizer = optimizer_of(given)
+    assert type(optimizer) is kind and optimizer.weight_decay == 0.25
+    assert default_rate(given, RECOMMENDED) == pytest.approx(rate)
+
+
+def test_full_training_has_another_rate():
+    assert default_rate(settings(train_mode="full"), RECOMMENDED) == RECOMMENDED.learning_rate_full
+
+
+def test_every_number_arrives():
+    given = {"adam_beta1": 0.5, "adam_beta2": 0.0, "adam_epsilon": 1e-3}
+    for name in ("adamw", "adamw8bit", "prodigy"):
+        optimizer = optimizer_of(settings(optimizer=name, **given))
+        assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.5, 0.0, 1e-3)
+    lion = optimizer_of(settings(optimizer="lion"))
+    assert (lion.beta1, lion.beta2) == (0.9, 0.99)
+    prodigy = optimizer_of(settings(optimizer="prodigy"))
+    assert (prodigy.beta3**2, prodigy.beta2) == (pytest.approx(0.999), 0.999)
+    assert prodigy.decouple and prodigy.use_bias_correction and prodigy.safeguard_warmup
+    other = {
+        "prodigy_beta3": 0.5,
+        "prodigy_decouple": False,
+        "prodigy_use_bias_correction": False,
+        "prodigy_safeguard_warmup": False,
+    }
+    prodigy = optimizer_of(settings(optimizer="prodigy", **other))
+    assert {f"prodigy_{name}": getattr(prodigy, name) for name in ("beta3", "decouple")} == {
+        name: other[name] for name in ("prodigy_beta3", "prodigy_decouple")
+    }
+    assert not prodigy.use_bias_correction and not prodigy.safeguard_warmup
+
+
+def test_shapes_of_the_schedule_arrive():
+    given = {"lr_warmup_steps": 0, "lr_num_cycles": 2, "lr_power": 2.0}
+    restarts = schedule_of(settings(lr_scheduler="cosine_with_restarts", **given), peak=1.0, updates=10)
+    assert restarts(0) == restarts(5) == pytest.approx(1.0)
+    bent = schedule_of(settings(lr_scheduler="polynomial", **given), peak=1.0, updates=10)
+    assert bent(5) == pytest.approx(0.25, rel=1e-5)

@@ -1,0 +1,69 @@
+"""What is remarked on in settings, and forbids nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.optimization.optimizer import optimizer_of
+from mflux_vae_train.dreambooth.planning.config_warnings import advice
+from tests.contracts.fake import FakePipeline
+from tests.mflux_vae_train.dreambooth.planning.test_resolve import chosen
+
+
+def test_documented_ranges_draw_advice_and_forbid_nothing():
+    def drawn(**given):
+        settings = DreamBoothSettings(
+            model="fake", instance_data_dir="pictures", instance_prompt="a photo of sks dog", **given
+        )
+        recommended = replace(FakePipeline.recommended, guidance=7.5)
+        return advice(settings, recommended, preserved="class_images", updates=800)
+
+    assert drawn() == []
+    assert drawn(train_batch_size=4, gradient_accumulation_steps=8) == []
+    assert drawn(train_mode="full", learning_rate=5e-6) == []
+    (slow,) = drawn(learning_rate=5e-6)
+    assert slow == "--learning_rate is 5e-06; usual with --train_mode lora is 1e-05 to 0.001"
+    assert drawn(optimizer="prodigy", learning_rate=1.0) == []
+    (low,) = drawn(optimizer="prodigy", learning_rate=1e-4)
+    assert "usual with --optimizer prodigy is 0.1 to 2" in low
+    unusual = {"train_batch_size": 5, "gradient_accumulation_steps": 9, "guidance": 4, "num_class_images": 200}
+    assert sorted(line.split()[0] for line in drawn(**unusual)) == sorted(f"--{name}" for name in unusual)
+
+
+def test_settings_that_others_leave_without_effect_are_named():
+    def named(**given):
+        return [line.split()[0] for line in chosen(**given).warnings if "no effect" in line]
+
+    assert named(logit_mean=0.5, mode_scale=1.0) == ["--logit_mean", "--mode_scale"]
+    assert named(num_crops=3) == ["--num_crops"] and not named(num_crops=3, center_crop=False)
+    of_pictures = {"class_data_dir": "dogs", "num_class_images": 20}
+    assert named(prior_preservation="dop", **of_pictures) == ["--class_data_dir", "--num_class_images"]
+    assert not named(**of_pictures)
+    assert named(with_prior_preservation=False, prior_loss_weight=0.5) == ["--prior_loss_weight"]
+    assert named(logging_dir="there") == ["--logging_dir"]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "chosen_by"),
+    [
+        ("lr_num_cycles", 3, {"lr_scheduler": "cosine_with_restarts"}),
+        ("lr_power", 2.0, {"lr_scheduler": "polynomial"}),
+        ("prodigy_beta3", 0.9, {"optimizer": "prodigy"}),
+        ("prodigy_decouple", False, {"optimizer": "prodigy"}),
+    ],
+)
+def test_what_one_schedule_or_optimizer_alone_looks_at(name, other, chosen_by):
+    assert not any(name in line for line in chosen(**{name: other}, **chosen_by).warnings)
+    assert sum(line.startswith(f"--{name} has no effect") for line in chosen(**{name: other}).warnings) == 1
+
+
+def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+    for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
+        choices = chosen(optimizer=optimizer, **dict.fromkeys(names, 0.5))
+        own = vars(optimizer_of(choices.settings))
+        unused = {name for name in names if any(line.startswith(f"--{name} has") for line in choices.warnings)}
+        assert unused == {name for name in names if name.removeprefix("adam_") not in own}

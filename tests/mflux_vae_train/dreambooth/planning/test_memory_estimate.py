@@ -1,0 +1,272 @@
+"""What a run says that it will take, what it refuses, and how micro-batches are found; runs over quantised bases."""
+
+from __future__ import annotations
+
+import logging
+
+import mlx.nn as nn
+import pytest
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import GB
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.optimization import optimizer
+from mflux_vae_train.dreambooth.planning import memory_estimate, resolve
+from mflux_vae_train.dreambooth.planning.memory_estimate import with_batch_size
+from mflux_vae_train.dreambooth.reporting import report
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.pipelines import flux1, tiny
+from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
+from mflux_vae_train.pipelines.tiny import WEIGHTS
+from mflux_vae_train.settings.flags import settings_from
+from mflux_vae_train.training import step
+from mflux_vae_train.training.hooks import Record, read_metrics
+from tests.contracts.fake import FakePipeline
+
+EXAMPLE = WEIGHTS.parent / "example"
+
+
+class Weighed(FakePipeline):
+    """A pipeline that says what it takes: 1 GB, and for each sample in a pass 1 GB; half of it where it recomputes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recomputes: bool | None = None
+        self.asked: list[Workload] = []
+
+    def outline(self) -> nn.Module:
+        return self.denoiser
+
+    def recompute_activations(self, on: bool) -> None:
+        self.recomputes = on
+
+    def footprint(self, work: Workload) -> Footprint:
+        self.asked.append(work)
+        passes = work.batch * (GB // 2 if work.recompute else GB)
+        return Footprint(phases=[Phase("text encoding", GB, 0, 1e9), Phase("training", GB, passes, 2e9)])
+
+
+@pytest.fixture
+def settings(short_run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "write_report", lambda *_, **__: None, raising=False)
+    given = {"max_train_steps": 2, "lr_warmup_steps": 0, "with_prior_preservation": False}
+    return lambda **changes: short_run(**{**given, **changes})
+
+
+def told(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+# what is said
+
+
+def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, monkeypatch) -> None:
+    looked = []
+    monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e7)
+    monkeypatch.setattr(
+        "mflux_vae_train.dreambooth.planning.prepare.of_weights", lambda *_: looked.append(told(caplog)) or "hash"
+    )
+    with caplog.at_level(logging.INFO):
+        DreamBooth(Weighed()).train(settings(memory_limit=4))
+    assert "estimated memory at the peak: text encoding 1.0 GB, training 2.0 GB (--memory_limit: 4.0 GB)" in looked[0]
+    assert "time: at least 8 min, of which 100 s before the first update and 3 min for each" in looked[0]
+
+
+def test_a_bound_of_seconds_is_not_worth_telling(settings, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e9)
+    with caplog.at_level(logging.INFO):
+        DreamBooth(Weighed()).train(settings(dry_run=True))
+    assert "estimated memory" in told(caplog) and "time:" not in told(caplog)
+
+
+def test_after_the_first_update_it_is_compared_with_what_that_took(settings, caplog, monkeypatch) -> None:
+    peaks = iter([2 * GB, 5 * GB, 7 * GB])
+    monkeypatch.setattr(memory_estimate.mx, "get_peak_memory", lambda: next(peaks))
+    made = memory_estimate.Estimate(
+        footprint=Footprint(phases=[Phase("latents", 9 * GB, 0, 0), Phase("training", GB, 3 * GB, 0)]),
+        limit=int(4.5 * GB),
+        lines=[],
+        cures=[],
+    )
+    hook = memory_estimate.compared(made)
+    with caplog.at_level(logging.INFO):
+        for update in (1, 2):
+            hook(Record(update=update, total=2, metrics={}, seconds=1.0))
+    assert "took 5.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog)
+    assert "more than the 4.5 GB that there are" in told(caplog) and len(caplog.records) == 2
+    caplog.clear()
+    peaks = iter([6 * GB, 6 * GB])
+    with caplog.at_level(logging.INFO):
+        memory_estimate.compared(made)(Record(update=1, total=2, metrics={}, seconds=1.0))
+    assert "took at most 6.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog) and len(caplog.records) == 1
+
+
+def test_a_run_says_what_its_first_update_took(settings, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        DreamBooth(Weighed()).train(settings())
+    assert told(caplog).count("the first update took") == 1
+
+
+def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> None:
+    pipeline = Weighed()
+    with caplog.at_level(logging.INFO):
+        DreamBooth(pipeline).train(settings(dry_run=True, memory_limit=1.6))
+    assert "this run would not fit: training takes 2.0 GB of 1.6 GB" in told(caplog)
+    assert "it would fit with --gradient_checkpointing (1.5 GB)" in told(caplog)
+    assert not pipeline.prompts_encoded and not (tmp_path / "out").exists()
+
+
+def test_a_published_model_is_estimated_without_a_download(settings, caplog, monkeypatch) -> None:
+    pipeline = flux1.load("schnell")
+    monkeypatch.setattr("mflux_vae.pretrained.hub.download", lambda *_: pytest.fail("something was downloaded"))
+    monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
+    with caplog.at_level(logging.INFO):
+        DreamBooth(pipeline).train(settings(model="schnell", dry_run=True, guidance=7.5))
+    said = told(caplog)
+    assert "a LoRA of rank 16 on 418 layers: 65,372,160 weights (attention+mlp)" in said
+    assert "to download: 33.7 GB" in said and "estimated memory at the peak: text encoding" in said
+    assert "--guidance 7.5: this model was distilled to draw without guidance" in said
+
+
+def test_guidance_is_no_matter_where_a_model_has_it(settings) -> None:
+    made = resolve.choose(settings(guidance=7.5), flux1.load("dev").recommended, pictures=5)
+    assert not any("distilled" in line for line in made.warnings)
+
+
+def test_a_run_beyond_its_limit_is_refused_with_what_would_help(settings, tmp_path) -> None:
+    with pytest.raises(SettingsError, match=r"--memory_limit 1\.6: training takes .*--gradient_checkpointing \(1\.5"):
+        DreamBooth(Weighed()).train(settings(memory_limit=1.6))
+    with pytest.raises(SettingsError, match="no flag cures it"):
+        DreamBooth(Weighed()).train(settings(memory_limit=0.5))
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
+    pipeline = Weighed()
+    DreamBooth(pipeline).train(settings(gradient_checkpointing=True, optimizer="lion", rank=3, memory_limit=10))
+    assert pipeline.recomputes is True
+    work = pipeline.asked[-1]
+    assert (work.recompute, work.state_bytes, work.batch, work.micro_batches) == (True, 4, 1, 4)
+    assert work.trained == 3 * (14 + 24) + 3 * (24 + 24)
+
+
+@pytest.mark.parametrize(("small", "cores", "together"), [(10**6, 2, 2), (10**6, 16, 4), (1, 2, 1)])
+def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypatch, small, cores, together) -> None:
+    monkeypatch.setattr(optimizer, "SMALL", small)
+    monkeypatch.setattr(optimizer.kernels, "streams", lambda: cores)
+    monkeypatch.setattr(optimizer, "is_cpu", lambda: True)
+    pipeline = Weighed()
+    DreamBooth(pipeline).train(settings(dry_run=True))
+    assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].side_by_side) == (4, together)
+    one_by_one = optimizer.passes_of(pipeline.denoiser) is step.one_by_one
+    assert one_by_one == (together == 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantize": 4}, {"gradient_checkpointing": True}, {"memory_limit": 5}, {"train_batch_size": None}]
+)
+def test_what_a_pipeline_does_not_offer_is_refused(settings, changes) -> None:
+    with pytest.raises(SettingsError, match=r"pipeline fake does not offer it \(capabilities\."):
+        DreamBooth(FakePipeline()).train(settings(**changes))
+
+
+def test_the_largest_picture_and_the_longest_prompt_are_what_counts(settings) -> None:
+    pipeline = Weighed()
+    pipeline.prompt_limit = None
+    DreamBooth(pipeline).train(settings(aspect_ratio_buckets="16,16;8,40;24,24", dry_run=True, max_sequence_length=7))
+    # the pictures are 20 x 16: nearest to the first of the squares
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].prompt_tokens) == ((16, 16), 7)
+    DreamBooth(pipeline).train(settings(aspect_ratio_buckets="40,32;8,48", dry_run=True))
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].resolution) == ((40, 32), 16)
+    DreamBooth(pipeline).train(settings(dry_run=True))
+    assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].prompt_tokens) == ((16, 16), None)
+
+
+@pytest.mark.parametrize("changes", [{"quantize": 5}, {"quantize": 4, "train_mode": "full"}])
+def test_impossible_quantisations_are_refused(settings, changes) -> None:
+    with pytest.raises(SettingsError, match="--quantize"):
+        settings(**changes)
+
+
+# micro-batches
+
+
+@pytest.mark.parametrize(
+    ("limit", "prior", "size"), [(2.1, False, 1), (3.1, False, 2), (6, False, 4), (13.1, False, 12), (6, True, 2)]
+)
+def test_the_largest_micro_batch_that_fits_keeps_the_pictures_of_an_update(settings, limit, prior, size) -> None:
+    given = settings(
+        train_batch_size=None,
+        gradient_accumulation_steps=12,
+        memory_limit=limit,
+        with_prior_preservation=prior,
+        prior_preservation="class_images" if prior else "none",
+    )
+    found, said = with_batch_size(given, Weighed(), 16, (16, 16))
+    assert (found.train_batch_size, found.gradient_accumulation_steps) == (size, 12 // size)
+    assert f"{size} at once" in said[0]
+
+
+def test_auto_is_how_it_is_written(instance_dir) -> None:
+    flags = ["--model", "x", "--instance_data_dir", str(instance_dir), "--instance_prompt", "a"]
+    assert settings_from(DreamBoothSettings, [*flags, "--train_batch_size", "auto"]).train_batch_size is None
+    assert settings_from(DreamBoothSettings, flags).train_batch_size == 1
+
+
+def test_a_limit_that_not_one_picture_fits_is_refused(settings) -> None:
+    with pytest.raises(SettingsError, match=r"--train_batch_size auto, --memory_limit 1\.2: training takes 2\.0 GB"):
+        with_batch_size(settings(train_batch_size=None, memory_limit=1.2), Weighed(), 16, (16, 16))
+
+
+def test_the_same_update_whatever_the_micro_batch(settings, tmp_path) -> None:
+    """Auto with room for all four, and one at a time: the same losses."""
+    losses = []
+    for limit, out in ((100, "all"), (2.1, "one")):
+        DreamBooth(Weighed()).train(
+            settings(train_batch_size=None, memory_limit=limit, output_dir=str(tmp_path / out), max_train_steps=3)
+        )
+        losses.append([record["loss"] for record in read_metrics(tmp_path / out / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# on the embedded pipeline
+
+
+def test_an_adapter_over_a_quantised_base_learns(settings, tmp_path) -> None:
+    pipeline = tiny.load()
+    run = settings(
+        model="tiny",
+        instance_data_dir=str(EXAMPLE),
+        instance_prompt="a photo of xyz star",
+        quantize=8,
+        gradient_checkpointing=True,
+        train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_train_steps=12,
+        learning_rate=3e-3,
+    )
+    DreamBooth(pipeline).train(run)
+    assert isinstance(pipeline.denoiser.transformer_blocks[0].norm1.linear, nn.QuantizedLinear)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), losses
+
+
+def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) -> None:
+    pipeline = tiny.load()
+    seen = []
+    whole = type(pipeline).predict
+
+    def predict(self, *arguments, **named):
+        seen.append([part.loaded is None for part in (self._text_encoder, self._text_encoder_2, self._vae)])
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(type(pipeline), "predict", predict)
+    DreamBooth(pipeline).train(
+        settings(model="tiny", instance_data_dir=str(EXAMPLE), instance_prompt="a photo of xyz star")
+    )
+    assert seen and all(gone == [True, True, True] for gone in seen)
+
+
+def test_times_and_sizes_are_said_in_words() -> None:
+    said = [memory_estimate._span(seconds) for seconds in (0.031, 60, 600, 7200)]
+    assert said == ["0.031 s", "60 s", "10 min", "2 h 00 min"]

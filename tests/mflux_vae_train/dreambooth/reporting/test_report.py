@@ -1,0 +1,226 @@
+"""report.html of whole runs on the fake pipeline: what it shows is what the run measured, and it needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mflux_vae.errors import TrainingError
+from mflux_vae.images import load_image, save_image
+from mflux_vae_train.dreambooth import train as train_module
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.report import Report
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.training.hooks import read_metrics
+from tests.contracts.fake import FakePipeline
+from tests.helpers.html import Page
+from tests.mflux_vae_train.dreambooth.conftest import subject
+
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of a run with several prompts, and with texts that would break a page that trusts them."""
+    folder = tmp_path_factory.mktemp("run")
+    for index in range(5):
+        save_image(folder / "instance" / f"picture-{index}.png", subject(index))
+    save_image(folder / "instance" / "x<b>&y.png", subject(7))
+    (folder / "instance" / "x<b>&y.txt").write_text(f"a sks dog {EVIL}", encoding="utf-8")
+    train(folder / "instance", folder / "out")
+    return folder / "out"
+
+
+def train(instance_dir, folder, pipeline=None, **changes):
+    given = {
+        "model": "fake",
+        "instance_data_dir": str(instance_dir),
+        "instance_prompt": f"a photo of sks dog {EVIL}",
+        "class_prompt": "a photo of a dog",
+        "output_dir": str(folder),
+        "max_train_steps": 6,
+        "num_class_images": 5,
+        "validation_prompt": ("a sks dog", EVIL),
+        "num_validation_images": 2,
+        "validation_steps": 3,
+        "lr_warmup_steps": 1,
+        **changes,
+    }
+    with pytest.MonkeyPatch.context() as patched:  # matplotlib takes a second
+        patched.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+        return DreamBooth(pipeline or FakePipeline()).train(DreamBoothSettings(**given))
+
+
+def page_of(folder) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def pixels(image: dict[str, str]) -> np.ndarray:
+    kind, data = image["src"].split(",", 1)
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def test_the_page_needs_nothing_else_and_trusts_nothing(out):
+    page = page_of(out)
+    for tag, attributes in page.elements:
+        assert not {"onclick", "onload", "onerror", "srcset", "action"} & attributes.keys()
+        for name in ("src", "href"):
+            if tag != "dialog" and name in attributes:
+                assert attributes[name].startswith(("data:image/", "#")), attributes[name][:60]
+    (policy,) = [one["content"] for one in page.of("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "http" not in policy
+    scripts = [text for tag, text in page.texts if tag == "script"]
+    assert len(page.of("script")) == len(scripts) and not any("alert" in text for text in scripts)
+    assert f"a photo of sks dog {EVIL}" in page.text() and "x<b>&y.png" in page.text()
+    assert not {path.name for path in out.iterdir() if "partial" in path.name}
+
+
+def test_pictures_are_the_previews_of_every_prompt_and_the_pictures_learnt_from(out):
+    page = page_of(out)
+    images = page.of("img")
+    for update, label in ((0, "untrained"), (3, "step 3"), (6, "step 6")):
+        sheet = load_image(out / "samples" / f"step-{update:05d}.png")
+        shown = [pixels(image) for image in images if image["alt"].startswith(f"{label},")]
+        if update == 6:  # the last ones are shown above the others, too: there, here, there, here
+            np.testing.assert_array_equal(shown[0:2] + shown[4:6], shown[2:4] + shown[6:8])
+            shown = shown[2:4] + shown[6:8]
+        rows = [np.concatenate(shown[:2], axis=1), np.concatenate(shown[2:], axis=1)]
+        np.testing.assert_array_equal(np.concatenate(rows), sheet)
+    named = {image.get("title") for image in images}
+    assert {f"picture-{index}.png" for index in range(5)} < named and "class-00004.png" in named
+    assert "a photo of a dog: 5 pictures" in page.text()
+
+
+def test_curves_are_the_metrics(out):
+    records = read_metrics(out / "metrics.jsonl")
+    curves = {
+        curve["name"]: curve
+        for tag, text in page_of(out).texts
+        if tag == "script" and text.startswith("[")
+        for curve in json.loads(text)
+    }
+    metrics = {"instance": "instance_loss", "prior": "prior_loss", "norm": "grad_norm", "rate": "learning_rate"}
+    for name, metric in {**metrics, "change": "update_size"}.items():
+        np.testing.assert_allclose(curves[name]["values"], [record[metric] for record in records], rtol=1e-4)
+        assert curves[name]["updates"] == [1, 2, 3, 4, 5, 6]
+    measured = {name for record in records for name in record if name.startswith("loss_noise_")}
+    levels = {name for name in curves if name.endswith("% noise")}
+    assert len(measured) == len(levels) > 1
+
+
+def test_settings_that_were_chosen_stand_out_and_the_log_is_there(out):
+    page = page_of(out)
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert '<tr class=told title="updates between previews' in html and '<tr title="micro-batches in an update' in html
+    said = page.text()
+    assert all(words in said for words in ("finished", "validation_steps", "6 instance pictures", "saved"))
+
+
+def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
+    pipeline = FakePipeline()
+    whole = pipeline.predict if hasattr(pipeline, "predict") else None
+    assert whole is not None
+
+    def poisoned(*args, **options):
+        predicted = whole(*args, **options)
+        return predicted._replace(prediction=predicted.prediction * float("nan"))
+
+    monkeypatch.setattr(pipeline, "predict", poisoned)
+    with pytest.raises(TrainingError, match="lower --learning_rate"):
+        train(instance_dir, tmp_path / "out", pipeline)
+    page = page_of(tmp_path / "out")
+    assert "stopped" in page.text() and "update 1: loss is nan" in page.text()
+
+
+def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tmp_path, monkeypatch):
+    pages, claim, written = [], train_module.run_folder.claim, Report.write
+
+    def claimed(folder, *given):  # and lines are there of a process that was killed before its first checkpoint
+        claim(folder, *given)
+        folder.metrics.write_text('{"update": 1, "loss": 9, "learning_rate": 1, "grad_norm": 1, "seconds": 1}\n')
+
+    def write(self, state, **told):
+        written(self, state, **told)
+        pages.append(page_of(tmp_path / "out").text())
+
+    monkeypatch.setattr(train_module.run_folder, "claim", claimed)
+    monkeypatch.setattr(Report, "write", write)
+    train(instance_dir, tmp_path / "out")
+    assert "How it learns" not in pages[0] and "How it learns" in pages[-1]
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monkeypatch, caplog):
+    def broken(self, *_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Report, "_page", broken)
+    assert train(instance_dir, tmp_path / "out").updates == 6
+    assert "report.html was not written (OSError: no space left)" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # TensorBoard's own
+def test_a_tracker_is_shown_the_same_numbers_and_pictures(instance_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(instance_dir, tmp_path / "out", report_to="tensorboard", validation_prompt=("a sks dog", "a dog"))
+    seen = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    seen.Reload()
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    for name in ("loss", "update_size", "prior_loss"):
+        found = [(one.step, one.value) for one in seen.Scalars(f"train/{name}")]
+        assert found == [(record["update"], pytest.approx(record[name], rel=1e-5)) for record in records]
+    for prompt in ("a sks dog", "a dog"):
+        assert [one.step for one in seen.Images(f"preview: {prompt}")] == [0, 3, 6]
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """
+addEventListener("load", () => {
+  const plots = [...document.querySelectorAll(".plot")], box = plots[0].getBoundingClientRect();
+  const point = {clientX: box.left + box.width / 2, clientY: box.top + 5, bubbles: true};
+  plots[0].dispatchEvent(new PointerEvent("pointermove", point));
+  const slider = document.querySelector(".scrub input");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  const seen = {
+    tip: plots[0].querySelector(".tip").textContent,
+    cursors: plots.filter((plot) => !plot.querySelector(".cursor").hidden).length,
+    plots: plots.length,
+    scene: document.querySelector(".scene img").alt,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    outside: plots.filter((plot) => plot.querySelector(".average").getBBox().width <= 0).length,
+  };
+  document.title = JSON.stringify(seen);
+});
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_values_under_the_pointer(out, tmp_path, width):
+    html = (out / "report.html").read_text(encoding="utf-8")
+    looked = tmp_path / "looked.html"
+    looked.write_text(html.replace("</body>", f"<script>{LOOK}</script></body>"), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    options += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'user'}"]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"--window-size={width},900", "--dump-dom", looked.as_uri()],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    (told,) = [text for tag, text in Page(done.stdout).texts if tag == "title"]
+    seen = json.loads(told)
+    assert seen["tip"].startswith("update 3") and "instance" in seen["tip"] and "prior" in seen["tip"]
+    assert seen["cursors"] == seen["plots"] > 5 and seen["outside"] == 0
+    assert seen["scene"].startswith("untrained") and seen["wide"] <= 0

@@ -1,0 +1,416 @@
+"""Runs that end at any moment, and what they find when they go on: the same files, to the bit."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.images import save_image
+from mflux_vae_train.checkpointing import checkpoint
+from mflux_vae_train.distributed.interrupts import Interrupted
+from mflux_vae_train.dreambooth import train as train_module
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.training.hooks import read_metrics
+from tests.contracts.fake import FakePipeline
+from tests.faults.runs import left, same
+from tests.helpers.crash_copies import states
+from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline
+
+Make = Callable[..., DreamBoothSettings]
+
+
+@pytest.fixture
+def settings(instance_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Accumulation of four, prior preservation, dropouts, previews, checkpoints; no loss curve, slow to draw."""
+    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+    given: dict[str, Any] = {
+        "model": "fake",
+        "instance_data_dir": str(instance_dir),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "out"),
+        "max_train_steps": 5,
+        "lr_warmup_steps": 1,
+        "num_class_images": 3,
+        "num_validation_images": 1,
+        "gradient_accumulation_steps": 4,
+        "lora_dropout": 0.2,
+        "caption_dropout": 0.3,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+    }
+    return lambda **changes: DreamBoothSettings(**{**given, **changes})
+
+
+def train(settings: DreamBoothSettings, pipeline: Any = None) -> Any:
+    return DreamBooth(pipeline or FakePipeline()).train(settings)
+
+
+@contextmanager
+def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """This process gets a signal when the loss of a micro-batch is computed for the n-th time."""
+    calls = 0
+    own = train_module.dreambooth_loss
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # Python calls handlers between its own instructions
+        return own(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr(train_module, "dreambooth_loss", counted)
+        yield
+    assert caught.value.exit_code == 128 + number
+
+
+# killed
+
+
+def test_a_run_killed_before_any_change_of_a_file_goes_on_to_the_same_result(settings: Make, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    taken = states(out, tmp_path / "states", lambda: train(settings()), every=29)
+    expected = left(Path(shutil.move(out, whole)))
+    assert len(taken) > 4 and {"checkpoint-4/state.json", "samples/progress.png"} <= expected.keys()
+    for state in taken:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(state, out)
+        train(settings())
+        same(out, expected)
+
+
+def test_a_preview_that_was_due_is_made_up_for(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    own = FakePipeline.sample
+    train(settings(output_dir=str(tmp_path / "whole")))
+
+    def dies(self: FakePipeline, *arguments: Any, **named: Any) -> mx.array:
+        if (tmp_path / "out" / "checkpoint-2").exists():
+            raise Killed
+        return own(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(FakePipeline, "sample", dies)
+        train(settings())
+    assert not (tmp_path / "out" / "samples" / "step-00002.png").exists()
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# in the middle of a window, whatever is trained and however
+
+
+@contextmanager
+def crash(micro_batch: int) -> Iterator[None]:
+    """The process ends within the n-th micro-batch."""
+
+    class Killed(BaseException):
+        pass
+
+    calls, own = 0, train_module.dreambooth_loss
+
+    def dies(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == micro_batch:
+            raise Killed
+        return own(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module, "dreambooth_loss", dies)
+        yield
+
+
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw in 8 bits": {"optimizer": "adamw8bit"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lion": {"optimizer": "lion"},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "dora, restarts": {"use_dora": True, "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+    "buckets, flips, crops": {"use_aspect_ratio_buckets": True, "random_flip": True, "train_batch_size": 2},
+    "crops, no pictures of the class": {"center_crop": False, "prior_preservation": "dop"},
+    "all weights, epochs": {"train_mode": "full", "lora_dropout": 0.0, "num_train_epochs": 4},
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_within_a_window_whatever_is_trained(name: str, settings: Make, tmp_path: Path, instance_dir: Path) -> None:
+    if "buckets" in name:
+        save_image(instance_dir / "wide.png", np.full((16, 48, 3), 90, np.uint8))
+    train(settings(output_dir=str(tmp_path / "whole"), **COMBINATIONS[name]))
+    with crash(4 * 3 + 2):
+        train(settings(**COMBINATIONS[name]))
+    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
+    train(settings(**COMBINATIONS[name]))
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_within_a_window_of_all_at_once_over_quantised_weights(
+    settings: Make, tmp_path: Path, instance_dir: Path
+) -> None:
+    """Prior preservation, dropout of captions and in the adapter, buckets, Prodigy, over a base of 8 bits."""
+    changes: dict[str, Any] = {"quantize": 8, "resolution": 32, "num_class_images": 1, "max_train_steps": 3}
+    changes |= {"optimizer": "prodigy", "learning_rate": 1.0, "use_aspect_ratio_buckets": True, "random_flip": True}
+    save_image(instance_dir / "wide.png", np.full((32, 64, 3), 90, np.uint8))
+
+    def pipeline(name: str) -> Any:
+        return small_pipeline(tmp_path / name)
+
+    train(settings(output_dir=str(tmp_path / "whole"), **changes), pipeline("one"))
+    with crash(4 * 2 + 2):
+        train(settings(**changes), pipeline("two"))
+    train(settings(**changes), pipeline("three"))
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# signals
+
+
+@pytest.mark.parametrize(("call", "number"), [(1, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGTERM), (20, 2)])
+def test_a_signal_within_a_window_saves_after_it(settings: Make, tmp_path: Path, call: int, number: int) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    made = -(-call // 4)  # four micro-batches make an update
+    with signalled(call, number):
+        train(settings())
+    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{made}"
+    assert train(settings()).updates == 5 - made
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_signals_again_and_again(settings: Make, tmp_path: Path) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    for made in range(1, 6):
+        with signalled(2):
+            train(settings())
+        assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{made}"
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# two at once
+
+
+def test_a_second_run_into_the_same_folder_is_refused(settings: Make, tmp_path: Path) -> None:
+    out, told = tmp_path / "out", []
+
+    class Meanwhile(FakePipeline):
+        def encode_images(self, pixels: mx.array) -> mx.array:
+            with pytest.raises(SettingsError) as caught:
+                train(settings())
+            told.append(str(caught.value))
+            return super().encode_images(pixels)
+
+    train(settings(), Meanwhile())
+    assert told and all(f"{out}: another process is at work in this folder" in text for text in told)
+    assert train(settings()).updates == 0  # nothing is left of the lock
+
+
+def test_of_many_at_once_one_trains(settings: Make, tmp_path: Path) -> None:
+    outcomes: list[Any] = []
+
+    def one() -> None:
+        try:
+            outcomes.append(train(settings()).updates)
+        except SettingsError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(5) == 1 and set(outcomes) <= {5, 0, "refused"}
+    train(settings(output_dir=str(tmp_path / "whole")))
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_where_there_are_no_locks_it_trains(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert train(settings()).updates == 5
+
+
+# disks, clocks
+
+
+def test_a_full_disk_costs_no_more_than_the_updates_since_the_last_checkpoint(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    own = mx.save_safetensors
+
+    def full(file: str, arrays: dict[str, mx.array], *rest: Any) -> None:
+        own(file, arrays, *rest)
+        if "checkpoint-4" in file:
+            os.truncate(file, 100)
+            raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="checkpoint-4: cannot be written") as told:
+        patch.setattr(mx, "save_safetensors", full)
+        train(settings())
+    assert "\n" not in str(told.value)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-2"]
+    assert train(settings()).updates == 3
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_a_disk_that_is_full_among_the_class_pictures(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "class-00001.png":
+            raise OSError(28, "No space left on device", str(target))
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="No space left"):
+        patch.setattr("mflux_vae.images.os.replace", full)
+        train(settings())
+    assert [path.name for path in (tmp_path / "out" / "class_images").iterdir()] == ["class-00000.png"]
+    assert "No space left" in (tmp_path / "out" / "train.log").read_text()
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_a_disk_that_is_full_among_the_encodings(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    kept, own = 0, os.replace
+
+    def full(source: Path, target: Path) -> None:
+        nonlocal kept
+        target = Path(target)
+        kept += target.parent.name == "encodings" and not target.name.startswith(".")
+        if kept == 3:
+            raise OSError(28, "No space left on device", str(target))
+        own(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        train(settings())
+    encodings = tmp_path / "out" / "encodings"
+    assert len(list(encodings.iterdir())) == 2 and not list(encodings.glob(".*"))
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(FakePipeline):
+        def encode_images(self, pixels: mx.array) -> mx.array:
+            (handler,) = (
+                h for h in logging.getLogger("mflux_vae_train").handlers if isinstance(h, logging.FileHandler)
+            )
+            handler.stream.close()
+            handler.stream = open("/dev/full", "w") if os.path.exists("/dev/full") else open(os.devnull)  # noqa: SIM115
+            return super().encode_images(pixels)
+
+    assert train(settings(), Full()).updates == 5
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_clock_that_goes_back(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    with signalled(8):
+        train(settings())
+    now = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(now) * 10**9)
+    for path in (tmp_path / "out" / "checkpoint-2").iterdir():
+        os.utime(path, (4e9, 4e9))
+    train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# what changed meanwhile
+
+
+def test_pictures_that_go_during_the_run_do_not_matter_to_it_and_are_missed_afterwards(
+    settings: Make, tmp_path: Path, instance_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(output_dir=str(tmp_path / "whole")))
+    kept = (instance_dir / "picture-1.png").read_bytes()
+
+    second, own = (instance_dir / "picture-2.png").read_bytes(), train_module.dreambooth_loss
+
+    def losing(*arguments: Any, **named: Any) -> Any:
+        (instance_dir / "picture-1.png").unlink(missing_ok=True)
+        save_image(instance_dir / "picture-2.png", np.zeros((16, 16, 3), np.uint8))
+        return own(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "dreambooth_loss", losing)
+        train(settings())
+    same(tmp_path / "out", left(tmp_path / "whole"))
+    with pytest.raises(SettingsError, match="instance pictures was"):
+        train(settings(max_train_steps=5))
+    (instance_dir / "picture-1.png").write_bytes(kept)
+    (instance_dir / "picture-2.png").write_bytes(second)
+    assert train(settings()).updates == 0
+
+
+def test_another_model_is_refused_and_the_same_under_another_name_is_not(settings: Make, tmp_path: Path) -> None:
+    with signalled(8):
+        train(settings())
+    with pytest.raises(SettingsError, match=r"base weights was '\w+', is now '\w+'\)"):
+        train(settings(), FakePipeline(seed=1))
+    elsewhere = FakePipeline()
+    elsewhere.name = "a copy"
+    train(settings(model="elsewhere"), elsewhere)
+    train(settings(output_dir=str(tmp_path / "whole")))
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_changes_are_allowed_when_asked_for_and_said(
+    settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with signalled(8):
+        train(settings())
+    changed = {"learning_rate": 1e-3, "max_train_steps": 7}
+    with pytest.raises(SettingsError, match=r"max_train_steps was 5, is now 7.*--allow_changes"):
+        train(settings(**changed))
+    assert train(settings(allow_changes=True, **changed)).updates == 5
+    assert "learning_rate was 0.02, is now 0.001" in caplog.text
+    metrics = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [line["update"] for line in metrics] == [*range(1, 8)] and metrics[2]["learning_rate"] < 1e-3
+    assert train(settings(**changed)).updates == 0  # it is that run now
+    with pytest.raises(TrainingError, match="cannot be restored"):
+        train(settings(allow_changes=True, rank=3, **changed))
+    with pytest.raises(SettingsError, match="beyond the 3 that are asked for"):
+        train(settings(allow_changes=True, max_train_steps=3))
+
+
+def test_a_lost_run_file_is_made_up_for_by_a_checkpoint(settings: Make, tmp_path: Path) -> None:
+    with signalled(8):
+        train(settings())
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(SettingsError, match=r"no run\.json"):
+        train(settings(learning_rate=1e-3))
+    train(settings())
+    train(settings(output_dir=str(tmp_path / "whole")))
+    same(tmp_path / "out", left(tmp_path / "whole"))

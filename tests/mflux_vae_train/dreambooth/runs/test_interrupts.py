@@ -1,0 +1,167 @@
+"""Signals in the middle of what takes long: it is left at once, made when the run goes on, and all ends the same."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mflux_vae_train.checkpointing import checkpoint
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.train import DreamBooth
+from tests.contracts.fake import FakePipeline
+from tests.faults.runs import intact, left, same
+from tests.helpers.signals import LONG, SOON, signalled_within
+
+ROOT = Path(__file__).parents[4]
+
+GIVEN: dict[str, Any] = {
+    "model": "fake",
+    "instance_prompt": "a photo of sks dog",
+    "max_train_steps": 4,
+    "lr_warmup_steps": 1,
+    "num_class_images": 3,
+    "sample_batch_size": 1,
+    "num_validation_images": 2,
+    "gradient_accumulation_steps": 2,
+    "lora_dropout": 0.2,
+    "validation_steps": 2,
+    "checkpointing_steps": 3,
+}
+
+Train = Callable[[str], Any]
+
+
+@pytest.fixture
+def train(instance_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Into a folder of this name."""
+    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)  # slow to draw
+
+    def run(name: str) -> Any:
+        settings = {**GIVEN, "instance_data_dir": str(instance_dir), "output_dir": str(tmp_path / name)}
+        return DreamBooth(FakePipeline()).train(DreamBoothSettings(**settings))
+
+    return run
+
+
+# What FakePipeline is asked for: three class pictures one by one, then previews at once: of updates 0, 2 and 4.
+MOMENTS = {
+    "prompts": ("encode_prompts", 1, None),
+    "the second class picture": ("sample", 2, None),
+    "latents": ("encode_images", 1, None),
+    "the first preview": ("sample", 4, None),
+    "a preview": ("sample", 5, 2),
+    "the last preview": ("sample", 6, 4),
+}
+"""Method, which call of it, and the update that the checkpoint is of."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_signal_broke_off_is_made_when_the_run_goes_on(
+    moment: str, number: int, train: Train, tmp_path: Path
+) -> None:
+    out, (method, call, update) = tmp_path / "out", MOMENTS[moment]
+    train("whole")
+    with signalled_within(FakePipeline, method, call, number):
+        train("out")
+    intact(out)
+    assert checkpoint.latest(out) == (None if update is None else out / f"checkpoint-{update}")
+    assert not (out / f"samples/step-{update or 0:05}.png").exists()
+    if moment == "the second class picture":
+        assert [path.name for path in (out / "class_images").iterdir()] == ["class-00000.png"]
+    assert "interrupted by" in (out / "train.log").read_text()
+    assert train("out").updates == 4 - (update or 0)
+    same(out, left(tmp_path / "whole"))
+
+
+def test_again_and_again_in_the_same_preview(train: Train, tmp_path: Path) -> None:
+    train("whole")
+    for call in (5, 1, 1):
+        with signalled_within(FakePipeline, "sample", call, signal.SIGTERM):
+            train("out")
+    train("out")
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_at_the_end_of_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("whole")
+    module = sys.modules[DreamBooth.__module__]
+    with signalled_within(module, "write_card", 1, signal.SIGINT):
+        train("out")
+    assert train("out").updates == 0
+    same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+# as a command, in a process of its own
+
+HELD = """
+import sys, time
+from pathlib import Path
+from mflux_vae_train.dreambooth import cli
+from mflux_vae_train.dreambooth import train as module
+from mflux_vae_train.pipelines import registry
+from tests.contracts.fake import FakePipeline
+where, marker = sys.argv.pop(1), Path(sys.argv.pop(1))
+def held(*_, **__):
+    marker.touch()
+    time.sleep({LONG})
+if where == "update":
+    module.dreambooth_loss = held
+else:
+    FakePipeline.sample = held
+registry.open_pipeline = lambda *_, **__: FakePipeline()
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "sent", "status"),
+    [
+        ("picture", [signal.SIGTERM], 143),
+        ("picture", [signal.SIGINT], 130),
+        ("update", [signal.SIGINT, signal.SIGINT], -signal.SIGINT),
+    ],
+)
+def test_a_command_ends_with_the_status_of_the_signal(
+    where: str, sent: list[int], status: int, instance_dir: Path, tmp_path: Path
+) -> None:
+    """In an update the first one waits for its end, and the second does not."""
+    flags = [f"--{name}={value}" for name, value in GIVEN.items()]
+    flags += [f"--instance_data_dir={instance_dir}", f"--output_dir={tmp_path / 'out'}"]
+    if where == "update":
+        flags += ["--prior_preservation=none", "--num_validation_images=0"]
+    said, marker = tmp_path / "said", tmp_path / "marker"
+    code = HELD.replace("{LONG}", str(LONG))
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, where, str(marker), *flags], cwd=ROOT, stdout=file, stderr=file
+        )
+    try:
+        _wait(marker.exists)
+        for number in sent[:-1]:
+            process.send_signal(number)
+            _wait(lambda: "again to stop at once" in said.read_text())
+        process.send_signal(sent[-1])
+        assert process.wait(SOON) == status
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in said.read_text()
+    assert (f"interrupted by {signal.Signals(sent[0]).name}; what was finished is kept" in said.read_text()) == (
+        where == "picture"
+    )
+
+
+def _wait(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,181 @@
+"""Whole runs in all the ways that samples are drawn and weighted: the same result, however it is come by."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.images import save_image
+from mflux_vae_train.dreambooth.config import Concept
+from mflux_vae_train.dreambooth.data.dataset import load_pictures
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.training import loop
+from mflux_vae_train.training.hooks import read_metrics
+from tests.contracts.fake import FakePipeline
+
+
+@pytest.fixture
+def settings(short_run, instance_dir):
+    """A short run on pictures of three shapes, one of them masked, one with a prompt of its own."""
+    rng = np.random.default_rng(0)
+    for index, size in enumerate([(16, 40), (16, 40), (40, 16), (24, 20)]):
+        save_image(instance_dir / f"other-{index}.png", rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+    save_image(instance_dir / "other-2-mask.png", np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (40, 1))[..., None])
+    (instance_dir / "other-3.txt").write_text("sks dog, small")
+    return lambda **changes: short_run(**{"num_class_images": 3, "gradient_accumulation_steps": 4, **changes})
+
+
+EVERYTHING = {
+    "use_aspect_ratio_buckets": True,
+    "random_flip": True,
+    "center_crop": False,
+    "num_crops": 3,
+    "masked_loss": True,
+    "caption_dropout": 0.3,
+    "lora_dropout": 0.2,
+    "repeats": 2,
+}
+WAYS = {
+    "class images": EVERYTHING,
+    "dop": {**EVERYTHING, "prior_preservation": "dop"},
+    "weighted": {**EVERYTHING, "prior_preservation": "none", "weighting_scheme": "sigma_sqrt"},
+}
+
+
+def adapter(folder):
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+class Stop(Exception):
+    """Ends a run in the middle, as a crash would."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path, monkeypatch, way):
+    changes = {"checkpointing_steps": 2, "train_batch_size": 2, **WAYS[way]}
+    DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / "whole"), **changes))
+    made = loop.Record
+
+    def record(**values):
+        if values["update"] == 4:
+            raise Stop
+        return made(**values)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, "Record", record)
+        DreamBooth(FakePipeline()).train(settings(**changes))
+    again = FakePipeline()
+    assert DreamBooth(again).train(settings(**changes)).updates == 4
+    assert again.images_encoded == 0 and not again.prompts_encoded, "the first part of the run has encoded all"
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_accumulating_four_ones_equals_one_four(settings, tmp_path, way):
+    for name, batch_size, accumulation in (("ones", 1, 4), ("fours", 4, 1)):
+        changes = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, **WAYS[way]}
+        DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / name), **changes))
+    ones, fours = adapter(tmp_path / "ones"), adapter(tmp_path / "fours")
+    for name, array in ones.items():
+        assert np.linalg.norm(array - fours[name]) <= 1e-4 * np.linalg.norm(array)
+
+
+def test_another_run_finds_what_is_encoded_in_a_shared_folder(settings, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    shared = {"encodings_dir": str(tmp_path / "shared"), "prior_preservation": "none", "random_flip": True}
+    first, second = FakePipeline(), FakePipeline()
+    DreamBooth(first).train(settings(output_dir=str(tmp_path / "one"), **shared))
+    DreamBooth(second).train(settings(output_dir=str(tmp_path / "two"), seed=1, **shared))
+    assert first.images_encoded == 2 * 9 and second.images_encoded == 0
+    assert not (tmp_path / "two" / "encodings").exists()
+    assert "encodings of an earlier run were used, 0 are new" in caplog.text
+
+
+def test_every_view_is_encoded_once(settings):
+    given, pipeline = settings(**WAYS["dop"]), FakePipeline()
+    views = [one.views for one in load_pictures(given, resolution=16, multiple=4).instances]
+    DreamBooth(pipeline).train(given)
+    assert pipeline.images_encoded == sum(len(row) for rows in views for row in rows) > 2 * len(views)
+    assert pipeline.images_sampled == 0, "output preservation needs no class pictures"
+
+
+def test_several_concepts_have_their_own_prompts_and_class_pictures(settings, instance_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    save_image(tmp_path / "cats" / "cat.png", np.full((16, 16, 3), 99, np.uint8))
+    concepts = [
+        Concept(instance_data_dir=instance_dir, instance_prompt="a photo of sks dog"),
+        Concept(instance_data_dir=tmp_path / "cats", instance_prompt="a photo of xyz cat", repeats=4),
+        Concept(
+            instance_data_dir=tmp_path / "cats", instance_prompt="a drawing of zwx dog", class_prompt="a photo of a dog"
+        ),
+    ]
+    pipeline = FakePipeline()
+    DreamBooth(pipeline).train(settings(concepts=concepts, num_train_epochs=2))
+    out = tmp_path / "out"
+    assert len(list((out / "class_images").glob("*.png"))) == len(list((out / "class_images-2").glob("*.png"))) == 3
+    assert not (out / "class_images-3").exists(), "one folder for one class"
+    asked = {prompt for prompt in pipeline.prompts_encoded if prompt}
+    assert asked == {
+        *("a photo of sks dog", "sks dog, small", "a photo of xyz cat", "a drawing of zwx dog"),
+        *("a photo of a dog", "a photo of a cat"),
+    }
+    assert "9 instance pictures in" in caplog.text and "1 instance picture in" in caplog.text
+    assert "2 epochs" in caplog.text
+    # the pictures count, not where they lie
+    (tmp_path / "cats").rename(tmp_path / "elsewhere")
+    moved = [replace(one, instance_data_dir=one.instance_data_dir.replace("cats", "elsewhere")) for one in concepts]
+    assert DreamBooth(FakePipeline()).train(settings(concepts=moved, num_train_epochs=2)).updates == 0
+
+
+def test_output_preservation_begins_at_zero_and_holds_the_class(settings, tmp_path):
+    common = {"caption_dropout": 0.0, "max_train_steps": 40, "train_batch_size": 2, "rank": 8}
+    drift = {}
+    for kind in ("dop", "none"):
+        pipeline, base = FakePipeline(), FakePipeline()
+        out = tmp_path / kind
+        changes = {"prior_loss_weight": 3.0} if kind == "dop" else {}
+        DreamBooth(pipeline).train(settings(output_dir=str(out), prior_preservation=kind, **common, **changes))
+        records = read_metrics(out / "metrics.jsonl")
+        if kind == "dop":
+            assert records[0]["prior_loss"] == pytest.approx(0, abs=1e-10)
+            assert max(record["prior_loss"] for record in records[5:]) > 1e-4
+        said = base.encode_prompts(["a photo of a dog"] * 8)
+        keys = mx.arange(16).reshape(8, 2).astype(mx.uint32)
+        asked = {"key": keys, "guidance": 1.0}
+        drawn = [one.predict(mx.zeros((8, 4, 4, 3)), said, **asked).prediction for one in (pipeline, base)]
+        drift[kind] = float(mx.square(drawn[0] - drawn[1]).mean())
+    assert drift["dop"] < 0.5 * drift["none"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"masked_loss": True}, "--masked_loss: pipeline fake does not show its predictions"),
+        ({"weighting_scheme": "uniform"}, "--weighting_scheme: pipeline"),
+        ({"prior_preservation": "dop"}, "--prior_preservation dop: pipeline"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused(settings, changes, said):
+    members = {name: value for name, value in vars(FakePipeline).items() if not name.startswith("__dict")}
+    del members["predict"]
+    silent = type("Silent", (), {**members, "__weakref__": None})
+    with pytest.raises(SettingsError, match=said):
+        DreamBooth(silent()).train(settings(**changes))
+
+
+def test_a_scheme_that_the_pipeline_has_not_is_refused(settings):
+    with pytest.raises(SettingsError, match="no weighting scheme cosmap"):
+        DreamBooth(FakePipeline()).train(settings(weighting_scheme="cosmap"))
+
+
+def test_a_mask_that_is_missing_everywhere_is_refused(settings, instance_dir):
+    (instance_dir / "other-2-mask.png").unlink()
+    with pytest.raises(ImageError, match="--masked_loss"):
+        DreamBooth(FakePipeline()).train(settings(masked_loss=True))

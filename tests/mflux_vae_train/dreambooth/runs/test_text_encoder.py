@@ -1,0 +1,250 @@
+"""CLIP learns beside the transformer: gradients reach it, its rate is its own, its adapter is saved and drawn with."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.weights.formats.files import read_safetensors
+from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
+from mflux_vae_train.dreambooth.export import FUSED, KOHYA
+from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base
+from mflux_vae_train.dreambooth.optimization.trainable import as_one
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.training.step import Step
+from tests.contracts.fake import FakePipeline
+from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache
+from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
+
+PROMPTS = ["a photo of sks dog", "a photo of a dog"]
+RATE, TEXT_RATE = 1e-2, 1e-3
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> FluxPipeline:
+    return small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+
+
+@pytest.fixture
+def settings(instance_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+
+    def make(out="out", **changes) -> DreamBoothSettings:
+        given = {
+            "model": "small",
+            "instance_data_dir": str(instance_dir),
+            "instance_prompt": PROMPTS[0],
+            "output_dir": str(tmp_path / out),
+            "train_text_encoder": True,
+            "learning_rate": RATE,
+            "text_encoder_lr": TEXT_RATE,
+            "max_train_steps": 3,
+            "lr_warmup_steps": 0,
+            "lr_scheduler": "constant",
+            "prior_preservation": "none",
+            "num_validation_images": 0,
+            "gradient_accumulation_steps": 1,
+        }
+        return DreamBoothSettings(**{**given, **changes})
+
+    return make
+
+
+def adapters(pipeline: FluxPipeline):
+    return [lora.layers(network) for network in (pipeline.denoiser, pipeline.text_encoder)]
+
+
+def drawn(pipeline: FluxPipeline) -> mx.array:
+    keys = mx.random.split(mx.random.key(3), 2)
+    return pipeline.sample(pipeline.encode_prompts(PROMPTS), size=(32, 32), steps=2, guidance=2.0, key=keys)
+
+
+def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
+    latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
+    early = pipeline.encode_prompts(PROMPTS)
+    identity = pipeline.encoder_identity("prompts")
+    expected = pipeline.loss(latents, early, key=keys, guidance=2.0), drawn(pipeline)
+    pipeline.read_prompts_late(True)
+    late = pipeline.encode_prompts(PROMPTS)
+    assert set(late) == {"prompt_embeds", "clip_tokens"} and late["clip_tokens"].dtype == mx.int32
+    assert pipeline.encoder_identity("prompts") != identity, "one kept on disk must not be taken for the other"
+    assert mx.array_equal(pipeline.loss(latents, late, key=keys, guidance=2.0), expected[0])
+    assert mx.array_equal(drawn(pipeline), expected[1])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recompute) -> None:
+    pipeline.read_prompts_late(True)
+    pipeline.recompute_activations(recompute)
+    networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
+    lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
+    lora.add_lora(pipeline.text_encoder, pipeline.text_encoder_targets(), rank=2)
+    together = as_one(networks)
+    together.update(
+        tree_map(lambda x: x + 0.05 * mx.sin(mx.arange(x.size)).reshape(x.shape), together.trainable_parameters())
+    )
+    latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
+    conditioning, own = pipeline.encode_prompts(PROMPTS), together.trainable_parameters()
+
+    def loss(parameters) -> mx.array:
+        together.update(parameters)
+        return pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean()
+
+    gradients = dict(tree_flatten(mx.grad(loss)(own)))
+    together.update(own)
+    flat = dict(tree_flatten(own))
+    in_clip = [name for name in flat if name.startswith("text_encoder.")]
+    assert len(in_clip) == 2 * 4 * 2  # layers, projections, A and B
+    for name in in_clip:
+        # along the gradient, where the slope is its norm
+        size = mx.linalg.norm(gradients[name]).item()
+        assert size > 0, name
+        ends = []
+        for sign in (1, -1):
+            changed = tree_map(lambda x: x, own)
+            together.update(changed)
+            layer = lora.layers(pipeline.text_encoder)[name.removeprefix("text_encoder.").rpartition(".")[0]]
+            kind = name.rpartition(".")[2]
+            layer[kind] = flat[name] + sign * 0.02 * gradients[name] / size
+            ends.append(pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean().item())
+        together.update(own)
+        assert (ends[0] - ends[1]) / 0.04 == pytest.approx(size, rel=0.05, abs=2e-5), name
+
+
+@pytest.mark.slow  # a C++ compiler is called
+def test_a_compiled_step_is_the_same(tmp_path) -> None:
+    losses = []
+    for compiled in (False, True):
+        pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True)
+        pipeline.read_prompts_late(True)
+        networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
+        for network, targets in zip(
+            networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()), strict=True
+        ):
+            lora.add_lora(network, targets, rank=2, dropout=0.1)
+        together = as_one(networks)
+        latents = mx.random.normal((4, 4, 6, 4), key=mx.random.key(0))
+        cache = plain_cache(latents, None, pipeline.encode_prompts([*PROMPTS, ""]), preserves_output=True)
+        plan = Plan(samples=12, batch_size=2, accumulation=2)
+
+        def loss(together, arrays, pipeline=pipeline):
+            with lora.dropout_keys(together, arrays["dropout_key"]):
+                return dreambooth_loss(pipeline, arrays, guidance=2.0, prior_loss_weight=1.0)
+
+        step = Step(together, AdamW(), loss, compile=compiled)
+        losses.append([])
+        for update in range(plan.updates):
+            drawn_now = micro_batches(cache, plan, update=update, seed=0, caption_dropout=0.2)
+            batches = [with_base(pipeline, together, one, guidance=2.0) for one in drawn_now]
+            losses[-1].append(step(update, batches, RATE)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != pytest.approx(losses[0][2], rel=1e-2)
+
+
+def test_the_first_update_goes_as_far_as_the_rates_say(pipeline, settings) -> None:
+    DreamBooth(pipeline).train(settings(max_train_steps=1))
+    for layers, rate in zip(adapters(pipeline), (RATE, TEXT_RATE), strict=True):
+        # Adam's first step is its rate for every number that has a gradient
+        furthest = [mx.abs(layer.lora_b).max().item() for layer in layers.values()]
+        assert furthest == pytest.approx([rate] * len(layers), rel=1e-2)
+
+
+def test_a_rate_left_open_is_a_twentieth(pipeline, settings, tmp_path) -> None:
+    DreamBooth(pipeline).train(settings(text_encoder_lr=None, max_train_steps=1))
+    assert f"text_encoder_lr: {RATE / 20}" in (tmp_path / "out" / "settings.yaml").read_text()
+
+
+def test_prodigy_finds_one_rate_for_both(settings, tmp_path) -> None:
+    adapted = []
+    for rate in (None, 0.3):
+        pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+        DreamBooth(pipeline).train(
+            settings(f"{rate}", optimizer="prodigy", learning_rate=None, text_encoder_lr=rate, max_train_steps=2)
+        )
+        adapted.append([layer.lora_b for layers in adapters(pipeline) for layer in layers.values()])
+    assert all(mx.array_equal(one, other) for one, other in zip(*adapted, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "adafactor", "lion", "adamw8bit"])
+def test_every_optimizer_trains_both(pipeline, settings, optimizer) -> None:
+    rates = {"learning_rate": None, "text_encoder_lr": None} if optimizer == "prodigy" else {}
+    DreamBooth(pipeline).train(settings(optimizer=optimizer, **rates))
+    assert all(mx.any(layer.lora_b != 0) for layers in adapters(pipeline) for layer in layers.values())
+
+
+def test_what_was_learnt_is_saved_in_both_namings_and_read_back(pipeline, settings, tmp_path) -> None:
+    before = drawn(pipeline)
+    out = DreamBooth(pipeline).train(settings(output_kohya_format=True)).result.parent
+    after = drawn(pipeline)
+    tensors, _ = read_safetensors(out / "pytorch_lora_weights.safetensors")
+    key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_B.weight"
+    assert "mflux passes over what CLIP has learnt" in (out / "README.md").read_text()
+    assert key in tensors and sum(name.startswith("text_encoder.") for name in tensors) == 16
+    with lora.disabled(pipeline.text_encoder):
+        without = drawn(pipeline)
+    assert mx.abs(after - without).max() > 1e-4, "previews must show what CLIP has learnt"
+    assert "lora_te1_text_model_encoder_layers_1_self_attn_out_proj.lora_up.weight" in read_safetensors(out / KOHYA)[0]
+
+    for name in ("pytorch_lora_weights.safetensors", KOHYA):
+        again = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+        start = settings(f"from {name}", lora_weights=str(out / name), learning_rate=1e-9, text_encoder_lr=1e-9)
+        DreamBooth(again).train(start)
+        assert mx.abs(drawn(again) - after).max() < 1e-4 < mx.abs(before - after).max(), name
+    with pytest.raises(WeightsError, match="holds an adapter for 'text_encoder', too, and transformer alone"):
+        other = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+        alone = {"train_text_encoder": False, "text_encoder_lr": None}
+        DreamBooth(other).train(settings("alone", lora_weights=str(out / "pytorch_lora_weights.safetensors"), **alone))
+
+
+def test_a_text_encoder_may_begin_anew_beside_an_adapter_that_goes_on(pipeline, settings, tmp_path) -> None:
+    alone = {"train_text_encoder": False, "text_encoder_lr": None}
+    first = DreamBooth(pipeline).train(settings("first", **alone)).result
+    again = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+    DreamBooth(again).train(settings(lora_weights=str(first)))
+    assert [len(layers) for layers in adapters(again)][1] == 8
+
+
+def test_it_is_part_of_a_fused_pipeline(pipeline, settings) -> None:
+    out = DreamBooth(pipeline).train(settings(fuse=True)).result.parent
+    assert not any(adapters(pipeline))
+    whole = FluxPipeline.from_pretrained(out / FUSED)
+    np.testing.assert_allclose(drawn(whole), drawn(pipeline), atol=5e-2)  # half precision on disk
+    base = small_pipeline(out / "parts", guidance_embeds=True)
+    assert mx.abs(whole.encode_prompts(PROMPTS)["pooled"] - base.encode_prompts(PROMPTS)["pooled"]).max() > 5e-3
+
+
+def test_clip_stays_and_t5_goes(pipeline, settings, tmp_path, monkeypatch) -> None:
+    pipeline.save_pretrained(tmp_path / "model", "float32")
+    opened = FluxPipeline.from_pretrained(tmp_path / "model")
+    seen = []
+    whole = FluxPipeline.predict
+
+    def predict(self, *arguments, **named):
+        seen.append((self._text_encoder.loaded is None, self._text_encoder_2.loaded is None))
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(FluxPipeline, "predict", predict)
+    DreamBooth(opened).train(settings(num_validation_images=1, prior_preservation="dop"))
+    assert set(seen) == {(False, True)}
+    opened.release("prompts", "images")
+    assert any(lora.layers(opened.text_encoder)), "what was learnt is not forgotten"
+
+
+def test_it_is_refused_where_it_cannot_be(settings) -> None:
+    with pytest.raises(SettingsError, match=r"--train_text_encoder: pipeline fake does not offer it"):
+        DreamBooth(FakePipeline()).train(settings())
+    with pytest.raises(SettingsError, match=r"--train_text_encoder: only with --train_mode lora"):
+        settings(train_mode="full")
+
+
+def test_a_rate_without_it_has_no_effect_and_that_is_said(pipeline, settings, caplog) -> None:
+    with caplog.at_level("WARNING"):
+        DreamBooth(pipeline).train(settings(train_text_encoder=False, max_train_steps=1))
+    assert "--text_encoder_lr has no effect: it is for --train_text_encoder" in caplog.text

@@ -1,0 +1,192 @@
+"""What a run is told about its adapter, and what it leaves: files for other programs, a whole pipeline, a card."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from mlx.utils import tree_flatten
+
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.weights.formats.files import read_safetensors
+from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.export import FUSED, KOHYA
+from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.previews import Previews
+from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from tests.contracts.fake import FakePipeline
+from tests.mflux_vae_train.dreambooth.runs.test_train import Stop, assert_equal_adapters, interrupted_after
+from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def settings(instance_dir, tmp_path, monkeypatch):
+    """Settings of a run of four updates without pictures; keyword arguments change them."""
+    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+
+    def make(out="out", **changes) -> DreamBoothSettings:
+        given = {
+            "model": "fake",
+            "instance_data_dir": str(instance_dir),
+            "instance_prompt": "a photo of sks dog",
+            "output_dir": str(tmp_path / out),
+            "max_train_steps": 4,
+            "lr_warmup_steps": 0,
+            "prior_preservation": "none",
+            "num_validation_images": 0,
+            "gradient_accumulation_steps": 1,
+        }
+        return DreamBoothSettings(**{**given, **changes})
+
+    return make
+
+
+def adapted(pipeline):
+    return sorted(lora.layers(pipeline.denoiser))
+
+
+def test_layers_can_be_named(settings):
+    DreamBooth(named := FakePipeline()).train(settings("named", lora_layers="to_out"))
+    assert adapted(named) == ["blocks.0.to_out"]
+    DreamBooth(every := FakePipeline()).train(settings("every", lora_layers="all"))
+    assert set(adapted(every)) == {"blocks.0.to_out", "proj_in", "proj_out"}
+    DreamBooth(both := FakePipeline()).train(settings("both", lora_layers="to_out, proj_*"))
+    assert adapted(both) == ["blocks.0.to_out", "proj_in", "proj_out"]
+    with pytest.raises(SettingsError, match="no linear layer matches to_q"):
+        DreamBooth(FakePipeline()).train(settings("nothing", lora_layers="to_out,to_q"))
+    with pytest.raises(SettingsError, match="fake has all"):
+        DreamBooth(FakePipeline()).train(settings("preset", lora_layers="attention"))
+
+
+def test_a_preset_is_the_pipelines(settings, tmp_path):
+    pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
+    DreamBooth(pipeline).train(settings(lora_layers="attention", max_train_steps=1))
+    assert adapted(pipeline) and all(".attn." in path for path in adapted(pipeline))
+
+
+def test_training_goes_on_from_an_adapter(settings, tmp_path):
+    first = DreamBooth(before := FakePipeline()).train(settings("first", rank=3, lora_alpha=6.0)).result
+    start = str(first)
+    DreamBooth(after := FakePipeline()).train(settings("second", lora_weights=start, learning_rate=1e-6))
+    for path, layer in lora.layers(after.denoiser).items():
+        other = lora.layers(before.denoiser)[path]
+        assert layer.scale == other.scale == 2.0 and layer.lora_a.shape[1] == 3
+        np.testing.assert_allclose(layer.lora_b, other.lora_b, atol=1e-4)
+        assert not mx.array_equal(layer.lora_b, other.lora_b)
+    with pytest.raises(SettingsError, match=r"--rank is 5.*has 3"):
+        DreamBooth(FakePipeline()).train(settings("third", lora_weights=start, rank=5))
+    with pytest.raises(SettingsError, match="--lora_layers"):
+        settings("third", lora_weights=start, lora_layers="all")
+    with pytest.raises(WeightsError, match="no such"):
+        DreamBooth(FakePipeline()).train(settings("third", lora_weights=str(tmp_path / "none.safetensors")))
+    # another adapter under the same name is another run
+    assert DreamBooth(FakePipeline()).train(settings("second", lora_weights=start, learning_rate=1e-6)).updates == 0
+    DreamBooth(FakePipeline()).train(settings("other", rank=3, lora_alpha=6.0, seed=1))
+    shutil.copy(tmp_path / "other" / ADAPTER, first)
+    with pytest.raises(SettingsError, match="adapter to start from"):
+        DreamBooth(FakePipeline()).train(settings("second", lora_weights=start, learning_rate=1e-6))
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"use_dora": True}])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, settings, tmp_path, monkeypatch):
+    given = {"checkpointing_steps": 2, "lora_dropout": 0.2, **changes}
+    DreamBooth(FakePipeline()).train(settings("whole", **given))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        interrupted_after(2, patch)
+        DreamBooth(FakePipeline()).train(settings("halves", **given))
+    assert DreamBooth(FakePipeline()).train(settings("halves", **given)).updates == 2
+    assert_equal_adapters(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_all_is_left_for_other_programs(settings, tmp_path):
+    given = {"output_kohya_format": True, "fuse": True, "num_validation_images": 1, "resolution": 32}
+    pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED)
+    base = dict(tree_flatten(small_pipeline(tmp_path / "parts").denoiser.parameters()))
+    out = DreamBooth(pipeline).train(settings(**given, learning_rate=3e-2)).result.parent
+
+    # the fused pipeline: what the adapter says, added to the base
+    tensors, _ = read_safetensors(out / ADAPTER)
+    fused = dict(tree_flatten(FluxPipeline.from_pretrained(out / FUSED).denoiser.parameters()))
+    moved = {}
+    for name in (key for key in base if f"transformer.{key.removesuffix('.weight')}.lora_A.weight" in tensors):
+        a, b = (tensors[f"transformer.{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+        np.testing.assert_allclose(fused[name], base[name] + b @ a, atol=2e-3)  # half precision on disk
+        moved[name] = float(mx.abs(b @ a).max())
+    assert len(moved) == len(tensors) // 2 and max(moved.values()) > 2e-2
+    assert not adapted(pipeline), "the adapter is in the weights, and would count twice"
+
+    # kohya's naming
+    tensors, metadata = read_safetensors(out / KOHYA)
+    assert {key.rpartition("_0_")[0] for key in tensors if "_0_" in key} == {
+        "lora_unet_double_blocks",
+        "lora_unet_single_blocks",
+    }
+    assert metadata["modelspec.architecture"] == "flux-1-schnell/lora" and metadata["ss_network_dim"] == "4"
+    assert metadata["modelspec.trigger_phrase"] == "a photo of sks dog"
+
+    # the card
+    text = (out / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["instance_prompt"] == "a photo of sks dog" and {"lora", "text-to-image"} <= set(front["tags"])
+    assert "license" not in front and "base_model" not in front
+    picture = front["widget"][-1]["output"]["url"]
+    assert picture == "samples/step-00004.png" and (out / picture).is_file() and f"]({picture})" in text
+    for words in ("load_lora_weights", "mflux-generate", KOHYA, f"`{FUSED}/`", "| rank | 4 |"):
+        assert words in text
+
+
+def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
+    class Snapshot:
+        repository, whole = "black-forest-labs/FLUX.1-schnell", True
+
+        def is_here(self):
+            return True
+
+    pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, snapshot=Snapshot())
+    out = DreamBooth(pipeline).train(settings(max_train_steps=1, use_dora=True)).result.parent
+    text = (out / "README.md").read_text()
+    assert "dora" in yaml.safe_load(text.split("---")[1])["tags"]
+    assert "load_lora_weights" in text and "mflux reads no DoRA" in text and "mflux-generate" not in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == Snapshot.repository
+    assert f"https://huggingface.co/{Snapshot.repository}" in text
+
+
+def test_the_adapter_is_there_before_the_last_preview(settings, tmp_path, monkeypatch):
+    there = {}
+
+    def look(self, updates):
+        there[updates] = (tmp_path / "out" / ADAPTER).exists()
+
+    monkeypatch.setattr(Previews, "__call__", look)
+    DreamBooth(FakePipeline()).train(settings(num_validation_images=1, validation_steps=4))
+    assert there == {0: False, 4: True}
+
+
+def test_what_the_pipeline_cannot_leave_is_refused_before_anything_begins(settings):
+    with pytest.raises(SettingsError, match="cannot save itself"):
+        DreamBooth(FakePipeline()).train(settings(fuse=True))
+    with pytest.raises(SettingsError, match="does not know the names"):
+        DreamBooth(FakePipeline()).train(settings(output_kohya_format=True))
+    for given in ({"fuse": True}, {"use_dora": True}, {"lora_layers": "all"}, {"output_kohya_format": True}):
+        with pytest.raises(SettingsError, match="only with --train_mode lora"):
+            settings(train_mode="full", **given)
+
+
+def test_a_quantised_base_is_not_fused(settings, tmp_path):
+    pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
+    pipeline.quantize(8)
+    with pytest.raises(SettingsError, match="quantised weights"):
+        DreamBooth(pipeline).train(settings(fuse=True))
+
+
+def test_names_that_kohya_has_not_are_refused(settings, tmp_path):
+    pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
+    with pytest.raises(SettingsError, match="no names for context_embedder"):
+        DreamBooth(pipeline).train(settings(output_kohya_format=True, lora_layers="all"))

@@ -1,0 +1,55 @@
+"""Work on a tree's arrays is `tree_map`, wherever it is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mflux_vae_train.optimizers import parallel_map
+from mflux_vae_train.optimizers.parallel_map import over_leaves
+
+
+def tree() -> dict[str, Any]:
+    same = mx.arange(5.0)
+    return {"a": [mx.arange(3.0), {"b": mx.ones((2, 2))}], "c": same, "d": same, "e": mx.zeros((0,))}
+
+
+def equal(one: Any, other: Any) -> bool:
+    pairs = zip(tree_flatten(one), tree_flatten(other), strict=True)
+    return all(name == again and mx.array_equal(x, y) for (name, x), (again, y) in pairs)
+
+
+@pytest.mark.parametrize("consumed", [False, True])
+@pytest.mark.parametrize("at_once", [1, 24, 1 << 20])
+def test_results_are_those_of_tree_map(at_once: int, consumed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_map, "_AT_ONCE", at_once)
+    given, others = tree(), tree_map(lambda x: x + 1, tree())
+    states: Any = tree_map(lambda _: {}, given)
+
+    def product(x: mx.array, y: mx.array, state: dict[str, mx.array]) -> mx.array:
+        state["seen"] = x - y
+        return x * y
+
+    expected = tree_map(lambda x, y: x * y, tree(), others)
+    assert equal(over_leaves(product, given, others, states, consumed=consumed), expected)
+    assert all((seen == -1).all() for _, seen in tree_flatten(states))
+    assert consumed or equal(given, tree())
+    assert over_leaves(product, {}, {}, {}) == {}
+
+
+def test_what_is_consumed_gives_its_memory() -> None:
+    given = {name: mx.random.normal((1 << 20,)) for name in "abcdef"}
+    mx.eval(given)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    over_leaves(lambda x: x * 2, given, consumed=True)
+    assert mx.get_peak_memory() - before < 2 * 4 << 20
+
+
+def test_traced_as_tree_map_is() -> None:
+    twice = mx.compile(lambda x: over_leaves(lambda x: x * 2, {"x": x})["x"])
+    assert twice(mx.ones(3)).tolist() == [2, 2, 2]
+    assert mx.grad(lambda x: over_leaves(mx.square, {"x": x})["x"].sum())(mx.ones(3)).tolist() == [2, 2, 2]

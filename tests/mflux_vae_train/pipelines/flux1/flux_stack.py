@@ -1,0 +1,100 @@
+"""A stack of FLUX blocks in a training step, and the most memory that it takes: beside what is estimated."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mflux_vae_train import lora
+from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
+from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
+from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
+from mflux_vae_train.training.step import Arrays, MicroBatch, Step
+
+RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """One to be measured: blocks, heads of 128, side of the latents, text tokens, and how it is held."""
+
+    double: int = 1
+    single: int = 1
+    heads: int = 24
+    side: int = 32
+    text: int = 64
+    batch: int = 1
+    bits: int | None = None
+    recompute: bool = False
+
+    @property
+    def config(self) -> FluxTransformerConfig:
+        return FluxTransformerConfig(
+            num_layers=self.double, num_single_layers=self.single, num_attention_heads=self.heads
+        )
+
+
+def measured(stack: Stack) -> int:
+    """Bytes at the peak of the second update of a LoRA on every layer of the blocks."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    network = _filled(FluxTransformer(stack.config))
+    if stack.bits:
+        quantize(network, stack.bits, is_quantized_layer)
+    lora.add_lora(network, naming.PRESETS["attention+mlp"], rank=RANK)
+    network.recompute = stack.recompute
+    tokens, batch, config = stack.side**2 // 4, stack.batch, stack.config
+    arrays = {
+        "latents": mx.random.normal((batch, tokens, config.in_channels)),
+        "prompt": mx.random.normal((batch, stack.text, config.joint_attention_dim)),
+        "pooled": mx.random.normal((batch, config.pooled_projection_dim)),
+        "target": mx.random.normal((batch, tokens, config.in_channels)),
+    }
+    ids = image_ids(stack.side, stack.side), text_ids(stack.text)
+
+    def loss(model: nn.Module, given: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        levels = mx.full((batch,), 0.5)
+        velocity = model(given["latents"], given["prompt"], given["pooled"], levels, *ids)
+        return mx.square(velocity - given["target"]).mean(), {}
+
+    step = Step(network, AdamW(), loss)
+    for update in range(2):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        step(update, [MicroBatch(arrays=arrays, weight=batch)], 1e-4)
+    return mx.get_peak_memory() - before
+
+
+def estimated(stack: Stack) -> int:
+    """The same, by `memory`."""
+    here = memory.Precision.here()
+    network = FluxTransformer(stack.config)
+    matched = lora.matching(network, naming.PRESETS["attention+mlp"])
+    trained = RANK * sum(matched.values())
+    weights = stored_bytes(network, here.width, stack.bits, is_quantized_layer)
+    tokens = stack.side**2 // 4, stack.text
+    work = memory.training_bytes(stack.config, tokens, stack.batch, here, recompute=stack.recompute)
+    if stack.bits:
+        work += memory.widened_bytes(stack.config, here)
+    return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work
+
+
+def _filled(network: FluxTransformer) -> FluxTransformer:
+    """With weights that cost little to make, one layer after the other."""
+
+    def values(array: mx.array) -> mx.array:
+        return ((mx.arange(array.size) % 997).astype(mx.float32) / 997 - 0.5).reshape(array.shape) * 0.05
+
+    network.update(tree_map(values, network.parameters()))
+    for _, array in tree_flatten(network.parameters()):
+        mx.eval(array)
+    return network

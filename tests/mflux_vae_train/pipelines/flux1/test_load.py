@@ -1,0 +1,217 @@
+"""Published models, repositories and revisions: what is asked of the hub, when, and what is said where it fails."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+from huggingface_hub import errors
+
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae_train.pipelines import flux1, registry
+from mflux_vae_train.pipelines.flux1 import keys
+from mflux_vae_train.pipelines.flux1.folder import read_configs
+from mflux_vae_train.pipelines.flux1.hub import patterns
+from mflux_vae_train.pipelines.footprint import Workload
+from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
+
+
+class Hub:
+    """Stands in for `snapshot_download`: notes what is asked, and answers with a folder or an error."""
+
+    def __init__(self, answer: Path | Exception) -> None:
+        self.answer, self.asked = answer, []
+
+    def __call__(self, repository: str, *, allow_patterns: list[str], local_files_only: bool = False, **rest) -> str:
+        if not local_files_only:
+            self.asked.append((repository, rest.get("revision"), allow_patterns))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def answering(answer: Path | Exception) -> Hub:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", made := Hub(answer))
+        return made
+
+    return answering
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("repository")
+    small_pipeline(place / "parts").save_pretrained(place / "saved", "float32")
+    return place / "saved"
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("schnell", 1.0), ("dev", 3.5)])
+def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, guidance: float) -> None:
+    asked = hub(AssertionError("the hub was asked")).asked
+    pipeline = registry.open_pipeline(name)
+    assert (pipeline.name, pipeline.recommended.guidance) == (name, guidance)
+    assert not pipeline.snapshot.is_here()
+    layers = dict(pipeline.outline().named_modules())
+    assert layers["single_transformer_blocks.37.proj_out"].weight.shape == (3072, 5 * 3072)
+    assert not asked and mx.get_active_memory() < 1 << 30
+
+
+def test_the_first_part_that_is_needed_downloads_all_at_once(hub, folder: Path) -> None:
+    asked = hub(folder).asked
+    pipeline = flux1.load("dev")
+    with pytest.raises(WeightsError, match="not this network's"):  # the repository of this test is a small one
+        _ = pipeline.text_encoder
+    with pytest.raises(WeightsError, match="not this network's"):
+        _ = pipeline.denoiser
+    assert [(repository, revision) for repository, revision, _ in asked] == [("black-forest-labs/FLUX.1-dev", None)]
+    assert pipeline.snapshot.is_here()
+
+
+def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -> None:
+    asked = hub(folder).asked
+    pipeline = registry.open_pipeline("owner/name", revision="main")
+    small = [pattern for _, _, wanted in asked for pattern in wanted]
+    assert not any(pattern.endswith("safetensors") for pattern in small)
+    assert pipeline.encode_prompts(["a dog"])["pooled"].shape == (1, 20)
+    assert {(repository, revision) for repository, revision, _ in asked} == {("owner/name", "main")}
+    assert asked[-1][2] == list(patterns(None))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_no_weights_are_asked_for_twice(variant: str | None) -> None:
+    """Of everything that such repositories hold."""
+    stems = {"transformer": "diffusion_pytorch_model", "text_encoder_2": "model"}
+    shards = [f"-0000{number}-of-00003" for number in (1, 2, 3)]
+    files = ["flux1-schnell.safetensors", "ae.safetensors", "LICENSE.md", "schnell_grid.jpeg", "model_index.json"]
+    for part, stem in stems.items():
+        files += [f"{part}/{stem}{middle}{shard}.safetensors" for middle in ("", ".fp16") for shard in shards]
+        files += [f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors", f"{part}/{stem}.bin"]
+        files += [f"{part}/config.json", f"{part}/{stem}.safetensors.index.json"]
+    asked = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=list(patterns(variant))))
+    middle = "" if variant is None else f".{variant}"
+    weights = {file for file in asked if file.endswith(".safetensors")}
+    assert weights == {
+        f"{part}/{stem}{middle}{shard}.safetensors" for part, stem in stems.items() for shard in ("", *shards)
+    }
+    assert {"model_index.json", "transformer/config.json"} <= asked
+    assert not {"LICENSE.md", "transformer/diffusion_pytorch_model.bin"} & asked
+
+
+def http(kind: type[Exception]) -> Exception:
+    return kind("Client error 403\nmore", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (http(errors.GatedRepoError), r"FLUX\.1-dev: is gated; accept its conditions on https://.*hf auth login"),
+        (http(errors.RepositoryNotFoundError), "no such repository on the hub"),
+        (http(errors.RevisionNotFoundError), "has no revision"),
+        (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached; go online once"),
+        (errors.OfflineModeIsEnabled("x"), "not in the cache, and the hub cannot be reached"),
+        (OSError(28, "No space left on device"), r"No space left.*the same command resumes it"),
+        (RuntimeError("of some other library\nmore"), r"failed \(of some other library\)"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_one_clear_line(hub, error: Exception, told: str) -> None:
+    hub(error)
+    pipeline = flux1.load("dev")
+    with pytest.raises(WeightsError, match=told) as caught:
+        pipeline.encode_prompts(["a dog"])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_usual_with_a_model_is_kept_with_it(tmp_path: Path) -> None:
+    usual = replace(RECOMMENDED, usual_guidance=(0.5, 2.0))
+    small_pipeline(tmp_path / "parts", recommended=usual).save_pretrained(tmp_path / "saved")
+    assert flux1.load(str(tmp_path / "saved")).recommended == usual
+    file = tmp_path / "saved" / "recommended.json"
+    for wrong in ([1.0], [2.0, 1.0], ["a", "b"], 3.0):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "usual_guidance": wrong}))
+        with pytest.raises((SettingsError, WeightsError), match=r"recommended\.json"):
+            flux1.load(str(tmp_path / "saved"))
+
+
+def test_a_folder_has_no_revision(folder: Path) -> None:
+    with pytest.raises(SettingsError, match=r"--revision v1: .* is a folder"):
+        registry.open_pipeline(str(folder), revision="v1")
+
+
+def test_a_repository_of_another_pipeline_is_refused(hub, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    hub(tmp_path)
+    with pytest.raises(SettingsError, match="owner/name holds a OtherPipeline"):
+        registry.open_pipeline("owner/name")
+
+
+def test_a_folder_is_opened_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        flux1.load(str(tmp_path))
+
+
+def test_a_variant_is_what_is_read(folder: Path, tmp_path: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        name = file.name.replace(".safetensors", ".bf16.safetensors")
+        copy = tmp_path / file.relative_to(folder).with_name(name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    with pytest.raises(WeightsError, match="no such weights file"):
+        flux1.load(str(tmp_path))
+    opened, plain = registry.open_pipeline(str(tmp_path), variant="bf16"), flux1.load(str(folder))
+    assert mx.array_equal(opened.denoiser.proj_out.weight, plain.denoiser.proj_out.weight)
+
+
+@pytest.mark.parametrize(("embeds", "repository"), [(False, "FLUX.1-schnell"), (True, "FLUX.1-dev")])
+@pytest.mark.parametrize("naming", ["bfl", "comfyui", "diffusers"])
+def test_of_a_transformer_in_a_file_all_else_is_the_published_models(
+    hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embeds: bool, repository: str, naming: str
+) -> None:
+    whole = small_pipeline(tmp_path / "parts", guidance_embeds=embeds)
+    whole.save_pretrained(tmp_path / "saved", "float32")
+    known = {folder: read_configs(folder) for folder in [tmp_path / "saved"]}
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.hub.published", lambda _: known[tmp_path / "saved"])
+    small = whole.denoiser.config  # a file does not say how wide its blocks are, as they all are alike
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.weights.FluxTransformerConfig", partial(replace, small))
+    tensors = mx.load(str(tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"))
+    if naming != "diffusers":
+        tensors = keys.to_bfl(tensors)
+    if naming == "comfyui":
+        tensors = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+    mx.save_safetensors(str(tmp_path / "mine.safetensors"), tensors)
+    asked = hub(AssertionError("the hub was asked")).asked
+
+    pipeline = registry.open_pipeline(str(tmp_path / "mine.safetensors"))
+    assert (pipeline.name, pipeline.base_model) == ("mine", None)
+    assert mx.array_equal(pipeline.denoiser.proj_out.weight, whole.denoiser.proj_out.weight)
+    assert not asked and not pipeline.snapshot.is_here()
+    told = pipeline.footprint(Workload(resolution=32, trained=1))
+    assert 0 < told.download < 2 * sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*.safetensors"))
+
+    asked = hub(tmp_path / "saved").asked
+    expected = whole.encode_prompts(["a photo of a dog"])
+    assert mx.array_equal(pipeline.encode_prompts(["a photo of a dog"])["pooled"], expected["pooled"])
+    assert [name for name, _, _ in asked] == [f"black-forest-labs/{repository}"]
+    assert not any(name.startswith("transformer/") and "safetensors" in name for name in asked[0][2])
+
+
+@pytest.mark.parametrize("kind", ["an autoencoder", "no safetensors", "an adapter"])
+def test_a_file_of_anything_else_is_refused_in_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "mine.safetensors"
+    if kind == "an autoencoder":
+        file.write_bytes((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+    elif kind == "an adapter":
+        mx.save_safetensors(str(file), {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((2, 2))})
+    else:
+        file.write_text("no safetensors")
+    with pytest.raises(SettingsError, match=r"mine\.safetensors: nothing installed opens this file; give a folder"):
+        registry.open_pipeline(str(file))
+    with pytest.raises(SettingsError, match=r"--revision: .* is a file"):
+        registry.open_pipeline(str(file), revision="main")

@@ -1,0 +1,142 @@
+"""What FLUX is estimated to take: beside what it took, and at full size the figures that people plan with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mflux_vae_train import lora
+from mflux_vae_train.pipelines import flux1
+from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, Releases
+from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
+from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from tests.helpers.peak_memory import peak_of
+from tests.mflux_vae_train.pipelines.flux1.flux_stack import Stack, estimated, measured
+from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
+
+HALF = memory.Precision(width=2, fused=True)
+"""Metal and CUDA."""
+
+SMALL = {"heads": 2, "side": 16, "text": 32}
+FULL = [
+    Stack(double=double, single=single, bits=bits, recompute=recompute, side=16)
+    for double, single in ((1, 1), (2, 2))
+    for bits in (None, 4)
+    for recompute in (False, True)
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_small_stack_takes_what_is_estimated(recompute: bool) -> None:
+    stack = Stack(**SMALL, double=1, single=2, recompute=recompute)
+    assert estimated(stack) == pytest.approx(measured(stack), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stack", FULL, ids=str)
+def test_a_stack_of_full_width_takes_what_is_estimated(stack: Stack) -> None:
+    found, expected = measured(stack), estimated(stack)
+    print(f"{stack}: measured {found / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_weights_are_counted_to_the_byte(bits: int | None) -> None:
+    network = drawn(FluxTransformer(small_config(num_attention_heads=4)), 0)
+    if bits:
+        quantize(network, bits, is_quantized_layer)
+    held = sum(array.nbytes for _, array in lora_free(network))
+    outline = FluxTransformer(small_config(num_attention_heads=4))
+    assert stored_bytes(outline, 4, bits, is_quantized_layer) == held
+
+
+def lora_free(network: FluxTransformer):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(network.parameters())
+
+
+def training(**changes) -> Workload:
+    """A LoRA of rank 16 on every block of the published models, at 512 pixels."""
+    matched = lora.matching(FluxTransformer(published(True).transformer), naming.PRESETS["attention+mlp"])
+    return replace(Workload(resolution=512, trained=16 * sum(matched.values()), class_pictures=10), **changes)
+
+
+@pytest.mark.parametrize(("embeds", "tokens"), [(False, 256), (True, 512)], ids=["schnell", "dev"])
+def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: bool, tokens: int) -> None:
+    work = training(quantize=4, recompute=True, batch=2, pictures=4)
+    phases = memory.phases(published(embeds), work, text_tokens=tokens, precision=HALF)
+    assert [phase.name for phase in phases] == [*("text encoding", "class pictures", "latents", "training", "previews")]
+    assert all(phase.peak <= 12e9 for phase in phases), {phase.name: phase.peak / 1e9 for phase in phases}
+    # and not by a mistake: six billion bytes of weights are there
+    assert phases[3].weights > 6e9
+
+
+def test_every_saving_saves() -> None:
+    def peak(**changes) -> int:
+        phases = memory.phases(published(True), training(**changes), text_tokens=512, precision=HALF)
+        return max(phase.peak for phase in phases)
+
+    whole = peak()
+    assert whole > 30e9
+    assert peak(quantize=8) < whole and peak(recompute=True) < whole and peak(resolution=256) < whole
+    assert peak(quantize=4, recompute=True) < peak(quantize=8, recompute=True) < peak(recompute=True)
+    assert peak(batch=2) > whole and peak(state_bytes=2) < whole
+    assert peak(adapter=False, trained=12_000_000_000) > 100e9
+
+
+def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more() -> None:
+    pipeline = flux1.load("dev")
+
+    def peaks(**changes) -> dict[str, int]:
+        return {phase.name: phase.peak for phase in pipeline.footprint(training(**changes)).phases}
+
+    plain = peaks()
+    assert peaks(shape=(512, 512)) == plain
+    wide = peaks(shape=(512, 1024))
+    assert wide["training"] > plain["training"] and wide["latents"] >= plain["latents"]
+    assert wide["previews"] == plain["previews"] and wide["class pictures"] == plain["class pictures"]
+    short = peaks(prompt_tokens=64)
+    assert short["training"] < plain["training"] and short["text encoding"] < plain["text encoding"]
+    assert peaks(prompt_tokens=4096) == plain, "no more than the model reads"
+    learning, clip = peaks(text_encoder=True), stored_bytes(CLIPTextModel(CLIP_L), memory.Precision.here().width)
+    assert learning["previews"] - plain["previews"] == clip < learning["training"] - plain["training"] < 1.2 * clip
+    assert learning["text encoding"] == plain["text encoding"]
+
+
+def test_what_clip_keeps_is_what_is_estimated() -> None:
+    def peak(layers: int) -> int:
+        network = CLIPTextModel(replace(CLIP_L, vocab_size=99, num_hidden_layers=layers))
+        lora.add_lora(network, naming.CLIP_ATTENTION, rank=4)
+        mx.eval(network.parameters())
+        slopes = nn.value_and_grad(network, lambda net: net(mx.ones((4, 77), mx.int32))[1].sum())
+        return peak_of(lambda: slopes(network))
+
+    expected = memory.clip_bytes(replace(CLIP_L, num_hidden_layers=2), 4)
+    assert peak(3) - peak(1) == pytest.approx(expected, rel=0.15)
+
+
+def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = flux1.load("schnell")
+    monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    footprint = pipeline.footprint(training())
+    assert mx.get_peak_memory() - before < 2**20
+    assert footprint.download == pytest.approx(33.7e9, rel=0.02)  # what the repository's files have
+    assert isinstance(footprint.cache, Path)
+
+
+def test_the_pipeline_offers_all_of_it() -> None:
+    pipeline = flux1.load("dev")
+    assert all(isinstance(pipeline, kind) for kind in (Estimates, Quantizes, Recomputes, Releases))

@@ -1,0 +1,43 @@
+"""The embedded pipeline as it ships."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mflux_vae import VAE
+from mflux_vae.pretrained import presets
+from mflux_vae_train.pipelines import tiny
+from mflux_vae_train.pipelines.registry import open_pipeline
+from mflux_vae_train.tiny_world.evaluate import accuracy, pictures
+from mflux_vae_train.tiny_world.recipe import RECOMMENDED, SIZE
+from mflux_vae_train.tiny_world.world import evaluation_prompts
+
+
+def test_it_is_small_and_its_settings_are_the_recipe_s():
+    files = [path for path in tiny.WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    pipeline = open_pipeline("tiny")
+    assert pipeline.name == "tiny"
+    assert pipeline.recommended == RECOMMENDED
+
+
+def test_its_autoencoder_is_a_preset_by_the_same_name():
+    vae = VAE.from_pretrained("tiny")
+    assert (vae.latent_channels, vae.spatial_scale) == (16, 8)
+    own = tiny.load().vae
+    assert vae.config == own.config and mx.array_equal(
+        vae.network.decoder.conv_in.bias, own.network.decoder.conv_in.bias
+    )
+    assert presets.names()[-1] == "tiny"
+
+
+def test_pictures_show_what_prompts_say():
+    """A sample of the prompts whose whole set the build measures."""
+    pipeline = tiny.load()
+    prompts, truths = zip(*evaluation_prompts(True)[::14], strict=True)
+    images = pictures(pipeline, prompts, seed=1)
+    assert images.shape == (len(prompts), SIZE, SIZE, 3)
+    assert accuracy(images, truths).all >= 0.85
+    again = pictures(pipeline, prompts[:3], seed=1)
+    assert np.abs(again.astype(int) - images[:3]).max() <= 1, "a picture does not depend on its batch mates"

@@ -1,0 +1,44 @@
+"""The same weights are known again, and others are told apart, at little cost."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mflux_vae_train import fingerprint
+from mflux_vae_train.fingerprint import of_weights
+from tests.mflux_vae_train.training.tiny_model import Net
+
+
+def test_equal_weights_are_equal_whatever_they_are_held_in() -> None:
+    one, other = Net(seed=1), Net(seed=1)
+    halves = tree_map(lambda value: value.astype(mx.bfloat16), one.parameters())
+    one.update(halves)
+    other.update(tree_map(lambda value: value.astype(mx.float32), halves))
+    assert of_weights(one) == of_weights(other)
+
+
+@pytest.mark.parametrize("what", ["another training", "an adapter fused into one layer", "a shape", "a layer more"])
+def test_other_weights_are_told_apart(what: str) -> None:
+    one, other = Net(seed=1), Net(seed=2 if what == "another training" else 1)
+    if what == "an adapter fused into one layer":
+        rows, columns = other.out.weight.shape
+        other.out.weight = other.out.weight + 1e-3 * mx.outer(mx.arange(1.0, rows + 1), mx.ones((columns,)))
+    elif what == "a shape":
+        other.out.weight = other.out.weight.reshape(1, *other.out.weight.shape)
+    elif what == "a layer more":
+        other.more = nn.Linear(2, 2)
+    assert of_weights(one) != of_weights(other)
+
+
+def test_no_more_is_looked_into_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(seed=1)
+    sizes = sorted(4 * value.size for _, value in tree_flatten(net.parameters()))
+    monkeypatch.setattr(fingerprint, "BUDGET", sizes[-1])
+    looked, own = [], np.array
+    monkeypatch.setattr(fingerprint.np, "array", lambda values: looked.append(values.size) or own(values))
+    of_weights(net)
+    assert 0 < len(looked) < len(sizes) and max(looked) <= fingerprint.SAMPLED

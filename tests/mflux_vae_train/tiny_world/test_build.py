@@ -1,0 +1,74 @@
+"""The embedded pipeline's build, at a size that says nothing of quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mflux_vae import VAE, AutoencoderKL
+from mflux_vae.images import load_image
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.settings.flags import from_yaml
+from mflux_vae_train.tiny_world import build, corpus, recipe, train_flux
+from mflux_vae_train.vae.build import build as build_network
+from mflux_vae_train.vae.config import VAETrainingSettings
+
+VAE_SETTINGS = replace(
+    from_yaml(VAETrainingSettings, recipe.VAE_SETTINGS), data_count=10, batch_size=2, num_epochs=1, lr_warmup_steps=1
+)
+FLUX_RECIPE = recipe.FluxRecipe(updates=3, batch=4, scenes=8, photos=3, warmup=1, checkpoint_every=1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        noise = np.random.default_rng(index).integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    return [folder]
+
+
+@pytest.fixture
+def no_samples(monkeypatch, photos):
+    """Photographs of the test alone, whatever is installed."""
+    pictures = [Image.fromarray(load_image(path)) for path in sorted(photos[0].iterdir())]
+    monkeypatch.setattr(corpus, "photographs", lambda folders=(): pictures)
+
+
+def test_autoencoder_is_built_once_and_its_latents_are_scaled(tmp_path, photos, no_samples):
+    vae = build.autoencoder(tmp_path / "work", VAE_SETTINGS, photos)
+    pixels = mx.array(corpus.scenes(0, 16, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
+    latents = vae.encode_nhwc(pixels)
+    assert abs(latents.mean().item()) < 0.2 and abs(mx.sqrt(mx.var(latents)).item() - 1) < 0.2
+    again = build.autoencoder(tmp_path / "work", VAE_SETTINGS, photos)
+    assert mx.array_equal(again.encode_nhwc(pixels), latents)
+
+
+def test_the_settings_file_describes_the_network():
+    described = build_network(VAE_SETTINGS)
+    assert replace(described.config, shift_factor=None, scaling_factor=1.0) == replace(recipe.VAE, scaling_factor=1.0)
+
+
+def test_transformer_and_text_encoders_train_and_save(tmp_path, no_samples):
+    vae = VAE(network=AutoencoderKL(replace(recipe.VAE, scaling_factor=0.5)))
+    pipeline = train_flux.train(tmp_path / "work", vae, [FLUX_RECIPE, replace(FLUX_RECIPE, seed=1)], compile=False)
+    pipeline.save_pretrained(tmp_path / "out")
+    opened = FluxPipeline.from_pretrained(tmp_path / "out")
+    assert opened.recommended == recipe.RECOMMENDED
+    prompts = ["a red star on snow", "completely different"]
+    embeds = opened.encode_prompts(prompts)["prompt_embeds"]
+    assert embeds.shape == (2, recipe.TEXT_TOKENS, recipe.WIDTH_TEXT)
+    assert not mx.array_equal(embeds[0], embeds[1])
+    before = [line for line in (tmp_path / "work" / "flux-1" / "metrics.jsonl").read_text().splitlines()]
+    assert len(before) == FLUX_RECIPE.updates
+
+
+def test_photo_captions_name_objects():
+    captions = corpus.photo_captions(0, 50)
+    assert captions == corpus.photo_captions(0, 50)
+    assert all(caption.split()[-1] in corpus.OBJECTS for caption in captions)

@@ -1,0 +1,59 @@
+"""Data sets of other packages: found by name, checked, and named when they are broken."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mflux_vae.errors import ImageError, PluginError, SettingsError
+from mflux_vae_train.vae.data import registry
+from mflux_vae_train.vae.data.batches import Kept, open_data, split
+from mflux_vae_train.vae.data.digits import Digits
+
+
+def mine(*, size: int, channels: int, seed: int, count: int) -> Digits:
+    return Digits(count, seed=seed, size=size, channels=channels)
+
+
+def none(**_: Any) -> list[int]:
+    return [1, 2]
+
+
+def refusing(**_: Any) -> None:
+    raise SettingsError("not in grey")
+
+
+@pytest.fixture(autouse=True)
+def entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [EntryPoint(name, f"{__name__}:{name}", registry.GROUP) for name in ("mine", "none", "refusing")]
+    known.append(EntryPoint("broken", "no_such_module:data", registry.GROUP))
+
+    def found(group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == registry.GROUP
+        return [entry for entry in known if name in (None, entry.name)]
+
+    monkeypatch.setattr(registry, "entry_points", found)
+
+
+def test_a_registered_name_is_opened_with_size_channels_seed_and_count() -> None:
+    source, test = open_data("mine", size=12, channels=3, seed=5, count=7)
+    assert isinstance(source, Kept) and test is None and len(source) == 7
+    np.testing.assert_array_equal(source.item(6), Digits(7, seed=5, size=12, channels=3).item(6))
+    assert [len(part) for part in split(source, 0.3, 0)] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("broken", PluginError, "no_such_module"),
+        ("none", PluginError, "a list without size"),
+        ("refusing", SettingsError, "not in grey"),
+        ("absent", ImageError, r"digits, broken, mine, none, refusing"),
+    ],
+)
+def test_what_is_wrong_is_said(name: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        open_data(name, size=12, channels=1)

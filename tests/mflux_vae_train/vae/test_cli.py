@@ -1,0 +1,185 @@
+"""``mflux-vae train`` and what shows the result: every flag reaches its field, every command leaves its picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import typing
+from argparse import ArgumentParser
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mflux_vae import cli
+from mflux_vae.images import load_image, save_image
+from mflux_vae_train.settings.fields import is_tuple, kind_of
+from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_of, to_yaml
+from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings, preset
+from tests.conftest import Run
+
+FIELDS = {field.name: field for field in dataclasses.fields(VAETrainingSettings)}
+HINTS = typing.get_type_hints(VAETrainingSettings)
+TINY = ("--image_size=12", "--hidden_dims", "4", "6", "--latent_dim=3", "--digits_count=20", "--batchsize=8")
+
+
+def settings(*words: str) -> VAETrainingSettings:
+    parser = ArgumentParser()
+    add_flags(parser, VAETrainingSettings, PRESETS)
+    return settings_of(VAETrainingSettings, vars(parser.parse_args(words)), PRESETS)
+
+
+def other_than_default(name: str) -> Any:
+    field, (kind, _) = FIELDS[name], kind_of(HINTS[name])
+    if choices := field.metadata["choices"]:
+        return next(choice for choice in choices if choice != field.default)
+    if is_tuple(HINTS[name]):
+        return ("some text", "more") if kind is str else (7, 5)
+    if kind is bool:
+        return not field.default
+    if kind is str:
+        return "some text"
+    if name == "in_channels":
+        return 3
+    return 16 if kind is int else 0.25
+
+
+@pytest.mark.parametrize("name", [n for f in FIELDS.values() for n in (f.name, *f.metadata["aliases"])])
+def test_every_flag_reaches_its_field(name: str, tmp_path: Path) -> None:
+    field = name if name in FIELDS else next(f.name for f in FIELDS.values() if name in f.metadata["aliases"])
+    value = other_than_default(field)
+    if isinstance(value, bool):
+        words = [f"--{name}" if value else f"--no_{name}"]
+    else:
+        words = [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    assert getattr(settings(*words), field) == value
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(settings(*words)))
+    assert from_yaml(VAETrainingSettings, path) == settings(*words) == settings("--config", str(path))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_lie_under_the_flags(name: str) -> None:
+    assert settings("--preset", name) == preset(name)
+    assert settings("--preset", name, "--lr", "0.5") == preset(name, learning_rate=0.5)
+
+
+def test_a_preset_on_the_command_line_wins_over_that_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("preset: beta\nlatent_dim: 3\n")
+    assert settings("--config", str(tmp_path / "run.yaml")) == preset("beta", latent_dim=3)
+    assert settings("--config", str(tmp_path / "run.yaml"), "--preset", "tc") == preset("tc", latent_dim=3)
+
+
+def test_the_seeds_command_lines() -> None:
+    one = settings("--experiment_name", "my_beta_vae", "--loss_type", "beta_vae", "--beta_end", "4.0")
+    assert one == preset("beta", experiment_name="my_beta_vae")
+    line = "--experiment_name custom_vae --latent_dim 64 --hidden_dims 32 64 128 --learning_rate 1e-4 --batch_size 256"
+    two = settings(*line.split())
+    assert (two.latent_dim, two.hidden_dims, two.learning_rate, two.batch_size) == (64, (32, 64, 128), 1e-4, 256)
+    assert settings("--hidden_dims", "32,64,128") == settings("--hidden_dims", "32", "64", "128")
+    line = "--preset mlx-mnist --cpu --seed 3 --batchsize 64 --max_filters 128 --epochs 5 --lr 0.01 --latent_dims 16"
+    three = settings(*line.split())
+    assert (three.cpu, three.seed, three.batch_size, three.num_epochs, three.learning_rate) == (True, 3, 64, 5, 0.01)
+    assert three.widths == (32, 64, 128) and three.name == "vae_digits_filters_0128_dims_0016"
+
+
+def test_train_then_look(run: Run, tmp_path: Path) -> None:
+    command = ("train", "--experiment_name=mine", f"--output_dir={tmp_path}", "--epochs=1", *TINY)
+    status, out, err = run(*command)
+    assert status == 0, err
+    assert "18 images and 2 held out" in out and "2 updates in 1 epoch\n" in out
+    assert re.search(r"epoch 1 of 1, held out: loss .*, KL \S+ nats, PSNR \S+ dB, .* of 3 units active", out), out
+    assert run(*command)[0] == 0
+    model = tmp_path / "checkpoints" / "mine" / "best_model.safetensors"
+
+    made = tmp_path / "made"
+    row = 12 + 2
+    for words, file, rows, columns in (
+        (("sample", "--num_samples=6"), "samples", 2, 3),
+        (("grid", "--grid_size=4", "--latent_range_min=-4.0", "--latent_range_max=4.0"), "latent_grid", 4, 4),
+        (("interpolate", "--num_steps=7", "--spherical", "--latent_dims=3"), "interpolation", 1, 7),
+        (("interpolate", "--images", f"{made}/samples.png", f"{made}/latent_grid.png"), "interpolation", 1, 10),
+    ):
+        status, out, err = run(*words, f"--model_path={model}", f"--output_dir={made}")
+        assert status == 0 and out.strip() == str(made / f"{file}.png"), err
+        assert load_image(out.strip()).shape == (rows * row - 2, columns * row - 2, 3)
+    for words, units in ((("--num_steps=5",), 3), (("--dims", "2", "--num_steps=5", f"--image={made}/samples.png"), 1)):
+        status, out, err = run("traverse", *words, f"--model_path={model}", f"--output_dir={made}")
+        assert status == 0 and out.strip() == str(made / "traversal.png"), err
+        height, width, _ = load_image(out.strip()).shape
+        assert height == 4 + units * (5 * 12 + 4) and width > 5 * (5 * 12 + 2)  # enlarged, with labels at the left
+    assert run("sample", "--model", model, "--outfile", tmp_path / "samples.png", "--seed=1")[0] == 0
+    assert (load_image(tmp_path / "samples.png") != load_image(made / "samples.png")[:1, :1]).any()
+
+    status, out, err = run("sample", "--model", model, "--outdir", made, "--grid_size=3", "--nimg_channels=1")
+    assert status == 0 and out.split() == [str(made / "samples.png"), str(made / "latent_grid.png")], err
+    assert load_image(made / "latent_grid.png").shape == (3 * row - 2,) * 2 + (3,)
+    status, _, err = run("sample", "--model", model, "--max_filters=64")
+    assert status == 2 and "--max_filters is 64, the model's 6" in err
+
+    told = {}
+    for words, count, kind in ((("--rec_testdata",), 2, "held-out"), ((), 18, "training")):
+        status, out, err = run("reconstruct", f"--model_path={model}", f"--outdir={made}", *words)
+        assert status == 0 and out.startswith(f"{count} {kind} images: PSNR"), err
+        assert load_image(made / "reconstructions.png").shape[0] == (2 if words else 6) * row - 2
+        told[kind] = out
+    status, out, err = run("reconstruct", "--model", model, "--data", "digits", "--json", "--num_images=5")
+    assert status == 0 and json.loads(out)["images"] == 5, err
+
+    save_image(tmp_path / "grey.png", load_image(made / "samples.png")[:12, :12])
+    status, out, err = run("reconstruct", tmp_path / "grey.png", "--model", model, "--latent_dims=3")
+    assert status == 0 and "grey.png" in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--learning_rte=1"), "--learning_rte"),
+        (("train", "--preset=none"), "allowed are mnist"),
+        (("train", "--latent_dim=0"), "at least 1"),
+        (("train", "--data=nowhere"), "nowhere does not exist"),
+        (("sample", "--model_path=nowhere"), "nowhere"),
+        (("sample",), "--model_path"),
+        (("sample", "--model_path=nowhere", "--num_samples=0"), "nowhere"),
+        (("reconstruct", "a.png", "--rec_testdata", "--model=tiny"), "without PICTURES"),
+        (("reconstruct", "--model=tiny"), "give PICTURES"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run: Run, words: tuple[str, ...], said: str) -> None:
+    status, _, err = run(*words)
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_broken_and_doubled_commands_are_said_and_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        EntryPoint("info", "nowhere:info", cli.GROUP),
+        EntryPoint("broken", "nowhere:run", cli.GROUP),
+        EntryPoint("sample", "mflux_vae_train.vae.cli:sample", cli.GROUP),
+        EntryPoint("sample", "other:sample", cli.GROUP),
+    ]
+    monkeypatch.setattr(cli, "entry_points", lambda group: entries)
+    status, _, err = run("sample")
+    assert status == 2 and "--model_path" in err
+    for said in ("command info is there already", "command broken is broken", "other:sample is left out"):
+        assert said in err
+
+
+def test_own_commands_do_not_look_for_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda group: pytest.fail("looked"))
+    for name in cli.OWN:
+        assert run(name, "--no-such-flag")[0] == 2
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom mflux_vae.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as stopped:\n    assert not stopped.code\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--loss_type" in done.stdout
+    assert not {"transformers", "torch", "mlx_lm", "numpy", "PIL", "yaml", "tensorboard"} & set(done.stderr.split())
