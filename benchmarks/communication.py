@@ -84,9 +84,9 @@ def _told(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def measured(team: process_group.Team) -> Iterator[str]:
+def measured(processes: process_group.ProcessGroup) -> Iterator[str]:
     """A row for each way of training the embedded pipeline, of what this process sent per update."""
-    yield f"| embedded pipeline, {team.size} processes | gradients | counted | by the kernel | messages besides |"
+    yield f"| embedded pipeline, {processes.size} processes | gradients | counted | by the kernel | messages besides |"
     yield "|---|---|---|---|---|"
     for name in ("LoRA, rank 16", "all weights"):
         pipeline = tiny.load()
@@ -95,24 +95,24 @@ def measured(team: process_group.Team) -> Iterator[str]:
             denoiser.unfreeze()
         else:
             lora.add_lora(denoiser, pipeline.lora_targets(), rank=RANK, seed=0)
-        keys = sample_keys(0, Stream.NOISE, 0, range(team.size))
+        keys = sample_keys(0, Stream.NOISE, 0, range(processes.size))
         latents = pipeline.encode_images(mx.zeros((1, 64, 64, 3)))
         conditioning = pipeline.encode_prompts(["a photo of a star"])
 
         def loss(model: nn.Module, arrays: Any) -> Any:
             return pipeline.loss(latents, conditioning, key=arrays["key"], guidance=1.0).mean(), {}  # noqa: B023
 
-        step = Step(denoiser, AdamW(), loss, team=team)
+        step = Step(denoiser, AdamW(), loss, processes=processes)
         gradients = sum(
             array.nbytes for array in dict[str, Any](tree_flatten(denoiser.trainable_parameters())).values()
         )
-        own = [MicroBatch(arrays={"key": keys[team.rank : team.rank + 1]}, weight=1)]
+        own = [MicroBatch(arrays={"key": keys[processes.rank : processes.rank + 1]}, weight=1)]
         with _kernel_count() as kernel:
-            before = team.sent
+            before = processes.sent
             for update in range(UPDATES):
                 step(update, own, 1e-4)
-            counted = (team.sent - before) / UPDATES
-        rest = counted - ring_bytes(gradients, team.size)
+            counted = (processes.sent - before) / UPDATES
+        rest = counted - ring_bytes(gradients, processes.size)
         yield f"| {name} | {gradients:,} | {counted:,.0f} | {kernel[0] / UPDATES:,.0f} | {rest:,.0f} |"
 
 
@@ -137,9 +137,9 @@ def main() -> None:
     if "--measure" not in sys.argv[1:]:
         print("\n".join(on_paper()))
         return
-    with process_group.team() as team:
-        lines = list(measured(team))
-        if team.first:
+    with process_group.join() as processes:
+        lines = list(measured(processes))
+        if processes.is_main:
             print("\n".join(lines))
 
 

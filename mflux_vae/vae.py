@@ -21,7 +21,7 @@ from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles as pieces
-from mflux_vae.tiling.plan import Asked
+from mflux_vae.tiling.plan import TilingOption
 
 
 class VAE(nn.Module):
@@ -116,7 +116,12 @@ class VAE(nn.Module):
         loading.save_network(self.network, folder, dtype)
 
     def encode(
-        self, image: mx.array | np.ndarray, *, sample: bool = False, key: mx.array | None = None, tiling: Asked = None
+        self,
+        image: mx.array | np.ndarray,
+        *,
+        sample: bool = False,
+        key: mx.array | None = None,
+        tiling: TilingOption = None,
     ) -> mx.array:
         """Image to latents, scaled for the denoiser.
 
@@ -140,7 +145,7 @@ class VAE(nn.Module):
         log.debug("raw latents %s -> latents %s", shape(raw), shape(latents))
         return latents
 
-    def posterior(self, image: mx.array | np.ndarray, *, tiling: Asked = None) -> DiagonalGaussian:
+    def posterior(self, image: mx.array | np.ndarray, *, tiling: TilingOption = None) -> DiagonalGaussian:
         """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
         image = _mlx(image)
         self._check(image)
@@ -150,7 +155,7 @@ class VAE(nn.Module):
         return self._encode(pixels, tiling)
 
     def decode(
-        self, latent: mx.array | np.ndarray, *, size: tuple[int, int] | None = None, tiling: Asked = None
+        self, latent: mx.array | np.ndarray, *, size: tuple[int, int] | None = None, tiling: TilingOption = None
     ) -> mx.array:
         """Scaled latents to an image.
 
@@ -184,7 +189,7 @@ class VAE(nn.Module):
         *,
         sample: bool = False,
         key: mx.array | None = None,
-        tiling: Asked = None,
+        tiling: TilingOption = None,
     ) -> list[mx.array]:
         """Pictures, each of any size, to scaled latents, one after the other.
 
@@ -206,7 +211,11 @@ class VAE(nn.Module):
         ]
 
     def decode_images(
-        self, latents: Sequence[mx.array], sizes: Sequence[tuple[int, int]] | None = None, *, tiling: Asked = None
+        self,
+        latents: Sequence[mx.array],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        tiling: TilingOption = None,
     ) -> list[images.Image.Image]:
         """Scaled latents to Pillow's images, one after the other.
 
@@ -226,16 +235,18 @@ class VAE(nn.Module):
             made.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
         return made
 
-    def __call__(self, image: mx.array | np.ndarray, *, tiling: Asked = None) -> tuple[mx.array, DiagonalGaussian]:
+    def __call__(
+        self, image: mx.array | np.ndarray, *, tiling: TilingOption = None
+    ) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
         posterior = self.posterior(image, tiling=tiling)
         return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
 
-    def encode_nhwc(self, pixels: mx.array, *, tiling: Asked = None) -> mx.array:
+    def encode_nhwc(self, pixels: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent), the posterior's mode: for pipelines."""
         return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
-    def decode_nhwc(self, latents: mx.array, *, tiling: Asked = None) -> mx.array:
+    def decode_nhwc(self, latents: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """Scaled latents (B, h, w, latent) -> (B, H, W, C), about [-1, 1], not clipped: for pipelines."""
         return self._decode(self.network.from_scaled(latents), tiling)
 
@@ -243,12 +254,12 @@ class VAE(nn.Module):
         """Raw latents of the network, NHWC -> what the denoiser sees, mostly (raw - shift_factor) * scaling_factor."""
         return self.network.to_scaled(latents)
 
-    def as_mflux(self, *, tiling: Asked = None) -> MfluxVAE:
+    def as_mflux(self, *, tiling: TilingOption = None) -> MfluxVAE:
         """What replaces `flux.vae` of mflux: the same network, with mflux's shapes and ranges."""
         return MfluxVAE(self, tiling)
 
     def peak_bytes(
-        self, what: Literal["encode", "decode"], height: int, width: int, *, batch: int = 1, tiling: Asked = None
+        self, what: Literal["encode", "decode"], height: int, width: int, *, batch: int = 1, tiling: TilingOption = None
     ) -> int:
         """Estimate of the memory that a call needs beyond the weights, by itself or with what it cuts into pieces.
 
@@ -261,13 +272,13 @@ class VAE(nn.Module):
         plan = tiling_plan.plan(self.network, what, batch, height, width, tiling)
         return tiling_plan.peak_bytes(self.network, what, batch, height, width, plan)
 
-    def _encode(self, pixels: mx.array, tiling: Asked) -> DiagonalGaussian:
+    def _encode(self, pixels: mx.array, tiling: TilingOption) -> DiagonalGaussian:
         """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
         batch, height, width, _ = pixels.shape
         plan = tiling_plan.plan(self.network, "encode", batch, height, width, tiling)
         return reported("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
 
-    def _decode(self, latents: mx.array, tiling: Asked) -> mx.array:
+    def _decode(self, latents: mx.array, tiling: TilingOption) -> mx.array:
         """Raw latents to NHWC about [-1, 1]."""
         sides = latents.shape[1:-1] or (1, 1)
         batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in sides)

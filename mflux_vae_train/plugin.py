@@ -11,7 +11,7 @@ The contract:
 - `pipeline` has the members of `DiffusionPipeline`; nothing is inherited, `PluginError` says what lacks.
 - `DreamBooth.Settings` has a field for every flag of ``mflux-train-dreambooth``; what is None, the pipeline's
   `recommended` decides. `model` is only a label here.
-- `train` returns an `Outcome` with the path of the adapter, in PEFT's naming under the pipeline's
+- `train` returns an `TrainingResult` with the path of the adapter, in PEFT's naming under the pipeline's
   `adapter_prefix`. Called again with the same settings it continues an interrupted run.
 - Mistakes in what was given raise `InputError`, failures `RunError`; both are `DreamBooth.Error`, with
   messages of one line. SIGINT and SIGTERM end a run with `Interrupted`, a KeyboardInterrupt, after a checkpoint.
@@ -23,7 +23,7 @@ from __future__ import annotations
 from mflux_vae.errors import InputError, MfluxVaeError, PluginError, RunError
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.train import DreamBooth, Outcome
+from mflux_vae_train.dreambooth.train import DreamBooth, TrainingResult
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, Recommended
 
 __all__ = [
@@ -34,8 +34,8 @@ __all__ = [
     "InputError",
     "Interrupted",
     "MfluxVaeError",
-    "Outcome",
     "PluginError",
     "Recommended",
     "RunError",
+    "TrainingResult",
 ]

@@ -90,7 +90,7 @@ def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path
         "import os, signal, sys; from mflux_vae_train import step; from mflux_vae_train.dreambooth import cli\n"
         "call = step.Step.__call__\n"
         "def killing(self, update, *rest):\n"
-        "    if update == 2 and self.team.rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if update == 2 and self.processes.rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return call(self, update, *rest)\n"
         "step.Step.__call__ = killing; sys.exit(cli.main())"
     )

@@ -13,7 +13,7 @@ from mflux_vae.images import to_pictures, to_pixels
 from mflux_vae.networks.laq import LatentActionQuantizer
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
-from mflux_vae.tiling.plan import Asked
+from mflux_vae.tiling.plan import TilingOption
 from mflux_vae.vae import VAE
 
 First: TypeAlias = Literal["self", "previous"]
@@ -59,7 +59,7 @@ class ImageCodec:
 
     note = ""
 
-    def __init__(self, network: Any, tiling: Asked = None):
+    def __init__(self, network: Any, tiling: TilingOption = None):
         self.network: Any = network
         self.side: int | None = network.config.image_size if getattr(network.config, "vectors", False) else None
         self.channels: int = network.config.in_channels
@@ -132,7 +132,7 @@ def open_codec(
     dtype: mx.Dtype | None = None,
     *,
     config: loading.Config | None = None,
-    tiling: Asked = None,
+    tiling: TilingOption = None,
     first: First = "self",
 ) -> Codec:
     """Open a network of any kind; see `loading.open_network` for what it takes and raises, and `VAE` for tiling."""

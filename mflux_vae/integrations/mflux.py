@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import ImageError
-from mflux_vae.tiling.plan import Asked
+from mflux_vae.tiling.plan import TilingOption
 
 if TYPE_CHECKING:
     from mflux_vae.vae import VAE
@@ -33,7 +33,7 @@ class MfluxVAE(nn.Module):
 
     decode_mode = "own"
 
-    def __init__(self, vae: VAE, tiling: Asked = None):
+    def __init__(self, vae: VAE, tiling: TilingOption = None):
         super().__init__()
         self.vae, self.tiling = vae, tiling
         self.latent_channels = vae.latent_channels

@@ -19,12 +19,12 @@ from mflux_vae.kernels.conv import (
     conv2d,
     norm_silu_conv2d,
     repeat_conv2d,
-    repeat_pixels,
+    upsample_nearest_2x,
     workspace_bytes,
 )
 from mflux_vae.kernels.conv_transpose import conv_transpose2d
 from mflux_vae.kernels.cpu.fusion import compiles
-from mflux_vae.kernels.cpu.parallel import by_samples, deferred, overlapping, side_by_side, streams
+from mflux_vae.kernels.cpu.parallel import deferred, map_batch, overlapping, side_by_side, streams
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -42,7 +42,6 @@ __all__ = [
     "attention",
     "batch_norm",
     "batch_norm_apply",
-    "by_samples",
     "compiles",
     "conv2d",
     "conv_transpose2d",
@@ -54,12 +53,12 @@ __all__ = [
     "group_norm_statistics",
     "layer_norm",
     "leaky_relu",
+    "map_batch",
     "norm_silu_conv2d",
     "overlapping",
     "quick_gelu",
     "relu",
     "repeat_conv2d",
-    "repeat_pixels",
     "rms_norm",
     "side_by_side",
     "sigmoid",
@@ -67,5 +66,6 @@ __all__ = [
     "softmax",
     "streams",
     "tanh",
+    "upsample_nearest_2x",
     "workspace_bytes",
 ]

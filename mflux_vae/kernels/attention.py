@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import computes_now, filled, fuses, streams
+from mflux_vae.kernels.cpu.parallel import filled, fuses, is_eager, streams
 from mflux_vae.runtime import device
 
 BAND_SCORES = 1 << 20
@@ -30,7 +30,7 @@ _FUSED_MAX_WIDTH = 128
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
     """Softmax, summed in float32 whatever the dtype."""
-    if x.size >= _SMALLEST and computes_now(x):
+    if x.size >= _SMALLEST and is_eager(x):
         wide = x.astype(mx.float32)
         powers = exp(wide - mx.max(wide, axis=axis, keepdims=True))
         return (powers / mx.sum(powers, axis=axis, keepdims=True)).astype(x.dtype)
@@ -61,7 +61,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         (B, heads, N, d).
     """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if scores >= _SMALLEST and computes_now(q, k, v, *([] if mask is None else [mask])):
+    if scores >= _SMALLEST and is_eager(q, k, v, *([] if mask is None else [mask])):
         dtype = q.dtype
         q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         return _in_bands(q, k, v, scale, mask).astype(dtype)

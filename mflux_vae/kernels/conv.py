@@ -25,16 +25,16 @@ from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu import conv_parallel, winograd
 from mflux_vae.kernels.cpu.conv_algorithms import (
     Padding,
+    flipped,
     form_of,
     in_one_piece,
     padded,
     repeated,
     sides_of,
-    upside_down,
     weight_to_depth,
 )
 from mflux_vae.kernels.cpu.im2col import windows
-from mflux_vae.kernels.cpu.parallel import computes_now, streams
+from mflux_vae.kernels.cpu.parallel import is_eager, streams
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
@@ -82,7 +82,7 @@ def conv2d(
     if x.dtype != mx.float32:  # products of halves are thirty times slower
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
         return y if bias is None else y + bias
-    if weight.shape[1:3] != (1, 1) and computes_now(x, weight):
+    if weight.shape[1:3] != (1, 1) and is_eager(x, weight):
         return conv_parallel.convolution(conv_parallel.rows_of(x), x.shape, weight, bias, stride, sides)
     x = padded(x, sides)
     y = _conv_valid(*(_space_to_depth(x, weight) if stride == 2 else (x, weight)))
@@ -115,16 +115,16 @@ def norm_silu_conv2d(
 
 @overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
-    """conv2d(repeat_pixels(x), weight, bias), without the four times larger image in memory."""
+    """conv2d(upsample_nearest_2x(x), weight, bias), without the four times larger image in memory."""
     if not _fuses(x, weight):
-        return conv2d(repeat_pixels(x), weight, bias, padding=padding)
+        return conv2d(upsample_nearest_2x(x), weight, bias, padding=padding)
     batch, height, width, channels = x.shape
     shape, rows = (batch, 2 * height, 2 * width, channels), conv_parallel.repeated_rows_of(x)
     return conv_parallel.convolution(rows, shape, weight, bias, 1, sides_of(padding))
 
 
 @overridable
-def repeat_pixels(x: mx.array) -> mx.array:
+def upsample_nearest_2x(x: mx.array) -> mx.array:
     """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
     return repeated(x)
 
@@ -138,7 +138,7 @@ def _fuses(x: Any, *others: mx.array | None) -> bool:
     arrays = [array for array in (x, *others) if array is not None]
     if any(not isinstance(array, mx.array) or array.dtype != mx.float32 for array in arrays):
         return False
-    return computes_now(*arrays)
+    return is_eager(*arrays)
 
 
 def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, made: int = 0) -> int:
@@ -210,6 +210,6 @@ def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y:
     x, weight = primals
     out, kh, kw, _ = weight.shape
     margin = padded(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
-    grad_x = _conv_valid(margin, upside_down(weight))
+    grad_x = _conv_valid(margin, flipped(weight))
     grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, (cotangent.shape[1], cotangent.shape[2]))
     return grad_x, grad_w.reshape(weight.shape)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import computes_now, filled, fuses, mapped, pieces
+from mflux_vae.kernels.cpu.parallel import filled, fuses, is_eager, mapped, pieces
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
 
@@ -33,7 +33,7 @@ def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]
     Two passes: reductions over pixels, then over the few channels of a group.
     """
     batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
-    if computes_now(x):
+    if is_eager(x):
         return _statistics_in_bands(x.reshape(batch, -1, channels), groups)
     x = x.reshape(batch, -1, channels).astype(mx.float32)
     mean = over_group(_over_pixels(x, width), groups)
@@ -133,7 +133,7 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
     Returns:
         what `batch_norm_apply` does, and mean and (biased) variance, (C,) each, float32.
     """
-    if x.dtype != mx.float32 or not computes_now(x, weight, bias):
+    if x.dtype != mx.float32 or not is_eager(x, weight, bias):
         mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
         return batch_norm_apply(x, mean, variance, weight, bias, eps), mean, variance
     flat = x.reshape(1, -1, x.shape[-1])

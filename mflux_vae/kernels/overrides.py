@@ -3,7 +3,7 @@
 The idea is NumPy's `__array_function__` (NEP 18): a function that networks call is marked `overridable`, and an
 argument whose class has `__mlx_function__(function, arguments, named)` answers the call itself. The marks say what
 such a class must know: which functions treat every element alone (`pointwise`), and that all others may look at
-every pixel. Convolution, group norm and `repeat_pixels` it knows by name.
+every pixel. Convolution, group norm and `upsample_nearest_2x` it knows by name.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Downsample(nn.Module):
             self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(x) if "conv" in self else average_pixels(x)
+        return self.conv(x) if "conv" in self else avg_pool_2x(x)
 
 
 class Upsample(nn.Module):
@@ -231,14 +231,14 @@ class Upsample(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if "conv" not in self:
-            return kernels.repeat_pixels(x)
+            return kernels.upsample_nearest_2x(x)
         return kernels.repeat_conv2d(
             x.astype(self.conv.weight.dtype), self.conv.weight, self.conv.get("bias"), padding=1
         )
 
 
 @overridable
-def average_pixels(x: mx.array) -> mx.array:
+def avg_pool_2x(x: mx.array) -> mx.array:
     """Mean of every 2x2 pixels; an odd last row or column is left out. (B, H, W, C) -> (B, H // 2, W // 2, C)."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]

@@ -101,7 +101,7 @@ class Up(nn.Module):
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.res(self.conv(kernels.repeat_pixels(_leaky(x))))
+        return self.res(self.conv(kernels.upsample_nearest_2x(_leaky(x))))
 
 
 class Encoder(nn.Module):

@@ -118,7 +118,7 @@ class Up(nn.Module):
         elif size == 2 * x.shape[1]:
             x = kernels.repeat_conv2d(x, self.conv.weight, self.conv.bias, padding=1)
         else:
-            x = self.conv(kernels.repeat_pixels(x)[:, :size, :size])
+            x = self.conv(kernels.upsample_nearest_2x(x)[:, :size, :size])
         if self._plain:
             return x
         return leaky_relu(self.norm(x) if "norm" in self else x, NEGATIVE_SLOPE)

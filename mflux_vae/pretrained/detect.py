@@ -23,7 +23,7 @@ FRAME = 256
 
 
 @dataclass(frozen=True)
-class Place:
+class Match:
     """Where in a file an autoencoder is: all its keys begin with `prefix`."""
 
     prefix: str
@@ -31,7 +31,7 @@ class Place:
     naming: str
 
 
-_SIGNS = {
+SIGNATURES = {
     ("AutoencoderKL", "diffusers"): r"(?:encoder|decoder)\.mid_block\.resnets\.0\.conv1\.weight",
     ("AutoencoderKL", "compvis"): r"(?:encoder|decoder)\.mid\.block_1\.conv1\.weight",
     ("AutoencoderTiny", "diffusers"): r"(?:encoder|decoder)\.layers\.0\.weight",
@@ -74,7 +74,7 @@ _CALLED = {
 _TELLING = ("modelspec.architecture", "modelspec.title", "ss_base_model_version")
 
 
-def find(keys: Collection[str], where: str, family: str | None = None) -> Place:
+def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
     """The autoencoder among a file's keys.
 
     Args:
@@ -87,12 +87,12 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Place:
     """
     found = {
         (match[1], kind, naming)
-        for (kind, naming), sign in _SIGNS.items()
+        for (kind, naming), sign in SIGNATURES.items()
         for key in keys
         if (match := re.fullmatch(rf"((?:.*\.)?){sign}", key))
     }
     if not found and family:
-        return Place("", family, "diffusers")  # what is missing is told by the one who loads it
+        return Match("", family, "diffusers")  # what is missing is told by the one who loads it
     if not found:
         heads = sorted({".".join(key.split(".")[:2]) for key in keys})
         shown = ", ".join([*heads[:8], *(["..."] if len(heads) > 8 else [])]) or "nothing"
@@ -102,7 +102,7 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Place:
         naming = "bfl"
     if kind == "AutoencoderKL" and f"{prefix}{_STATISTICS}" in keys:
         kind = "AutoencoderKLFlux2"
-    return Place(prefix, family or kind, naming)
+    return Match(prefix, family or kind, naming)
 
 
 def _rank(candidate: tuple[str, str, str]) -> tuple[int, int, tuple[str, str, str]]:

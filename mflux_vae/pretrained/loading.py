@@ -22,7 +22,7 @@ from mflux_vae.pretrained.locate import (
     COUNTER,
     HALVES,
     Config,
-    Opened,
+    Located,
     Source,
     equal_preset,
     family_of,
@@ -115,7 +115,7 @@ def new_network(config: Config) -> nn.Module:
     return FAMILIES[family_of(told, str(config))].build(told)
 
 
-def _built(opened: Opened) -> nn.Module:
+def _built(opened: Located) -> nn.Module:
     """Its network, untrained; errors say where the configuration is from."""
     try:
         return FAMILIES[opened.family].build(opened.config)

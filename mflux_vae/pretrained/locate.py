@@ -39,7 +39,7 @@ _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class Located:
     """An autoencoder that was found, its tensors unread.
 
     Attributes:
@@ -66,7 +66,7 @@ class Opened:
         return FAMILIES[self.family].rules(self.naming, self.tensors)
 
 
-def find(source: Source, config: Config | None = None) -> Opened:
+def find(source: Source, config: Config | None = None) -> Located:
     """See `loading.open_network` for arguments and errors."""
     told = None if config is None else settings_of(config)
     path, preset = _local(source)
@@ -85,7 +85,7 @@ def find(source: Source, config: Config | None = None) -> Opened:
     if place.naming not in FAMILIES[place.family].tables:  # told wrongly: what is missing and unknown will be listed
         place = replace(place, naming="diffusers")
     inside = {key[len(place.prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(place.prefix)}
-    opened = Opened(where=str(path), family=place.family, naming=place.naming, config=told or {}, tensors=inside)
+    opened = Located(where=str(path), family=place.family, naming=place.naming, config=told or {}, tensors=inside)
     if told:
         return opened
     names = _presets(opened)
@@ -101,7 +101,7 @@ def find(source: Source, config: Config | None = None) -> Opened:
     return replace(opened, config=told, preset=likely[0])
 
 
-def _unknown(opened: Opened) -> Opened:
+def _unknown(opened: Located) -> Located:
     """One that is no preset: its architecture follows from its shapes, its scaling from nothing."""
     config = FAMILIES[opened.family].config.from_dict(
         detect.settings(opened.family, opened.naming, _shapes(opened), opened.where)
@@ -114,13 +114,13 @@ def _unknown(opened: Opened) -> Opened:
     return replace(opened, config=config.to_dict(), assumed=assumed)
 
 
-def equal_preset(opened: Opened) -> str | None:
+def equal_preset(opened: Located) -> str | None:
     """The first preset that it equals, in shapes and in scaling."""
     names = _presets(opened)
     return next((name for name in names if _same_scaling(presets.PRESETS[name].config.to_dict(), opened.config)), None)
 
 
-def _presets(opened: Opened) -> list[str]:
+def _presets(opened: Located) -> list[str]:
     """Presets that have all these tensors, in these shapes."""
     shapes = _shapes(opened).items()
     return [
@@ -130,7 +130,7 @@ def _presets(opened: Opened) -> list[str]:
     ]
 
 
-def _shapes(opened: Opened) -> dict[str, tuple[int, ...]]:
+def _shapes(opened: Located) -> dict[str, tuple[int, ...]]:
     """By our names in our layout; nothing is read."""
     blank = {name: mx.zeros(stored.shape) for name, stored in opened.tensors.items()}
     return {name: tensor.shape for name, tensor in to_mlx(blank, opened.rules).items() if name != COUNTER}

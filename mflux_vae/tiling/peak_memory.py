@@ -21,7 +21,7 @@ from mflux_vae.kernels.cpu.parallel import streams
 from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
 from mflux_vae.runtime.device import is_cpu
-from mflux_vae.tiling.strips import Convolution, Held, Job, Repeated, Source, Stand, Whole
+from mflux_vae.tiling.strips import Buffered, Convolution, LazyArray, Repeated, Source, StripRun, Whole
 from mflux_vae.tiling.tiles import Tiling, function_of, spans
 
 WHOLE = "an autoencoder whose latents are vectors sees the whole image: tiling=None"
@@ -81,7 +81,7 @@ def _in_one_piece(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ..
     return tally.peak, sum(result.size for result in results)
 
 
-class _Tally(Job):
+class _Tally(StripRun):
     """What arrays take together.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Tally(Job):
         self.peak = max(self.peak, self.held + self.freed + transient)
 
 
-class _Weighed(Stand):
+class _Weighed(LazyArray):
     """Stands in for an array and counts while Python keeps it: what network code holds on to is what it costs.
 
     Args:
@@ -154,7 +154,9 @@ class _Weighed(Stand):
         self.size = size
         self.job.held += size
 
-    def __mlx_function__(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+    def __mlx_function__(
+        self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]
+    ) -> LazyArray:
         tally: Any = self.job
         if function in kernels.FUSED and not (is_cpu() and self.dtype == mx.float32):
             return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]
@@ -190,7 +192,7 @@ class _Weighed(Stand):
 class _Walk(_Tally):
     """A run in strips that computes nothing and keeps count."""
 
-    def compute(self, held: Held, start: int, stop: int) -> mx.array:
+    def compute(self, held: Buffered, start: int, stop: int) -> mx.array:
         strip = mx.zeros((held.shape[0], stop - start, *held.shape[2:]), held.dtype)  # never computed
         if isinstance(held, Convolution):
             (x,), (first, end) = held.inputs, held.window(start, stop)
@@ -218,19 +220,19 @@ class _Walk(_Tally):
 
 
 def _example(value: Any) -> Any:
-    return mx.zeros(value.shape, value.dtype) if isinstance(value, Stand) else value
+    return mx.zeros(value.shape, value.dtype) if isinstance(value, LazyArray) else value
 
 
 def _bytes(arrays: Sequence[mx.array]) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-def _read(x: Stand, start: int, stop: int) -> int:
+def _read(x: LazyArray, start: int, stop: int) -> int:
     """Bytes taken while rows are read; 0 where they need no copy. Each step of what is passed through has its own."""
-    if isinstance(x, Source) or (isinstance(x, Held) and len(x.strips(start, stop)) == 1):
+    if isinstance(x, Source) or (isinstance(x, Buffered) and len(x.strips(start, stop)) == 1):
         return 0
     through = 0
-    if not isinstance(x, Held):
+    if not isinstance(x, Buffered):
         rows = (start // 2, (stop + 1) // 2) if isinstance(x, Repeated) else (start, stop)
         through = sum(_read(stand, *rows) for stand in x.inputs)
     return through + prod((x.shape[0], stop - start, *x.shape[2:])) * x.dtype.size
@@ -246,7 +248,7 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
 _MADE: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
 """Arrays that are made of a band's rows before they are convolved."""
 
-_APART = (kernels.repeat_pixels, kernels.leaky_relu)
+_APART = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 """What cannot be computed in its argument's memory."""
 
 

@@ -19,12 +19,17 @@ from mflux_vae.utils.formatting import size_text
 
 logger = logging.getLogger("mflux_vae")
 
-Asked: TypeAlias = bool | Literal["exact", "blend"] | Tiling | None
+TilingOption: TypeAlias = bool | Literal["exact", "blend"] | Tiling | None
 SMALLEST_TILE = 128
 
 
 def plan(
-    network: nn.Module, what: Literal["encode", "decode"], batch: int, height: int, width: int, asked: Asked = None
+    network: nn.Module,
+    what: Literal["encode", "decode"],
+    batch: int,
+    height: int,
+    width: int,
+    asked: TilingOption = None,
 ) -> Tiling | None:
     """Decide how a call is tiled; None for not at all.
 

@@ -1,6 +1,7 @@
 """A network's own code on an image too large for it: layer by layer, in strips of rows, to the untiled result.
 
-`Job.run(function, x)` calls the function with a stand-in for the array. The network's functions note what they would
+`StripRun.run(function, x)` calls the function with a stand-in for the array. The network's functions note what they
+would
 compute (`mflux_vae.kernels.overrides`) instead of computing it; the notes are then worked off strip by strip:
 
 - Convolutions, sums and whatever a norm takes its statistics of are *held*: computed in order from top to bottom,
@@ -26,12 +27,12 @@ import mlx.core as mx
 from mflux_vae import kernels
 from mflux_vae.kernels.cpu.conv_algorithms import sides_of
 from mflux_vae.kernels.overrides import is_pointwise, pointwise
-from mflux_vae.networks.layers import average_pixels
+from mflux_vae.networks.layers import avg_pool_2x
 
 _BELOW_ALL = 1 << 40
 
 
-class Job:
+class StripRun:
     """One run through a network, and what its stand-ins share.
 
     Attributes:
@@ -43,13 +44,13 @@ class Job:
     def __init__(self, pixels: int | None):
         self.pixels = pixels
         self.held = 0
-        self.made: list[Held] = []
+        self.made: list[Buffered] = []
 
     def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
         """`function(x)`: (B, H, W, C) to any number of such arrays."""
         with kernels.deferred():  # arrays that only show a shape are not computed
             answers: Any = function(Source(self, x))  # type: ignore[arg-type]
-            results = [Held(self, _first, [answer]) for answer in answers]
+            results = [Buffered(self, _first, [answer]) for answer in answers]
         finest = max(held.shape[1] * held.shape[2] for held in self.made)
         for held in self.made:
             normed_convolution = isinstance(held, Convolution) and held.groups is not None
@@ -61,7 +62,7 @@ class Job:
                 held.statistics()
         return [result.rows(0, result.shape[1]) for result in results]
 
-    def compute(self, held: Held, start: int, stop: int) -> mx.array:
+    def compute(self, held: Buffered, start: int, stop: int) -> mx.array:
         """Rows start to stop, computed now."""
         strip = mx.contiguous(held.compute(start, stop))  # a copy where it would hold on to more memory than its own
         mx.eval(strip)
@@ -74,12 +75,12 @@ class Job:
         return mean, variance
 
 
-class Stand:
+class LazyArray:
     """Stands in for an array (B, H, W, C); a subclass knows how to compute some of its rows."""
 
     ndim = 4
 
-    def __init__(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand] = ()):
+    def __init__(self, job: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray] = ()):
         self.job, self.shape, self.dtype, self.inputs = job, tuple(shape), dtype, inputs
 
     def rows(self, start: int, stop: int) -> mx.array:
@@ -96,50 +97,52 @@ class Stand:
         for stand in self.inputs:
             stand.release(reader, start)
 
-    def __mlx_function__(self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+    def __mlx_function__(
+        self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]
+    ) -> LazyArray:
         if function is kernels.conv2d:
             return Convolution(self.job, *arguments, **named)
         if function is kernels.group_norm:
             return GroupNorm(self.job, *arguments, **named)
-        if function is kernels.repeat_pixels:
+        if function is kernels.upsample_nearest_2x:
             return Repeated(self)
-        if function is average_pixels:
+        if function is avg_pool_2x:
             return Averaged(self)
         if function in kernels.FUSED:
             return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]  # step by step
         return _applied(self.job, function, arguments, named)
 
-    def astype(self, dtype: mx.Dtype) -> Stand:
+    def astype(self, dtype: mx.Dtype) -> LazyArray:
         return self if dtype == self.dtype else self.__mlx_function__(_astype, (self, dtype), {})
 
-    def __getitem__(self, index: Any) -> Stand:
+    def __getitem__(self, index: Any) -> LazyArray:
         dots, channels = index
         if dots is not Ellipsis or channels.step is not None:
             raise TypeError(f"an image in strips gives a range of its channels, x[..., start:stop], not x[{index}]")
         return self.__mlx_function__(_channels, (self, channels.start, channels.stop), {})
 
-    def __add__(self, other: Any) -> Stand:
+    def __add__(self, other: Any) -> LazyArray:
         return self.__mlx_function__(_add, (self, other), {})
 
-    def __sub__(self, other: Any) -> Stand:
+    def __sub__(self, other: Any) -> LazyArray:
         return self.__mlx_function__(_subtract, (self, other), {})
 
-    def __rsub__(self, other: Any) -> Stand:
+    def __rsub__(self, other: Any) -> LazyArray:
         return self.__mlx_function__(_subtract, (other, self), {})
 
-    def __mul__(self, other: Any) -> Stand:
+    def __mul__(self, other: Any) -> LazyArray:
         return self.__mlx_function__(_multiply, (self, other), {})
 
-    def __truediv__(self, other: Any) -> Stand:
+    def __truediv__(self, other: Any) -> LazyArray:
         return self.__mlx_function__(_divide, (self, other), {})
 
     __radd__, __rmul__ = __add__, __mul__
 
 
-class Source(Stand):
+class Source(LazyArray):
     """The image itself."""
 
-    def __init__(self, job: Job, x: mx.array):
+    def __init__(self, job: StripRun, x: mx.array):
         super().__init__(job, x.shape, x.dtype)
         self._x = x
 
@@ -147,10 +150,10 @@ class Source(Stand):
         return self._x[:, start:stop]
 
 
-class Pointwise(Stand):
+class Pointwise(LazyArray):
     """What a function makes of each pixel."""
 
-    def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
+    def __init__(self, job: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
         example = function(*(_example(stand, rows=1) for stand in inputs))
         batch, _, width, channels = example.shape
         super().__init__(job, (batch, inputs[0].shape[1], width, channels), example.dtype, inputs)
@@ -160,16 +163,16 @@ class Pointwise(Stand):
         return self._function(*(stand.rows(start, stop) for stand in self.inputs))
 
 
-class Repeated(Stand):
+class Repeated(LazyArray):
     """Every pixel four times."""
 
-    def __init__(self, x: Stand):
+    def __init__(self, x: LazyArray):
         batch, height, width, channels = x.shape
         super().__init__(x.job, (batch, 2 * height, 2 * width, channels), x.dtype, [x])
 
     def rows(self, start: int, stop: int) -> mx.array:
         first = start // 2
-        repeated = kernels.repeat_pixels(self.inputs[0].rows(first, (stop + 1) // 2))
+        repeated = kernels.upsample_nearest_2x(self.inputs[0].rows(first, (stop + 1) // 2))
         return repeated[:, start - 2 * first : stop - 2 * first]
 
     def reach(self, start: int, stop: int) -> None:
@@ -179,15 +182,15 @@ class Repeated(Stand):
         super().release(reader, start // 2)
 
 
-class Averaged(Stand):
+class Averaged(LazyArray):
     """The mean of every four pixels."""
 
-    def __init__(self, x: Stand):
+    def __init__(self, x: LazyArray):
         batch, height, width, channels = x.shape
         super().__init__(x.job, (batch, height // 2, width // 2, channels), x.dtype, [x])
 
     def rows(self, start: int, stop: int) -> mx.array:
-        return average_pixels(self.inputs[0].rows(2 * start, 2 * stop))
+        return avg_pool_2x(self.inputs[0].rows(2 * start, 2 * stop))
 
     def reach(self, start: int, stop: int) -> None:
         super().reach(2 * start, 2 * stop)
@@ -196,11 +199,11 @@ class Averaged(Stand):
         super().release(reader, 2 * start)
 
 
-class GroupNorm(Stand):
+class GroupNorm(LazyArray):
     """`kernels.group_norm`, its statistics of all rows."""
 
-    def __init__(self, job: Job, x: Stand, groups: int, weight: mx.array, bias: mx.array, eps: float):
-        held = x if isinstance(x, Held) and x.groups is None else Held(job, _first, [x])
+    def __init__(self, job: StripRun, x: LazyArray, groups: int, weight: mx.array, bias: mx.array, eps: float):
+        held = x if isinstance(x, Buffered) and x.groups is None else Buffered(job, _first, [x])
         super().__init__(job, held.shape, held.dtype, [held])
         held.groups = groups
         self._held, self._weight, self._bias, self._eps = held, weight, bias, eps
@@ -214,7 +217,7 @@ class GroupNorm(Stand):
         super().reach(start, stop)
 
 
-class Held(Stand):
+class Buffered(LazyArray):
     """Computed from top to bottom, strip by strip, by a function of the inputs' same rows; held while it is read.
 
     Attributes:
@@ -222,20 +225,22 @@ class Held(Stand):
         kept: computed once, and held until every reader is past it; else computed anew in every pass, a few strips
             of which are held.
         groups: of the group norm that takes its statistics; None for none.
-        in_its_stead: narrower arrays made of this one that are better held for later.
+        substitutes: narrower arrays made of this one that are better held for later.
     """
 
-    def __init__(self, job: Job, function: Callable[..., mx.array], inputs: Sequence[Stand]):
+    def __init__(self, job: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
         alike = Pointwise(job, function, inputs)
         self._hold(job, alike.shape, alike.dtype, inputs)
         self._function = function
 
-    def _hold(self, job: Job, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[Stand], cost: int = 1) -> None:
+    def _hold(
+        self, job: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray], cost: int = 1
+    ) -> None:
         super().__init__(job, shape, dtype, inputs)
         self.step = max(job.pixels // (self.shape[2] * cost), 1) if job.pixels else self.shape[1]
         self.kept = True
         self.groups: int | None = None
-        self.in_its_stead: list[Held] = []
+        self.substitutes: list[Buffered] = []
         self._strips: list[tuple[int, mx.array]] = []
         self._done = 0
         self._needed: dict[int, int] = {}
@@ -291,7 +296,7 @@ class Held(Stand):
             return
         self._needed[reader] = start
         if start:
-            for held in self.in_its_stead:
+            for held in self.substitutes:
                 held.reach(0, start)
             self._drop(min(self._needed.values()))
 
@@ -315,13 +320,13 @@ class Held(Stand):
         return self._statistics[0][1:]
 
 
-class Convolution(Held):
+class Convolution(Buffered):
     """`kernels.conv2d`."""
 
     def __init__(
         self,
-        job: Job,
-        x: Stand,
+        job: StripRun,
+        x: LazyArray,
         weight: mx.array,
         bias: mx.array | None = None,
         *,
@@ -332,8 +337,8 @@ class Convolution(Held):
         example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
         self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
         self._hold(job, example.shape, example.dtype, [x], cost=stride**2)
-        if isinstance(x, Held) and self.shape[3] < x.shape[3] and weight.shape[1] == stride == 1:
-            x.in_its_stead.append(self)
+        if isinstance(x, Buffered) and self.shape[3] < x.shape[3] and weight.shape[1] == stride == 1:
+            x.substitutes.append(self)
 
     def window(self, start: int, stop: int) -> tuple[int, int]:
         """First row of the input that rows start to stop see, and the one after the last, padding included."""
@@ -350,10 +355,12 @@ class Convolution(Held):
         return max(self.window(row, row)[0], 0)
 
 
-class Whole(Held):
+class Whole(Buffered):
     """What a function makes of whole arrays; `call` is it with its other arguments."""
 
-    def __init__(self, job: Job, function: Callable[..., Any], call: Callable[..., mx.array], inputs: Sequence[Stand]):
+    def __init__(
+        self, job: StripRun, function: Callable[..., Any], call: Callable[..., mx.array], inputs: Sequence[LazyArray]
+    ):
         example = call(*(_example(stand) for stand in inputs))
         self._hold(job, example.shape, example.dtype, inputs)
         self.step = self.shape[1]
@@ -363,23 +370,23 @@ class Whole(Held):
         return self._call(*(stand.rows(0, stand.shape[1]) for stand in self.inputs))
 
 
-def _applied(job: Job, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> Stand:
+def _applied(job: StripRun, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> LazyArray:
     """A call with stand-ins among its arguments."""
     given = (*arguments, *named.values())
-    stands = [value for value in given if isinstance(value, Stand)]
+    stands = [value for value in given if isinstance(value, LazyArray)]
 
     def call(*arrays: mx.array) -> Any:
         left = iter(arrays)
-        values = [next(left) if isinstance(value, Stand) else value for value in given]
+        values = [next(left) if isinstance(value, LazyArray) else value for value in given]
         return function(*values[: len(arguments)], **dict(zip(named, values[len(arguments) :], strict=True)))
 
     differs_by_row = any(isinstance(value, mx.array) and value.ndim > 2 and value.shape[-3] > 1 for value in given)
     if differs_by_row or not is_pointwise(function):
         return Whole(job, function, call, stands)
-    return Pointwise(job, call, stands) if len(stands) == 1 else Held(job, call, stands)
+    return Pointwise(job, call, stands) if len(stands) == 1 else Buffered(job, call, stands)
 
 
-def _example(stand: Stand, rows: int | None = None) -> mx.array:
+def _example(stand: LazyArray, rows: int | None = None) -> mx.array:
     """An array of a stand-in's shape, never computed: what a function makes of it has the shape of its result."""
     batch, height, width, channels = stand.shape
     return mx.zeros((batch, rows or height, width, channels), stand.dtype)

@@ -18,7 +18,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.tiling.strips import Job
+from mflux_vae.tiling.strips import StripRun
 
 Function: TypeAlias = Callable[[mx.array], Sequence[mx.array]]
 
@@ -83,7 +83,7 @@ def _run(function: Function, x: mx.array, plan: Tiling | None, up: int, down: in
         return function(x)
     if plan.mode == "blend":
         return _blended(function, x, plan, up, down)
-    images = [Job(plan.strip_pixels).run(function, image) for image in mx.split(x, x.shape[0])]
+    images = [StripRun(plan.strip_pixels).run(function, image) for image in mx.split(x, x.shape[0])]
     return images[0] if len(images) == 1 else [mx.concatenate(list(results)) for results in zip(*images, strict=True)]
 
 

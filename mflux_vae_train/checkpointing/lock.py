@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """Held within a `with` block, or from `take` on where the folder is made only then.
+    """Buffered within a `with` block, or from `take` on where the folder is made only then.
 
     It is the system's lock on the folder itself: no file is written, and it is gone with the process that held it,
     however that one ended. Where the file system knows no locks, nothing is locked.

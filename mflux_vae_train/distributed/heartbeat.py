@@ -42,7 +42,7 @@ _FLAG = b"!"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gone:
+class PeerExit:
     """A process that no longer takes part.
 
     Attributes:
@@ -56,7 +56,7 @@ class Gone:
     orderly: bool = False
 
 
-class Lifeline(threading.Thread):
+class Heartbeat(threading.Thread):
     """Listens and speaks in a thread of its own, until the process ends.
 
     Args:
@@ -73,7 +73,7 @@ class Lifeline(threading.Thread):
         rank: int,
         lines: Mapping[int, socket.socket],
         *,
-        gone: Callable[[Gone], None],
+        gone: Callable[[PeerExit], None],
         tick: Callable[[], None],
         flag: Callable[[], int] = lambda: 0,
         flagged: Callable[[int], None] = lambda number: None,
@@ -101,7 +101,7 @@ class Lifeline(threading.Thread):
 
     def leave(self, why: str, *, orderly: bool) -> None:
         """Tell the others that this process takes no further part."""
-        self._say(Gone(rank=self._rank, why=why, orderly=orderly))
+        self._say(PeerExit(rank=self._rank, why=why, orderly=orderly))
 
     def run(self) -> None:
         """See `threading.Thread`."""
@@ -128,18 +128,18 @@ class Lifeline(threading.Thread):
                         elif message.startswith(_FLAG):
                             self._flagged(int(message.removeprefix(_FLAG)))
                         else:
-                            self._pass_on(Gone(**json.loads(message)), rank)
+                            self._pass_on(PeerExit(**json.loads(message)), rank)
                     if not new:
                         selector.unregister(line)
                         del heard[rank]
-                        self._pass_on(Gone(rank=rank, why="ended without a word"), rank)
+                        self._pass_on(PeerExit(rank=rank, why="ended without a word"), rank)
                 # while it is stopped itself, maybe together with the others, it hears nobody
                 stopped = max(0.0, time.monotonic() - awake - _TICK)
                 heard = {rank: last + stopped for rank, last in heard.items()}
                 awake = time.monotonic()
                 for rank in [rank for rank, last in heard.items() if awake - last > SILENCE]:
                     del heard[rank]
-                    self._pass_on(Gone(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
+                    self._pass_on(PeerExit(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
                 if self._flag() != flag:  # the first process passes on what it is told, as its own flag then
                     flag = self._flag()
                     self._send(_FLAG + str(flag).encode())
@@ -148,7 +148,7 @@ class Lifeline(threading.Thread):
                     said = time.monotonic()
                 self._tick()
 
-    def _pass_on(self, gone: Gone, heard_from: int) -> None:
+    def _pass_on(self, gone: PeerExit, heard_from: int) -> None:
         if self._rank == 0:
             self._say(gone, but=heard_from)
         self._gone(gone)
@@ -156,7 +156,7 @@ class Lifeline(threading.Thread):
             self._left = True
             self._news.notify()
 
-    def _say(self, gone: Gone, *, but: int | None = None) -> None:
+    def _say(self, gone: PeerExit, *, but: int | None = None) -> None:
         self._send(json.dumps(asdict(gone)).encode(), but=but)
 
     def _send(self, message: bytes, *, but: int | None = None) -> None:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from mflux_vae_train.distributed.process_group import Team
+    from mflux_vae_train.distributed.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Interrupted(KeyboardInterrupt):
 class _Here(threading.local):
     """What a signal does to this thread. Python's handlers are called in the main one."""
 
-    noted = False
+    handling = False
     ends = False
 
 
@@ -58,31 +58,32 @@ _handled: set[int] = set()
 
 
 @contextmanager
-def noted(team: Team) -> Iterator[None]:
+def handling(processes: ProcessGroup) -> Iterator[None]:
     """Within the block the first SIGINT or SIGTERM is the team's flag; then signals have their default effect again.
 
-    A process that is alone is ended by it, but for what is `finishing`; of several all end together, after the next
-    update or within `breakable` work. Several also note SIGHUP, which those on other machines get where the launcher is
+    A process that is alone is ended by it, but for what is `deferred`; of several all end together, after the next
+    update or within `interruptible` work. Several also note SIGHUP, which those on other machines get where the
+    launcher is
     interrupted: their ssh ends. The SIGTERM that may follow is not taken for a second wish, and nobody reads what is
     said from then on. Within another such block, and outside of the main thread, this does nothing.
 
     Raises:
         Interrupted: a signal came.
     """
-    if _here.noted:
+    if _here.handling:
         yield
         return
-    team.raise_flag(0)
+    processes.raise_flag(0)
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if team.size > 1 and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+    if processes.size > 1 and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: FrameType | None) -> None:
-        team.raise_flag(number)
+        processes.raise_flag(number)
         if number == signal.SIGHUP:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
@@ -101,30 +102,30 @@ def noted(team: Team) -> Iterator[None]:
     for number in before:
         signal.signal(number, note)
     _handled.update(numbers)
-    _here.noted = True
+    _here.handling = True
     try:
-        with _ending(team.size == 1):
+        with _ending(processes.size == 1):
             yield
     finally:
-        _here.noted = _here.ends = False
+        _here.handling = _here.ends = False
         _handled.clear()
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
-def finishing() -> AbstractContextManager[None]:
-    """A block that a signal does not end, but for `breakable` work in it; the team's flag tells of it."""
+def deferred() -> AbstractContextManager[None]:
+    """A block that a signal does not end, but for `interruptible` work in it; the team's flag tells of it."""
     return _ending(False)
 
 
-def as_if(number: int) -> None:
+def forward(number: int) -> None:
     """Has the main thread do what it does at a signal, which another process got; 0 is none. Not a second time."""
     identity = threading.main_thread().ident
     if number in _handled and identity is not None:
         signal.pthread_kill(identity, number)
 
 
-def breakable(team: Team, work: Callable[[], Result]) -> Result:
+def interruptible(processes: ProcessGroup, work: Callable[[], Result]) -> Result:
     """What the work returns, unless a signal to any process comes: then all leave it, together.
 
     Args:
@@ -135,11 +136,11 @@ def breakable(team: Team, work: Callable[[], Result]) -> Result:
     """
     found: list[Result] = []
     with suppress(Interrupted), _ending(True):
-        if not team.flagged:
+        if not processes.flagged:
             found.append(work())
-    team.gather("done")
-    if team.flag:
-        raise Interrupted(team.flag)
+    processes.gather("done")
+    if processes.flag:
+        raise Interrupted(processes.flag)
     return found[0]
 
 

@@ -26,10 +26,10 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed import heartbeat, interrupts
-from mflux_vae_train.distributed.heartbeat import Lifeline
-from mflux_vae_train.distributed.interrupts import breakable
+from mflux_vae_train.distributed.heartbeat import Heartbeat
+from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.messages import ALIGNED, Form, as_bytes, form_of, room_of, split
-from mflux_vae_train.distributed.watchdog import Vigil, at_most, open_sockets
+from mflux_vae_train.distributed.watchdog import Watchdog, at_most, open_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ _MEETING = 120.0
 """Seconds in which all processes must have found each other."""
 
 _ROOM = 1019
-"""Bytes of JSON that go with the first message of `Team.gather`."""
+"""Bytes of JSON that go with the first message of `ProcessGroup.gather`."""
 
 
-class Team:
+class ProcessGroup:
     """All processes of a run.
 
     Attributes:
@@ -60,30 +60,30 @@ class Team:
         sent: bytes that this process has handed to its neighbours so far, counted as the ring sends them.
     """
 
-    def __init__(self, group: mx.distributed.Group | None = None, vigil: Vigil | None = None) -> None:
+    def __init__(self, group: mx.distributed.Group | None = None, watchdog: Watchdog | None = None) -> None:
         self._group = group
         self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
         self.sent = 0
-        self._vigil = vigil or Vigil(self.size)
+        self._watchdog = watchdog or Watchdog(self.size)
         self._own_flag = self._flag = 0
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
     # who does what
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
         """What falls to this process: every size-th item, by index."""
         return items[self.rank :: self.size]
 
-    def from_first(self, make: Callable[[], Item]) -> Item:
+    def broadcast(self, make: Callable[[], Item]) -> Item:
         """What the first process makes, a plain JSON value; the others do not even try."""
-        value: Item = self.gather(make() if self.first else None)[0]
+        value: Item = self.gather(make() if self.is_main else None)[0]
         return value
 
-    def same(self, value: Mapping[str, Any]) -> None:
+    def assert_equal(self, value: Mapping[str, Any]) -> None:
         """See that all processes have the same, a mapping to plain JSON values.
 
         Raises:
@@ -128,7 +128,7 @@ class Team:
             rest = self._gather_bytes(text[_ROOM:].ljust(longest, b"\0"))
         return [json.loads((each[5:] + more)[:size]) for each, more, size in zip(heads, rest, sizes, strict=True)]
 
-    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """By name, sums over all processes; a name may be missing in some."""
         parts = self.gather(dict(numbers))
         return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
@@ -143,20 +143,20 @@ class Team:
         content = mx.concatenate([*map(as_bytes, arrays), mx.zeros(rest, mx.uint8)])
         return [split(row, each) for row, each in zip(self._all_gather(content), forms, strict=True)]
 
-    def give(self, make: Callable[[], Mapping[str, mx.array]]) -> dict[str, mx.array]:
+    def broadcast_arrays(self, make: Callable[[], Mapping[str, mx.array]]) -> dict[str, mx.array]:
         """The arrays that the first process makes, by name, in all; the others do not even try."""
-        own = dict(make()) if self.first else {}
+        own = dict(make()) if self.is_main else {}
         if self.size == 1:
             return own
-        forms: dict[str, Form] = self.from_first(lambda: {name: form_of(array) for name, array in own.items()})
-        if self.first:
+        forms: dict[str, Form] = self.broadcast(lambda: {name: form_of(array) for name, array in own.items()})
+        if self.is_main:
             content = [mx.concatenate([*map(as_bytes, own.values()), mx.zeros(ALIGNED, mx.uint8)])]
         else:
             content = [mx.zeros(sum(map(room_of, forms.values())) + ALIGNED, mx.uint8)]
         self.sum(content)
         return dict(zip(forms, split(content[0], list(forms.values())), strict=True))
 
-    def rounds(
+    def map_in_rounds(
         self, items: Sequence[Item], make: Callable[[Item], Sequence[mx.array]]
     ) -> Iterator[tuple[Item, list[mx.array]]]:
         """What is made of each item, in order and in all processes; as many are in the making as there are of these.
@@ -167,7 +167,7 @@ class Team:
         for start in range(0, len(items), self.size):
             now = items[start : start + self.size]
             mine = now[self.rank : self.rank + 1]
-            own = breakable(self, partial(_made, make, mine))
+            own = interruptible(self, partial(_made, make, mine))
             yield from zip(now, self.gather_arrays(own), strict=False)
 
     def sum(self, arrays: list[mx.array]) -> None:
@@ -204,21 +204,21 @@ class Team:
         summed: list[Any] = tree_map(lambda leaf: next(coming), forms)
         return summed
 
-    def copy_from_first(self, objects: Mapping[str, state.Stateful]) -> None:
+    def broadcast_state(self, objects: Mapping[str, state.Stateful]) -> None:
         """Give named objects in all processes the state that they have in the first, to the bit."""
         if self.size == 1:
             return
         arrays, values = state.flatten(objects)
-        arrays = self.give(lambda: arrays)
-        values = self.from_first(lambda: values)
-        if not self.first:
+        arrays = self.broadcast_arrays(lambda: arrays)
+        values = self.broadcast(lambda: values)
+        if not self.is_main:
             state.restore(objects, arrays, values, where="what the first process sent")
 
     def _gather_bytes(self, row: bytes) -> list[bytes]:
         return [each.tobytes() for each in np.array(self._all_gather(mx.array(np.frombuffer(row, np.uint8))))]
 
     def _all_sum(self, array: mx.array) -> mx.array:
-        with self._vigil.waiting():
+        with self._watchdog.waiting():
             total = mx.distributed.all_sum(array, group=self._group)
             mx.eval(total)
         self.sent += 2 * (self.size - 1) * array.nbytes // self.size
@@ -226,7 +226,7 @@ class Team:
 
     def _all_gather(self, row: mx.array) -> mx.array:
         """(n,) of each process -> (size, n)."""
-        with self._vigil.waiting():
+        with self._watchdog.waiting():
             rows = mx.distributed.all_gather(row[None], group=self._group)
             mx.eval(rows)
         self.sent += (self.size - 1) * row.nbytes
@@ -235,10 +235,10 @@ class Team:
     # an end that all notice
 
     def saving(self) -> AbstractContextManager[None]:
-        """See `Vigil.saving`."""
-        return self._vigil.saving()
+        """See `Watchdog.saving`."""
+        return self._watchdog.saving()
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(
@@ -246,34 +246,36 @@ class Team:
     ) -> None:
         """An error on its way out is told to the others."""
         if error is not None:
-            self._vigil.fail(error)
+            self._watchdog.fail(error)
 
-    def make_lifelines(self) -> None:
+    def start_heartbeats(self) -> None:
         """Have all processes notice when one of them is gone; where they cannot, say so."""
-        server, offer = heartbeat.offered() if self.first else (None, None)
+        server, offer = heartbeat.offered() if self.is_main else (None, None)
         offer = self.gather(offer)[0]
         if server is not None:
             lines = heartbeat.accepted(server, offer, self.size - 1)
         else:
             line = heartbeat.connected(offer, self.rank)
             lines = {} if line is None else {0: line}
-        if all(self.gather(len(lines) == (self.size - 1 if self.first else 1))):
-            told: dict[str, Any] = {"flag": lambda: self._own_flag, "flagged": interrupts.as_if}
-            self._vigil.begin(Lifeline(self.rank, lines, gone=self._vigil.note, tick=self._vigil.tick, **told))
-        elif self.first:
+        if all(self.gather(len(lines) == (self.size - 1 if self.is_main else 1))):
+            told: dict[str, Any] = {"flag": lambda: self._own_flag, "flagged": interrupts.forward}
+            self._watchdog.begin(
+                Heartbeat(self.rank, lines, gone=self._watchdog.note, tick=self._watchdog.tick, **told)
+            )
+        elif self.is_main:
             logger.warning(
                 "not all processes can reach the first one on port %d: one that dies may leave others waiting",
                 offer["port"],
             )
 
 
-ALONE = Team()
+SINGLE = ProcessGroup()
 """One process."""
 
 
 @functools.cache
-def team() -> Team:
-    """The processes that a launcher started together with this one; `ALONE` where none did.
+def join() -> ProcessGroup:
+    """The processes that a launcher started together with this one; `SINGLE` where none did.
 
     Raises:
         TrainingError: they do not find each other.
@@ -281,16 +283,16 @@ def team() -> Team:
     hostfile = os.environ.get("MLX_HOSTFILE")
     with suppress(OSError):
         if hostfile is not None and not Path(hostfile).read_text(encoding="utf-8").strip():
-            return ALONE  # `mlx.launch -n 1` leaves it empty, which MLX cannot read
+            return SINGLE  # `mlx.launch -n 1` leaves it empty, which MLX cannot read
     before = open_sockets()
     with at_most(_MEETING, f"the processes did not find each other in {_MEETING:.0f} seconds"):
         try:
             group = mx.distributed.init()
             if group.size() == 1:
-                return ALONE
+                return SINGLE
             sockets = sorted(open_sockets() - before) if hostfile is not None else []
-            all_of_us = Team(group, Vigil(group.size(), sockets))
-            all_of_us.make_lifelines()
+            all_of_us = ProcessGroup(group, Watchdog(group.size(), sockets))
+            all_of_us.start_heartbeats()
         except RuntimeError as error:
             raise TrainingError(f"the processes do not find each other ({error}): see mlx.launch --verbose") from error
     return all_of_us

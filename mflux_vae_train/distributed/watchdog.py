@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from mflux_vae.errors import TrainingError
-from mflux_vae_train.distributed.heartbeat import Gone, Lifeline
+from mflux_vae_train.distributed.heartbeat import Heartbeat, PeerExit
 
 _GRACE = 2.0
 """Seconds in which a process that waits for one that is gone may find out by itself, as all do of a common error."""
@@ -27,7 +27,7 @@ class ProcessLost(TrainingError):
     """Another process of the team is gone."""
 
 
-class Vigil:
+class Watchdog:
     """Knows whether this process waits for others, and who of them is gone.
 
     Args:
@@ -38,16 +38,16 @@ class Vigil:
 
     def __init__(self, size: int, sockets: Sequence[int] = ()) -> None:
         self._size, self._sockets = size, sockets
-        self._lifeline: Lifeline | None = None
-        self._gone: Gone | None = None
+        self._lifeline: Heartbeat | None = None
+        self._gone: PeerExit | None = None
         self._lost: str | None = None
         self._gone_at, self._waiting_since, self._saving = 0.0, 0.0, False
 
-    def begin(self, lifeline: Lifeline) -> None:
+    def begin(self, heartbeat: Heartbeat) -> None:
         """Listen to what the others say, and tell them when this process ends."""
-        self._lifeline = lifeline
-        lifeline.start()
-        atexit.register(lifeline.leave, "has ended before the others", orderly=True)
+        self._lifeline = heartbeat
+        heartbeat.start()
+        atexit.register(heartbeat.leave, "has ended before the others", orderly=True)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of an error that ends this process; they would wait for it for ever."""
@@ -87,7 +87,7 @@ class Vigil:
         finally:
             self._saving = False
 
-    def note(self, gone: Gone) -> None:
+    def note(self, gone: PeerExit) -> None:
         """From the lifeline's thread."""
         if self._gone is None or (self._gone.orderly and not gone.orderly):
             self._gone, self._gone_at = gone, time.monotonic()
@@ -105,7 +105,7 @@ class Vigil:
         if late > 3 * _GRACE or (not gone.orderly and now - self._gone_at > _LAST):
             _end(f"{self._told(gone)}; this one ends, too")
 
-    def _told(self, gone: Gone | None) -> str:
+    def _told(self, gone: PeerExit | None) -> str:
         return "" if gone is None else f"process {gone.rank + 1} of {self._size} {gone.why}"
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from mflux_vae_train.monitoring.console import spoken
+from mflux_vae_train.monitoring.console import logging_to_console
 
 PROG = "mflux-train-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before anything of ours is imported: on a CPU without a fast BLAS, that is what warns.
     warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
     try:
-        with spoken(LOGGERS):
+        with logging_to_console(LOGGERS):
             return _run_or_say_why_not(argv)
     finally:
         warnings.showwarning = show
@@ -70,7 +70,7 @@ def _run(argv: Sequence[str] | None) -> None:
     # before many gigabytes of weights are read
     wanted(settings.report_to)
     # found first, too: one process may need longer for them than others wait
-    with process_group.team() as team, interrupts.noted(team):
+    with process_group.join() as processes, interrupts.handling(processes):
         check_pictures(settings)
         DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
 

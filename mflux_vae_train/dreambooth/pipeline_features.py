@@ -11,7 +11,7 @@ from mflux_vae_train.pipelines.capabilities import (
     LimitsPrompts,
     Quantizes,
     Recomputes,
-    Releases,
+    SupportsRelease,
     TrainsTextEncoder,
     Use,
 )
@@ -45,14 +45,14 @@ def apply(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     if settings.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
         pipeline.prompt_limit = settings.max_sequence_length
     if isinstance(pipeline, TrainsTextEncoder):
-        pipeline.read_prompts_late(settings.train_text_encoder)
+        pipeline.encode_text_in_step(settings.train_text_encoder)
     if isinstance(pipeline, Recomputes):
         pipeline.recompute_activations(settings.gradient_checkpointing)
 
 
 def release(pipeline: DiffusionPipeline, use: Use) -> None:
     """Give back what serves a use that is over, for now."""
-    if isinstance(pipeline, Releases):
+    if isinstance(pipeline, SupportsRelease):
         pipeline.release(use)
 
 

@@ -25,7 +25,7 @@ from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.settings import flags
 
-FREE = frozenset(
+RESUMABLE_CHANGES = frozenset(
     {
         *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # what is there counts, not where it lies
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
@@ -89,7 +89,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class RunStatus:
     """How far the run asked for has come in its folder.
 
     Attributes:
@@ -109,17 +109,17 @@ def identity_of(settings: DreamBoothSettings, *, base: str, pictures: str) -> di
         base: fingerprint of the weights that are to be trained.
         pictures: fingerprint of the instance pictures.
     """
-    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE}
+    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in RESUMABLE_CHANGES}
     if settings.concepts is not None:
         shaping["concepts"] = [
-            {name: value for name, value in one.items() if name not in FREE} for one in shaping["concepts"]
+            {name: value for name, value in one.items() if name not in RESUMABLE_CHANGES} for one in shaping["concepts"]
         ]
     return {**shaping, "base weights": base, "instance pictures": pictures}
 
 
 def standing(
     folder: RunFolder, identity: Mapping[str, Any], resume_from: str | None, *, allow_changes: bool = False
-) -> Standing:
+) -> RunStatus:
     """Looks, and changes nothing.
 
     Args:
@@ -148,10 +148,10 @@ def standing(
         path = Path(resume_from)
         if not path.is_dir():
             raise SettingsError(f"--resume_from_checkpoint {path} is not a folder: give 'latest' or a checkpoint-N")
-        return Standing(checkpoint=path)
+        return RunStatus(checkpoint=path)
     if before is not None and before["finished"] and not differences and _has_result(folder, before):
-        return Standing(complete=True)
-    return Standing(checkpoint=checkpoint.latest(folder.root))
+        return RunStatus(complete=True)
+    return RunStatus(checkpoint=checkpoint.latest(folder.root))
 
 
 def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings, lock: Lock) -> None:

@@ -19,7 +19,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
-from mflux_vae_train.distributed.process_group import Team
+from mflux_vae_train.distributed.process_group import ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features, run_folder
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import micro_batches
@@ -32,7 +32,7 @@ from mflux_vae_train.dreambooth.optimization.trainable import as_one, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
 from mflux_vae_train.dreambooth.planning.memory_estimate import compared
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare
-from mflux_vae_train.dreambooth.planning.resolve import Choices
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import gather
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.model_card import write_card
@@ -42,14 +42,14 @@ from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.training.hooks import every, read_metrics
 from mflux_vae_train.training.loop import fit
-from mflux_vae_train.training.pending_hooks import Owed
+from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Arrays, Loss, MicroBatch, Step
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingResult:
     """What a run left.
 
     Attributes:
@@ -84,7 +84,7 @@ class DreamBooth:
             raise PluginError(f"a {type(pipeline).__name__} cannot be trained: it lacks {', '.join(missing)}")
         self.pipeline = pipeline
 
-    def train(self, settings: DreamBoothSettings) -> Outcome:
+    def train(self, settings: DreamBoothSettings) -> TrainingResult:
         """Trains, or continues where an interrupted run of the same settings stopped.
 
         Afterwards the pipeline carries what it learnt: the adapter in its networks, or the trained weights. A
@@ -96,35 +96,39 @@ class DreamBooth:
             Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
         folder = RunFolder(Path(settings.output_dir))
-        team = process_group.team()
+        processes = process_group.join()
         if settings.dry_run:
-            with team:
-                run = prepare(self.pipeline, settings, folder, team=team)
+            with processes:
+                run = prepare(self.pipeline, settings, folder, processes=processes)
             _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
-            return Outcome(result=None, updates=0)
-        with team, interrupts.noted(team), Lock(folder.root) if team.first else nullcontext() as lock:
-            run = prepare(self.pipeline, settings, folder, _say, team)
+            return TrainingResult(result=None, updates=0)
+        with (
+            processes,
+            interrupts.handling(processes),
+            Lock(folder.root) if processes.is_main else nullcontext() as lock,
+        ):
+            run = prepare(self.pipeline, settings, folder, _say, processes)
             if run.standing.complete:
                 result = result_path(self.pipeline, settings.train_mode, folder)
                 _say([f"already complete: {result}"])
-                return Outcome(result=result, updates=0)
+                return TrainingResult(result=result, updates=0)
             if lock is not None:
                 run_folder.claim(folder, run.identity, run.choices.settings, lock)
             try:
-                with run_folder.logged(folder.log) if team.first else nullcontext():
+                with run_folder.logged(folder.log) if processes.is_main else nullcontext():
                     _say(run.lines, run.choices.warnings)
                     pipeline_features.apply(self.pipeline, run.choices.settings)
-                    return _train(self.pipeline, run, folder, team)
+                    return _train(self.pipeline, run, folder, processes)
             except OSError as error:
                 raise TrainingError(f"{error}; the same command continues where it can be written again") from error
 
 
-def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, team: Team) -> Outcome:
+def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, processes: ProcessGroup) -> TrainingResult:
     began = time.monotonic()
     choices, plan, settings = run.choices, run.choices.plan, run.choices.settings
 
     # prompts, class pictures and latents: each encoded once
-    material = gather(pipeline, run, folder.encodings, team)
+    material = gather(pipeline, run, folder.encodings, processes)
     mx.clear_cache()
 
     # what is trained, and how
@@ -143,14 +147,14 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         max_grad_norm=settings.max_grad_norm,
         compile=worth_compiling(plan.updates),
         passes=passes_of(pipeline.denoiser),
-        team=team,
+        processes=processes,
     )
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
     objects = {"denoiser": state.parameters(together), "optimizer": state.tree_of(optimizer.state)}
-    owed = Owed()
-    objects["owed"] = owed.stateful()
+    pending = PendingHooks()
+    objects["owed"] = pending.stateful()
     identity = {**run.identity, "class pictures": material.class_fingerprint}
 
     def resumed() -> int:
@@ -162,18 +166,18 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         _say([f"continuing after update {start}, from {found}"])
         return start
 
-    start = team.from_first(resumed)
-    team.copy_from_first(objects)
+    start = processes.broadcast(resumed)
+    processes.broadcast_state(objects)
 
     # what happens beside the updates
     def save_checkpoint(updates: int) -> None:
-        if not team.first:
+        if not processes.is_main:
             return
         limit = settings.checkpoints_total_limit
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
 
     def batches(update: int) -> list[MicroBatch]:
-        drawn = team.share(
+        drawn = processes.shard(
             micro_batches(
                 material.cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
             )
@@ -184,7 +188,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
         return [with_base(pipeline, together, one, **asked) for one in drawn]
 
     def save() -> None:
-        if not team.first:
+        if not processes.is_main:
             return
         path = save_result(pipeline, settings, folder)
         if settings.train_mode == "lora":
@@ -192,7 +196,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
 
     # the updates; of the hooks, what must not be lost comes first
     validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
-    with Watching(pipeline, validation, run, folder, start=start, team=team) as watching:
+    with Watching(pipeline, validation, run, folder, start=start, processes=processes) as watching:
         fit(
             step=lambda update, drawn, rate: loss_by_noise.joined(step(update, drawn, rate)),
             batches=batches,
@@ -207,14 +211,14 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
                 watching.previews(),
             ],
             checkpoint=save_checkpoint,
-            owed=owed,
-            team=team,
+            pending=pending,
+            processes=processes,
         )
 
     # the end
     result = result_path(pipeline, settings.train_mode, folder)
-    if not team.first:
-        return Outcome(result=result, updates=plan.updates - start)
+    if not processes.is_main:
+        return TrainingResult(result=result, updates=plan.updates - start)
     if not preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
         _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
     if settings.fuse:
@@ -225,10 +229,10 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, tea
     peak = size_text(mx.get_peak_memory())
     _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     watching.finished(f"after {minutes}:{seconds:02} minutes")
-    return Outcome(result=result, updates=plan.updates - start)
+    return TrainingResult(result=result, updates=plan.updates - start)
 
 
-def _loss(pipeline: DiffusionPipeline, choices: Choices) -> Loss:
+def _loss(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> Loss:
     def loss(together: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         with lora.dropout_keys(together, arrays["dropout_key"]):
             return dreambooth_loss(

@@ -42,13 +42,13 @@ class Console(logging.Handler):
 
 
 def _first() -> bool:
-    """As `distributed.Team.first`, and without MLX: what its launcher, or MPI's, tells each process."""
+    """As `distributed.ProcessGroup.is_main`, and without MLX: what its launcher, or MPI's, tells each process."""
     ranks = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 
 @contextmanager
-def spoken(loggers: Sequence[str]) -> Iterator[None]:
+def logging_to_console(loggers: Sequence[str]) -> Iterator[None]:
     """Within the block what these loggers say at INFO and above comes to the console."""
     handler = Console()
     for name in loggers:

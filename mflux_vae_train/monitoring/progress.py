@@ -64,7 +64,7 @@ class Pace:
         """Seconds from the end of this update to the end of the last, hooks included."""
         return self.per_update * (self._total - update) + sum(rest(update) for rest in self._beside)
 
-    def told(self, update: int) -> str:
+    def eta_text(self, update: int) -> str:
         """The time left and, where that is worth looking at a clock, when the run will be ready."""
         seconds = self.left(update)
         if seconds < 120:
@@ -126,7 +126,7 @@ class ProgressBar:
             self._pace(record)
         loss = record.metrics["loss"]
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        rate, left, also = record.metrics["learning_rate"], self._pace.told(record.update), self._also(record)
+        rate, left, also = record.metrics["learning_rate"], self._pace.eta_text(record.update), self._also(record)
         shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **also}
         self._bar.set_postfix_str(", ".join([left, *(f"{name} {text}" for name, text in shown.items())]), refresh=False)
         self._bar.update(1)

@@ -10,7 +10,7 @@ from typing import Any
 from mlx.utils import tree_map
 
 from mflux_vae import kernels
-from mflux_vae.kernels.cpu.parallel import computes_now
+from mflux_vae.kernels.cpu.parallel import is_eager
 
 _AT_ONCE = 8 << 20
 """Bytes of the tree's own arrays: fewer make cores wait for each other, more leave memory for no other array."""
@@ -27,7 +27,7 @@ def over_leaves(function: Callable[..., Any], tree: Any, *others: Any, consumed:
     """
     leaves: list[tuple[Any, ...]] = []
     tree_map(lambda *arguments: leaves.append(arguments), tree, *others)
-    if not leaves or not computes_now(leaves[0][0]):
+    if not leaves or not is_eager(leaves[0][0]):
         return tree_map(function, tree, *others)
 
     times = Counter(id(array) for array, *_ in leaves)

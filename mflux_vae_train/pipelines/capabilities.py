@@ -17,7 +17,7 @@ from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Pred
 
 
 @runtime_checkable
-class Predicts(Protocol):
+class SupportsPrediction(Protocol):
     """A pipeline that shows what its loss is made of. Masks, output preservation and `NoiseSampling` need it."""
 
     def predict(
@@ -47,7 +47,7 @@ Use = Literal["prompts", "images"]
 
 
 @runtime_checkable
-class Releases(Protocol):
+class SupportsRelease(Protocol):
     """A pipeline whose parts are loaded when they are first needed."""
 
     def release(self, *uses: Use) -> None:
@@ -107,7 +107,7 @@ class TrainsTextEncoder(Protocol):
 
     text_encoder_prefix: str
 
-    def read_prompts_late(self, on: bool) -> None:
+    def encode_text_in_step(self, on: bool) -> None:
         """From now on conditioning holds what the text encoder is given in place of what it makes of that.
 
         So `loss`, `predict` and `sample` compute with its weights as they are by then, and are differentiable in them.
@@ -115,7 +115,7 @@ class TrainsTextEncoder(Protocol):
         ...
 
     def text_encoder_to_train(self) -> nn.Module:
-        """The text encoder, which `Releases.release` leaves where it is from now on.
+        """The text encoder, which `SupportsRelease.release` leaves where it is from now on.
 
         Its parameter paths are those of the published files.
         """

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Part(Generic[T]):
+class Lazy(Generic[T]):
     """A lazily loaded object.
 
     Args:
@@ -28,9 +28,9 @@ class Part(Generic[T]):
         self._changes: list[tuple[Callable[[T], object], str]] = []
 
     @classmethod
-    def of(cls, given: T | Part[T]) -> Part[T]:
+    def of(cls, given: T | Lazy[T]) -> Lazy[T]:
         """The part itself, or an object with a `config` as one."""
-        return given if isinstance(given, Part) else cls(loaded=given, config=getattr(given, "config", None))
+        return given if isinstance(given, Lazy) else cls(loaded=given, config=getattr(given, "config", None))
 
     @property
     def on_demand(self) -> bool:

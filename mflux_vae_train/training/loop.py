@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from mflux_vae_train.distributed import interrupts
 from mflux_vae_train.distributed.interrupts import Interrupted
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.training.hooks import Hook, Record
-from mflux_vae_train.training.pending_hooks import Owed
+from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import SAMPLES, MicroBatch
 
 
@@ -26,8 +26,8 @@ def fit(
     observers: Sequence[Hook] = (),
     hooks: Sequence[Hook] = (),
     checkpoint: Callable[[int], object] | None = None,
-    owed: Owed | None = None,
-    team: Team = ALONE,
+    pending: PendingHooks | None = None,
+    processes: ProcessGroup = SINGLE,
 ) -> None:
     """Make optimizer updates `start` to `total` - 1, after what is owed of the update before them.
 
@@ -40,7 +40,8 @@ def fit(
         learning_rate: update -> rate.
         observers: cheap hooks that see every update, an interrupted one included: metrics log, progress bar.
         hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses nothing.
-            What takes long in one of them is `interrupts.breakable`. Those after the checkpoint are called again when
+            What takes long in one of them is `interrupts.interruptible`. Those after the checkpoint are called again
+            when
             the run goes on after one of them was broken off.
         checkpoint: called with the number of updates made when a signal, or the loss of another process, ends the
             run early.
@@ -51,35 +52,39 @@ def fit(
         ProcessLost: another process is gone.
         TrainingError: from the step, where the loss is not finite.
     """
-    owed = Owed() if owed is None else owed
-    owed.hooks = min(owed.hooks, len(hooks))
+    pending = PendingHooks() if pending is None else pending
+    pending.hooks = min(pending.hooks, len(hooks))
 
     def keep(updates: int) -> None:
         """Unless a hook has: which of the later ones were called since is not worth another checkpoint."""
-        if checkpoint is not None and owed.kept != updates:
+        if checkpoint is not None and pending.kept != updates:
             checkpoint(updates)
 
     def settle(record: Record) -> None:
         """Do what is due now, or stop early."""
-        while owed.hooks and not team.flag:
-            owed.hooks -= 1  # before the call: one of them writes checkpoints
+        while pending.hooks and not processes.flag:
+            pending.hooks -= 1  # before the call: one of them writes checkpoints
             try:
-                hooks[len(hooks) - owed.hooks - 1](record)
+                hooks[len(hooks) - pending.hooks - 1](record)
             except ProcessLost:
-                owed.hooks += 1
+                pending.hooks += 1
                 raise
             except Interrupted:  # in all processes: what was left is made when the run goes on
-                owed.hooks += 1
-                if not team.flag:
+                pending.hooks += 1
+                if not processes.flag:
                     raise
-        if number := team.flag:
+        if number := processes.flag:
             keep(record.update)
-            team.gather("saved")  # whoever ends before that has the launcher end the first process, too
+            processes.gather("saved")  # whoever ends before that has the launcher end the first process, too
             raise Interrupted(number, record.update, saved=checkpoint is not None)
 
-    with interrupts.noted(team), interrupts.finishing(), _rescue(team, keep if checkpoint else None) as reached:
-        if owed.record is not None and owed.record.update == start:
-            settle(dataclasses.replace(owed.record, total=total))
+    with (
+        interrupts.handling(processes),
+        interrupts.deferred(),
+        _rescue(processes, keep if checkpoint else None) as reached,
+    ):
+        if pending.record is not None and pending.record.update == start:
+            settle(dataclasses.replace(pending.record, total=total))
         for update in range(start, total):
             # one optimizer update
             began = time.monotonic()
@@ -92,7 +97,7 @@ def fit(
                 seconds=time.monotonic() - began,
                 samples=metrics.pop(SAMPLES, sum(batch.weight for batch in window)),
             )
-            owed.hooks, owed.record = len(hooks), record
+            pending.hooks, pending.record = len(hooks), record
             reached(record.update)
 
             # tell
@@ -104,7 +109,7 @@ def fit(
 
 
 @contextmanager
-def _rescue(team: Team, checkpoint: Callable[[int], object] | None) -> Iterator[Callable[[int], None]]:
+def _rescue(processes: ProcessGroup, checkpoint: Callable[[int], object] | None) -> Iterator[Callable[[int], None]]:
     """Where another process is lost within the block: a checkpoint, if an update was `reached` in it."""
     made: int | None = None
 
@@ -117,6 +122,6 @@ def _rescue(team: Team, checkpoint: Callable[[int], object] | None) -> Iterator[
     except ProcessLost as error:
         if checkpoint is None or made is None:
             raise
-        with team.saving():
+        with processes.saving():
             checkpoint(made)
         raise ProcessLost(f"{error}; the same command continues after update {made}") from error

@@ -14,7 +14,7 @@ from mflux_vae_train.checkpointing.state import Stateful
 from mflux_vae_train.training.hooks import Record
 
 
-class Owed:
+class PendingHooks:
     """Kept by `loop.fit`.
 
     Attributes:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 from mflux_vae.errors import TrainingError
 from mflux_vae.runtime.device import eval_each, is_cpu
 from mflux_vae_train.checkpointing.state import buffers_of
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.parallel_map import over_leaves
 from mflux_vae_train.training.ema import EMA
@@ -83,7 +83,7 @@ class Step:
             kernel: a quarter of a minute for an adapter's step, once on each machine, whose later updates take a
             sixth less time.
         passes: how those of an update are computed: in their order, one at a time, or several.
-        team: the processes that make every update together, each from its share of the micro-batches.
+        processes: the processes that make every update together, each from its share of the micro-batches.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Step:
         buffers: bool = False,
         compile: bool | None = None,
         passes: Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]] = one_by_one,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
-        self.team, self._passes = team, passes
+        self.processes, self._passes = processes, passes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         optimizer.init(model.trainable_parameters())
@@ -183,8 +183,8 @@ class Step:
             sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
             del slope, kept, new
             mx.eval(loss, metrics, sums)  # frees this micro-batch's activations
-        gradients, moved = self.team.sum_trees(sums)
-        totals = self.team.totals(
+        gradients, moved = self.processes.sum_trees(sums)
+        totals = self.processes.all_reduce(
             {SAMPLES: sum(batch.weight for batch in batches)}
             | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
         )

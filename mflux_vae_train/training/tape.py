@@ -26,7 +26,7 @@ Pull: TypeAlias = Callable[[mx.array], None]
 """Takes the gradient for a function's result, and gives its arguments theirs."""
 
 
-class Place:
+class GradSlot:
     """Where a recorded array's gradient gathers."""
 
     gradient: mx.array | None = None
@@ -45,26 +45,26 @@ class Tape:
 
     def __init__(self, parameters: Any):
         self._parameters = parameters
-        self._places = {id(array): Place() for array in dict(tree_flatten(parameters)).values()}
-        self._noted: list[tuple[Place, Pull]] = []
+        self._places = {id(array): GradSlot() for array in dict(tree_flatten(parameters)).values()}
+        self._noted: list[tuple[GradSlot, Pull]] = []
 
-    def place(self, argument: Any) -> Place | None:
+    def place(self, argument: Any) -> GradSlot | None:
         """That of a recorded array or a parameter; None for anything else, which needs no gradient."""
-        return argument.place if isinstance(argument, Recorded) else self._places.get(id(argument))
+        return argument.place if isinstance(argument, Variable) else self._places.get(id(argument))
 
-    def start(self, value: mx.array) -> Recorded:
+    def start(self, value: mx.array) -> Variable:
         """A stand-in for an array that needs no gradient itself."""
-        return Recorded(self, value, None)
+        return Variable(self, value, None)
 
-    def note(self, value: mx.array, pull: Pull, *arguments: Any) -> Recorded:
+    def note(self, value: mx.array, pull: Pull, *arguments: Any) -> Variable:
         """What stands in for `value`, and goes back by `pull` where one of its arguments needs a gradient."""
         if all(self.place(argument) is None for argument in arguments):
             return self.start(value)
-        place = Place()
+        place = GradSlot()
         self._noted.append((place, pull))
-        return Recorded(self, value, place)
+        return Variable(self, value, place)
 
-    def recomputed(self, part: Callable[[Any], Any], x: Recorded, parameters: Any) -> Recorded:
+    def recomputed(self, part: Callable[[Any], Any], x: Variable, parameters: Any) -> Variable:
         """part(x), of which only x is kept: on the way back it is computed again.
 
         Args:
@@ -77,7 +77,7 @@ class Tape:
 
         def pull(gradient: mx.array) -> None:
             inner = Tape({name: own[name] for name in names})
-            again = Recorded(inner, kept, None if place is None else Place())
+            again = Variable(inner, kept, None if place is None else GradSlot())
             found = inner.gradients([(part(again), gradient)])
             _give([self.place(own[name]) for name in names], [found[name] for name in names])
             if place is not None and again.place is not None and again.place.gradient is not None:
@@ -109,7 +109,7 @@ class Tape:
         return mx.zeros_like(array) if gradient is None else gradient
 
 
-class Recorded:
+class Variable:
     """Stands in for an array on a tape.
 
     Attributes:
@@ -117,7 +117,7 @@ class Recorded:
         place: of its gradient; None where none is needed.
     """
 
-    def __init__(self, tape: Tape, value: mx.array, place: Place | None):
+    def __init__(self, tape: Tape, value: mx.array, place: GradSlot | None):
         self.tape, self.value, self.place = tape, value, place
         self.shape, self.ndim, self.dtype = value.shape, value.ndim, value.dtype
 
@@ -158,7 +158,7 @@ def _at(x: mx.array, index: Any) -> mx.array:
 
 def value_of(argument: Any) -> Any:
     """The array that an argument stands for; anything else as it is."""
-    return argument.value if isinstance(argument, Recorded) else argument
+    return argument.value if isinstance(argument, Variable) else argument
 
 
 def _add(tape: Tape, x: Any, y: Any) -> Any:
@@ -252,7 +252,7 @@ def _leaky_relu(tape: Tape, x: Any, slope: float) -> Any:
     return tape.note(y, lambda gradient: _give([place], [conv_gradients.leaky_relu(y, slope, gradient)]), x)
 
 
-def _give(places: Sequence[Place | None], answers: Sequence[mx.array]) -> None:
+def _give(places: Sequence[GradSlot | None], answers: Sequence[mx.array]) -> None:
     for place, answer in zip(places, answers, strict=True):
         if place is not None:
             place.add(answer)

@@ -26,10 +26,10 @@ def train(parser: ArgumentParser) -> Run:
     parser.usage = SHORT_USAGE
 
     def run(**given: Any) -> None:
-        from mflux_vae_train.monitoring.console import spoken
+        from mflux_vae_train.monitoring.console import logging_to_console
         from mflux_vae_train.vae.compat.pytorch_vae_config import flattened
 
-        with spoken([LOGGER]):
+        with logging_to_console([LOGGER]):
             settings = settings_of(VAETrainingSettings, given, PRESETS, translate=flattened)
             from mflux_vae_train.vae.train import VAETrainer
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.networks.layers import batch_statistics, fold_statistics
-from mflux_vae_train.training.tape import Recorded
+from mflux_vae_train.training.tape import Variable
 from mflux_vae_train.vae.dropout import as_now
 
 
@@ -39,10 +39,10 @@ def _recomputing(kind: Any) -> Any:
             return kind.__call__(self, x, *settings)
 
         keys = as_now(self)
-        if isinstance(x, Recorded):
+        if isinstance(x, Variable):
             seen: list[dict[str, mx.array]] = []
 
-            def part(x: Recorded) -> Any:
+            def part(x: Variable) -> Any:
                 with keys():
                     y = kind.__call__(self, x, *settings)
                 seen.append(batch_statistics(self))

@@ -122,7 +122,7 @@ class Objective:
     def _forward(self, network: Any, pixels: Any, arrays: Arrays) -> tuple[Any, Any, Any]:
         """Posterior, latents and reconstruction."""
         posterior = network.encode(pixels)
-        z = _moved(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
+        z = _reparameterize(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
         return posterior, z, network.decode(z).astype(mx.float32)
 
     def _loss(
@@ -141,7 +141,7 @@ class Objective:
             posterior, z, made = self._forward(network, arrays["pixels"], arrays)
         else:
             posterior = network.encode(arrays["pixels"])
-            z = _moved(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
+            z = _reparameterize(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
             features = before_last_layer(network, z)
             made = network.decoder.conv_out(features).astype(mx.float32)
             extra = self._against(arrays, network.decoder.conv_out, features, made)
@@ -175,7 +175,7 @@ class Objective:
 
 def sampled(posterior: DiagonalGaussian, keys: mx.array) -> mx.array:
     """One draw for each sample of a batch, a function of its own key alone. keys (B, 2)."""
-    return _moved(posterior.mean, posterior.logvar, standard_normal(keys, posterior.mean.shape))
+    return _reparameterize(posterior.mean, posterior.logvar, standard_normal(keys, posterior.mean.shape))
 
 
 def standard_normal(keys: mx.array, shape: Sequence[int]) -> mx.array:
@@ -184,7 +184,7 @@ def standard_normal(keys: mx.array, shape: Sequence[int]) -> mx.array:
 
 
 @overridable
-def _moved(mean: mx.array, logvar: mx.array, noise: mx.array) -> mx.array:
+def _reparameterize(mean: mx.array, logvar: mx.array, noise: mx.array) -> mx.array:
     return mean + mx.exp(0.5 * logvar) * noise
 
 
@@ -193,7 +193,7 @@ def active(posterior: DiagonalGaussian) -> mx.array:
     return active_units(posterior.mean.reshape(-1, posterior.mean.shape[-1])).astype(mx.float32)
 
 
-class CriticToo:
+class AdversarialStep:
     """A step of the network, and from update `start` on one of its critic with the network as it is then.
 
     Args:

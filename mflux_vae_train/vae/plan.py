@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.images import to_pixels
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.training import lr_schedule
 from mflux_vae_train.training.step import MicroBatch
@@ -27,17 +27,17 @@ class Plan:
         total: updates of the whole run.
 
     Args:
-        team: the processes that share out the micro-batches of each update.
+        processes: the processes that share out the micro-batches of each update.
     """
 
-    def __init__(self, settings: VAETrainingSettings, train: Source, team: Team = ALONE) -> None:
+    def __init__(self, settings: VAETrainingSettings, train: Source, processes: ProcessGroup = SINGLE) -> None:
         self._settings = settings
         self.images = settings.batch_size * settings.gradient_accumulation_steps
         self.per_epoch = max(1, round(len(train) / self.images))
         self.total = self.per_epoch * settings.num_epochs
         augmentation = Augmentation(flip=settings.augment_flip, shift=settings.augment_shift)
         size = settings.batch_size
-        self._starts = team.share(range(0, self.images, size))
+        self._starts = processes.shard(range(0, self.images, size))
         self._places = [place for start in self._starts for place in range(start, start + size)]
         options: dict[str, Any] = {"seed": settings.seed, "augmentation": augmentation}
         self._batches = Batches(train, batch=self.images, places=self._places, **options) if self._places else None

@@ -23,7 +23,7 @@ from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
-from mflux_vae_train.distributed.process_group import IDLE, Team
+from mflux_vae_train.distributed.process_group import IDLE, ProcessGroup
 from mflux_vae_train.monitoring.progress import ProgressBar
 from mflux_vae_train.monitoring.trackers import TensorBoard
 from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon
@@ -31,7 +31,7 @@ from mflux_vae_train.settings import flags
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, every
 from mflux_vae_train.training.loop import fit
-from mflux_vae_train.training.pending_hooks import Owed
+from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Step
 from mflux_vae_train.vae.build import begin_training, build, new_critic, parameter_count
 from mflux_vae_train.vae.config import VAETrainingSettings, settings_from_dict
@@ -41,7 +41,7 @@ from mflux_vae_train.vae.dry_run import tried
 from mflux_vae_train.vae.fingerprint import identity
 from mflux_vae_train.vae.formatting import Progress, in_words
 from mflux_vae_train.vae.gradient_checkpointing import recompute_blocks
-from mflux_vae_train.vae.objective import CriticToo, Objective, critic_loss
+from mflux_vae_train.vae.objective import AdversarialStep, Objective, critic_loss
 from mflux_vae_train.vae.plan import Plan, images_of
 from mflux_vae_train.vae.validation import Validation, collapse
 
@@ -55,7 +55,7 @@ _REST = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingResult:
     """What a run left.
 
     Attributes:
@@ -102,7 +102,7 @@ class VAETrainer:
         self.best, self.last = (self.folder / f"{which}_model.safetensors" for which in ("best", "last"))
         self.network = build(self.settings)
 
-    def train(self) -> Outcome:
+    def train(self) -> TrainingResult:
         """Trains, or continues where an interrupted run of the same settings stopped.
 
         Raises:
@@ -110,17 +110,17 @@ class VAETrainer:
             TrainingError: the loss is not finite, or a checkpoint is broken.
             Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
         """
-        with process_group.team() as team, interrupts.noted(team):
+        with process_group.join() as processes, interrupts.handling(processes):
             if self.settings.dry_run:
-                metrics = team.from_first(lambda: tried(self.settings, self.network, self.folder, self.source))
-                return Outcome(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
-            with Lock(self.folder) if team.first else nullcontext() as lock:
+                metrics = processes.broadcast(lambda: tried(self.settings, self.network, self.folder, self.source))
+                return TrainingResult(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
+            with Lock(self.folder) if processes.is_main else nullcontext() as lock:
                 try:
-                    return self._train(lock, team)
+                    return self._train(lock, processes)
                 except OSError as error:
                     raise TrainingError(f"{error}; the same command continues where it can be written again") from error
 
-    def _train(self, lock: Lock | None, team: Team) -> Outcome:
+    def _train(self, lock: Lock | None, processes: ProcessGroup) -> TrainingResult:
         settings, network, folder = self.settings, self.network, self.folder
         for line in advice(settings):
             logger.warning("%s", line)
@@ -128,10 +128,10 @@ class VAETrainer:
         # data, and how it is cut
         train, held_out = images_of(settings, self.source)
         fingerprint = identity(settings, network, train, held_out)
-        team.same(fingerprint)
-        plan = Plan(settings, train, team)
-        if settings.gradient_accumulation_steps < team.size:
-            logger.warning("%s", IDLE % (team.size, settings.gradient_accumulation_steps, team.size))
+        processes.assert_equal(fingerprint)
+        plan = Plan(settings, train, processes)
+        if settings.gradient_accumulation_steps < processes.size:
+            logger.warning("%s", IDLE % (processes.size, settings.gradient_accumulation_steps, processes.size))
 
         # what is trained, and how
         begin_training(network, settings.train)
@@ -140,7 +140,7 @@ class VAETrainer:
         ema = EMA(network.trainable_parameters(), settings.ema_decay) if settings.ema_decay else None
         critic = new_critic(settings, network) if settings.disc_start is not None else None
         objective = Objective(settings, network, dataset_size=len(train), critic=critic)
-        options: dict[str, Any] = {"max_grad_norm": settings.max_grad_norm or math.inf, "team": team}
+        options: dict[str, Any] = {"max_grad_norm": settings.max_grad_norm or math.inf, "processes": processes}
         step = Step(network, _optimizer(settings), objective, ema=ema, buffers=True, **options)
         objects = {
             "network": state.parameters(network),
@@ -151,7 +151,7 @@ class VAETrainer:
             objects["ema"] = state.tree_of(ema.state)
         steps: Any = step
         if critic is not None:
-            steps = CriticToo(
+            steps = AdversarialStep(
                 step, Step(critic, _optimizer(settings), critic_loss, **options), settings.disc_start or 0
             )
             objects["critic"] = state.parameters(critic)
@@ -163,16 +163,16 @@ class VAETrainer:
 
         # where an earlier part of the run stopped
         objects["watch"] = state.Stateful(read=lambda: {"seen": json.dumps(watch)}, write=remember)
-        owed = Owed()
-        objects["owed"] = owed.stateful()
+        pending = PendingHooks()
+        objects["owed"] = pending.stateful()
 
         def resumed() -> int:
             newest = checkpoint.latest(folder)
             options: dict[str, Any] = {"fingerprint": fingerprint, "allow_changes": settings.allow_changes}
             return checkpoint.load(newest, objects, **options) if newest else 0
 
-        start = team.from_first(resumed)
-        team.copy_from_first(objects)
+        start = processes.broadcast(resumed)
+        processes.broadcast_state(objects)
         if lock is not None:
             _claim(folder, settings, lock)
         logger.info(
@@ -195,7 +195,7 @@ class VAETrainer:
                 stack.callback(begin_training, network, settings.train)
                 yield
 
-        validation = Validation(objective, network, held_out, settings, folder / "samples", team)
+        validation = Validation(objective, network, held_out, settings, folder / "samples", processes)
 
         def validate(record: Record) -> None:
             with as_saved():
@@ -203,7 +203,7 @@ class VAETrainer:
                 better = watch["metrics"]["loss"] < watch["best"]
                 watch["best"] = min(watch["best"], watch["metrics"]["loss"])
                 watch["since"] = 0 if better else watch["since"] + 1
-                if better and team.first:
+                if better and processes.is_main:
                     loading.save_network(network, best)
             logger.info(
                 "epoch %d of %d, held out: %s%s",
@@ -220,16 +220,16 @@ class VAETrainer:
 
         def pictures(record: Record) -> None:
             def drawn() -> dict[str, np.ndarray]:
-                return validation.pictures(record.update) if team.first else {}
+                return validation.pictures(record.update) if processes.is_main else {}
 
             with as_saved():
-                made = interrupts.breakable(team, drawn)
+                made = interrupts.interruptible(processes, drawn)
             for board in boards:
                 for name, picture in made.items():
                     board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)
 
         def save(updates: int) -> None:
-            if not team.first:
+            if not processes.is_main:
                 return
             with as_saved():
                 loading.save_network(network, last)
@@ -256,12 +256,12 @@ class VAETrainer:
             stack.callback(plan.close)
             observers: list[Hook] = []
             validations: list[MetricsLog] = []
-            if team.first:
+            if processes.is_main:
                 log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
                 validations.append(stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start)))
                 also = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
                 observers += [log, stack.enter_context(ProgressBar(plan.total, start, also=also))]
-            if team.first and settings.tensorboard:
+            if processes.is_main and settings.tensorboard:
                 boards.append(stack.enter_context(TensorBoard(folder / "tensorboard", start=start)))
                 observers += boards
 
@@ -290,8 +290,8 @@ class VAETrainer:
                     observers=observers,
                     hooks=hooks,
                     checkpoint=save,
-                    owed=owed,
-                    team=team,
+                    pending=pending,
+                    processes=processes,
                 )
                 made = max(start, plan.total)
             except _Enough:
@@ -300,7 +300,7 @@ class VAETrainer:
             network.update(ema.state["average"])
         network.eval()
         logger.info("best loss %.6g; see %s", watch["best"], folder)
-        return Outcome(best=best, last=last, folder=folder, updates=made - start, metrics=watch["metrics"])
+        return TrainingResult(best=best, last=last, folder=folder, updates=made - start, metrics=watch["metrics"])
 
 
 def _optimizer(settings: VAETrainingSettings) -> AdamW | Grouped:

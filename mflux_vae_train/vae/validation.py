@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.images import grid, save_image, to_pictures, to_pixels
-from mflux_vae_train.distributed.interrupts import breakable
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.interrupts import interruptible
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.build import is_flat, latent_shape
 from mflux_vae_train.vae.config import VAETrainingSettings
@@ -41,10 +41,10 @@ class Validation:
         held_out: Source,
         settings: VAETrainingSettings,
         folder: Path,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:
         self._objective, self._network, self._held_out = objective, network, held_out
-        self._settings, self._folder, self._team = settings, folder, team
+        self._settings, self._folder, self._processes = settings, folder, processes
 
     def measured(self) -> dict[str, float]:
         """Averages over the held-out images, which several processes share out among them.
@@ -54,9 +54,9 @@ class Validation:
             posterior means; `active` latent units, or channels; of vector latents `tc`, the total correlation in nats.
         """
         held_out = len(self._held_out)
-        sums, means = breakable(self._team, self._own_share)
-        measured = {name: total / held_out for name, total in self._team.totals(sums).items()}
-        everyones = [array for arrays in self._team.gather_arrays(means) for array in arrays]
+        sums, means = interruptible(self._processes, self._own_share)
+        measured = {name: total / held_out for name, total in self._processes.all_reduce(sums).items()}
+        everyones = [array for arrays in self._processes.gather_arrays(means) for array in arrays]
         return {**measured, "active": float(active_units(mx.concatenate(everyones)))}
 
     def _own_share(self) -> tuple[dict[str, float], list[mx.array]]:
@@ -64,7 +64,9 @@ class Validation:
         network, size, held_out = self._network, self._settings.batch_size, len(self._held_out)
         sums: dict[str, float] = {}
         means: list[mx.array] = []
-        pieces = self._team.share([range(start, min(start + size, held_out)) for start in range(0, held_out, size)])
+        pieces = self._processes.shard(
+            [range(start, min(start + size, held_out)) for start in range(0, held_out, size)]
+        )
         for piece, pictures in zip(pieces, in_order(self._held_out, pieces), strict=True):
             pixels, count = mx.array(to_pixels(pictures)), len(piece)
             posterior = network.encode(pixels)

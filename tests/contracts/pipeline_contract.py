@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.capabilities import Identifies, Predicts
+from mflux_vae_train.pipelines.capabilities import Identifies, SupportsPrediction
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -147,7 +147,7 @@ class PipelineContract:
         assert float(mx.abs(after - before).max()) > 0
 
     def test_a_prediction_is_what_the_loss_is_made_of(self, pipeline, latents, conditioning, guidance):
-        if not isinstance(pipeline, Predicts):
+        if not isinstance(pipeline, SupportsPrediction):
             assert pipeline.recommended.weighting_scheme is None
             return
         asked = {"key": keys(0, 1, 2), "guidance": guidance}

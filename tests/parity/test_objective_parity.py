@@ -212,7 +212,7 @@ def ours(tmp_path: Path, request) -> FluxPipeline:
     pipeline = small_pipeline(tmp_path, guidance_embeds=True)
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=4)
     if request.param != "transformer":
-        pipeline.read_prompts_late(True)
+        pipeline.encode_text_in_step(True)
         lora.add_lora(pipeline.text_encoder_to_train(), pipeline.text_encoder_targets(), rank=4)
     for number, layer in enumerate(lora.layers(together(pipeline)).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))

@@ -98,7 +98,7 @@ def repeated(x: mx.array) -> mx.array:
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
-def upside_down(weight: mx.array) -> mx.array:
+def flipped(weight: mx.array) -> mx.array:
     """(O, kh, kw, C) -> (C, kh, kw, O), both directions reversed: what a gradient is convolved with."""
     return weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 

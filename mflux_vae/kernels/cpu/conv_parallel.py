@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu import winograd
-from mflux_vae.kernels.cpu.conv_algorithms import Form, Sides, form_of, in_one_piece, padded, repeated, upside_down
+from mflux_vae.kernels.cpu.conv_algorithms import Form, Sides, flipped, form_of, in_one_piece, padded, repeated
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.im2col import overlapped, windows
 from mflux_vae.kernels.cpu.parallel import Band, added, cut, filled, streams
@@ -76,7 +76,7 @@ def convolution(
     Args:
         weight: (O, kh, kw, C).
         residual: added to the result; or None.
-        turned: convolve with `upside_down(weight)` instead; the image then has O channels.
+        turned: convolve with `flipped(weight)` instead; the image then has O channels.
     """
     batch, height, width, channels = shape
     (top, bottom), (left, right) = sides
@@ -129,7 +129,7 @@ def convolution(
             rows_of_tiles = _rows(batch, out_h, images, tall * winograd.TILE)
             bands = ((index, partial(from_rows, kernel, *index)) for index in rows_of_tiles)
     else:
-        weight = mx.contiguous(upside_down(weight)) if turned else weight
+        weight = mx.contiguous(flipped(weight)) if turned else weight
         share = band_of(form, (batch, out_h, out_w), channels, out, kh * kw)
         bands = ((index, partial(in_a_piece, *index)) for index in _rows(batch, out_h, *share))
     return filled(mx.zeros((batch, out_h, out_w, out)), bands)

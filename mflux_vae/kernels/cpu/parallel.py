@@ -45,10 +45,10 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def computes_now(*arrays: mx.array) -> bool:
+def is_eager(*arrays: mx.array) -> bool:
     """Whether results are computed at once: on a CPU, where no argument is part of a trace, unless `deferred`.
 
-    The arguments' own computation begins. Not within a part of `by_samples`, which is computed as a whole.
+    The arguments' own computation begins. Not within a part of `map_batch`, which is computed as a whole.
     """
     if _local.deferred or _local.within or not device.is_cpu():
         return False
@@ -60,8 +60,8 @@ def computes_now(*arrays: mx.array) -> bool:
 
 
 def fuses(*arrays: mx.array) -> bool:
-    """Whether formulas are compiled: where results are computed at once, and within a part of `by_samples`."""
-    return _local.within or computes_now(*arrays)
+    """Whether formulas are compiled: where results are computed at once, and within a part of `map_batch`."""
+    return _local.within or is_eager(*arrays)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def added(bands: Iterable[Band]) -> mx.array:
     return sum(others, first)
 
 
-def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
     """function(*arrays), a few samples at a time on each core where results are computed at once.
 
     For a network's many small operations: a part goes through all of them on its own core, and waits for no other.
@@ -144,7 +144,7 @@ def by_samples(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array
         arrays: the first (B, L, ...); of others, those with a first axis of length 1 are for all samples.
     """
     batch, length = arrays[0].shape[:2]
-    if batch == 1 or streams() == 1 or not computes_now(*arrays):
+    if batch == 1 or streams() == 1 or not is_eager(*arrays):
         return function(*arrays)
     mx.eval(arrays)  # or one stream would wait for what another one computes besides
     parts: list[mx.array] = []

@@ -34,7 +34,7 @@ def _matrices() -> tuple[mx.array, mx.array, mx.array]:
 
 
 def transformed(weight: mx.array, *, turned: bool = False) -> mx.array:
-    """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places; turned (36, C, O), of `upside_down`'s."""
+    """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places; turned (36, C, O), of `flipped`'s."""
     out, _, _, channels = weight.shape
     transform = _matrices()[1][:, ::-1] if turned else _matrices()[1]
     places = (transform @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)

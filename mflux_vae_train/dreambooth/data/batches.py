@@ -68,7 +68,7 @@ class Sample:
     """An instance picture, once for each of its repeats.
 
     Attributes:
-        entries: numbers of its latents in `Cache.latents`, by place and there mirrored or not.
+        entries: numbers of its latents in `EncodedDataset.latents`, by place and there mirrored or not.
         prompt: row of its prompt, and `class_prompt` of that of its class; None where nothing is preserved.
         concept: number of the concept that it shows.
     """
@@ -80,7 +80,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cache:
+class EncodedDataset:
     """All that training needs of pictures and prompts, encoded once.
 
     Attributes:
@@ -112,7 +112,7 @@ class _Drawn(NamedTuple):
     place: int  # in the update
 
 
-def _drawn(cache: Cache, seed: int, position: int, place: int) -> _Drawn:
+def _drawn(cache: EncodedDataset, seed: int, position: int, place: int) -> _Drawn:
     count = len(cache.samples)
     number = shuffled(seed, INSTANCE, count, position)
     sample = cache.samples[number]
@@ -123,7 +123,9 @@ def _drawn(cache: Cache, seed: int, position: int, place: int) -> _Drawn:
     return _Drawn(sample, sample.entries[crop][mirrored], position, place)
 
 
-def micro_batches(cache: Cache, plan: Plan, *, update: int, seed: int, caption_dropout: float) -> list[MicroBatch]:
+def micro_batches(
+    cache: EncodedDataset, plan: Plan, *, update: int, seed: int, caption_dropout: float
+) -> list[MicroBatch]:
     """The micro-batches of one update: its samples in order, those of one shape together, cut by the batch size.
 
     Everything random about a sample follows from its place in the update, not from the micro-batch it falls into, so
@@ -144,7 +146,7 @@ def micro_batches(cache: Cache, plan: Plan, *, update: int, seed: int, caption_d
 
 
 def _micro_batch(
-    cache: Cache, drawn: Sequence[_Drawn], *, update: int, seed: int, caption_dropout: float
+    cache: EncodedDataset, drawn: Sequence[_Drawn], *, update: int, seed: int, caption_dropout: float
 ) -> MicroBatch:
     """One micro-batch: the instance samples, then as many that preserve the prior, where it is preserved.
 
@@ -187,7 +189,7 @@ def _row_of_class(sample: Sample) -> int:
     return sample.class_prompt
 
 
-def _class_latent(cache: Cache, drawn: _Drawn, seed: int) -> Latent:
+def _class_latent(cache: EncodedDataset, drawn: _Drawn, seed: int) -> Latent:
     assert cache.prior is not None
     concept = drawn.sample.concept
     pictures = cache.prior[concept, cache.latents[drawn.entry].shape]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
 from mflux_vae.utils.prefetch import ahead
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import pictures_at_once
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
@@ -40,7 +40,7 @@ class ClassFolder:
     missing: Sequence[int]
 
 
-def class_folders(concepts: Sequence[Concept], *, wanted: int, team: Team = ALONE) -> list[ClassFolder]:
+def class_folders(concepts: Sequence[Concept], *, wanted: int, processes: ProcessGroup = SINGLE) -> list[ClassFolder]:
     """What there is of class pictures, folder by folder; of several processes, where the first one runs.
 
     Args:
@@ -51,7 +51,7 @@ def class_folders(concepts: Sequence[Concept], *, wanted: int, team: Team = ALON
         ImageError: one of them cannot be read.
         SettingsError: a folder is a file, or holds, or would, pictures of two classes.
     """
-    found: Any = team.from_first(
+    found: Any = processes.broadcast(
         lambda: [
             [str(one.folder), one.prompt, one.present, list(one.missing)] for one in _class_folders(concepts, wanted)
         ]
@@ -125,7 +125,7 @@ def generate_class_images(
     guidance: float,
     seed: int,
     at_once: int | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> None:
     """Samples the class pictures with the given numbers and writes each as a PNG; several processes share them out.
 
@@ -148,11 +148,11 @@ def generate_class_images(
         pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
         return [mx.array(picture) for picture in pictures]
 
-    shown = None if team.first else True
+    shown = None if processes.is_main else True
     with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=shown) as bar:
-        for members, pictures in team.rounds(groups, drawn):
+        for members, pictures in processes.map_in_rounds(groups, drawn):
             for index, picture in zip(members, pictures, strict=True):
-                if team.first and index in wanted:
+                if processes.is_main and index in wanted:
                     save_image(folder / file_name(index), np.array(picture), text={PROMPT_KEY: class_prompt})
                     bar.update()
 

@@ -21,7 +21,7 @@ ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class Crop:
     """How a picture is seen.
 
     Attributes:
@@ -76,7 +76,7 @@ def nearest(size: Shape, among: Sequence[Shape]) -> Shape:
     return min(among, key=lambda shape: abs(math.log(size[0] / size[1]) - math.log(shape[0] / shape[1])))
 
 
-def views(size: Shape, shape: Shape, *, crops: int, mirror: bool) -> list[list[View]]:
+def views(size: Shape, shape: Shape, *, crops: int, mirror: bool) -> list[list[Crop]]:
     """By place, and there as it is and, with `mirror`, mirrored: what samples of a picture are drawn from.
 
     Args:
@@ -88,6 +88,6 @@ def views(size: Shape, shape: Shape, *, crops: int, mirror: bool) -> list[list[V
     cut_off = max(size[0] / scale - shape[0], size[1] / scale - shape[1])
     places = [0.5] if crops == 1 or cut_off < 1 else [index / (crops - 1) for index in range(crops)]
     return [
-        [View(shape=shape, place=place, mirrored=mirrored) for mirrored in ((False, True) if mirror else (False,))]
+        [Crop(shape=shape, place=place, mirrored=mirrored) for mirrored in ((False, True) if mirror else (False,))]
         for place in places
     ]

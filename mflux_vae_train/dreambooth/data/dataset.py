@@ -19,7 +19,7 @@ from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.prefetch import ahead
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
-from mflux_vae_train.dreambooth.data.crops import Shape, View, nearest, shapes, views
+from mflux_vae_train.dreambooth.data.crops import Crop, Shape, nearest, shapes, views
 
 MASK = re.compile(r"(?P<name>.+)-mask\.png", re.IGNORECASE)
 
@@ -42,7 +42,7 @@ class Instance:
     concept: int
     caption: str
     mask: Path | None
-    views: Sequence[Sequence[View]]
+    views: Sequence[Sequence[Crop]]
     square: np.ndarray
 
     @property
@@ -170,7 +170,7 @@ def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
 
 def _read(
     path: Path, *, masks: dict[Path, Path], resolution: int, among: Sequence[Shape], crops: int, mirror: bool
-) -> tuple[str, Sequence[Sequence[View]], np.ndarray]:
+) -> tuple[str, Sequence[Sequence[Crop]], np.ndarray]:
     """Content of a picture, its views, and its centre square. Where its mask is black nothing is to be seen."""
     picture = load_image(path)
     height, width = size = picture.shape[:2]

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, load_image, to_pixels
 from mflux_vae.utils.prefetch import ahead
-from mflux_vae_train.distributed.interrupts import breakable
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.interrupts import interruptible
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
-from mflux_vae_train.dreambooth.data.batches import Cache, Latent, Sample
-from mflux_vae_train.dreambooth.data.crops import Shape, View
+from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Latent, Sample
+from mflux_vae_train.dreambooth.data.crops import Crop, Shape
 from mflux_vae_train.dreambooth.data.dataset import Instance, content_of, load_mask
 from mflux_vae_train.dreambooth.data.encoding_cache import Store
 from mflux_vae_train.pipelines.capabilities import Identifies, Use
@@ -52,7 +52,7 @@ class Seen(NamedTuple):
     """A picture in one of its views."""
 
     path: Path
-    view: View
+    view: Crop
 
 
 def open_store(pipeline: DiffusionPipeline, folder: Path) -> Store:
@@ -73,10 +73,12 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store, *, team: Team = ALONE) -> Prompts:
+def encode_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store, *, processes: ProcessGroup = SINGLE
+) -> Prompts:
     """Each prompt once, some at a time; of several processes the first does it for all."""
     unique = list(dict.fromkeys(prompts))
-    conditioning = team.give(lambda: _conditioning(pipeline, unique, store))
+    conditioning = processes.broadcast_arrays(lambda: _conditioning(pipeline, unique, store))
     return Prompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
 
 
@@ -108,7 +110,7 @@ def encode_pictures(
     *,
     store: Store | None = None,
     encoder: str = "",
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> list[Latent]:
     """Latents of pictures, some of one shape at a time; files of the next ones are read meanwhile, no more than that.
 
@@ -120,15 +122,15 @@ def encode_pictures(
         encoder: what `encode` is, for the store.
     """
     store = store or Store(None)
-    keys = _keys(pictures, encoder) if team.first else []
+    keys = _keys(pictures, encoder) if processes.is_main else []
     known = [kept["latents"] if (kept := store.get(key)) else None for key in keys]
     latents = {place: latent for place, latent in enumerate(known) if latent is not None}
-    there = set(team.from_first(lambda: list(latents)))
+    there = set(processes.broadcast(lambda: list(latents)))
     pending = [group for group in _alike(pictures) if not there.issuperset(group)]
     coming = ahead(
         lambda one: one.view.of(load_image(one.path)),
-        [pictures[place] for group in pending for place in group] if team.first else [],
-        limit=max(map(len, pending), default=1) * team.size,
+        [pictures[place] for group in pending for place in group] if processes.is_main else [],
+        limit=max(map(len, pending), default=1) * processes.size,
     )
 
     def read(groups: Sequence[Sequence[int]]) -> dict[str, mx.array]:
@@ -140,19 +142,19 @@ def encode_pictures(
         mx.eval(own)
         return own
 
-    shown = None if pending and team.first else True
+    shown = None if pending and processes.is_main else True
     with tqdm(total=sum(map(len, pending)), desc="latents", unit="picture", disable=shown) as bar:
-        for start in range(0, len(pending), team.size):
-            groups = pending[start : start + team.size]
-            pixels = team.give(partial(read, groups)).get(str(team.rank))
-            own = breakable(team, partial(encoded, pixels))
-            for group, found in zip(groups, team.gather_arrays(own), strict=False):
+        for start in range(0, len(pending), processes.size):
+            groups = pending[start : start + processes.size]
+            pixels = processes.broadcast_arrays(partial(read, groups)).get(str(processes.rank))
+            own = interruptible(processes, partial(encoded, pixels))
+            for group, found in zip(groups, processes.gather_arrays(own), strict=False):
                 for place, latent in zip(group, found[0], strict=True):
-                    if team.first and place not in latents:
+                    if processes.is_main and place not in latents:
                         latents[place] = latent
                         store.put(keys[place], {"latents": latent})
                 bar.update(len(group))
-    everyones = team.give(lambda: {str(place): latents[place] for place in range(len(pictures))})
+    everyones = processes.broadcast_arrays(lambda: {str(place): latents[place] for place in range(len(pictures))})
     return list(everyones.values())
 
 
@@ -185,8 +187,8 @@ def build_cache(
     *,
     class_pictures: Sequence[Sequence[Path]] | None,
     preserves_output: bool,
-    team: Team = ALONE,
-) -> Cache:
+    processes: ProcessGroup = SINGLE,
+) -> EncodedDataset:
     """Encodes all pictures; nothing else of them is needed after it.
 
     Args:
@@ -199,7 +201,7 @@ def build_cache(
     encoder = _encoder(pipeline, "images")
 
     def encoded(pictures: Sequence[Seen]) -> list[Latent]:
-        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder, team=team)
+        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder, processes=processes)
 
     # every view of every instance picture, numbered
     latents = encoded([Seen(one.path, view) for one in instances for row in one.views for view in row])
@@ -223,10 +225,10 @@ def build_cache(
             (one.concept, one.shape): latents[own[0][0]].shape for one, own in zip(instances, entries, strict=True)
         }
         prior = {
-            (concept, shape): encoded([Seen(path, View(shape=pixels)) for path in class_pictures[concept]])
+            (concept, shape): encoded([Seen(path, Crop(shape=pixels)) for path in class_pictures[concept]])
             for (concept, pixels), shape in shapes.items()
         }
-    return Cache(
+    return EncodedDataset(
         samples=samples,
         latents=latents,
         masks=_masks(instances, entries, latents) if any(one.mask for one in instances) else None,

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data.batches import CONDITIONING
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
-from mflux_vae_train.pipelines.capabilities import Predicts
+from mflux_vae_train.pipelines.capabilities import SupportsPrediction
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling
 from mflux_vae_train.training.step import Arrays, MicroBatch
 
@@ -41,7 +41,7 @@ def dreambooth_loss(
         sampling: how noise levels are drawn; None as the pipeline recommends.
     """
     latents, conditioning, key = arrays["latents"], _conditioning(arrays), arrays["key"]
-    if not isinstance(pipeline, Predicts):
+    if not isinstance(pipeline, SupportsPrediction):
         assert sampling is None and not {BASE, "mask"} & arrays.keys()
         return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
     predicted = pipeline.predict(latents, conditioning, key=key, guidance=guidance, sampling=sampling)
@@ -70,7 +70,7 @@ def with_base(
     Args:
         adapted: all networks that have adapters.
     """
-    assert isinstance(pipeline, Predicts)
+    assert isinstance(pipeline, SupportsPrediction)
     half = {name: mx.split(array, 2)[1] for name, array in batch.arrays.items()}
     with lora.disabled(adapted):
         predicted = pipeline.predict(

@@ -10,7 +10,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_result
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, outlines
-from mflux_vae_train.dreambooth.planning.resolve import Choices
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora, TrainsTextEncoder
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -64,7 +64,7 @@ def _of_denoiser(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> S
     return lora.patterns_of(settings.lora_layers, presets)
 
 
-def described(pipeline: DiffusionPipeline, choices: Choices) -> str:
+def described(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> str:
     """What will be trained, in words.
 
     Raises:
@@ -101,7 +101,7 @@ def _named(patterns: Sequence[str], pipeline: DiffusionPipeline) -> Sequence[str
     return [name for name, its in presets.items() if set(its) == set(patterns)] or patterns
 
 
-def attach(pipeline: DiffusionPipeline, networks: lora.Networks, choices: Choices) -> None:
+def attach(pipeline: DiffusionPipeline, networks: lora.Networks, choices: ResolvedSettings) -> None:
     """Adapts what is trained and freezes the rest of it.
 
     Raises:

@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth.optimization.trainable import outlines
 from mflux_vae_train.dreambooth.pipeline_features import outline_of
 from mflux_vae_train.dreambooth.planning.adapter import targets_of
 from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
-from mflux_vae_train.dreambooth.planning.resolve import Choices
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.pipelines.capabilities import Estimates
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
@@ -75,7 +75,7 @@ class Estimate:
 
 
 def estimated(
-    pipeline: DiffusionPipeline, choices: Choices, *, shape: Shape, prompts: int, class_pictures: int
+    pipeline: DiffusionPipeline, choices: ResolvedSettings, *, shape: Shape, prompts: int, class_pictures: int
 ) -> Estimate | None:
     """What a run will take; None where the pipeline does not know.
 

@@ -15,7 +15,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
 from mflux_vae.utils.prefetch import ahead
 from mflux_vae_train import lora
-from mflux_vae_train.distributed.process_group import ALONE, IDLE, Team
+from mflux_vae_train.distributed.process_group import IDLE, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.class_images import ClassFolder, class_folders, class_images
@@ -24,11 +24,11 @@ from mflux_vae_train.dreambooth.export import check_result
 from mflux_vae_train.dreambooth.optimization.trainable import outlines
 from mflux_vae_train.dreambooth.planning import adapter
 from mflux_vae_train.dreambooth.planning.memory_estimate import Estimate, estimated, with_batch_size
-from mflux_vae_train.dreambooth.planning.resolve import Choices, choose, choose_resolution
-from mflux_vae_train.dreambooth.run_folder import RunFolder, Standing, identity_of, standing
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, choose, choose_resolution
+from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, identity_of, standing
 from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.monitoring import trackers
-from mflux_vae_train.pipelines.capabilities import Identifies, Predicts, Use
+from mflux_vae_train.pipelines.capabilities import Identifies, SupportsPrediction, Use
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -46,11 +46,11 @@ class Preparation:
         estimate: what it will take; None where the pipeline does not know.
     """
 
-    choices: Choices
+    choices: ResolvedSettings
     pictures: Pictures
     class_folders: Sequence[ClassFolder]
     identity: Mapping[str, Any]
-    standing: Standing
+    standing: RunStatus
     lines: Sequence[str]
     estimate: Estimate | None
 
@@ -74,14 +74,14 @@ def prepare(
     settings: DreamBoothSettings,
     folder: RunFolder,
     tell: Callable[[Sequence[str]], None] = lambda _: None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> Preparation:
     """Looks at everything and changes nothing.
 
     Args:
         tell: is given what the run is estimated to take, before weights are looked at; of a dry run, which does not
             look at them, `lines` say it.
-        team: the processes that train together. The output folder, and that of class pictures, is the first one's.
+        processes: the processes that train together. The output folder, and that of class pictures, is the first one's.
 
     Raises:
         ImageError: no instance pictures, or a picture that cannot be read.
@@ -100,7 +100,7 @@ def prepare(
     choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     check_result(pipeline, settings, pipeline_features.outline_of(pipeline))
     trained = _trained(pipeline, choices)
-    classes = class_folders(choices.concepts, wanted=settings.num_class_images, team=team)
+    classes = class_folders(choices.concepts, wanted=settings.num_class_images, processes=processes)
     prompts = len({one.caption for one in pictures.instances}) + len(choices.validation_prompt) + len(classes) + 1
     missing = sum(len(one.missing) for one in classes)
     estimate = estimated(pipeline, choices, shape=largest, prompts=prompts, class_pictures=missing)
@@ -118,14 +118,14 @@ def prepare(
         identity["encoders"] = [pipeline.encoder_identity(use) for use in uses]
     if settings.lora_weights is not None:
         identity["adapter to start from"] = content_of(Path(settings.lora_weights))
-    team.same(identity)
+    processes.assert_equal(identity)
 
     def looked_up() -> tuple[bool, str | None]:
         found = standing(folder, identity, settings.resume_from_checkpoint, allow_changes=settings.allow_changes)
         return found.complete, None if found.checkpoint is None else str(found.checkpoint)
 
-    complete, checkpoint = team.from_first(looked_up)
-    state = Standing(complete=complete, checkpoint=None if checkpoint is None else Path(checkpoint))
+    complete, checkpoint = processes.broadcast(looked_up)
+    state = RunStatus(complete=complete, checkpoint=None if checkpoint is None else Path(checkpoint))
 
     plan, epochs = choices.plan, choices.plan.samples / in_an_epoch
     lines = [f"pipeline {pipeline.name}, {resolution}x{resolution} pixels", *pictures.described(settings.subjects)]
@@ -143,8 +143,8 @@ def prepare(
         lines.append(f"no checkpoint in {folder.root} yet: the run begins")
     if estimate is not None and settings.dry_run:
         lines += estimate.lines
-    if plan.accumulation < team.size:
-        lines.append(IDLE % (team.size, plan.accumulation, team.size))
+    if plan.accumulation < processes.size:
+        lines.append(IDLE % (processes.size, plan.accumulation, processes.size))
     return Preparation(
         choices=choices,
         pictures=pictures,
@@ -166,11 +166,11 @@ def _check_that_it_can(pipeline: DiffusionPipeline, settings: DreamBoothSettings
         "--weighting_scheme": settings.weighting_scheme is not None,
         "--prior_preservation dop": settings.prior_preservation == "dop",
     }
-    if (asked := [name for name, given in needing.items() if given]) and not isinstance(pipeline, Predicts):
+    if (asked := [name for name, given in needing.items() if given]) and not isinstance(pipeline, SupportsPrediction):
         raise SettingsError(f"{', '.join(asked)}: pipeline {pipeline.name} does not show its predictions (`predict`)")
 
 
-def _trained(pipeline: DiffusionPipeline, choices: Choices) -> str:
+def _trained(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> str:
     """What will be trained, in words."""
     denoiser = pipeline_features.outline_of(pipeline)
     if any(map(lora.layers, outlines(pipeline, choices.settings).values())):

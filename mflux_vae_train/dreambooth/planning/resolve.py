@@ -18,7 +18,7 @@ PREVIEWS_IN_A_RUN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class ResolvedSettings:
     """A run without an open question.
 
     Attributes:
@@ -67,7 +67,7 @@ def choose_resolution(settings: DreamBoothSettings, recommended: Recommended) ->
     return resolution
 
 
-def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: int) -> Choices:
+def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: int) -> ResolvedSettings:
     """Decides what is open.
 
     Args:
@@ -120,7 +120,7 @@ def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: 
     )
     del decided["class_data_dir"], decided["text_encoder_lr"]
     sampling = _sampling(settings, scheme=decided.pop("weighting_scheme"), recommended=recommended)
-    return Choices(
+    return ResolvedSettings(
         **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
         settings=final,
         plan=plan,

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
@@ -21,12 +21,12 @@ from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resources
 
 
 class Watching:
-    """Opened before the first update and closed after the last.
+    """Located before the first update and closed after the last.
 
     Args:
         prompts: conditioning of each validation prompt, one row.
         start: updates made before.
-        team: of several processes all draw previews, and the first one writes.
+        processes: of several processes all draw previews, and the first one writes.
 
     Attributes:
         observers: for `loop.fit`.
@@ -41,10 +41,10 @@ class Watching:
         folder: RunFolder,
         *,
         start: int,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:
         self._pipeline, self._prompts, self._run, self._folder, self._start = pipeline, prompts, run, folder, start
-        self._team = team
+        self._processes = processes
         self._stack, self._report = ExitStack(), Report(pipeline.name, run, folder)
         self._updates, self._of = start, run.choices.plan.updates
         self.pace = Pace(run.choices.plan.updates)
@@ -63,7 +63,7 @@ class Watching:
         settings, enter = run.choices.settings, self._stack.enter_context
         logging_dir = Path(settings.logging_dir) if settings.logging_dir else folder.root / "logs"
         shown = dataclasses.asdict(settings)
-        first = self._team.first
+        first = self._processes.is_main
         # before anything is told: what a part of the run left that is made again does not count
         files = [enter(MetricsLog(folder.metrics, resumed_at=start, also=resources))] if first else []
         trackers = [
@@ -78,7 +78,7 @@ class Watching:
             instance=run.pictures.paths,
             samples=folder.samples,
             trackers=trackers,
-            team=self._team,
+            processes=self._processes,
         )
         began = time.monotonic()
         if start == 0:
@@ -110,11 +110,11 @@ class Watching:
         self._tell("finished", updates=self._of, said=said)
 
     def _tell(self, state: str, *, updates: int, said: str = "") -> None:
-        if self._team.first:
+        if self._processes.is_main:
             self._report.write(state, updates=updates, said=said)
 
     def _left(self, update: int) -> str:
-        return f"after update {update} of {self._of}, {self.pace.told(update)}"
+        return f"after update {update} of {self._of}, {self.pace.eta_text(update)}"
 
     def _count(self, record: Record) -> None:
         self._updates = record.update

@@ -12,12 +12,12 @@ import numpy as np
 
 from mflux_vae.errors import RunError
 from mflux_vae.images import grid, load_image, save_image
-from mflux_vae_train.distributed.process_group import ALONE, Team
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.dreambooth.data.class_images import sampled
 from mflux_vae_train.dreambooth.data.encoding import pictures_at_once
 from mflux_vae_train.dreambooth.pipeline_features import release
-from mflux_vae_train.dreambooth.planning.resolve import Choices
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.monitoring.trackers import Tracker
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
@@ -37,21 +37,21 @@ class Previews:
         instance: files of the instance pictures, for the overview.
         samples: folder to write to.
         trackers: what else is shown the pictures.
-        team: the processes that share out the pictures; the first one writes.
+        processes: the processes that share out the pictures; the first one writes.
     """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         conditioning: Sequence[Conditioning],
-        choices: Choices,
+        choices: ResolvedSettings,
         *,
         instance: Sequence[Path],
         samples: Path,
         trackers: Sequence[Tracker] = (),
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE,
     ) -> None:
-        self._pipeline, self._conditioning, self._choices, self._team = pipeline, conditioning, choices, team
+        self._pipeline, self._conditioning, self._choices, self._processes = pipeline, conditioning, choices, processes
         self._samples, self._trackers = samples, trackers
         few = instance[: preview_grid.shown(choices.settings.num_validation_images)]  # kept: files may go during a run
         self._instance = [load_image(path, resolution=choices.resolution) for path in few]
@@ -62,7 +62,7 @@ class Previews:
             return
         try:
             rows = [self._pictures(conditioning, count) for conditioning in self._conditioning]
-            if self._team.first:
+            if self._processes.is_main:
                 self._show(updates, rows)
         except ProcessLost:
             raise
@@ -82,8 +82,8 @@ class Previews:
                 tracker.picture("preview", updates, grid(row, count), prompt)
 
     def _pictures(self, conditioning: Conditioning, count: int) -> list[np.ndarray]:
-        choices, team = self._choices, self._team
-        size = min(pictures_at_once(choices.resolution), -(-count // team.size))
+        choices, processes = self._choices, self._processes
+        size = min(pictures_at_once(choices.resolution), -(-count // processes.size))
         failed: list[Exception] = []
 
         def drawn(members: range) -> list[mx.array]:
@@ -96,8 +96,8 @@ class Previews:
                 return []
 
         groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        pictures = [np.array(picture) for _, some in team.rounds(groups, drawn) for picture in some]
-        whys = team.gather([f"{type(error).__name__}: {error}" for error in failed])
+        pictures = [np.array(picture) for _, some in processes.map_in_rounds(groups, drawn) for picture in some]
+        whys = processes.gather([f"{type(error).__name__}: {error}" for error in failed])
         if failed:
             raise failed[0]
         if any(whys):

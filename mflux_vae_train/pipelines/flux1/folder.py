@@ -31,7 +31,7 @@ from mflux_vae_train.pipelines.flux1.configs import Configs, published
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.lazy import Part
+from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
 from mflux_vae_train.pipelines.text import clip, t5
 
@@ -108,9 +108,9 @@ def parts(
         "vae": weights.autoencoder,
     }
 
-    def part(name: str, load: Callable[..., Any]) -> Part[Any]:
+    def part(name: str, load: Callable[..., Any]) -> Lazy[Any]:
         config = getattr(configs, name)
-        return Part(lambda: load(folder(), config, dtype, variant), config=config)
+        return Lazy(lambda: load(folder(), config, dtype, variant), config=config)
 
     return {
         **{name: part(name, load) for name, load in loaders.items()},

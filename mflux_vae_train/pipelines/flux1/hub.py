@@ -16,7 +16,7 @@ from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, REPOSITORIES, published
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.weights import TEXT_STEM, saved_by_mflux, single_file
-from mflux_vae_train.pipelines.lazy import Part
+from mflux_vae_train.pipelines.lazy import Lazy
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def open_file(file: Path) -> FluxPipeline:
         REPOSITORIES["dev" if config.guidance_embeds else "schnell"], None, None, parts=_STEMS.keys() - {"transformer"}
     )
     parts = layout.parts(replace(known, transformer=config), snapshot, dtype=None, variant=None)
-    parts["transformer"] = Part(lambda: weights.transformer(file, config), config=config)
+    parts["transformer"] = Lazy(lambda: weights.transformer(file, config), config=config)
     logger.info("%s: all but the transformer is that of %s", file, snapshot.repository)
     return FluxPipeline(**parts, name=file.stem, snapshot=snapshot)
 

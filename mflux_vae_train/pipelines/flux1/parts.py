@@ -16,7 +16,7 @@ from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import of_weights
 from mflux_vae_train.pipelines.capabilities import Use
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.lazy import Part
+from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.quantization import quantize
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
@@ -47,19 +47,19 @@ class FluxParts:
     def __init__(
         self,
         *,
-        transformer: FluxTransformer | Part[FluxTransformer],
-        vae: VAE | Part[VAE],
-        text_encoder: CLIPTextModel | Part[CLIPTextModel],
-        text_encoder_2: T5Encoder | Part[T5Encoder],
+        transformer: FluxTransformer | Lazy[FluxTransformer],
+        vae: VAE | Lazy[VAE],
+        text_encoder: CLIPTextModel | Lazy[CLIPTextModel],
+        text_encoder_2: T5Encoder | Lazy[T5Encoder],
         tokenizer_folder: Folder,
         tokenizer_2_folder: Folder,
     ) -> None:
-        self._transformer = Part.of(transformer)
+        self._transformer = Lazy.of(transformer)
         # its configuration as a folder has it, wherever it comes from
-        self._vae = vae if isinstance(vae, Part) else Part(loaded=vae, config=vae.config.to_dict())
-        self._text_encoder, self._text_encoder_2 = Part.of(text_encoder), Part.of(text_encoder_2)
+        self._vae = vae if isinstance(vae, Lazy) else Lazy(loaded=vae, config=vae.config.to_dict())
+        self._text_encoder, self._text_encoder_2 = Lazy.of(text_encoder), Lazy.of(text_encoder_2)
         self._folders = tokenizer_folder, tokenizer_2_folder
-        self._tokenizer, self._tokenizer_2 = (Part(partial(_open_tokenizer, folder)) for folder in self._folders)
+        self._tokenizer, self._tokenizer_2 = (Lazy(partial(_open_tokenizer, folder)) for folder in self._folders)
         for tokenizer, folder in zip((self._tokenizer, self._tokenizer_2), self._folders, strict=True):
             if not callable(folder):
                 tokenizer.get()
@@ -136,7 +136,7 @@ class FluxParts:
                 part.release()
         mx.clear_cache()
 
-    def _serving(self, use: Use) -> tuple[Part, ...]:
+    def _serving(self, use: Use) -> tuple[Lazy, ...]:
         return (self._vae,) if use == "images" else (self._text_encoder, self._text_encoder_2)
 
     def encoder_identity(self, use: Use) -> str:

@@ -79,7 +79,7 @@ class FluxPrompts(FluxParts):
 
     # CLIP as something that learns, see `capabilities.TrainsTextEncoder`
 
-    def read_prompts_late(self, on: bool) -> None:
+    def encode_text_in_step(self, on: bool) -> None:
         """Let `encode_prompts` leave CLIP's part to whoever is given the conditioning."""
         self._late, self._empty = on, None
 

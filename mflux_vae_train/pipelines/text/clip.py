@@ -173,7 +173,7 @@ class CLIPTextTransformer(nn.Module):
         length = x.shape[1]
         future = mx.arange(length)[:, None] < mx.arange(length)[None, :]
         mask = mx.where(future, mx.array(mx.finfo(x.dtype).min, x.dtype), mx.array(0, x.dtype))
-        return kernels.by_samples(self._encoded, x, mask[None, None])
+        return kernels.map_batch(self._encoded, x, mask[None, None])
 
     def _encoded(self, x: mx.array, mask: mx.array) -> mx.array:
         return self.final_layer_norm(self.encoder(x, mask))

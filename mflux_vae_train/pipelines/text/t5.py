@@ -203,7 +203,7 @@ class T5Stack(nn.Module):
             seen = attention_mask.astype(mx.bool_)[:, None, None, :]
             bias = mx.where(seen, bias, mx.array(mx.finfo(bias.dtype).min, bias.dtype))
         # the residual stream outgrows float16 and loses too much in bfloat16: it stays in float32
-        return kernels.by_samples(self._encoded, x.astype(mx.float32), bias)
+        return kernels.map_batch(self._encoded, x.astype(mx.float32), bias)
 
     def _encoded(self, x: mx.array, bias: mx.array) -> mx.array:
         for block in self.block:

@@ -59,7 +59,7 @@ def test_parts_are_the_whole(cores: int, batch: int, length: int, own: bool) -> 
     w, (x, mask) = weights(), inputs(batch, length, batch if own else 1)
     with kernels.deferred():
         whole = block(w, x, mask)
-    ours = kernels.by_samples(lambda x, mask: block(w, x, mask), x, mask)
+    ours = kernels.map_batch(lambda x, mask: block(w, x, mask), x, mask)
     close(ours, whole, 3e-6)
 
 
@@ -67,7 +67,7 @@ def test_gradients_pass_through_arguments_and_what_the_function_uses_besides(cor
     w, (x, mask) = weights(), inputs(5, 9, 1)
 
     def loss(w: dict[str, mx.array], x: mx.array) -> mx.array:
-        return mx.square(kernels.by_samples(lambda x, mask: block(w, x, mask), x, mask)).sum()
+        return mx.square(kernels.map_batch(lambda x, mask: block(w, x, mask), x, mask)).sum()
 
     def whole(w: dict[str, mx.array], x: mx.array) -> mx.array:
         return mx.square(block(w, x, mask)).sum()
@@ -78,7 +78,7 @@ def test_gradients_pass_through_arguments_and_what_the_function_uses_besides(cor
             close(ours[name], theirs[name], 1e-5)
         if argument == 1:
             close(ours, theirs, 1e-5)
-    traced = mx.compile(lambda x: kernels.by_samples(lambda x: x @ w["down"], x))
+    traced = mx.compile(lambda x: kernels.map_batch(lambda x: x @ w["down"], x))
     close(traced(x), x @ w["down"], 1e-6)
 
 
@@ -87,6 +87,6 @@ def test_errors_of_the_function_are_the_callers(cores: int) -> None:
         raise ValueError(f"no {x.ndim} axes")
 
     with pytest.raises(ValueError, match="no 3 axes"):
-        kernels.by_samples(broken, mx.zeros((4, 3, 2)))
-    close(kernels.by_samples(mx.square, mx.ones((4, 3, 2))), mx.ones((4, 3, 2)), 0)
+        kernels.map_batch(broken, mx.zeros((4, 3, 2)))
+    close(kernels.map_batch(mx.square, mx.ones((4, 3, 2))), mx.ones((4, 3, 2)), 0)
     assert not parallel._local.within

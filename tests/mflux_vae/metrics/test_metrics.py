@@ -46,7 +46,7 @@ def test_each_picture_has_its_own_value_whatever_stands_beside_it(measure):
 
 
 def test_values_are_those_of_other_implementations():
-    """Recorded from scikit-image 0.26 (PSNR, SSIM; float64) and pytorch_msssim 1.0 (MS-SSIM)."""
+    """Variable from scikit-image 0.26 (PSNR, SSIM; float64) and pytorch_msssim 1.0 (MS-SSIM)."""
     assert metrics.psnr(*SMALL).tolist() == pytest.approx([25.700818, 20.526118], rel=1e-5)
     assert metrics.ssim(*SMALL).tolist() == pytest.approx([0.947215, 0.796802], rel=1e-5)
     assert metrics.ms_ssim(*LARGE).tolist() == pytest.approx([0.979386, 0.965778], rel=1e-5)

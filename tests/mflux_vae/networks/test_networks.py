@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, ImageError, PlainAutoencoder, PlainConfig, SettingsError
 from mflux_vae.networks import plain
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchified, unpatchified
-from mflux_vae.networks.layers import LinearAttention, average_pixels
+from mflux_vae.networks.layers import LinearAttention, avg_pool_2x
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.locate import family_of
@@ -370,7 +370,7 @@ def test_pooling_averages_every_four_pixels(size: tuple[int, int]) -> None:
     x = mx.random.normal((2, *size, 3), key=mx.random.key(0))
     whole = np.array(x)[:, :4, :6]
     expected = (whole[:, ::2, ::2] + whole[:, 1::2, ::2] + whole[:, ::2, 1::2] + whole[:, 1::2, 1::2]) / 4
-    np.testing.assert_allclose(average_pixels(x), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(avg_pool_2x(x), expected, rtol=0, atol=1e-6)
 
 
 def test_patches_there_and_back() -> None:

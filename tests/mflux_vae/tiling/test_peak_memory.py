@@ -244,7 +244,7 @@ def test_a_plan_is_made_only_where_memory_is_short(
         (Tiling("blend", 64), Tiling("blend", 64)),
     ],
 )
-def test_what_is_asked_for_is_done(asked: tiling_plan.Asked, plan: Tiling | None) -> None:
+def test_what_is_asked_for_is_done(asked: tiling_plan.TilingOption, plan: Tiling | None) -> None:
     assert tiling_plan.plan(small_kl(), "encode", 1, 8, 8, asked) == plan
 
 

@@ -19,7 +19,7 @@ from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.tiling import tiles
-from mflux_vae.tiling.strips import Convolution, Held, Job
+from mflux_vae.tiling.strips import Buffered, Convolution, StripRun
 from mflux_vae.tiling.tiles import Tiling
 from tests.mflux_vae.small_models import drawn, small_kl, small_plain
 
@@ -103,12 +103,12 @@ def test_gradients_pass_through_strips() -> None:
 
 
 def test_strips_are_let_go_and_convolutions_without_need_are_not_repeated() -> None:
-    computed: dict[Held, int] = {}
+    computed: dict[Buffered, int] = {}
 
-    class Watched(Job):
+    class Watched(StripRun):
         most = 0
 
-        def compute(self, held: Held, start: int, stop: int) -> mx.array:
+        def compute(self, held: Buffered, start: int, stop: int) -> mx.array:
             computed[held] = computed.get(held, 0) + stop - start
             self.most = max(self.most, self.held)
             return super().compute(held, start, stop)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mflux_vae_train.checkpointing import checkpoint
-from mflux_vae_train.distributed.process_group import ALONE
+from mflux_vae_train.distributed.process_group import SINGLE
 from mflux_vae_train.training.hooks import read_metrics
 from tests.mflux_vae_train.distributed.launch import launch, ring
 from tests.mflux_vae_train.distributed.worker import TOTAL, WINDOWS, Run
@@ -48,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str,
     """State and metrics of one process, by the kind of window."""
     left = {}
     for name, windows in WINDOWS.items():
-        run = Run(ALONE, tmp_path_factory.mktemp(name), windows)
+        run = Run(SINGLE, tmp_path_factory.mktemp(name), windows)
         run.train()
         left[name] = (run.arrays(), read_metrics(run.folder / "metrics.jsonl"))
     return left
@@ -113,7 +113,7 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_p
     processes(2, "interrupted", tmp_path)
     assert notes(tmp_path) == {rank: {"exit code": 143, "update": 4} for rank in range(2)}
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-4"
-    run = Run(ALONE, tmp_path, WINDOWS["ragged"])
+    run = Run(SINGLE, tmp_path, WINDOWS["ragged"])
     run.train()
     same(run.arrays(), alone["ragged"][0])
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -159,5 +159,12 @@ def test_who_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> None:
 
 
 def test_one_process_of_the_launcher_is_alone() -> None:
-    told = launch(1, [sys.executable, "-c", "from mflux_vae_train import distributed as d; print(d.team() is d.ALONE)"])
+    told = launch(
+        1,
+        [
+            sys.executable,
+            "-c",
+            "from mflux_vae_train.distributed.process_group import SINGLE, join; print(join() is SINGLE)",
+        ],
+    )
     assert "True" in told.stdout

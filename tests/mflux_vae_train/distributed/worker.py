@@ -25,7 +25,7 @@ from mflux_vae.networks.layers import BatchNorm, batch_statistics, fold_statisti
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.distributed import heartbeat, interrupts, process_group, watchdog
 from mflux_vae_train.distributed.interrupts import Interrupted
-from mflux_vae_train.distributed.process_group import Team
+from mflux_vae_train.distributed.process_group import ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.training.ema import EMA
@@ -70,13 +70,17 @@ class Run:
         broken: update in which the last micro-batch's loss is no number.
     """
 
-    def __init__(self, team: Team, folder: Path, windows: list[list[int]], *, broken: int | None = None) -> None:
-        self.team, self.folder, self.windows, self.broken = team, folder, windows, broken
+    def __init__(
+        self, processes: ProcessGroup, folder: Path, windows: list[list[int]], *, broken: int | None = None
+    ) -> None:
+        self.processes, self.folder, self.windows, self.broken = processes, folder, windows, broken
         self.net = Normed()
         self.net.train()
         optimizer = AdamW()
         self.ema = EMA(self.net.trainable_parameters(), decay=0.5)
-        self.step = Step(self.net, optimizer, normed_loss, ema=self.ema, buffers=True, max_grad_norm=0.5, team=team)
+        self.step = Step(
+            self.net, optimizer, normed_loss, ema=self.ema, buffers=True, max_grad_norm=0.5, processes=processes
+        )
         self.objects = {
             "parameters": state.parameters(self.net),
             "buffers": state.buffers(self.net),
@@ -88,20 +92,20 @@ class Run:
         micro = [batch(samples, update) for samples in self.windows]
         if update == self.broken:
             micro[-1] = MicroBatch(arrays={**micro[-1].arrays, "y": micro[-1].arrays["y"] * float("nan")}, weight=1)
-        return list(self.team.share(micro))
+        return list(self.processes.shard(micro))
 
     def save(self, updates: int) -> None:
-        if self.team.first:
+        if self.processes.is_main:
             checkpoint.save(self.folder, updates, self.objects)
 
     def train(self, *, hooks: list[Hook] | None = None) -> None:
         """From the first process's newest checkpoint, if it has one."""
-        found = self.team.from_first(lambda: str(checkpoint.latest(self.folder) or ""))
-        start = self.team.from_first(lambda: checkpoint.load(found, self.objects) if found else 0)
-        self.team.copy_from_first(self.objects)
+        found = self.processes.broadcast(lambda: str(checkpoint.latest(self.folder) or ""))
+        start = self.processes.broadcast(lambda: checkpoint.load(found, self.objects) if found else 0)
+        self.processes.broadcast_state(self.objects)
         with ExitStack() as stack:
             observers: list[Hook] = []
-            if self.team.first:
+            if self.processes.is_main:
                 observers.append(stack.enter_context(MetricsLog(self.folder / "metrics.jsonl", resumed_at=start)))
             fit(
                 step=self.step,
@@ -112,7 +116,7 @@ class Run:
                 observers=observers,
                 hooks=hooks or [],
                 checkpoint=self.save,
-                team=self.team,
+                processes=self.processes,
             )
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -124,104 +128,106 @@ def at(update: int, do: Any) -> Hook:
     return lambda record: do() if record.update == update else None
 
 
-def note(team: Team, folder: Path, content: Any) -> None:
-    (folder / f"{team.rank}.json").write_text(json.dumps(content))
+def note(processes: ProcessGroup, folder: Path, content: Any) -> None:
+    (folder / f"{processes.rank}.json").write_text(json.dumps(content))
 
 
-def train(team: Team, folder: Path, *names: str) -> None:
+def train(processes: ProcessGroup, folder: Path, *names: str) -> None:
     """Some kinds of window; each process leaves its state."""
     process_group.BUCKET = 256  # several messages
     for name in names:
         (folder / name).mkdir(exist_ok=True)
-        run = Run(team, folder / name, WINDOWS[name])
+        run = Run(processes, folder / name, WINDOWS[name])
         run.train()
-        np.savez(folder / name / f"{team.rank}.npz", **run.arrays())  # type: ignore[arg-type]
+        np.savez(folder / name / f"{processes.rank}.npz", **run.arrays())  # type: ignore[arg-type]
 
 
-def exchange(team: Team, folder: Path) -> None:
+def exchange(processes: ProcessGroup, folder: Path) -> None:
     """Everything that a team can exchange."""
-    own = [mx.full((team.rank, 2), 7, mx.bfloat16), mx.arange(team.rank, dtype=mx.uint8)]
-    tree = {"x": mx.array([-0.0, 1.5]) if team.first else mx.zeros(2), "n": 3 if team.first else 0}
+    own = [mx.full((processes.rank, 2), 7, mx.bfloat16), mx.arange(processes.rank, dtype=mx.uint8)]
+    tree = {"x": mx.array([-0.0, 1.5]) if processes.is_main else mx.zeros(2), "n": 3 if processes.is_main else 0}
     made: list[str] = []
 
     def make(item: str) -> list[mx.array]:
         made.append(item)
-        return [mx.array([ord(item), team.rank])]
+        return [mx.array([ord(item), processes.rank])]
 
-    team.copy_from_first({"tree": state.tree_of(tree)})
-    total = [mx.array(1.0 + team.rank), mx.ones((2, 3), mx.int32)]
-    sent = team.sent
-    team.sum(total)
-    sent = team.sent - sent
+    processes.broadcast_state({"tree": state.tree_of(tree)})
+    total = [mx.array(1.0 + processes.rank), mx.ones((2, 3), mx.int32)]
+    sent = processes.sent
+    processes.sum(total)
+    sent = processes.sent - sent
     try:
-        team.same({"data": "a", "seed": int(team.rank == team.size - 1)})
+        processes.assert_equal({"data": "a", "seed": int(processes.rank == processes.size - 1)})
         differs = ""
     except SettingsError as error:
         differs = str(error)
     content = {
-        "gathered": team.gather({"rank": team.rank, "text": "x" * 3000 * team.rank}),
-        "arrays": [[array.tolist() for array in arrays] for arrays in team.gather_arrays(own)],
+        "gathered": processes.gather({"rank": processes.rank, "text": "x" * 3000 * processes.rank}),
+        "arrays": [[array.tolist() for array in arrays] for arrays in processes.gather_arrays(own)],
         "given": [
             [name, array.tolist()]
-            for name, array in team.give(lambda: {"b": mx.array([1, 2]), "a": mx.array(True)}).items()
+            for name, array in processes.broadcast_arrays(lambda: {"b": mx.array([1, 2]), "a": mx.array(True)}).items()
         ],
-        "rounds": [[item, arrays[0].tolist()] for item, arrays in team.rounds("abcde", make)],
+        "rounds": [[item, arrays[0].tolist()] for item, arrays in processes.map_in_rounds("abcde", make)],
         "made": made,
-        "from first": team.from_first(lambda: ["said", 1]),
+        "from first": processes.broadcast(lambda: ["said", 1]),
         "copied": [np.array(tree["x"]).view(np.uint32).tolist(), tree["n"]],
         "sum": [each.tolist() for each in total],
         "sent": sent,
         "differs": differs,
     }
-    note(team, folder, content)
+    note(processes, folder, content)
 
 
-def together(team: Team, folder: Path) -> None:
+def together(processes: ProcessGroup, folder: Path) -> None:
     """What can be tried in the same processes, one after the other."""
-    train(team, folder, *WINDOWS)
-    exchange(team, folder)
+    train(processes, folder, *WINDOWS)
+    exchange(processes, folder)
     (folder / "broken").mkdir(exist_ok=True)
-    broken(team, folder / "broken")
+    broken(processes, folder / "broken")
 
 
-def interrupted(team: Team, folder: Path) -> None:
+def interrupted(processes: ProcessGroup, folder: Path) -> None:
     """The last process gets a signal after three updates."""
 
     def signalled() -> None:
-        if team.rank == team.size - 1:
+        if processes.rank == processes.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        Run(team, folder, WINDOWS["ragged"]).train(hooks=[at(3, signalled)])
+        Run(processes, folder, WINDOWS["ragged"]).train(hooks=[at(3, signalled)])
     except Interrupted as stop:
-        note(team, folder, {"exit code": stop.exit_code, "update": stop.update})
+        note(processes, folder, {"exit code": stop.exit_code, "update": stop.update})
 
 
-def left(team: Team, folder: Path, rank: str) -> None:
+def left(processes: ProcessGroup, folder: Path, rank: str) -> None:
     """One process gets a signal while all are at work that would take minutes, and they leave it together."""
     work: list[float] = []
 
     def long(record: Record) -> None:
         began = time.monotonic()
-        if team.rank == int(rank):
+        if processes.rank == int(rank):
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         try:
-            interrupts.breakable(team, lambda: time.sleep(300))
+            interrupts.interruptible(processes, lambda: time.sleep(300))
         finally:
             work.append(time.monotonic() - began)
 
     try:
-        Run(team, folder, WINDOWS["even"]).train(hooks=[lambda record: long(record) if record.update == 2 else None])
+        Run(processes, folder, WINDOWS["even"]).train(
+            hooks=[lambda record: long(record) if record.update == 2 else None]
+        )
     except Interrupted as stop:
-        note(team, folder, {"exit code": stop.exit_code, "update": stop.update, "seconds": work[0]})
+        note(processes, folder, {"exit code": stop.exit_code, "update": stop.update, "seconds": work[0]})
 
 
-def broken(team: Team, folder: Path) -> None:
+def broken(processes: ProcessGroup, folder: Path) -> None:
     """A loss that is no number, in the micro-batch of one process."""
     try:
-        Run(team, folder, WINDOWS["even"], broken=2).train()
+        Run(processes, folder, WINDOWS["even"], broken=2).train()
     except TrainingError as error:
-        note(team, folder, str(error))
+        note(processes, folder, str(error))
 
 
 def impatient() -> None:
@@ -229,7 +235,7 @@ def impatient() -> None:
     heartbeat._TICK, heartbeat.BEAT, heartbeat.SILENCE, watchdog._GRACE = 0.1, 0.3, 3.0, 0.5
 
 
-def paused(team: Team, folder: Path) -> None:
+def paused(processes: ProcessGroup, folder: Path) -> None:
     """All processes are stopped for longer than one of them may be silent, as by Ctrl-Z, and go on."""
     impatient()
 
@@ -237,34 +243,34 @@ def paused(team: Team, folder: Path) -> None:
         subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    run = Run(team, folder, WINDOWS["even"])
+    run = Run(processes, folder, WINDOWS["even"])
     run.train(hooks=[at(2, pause)])
-    note(team, folder, len(run.arrays()))
+    note(processes, folder, len(run.arrays()))
 
 
-def lost(team: Team, folder: Path, how: str, asleep: str = "") -> None:
+def lost(processes: ProcessGroup, folder: Path, how: str, asleep: str = "") -> None:
     """The last process is gone in one of several ways, after two updates; the others say when they noticed."""
     impatient()
     began = time.monotonic()
 
     def go() -> None:
-        if team.rank == team.size - 1:
+        if processes.rank == processes.size - 1:
             if how == "raise":
                 raise ValueError("no such picture")
             if how == "engine":  # the others are in the engine's hands, and wait for this one
-                team._vigil._lifeline.meet()  # type: ignore[union-attr]
+                processes._watchdog._lifeline.meet()  # type: ignore[union-attr]
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
     if asleep:
-        team._vigil._sockets = []  # as of an engine that nothing wakes, over RDMA
+        processes._watchdog._sockets = []  # as of an engine that nothing wakes, over RDMA
     try:
-        Run(team, folder, WINDOWS["even"]).train(hooks=[at(2, go)])
+        Run(processes, folder, WINDOWS["even"]).train(hooks=[at(2, go)])
     except ProcessLost as error:
-        note(team, folder, {"why": str(error), "seconds": time.monotonic() - began})
+        note(processes, folder, {"why": str(error), "seconds": time.monotonic() - began})
         raise
 
 
 if __name__ == "__main__":
     task, place, *rest = sys.argv[1:]
-    with process_group.team() as everyone:
+    with process_group.join() as everyone:
         globals()[task](everyone, Path(place), *rest)

@@ -59,7 +59,7 @@ def test_what_the_entry_point_offers_is_pinned():
         "InputError",
         "Interrupted",
         "MfluxVaeError",
-        "Outcome",
+        "TrainingResult",
         "PluginError",
         "Recommended",
         "RunError",

@@ -6,12 +6,12 @@ import logging
 
 import pytest
 
-from mflux_vae_train.monitoring.console import spoken
+from mflux_vae_train.monitoring.console import logging_to_console
 
 
 def test_lines_and_warnings_and_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     component, training = logging.getLogger("mflux_vae"), logging.getLogger("mflux_vae_train.monitoring.progress")
-    with spoken(("mflux_vae", "mflux_vae_train")):
+    with logging_to_console(("mflux_vae", "mflux_vae_train")):
         for path in ("vae", "vae", "other"):
             component.info("%s opened", path)
         for _ in range(2):

@@ -207,11 +207,11 @@ def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: 
 def test_the_time_when_a_run_is_ready_is_told() -> None:
     pace = Pace(1000)
     pace(Record(update=1, total=1000, metrics={}, seconds=6.0))
-    assert pace.told(990) == "60 s left"
-    assert re.fullmatch(r"50 min left, ready at \d\d:\d\d", pace.told(500))
+    assert pace.eta_text(990) == "60 s left"
+    assert re.fullmatch(r"50 min left, ready at \d\d:\d\d", pace.eta_text(500))
     pace = Pace(100_000)
     pace(Record(update=1, total=100_000, metrics={}, seconds=6.0))
-    assert re.fullmatch(r"6 d 22 h left, ready at \d\d:\d\d on \d{4}-\d\d-\d\d", pace.told(1))
+    assert re.fullmatch(r"6 d 22 h left, ready at \d\d:\d\d on \d{4}-\d\d-\d\d", pace.eta_text(1))
 
 
 def test_times_are_to_the_minute() -> None:

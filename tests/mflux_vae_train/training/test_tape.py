@@ -19,10 +19,10 @@ from mflux_vae.networks.layers import (
     GroupNorm,
     ResnetBlock,
     Upsample,
-    average_pixels,
+    avg_pool_2x,
     norm_silu_conv,
 )
-from mflux_vae_train.training.tape import Recorded, Tape, value_of
+from mflux_vae_train.training.tape import Tape, Variable, value_of
 
 
 class Network(nn.Module):
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
     def __call__(self, x: Any) -> Any:
         x = self.attention(self.block(self.first(x * 0.5 + 0.5)))
-        x = kernels.leaky_relu(self.batch(self.up(self.down(x))), 0.2) - average_pixels(kernels.repeat_pixels(x))
+        x = kernels.leaky_relu(self.batch(self.up(self.down(x))), 0.2) - avg_pool_2x(kernels.upsample_nearest_2x(x))
         x = norm_silu_conv(self.norm, self.last, x)
         x = self.first(x)[..., :3] * 2 + kernels.tanh(x) / 3
         return _heads(x, self.heads)
@@ -105,7 +105,7 @@ def test_what_is_frozen_needs_nothing(x: mx.array) -> None:
     network.last.unfreeze()
     tape = Tape(network.trainable_parameters())
     inner = network.block(network.first(tape.start(x)))
-    assert isinstance(inner, Recorded) and inner.place is None
+    assert isinstance(inner, Variable) and inner.place is None
     agree(taped(network, x), traced(network, x))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mflux_vae_train.dreambooth.data import batches as micro_batching
-from mflux_vae_train.dreambooth.data.batches import Cache, Plan, Sample
+from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Plan, Sample
 from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EMPTY, PROMPT, plain_cache
 
 
@@ -131,7 +131,7 @@ def mixed():
         for shape in ((2, 4, 1), (4, 2, 1))
     }
     prompts = {"embedding": mx.arange(5).reshape(5, 1)}
-    return Cache(samples=samples, latents=latents, masks=masks, prior=prior, prompts=prompts, empty=4)
+    return EncodedDataset(samples=samples, latents=latents, masks=masks, prior=prior, prompts=prompts, empty=4)
 
 
 def by_key(batches):

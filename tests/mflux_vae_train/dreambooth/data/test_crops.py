@@ -8,7 +8,7 @@ import pytest
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, covered
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.data.crops import View, nearest, shapes, views
+from mflux_vae_train.dreambooth.data.crops import Crop, nearest, shapes, views
 
 
 def settings(**changes) -> DreamBoothSettings:
@@ -70,7 +70,7 @@ def test_places_run_from_one_end_to_the_other():
         np.testing.assert_array_equal(plain, picture[:, left : left + 30])
         np.testing.assert_array_equal(mirrored, plain[:, ::-1])
     assert len(views((30, 30), (10, 10), crops=3, mirror=False)) == 1, "nothing is cut off: one place"
-    assert views((30, 90), (30, 30), crops=1, mirror=False) == [[View(shape=(30, 30))]]
+    assert views((30, 90), (30, 30), crops=1, mirror=False) == [[Crop(shape=(30, 30))]]
 
 
 @pytest.mark.parametrize("size", [(7, 31), (31, 7), (16, 16), (100, 33)])

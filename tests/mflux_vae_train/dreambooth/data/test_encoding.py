@@ -10,14 +10,14 @@ from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data import encoding
-from mflux_vae_train.dreambooth.data.crops import View
+from mflux_vae_train.dreambooth.data.crops import Crop
 from mflux_vae_train.dreambooth.data.dataset import load_pictures
 from mflux_vae_train.dreambooth.data.encoding import Seen, build_cache, encode_pictures, encode_prompts, open_store
 from mflux_vae_train.dreambooth.data.encoding_cache import Store
 from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
 from tests.contracts.fake import FakePipeline
 
-LARGE = View(shape=(600, 600))
+LARGE = Crop(shape=(600, 600))
 
 
 def seen(folder, view=LARGE) -> list[Seen]:
@@ -49,7 +49,7 @@ def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
 
 
 def test_pictures_of_one_shape_are_encoded_together(instance_dir):
-    wide = View(shape=(300, 600))
+    wide = Crop(shape=(300, 600))
     pictures = [Seen(path, view) for path, _ in seen(instance_dir) for view in (LARGE, wide)]
     shapes = []
     latents = encode_pictures(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
@@ -98,9 +98,9 @@ def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
     store, encode = Store(tmp_path / "kept"), Counting()
     encode_pictures(encode, seen(instance_dir), store=store, encoder="a")
     view = {
-        "shape": View(shape=(300, 600)),
-        "place": View(shape=(600, 600), place=1.0),
-        "mirrored": View(shape=(600, 600), mirrored=True),
+        "shape": Crop(shape=(300, 600)),
+        "place": Crop(shape=(600, 600), place=1.0),
+        "mirrored": Crop(shape=(600, 600), mirrored=True),
     }.get(change, LARGE)
     if change == "content":
         for path, _ in seen(instance_dir):

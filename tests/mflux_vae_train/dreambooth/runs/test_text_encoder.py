@@ -72,7 +72,7 @@ def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
     early = pipeline.encode_prompts(PROMPTS)
     identity = pipeline.encoder_identity("prompts")
     expected = pipeline.loss(latents, early, key=keys, guidance=2.0), drawn(pipeline)
-    pipeline.read_prompts_late(True)
+    pipeline.encode_text_in_step(True)
     late = pipeline.encode_prompts(PROMPTS)
     assert set(late) == {"prompt_embeds", "clip_tokens"} and late["clip_tokens"].dtype == mx.int32
     assert pipeline.encoder_identity("prompts") != identity, "one kept on disk must not be taken for the other"
@@ -82,7 +82,7 @@ def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recompute) -> None:
-    pipeline.read_prompts_late(True)
+    pipeline.encode_text_in_step(True)
     pipeline.recompute_activations(recompute)
     networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
@@ -124,7 +124,7 @@ def test_a_compiled_step_is_the_same(tmp_path) -> None:
     losses = []
     for compiled in (False, True):
         pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True)
-        pipeline.read_prompts_late(True)
+        pipeline.encode_text_in_step(True)
         networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
         for network, targets in zip(
             networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()), strict=True

@@ -11,7 +11,7 @@ import pytest
 
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import flux1
-from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, Releases
+from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, SupportsRelease
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
@@ -139,4 +139,4 @@ def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.Mo
 
 def test_the_pipeline_offers_all_of_it() -> None:
     pipeline = flux1.load("dev")
-    assert all(isinstance(pipeline, kind) for kind in (Estimates, Quantizes, Recomputes, Releases))
+    assert all(isinstance(pipeline, kind) for kind in (Estimates, Quantizes, Recomputes, SupportsRelease))
