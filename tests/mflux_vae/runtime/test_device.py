@@ -43,7 +43,7 @@ BINDINGS = """
 import {first}
 import ctypes, json
 import mflux_vae, mlx.core as mx
-from mflux_vae.runtime import elf
+from mflux_vae.runtime import device, elf
 a = mx.arange(12.0).reshape(3, 4)
 product = (a @ a.T).tolist()
 blas = ctypes.CDLL(device.blas)
