@@ -160,7 +160,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
 SLOW = """
 import sys
 import mflux_vae
-from mflux_vae_train import trackers
+from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.pipelines import registry
 from tests.contracts.fake import FakePipeline
