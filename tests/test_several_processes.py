@@ -87,7 +87,8 @@ def test_dreambooth(one: Path, tmp_path: Path) -> None:
 def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path: Path) -> None:
     """The last of three, in the update after a checkpoint."""
     killed = (
-        "import os, signal, sys; from mflux_vae_train.training import step; from mflux_vae_train.dreambooth import cli\n"
+        "import os, signal, sys\nfrom mflux_vae_train.training import step\n"
+        "from mflux_vae_train.dreambooth import cli\n"
         "call = step.Step.__call__\n"
         "def killing(self, update, *rest):\n"
         "    if update == 2 and self.processes.rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mflux_vae.runtime import eval_each
+from mflux_vae.runtime.device import eval_each
 from mflux_vae.utils.modules import replace_layers
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
 from mflux_vae_train.lora.targets import dimensions, linears, matching

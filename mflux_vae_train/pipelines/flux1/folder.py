@@ -160,7 +160,7 @@ def write(pipeline: FluxPipeline, folder: Path, dtype: str) -> None:
     write_json(folder / "model_index.json", _INDEX)
 
 
-def _save(part: Part[Any], folder: Path, stem: str, dtype: mx.Dtype) -> None:
+def _save(part: Lazy[Any], folder: Path, stem: str, dtype: mx.Dtype) -> None:
     module = part.borrow()
     config, tensors = module.config.to_dict(), dict(tree_flatten(module.parameters()))
     del module  # what was loaded for this alone is freed tensor by tensor

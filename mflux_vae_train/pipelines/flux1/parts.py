@@ -100,7 +100,7 @@ class FluxParts:
         return _path(self._folders[1])
 
     @property
-    def networks(self) -> Mapping[str, Part]:
+    def networks(self) -> Mapping[str, Lazy]:
         """All but the autoencoder, by the name of their folder."""
         parts = self._transformer, self._text_encoder, self._text_encoder_2
         return dict(zip(("transformer", "text_encoder", "text_encoder_2"), parts, strict=True))

@@ -1,4 +1,4 @@
-"""Opened weights lie in MLX's memory order, so that they compute the same bits as the network that was saved."""
+"""Located weights lie in MLX's memory order, so that they compute the same bits as the network that was saved."""
 
 from __future__ import annotations
 
