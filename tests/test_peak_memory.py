@@ -10,16 +10,17 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mflux_vae.weights.files import convert_safetensors, read_safetensors
-from mflux_vae.weights.rules import load_strict
-from mflux_vae_train.pipelines.quantized import QuantizedLinear, quantize
-from mflux_vae_train.step import Step
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from mflux_vae import runtime
-from mflux_vae_train import checkpoint, lora, state
-from tests.peaks import peak_of
+from mflux_vae.runtime import device
+from mflux_vae.weights.formats.files import convert_safetensors, read_safetensors
+from mflux_vae.weights.keymaps.rules import load_strict
+from mflux_vae_train import lora
+from mflux_vae_train.checkpointing import checkpoint, state
+from mflux_vae_train.pipelines.quantization import QuantizedLinear, quantize
+from mflux_vae_train.training.step import Step
+from tests.helpers.peak_memory import peak_of
 
 WIDTH, LAYERS = 512, 12
 LAYER = 4 * WIDTH**2
@@ -48,7 +49,7 @@ def held(module: nn.Module) -> int:
 
 def computed() -> Stack:
     stack = Stack()
-    runtime.eval_each(stack.parameters())
+    device.eval_each(stack.parameters())
     return stack
 
 
