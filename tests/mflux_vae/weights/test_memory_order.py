@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mflux_vae.runtime.device.device import eval_each
+from mflux_vae.runtime.device import eval_each
 from mlx.utils import tree_flatten
 
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
