@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mflux_vae.runtime.device import eval_each
 from mlx.utils import tree_flatten
 
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained import loading
 from mflux_vae.pretrained.families import FAMILIES
+from mflux_vae.runtime.device import eval_each
 from tests.helpers.peak_memory import peak_of
 from tests.memory_order import views
 from tests.mflux_vae.naming_samples import NETWORKS, arrays
