@@ -29,7 +29,7 @@ class EMA:
         # (x + 0) makes a copy: the average must not follow the parameters' own arrays
         self.state: dict[str, Any] = {
             "updates": mx.array(0.0),
-            "average": tree_map(lambda x: x.astype(mx.float32) + 0.0, parameters),
+            "average": tree_map(lambda x: mx.contiguous(x.astype(mx.float32)) + 0.0, parameters),
         }
         mx.eval(self.state)
 

@@ -103,6 +103,8 @@ class Step:
         self.processes, self._passes = processes, passes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
+        # a host's may be transposed views: a checkpoint would bring them back in MLX's order, with other roundings
+        model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
         for single in getattr(optimizer, "optimizers", [optimizer]):
             single.consumes = True  # nobody asks for gradients after an update

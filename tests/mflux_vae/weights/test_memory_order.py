@@ -1,4 +1,4 @@
-"""Located weights lie in MLX's memory order, so that they compute the same bits as the network that was saved."""
+"""Opened weights lie in MLX's memory order, so that they compute the same bits as the network that was saved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained import loading
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.runtime.device import eval_each
+from tests.helpers.memory_order import views
 from tests.helpers.peak_memory import peak_of
-from tests.memory_order import views
 from tests.mflux_vae.naming_samples import NETWORKS, arrays
 from tests.mflux_vae.small_models import drawn, small_kl
 from tests.mflux_vae.weights.torch_writer import of_arrays, write_old, write_zip
