@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mflux_vae import VAE
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained import loading
 from mflux_vae.pretrained.families import FAMILIES
@@ -100,3 +101,18 @@ def test_reading_holds_one_array_twice(dtype: str, tmp_path: Path) -> None:
 
     peak = peak_of(read)
     assert sum(weights) <= peak < sum(weights) + 2.5 * max(weights)
+
+
+@pytest.mark.parametrize("name", ["kl", "linear attention", "flux2", "tiny", "plain"])
+def test_pixels_and_latents_in_another_order_compute_the_same_bits(name: str) -> None:
+    """Latents of `encode` are transposed views, those that were saved are not."""
+    vae = VAE(network=BUILDERS[name]())
+    image = mx.random.uniform(0, 255, (2, vae.config.in_channels, 40, 24), key=mx.random.key(0))
+    latents = vae.encode(image)
+    np.testing.assert_array_equal(vae.encode(channels_last(image)), latents)
+    np.testing.assert_array_equal(vae.decode(channels_last(latents)), vae.decode(mx.contiguous(latents)))
+
+
+def channels_last(x: mx.array) -> mx.array:
+    """The same (B, C, H, W), in memory (B, H, W, C)."""
+    return mx.contiguous(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)

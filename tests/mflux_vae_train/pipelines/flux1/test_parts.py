@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.pretrained import loading
 from mflux_vae.weights.keymaps.rules import from_mlx
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import registry
@@ -24,6 +25,7 @@ from mflux_vae_train.pipelines.gradient_checkpointing import recomputed
 from mflux_vae_train.pipelines.quantization import QuantizedLinear, quantize
 from mflux_vae_train.pipelines.text.t5 import T5Config, T5Encoder
 from mflux_vae_train.randomness import Stream, sample_keys
+from tests.helpers.memory_order import views
 from tests.helpers.peak_memory import peak_of
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config, small_pipeline
 
@@ -121,6 +123,22 @@ def test_a_save_of_mflux_opens_quantised_as_it_is(folder: Path, indexed: bool) -
     assert isinstance(pipeline, FluxPipeline)
     assert isinstance(pipeline.denoiser.transformer_blocks[0].ff.net[0].proj, nn.QuantizedLinear)
     assert float(np.abs(picture(pipeline) - expected).mean()) < 0.02
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "bfl", "mflux"])
+def test_weights_lie_in_their_own_memory_order(folder: Path, layout: str) -> None:
+    if layout == "bfl":
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        mx.save_safetensors(str(folder / "flux1-schnell.safetensors"), keys.to_bfl(mx.load(str(file))))
+        file.unlink()
+        loading.convert(folder / "vae", folder / "ae.safetensors", "bfl")
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    elif layout == "mflux":
+        as_mflux(folder)
+    pipeline = registry.open_pipeline(str(folder))
+    assert isinstance(pipeline, FluxPipeline)
+    for network in (pipeline.denoiser, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+        assert not views(network.parameters())
 
 
 def test_a_folder_of_nothing_known_says_what_is_missing(tmp_path: Path) -> None:
