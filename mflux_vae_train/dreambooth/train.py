@@ -219,8 +219,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     result = result_path(pipeline, settings.train_mode, folder)
     if not processes.is_main:
         return TrainingResult(result=result, updates=plan.updates - start)
-    if not preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve):
-        _say(["no loss curve: matplotlib is not installed (extra 'plots')"])
+    preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
     if settings.fuse:
         _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])
     write_card(pipeline, settings, folder, result)

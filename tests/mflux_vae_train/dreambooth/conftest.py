@@ -5,7 +5,6 @@ import pytest
 
 from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.reporting import preview_grid
 
 
 def subject(index: int) -> np.ndarray:
@@ -26,9 +25,8 @@ def instance_dir(tmp_path):
 
 
 @pytest.fixture
-def short_run(instance_dir, tmp_path, monkeypatch):
-    """Makes settings of a few updates on the fake pipeline, without a loss curve, which is slow to draw."""
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+def short_run(instance_dir, tmp_path):
+    """Makes settings of a few updates on the fake pipeline."""
 
     def make(**changes) -> DreamBoothSettings:
         given = {

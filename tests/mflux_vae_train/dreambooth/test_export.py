@@ -15,7 +15,6 @@ from mflux_vae.weights.formats.files import read_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -27,9 +26,8 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
-def settings(instance_dir, tmp_path, monkeypatch):
+def settings(instance_dir, tmp_path):
     """Settings of a run of four updates without pictures; keyword arguments change them."""
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
 
     def make(out="out", **changes) -> DreamBoothSettings:
         given = {

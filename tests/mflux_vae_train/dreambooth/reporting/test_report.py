@@ -17,7 +17,6 @@ from mflux_vae.errors import TrainingError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.training.hooks import read_metrics
@@ -55,9 +54,7 @@ def train(instance_dir, folder, pipeline=None, **changes):
         "lr_warmup_steps": 1,
         **changes,
     }
-    with pytest.MonkeyPatch.context() as patched:  # matplotlib takes a second
-        patched.setattr(preview_grid, "write_loss_curve", lambda *_: True)
-        return DreamBooth(pipeline or FakePipeline()).train(DreamBoothSettings(**given))
+    return DreamBooth(pipeline or FakePipeline()).train(DreamBoothSettings(**given))
 
 
 def page_of(folder) -> Page:

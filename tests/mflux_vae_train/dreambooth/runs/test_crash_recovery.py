@@ -24,7 +24,6 @@ from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.training.hooks import read_metrics
 from tests.contracts.fake import FakePipeline
@@ -36,9 +35,8 @@ Make = Callable[..., DreamBoothSettings]
 
 
 @pytest.fixture
-def settings(instance_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Accumulation of four, prior preservation, dropouts, previews, checkpoints; no loss curve, slow to draw."""
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
+def settings(instance_dir: Path, tmp_path: Path) -> Make:
+    """Accumulation of four, prior preservation, dropouts, previews, checkpoints."""
     given: dict[str, Any] = {
         "model": "fake",
         "instance_data_dir": str(instance_dir),

@@ -8,7 +8,6 @@ from safetensors.numpy import load_file
 
 from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.training import loop
@@ -18,9 +17,8 @@ NAME = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path):
     """Trains on pictures of two shapes and gives the adapter's folder."""
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
     draws = np.random.default_rng(0)
     for index, size in enumerate([(32, 96), (32, 90), (40, 40), (32, 40)]):
         save_image(tmp_path / "dogs" / f"{index}.png", draws.integers(0, 255, (*size, 3), dtype=np.uint8))

@@ -14,7 +14,6 @@ import pytest
 
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.train import DreamBooth
 from tests.contracts.fake import FakePipeline
 from tests.faults.runs import intact, left, same
@@ -40,9 +39,8 @@ Train = Callable[[str], Any]
 
 
 @pytest.fixture
-def train(instance_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(instance_dir: Path, tmp_path: Path) -> Train:
     """Into a folder of this name."""
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)  # slow to draw
 
     def run(name: str) -> Any:
         settings = {**GIVEN, "instance_data_dir": str(instance_dir), "output_dir": str(tmp_path / name)}

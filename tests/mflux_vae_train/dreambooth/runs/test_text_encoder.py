@@ -15,7 +15,6 @@ from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA
 from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base
 from mflux_vae_train.dreambooth.optimization.trainable import as_one
-from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -34,9 +33,7 @@ def pipeline(tmp_path) -> FluxPipeline:
 
 
 @pytest.fixture
-def settings(instance_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(preview_grid, "write_loss_curve", lambda *_: True)
-
+def settings(instance_dir, tmp_path):
     def make(out="out", **changes) -> DreamBoothSettings:
         given = {
             "model": "small",
