@@ -25,7 +25,9 @@ from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.parallel_map import over_leaves
 from mflux_vae_train.training.ema import EMA
 
-Arrays: TypeAlias = Mapping[str, mx.array]
+Arrays: TypeAlias = Mapping[str, Any]
+"""A tree of arrays: each value is an array or another such mapping."""
+
 SAMPLES = "samples"
 
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]

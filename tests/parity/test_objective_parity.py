@@ -153,7 +153,9 @@ class Theirs:
 
     def predicted(self, ours: FluxPipeline, batch: MicroBatch, scheme: str):
         """Prediction, target and weights. Noise and levels are ours; all that is made of them is theirs."""
-        given = {name: torch.from_numpy(np.array(array)) for name, array in batch.arrays.items() if "key" not in name}
+        given = {
+            name: torch.from_numpy(np.array(array)) for name, array in tree_flatten(batch.arrays) if "key" not in name
+        }
         latents = given["latents"].permute(0, 3, 1, 2)
         said = ("prompt_embeds", "pooled" if self.clip is None else "clip_tokens")
         pooled = given.get("conditioning.pooled")
@@ -161,7 +163,7 @@ class Theirs:
             pooled = self.clip(given["conditioning.clip_tokens"].long()).pooler_output
         drawn = ours.predict(
             batch.arrays["latents"],
-            {name: batch.arrays[f"conditioning.{name}"] for name in said},
+            {name: batch.arrays["conditioning"][name] for name in said},
             key=batch.arrays["key"],
             guidance=GUIDANCE,
             sampling=NoiseSampling(scheme=scheme),

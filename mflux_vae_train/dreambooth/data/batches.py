@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.training.step import MicroBatch
-
-CONDITIONING = "conditioning."
 
 INSTANCE, CLASS = 0, 1
 """Which set a sample is drawn from; part of the names of random draws. Those of further concepts follow CLASS."""
@@ -151,8 +149,8 @@ def _micro_batch(
     """One micro-batch: the instance samples, then as many that preserve the prior, where it is preserved.
 
     Returns:
-        arrays, batch first: `latents`, `key` for noise, `dropout_key` for adapters, `mask` where there are masks,
-        and the rows of the conditioning as `conditioning.<name>`. Its weight is the number of instance samples.
+        a tree of arrays, batch first: `latents`, `conditioning` (by name), `key` for noise, `dropout_key` for
+        adapters, and `mask` where the data set has masks. The weight is the number of instance samples.
     """
     latents = [cache.latents[one.entry] for one in drawn]
     prompts = [one.sample.prompt for one in drawn]
@@ -171,11 +169,11 @@ def _micro_batch(
             for draw, prompt in zip(draws, prompts, strict=True)
         ]
     )
-    arrays = {
+    arrays: dict[str, Any] = {
         "latents": mx.stack(latents),
         "key": sample_keys(seed, Stream.NOISE, update, noise),
         "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, draws),
-        **{CONDITIONING + name: array[rows] for name, array in cache.prompts.items()},
+        "conditioning": {name: array[rows] for name, array in cache.prompts.items()},
     }
     if cache.masks is not None:
         masks = [cache.masks[one.entry] for one in drawn]

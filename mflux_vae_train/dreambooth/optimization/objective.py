@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from mflux_vae_train import lora
-from mflux_vae_train.dreambooth.data.batches import CONDITIONING
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.pipelines.capabilities import SupportsPrediction
-from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, NoiseSampling
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling
 from mflux_vae_train.training.step import Arrays, MicroBatch
 
 BASE = "base_prediction"
@@ -40,7 +40,7 @@ def dreambooth_loss(
         prior_loss_weight: None where the micro-batch has no prior samples.
         sampling: how noise levels are drawn; None as the pipeline recommends.
     """
-    latents, conditioning, key = arrays["latents"], _conditioning(arrays), arrays["key"]
+    latents, conditioning, key = arrays["latents"], arrays["conditioning"], arrays["key"]
     if not isinstance(pipeline, SupportsPrediction):
         assert sampling is None and not {BASE, "mask"} & arrays.keys()
         return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
@@ -71,17 +71,13 @@ def with_base(
         adapted: all networks that have adapters.
     """
     assert isinstance(pipeline, SupportsPrediction)
-    half = {name: mx.split(array, 2)[1] for name, array in batch.arrays.items()}
+    half = tree_map(lambda array: mx.split(array, 2)[1], batch.arrays)
     with lora.disabled(adapted):
         predicted = pipeline.predict(
-            half["latents"], _conditioning(half), key=half["key"], guidance=guidance, sampling=sampling
+            half["latents"], half["conditioning"], key=half["key"], guidance=guidance, sampling=sampling
         )
         mx.eval(predicted.prediction)
     return replace(batch, arrays={**batch.arrays, BASE: predicted.prediction})
-
-
-def _conditioning(arrays: Arrays) -> Conditioning:
-    return {name.removeprefix(CONDITIONING): array for name, array in arrays.items() if name.startswith(CONDITIONING)}
 
 
 def combine(per_sample: mx.array, prior_loss_weight: float | None) -> tuple[mx.array, dict[str, mx.array]]:

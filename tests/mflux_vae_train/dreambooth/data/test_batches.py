@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mflux_vae_train.dreambooth.data import batches as micro_batching
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Plan, Sample
@@ -27,9 +28,14 @@ def run_of(cache, plan, *, seed=0, caption_dropout=0.0):
     ]
 
 
+def flat(batch):
+    """The arrays of a micro-batch by their paths."""
+    return dict(tree_flatten(batch.arrays))
+
+
 def joined(batches, name):
     """An array over the micro-batches of an update: instance samples first, then prior samples."""
-    halves = [np.split(np.array(batch.arrays[name]), 2) for batch in batches]
+    halves = [np.split(np.array(flat(batch)[name]), 2) for batch in batches]
     return np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
 
 
@@ -59,7 +65,7 @@ def test_four_of_one_are_one_of_four(cache):
     fours = run_of(cache, Plan(samples=14, batch_size=4, accumulation=1), caption_dropout=0.3)
     assert len(ones) == len(fours) == 4
     for one, four in zip(ones, fours, strict=True):
-        for name in four[0].arrays:
+        for name in flat(four[0]):
             np.testing.assert_array_equal(joined(one, name), joined(four, name))
 
 
@@ -68,8 +74,8 @@ def test_a_batch_is_a_function_of_its_number_alone(cache):
     whole = run_of(cache, plan, caption_dropout=0.5)
     alone = micro_batching.micro_batches(cache, plan, update=7, seed=0, caption_dropout=0.5)
     for one, other in zip(whole[7], alone, strict=True):
-        for name, array in one.arrays.items():
-            np.testing.assert_array_equal(array, other.arrays[name])
+        for name, array in flat(one).items():
+            np.testing.assert_array_equal(array, flat(other)[name])
 
 
 def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noise(cache):
@@ -78,7 +84,7 @@ def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noi
     )
     latents, prompts = (
         np.array(batch.arrays["latents"])[:, 0],
-        np.array(batch.arrays["conditioning.embedding"])[:, 0],
+        np.array(batch.arrays["conditioning"]["embedding"])[:, 0],
     )
     assert (latents[:4] < 5).all() and (latents[4:] >= 100).all()
     assert prompts.tolist() == [PROMPT] * 4 + [CLASS_PROMPT] * 4
@@ -106,7 +112,7 @@ def test_noise_never_repeats(cache):
 def test_captions_are_dropped_at_the_asked_rate(cache, share):
     plan = Plan(samples=2000, batch_size=50, accumulation=1)
     batches = [batch for batches in run_of(cache, plan, caption_dropout=share) for batch in batches]
-    rows = np.concatenate([np.array(batch.arrays["conditioning.embedding"])[:, 0] for batch in batches])
+    rows = np.concatenate([np.array(batch.arrays["conditioning"]["embedding"])[:, 0] for batch in batches])
     assert abs((rows == EMPTY).mean() - share) < 0.03
     if share == 0:
         assert (rows != EMPTY).all()
@@ -138,7 +144,7 @@ def by_key(batches):
     """Every sample of an update by its noise's key: its latents, prompt, mask."""
     return {
         tuple(np.array(batch.arrays["key"])[row].tolist()): tuple(
-            np.array(batch.arrays[name])[row].tolist() for name in ("latents", "mask", "conditioning.embedding")
+            np.array(flat(batch)[name])[row].tolist() for name in ("latents", "mask", "conditioning.embedding")
         )
         for batch in batches
         for row in range(batch.arrays["latents"].shape[0])
@@ -168,7 +174,7 @@ def test_the_prior_beside_a_sample_is_of_its_concept_and_shape(mixed):
     for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=2)):
         for batch in batches:
             instance, prior = np.split(np.array(batch.arrays["latents"])[:, 0, 0, 0], 2)
-            prompts, of_class = np.split(np.array(batch.arrays["conditioning.embedding"])[:, 0], 2)
+            prompts, of_class = np.split(np.array(batch.arrays["conditioning"]["embedding"])[:, 0], 2)
             assert (prompts == instance // 100).all() and (of_class == 2 + prompts).all()
             assert (-prior // 100 == prompts + 1).all()
             assert (np.split(np.array(batch.arrays["mask"]), 2)[1] == 1).all(), "class pictures have no mask"
@@ -209,5 +215,5 @@ def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
             np.testing.assert_array_equal(*np.split(np.array(batch.arrays[name]), 2))
         dropout = np.array(batch.arrays["dropout_key"])
         assert len(np.unique(dropout, axis=0)) == 6
-        prompts = np.array(batch.arrays["conditioning.embedding"])[:, 0]
+        prompts = np.array(batch.arrays["conditioning"]["embedding"])[:, 0]
         assert prompts.tolist() == [PROMPT] * 3 + [CLASS_PROMPT] * 3

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
@@ -102,8 +102,8 @@ def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
     completed = with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
     loss, parts = dreambooth_loss(pipeline, completed.arrays, guidance=1.0, prior_loss_weight=0.5)
     base = FakePipeline()
-    arrays = {name: array[3:] for name, array in batch.arrays.items()}
-    given = (arrays["latents"], {"embedding": arrays["conditioning.embedding"]})
+    arrays = tree_map(lambda array: array[3:], batch.arrays)
+    given = (arrays["latents"], arrays["conditioning"])
     now, before = (one.predict(*given, key=arrays["key"], guidance=1.0).prediction for one in (pipeline, base))
     expected = mx.square(now - before).mean()
     assert expected > 1e-3
@@ -122,7 +122,7 @@ def test_the_base_model_is_a_constant_to_the_gradient(adapted):
 
     def by_hand(parameters):
         pipeline.denoiser.update(parameters)
-        predicted = pipeline.predict(arrays["latents"], {"embedding": arrays["conditioning.embedding"]}, **asked)
+        predicted = pipeline.predict(arrays["latents"], arrays["conditioning"], **asked)
         instance = mx.square(predicted.prediction - predicted.target)[:3].mean()
         return instance + 0.5 * mx.square(predicted.prediction[3:] - arrays[BASE]).mean()
 
@@ -135,7 +135,7 @@ def test_the_base_model_is_a_constant_to_the_gradient(adapted):
 def test_adapters_are_on_again_after_the_base_was_asked(adapted):
     pipeline, batch = adapted
     arrays = batch.arrays
-    given = (arrays["latents"], {"embedding": arrays["conditioning.embedding"]})
+    given = (arrays["latents"], arrays["conditioning"])
     before = pipeline.loss(*given, key=arrays["key"], guidance=1.0)
     with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
     assert mx.array_equal(pipeline.loss(*given, key=arrays["key"], guidance=1.0), before)
