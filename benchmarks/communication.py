@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae_train import lora
 from mflux_vae_train.distributed import process_group
-from mflux_vae_train.distributed.watchdog import open_sockets
+from mflux_vae_train.distributed.watchdog import socket_descriptors
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1 import naming
@@ -126,7 +126,7 @@ def _kernel_count() -> Iterator[list[int]]:
 
 def _sent() -> int:
     total = 0
-    for number in open_sockets():
+    for number in socket_descriptors():
         with suppress(OSError, struct.error), socket.socket(fileno=os.dup(number)) as connection:
             information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             total += struct.unpack_from("<Q", information, _BYTES_SENT)[0]

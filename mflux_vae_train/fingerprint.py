@@ -10,14 +10,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-SAMPLED = 64
+SAMPLES_PER_TENSOR = 64
 """Values looked at in each tensor, evenly spread over it."""
 
-BUDGET = 2**28
+MAX_HASHED_BYTES = 2**28
 """Bytes of the tensors that are looked into. Weights are read when they are first used: no more is read for this."""
 
 
-def of_file(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal.
 
     Raises:
@@ -30,7 +30,7 @@ def of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def of_weights(module: nn.Module) -> str:
+def weights_hash(module: nn.Module) -> str:
     """A hash of the names and shapes of all parameters, and of some values of some of them: of all where they are few.
 
     Equal for equal weights wherever they were read from. Another training of the same network changes nearly every
@@ -39,12 +39,12 @@ def of_weights(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    left = BUDGET
+    left = MAX_HASHED_BYTES
     for name in sorted(parameters, key=lambda name: hashlib.sha256(name.encode()).digest()):
         array = parameters[name]
         digest.update(f"{name} {tuple(array.shape)}\n".encode())
         if 0 < 4 * array.size <= left:  # as if all were float32, so that no device looks at others
             left -= 4 * array.size
-            places = mx.array(np.linspace(0, array.size - 1, min(SAMPLED, array.size)).astype(np.int64))
+            places = mx.array(np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64))
             digest.update(np.array(array.reshape(-1)[places].astype(mx.float32)).tobytes())
     return digest.hexdigest()[:16]

@@ -22,7 +22,7 @@ import mlx.core as mx
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.weights.formats.files import read_safetensors
 from mflux_vae_train.checkpointing.state import Stateful, flatten, restore
-from mflux_vae_train.fingerprint import of_file
+from mflux_vae_train.fingerprint import file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ def save(
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.writing"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        tidy(output_dir)
+        clean_up(output_dir)
         try:
             temporary.mkdir()
             mx.save_safetensors(str(temporary / ARRAYS), arrays)
             content = {"step": step, "fingerprint": dict(fingerprint or {}), "values": values}
-            checksums = {ARRAYS: of_file(temporary / ARRAYS), VALUES: _digest(content)}
+            checksums = {ARRAYS: file_hash(temporary / ARRAYS), VALUES: _digest(content)}
             text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)
             (temporary / VALUES).write_text(text, encoding="utf-8")
             for path in (temporary / ARRAYS, temporary / VALUES, temporary):
@@ -74,7 +74,7 @@ def save(
             temporary.rename(final)
             _sync(output_dir)
         finally:
-            tidy(output_dir)
+            clean_up(output_dir)
     except (OSError, RuntimeError) as error:  # RuntimeError: what MLX says of a full disk
         raise TrainingError(
             f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room and repeat the command"
@@ -84,7 +84,7 @@ def save(
         for old in others[total_limit - 1 :]:
             with suppress(OSError):  # to be tried again after the next one
                 old.rename(output_dir / f".{old.name}.removed")
-        tidy(output_dir)
+        clean_up(output_dir)
     return final
 
 
@@ -113,7 +113,7 @@ def read(folder: str | Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         checksums = content.pop("sha256")
-        whole = checksums == {ARRAYS: of_file(folder / ARRAYS), VALUES: _digest(content)}
+        whole = checksums == {ARRAYS: file_hash(folder / ARRAYS), VALUES: _digest(content)}
         int(content["step"]), dict(content["fingerprint"]), dict(content["values"])
     except FileNotFoundError as error:
         raise TrainingError(f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing") from error
@@ -164,7 +164,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
 
 
-def tidy(output_dir: Path) -> None:
+def clean_up(output_dir: Path) -> None:
     """End what was begun: checkpoints half written or half deleted go, one whose successor never came is back."""
     for leftover in output_dir.glob(".checkpoint-*"):
         replaced = _REPLACED.fullmatch(leftover.name)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """Buffered within a `with` block, or from `take` on where the folder is made only then.
+    """Held within a `with` block, or from `acquire` on where the folder is made only then.
 
     It is the system's lock on the folder itself: no file is written, and it is gone with the process that held it,
     however that one ended. Where the file system knows no locks, nothing is locked.
@@ -26,7 +26,7 @@ class Lock:
         self.folder = Path(folder)
         self._handle: int | None = None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Lock the folder if it is there; once is enough."""
         if self._handle is not None or not self.folder.is_dir():
             return
@@ -49,7 +49,7 @@ class Lock:
             self._handle = handle
 
     def __enter__(self) -> Lock:
-        self.take()
+        self.acquire()
         return self
 
     def __exit__(

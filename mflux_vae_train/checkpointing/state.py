@@ -46,17 +46,17 @@ def buffers(module: nn.Module) -> Stateful:
     def write(tree: Tree) -> None:
         module.update(tree)
 
-    return Stateful(read=lambda: buffers_of(module), write=write)
+    return Stateful(read=lambda: buffer_tree(module), write=write)
 
 
-def buffers_of(module: nn.Module) -> Tree:
+def buffer_tree(module: nn.Module) -> Tree:
     """Their tree."""
     trained = dict(tree_flatten(module.trainable_parameters()))
     own = [item for item in dict(tree_flatten(module.parameters())).items() if item[0] not in trained]
     return tree_unflatten(own) if own else {}
 
 
-def tree_of(tree: Tree) -> Stateful:
+def tree_state(tree: Tree) -> Stateful:
     """A dict or list that is changed in place, such as `optimizer.state` or `ema.state`.
 
     In place, because a compiled function has captured these very containers.

@@ -29,13 +29,13 @@ from mflux_vae_train.distributed import heartbeat, interrupts
 from mflux_vae_train.distributed.heartbeat import Heartbeat
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.messages import ALIGNED, Form, as_bytes, form_of, room_of, split
-from mflux_vae_train.distributed.watchdog import Watchdog, at_most, open_sockets
+from mflux_vae_train.distributed.watchdog import Watchdog, at_most, socket_descriptors
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-IDLE = (
+IDLE_WARNING = (
     "%d processes share the %d micro-batches of an update, and some have nothing to do:"
     " give --gradient_accumulation_steps %d or a multiple, and a smaller batch"
 )
@@ -153,7 +153,7 @@ class ProcessGroup:
             content = [mx.concatenate([*map(as_bytes, own.values()), mx.zeros(ALIGNED, mx.uint8)])]
         else:
             content = [mx.zeros(sum(map(room_of, forms.values())) + ALIGNED, mx.uint8)]
-        self.sum(content)
+        self.all_reduce_arrays(content)
         return dict(zip(forms, split(content[0], list(forms.values())), strict=True))
 
     def map_in_rounds(
@@ -170,7 +170,7 @@ class ProcessGroup:
             own = interruptible(self, partial(_made, make, mine))
             yield from zip(now, self.gather_arrays(own), strict=False)
 
-    def sum(self, arrays: list[mx.array]) -> None:
+    def all_reduce_arrays(self, arrays: list[mx.array]) -> None:
         """Put in place of each array its sum over all processes, in a few large messages.
 
         In place, so that none is kept twice: what goes into a message is let go of before the next is made.
@@ -192,14 +192,14 @@ class ProcessGroup:
                 arrays[i] = part.reshape(shape)
             mx.eval([arrays[i] for i in members])
 
-    def sum_trees(self, trees: list[Any]) -> list[Any]:
+    def all_reduce_trees(self, trees: list[Any]) -> list[Any]:
         """Trees of arrays, summed over all processes. The given list is emptied, so that theirs can be let go of."""
         if self.size == 1:
             return trees
         arrays: list[Any] = [pair[1] for pair in tree_flatten(trees)]
         forms: Any = tree_map(lambda leaf: None, trees)
         trees.clear()
-        self.sum(arrays)
+        self.all_reduce_arrays(arrays)
         coming = iter(arrays)
         summed: list[Any] = tree_map(lambda leaf: next(coming), forms)
         return summed
@@ -284,13 +284,13 @@ def join() -> ProcessGroup:
     with suppress(OSError):
         if hostfile is not None and not Path(hostfile).read_text(encoding="utf-8").strip():
             return SINGLE  # `mlx.launch -n 1` leaves it empty, which MLX cannot read
-    before = open_sockets()
+    before = socket_descriptors()
     with at_most(_MEETING, f"the processes did not find each other in {_MEETING:.0f} seconds"):
         try:
             group = mx.distributed.init()
             if group.size() == 1:
                 return SINGLE
-            sockets = sorted(open_sockets() - before) if hostfile is not None else []
+            sockets = sorted(socket_descriptors() - before) if hostfile is not None else []
             all_of_us = ProcessGroup(group, Watchdog(group.size(), sockets))
             all_of_us.start_heartbeats()
         except RuntimeError as error:

@@ -125,7 +125,7 @@ def at_most(seconds: float, why: str) -> Iterator[None]:
         done.set()
 
 
-def open_sockets() -> set[int]:
+def socket_descriptors() -> set[int]:
     """File descriptors of this process's sockets."""
     found = set()
     for number in [int(name) for name in os.listdir("/dev/fd")]:

@@ -53,22 +53,22 @@ def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
 
 def _run(argv: Sequence[str] | None) -> None:
     from mflux_vae_train.dreambooth.config import DreamBoothSettings
-    from mflux_vae_train.dreambooth.ignored_flags import WITHOUT_EFFECT
+    from mflux_vae_train.dreambooth.ignored_flags import IGNORED_FLAGS
     from mflux_vae_train.settings.flags import settings_from
 
     settings = settings_from(
-        DreamBoothSettings, argv, prog=PROG, description=_description(), without_effect=WITHOUT_EFFECT
+        DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
     )
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.distributed import interrupts, process_group
     from mflux_vae_train.dreambooth.planning.prepare import check_pictures
     from mflux_vae_train.dreambooth.train import DreamBooth
-    from mflux_vae_train.monitoring.trackers import wanted
+    from mflux_vae_train.monitoring.trackers import requested_trackers
     from mflux_vae_train.pipelines.registry import open_pipeline
 
     # before many gigabytes of weights are read
-    wanted(settings.report_to)
+    requested_trackers(settings.report_to)
     # found first, too: one process may need longer for them than others wait
     with process_group.join() as processes, interrupts.handling(processes):
         check_pictures(settings)

@@ -18,7 +18,7 @@ _HUB = "nothing is uploaded; `hf upload` takes the output folder as it is"
 _DATASET = "pictures come from folders: --instance_data_dir, with prompts in metadata.jsonl or .txt files"
 _PIXELS = "FLUX predicts a velocity: its noise levels are weighted with --weighting_scheme"
 
-WITHOUT_EFFECT: Mapping[str, str] = {
+IGNORED_FLAGS: Mapping[str, str] = {
     # machine
     "allow_tf32": _MLX,
     "enable_xformers_memory_efficient_attention": "attention is MLX's fused kernel, which never holds the scores",

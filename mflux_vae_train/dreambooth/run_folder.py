@@ -158,8 +158,8 @@ def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSe
     """Makes the folder this run's: takes its lock, writes run.json, and settings.yaml, which reproduces the run."""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        checkpoint.tidy(folder.root)
+        lock.acquire()
+        checkpoint.clean_up(folder.root)
         write_json(folder.identity, {"identity": identity, "finished": False})
         reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, allow_changes=False, dry_run=False)
         write_text(folder.settings, flags.to_yaml(reproducing))

@@ -146,15 +146,15 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
         loss,
         max_grad_norm=settings.max_grad_norm,
         compile=worth_compiling(plan.updates),
-        passes=passes_of(pipeline.denoiser),
+        run_passes=passes_of(pipeline.denoiser),
         processes=processes,
     )
     rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
 
     # where an earlier part of the run stopped
-    objects = {"denoiser": state.parameters(together), "optimizer": state.tree_of(optimizer.state)}
+    objects = {"denoiser": state.parameters(together), "optimizer": state.tree_state(optimizer.state)}
     pending = PendingHooks()
-    objects["owed"] = pending.stateful()
+    objects["pending_hooks"] = pending.stateful()
     identity = {**run.identity, "class pictures": material.class_fingerprint}
 
     def resumed() -> int:
@@ -206,7 +206,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
             observers=[*watching.observers, compared(run.estimate)],
             hooks=[
                 Learning(*learners.values()),
-                watching.pace.occasionally(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                watching.pace.timed_every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 watching.previews(),
             ],

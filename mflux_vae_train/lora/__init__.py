@@ -13,10 +13,10 @@ from mflux_vae_train.lora.files import (
 )
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
 from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
-from mflux_vae_train.lora.targets import EVERYTHING, matching, patterns_of
+from mflux_vae_train.lora.targets import ALL_LAYERS, matching, patterns_of
 
 __all__ = [
-    "EVERYTHING",
+    "ALL_LAYERS",
     "METADATA_KEY",
     "Names",
     "Networks",

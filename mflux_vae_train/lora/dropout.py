@@ -16,7 +16,7 @@ class DropoutKeys:
     rows: mx.array | None = None
 
     @contextmanager
-    def holding(self, rows: mx.array | None) -> Iterator[None]:
+    def using(self, rows: mx.array | None) -> Iterator[None]:
         before, self.rows = self.rows, rows
         try:
             yield
@@ -44,6 +44,6 @@ class KeyedDropout(nn.Module):
         masks = mx.vmap(lambda key: mx.random.bernoulli(keep, x.shape[1:], key))(own)
         return x * masks.astype(x.dtype) * (1 / keep)
 
-    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+    def capture_keys(self) -> Callable[[], AbstractContextManager[None]]:
         """For a layer that computes itself again later: a context with the keys that are set now."""
-        return partial(self._keys.holding, self._keys.rows)
+        return partial(self._keys.using, self._keys.rows)

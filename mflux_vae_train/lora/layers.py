@@ -117,5 +117,5 @@ def dropout_keys(module: nn.Module, rows: mx.array) -> Iterator[None]:
     holders = {id(layer.dropout._keys): layer.dropout._keys for layer in layers(module).values()}
     with ExitStack() as stack:
         for holder in holders.values():
-            stack.enter_context(holder.holding(rows))
+            stack.enter_context(holder.using(rows))
         yield

@@ -10,24 +10,24 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 
-EVERYTHING = "all"
+ALL_LAYERS = "all"
 
 
 def patterns_of(choice: str, presets: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """A preset's patterns, those of `EVERYTHING`, or a comma-separated list of patterns and names.
+    """A preset's patterns, those of `ALL_LAYERS`, or a comma-separated list of patterns and names.
 
     A name such as ``to_q`` or ``attn.to_q`` means every layer whose path is that or ends in it, as in PEFT.
 
     Raises:
         SettingsError: nothing in the list.
     """
-    if choice == EVERYTHING:
+    if choice == ALL_LAYERS:
         return ("*",)
     if choice in presets:
         return presets[choice]
     names = [name for part in choice.split(",") if (name := part.strip())]
     if not names:
-        known = ", ".join([*presets, EVERYTHING])
+        known = ", ".join([*presets, ALL_LAYERS])
         raise SettingsError(f"--lora_layers is {choice!r}; {known}, or names and patterns with commas between")
     return [pattern for name in names for pattern in ([name] if "*" in name else [name, f"*.{name}"])]
 

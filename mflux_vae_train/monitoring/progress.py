@@ -19,7 +19,7 @@ RECENT = 64
 
 
 class Pace:
-    """An observer that learns what an update takes, and through `occasionally` what hooks take.
+    """An observer that learns what an update takes, and through `timed_every` what hooks take.
 
     Args:
         total: updates of the whole run.
@@ -38,7 +38,7 @@ class Pace:
         """Seconds; 0 before the first update."""
         return statistics.median(self._recent) if self._recent else 0.0
 
-    def occasionally(self, interval: int | None, hook: Hook, *, seconds: float = 0.0) -> Hook:
+    def timed_every(self, interval: int | None, hook: Hook, *, seconds: float = 0.0) -> Hook:
         """As `every`, and what the hook takes is counted.
 
         Args:
@@ -96,7 +96,7 @@ class ProgressBar:
         total: updates of the whole run.
         start: updates made before this process began.
         interval: seconds between log lines.
-        also: what else to show of an update, by name.
+        extra: more of an update to show, by name.
         pace: knows how long the rest takes; an observer that comes before the bar. None: the bar's own.
     """
 
@@ -108,7 +108,7 @@ class ProgressBar:
         start: int = 0,
         *,
         interval: float = 30.0,
-        also: Callable[[Record], Mapping[str, str]] = lambda record: {},
+        extra: Callable[[Record], Mapping[str, str]] = lambda record: {},
         pace: Pace | None = None,
     ) -> None:
         from tqdm import tqdm
@@ -119,21 +119,21 @@ class ProgressBar:
         )  # fmt: skip
         self._pace, self._own_pace = pace or Pace(total), pace is None
         self._loss: float | None = None
-        self._also, self._interval, self._said = also, interval, time.monotonic()
+        self._extra, self._interval, self._said = extra, interval, time.monotonic()
 
     def __call__(self, record: Record) -> None:
         if self._own_pace:
             self._pace(record)
         loss = record.metrics["loss"]
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        rate, left, also = record.metrics["learning_rate"], self._pace.eta_text(record.update), self._also(record)
-        shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **also}
+        rate, left, extra = record.metrics["learning_rate"], self._pace.eta_text(record.update), self._extra(record)
+        shown = {"loss": f"{self._loss:.4f}", "rate": f"{rate:.1e}", **extra}
         self._bar.set_postfix_str(", ".join([left, *(f"{name} {text}" for name, text in shown.items())]), refresh=False)
         self._bar.update(1)
         now = time.monotonic()
         if now - self._said >= self._interval or record.update == record.total:
             self._said = now
-            more = "".join(f", {name} {text}" for name, text in also.items())
+            more = "".join(f", {name} {text}" for name, text in extra.items())
             logger.info(
                 "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s",
                 record.update, record.total, self._loss, more, rate, self._pace.per_update, left,

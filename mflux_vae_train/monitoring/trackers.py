@@ -31,10 +31,10 @@ class Tracker(Protocol):
     def __call__(self, record: Record) -> None:
         """Every metric of an update."""
 
-    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+    def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
         """Numbers as of the model after that update."""
 
-    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
         """A picture, uint8 (H, W, 3), of the model after that update."""
 
     def __enter__(self) -> Tracker: ...
@@ -44,7 +44,7 @@ class Tracker(Protocol):
     ) -> None: ...
 
 
-def wanted(report_to: str | None) -> Sequence[str]:
+def requested_trackers(report_to: str | None) -> Sequence[str]:
     """Names of the trackers that ``--report_to`` asks for; `all` means those that are installed.
 
     Raises:
@@ -109,12 +109,12 @@ class TensorBoard:
             self._add(start, [self._summary.Value(tag="settings", tensor=text, metadata=metadata)])
 
     def __call__(self, record: Record) -> None:
-        self.values("train", record.update, record.metrics)
+        self.scalars("train", record.update, record.metrics)
 
-    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+    def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
         self._add(update, [self._summary.Value(tag=f"{group}/{name}", simple_value=x) for name, x in metrics.items()])
 
-    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
         height, width, _ = picture.shape
         image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_png(picture))
         self._add(update, [self._summary.Value(tag=f"{name}: {caption}", image=image)])
@@ -175,12 +175,12 @@ class WandB:
         self._image = wandb.Image
 
     def __call__(self, record: Record) -> None:
-        self.values("train", record.update, record.metrics)
+        self.scalars("train", record.update, record.metrics)
 
-    def values(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
+    def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
         self._run.log({f"{group}/{name}": value for name, value in metrics.items()}, step=update)
 
-    def picture(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
+    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
         self._run.log({name: self._image(picture, caption=caption)}, step=update)
 
     def __enter__(self) -> WandB:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae_train.optimizers.parallel_map import over_leaves
+from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
 
 State: TypeAlias = "dict[str, Any]"
 """Of one parameter: named arrays, or dicts of them."""
@@ -47,7 +47,7 @@ class Optimizer(optim.Optimizer):
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         self.prepare(gradients, parameters)
         super().apply_gradients({}, {})  # counts, and asks its schedules
-        return over_leaves(self.apply_single, gradients, parameters, self.state, consumed=self.consumes)
+        return parallel_tree_map(self.apply_single, gradients, parameters, self.state, consumed=self.consumes)
 
     def prepare(self, gradients: Any, parameters: Any) -> None:
         """Initializes the state if `init` was not called: from weights, where MLX takes gradients for their shapes."""

@@ -16,7 +16,7 @@ _AT_ONCE = 8 << 20
 """Bytes of the tree's own arrays: fewer make cores wait for each other, more leave memory for no other array."""
 
 
-def over_leaves(function: Callable[..., Any], tree: Any, *others: Any, consumed: bool = False) -> Any:
+def parallel_tree_map(function: Callable[..., Any], tree: Any, *others: Any, consumed: bool = False) -> Any:
     """tree_map(function, tree, *others), whose results are computed on a CPU, with what it puts into `others`' dicts.
 
     MLX would compute them one after the other on one core, as all of them are described before.

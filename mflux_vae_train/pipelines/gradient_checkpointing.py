@@ -21,11 +21,11 @@ def recomputed(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
     """`block(*arrays, **constants)`, an array or a tuple of arrays, differentiable in `arrays` and what is trainable.
 
     A layer of the block may read what was set for one forward pass, such as the keys of a dropout. It then has a method
-    `as_now()`, which gives a context manager factory: within the context the layer reads what it would read now.
+    `capture_keys()`, which gives a context manager factory: within the context the layer reads what it would read now.
     """
     own = dict(tree_flatten(block.trainable_parameters()))
     names = list(own)
-    settings = [layer.as_now() for layer in block.modules() if hasattr(layer, "as_now")]
+    settings = [layer.capture_keys() for layer in block.modules() if hasattr(layer, "capture_keys")]
 
     def forward(*values: mx.array) -> Any:
         block.update(tree_unflatten(list(zip(names, values[: len(names)], strict=True))))

@@ -39,11 +39,11 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def kind_of(hint: Any) -> tuple[type, bool]:
+def field_type(hint: Any) -> tuple[type, bool]:
     """(the type without None, of a tuple that of its members, whether None is allowed) of a field's type hint."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kinds = [k for k in typing.get_args(hint) if k is not type(None)]
-        return kind_of(kinds[0])[0], True
+        return field_type(kinds[0])[0], True
     return (typing.get_args(hint)[0] if is_tuple(hint) else hint), False
 
 
@@ -62,7 +62,7 @@ def check_fields(settings: Any) -> None:
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        kind, optional = kind_of(hints[field.name])
+        kind, optional = field_type(hints[field.name])
         value: Any = getattr(settings, field.name)
         if value is None and optional:
             continue
@@ -82,7 +82,7 @@ def check_fields(settings: Any) -> None:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
 
 
-def without_use(
+def ignored_settings(
     settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]], reasons: Mapping[str, str]
 ) -> list[str]:
     """One line for each setting that was given and that others leave without effect.
@@ -105,7 +105,7 @@ def without_use(
     ]
 
 
-def is_text(value: str) -> bool:
+def is_valid_text(value: str) -> bool:
     """Whether it can be written, to a file or as a name of one: some of what JSON and YAML can say cannot."""
     try:
         return "\0" not in value and bool(value.encode() or True)
@@ -120,7 +120,7 @@ def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
     limits = [(holds, field.metadata[name]) for name, (_, holds) in LIMITS.items() if name in field.metadata]
     number: Any = value
     if kind is str:
-        return is_text(number)
+        return is_valid_text(number)
     if kind is float and not math.isfinite(number):
         return False
     return kind not in (int, float) or all(limit is None or holds(number, limit) for holds, limit in limits)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.yaml_io import read_yaml
-from mflux_vae_train.settings.fields import is_tuple, kind_of
+from mflux_vae_train.settings.fields import field_type, is_tuple
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By name: values of fields that replace the defaults."""
 
-WithoutEffect: TypeAlias = Mapping[str, str]
+IgnoredFlags: TypeAlias = Mapping[str, str]
 """Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
 
 Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
@@ -39,13 +39,13 @@ METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
 """Of settings within settings it is YAML."""
 
 
-NOTED = "without_effect"
+IGNORED = "ignored_flags"
 """Where a namespace lists those that were given."""
 
 
 class _Note(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, word: str | None = None) -> None:
-        setattr(namespace, NOTED, [*getattr(namespace, NOTED, ()), self.dest])
+        setattr(namespace, IGNORED, [*getattr(namespace, IGNORED, ()), self.dest])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,9 +58,9 @@ def parser_from(
     *,
     prog: str | None = None,
     description: str | None = None,
-    without_effect: WithoutEffect | None = None,
+    ignored_flags: IgnoredFlags | None = None,
 ) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `without_effect`.
+    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `ignored_flags`.
 
     Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x``, which may be
     followed by true or false, and ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
@@ -68,11 +68,11 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
     """
-    names = ", ".join(f"--{name}" for name in without_effect or {})
+    names = ", ".join(f"--{name}" for name in ignored_flags or {})
     epilog = f"Accepted without effect, and the log says why: {names}." if names else None
     parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
-    for name in without_effect or {}:
+    for name in ignored_flags or {}:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
         parser.add_argument(*spellings, action=_Note, nargs="?", default=hidden, help=hidden)
     return parser
@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | Non
     for field in _fields(cls):
         if heading := field.metadata.get("group"):
             add = functools.partial(parser.add_argument_group(heading).add_argument, default=argparse.SUPPRESS)
-        kind, _ = kind_of(hints[field.name])
+        kind, _ = field_type(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
         choices, aliases = field.metadata["choices"], field.metadata["aliases"]
         metavar = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kind, "YAML")
@@ -114,18 +114,18 @@ def settings_from(
     cls: type[T],
     argv: Sequence[str] | None = None,
     *,
-    without_effect: WithoutEffect | None = None,
+    ignored_flags: IgnoredFlags | None = None,
     **parser_options: Any,
 ) -> T:
     """Settings from a command line (``sys.argv`` where None), with ``--config`` underneath.
 
-    What is given of `without_effect`, as a flag or in the file, is said in the log.
+    What is given of `ignored_flags`, as a flag or in the file, is said in the log.
 
     Raises:
         SettingsError: an unknown flag or key (with the nearest known one), a missing required flag, or what
             the dataclass itself refuses.
     """
-    parser = parser_from(cls, without_effect=without_effect, **parser_options)
+    parser = parser_from(cls, ignored_flags=ignored_flags, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
     known = {f.name for f in _fields(cls)}
     for word in unknown:
@@ -134,14 +134,14 @@ def settings_from(
             hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
             raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
         raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
-    return settings_of(cls, vars(namespace), without_effect=without_effect)
+    return settings_of(cls, vars(namespace), ignored_flags=ignored_flags)
 
 
 def settings_of(
     cls: type[T],
     given: Mapping[str, Any],
     presets: Presets | None = None,
-    without_effect: WithoutEffect | None = None,
+    ignored_flags: IgnoredFlags | None = None,
     translate: Translate | None = None,
 ) -> T:
     """Settings from what a parser with `add_flags` found; `translate` reads files of other programs.
@@ -150,10 +150,10 @@ def settings_of(
         SettingsError: as `settings_from`, and an unknown preset.
     """
     given = dict(given)
-    config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(NOTED, [])
-    below = _read_yaml(cls, Path(config), presets, without_effect or {}, translate) if config else {}
-    for name in [*below.pop(NOTED, []), *noted]:
-        logger.warning("--%s has no effect: %s", name, (without_effect or {})[name])
+    config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
+    below = _read_yaml(cls, Path(config), presets, ignored_flags or {}, translate) if config else {}
+    for name in [*below.pop(IGNORED, []), *noted]:
+        logger.warning("--%s has no effect: %s", name, (ignored_flags or {})[name])
     written = below.pop("preset", None)
     preset = written if preset is None else preset
     values = {**_of_preset(preset, presets or {}), **below}
@@ -188,7 +188,7 @@ def _read_yaml(
     cls: type,
     path: Path,
     presets: Presets | None = None,
-    without_effect: WithoutEffect | None = None,
+    ignored_flags: IgnoredFlags | None = None,
     translate: Translate | None = None,
 ) -> dict[str, Any]:
     content = read_yaml(path)
@@ -198,7 +198,7 @@ def _read_yaml(
         raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
     if translate is not None:
         content = translate(content, f"{path}: ")
-    return _named(cls, content, f"{path}: ", presets, without_effect)
+    return _named(cls, content, f"{path}: ", presets, ignored_flags)
 
 
 def _named(
@@ -206,7 +206,7 @@ def _named(
     content: Mapping[Any, Any],
     where: str,
     presets: Presets | None = None,
-    without_effect: WithoutEffect | None = None,
+    ignored_flags: IgnoredFlags | None = None,
 ) -> dict[str, Any]:
     """Values by field of what a file holds; `where` begins the messages."""
     known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
@@ -216,8 +216,8 @@ def _named(
         if presets and name == "preset":
             values[name] = value
             continue
-        if without_effect and name in without_effect:
-            values.setdefault(NOTED, []).append(name)
+        if ignored_flags and name in ignored_flags:
+            values.setdefault(IGNORED, []).append(name)
             continue
         if name not in known:
             raise SettingsError(f"{where}unknown setting {key!r}{did_you_mean(name, known)}")
@@ -230,7 +230,7 @@ def _named(
 def _convert(cls: type, name: str, value: Any) -> Any:
     """Text -> the field's type; what is no text stays. The dataclass checks limits afterwards."""
     hint = typing.get_type_hints(cls)[name]
-    kind, optional = kind_of(hint)
+    kind, optional = field_type(hint)
     if is_tuple(hint):
         if value is None:
             return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae_train.checkpointing import checkpoint
-from mflux_vae_train.checkpointing.state import parameters, tree_of
+from mflux_vae_train.checkpointing.state import parameters, tree_state
 from mflux_vae_train.monitoring.progress import ProgressBar
 from mflux_vae_train.training.hooks import MetricsLog, every
 from mflux_vae_train.training.loop import fit
@@ -25,9 +25,9 @@ def run(
     settings: Any,
 ) -> None:
     """Make all updates that `folder`'s newest checkpoint has not seen."""
-    objects = {"model": parameters(step.model), "optimizer": tree_of(step.optimizer.state)}
+    objects = {"model": parameters(step.model), "optimizer": tree_state(step.optimizer.state)}
     if step.ema is not None:
-        objects["ema"] = tree_of(step.ema.state)
+        objects["ema"] = tree_state(step.ema.state)
     identity = asdict(settings)
     newest = checkpoint.latest(folder)
     start = checkpoint.load(newest, objects, fingerprint=identity) if newest else 0

@@ -52,8 +52,8 @@ class MetricsLog:
 
     Args:
         path: file to write; with `resumed_at` 0 it starts empty, otherwise lines after that update are cut
-            off, so that a resumed run leaves the same log as an uninterrupted one (but for `MEASURED`).
-        also: what else to write of an update, by name.
+            off, so that a resumed run leaves the same log as an uninterrupted one (but for `NONDETERMINISTIC`).
+        extra: more numbers of an update to write, by name.
 
     Raises:
         TrainingError: the file cannot be written.
@@ -64,9 +64,9 @@ class MetricsLog:
         path: str | Path,
         *,
         resumed_at: int = 0,
-        also: Callable[[Record], Mapping[str, float]] = lambda record: {},
+        extra: Callable[[Record], Mapping[str, float]] = lambda record: {},
     ) -> None:
-        path, self._also = Path(path), also
+        path, self._extra = Path(path), extra
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             keep = _bytes_up_to(path, resumed_at) if resumed_at and path.exists() else 0
@@ -80,7 +80,7 @@ class MetricsLog:
             "update": record.update,
             **record.metrics,
             "seconds": round(record.seconds, 4),
-            **self._also(record),
+            **self._extra(record),
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -94,11 +94,11 @@ class MetricsLog:
         self._file.close()
 
 
-MEASURED = ("seconds", "memory_gb")
+NONDETERMINISTIC = ("seconds", "memory_gb")
 """What two equal runs do not have in common."""
 
 
-def resources(record: Record) -> dict[str, float]:
+def resource_usage(record: Record) -> dict[str, float]:
     """Training samples of an update, and the peak of MLX's memory so far (GB)."""
     return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 3)}
 

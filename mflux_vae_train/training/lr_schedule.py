@@ -22,7 +22,7 @@ RESTARTS, POLYNOMIAL = "cosine_with_restarts", "polynomial"
 POLYNOMIAL_END = 1e-7
 """Rate at which a polynomial ends, as in diffusers."""
 
-STAIRCASE = "staircase"
+STEP_DECAY = "step_decay"
 """A shape that does not depend on the length of the run."""
 
 
@@ -35,7 +35,7 @@ def learning_rate(
     cycles: int = 1,
     power: float = 1.0,
     gamma: float = 1.0,
-    stair: int = 1,
+    step_size: int = 1,
 ) -> Callable[[int], float]:
     """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`; or a staircase.
 
@@ -44,8 +44,8 @@ def learning_rate(
 
     rate(u) = peak (u + 1) / (warmup + 1) for u < warmup: already the first update learns, rate(warmup) is the
     peak. rate(u) = peak SHAPES[shape]((u - warmup) / (total - warmup)) from there on; the last update is
-    total - 1. With the shape `STAIRCASE` it is peak gamma^floor(u / stair), as torch's ExponentialLR has it where a
-    stair is an epoch, and its StepLR where it is several.
+    total - 1. With the shape `STEP_DECAY` it is peak gamma^floor(u / step_size), as torch's ExponentialLR has it where
+    `step_size` is an epoch, and its StepLR where it is several.
 
     A warm-up as long as the whole run would never reach the peak: it is shortened to a tenth, with a warning
     in the log. One that takes more than half of the run gets a warning only.
@@ -61,8 +61,8 @@ def learning_rate(
     def rate(update: int) -> float:
         if update < warmup:
             return peak * (update + 1) / (warmup + 1)
-        if shape == STAIRCASE:
-            return peak * gamma ** (update // stair)
+        if shape == STEP_DECAY:
+            return peak * gamma ** (update // step_size)
         return peak * decay(min(1.0, (update - warmup) / (total - warmup)))
 
     return rate
@@ -75,4 +75,4 @@ def _decay(shape: str, peak: float, cycles: int, power: float) -> Callable[[floa
     if shape == POLYNOMIAL:
         end = min(1.0, POLYNOMIAL_END / peak)
         return lambda done: end + (1.0 - end) * (1.0 - done) ** power
-    return SHAPES["constant" if shape == STAIRCASE else shape]
+    return SHAPES["constant" if shape == STEP_DECAY else shape]

@@ -36,10 +36,10 @@ class PendingHooks:
         self._keep()
         # without the time that it took, so that equal runs have equal checkpoints
         record = None if self.record is None else {**dataclasses.asdict(self.record), "seconds": 0.0}
-        return {"owed": json.dumps({"hooks": self.hooks, "record": record})}
+        return {"pending_hooks": json.dumps({"hooks": self.hooks, "record": record})}
 
     def _write(self, tree: Any) -> None:
-        told = json.loads(tree["owed"])
+        told = json.loads(tree["pending_hooks"])
         self.hooks = told["hooks"]
         self.record = None if told["record"] is None else Record(**told["record"])
         self._keep()

@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
 from mflux_vae.runtime.device import eval_each, is_cpu
-from mflux_vae_train.checkpointing.state import buffers_of
+from mflux_vae_train.checkpointing.state import buffer_tree
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.optimizers.base import Optimizer
-from mflux_vae_train.optimizers.parallel_map import over_leaves
+from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
 from mflux_vae_train.training.ema import EMA
 
 Arrays: TypeAlias = Mapping[str, Any]
@@ -63,7 +63,7 @@ class MicroBatch:
     weight: float
 
 
-def one_by_one(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
+def sequential(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
     """What passes answer, not computed yet: who asks for the next one before that has all their activations at once."""
     return (described() for described in passes)
 
@@ -84,7 +84,7 @@ class Step:
         compile: None decides: yes on Metal and CUDA, no on a CPU, where `mx.compile` calls a C++ compiler for every new
             kernel: a quarter of a minute for an adapter's step, once on each machine, whose later updates take a
             sixth less time.
-        passes: how those of an update are computed: in their order, one at a time, or several.
+        run_passes: how those of an update are computed: in their order, one at a time, or several.
         processes: the processes that make every update together, each from its share of the micro-batches.
     """
 
@@ -98,11 +98,11 @@ class Step:
         ema: EMA | None = None,
         buffers: bool = False,
         compile: bool | None = None,
-        passes: Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]] = one_by_one,
+        run_passes: Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]] = sequential,
         processes: ProcessGroup = SINGLE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
-        self.processes, self._passes = processes, passes
+        self.processes, self._run_passes = processes, run_passes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         # a host's may be transposed views: a checkpoint would bring them back in MLX's order, with other roundings
@@ -123,12 +123,12 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
-            gradients = over_leaves(lambda g: g * scale.astype(g.dtype), gradients, consumed=True)
+            gradients = parallel_tree_map(lambda g: g * scale.astype(g.dtype), gradients, consumed=True)
             before = exact(parameters)
             changed = optimizer.apply_gradients(gradients, parameters)
             if ema is not None:
                 ema.update(exact(changed))
-            change = over_leaves(lambda new, old: _sum_of_squares(new - old), exact(changed), before)
+            change = parallel_tree_map(lambda new, old: _sum_of_squares(new - old), exact(changed), before)
             return changed, _root_of_sum(change) / mx.maximum(global_norm(parameters), 1e-20)
 
         def exact(parameters: Any) -> Any:
@@ -178,7 +178,7 @@ class Step:
                 self.model.update(parameters)
                 self.model.update(before)
 
-        answers = self._passes(partial(differentiated, batch) for batch in batches)
+        answers = self._run_passes(partial(differentiated, batch) for batch in batches)
         for batch, ((part, (measured, kept)), slope) in zip(batches, answers, strict=True):
             weight = batch.weight
             loss = loss + part
@@ -187,7 +187,7 @@ class Step:
             sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
             del slope, kept, new
             mx.eval(loss, metrics, sums)  # frees this micro-batch's activations
-        gradients, moved = self.processes.sum_trees(sums)
+        gradients, moved = self.processes.all_reduce_trees(sums)
         totals = self.processes.all_reduce(
             {SAMPLES: sum(batch.weight for batch in batches)}
             | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
@@ -227,7 +227,7 @@ def _never_trained(model: nn.Module) -> list[str]:
     frozen = [(part, set(part._no_grad)) for part in model.modules()]
     for part, _ in frozen:  # one by one, as modules have their own say
         part.unfreeze(recurse=False)
-    names = list(dict(tree_flatten(buffers_of(model))))
+    names = list(dict(tree_flatten(buffer_tree(model))))
     for part, own in frozen:
         part._no_grad = own
     return names
@@ -241,7 +241,7 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return _root_of_sum(over_leaves(_sum_of_squares, tree))
+    return _root_of_sum(parallel_tree_map(_sum_of_squares, tree))
 
 
 def _root_of_sum(squares: Any) -> mx.array:

@@ -52,25 +52,25 @@ class Tape:
         """That of a recorded array or a parameter; None for anything else, which needs no gradient."""
         return argument.place if isinstance(argument, Variable) else self._places.get(id(argument))
 
-    def start(self, value: mx.array) -> Variable:
+    def constant(self, value: mx.array) -> Variable:
         """A stand-in for an array that needs no gradient itself."""
         return Variable(self, value, None)
 
     def note(self, value: mx.array, pull: Pull, *arguments: Any) -> Variable:
         """What stands in for `value`, and goes back by `pull` where one of its arguments needs a gradient."""
         if all(self.place(argument) is None for argument in arguments):
-            return self.start(value)
+            return self.constant(value)
         place = GradSlot()
         self._noted.append((place, pull))
         return Variable(self, value, place)
 
-    def recomputed(self, part: Callable[[Any], Any], x: Variable, parameters: Any) -> Variable:
+    def checkpoint(self, part: Callable[[Any], Any], x: Variable, parameters: Any) -> Variable:
         """part(x), of which only x is kept: on the way back it is computed again.
 
         Args:
             part: of a network, with these parameters; called twice, with stand-ins.
         """
-        value = value_of(part(Tape({}).start(x.value)))
+        value = value_of(part(Tape({}).constant(x.value)))
         own = dict(tree_flatten(parameters))
         names = [name for name, array in own.items() if self.place(array) is not None]
         kept, place = x.value, x.place

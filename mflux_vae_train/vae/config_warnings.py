@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mflux_vae_train.settings.fields import without_use
+from mflux_vae_train.settings.fields import ignored_settings
 from mflux_vae_train.vae.config import VAETrainingSettings
 
 _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -30,7 +30,7 @@ def advice(settings: VAETrainingSettings) -> list[str]:
         reasons["lpips_weight"] = "it is for --lpips"
     if settings.disc_start is None:
         reasons["disc_weight"] = "it is for --disc_start"
-    lines = without_use(settings, _USED_BY, reasons)
+    lines = ignored_settings(settings, _USED_BY, reasons)
     beta = settings.beta_end if settings.loss_type == "beta_vae" else settings.beta
     if settings.reduction == "mean" and beta > 0.01:
         lines.append(

@@ -23,7 +23,7 @@ def by_keys(network: nn.Module) -> DropoutKeys:
     return keys
 
 
-def as_now(block: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+def capture_keys(block: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context with the keys that are set now, for a block that computes itself again later."""
     held = (module.get("dropout") for _, module in block.named_modules())
-    return next((dropout.as_now() for dropout in held if isinstance(dropout, KeyedDropout)), nullcontext)
+    return next((dropout.capture_keys() for dropout in held if isinstance(dropout, KeyedDropout)), nullcontext)

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.fingerprint import of_file, of_weights
+from mflux_vae_train.fingerprint import file_hash, weights_hash
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.data.sources import Arrays, Files
@@ -37,7 +37,7 @@ def identity(settings: VAETrainingSettings, network: nn.Module, train: Source, h
     free = FREE | ({"num_epochs"} if settings.lr_scheduler in LASTING else set())
     shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     if settings.init_from or settings.network_config:
-        shaping["initial weights"] = of_weights(network)
+        shaping["initial weights"] = weights_hash(network)
     for name in ("lpips", "data_list"):
         files = getattr(settings, name) or ()
         shaping[name] = [_hash(file) for file in ([files] if isinstance(files, str) else files)] or None
@@ -51,7 +51,7 @@ def _hash(file: str) -> str:
         SettingsError: it cannot be read.
     """
     try:
-        return of_file(Path(file))[:16]
+        return file_hash(Path(file))[:16]
     except OSError as error:
         raise SettingsError(f"{file} cannot be read ({error.strerror})") from error
 

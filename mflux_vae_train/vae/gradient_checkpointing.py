@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.networks.layers import batch_statistics, fold_statistics
 from mflux_vae_train.training.tape import Variable
-from mflux_vae_train.vae.dropout import as_now
+from mflux_vae_train.vae.dropout import capture_keys
 
 
 def recompute_blocks(network: nn.Module) -> int:
@@ -38,7 +38,7 @@ def _recomputing(kind: Any) -> Any:
         if not self.training:
             return kind.__call__(self, x, *settings)
 
-        keys = as_now(self)
+        keys = capture_keys(self)
         if isinstance(x, Variable):
             seen: list[dict[str, mx.array]] = []
 
@@ -48,7 +48,7 @@ def _recomputing(kind: Any) -> Any:
                 seen.append(batch_statistics(self))
                 return y
 
-            taped = x.tape.recomputed(part, x, self.trainable_parameters())
+            taped = x.tape.checkpoint(part, x, self.trainable_parameters())
             fold_statistics(self, seen[0])
             return taped
 

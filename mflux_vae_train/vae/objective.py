@@ -95,7 +95,7 @@ class Objective:
         """See `step.Loss`."""
         if self.settings.mixed_precision:
             network.update(tree_map(lambda weight: weight.astype(mx.bfloat16), network.trainable_parameters()))
-        with self.dropout_keys.holding(arrays["key"]):
+        with self.dropout_keys.using(arrays["key"]):
             return self._computed(network, arrays)
 
     def gradients(
@@ -105,8 +105,8 @@ class Objective:
         if "critic" in arrays:
             return None
         tape = Tape(network.trainable_parameters())
-        with kernels.overlapping(), self.dropout_keys.holding(arrays["key"]):
-            posterior, z, made = self._forward(network, tape.start(arrays["pixels"]), arrays)
+        with kernels.overlapping(), self.dropout_keys.using(arrays["key"]):
+            posterior, z, made = self._forward(network, tape.constant(arrays["pixels"]), arrays)
             ends = posterior.mean, posterior.logvar, z, made
             values = [value_of(end) for end in ends]
             fold_statistics(network, batch_statistics(network))

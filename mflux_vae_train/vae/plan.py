@@ -51,9 +51,9 @@ class Plan:
             peak=settings.learning_rate,
             total=self.total,
             warmup=settings.lr_warmup_steps,
-            shape=settings.lr_scheduler if stair is None else lr_schedule.STAIRCASE,
+            shape=settings.lr_scheduler if stair is None else lr_schedule.STEP_DECAY,
             gamma=settings.lr_gamma,
-            stair=self.per_epoch * (stair or 1),
+            step_size=self.per_epoch * (stair or 1),
         )
 
     def batches(self, update: int, *, beta: float) -> list[MicroBatch]:

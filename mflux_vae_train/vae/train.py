@@ -23,7 +23,7 @@ from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
-from mflux_vae_train.distributed.process_group import IDLE, ProcessGroup
+from mflux_vae_train.distributed.process_group import IDLE_WARNING, ProcessGroup
 from mflux_vae_train.monitoring.progress import ProgressBar
 from mflux_vae_train.monitoring.trackers import TensorBoard
 from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon
@@ -131,7 +131,7 @@ class VAETrainer:
         processes.assert_equal(fingerprint)
         plan = Plan(settings, train, processes)
         if settings.gradient_accumulation_steps < processes.size:
-            logger.warning("%s", IDLE % (processes.size, settings.gradient_accumulation_steps, processes.size))
+            logger.warning("%s", IDLE_WARNING % (processes.size, settings.gradient_accumulation_steps, processes.size))
 
         # what is trained, and how
         begin_training(network, settings.train)
@@ -145,17 +145,17 @@ class VAETrainer:
         objects = {
             "network": state.parameters(network),
             "buffers": state.buffers(network),
-            "optimizer": state.tree_of(step.optimizer.state),
+            "optimizer": state.tree_state(step.optimizer.state),
         }
         if ema is not None:
-            objects["ema"] = state.tree_of(ema.state)
+            objects["ema"] = state.tree_state(ema.state)
         steps: Any = step
         if critic is not None:
             steps = AdversarialStep(
                 step, Step(critic, _optimizer(settings), critic_loss, **options), settings.disc_start or 0
             )
             objects["critic"] = state.parameters(critic)
-            objects["critic optimizer"] = state.tree_of(steps.critic.optimizer.state)
+            objects["critic optimizer"] = state.tree_state(steps.critic.optimizer.state)
         watch: dict[str, Any] = {"best": math.inf, "since": 0, "collapsed": False, "metrics": {}}
 
         def remember(tree: Any) -> None:
@@ -164,7 +164,7 @@ class VAETrainer:
         # where an earlier part of the run stopped
         objects["watch"] = state.Stateful(read=lambda: {"seen": json.dumps(watch)}, write=remember)
         pending = PendingHooks()
-        objects["owed"] = pending.stateful()
+        objects["pending_hooks"] = pending.stateful()
 
         def resumed() -> int:
             newest = checkpoint.latest(folder)
@@ -226,7 +226,7 @@ class VAETrainer:
                 made = interrupts.interruptible(processes, drawn)
             for board in boards:
                 for name, picture in made.items():
-                    board.picture("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)
+                    board.image("held-out", record.update, np.broadcast_to(picture, (*picture.shape[:2], 3)), name)
 
         def save(updates: int) -> None:
             if not processes.is_main:
@@ -260,7 +260,7 @@ class VAETrainer:
                 log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
                 validations.append(stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start)))
                 also = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
-                observers += [log, stack.enter_context(ProgressBar(plan.total, start, also=also))]
+                observers += [log, stack.enter_context(ProgressBar(plan.total, start, extra=also))]
             if processes.is_main and settings.tensorboard:
                 boards.append(stack.enter_context(TensorBoard(folder / "tensorboard", start=start)))
                 observers += boards
@@ -269,7 +269,7 @@ class VAETrainer:
                 for file in validations:
                     file(dataclasses.replace(record, metrics=watch["metrics"]))
                 for board in boards:
-                    board.values("validation", record.update, watch["metrics"])
+                    board.scalars("validation", record.update, watch["metrics"])
 
             hooks = [
                 every(epochs * settings.val_every, validate),
@@ -316,8 +316,8 @@ def _claim(folder: Path, settings: VAETrainingSettings, lock: Lock) -> None:
     """Takes the folder's lock and writes settings.yaml, which reproduces the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        checkpoint.tidy(folder)
+        lock.acquire()
+        checkpoint.clean_up(folder)
         write_text(folder / "settings.yaml", flags.to_yaml(dataclasses.replace(settings, allow_changes=False)))
     except OSError as error:
         raise SettingsError(f"--output_dir: {folder} cannot be written ({error.strerror})") from error

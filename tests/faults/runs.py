@@ -18,7 +18,7 @@ from mflux_vae.images import load_image
 from mflux_vae.weights.formats.files import header
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.pipelines import tiny
-from mflux_vae_train.training.hooks import MEASURED, read_metrics
+from mflux_vae_train.training.hooks import NONDETERMINISTIC, read_metrics
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = Path(tiny.__file__).parent / "example"
@@ -151,7 +151,10 @@ def left(folder: Path) -> dict[str, bytes]:
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_file() and path.suffix == ".jsonl":
-            lines = [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(path)]
+            lines = [
+                {key: value for key, value in line.items() if key not in NONDETERMINISTIC}
+                for line in read_metrics(path)
+            ]
             found[name] = json.dumps(lines).encode()
         elif path.is_file() and path.name not in TIMELY:
             found[name] = path.read_bytes()

@@ -61,7 +61,7 @@ def _captions(folder: Path) -> None:
 def _checkpoint(folder: Path) -> None:
     checkpoint.latest(folder)
     tree = {"a": mx.zeros((2,)), "n": 1}
-    checkpoint.load(folder / "checkpoint-1", {"run": state.tree_of(tree)}, fingerprint={"seed": 0})
+    checkpoint.load(folder / "checkpoint-1", {"run": state.tree_state(tree)}, fingerprint={"seed": 0})
 
 
 _PARTS = {"transformer": {"lora_one": ("layers.0", "layers.1")}}
@@ -139,7 +139,9 @@ def _torch(write: Callable[..., Path], folder: Path) -> bytes:
 
 
 def _checkpoint_files(folder: Path) -> dict[str, bytes]:
-    written = checkpoint.save(folder, 1, {"run": state.tree_of({"a": mx.zeros((2,)), "n": 1})}, fingerprint={"seed": 0})
+    written = checkpoint.save(
+        folder, 1, {"run": state.tree_state({"a": mx.zeros((2,)), "n": 1})}, fingerprint={"seed": 0}
+    )
     return {f"checkpoint-1/{name}": (written / name).read_bytes() for name in (checkpoint.ARRAYS, checkpoint.VALUES)}
 
 

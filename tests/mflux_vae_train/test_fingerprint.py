@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train import fingerprint
-from mflux_vae_train.fingerprint import of_weights
+from mflux_vae_train.fingerprint import weights_hash
 from tests.mflux_vae_train.training.tiny_model import Net
 
 
@@ -18,7 +18,7 @@ def test_equal_weights_are_equal_whatever_they_are_held_in() -> None:
     halves = tree_map(lambda value: value.astype(mx.bfloat16), one.parameters())
     one.update(halves)
     other.update(tree_map(lambda value: value.astype(mx.float32), halves))
-    assert of_weights(one) == of_weights(other)
+    assert weights_hash(one) == weights_hash(other)
 
 
 @pytest.mark.parametrize("what", ["another training", "an adapter fused into one layer", "a shape", "a layer more"])
@@ -31,14 +31,14 @@ def test_other_weights_are_told_apart(what: str) -> None:
         other.out.weight = other.out.weight.reshape(1, *other.out.weight.shape)
     elif what == "a layer more":
         other.more = nn.Linear(2, 2)
-    assert of_weights(one) != of_weights(other)
+    assert weights_hash(one) != weights_hash(other)
 
 
 def test_no_more_is_looked_into_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net(seed=1)
     sizes = sorted(4 * value.size for _, value in tree_flatten(net.parameters()))
-    monkeypatch.setattr(fingerprint, "BUDGET", sizes[-1])
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", sizes[-1])
     looked, own = [], np.array
     monkeypatch.setattr(fingerprint.np, "array", lambda values: looked.append(values.size) or own(values))
-    of_weights(net)
-    assert 0 < len(looked) < len(sizes) and max(looked) <= fingerprint.SAMPLED
+    weights_hash(net)
+    assert 0 < len(looked) < len(sizes) and max(looked) <= fingerprint.SAMPLES_PER_TENSOR

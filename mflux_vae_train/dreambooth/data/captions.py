@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.settings.fields import is_text
+from mflux_vae_train.settings.fields import is_valid_text
 
 METADATA = "metadata.jsonl"
 """One JSON object per line: the picture's name under ``file_name``, and its prompt."""
@@ -59,7 +59,7 @@ def _prompt(row: dict[str, object], column: str | None, where: str) -> str:
     value = next((row[name] for name in columns if name in row), None)
     if not isinstance(value, str):
         raise SettingsError(f"{where}: no text under {' or '.join(columns)}; --caption_column names the key")
-    if not is_text(value):
+    if not is_valid_text(value):
         raise SettingsError(f"{where}: the prompt has characters that are no text")
     return value.strip()
 

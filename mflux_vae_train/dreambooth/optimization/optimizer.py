@@ -17,7 +17,7 @@ from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lio
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
-from mflux_vae_train.training.step import Pass, one_by_one
+from mflux_vae_train.training.step import Pass, sequential
 
 COMPILED_FROM = 300
 """Updates on a CPU whose step is worth compiling, see `Step`."""
@@ -45,7 +45,7 @@ def at_once(denoiser: nn.Module) -> int:
 
 def passes_of(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
     """How `Step` computes those of an update."""
-    return kernels.side_by_side if at_once(denoiser) > 1 else one_by_one
+    return kernels.side_by_side if at_once(denoiser) > 1 else sequential
 
 
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:

@@ -59,7 +59,7 @@ def _of_denoiser(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> S
         return pipeline.lora_targets()
     presets = pipeline.lora_presets() if isinstance(pipeline, PresetsForLora) else {}
     if settings.lora_layers in USUAL_PRESETS and settings.lora_layers not in presets:
-        known = ", ".join([*presets, lora.EVERYTHING])
+        known = ", ".join([*presets, lora.ALL_LAYERS])
         raise SettingsError(f"--lora_layers {settings.lora_layers}: {pipeline.name} has {known}; or name layers")
     return lora.patterns_of(settings.lora_layers, presets)
 

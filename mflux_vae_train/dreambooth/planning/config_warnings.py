@@ -8,7 +8,7 @@ from dataclasses import replace
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.preservation import Kind
 from mflux_vae_train.pipelines.protocol import Recommended
-from mflux_vae_train.settings.fields import without_use
+from mflux_vae_train.settings.fields import ignored_settings
 
 # Ranges in which the documented recipe was tried. Outside them a run is unusual, not wrong. Pipelines have their own.
 USUAL = {
@@ -100,7 +100,7 @@ def _without_use(settings: DreamBoothSettings, recommended: Recommended, preserv
         reasons |= dict.fromkeys(pictures, f"--prior_preservation {preserved} takes no class pictures")
     if preserved == "none":
         reasons["prior_loss_weight"] = "there is no prior preservation"
-    return without_use(settings, _USED_BY, reasons)
+    return ignored_settings(settings, _USED_BY, reasons)
 
 
 def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:

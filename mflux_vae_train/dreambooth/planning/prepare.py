@@ -15,7 +15,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
 from mflux_vae.utils.prefetch import ahead
 from mflux_vae_train import lora
-from mflux_vae_train.distributed.process_group import IDLE, SINGLE, ProcessGroup
+from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.class_images import ClassFolder, class_folders, class_images
@@ -26,7 +26,7 @@ from mflux_vae_train.dreambooth.planning import adapter
 from mflux_vae_train.dreambooth.planning.memory_estimate import Estimate, estimated, with_batch_size
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, choose, choose_resolution
 from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, identity_of, standing
-from mflux_vae_train.fingerprint import of_weights
+from mflux_vae_train.fingerprint import weights_hash
 from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.pipelines.capabilities import Identifies, SupportsPrediction, Use
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -89,7 +89,7 @@ def prepare(
     """
     pipeline_features.check(pipeline, settings)
     settings = adapter.as_in_file(settings, pipeline)
-    trackers.wanted(settings.report_to)
+    trackers.requested_trackers(settings.report_to)
     resolution = choose_resolution(settings, pipeline.recommended)
     pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
@@ -110,7 +110,7 @@ def prepare(
     looked_at = not settings.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
     identity = identity_of(
         choices.settings,
-        base=of_weights(pipeline.denoiser) if looked_at else "",
+        base=weights_hash(pipeline.denoiser) if looked_at else "",
         pictures=pictures.fingerprint,
     )
     if looked_at and isinstance(pipeline, Identifies):
@@ -144,7 +144,7 @@ def prepare(
     if estimate is not None and settings.dry_run:
         lines += estimate.lines
     if plan.accumulation < processes.size:
-        lines.append(IDLE % (processes.size, plan.accumulation, processes.size))
+        lines.append(IDLE_WARNING % (processes.size, plan.accumulation, processes.size))
     return Preparation(
         choices=choices,
         pictures=pictures,

@@ -15,9 +15,9 @@ from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar
-from mflux_vae_train.monitoring.trackers import open_tracker, wanted
+from mflux_vae_train.monitoring.trackers import open_tracker, requested_trackers
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
-from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resources
+from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_usage
 
 
 class Watching:
@@ -65,10 +65,10 @@ class Watching:
         shown = dataclasses.asdict(settings)
         first = self._processes.is_main
         # before anything is told: what a part of the run left that is made again does not count
-        files = [enter(MetricsLog(folder.metrics, resumed_at=start, also=resources))] if first else []
+        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if first else []
         trackers = [
             enter(open_tracker(name, logging_dir, run=folder.root.resolve().name, settings=shown, start=start))
-            for name in wanted(settings.report_to)
+            for name in requested_trackers(settings.report_to)
             if first
         ]
         self._previews = Previews(
@@ -86,7 +86,7 @@ class Watching:
             self._tell("running", updates=0)
         self._preview_seconds = time.monotonic() - began
         if first:
-            bar = enter(ProgressBar(total, start, also=self._speed, pace=self.pace))
+            bar = enter(ProgressBar(total, start, extra=self._speed, pace=self.pace))
             self.observers += [*files, bar, *trackers]
 
     def __exit__(
@@ -103,7 +103,7 @@ class Watching:
             self._previews(record.update)
             self._tell("running", updates=record.update, said=self._left(record.update))
 
-        return self.pace.occasionally(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
+        return self.pace.timed_every(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
 
     def finished(self, said: str) -> None:
         """Writes the report for the last time."""

@@ -79,7 +79,7 @@ class Previews:
         preview_grid.write_progress(self._samples, self._instance, columns=count)
         for prompt, row in zip(self._choices.validation_prompt, rows, strict=True):
             for tracker in self._trackers:
-                tracker.picture("preview", updates, grid(row, count), prompt)
+                tracker.image("preview", updates, grid(row, count), prompt)
 
     def _pictures(self, conditioning: Conditioning, count: int) -> list[np.ndarray]:
         choices, processes = self._choices, self._processes

@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.monitoring.report.charts import number
 from mflux_vae_train.monitoring.report.curves import smoothed
-from mflux_vae_train.monitoring.report.page import Head, Section, page, picture, table
+from mflux_vae_train.monitoring.report.page import PageHeader, Section, page, picture, table
 from mflux_vae_train.training.hooks import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Report:
         prompts = " · ".join(concept.instance_prompt for concept in self._run.choices.concepts)
         learnt = "a LoRA" if settings.train_mode == "lora" else "all weights"
         when = time.strftime("%Y-%m-%d %H:%M")
-        head = Head(
+        head = PageHeader(
             kind=f"DreamBooth on {self._pipeline_name}",
             title=prompts,
             about=f"{learnt}, {len(self._run.pictures.instances)} pictures, in {self._folder.root} · written {when}",

@@ -32,7 +32,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class PageHeader:
     """What stands above all sections.
 
     Attributes:
@@ -52,7 +52,7 @@ class Head:
     figures: Sequence[tuple[str, str, str]]
 
 
-def page(head: Head, sections: Sequence[Section]) -> str:
+def page(head: PageHeader, sections: Sequence[Section]) -> str:
     """The whole file."""
     shown = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.name}">{escape(section.name.capitalize())}</a>' for section in shown)

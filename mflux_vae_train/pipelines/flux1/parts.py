@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.vae import VAE
-from mflux_vae_train.fingerprint import of_weights
+from mflux_vae_train.fingerprint import weights_hash
 from mflux_vae_train.pipelines.capabilities import Use
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.lazy import Lazy
@@ -158,7 +158,7 @@ def _set_recompute(module: FluxTransformer, *, on: bool) -> None:
 def _weights(module: nn.Module) -> str:
     """Hash of a network's weights, and their dtypes."""
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return " ".join([of_weights(module), ", ".join(sorted({str(array.dtype) for array in parameters.values()}))])
+    return " ".join([weights_hash(module), ", ".join(sorted({str(array.dtype) for array in parameters.values()}))])
 
 
 def _files_of(folder: Path) -> str:

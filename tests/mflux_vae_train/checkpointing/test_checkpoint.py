@@ -21,7 +21,7 @@ def holder(**entries: Any) -> tuple[dict[str, Any], dict[str, Stateful]]:
         "a": mx.arange(6.0).reshape(2, 3),
         "list": [{"n": mx.array(3, mx.uint64)}, "text", 1.5, None],
     }
-    return tree, {"run": state.tree_of(tree)}
+    return tree, {"run": state.tree_state(tree)}
 
 
 def test_round_trip_of_arrays_and_plain_values_in_place(tmp_path: Path) -> None:

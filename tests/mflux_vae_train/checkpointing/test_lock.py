@@ -14,14 +14,14 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.checkpointing.lock import Lock
 
 HOLDING = (
-    "import sys, time; from mflux_vae_train.checkpointing.lock import Lock; l = Lock(sys.argv[1]); l.take(); "
+    "import sys, time; from mflux_vae_train.checkpointing.lock import Lock; l = Lock(sys.argv[1]); l.acquire(); "
     "print(1, flush=True)"
 )
 
 
 def test_another_holder_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
     with Lock(tmp_path) as lock:
-        lock.take()  # once is enough
+        lock.acquire()  # once is enough
         with pytest.raises(SettingsError, match="another process is at work"), Lock(tmp_path):
             pass
     with Lock(tmp_path):
@@ -33,9 +33,9 @@ def test_a_folder_that_comes_later_can_be_locked_then(tmp_path: Path) -> None:
         (tmp_path / "new").mkdir()
         with Lock(tmp_path / "new"):
             pass
-        lock.take()
+        lock.acquire()
         with pytest.raises(SettingsError):
-            Lock(tmp_path / "new").take()
+            Lock(tmp_path / "new").acquire()
 
 
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "1\n"
     with pytest.raises(SettingsError):
-        Lock(tmp_path).take()
+        Lock(tmp_path).acquire()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with Lock(tmp_path):

@@ -84,8 +84,8 @@ class Run:
         self.objects = {
             "parameters": state.parameters(self.net),
             "buffers": state.buffers(self.net),
-            "optimizer": state.tree_of(optimizer.state),
-            "ema": state.tree_of(self.ema.state),
+            "optimizer": state.tree_state(optimizer.state),
+            "ema": state.tree_state(self.ema.state),
         }
 
     def batches(self, update: int) -> list[MicroBatch]:
@@ -152,10 +152,10 @@ def exchange(processes: ProcessGroup, folder: Path) -> None:
         made.append(item)
         return [mx.array([ord(item), processes.rank])]
 
-    processes.broadcast_state({"tree": state.tree_of(tree)})
+    processes.broadcast_state({"tree": state.tree_state(tree)})
     total = [mx.array(1.0 + processes.rank), mx.ones((2, 3), mx.int32)]
     sent = processes.sent
-    processes.sum(total)
+    processes.all_reduce_arrays(total)
     sent = processes.sent - sent
     try:
         processes.assert_equal({"data": "a", "seed": int(processes.rank == processes.size - 1)})

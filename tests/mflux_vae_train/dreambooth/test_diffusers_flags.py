@@ -9,8 +9,8 @@ import typing
 import pytest
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.ignored_flags import WITHOUT_EFFECT
-from mflux_vae_train.settings.fields import is_tuple, kind_of
+from mflux_vae_train.dreambooth.ignored_flags import IGNORED_FLAGS
+from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import settings_from
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
@@ -60,16 +60,16 @@ def test_every_flag_is_a_setting_or_does_nothing_and_says_so(name: str, caplog: 
     needed = [word for word in NEEDED if not word.startswith(f"--{name}=")]
     if name == "pretrained_model_name_or_path":
         needed = NEEDED[1:]
-    given = settings_from(DreamBoothSettings, [*needed, *words], without_effect=WITHOUT_EFFECT)
+    given = settings_from(DreamBoothSettings, [*needed, *words], ignored_flags=IGNORED_FLAGS)
     said = [record.getMessage() for record in caplog.records]
-    if name in WITHOUT_EFFECT:
+    if name in IGNORED_FLAGS:
         assert name not in FIELDS, "a setting does something"
-        assert said == [f"--{name} has no effect: {WITHOUT_EFFECT[name]}"]
+        assert said == [f"--{name} has no effect: {IGNORED_FLAGS[name]}"]
         return
     field = FIELDS[name]
     found = getattr(given, field.name)
     assert not said
-    kind, _ = kind_of(HINTS[field.name])
+    kind, _ = field_type(HINTS[field.name])
     if is_tuple(HINTS[field.name]):
         assert found == (value,)
     elif kind is str:
@@ -79,5 +79,5 @@ def test_every_flag_is_a_setting_or_does_nothing_and_says_so(name: str, caplog: 
 
 
 def test_reasons_are_one_line_and_say_something() -> None:
-    for name, reason in WITHOUT_EFFECT.items():
+    for name, reason in IGNORED_FLAGS.items():
         assert len(reason) > 15 and "\n" not in reason and not reason.endswith("."), name

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.monitoring import trackers
-from mflux_vae_train.monitoring.trackers import open_tracker, wanted
+from mflux_vae_train.monitoring.trackers import open_tracker, requested_trackers
 from mflux_vae_train.training.hooks import Record
 
 
@@ -32,13 +32,13 @@ def opened(name: str, folder: Path, start: int = 0) -> trackers.Tracker:
 def test_what_is_wanted_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"tensorboard"}
     monkeypatch.setattr(trackers, "find_spec", lambda name: name if name in there else None)
-    assert wanted(None) == wanted("none") == ()
-    assert list(wanted("tensorboard")) == list(wanted("all")) == ["tensorboard"]
+    assert requested_trackers(None) == requested_trackers("none") == ()
+    assert list(requested_trackers("tensorboard")) == list(requested_trackers("all")) == ["tensorboard"]
     with pytest.raises(SettingsError, match=r"--report_to wandb: .*'mflux-vae\[wandb\]'"):
-        wanted("wandb")
+        requested_trackers("wandb")
     there.clear()
     with pytest.raises(SettingsError, match=r"--report_to all: install one of them"):
-        wanted("all")
+        requested_trackers("all")
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
@@ -49,8 +49,8 @@ def test_tensorboard_holds_every_number_once_after_a_resume(tmp_path: Path) -> N
     with opened("tensorboard", tmp_path) as board:
         for update in (1, 2, 3):
             board(record(update, loss=float(update)))
-        board.values("validation", 2, {"psnr": 20.0})
-        board.picture("preview", 2, PICTURE, "a dog")
+        board.scalars("validation", 2, {"psnr": 20.0})
+        board.image("preview", 2, PICTURE, "a dog")
     with opened("tensorboard", tmp_path, start=2) as board:
         board(record(3, loss=30.0))
     seen = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
@@ -99,10 +99,10 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Board:
 
 
 def test_wandb_is_told_settings_numbers_and_pictures(wandb: Board, tmp_path: Path) -> None:
-    assert list(wanted("wandb")) == ["wandb"]
+    assert list(requested_trackers("wandb")) == ["wandb"]
     with opened("wandb", tmp_path) as tracker:
         tracker(record(1, loss=0.5))
-        tracker.picture("preview", 1, PICTURE, "a dog")
+        tracker.image("preview", 1, PICTURE, "a dog")
     (begun,) = wandb.begun
     assert begun["config"] == {"prompt": "x | y", "rank": 4} and begun["name"] == "a | b"
     assert begun["project"] == "dreambooth" and Path(begun["dir"]) == tmp_path

@@ -209,7 +209,7 @@ def test_each_learns_in_a_step_with_accumulation_and_goes_on_bit_for_bit(name: s
         net.blocks[0].freeze()
         optimizer = EVERY[name]()
         step = Step(net, optimizer, loss)
-        return net, step, {"net": state.parameters(net), "optimizer": state.tree_of(optimizer.state)}
+        return net, step, {"net": state.parameters(net), "optimizer": state.tree_state(optimizer.state)}
 
     net, step, objects = fresh()
     assert not any("blocks.0" in path for path, _ in tree_flatten(step.optimizer.state)), "state for what is frozen"

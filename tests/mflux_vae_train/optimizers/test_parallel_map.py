@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train.optimizers import parallel_map
-from mflux_vae_train.optimizers.parallel_map import over_leaves
+from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
 
 
 def tree() -> dict[str, Any]:
@@ -34,10 +34,10 @@ def test_results_are_those_of_tree_map(at_once: int, consumed: bool, monkeypatch
         return x * y
 
     expected = tree_map(lambda x, y: x * y, tree(), others)
-    assert equal(over_leaves(product, given, others, states, consumed=consumed), expected)
+    assert equal(parallel_tree_map(product, given, others, states, consumed=consumed), expected)
     assert all((seen == -1).all() for _, seen in tree_flatten(states))
     assert consumed or equal(given, tree())
-    assert over_leaves(product, {}, {}, {}) == {}
+    assert parallel_tree_map(product, {}, {}, {}) == {}
 
 
 def test_what_is_consumed_gives_its_memory() -> None:
@@ -45,11 +45,11 @@ def test_what_is_consumed_gives_its_memory() -> None:
     mx.eval(given)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    over_leaves(lambda x: x * 2, given, consumed=True)
+    parallel_tree_map(lambda x: x * 2, given, consumed=True)
     assert mx.get_peak_memory() - before < 2 * 4 << 20
 
 
 def test_traced_as_tree_map_is() -> None:
-    twice = mx.compile(lambda x: over_leaves(lambda x: x * 2, {"x": x})["x"])
+    twice = mx.compile(lambda x: parallel_tree_map(lambda x: x * 2, {"x": x})["x"])
     assert twice(mx.ones(3)).tolist() == [2, 2, 2]
-    assert mx.grad(lambda x: over_leaves(mx.square, {"x": x})["x"].sum())(mx.ones(3)).tolist() == [2, 2, 2]
+    assert mx.grad(lambda x: parallel_tree_map(mx.square, {"x": x})["x"].sum())(mx.ones(3)).tolist() == [2, 2, 2]

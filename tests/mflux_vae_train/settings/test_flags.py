@@ -14,7 +14,7 @@ import pytest
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.settings.fields import check_fields, flag, is_tuple, kind_of
+from mflux_vae_train.settings.fields import check_fields, field_type, flag, is_tuple
 from mflux_vae_train.settings.flags import add_flags, from_yaml, parser_from, settings_from, settings_of, to_yaml
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
@@ -29,7 +29,7 @@ def other_than_default(name: str) -> Any:
 
 
 def other_single(name: str) -> Any:
-    field, (kind, _) = FIELDS[name], kind_of(HINTS[name])
+    field, (kind, _) = FIELDS[name], field_type(HINTS[name])
     if choices := field.metadata["choices"]:
         return next(choice for choice in choices if choice != field.default)
     if kind is bool:
@@ -180,7 +180,7 @@ def test_help_names_every_flag_once() -> None:
         assert f"  --{name}" in text
     assert "--train-batch-size" not in text
     assert len(text.split("\n\n")[0].splitlines()) == 1  # the usage; each flag is explained below
-    assert "--old" in parser_from(Texts, without_effect={"old": "there is nothing old"}).format_help()
+    assert "--old" in parser_from(Texts, ignored_flags={"old": "there is nothing old"}).format_help()
 
 
 def test_config_and_flags_import_neither_transformers_nor_numpy_nor_yaml() -> None:
@@ -236,7 +236,7 @@ def test_a_flag_without_effect_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("old: 3\nprompts: a\n")
-    settings = settings_from(Texts, [*words, "--prompts=a"], without_effect={"old": "there is nothing old"})
+    settings = settings_from(Texts, [*words, "--prompts=a"], ignored_flags={"old": "there is nothing old"})
     assert settings == Texts(prompts=("a",))
     assert [record.getMessage() for record in caplog.records] == ["--old has no effect: there is nothing old"]
     with pytest.raises(SettingsError, match="old"):

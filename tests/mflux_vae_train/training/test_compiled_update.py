@@ -30,8 +30,8 @@ class Run:
         self.step = step.Step(self.net, optimizer, loss, ema=ema, max_grad_norm=0.3)
         self.objects = {
             "network": state.parameters(self.net),
-            "optimizer": state.tree_of(optimizer.state),
-            "ema": state.tree_of(ema.state),
+            "optimizer": state.tree_state(optimizer.state),
+            "ema": state.tree_state(ema.state),
         }
 
     def updates(self, *numbers: int) -> dict[str, np.ndarray]:

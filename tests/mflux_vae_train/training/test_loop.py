@@ -45,8 +45,8 @@ class Run:
         self.step = Step(self.net, optimizer, self.loss, ema=self.ema)
         self.objects = {
             "parameters": state.parameters(self.net),
-            "optimizer": state.tree_of(optimizer.state),
-            "ema": state.tree_of(self.ema.state),
+            "optimizer": state.tree_state(optimizer.state),
+            "ema": state.tree_state(self.ema.state),
         }
 
     def loss(self, model: Any, arrays: Any) -> Any:
@@ -192,7 +192,7 @@ def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: 
         return hook
 
     pace = Pace(10)
-    hooks = [pace, pace.occasionally(4, took(60.0)), pace.occasionally(None, took(7.0), seconds=20.0)]
+    hooks = [pace, pace.timed_every(4, took(60.0)), pace.timed_every(None, took(7.0), seconds=20.0)]
     assert pace.left(0) == 20
     left = []
     for update in range(1, 11):
@@ -236,7 +236,7 @@ def test_on_a_terminal_the_time_left_is_what_is_cut_off_last(monkeypatch: pytest
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with ProgressBar(total=3, also=lambda _: {"more": "text"}) as bar:
+    with ProgressBar(total=3, extra=lambda _: {"more": "text"}) as bar:
         bar(Record(update=1, total=3, metrics={"loss": 1.0, "learning_rate": 1e-4}, seconds=2.0))
     last = sys.stderr.getvalue().split("\r")[-1]
     assert "update/s, 4 s left, loss 1.0000, rate 1.0e-04, more text]" in last.replace("s/update", "update/s")

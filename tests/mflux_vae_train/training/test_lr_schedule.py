@@ -48,7 +48,7 @@ def test_a_warm_up_that_eats_most_of_the_run_is_kept_and_said(caplog: pytest.Log
 
 def test_a_staircase_is_torchs_whatever_the_length_of_the_run() -> None:
     for total in (40, 4000):
-        rate = learning_rate(peak=1.0, total=total, warmup=2, shape="staircase", gamma=0.5, stair=10)
+        rate = learning_rate(peak=1.0, total=total, warmup=2, shape="step_decay", gamma=0.5, step_size=10)
         assert [rate(update) for update in (2, 9, 10, 19, 20, 39)] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.125])
         assert rate(0) == pytest.approx(1 / 3)
 

@@ -49,8 +49,8 @@ class Run:
         self.step = Step(net, OPTIMIZERS[kind](), loss, ema=self.ema)
         self.objects = {
             "net": state.parameters(net),
-            "optimizer": state.tree_of(self.step.optimizer.state),
-            "ema": state.tree_of(self.ema.state),
+            "optimizer": state.tree_state(self.step.optimizer.state),
+            "ema": state.tree_state(self.ema.state),
         }
 
     def update(self, *updates: int) -> None:

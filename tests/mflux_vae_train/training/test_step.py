@@ -40,10 +40,10 @@ def test_accumulated_micro_batches_equal_one_batch(cut: list[list[int]]) -> None
 @pytest.mark.parametrize("compile", [False, True])
 def test_micro_batches_side_by_side_are_those_one_by_one(compile: bool) -> None:
     updates = [[batch([0, 1], update), batch([2], update), batch([3], update)] for update in range(3)]
-    one_by_one, told = after(updates, compile=compile)
-    together, also_told = after(updates, compile=compile, passes=kernels.side_by_side)
-    for path in one_by_one:
-        np.testing.assert_allclose(together[path], one_by_one[path], rtol=1e-5, atol=1e-6)
+    sequential, told = after(updates, compile=compile)
+    together, also_told = after(updates, compile=compile, run_passes=kernels.side_by_side)
+    for path in sequential:
+        np.testing.assert_allclose(together[path], sequential[path], rtol=1e-5, atol=1e-6)
     for one, other in zip(told, also_told, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 

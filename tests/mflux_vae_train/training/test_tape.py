@@ -72,7 +72,7 @@ def traced(network: nn.Module, x: mx.array) -> Any:
 
 def taped(network: nn.Module, x: mx.array) -> Any:
     tape = Tape(network.trainable_parameters())
-    y = network(tape.start(x))
+    y = network(tape.constant(x))
     return tape.gradients([(y, mx.grad(along)(value_of(y)))])
 
 
@@ -104,7 +104,7 @@ def test_what_is_frozen_needs_nothing(x: mx.array) -> None:
     network.freeze()
     network.last.unfreeze()
     tape = Tape(network.trainable_parameters())
-    inner = network.block(network.first(tape.start(x)))
+    inner = network.block(network.first(tape.constant(x)))
     assert isinstance(inner, Variable) and inner.place is None
     agree(taped(network, x), traced(network, x))
 
@@ -119,8 +119,8 @@ def test_a_part_is_computed_again(x: mx.array) -> None:
         return network.block(x)
 
     def through(tape: Tape, recompute: bool) -> Any:
-        y = network.first(tape.start(x))
-        y = tape.recomputed(part, y, network.block.trainable_parameters()) if recompute else network.block(y)
+        y = network.first(tape.constant(x))
+        y = tape.checkpoint(part, y, network.block.trainable_parameters()) if recompute else network.block(y)
         y = network.attention(y)
         return tape.gradients([(y, mx.ones(y.shape))])
 

@@ -17,7 +17,7 @@ import pytest
 
 from mflux_vae import cli
 from mflux_vae.images import load_image, save_image
-from mflux_vae_train.settings.fields import is_tuple, kind_of
+from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_of, to_yaml
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings, preset
 from tests.conftest import Run
@@ -34,7 +34,7 @@ def settings(*words: str) -> VAETrainingSettings:
 
 
 def other_than_default(name: str) -> Any:
-    field, (kind, _) = FIELDS[name], kind_of(HINTS[name])
+    field, (kind, _) = FIELDS[name], field_type(HINTS[name])
     if choices := field.metadata["choices"]:
         return next(choice for choice in choices if choice != field.default)
     if is_tuple(HINTS[name]):

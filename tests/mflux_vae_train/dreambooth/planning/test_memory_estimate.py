@@ -64,7 +64,7 @@ def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, 
     looked = []
     monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e7)
     monkeypatch.setattr(
-        "mflux_vae_train.dreambooth.planning.prepare.of_weights", lambda *_: looked.append(told(caplog)) or "hash"
+        "mflux_vae_train.dreambooth.planning.prepare.weights_hash", lambda *_: looked.append(told(caplog)) or "hash"
     )
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings(memory_limit=4))
@@ -158,7 +158,7 @@ def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypat
     pipeline = Weighed()
     DreamBooth(pipeline).train(settings(dry_run=True))
     assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].side_by_side) == (4, together)
-    one_by_one = optimizer.passes_of(pipeline.denoiser) is step.one_by_one
+    one_by_one = optimizer.passes_of(pipeline.denoiser) is step.sequential
     assert one_by_one == (together == 1)
 
 

@@ -14,7 +14,7 @@ from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1 import parts
 from mflux_vae_train.pipelines.quantization import quantize
-from mflux_vae_train.training.hooks import MEASURED
+from mflux_vae_train.training.hooks import NONDETERMINISTIC
 
 EXAMPLE = Path(tiny.__file__).parent / "example"
 
@@ -59,7 +59,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     (parts / "checkpoint-4").rmdir()
     (parts / "pytorch_lora_weights.safetensors").unlink()
     resumed = train(parts)
-    measured = dict.fromkeys(MEASURED, 0)
+    measured = dict.fromkeys(NONDETERMINISTIC, 0)
     assert [{**line, **measured} for line in resumed] == [{**line, **measured} for line in whole]
     adapters = [mx.load(str(folder / "pytorch_lora_weights.safetensors")) for folder in (tmp_path / "whole", parts)]
     assert adapters[0].keys() == adapters[1].keys()
@@ -76,7 +76,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("how", [{}, {"quantize": 4}, {"use_dora": True}, {"quantize": 8, "use_dora": True}], ids=str)
-@pytest.mark.parametrize("layers", [*tiny.load().lora_presets(), lora.EVERYTHING])
+@pytest.mark.parametrize("layers", [*tiny.load().lora_presets(), lora.ALL_LAYERS])
 def test_every_layer_preset_trains(tmp_path, layers, how):
     lines = train(tmp_path / "out", **SMALL, lora_layers=layers, **how)
     assert [line["update_size"] > 0 for line in lines] == [True, True]
