@@ -72,7 +72,16 @@ ON_DEMAND = {
 
 LIGHT = (
     *("", ".settings", ".settings.fields", ".settings.flags", ".monitoring", ".monitoring.console"),
-    *(".dreambooth", ".dreambooth.cli", ".dreambooth.config", ".vae", ".vae.cli", ".vae.config"),
+    *(
+        ".pipelines",
+        ".pipelines.noise",
+        ".dreambooth",
+        ".dreambooth.cli",
+        ".dreambooth.config",
+        ".vae",
+        ".vae.cli",
+        ".vae.config",
+    ),
 )
 """What a command line needs for `--help`."""
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.settings.fields import check_fields, flag
 
 
@@ -40,7 +41,7 @@ class DreamBoothSettings:
 
     model: str = flag(
         "name of a registered pipeline, a folder that one of them opens, owner/name on the Hugging Face hub, or a file"
-        " of FLUX.1's transformer (its other parts are then downloaded)",
+        " of a denoiser's weights (the other parts are then downloaded)",
         aliases=("pretrained_model_name_or_path",),
         group="what is learnt, from what",
     )
@@ -111,9 +112,7 @@ class DreamBoothSettings:
     lora_weights: str | None = flag(
         "adapter to start from, in PEFT's or kohya's naming: its rank, alpha and layers stand", None
     )
-    train_text_encoder: bool = flag(
-        "adapt CLIP's attention, too; the model's other text encoder is left as it is", False
-    )
+    train_text_encoder: bool = flag("also train an adapter on the text encoder that the pipeline offers", False)
     output_kohya_format: bool = flag("write the adapter in kohya's naming, too", False)
     fuse: bool = flag("leave a whole pipeline with the adapter in its weights, too", False)
     quantize: int | None = flag(
@@ -154,14 +153,14 @@ class DreamBoothSettings:
     weighting_scheme: str | None = flag(
         "how noise levels are drawn and errors weighted (none given: as the pipeline recommends)",
         None,
-        choices=("none", "uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt", "flux_shift", "schnell"),
+        choices=tuple(SCHEMES),
     )
     logit_mean: float = flag(
-        "mean of logit_normal and flux_shift: above 0 trains less noisy levels, as in diffusers (in kohya's scripts"
-        " more noisy ones)",
+        "mean of the schemes that draw from a normal distribution: above 0 trains less noisy levels, as in diffusers"
+        " (in kohya's scripts more noisy ones)",
         0.0,
     )
-    logit_std: float = flag("standard deviation of logit_normal and flux_shift", 1.0, above=0)
+    logit_std: float = flag("standard deviation of the same schemes", 1.0, above=0)
     mode_scale: float = flag("how much mode prefers the middle levels", 1.29, least=-1, most=1.75)
     guidance: float | None = flag(
         "guidance of class pictures and previews (none: the pipeline's)", None, least=0, aliases=("guidance_scale",)

@@ -1,6 +1,6 @@
 """Flags that users of other DreamBooth scripts give, and that do nothing here: each with the reason, for the log.
 
-They come from diffusers' scripts for FLUX and Stable Diffusion. All their other flags are fields of
+They come from diffusers' DreamBooth scripts. All their other flags are fields of
 `DreamBoothSettings`, under their names.
 """
 
@@ -16,7 +16,8 @@ _PRECISION = (
 _LOADED = "pictures are encoded once before the training; nothing is left to load"
 _HUB = "nothing is uploaded; `hf upload` takes the output folder as it is"
 _DATASET = "pictures come from folders: --instance_data_dir, with prompts in metadata.jsonl or .txt files"
-_PIXELS = "FLUX predicts a velocity: its noise levels are weighted with --weighting_scheme"
+_WEIGHTING = "noise levels are weighted with --weighting_scheme"
+_NO_OFFSET = "noise is drawn without an offset, as the models were trained"
 
 IGNORED_FLAGS: Mapping[str, str] = {
     # machine
@@ -38,9 +39,9 @@ IGNORED_FLAGS: Mapping[str, str] = {
     "image_column": _DATASET,
     "image_interpolation_mode": "pictures are resized with Lanczos' filter",
     # objective
-    "snr_gamma": _PIXELS,
-    "offset_noise": _PIXELS,
-    "noise_offset": _PIXELS,
+    "snr_gamma": _WEIGHTING,
+    "offset_noise": _NO_OFFSET,
+    "noise_offset": _NO_OFFSET,
     # text encoders
     "skip_save_text_encoder": "the adapter of --train_text_encoder is in the same file as the denoiser's",
     # hub
@@ -51,8 +52,8 @@ IGNORED_FLAGS: Mapping[str, str] = {
     # what pipelines know by themselves
     "tokenizer_name": "a pipeline's own tokenizers are used",
     "tokenizer_max_length": "a pipeline's own tokenizers are used",
-    "text_encoder_use_attention_mask": "FLUX attends to the whole prompt, padding included",
-    "class_labels_conditioning": "FLUX has no class labels",
+    "text_encoder_use_attention_mask": "pipelines mask padding as their models were trained",
+    "class_labels_conditioning": "pipelines are conditioned on prompts alone",
     "validation_scheduler": "previews use the pipeline's own sampler",
     "validation_images": "previews are drawn from prompts: --validation_prompt",
 }

@@ -80,7 +80,7 @@ def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
 def _targets(module: nn.Module) -> list[str]:
     """The adapted layers by their last names where these mean no other module, else by their paths.
 
-    SupportsRelease of transformers differ in what stands in front of CLIP's layers, and PEFT takes names for endings.
+    Releases of transformers differ in what stands in front of CLIP's layers, and PEFT takes names for endings.
     """
     paths, names = list(layers(module)), {path.rpartition(".")[2] for path in layers(module)}
     meant = [path for path, _ in module.named_modules() if path.rpartition(".")[2] in names]

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
+from mflux_vae_train.pipelines.protocol import Conditioning
 
 
 @runtime_checkable

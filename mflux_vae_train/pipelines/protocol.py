@@ -4,80 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import SettingsError
-
 Conditioning = Mapping[str, mx.array]
 """Encoded prompts: named arrays, batch first, of one shape for every prompt, so that rows can be mixed."""
-
-
-WeightingScheme = Literal["none", "uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt", "flux_shift", "schnell"]
-"""How training draws and weights noise levels, see `NoiseSampling`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSampling:
-    """How training draws noise levels, and what an error at each of them counts (Esser et al. 2024, section 3.1).
-
-    With u in [0, 1) and a noise level of 1 - u, so that a large u means little noise, as in diffusers' scripts:
-
-    - ``none``, ``uniform``: u is uniform.
-    - ``logit_normal``: u = sigmoid(N(logit_mean, logit_std)).
-    - ``mode``: u = 1 - r - mode_scale (cos^2(pi r / 2) - 1 + r), r uniform.
-    - ``cosmap``: u uniform, error times 2 / (pi (1 - 2 s + 2 s^2)) at noise level s.
-    - ``sigma_sqrt``: u uniform, error times s^-2.
-    - ``flux_shift``: as logit_normal, then moved towards noise, the more the larger the picture.
-    - ``schnell``: one of the four levels 1/4, 2/4, 3/4, 1 that FLUX.1 schnell was distilled to.
-
-    Attributes:
-        logit_mean: above 0 means less noise (in kohya's scripts, which draw the noise level itself, more).
-        mode_scale: from -1 to 2 / (pi - 2), outside of which levels would leave [0, 1].
-
-    Raises:
-        SettingsError: an unknown scheme.
-    """
-
-    scheme: WeightingScheme = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-
-    def __post_init__(self) -> None:
-        if self.scheme not in get_args(WeightingScheme):
-            known = ", ".join(get_args(WeightingScheme))
-            raise SettingsError(f"weighting scheme {self.scheme!r} is unknown; known are {known}")
-
-
-class Prediction(NamedTuple):
-    """What a denoiser says of noised latents, and what it should have said. All float32.
-
-    Attributes:
-        prediction, target: of the latents' shape (B, ...).
-        weight: what a sample's squared error counts (B,).
-        sigma: its noise level (B,), from 0 for none to 1 for nothing else.
-    """
-
-    prediction: mx.array
-    target: mx.array
-    weight: mx.array
-    sigma: mx.array
-
-    def loss(self, places: mx.array | None = None) -> mx.array:
-        """Weighted squared error, averaged over each sample: (B,).
-
-        Args:
-            places: what each place counts in the average, (B, h, w, 1) for latents (B, h, w, C), not negative; where
-                no place of a sample counts, its loss is 0.
-        """
-        squared = mx.square(self.prediction - self.target)
-        if places is None:
-            return self.weight * squared.flatten(1).mean(axis=1)
-        total = mx.maximum(places.flatten(1).mean(axis=1), 1e-6)
-        return self.weight * (squared * places).flatten(1).mean(axis=1) / total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +41,7 @@ class Recommended:
     rank: int
     caption_dropout: float
     prior_loss_weight: float = 1.0
-    weighting_scheme: WeightingScheme | None = None
+    weighting_scheme: str | None = None
     most_guidance: float | None = None
     usual_guidance: tuple[float, float] | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.protocol import Recommended, WeightingScheme
+from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
 from mflux_vae_train.tiny_world.world import CAPTION_SHARES
@@ -114,7 +114,7 @@ class FluxRecipe:
     photo_crop: float = 0.5
     caption_shares: Mapping[str, float] = field(default_factory=lambda: dict(CAPTION_SHARES))
     caption_dropout: float = 0.1
-    weighting_scheme: WeightingScheme = "logit_normal"
+    weighting_scheme: str = "logit_normal"
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3
     text_rate: float = 5e-4

@@ -18,7 +18,7 @@ from mflux_vae_train.optimizers import AdamW, Grouped, Muon
 from mflux_vae_train.pipelines.flux1 import transformer as flux
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
-from mflux_vae_train.pipelines.protocol import NoiseSampling
+from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 from mflux_vae_train.randomness import Stream, rng, sample_keys

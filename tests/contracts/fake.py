@@ -16,7 +16,8 @@ import numpy as np
 import mflux_vae.runtime.device  # noqa: F401  (opens a fast BLAS before MLX is used)
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.capabilities import Use
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
+from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
 
 POOL = 4
 WORDS = 8

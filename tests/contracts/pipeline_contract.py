@@ -21,7 +21,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae_train.pipelines.capabilities import Identifies, SupportsPrediction
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling
+from mflux_vae_train.pipelines.noise import NoiseSampling
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.randomness import Stream, sample_keys
 

@@ -31,12 +31,8 @@ from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of  # n
 from mflux_vae_train.dreambooth.optimization.trainable import as_one  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
-from mflux_vae_train.pipelines.flux1.schedule import (  # noqa: E402
-    FlowMatchSchedule,
-    error_weight,
-    training_levels,
-)
-from mflux_vae_train.pipelines.protocol import NoiseSampling  # noqa: E402
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule  # noqa: E402
+from mflux_vae_train.pipelines.noise import NoiseSampling, error_weight, training_levels  # noqa: E402
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step  # noqa: E402
 from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline  # noqa: E402

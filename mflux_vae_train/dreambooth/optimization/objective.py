@@ -18,7 +18,8 @@ from mlx.utils import tree_map
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.pipelines.capabilities import SupportsPrediction
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline, NoiseSampling
+from mflux_vae_train.pipelines.noise import NoiseSampling
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.step import Arrays, MicroBatch
 
 BASE = "base_prediction"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.preservation import Kind
+from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.settings.fields import ignored_settings
 
@@ -29,9 +30,8 @@ over 300 with a cosine, which lowers the rate meanwhile, the subject was not lea
 
 _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
     "weighting_scheme": {
-        "logit_mean": ("logit_normal", "flux_shift"),
-        "logit_std": ("logit_normal", "flux_shift"),
-        "mode_scale": ("mode",),
+        name: tuple(scheme for scheme, parameters in SCHEMES.items() if name in parameters)
+        for name in ("logit_mean", "logit_std", "mode_scale")
     },
     "lr_scheduler": {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",)},
     "optimizer": {

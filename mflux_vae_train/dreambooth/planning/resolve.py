@@ -12,7 +12,8 @@ from mflux_vae_train.dreambooth.data.batches import Plan
 from mflux_vae_train.dreambooth.optimization.optimizer import TEXT_ENCODER_SHARE, default_rate
 from mflux_vae_train.dreambooth.planning.config_warnings import advice
 from mflux_vae_train.dreambooth.planning.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
-from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
+from mflux_vae_train.pipelines.noise import NoiseSampling
+from mflux_vae_train.pipelines.protocol import Recommended
 
 PREVIEWS_IN_A_RUN = 8
 

@@ -32,7 +32,8 @@ from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.lazy import Lazy
-from mflux_vae_train.pipelines.protocol import NoiseSampling, Recommended
+from mflux_vae_train.pipelines.noise import NoiseSampling
+from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text import clip, t5
 
 if TYPE_CHECKING:

@@ -17,15 +17,10 @@ from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.prompts import EMBEDS, POOLED, FluxPrompts
-from mflux_vae_train.pipelines.flux1.schedule import (
-    SCHNELL_STEPS,
-    FlowMatchSchedule,
-    error_weight,
-    euler_step,
-    noised,
-)
+from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step, noised
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.protocol import Conditioning, NoiseSampling, Prediction, Recommended
+from mflux_vae_train.pipelines.noise import SCHNELL_STEPS, NoiseSampling, Prediction, error_weight
+from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.hub import Snapshot

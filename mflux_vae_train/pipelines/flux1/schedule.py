@@ -15,9 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.protocol import NoiseSampling
-
-SCHNELL_STEPS = 4
+from mflux_vae_train.pipelines.noise import NoiseSampling, training_levels
 
 Levels = TypeVar("Levels", mx.array, np.ndarray)
 
@@ -103,40 +101,13 @@ class FlowMatchSchedule:
         As in diffusers' scripts a fixed `shift` counts in training, too, and shifting by size does not; what
         FLUX.1 dev is sampled with is the scheme ``flux_shift``.
         """
-        draw = mx.random.normal if sampling.scheme in _OF_A_NORMAL else mx.random.uniform
+        draw = mx.random.normal if sampling.draws_normal else mx.random.uniform
         levels = training_levels(mx.vmap(lambda one: draw(shape=(), key=one))(key), sampling)
         # where diffusers' table of levels ends: 0 would leave nothing to predict
         levels = mx.maximum(levels, 1 / self.num_train_timesteps)
         if sampling.scheme == "flux_shift":
             return self.shifted_by_size(levels, image_tokens)
         return levels if self.use_dynamic_shifting else self.shifted(levels, image_tokens)
-
-
-_OF_A_NORMAL = ("logit_normal", "flux_shift")
-
-
-def training_levels(draws: mx.array, sampling: NoiseSampling) -> mx.array:
-    """Random numbers (B,) -> noise levels (B,) in [0, 1], not shifted.
-
-    Args:
-        draws: standard normal for logit_normal and flux_shift, else uniform in [0, 1).
-    """
-    if sampling.scheme in _OF_A_NORMAL:
-        return mx.sigmoid(-(sampling.logit_mean + sampling.logit_std * draws))
-    if sampling.scheme == "mode":
-        return draws + sampling.mode_scale * (mx.square(mx.cos(math.pi / 2 * draws)) - 1 + draws)
-    if sampling.scheme == "schnell":
-        return 1 - mx.floor(draws * SCHNELL_STEPS) / SCHNELL_STEPS
-    return 1 - draws
-
-
-def error_weight(sigma: mx.array, sampling: NoiseSampling) -> mx.array:
-    """What a squared error at a noise level counts: (B,) -> (B,) float32."""
-    if sampling.scheme == "sigma_sqrt":
-        return 1 / mx.square(sigma)
-    if sampling.scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigma + 2 * mx.square(sigma)))
-    return mx.ones_like(sigma)
 
 
 def noised(latents: mx.array, noise: mx.array, sigma: mx.array) -> mx.array:

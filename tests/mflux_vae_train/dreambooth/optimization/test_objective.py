@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
 from mflux_vae_train.dreambooth.optimization.objective import BASE, combine, dreambooth_loss, with_base
-from mflux_vae_train.pipelines.protocol import Prediction
+from mflux_vae_train.pipelines.noise import Prediction
 from mflux_vae_train.training.step import Arrays, Step, global_norm
 from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
 
 import pytest
 
@@ -9,7 +8,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.resolve import choose
 from mflux_vae_train.pipelines import flux1
-from mflux_vae_train.pipelines.protocol import NoiseSampling, WeightingScheme
+from mflux_vae_train.pipelines.noise import SCHEMES, NoiseSampling
 from tests.contracts.fake import FakePipeline
 
 RECOMMENDED = FakePipeline.recommended
@@ -152,7 +151,7 @@ def test_noise_levels_are_the_pipelines_unless_it_is_told():
 
 def test_every_weighting_scheme_is_a_choice():
     flag = next(field for field in dataclasses.fields(DreamBoothSettings) if field.name == "weighting_scheme")
-    assert flag.metadata["choices"] == get_args(WeightingScheme)
+    assert flag.metadata["choices"] == tuple(SCHEMES)
 
 
 def test_epochs_replace_updates():
