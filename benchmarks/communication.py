@@ -1,12 +1,18 @@
-"""What several processes send each other in an update: counted, measured at the sockets, and for FLUX.1 on paper.
+"""Bytes that processes send per update: counted, measured at the sockets, and computed for FLUX.1.
 
     python -m benchmarks.communication
     mlx.launch -n 2 -- python -m benchmarks.communication --measure
 
-The first prints, for FLUX.1 and two processes, the bytes that each sends per update and the seconds that a network
-needs for them: where the processes compute for less, the network is the limit. An update's bytes do not depend on
-its samples, so more of them make up for a slow network. The second trains the embedded pipeline in a ring and
-compares the trainer's own count with the kernel's (Linux).
+The first prints, for FLUX.1 and two processes, the bytes sent per update and the seconds that a network needs for them.
+The network is the limit if an update computes faster. Bytes per update do not depend on the number of samples, so
+accumulation makes up for a slow network. The second trains the embedded pipeline in a ring and compares the trainer's
+count with the kernel's (Linux): 1,721,344 bytes counted for 1,720,320 of LoRA gradients; the kernel counts up to 1.4 %
+more, without headers.
+
+| FLUX.1, 2 processes | sent per update | Thunderbolt 5 | 10 GbE | 1 GbE | computing, per image of 512 px at 15 TFLOP/s |
+|---|---|---|---|---|---|
+| LoRA, rank 16 | 0.261 GB | 0.026 s | 0.21 s | 2.1 s | 2.9 s |
+| all weights | 23.8 GB | 2.4 s | 19 s | 190 s | 4.3 s |
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
 from mflux_vae.kernels import conv2d
 from mflux_vae.kernels.cpu import conv_algorithms, conv_parallel
 from mflux_vae.runtime import device

@@ -5,6 +5,14 @@
 Each is trained by `mflux_vae_train.vae` with the same seed, images in the same order and noise. Total correlation,
 mutual information and dimension-wise KL are those of beta-TC's estimator (Chen et al. 2018) over 1,000 images at once;
 PSNR and KL are those of held-out images. A minute or two each on two cores.
+
+Measured on 2026-11-21 with `--num_epochs 15`:
+
+| | total correlation (nats) | KL | PSNR |
+|---|---|---|---|
+| beta 1 | 3.97 | 10.6 | 17.7 dB |
+| beta 4 | 0.08 | 1.9 | 14.1 dB |
+| total correlation weighed 4 | 0.69 | 6.0 | 16.0 dB |
 """
 
 from __future__ import annotations

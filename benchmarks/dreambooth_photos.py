@@ -5,6 +5,10 @@
 For each folder of photographs: the mean distance (RMS, [0, 1]) of pictures of "a photo of sks <class>" to the nearest
 photograph, both shrunk to 16 x 16, with the base and after training, from the same noise; and the picture of the run.
 Flags of `mflux-train-dreambooth`, written with `=`, change the training.
+
+Measured on 2026-11-21 with `--train_batch_size=4 --gradient_accumulation_steps=1 --lr_scheduler=cosine
+--lr_warmup_steps=50 --max_train_steps=800`: the distance falls to 0.29 (a dog), 0.35 (a clock) and 0.50 (a teapot) of
+the base's. Photographs come out as impressions: the size is 64 x 64, and the base knows twenty-odd photographs.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
 from mflux_vae.images import find_images, load_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth

@@ -14,6 +14,30 @@ text encoder that learns, too:
 - class_retention: share of pictures of "a photo of a <class>" that show the class and not the subject;
 - diversity: mean distance between two pictures of the class (RMS over pixels, [0, 1]), relative to the base's;
 - prompts: share of pictures of other prompts of the world with shape, colour and background right; base beside it.
+
+Measured on 2026-11-21 (Intel Xeon, guidance 1.5, 14 steps, three subjects, three seeds, 32 pictures per figure;
+`--train_batch_size=4 --gradient_accumulation_steps=1 --max_train_steps=300 --lr_warmup_steps=15`):
+
+| | subject fidelity | class retention | diversity | prompts |
+|---|---|---|---|---|
+| with prior preservation | 0.97 | 0.95 | 0.94 | 0.86 |
+| without | 1.00 | 0.90 | 0.77 | 0.25 |
+
+One subject (the star), three seeds (`--subjects 1 --ways ...`); in brackets the class retention of each seed:
+
+| `--ways` | subject fidelity | class retention | diversity | prompts |
+|---|---|---|---|---|
+| `class_images`, weight 0.3 | 0.99 | 0.91 (0.97, 0.88, 0.88) | 0.95 | 0.90 |
+| `dop`, weight 1, AdamW, rank 16, float32 | 0.99 | 0.89 (0.97, 0.91, 0.78) | 1.01 | 1.00 |
+| `none` | 1.00 | 0.73 (0.94, 0.69, 0.56) | 0.81 | 0.32 |
+| `prodigy`: dop, `--lr_scheduler constant` | 0.96 | 0.88 (0.91, 0.84, 0.88) | 0.96 | 1.00 |
+| `rank_4`: dop | 0.98 | 0.94 (0.97, 0.94, 0.91) | 0.98 | 1.00 |
+| `4_bits`: dop, quantised base (two seeds) | 0.98 | 0.89 (1.00, 0.78) | 1.00 | 0.99 |
+| `text_encoder`: dop, CLIP trained (one seed, star and heart) | 0.97 | 0.92 | 1.01 | 0.99 |
+
+Seeds differ by up to 0.2, so optimizers, ranks and bits cannot be ranked by this. Certain: without preservation the
+other prompts are forgotten with every seed; `dop` keeps them better than class images and learns the subject as well.
+Prodigy with a cosine over 300 updates is too short (fidelity 0.34).
 """
 
 from __future__ import annotations
@@ -33,7 +57,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
 from mflux_vae.images import grid, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth

@@ -14,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Options, Row, Side, Work, main
-from benchmarks.worker import RSS_UNIT
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.process import ROOT
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.worker import RSS_UNIT
 
 COMMAND = (
     "--model=tiny",
@@ -69,8 +71,8 @@ def command(checkout: str, updates: int) -> Work:
     return Work(run=run, peak=lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT)
 
 
-def _side(name: str, checkout: Path, updates: int) -> Side:
-    return Side(
+def _side(name: str, checkout: Path, updates: int) -> Implementation:
+    return Implementation(
         name=name,
         build="benchmarks.dreambooth_speed:command",
         settings={"checkout": str(checkout.resolve()), "updates": updates},

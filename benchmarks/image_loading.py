@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.weights import noise
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.weights import noise
 
 WIDTH, HEIGHT, RESOLUTION = 4032, 3024, 512
 TURNED = 6
@@ -25,9 +26,9 @@ def rows(options: Options) -> list[Row]:
     """The measurement."""
     count = 8 if options.quick else 48
 
-    def side(name: str, ahead: bool) -> Side:
+    def side(name: str, ahead: bool) -> Implementation:
         settings = {"count": count, "ahead": ahead}
-        return Side(
+        return Implementation(
             name=name, build="benchmarks.image_loading:read", settings=settings, imports=("mflux_vae",), units=count
         )
 

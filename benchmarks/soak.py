@@ -1,9 +1,10 @@
-"""2,000 updates of the embedded pipeline with previews and checkpoints: memory, time and open files stay what they are.
+"""Train 2,000 updates of the embedded pipeline; compare memory, time and open files of the first and last fifth.
 
     python -m benchmarks.soak [--updates N] [--output_dir FOLDER]
 
-While the run trains in this process, a thread looks at it each second. Compared are the first fifth, after a tenth to
-warm up, and the last fifth. Time is the processor's, so that other work on the machine does not count.
+A thread samples the process each second; the first tenth is warm-up. Time is CPU time, so that other work on the
+machine does not count. Measured on 2026-11-21, with 40 previews and 40 checkpoints: memory +1.7 % (0.42 GiB), CPU time
+per update +5.6 %, 10 open files throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import tiny

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.implementations import mlx_work, torch_device, torch_work
-from benchmarks.weights import fill_mlx, fill_torch
+from benchmarks.harness.backends import mlx_work, torch_device, torch_work
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.weights import fill_mlx, fill_torch
 
 PROMPTS = 4
 T5: dict[str, Any] = {
@@ -45,14 +46,14 @@ def rows(options: Options) -> list[Row]:
     return [
         Row(
             work=f"{name} base, encode {PROMPTS} x {tokens} tokens",
-            ours=Side(
+            ours=Implementation(
                 name="mflux-vae",
                 build="benchmarks.text_encoders:ours",
                 settings={"case": name},
                 imports=(f"mflux_vae_train.pipelines.text.{name.lower()}",),
             ),
             peers=[
-                Side(
+                Implementation(
                     name="torch",
                     build="benchmarks.text_encoders:transformers",
                     settings={"case": name, "gpu": options.gpu},

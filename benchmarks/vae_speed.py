@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.implementations import mlx_work, nhwc, torch_device, torch_work
-from benchmarks.weights import fill_mlx, fill_torch, noise
+from benchmarks.harness.backends import mlx_work, nhwc, torch_device, torch_work
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.weights import fill_mlx, fill_torch, noise
 
 FACTOR, LATENT = 8, 4
 TORCH = ("diffusers.models.autoencoders.autoencoder_kl", "torch")
@@ -45,9 +46,9 @@ def rows(options: Options) -> list[Row]:
                 work=f"SD autoencoder, {what} {wheel}x{wheel}, MLX as the wheel comes",
                 ours=_ours(what, wheel),
                 peers=[
-                    Side(
+                    Implementation(
                         name="mlx.nn",
-                        build="benchmarks.plain_mlx:build",
+                        build="benchmarks.peers.plain_mlx:build",
                         settings={"what": what, "size": wheel},
                         imports=("mlx.nn",),
                         environment={"MFLUX_VAE_BLAS": "none"},
@@ -132,8 +133,8 @@ def _diffusers_model(torch: Any) -> Any:
     return network.eval()
 
 
-def _ours(what: str, size: int, *, name: str = "mflux-vae", half: bool = False) -> Side:
-    return Side(
+def _ours(what: str, size: int, *, name: str = "mflux-vae", half: bool = False) -> Implementation:
+    return Implementation(
         name=name,
         build="benchmarks.vae_speed:ours",
         settings={"what": what, "size": size, "half": half},
@@ -143,8 +144,8 @@ def _ours(what: str, size: int, *, name: str = "mflux-vae", half: bool = False) 
     )
 
 
-def _torch(options: Options, what: str, size: int, layout: str, *, half: bool = False) -> Side:
-    return Side(
+def _torch(options: Options, what: str, size: int, layout: str, *, half: bool = False) -> Implementation:
+    return Implementation(
         name=f"torch, {'bfloat16, ' if half else ''}{layout}",
         build="benchmarks.vae_speed:diffusers",
         settings={
@@ -160,7 +161,7 @@ def _torch(options: Options, what: str, size: int, layout: str, *, half: bool = 
     )
 
 
-def _half_precision(options: Options, what: str, size: int) -> Sequence[Side]:
+def _half_precision(options: Options, what: str, size: int) -> Sequence[Implementation]:
     """bfloat16 for the record; ours only where it is fast: MLX's CPU has no half-precision products."""
     own = [_ours(what, size, name="mflux-vae, bfloat16", half=True)] if options.gpu else []
     return [*own, _torch(options, what, size, "channels last", half=True)]

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.implementations import mlx_work, torch_device, torch_work, training
+from benchmarks.harness.backends import mlx_work, torch_device, torch_work, training
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.weights import fill_mlx, fill_torch, noise
 from benchmarks.vae_speed import LAYOUTS, OURS, TORCH
-from benchmarks.weights import fill_mlx, fill_torch, noise
 
 KL_WEIGHT = 1e-6
 RATE = 1e-5
@@ -54,9 +55,11 @@ def rows(options: Options) -> list[Row]:
     return [
         Row(
             work=f"{name} autoencoder, training step {size}x{size}, batch {batch}",
-            ours=Side(name="mflux-vae", build="benchmarks.vae_training:ours", settings={"case": name}, imports=IMPORTS),
+            ours=Implementation(
+                name="mflux-vae", build="benchmarks.vae_training:ours", settings={"case": name}, imports=IMPORTS
+            ),
             peers=[
-                Side(
+                Implementation(
                     name=f"torch, {layout}",
                     build="benchmarks.vae_training:diffusers",
                     settings={"case": name, "channels_last": last, "gpu": options.gpu},
@@ -71,9 +74,9 @@ def rows(options: Options) -> list[Row]:
     ] + [
         Row(
             work=f"autoencoder with vector latents, training step 64x64, batch {VECTOR_BATCH}",
-            ours=Side(name="mflux-vae", build="benchmarks.vae_training:our_vectors", imports=IMPORTS),
+            ours=Implementation(name="mflux-vae", build="benchmarks.vae_training:our_vectors", imports=IMPORTS),
             peers=[
-                Side(
+                Implementation(
                     name=f"torch, {layout}",
                     build="benchmarks.vae_training:torch_vectors",
                     settings={"channels_last": last, "gpu": options.gpu},
@@ -157,7 +160,7 @@ def torch_vectors(channels_last: bool, gpu: bool) -> Work:
     """The same network and optimizer in torch."""
     import torch
 
-    from benchmarks.vector_vae import Vectors
+    from benchmarks.peers.vector_vae import Vectors
 
     device, (config, images, draws) = torch_device(gpu), vectors()
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -57,7 +57,7 @@ PENDING_CYCLES: set[tuple[str, ...]] = {
     ),
 }
 PENDING_ORDER: set[str] = set()
-PENDING_CROWDED = {"mflux_vae_train/pipelines/flux1", "mflux_vae_train/vae", "tests/parity", "benchmarks"}
+PENDING_CROWDED = {"mflux_vae_train/pipelines/flux1", "mflux_vae_train/vae", "tests/parity"}
 """Violations that are still to be mended; each set only shrinks."""
 
 BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.labels": {"PIL"}, "mflux_vae.cli.commands": {"tqdm"}}

@@ -1,4 +1,4 @@
-"""The harness of the measurements: what is compared, in which order, what is said. Nothing here depends on a time."""
+"""The benchmark harness: order, comparison and output. No test depends on a measured time."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import convolutions, dreambooth_quality, harness
+from benchmarks import convolutions, dreambooth_quality
 from benchmarks.__main__ import SCRIPTS
-from benchmarks.harness import Measured, Options, Process, Result, Row, Side, SideFailed, Work
-from benchmarks.weights import tensor
+from benchmarks.harness import measure as measuring
+from benchmarks.harness.cli import Options, select
+from benchmarks.harness.measure import Disagreement, measure, relative_error
+from benchmarks.harness.process import ROOT, ImplementationFailed, Process
+from benchmarks.harness.rows import Implementation, Measured, Result, Row, Work
+from benchmarks.harness.table import ratio, summary, table
+from benchmarks.harness.weights import tensor
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 
-OURS, FIRST, LAST = (Side(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
+OURS, FIRST, LAST = (Implementation(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
 ROW = Row(work="a work", ours=OURS, peers=[FIRST, LAST], target=1.3)
 
 
 class Fake:
-    """Sides without processes: an output and a time by name; `order` is who was asked to run."""
+    """Implementations without processes: outputs and times by name; `order` lists the calls."""
 
     def __init__(self, seconds: dict[str, list[float]], outputs: dict[str, float] | None = None) -> None:
         self.seconds, self.outputs, self.order = seconds, outputs or {}, []
 
-    def __call__(self, side: Side, threads: int) -> FakeRun:
+    def __call__(self, side: Implementation, threads: int) -> FakeRun:
         return FakeRun(self, side.name)
 
 
 class FakeRun:
-    def __init__(self, all_sides: Fake, name: str) -> None:
-        self.all, self.name, self.asked = all_sides, name, 0
+    def __init__(self, fake: Fake, name: str) -> None:
+        self.fake, self.name, self.asked = fake, name, 0
 
     def __enter__(self) -> FakeRun:
         return self
@@ -40,12 +45,12 @@ class FakeRun:
         pass
 
     def output(self, path: Path) -> None:
-        np.savez(path, answer=np.array([1.0, self.all.outputs.get(self.name, 2.0)]))
+        np.savez(path, answer=np.array([1.0, self.fake.outputs.get(self.name, 2.0)]))
 
     def time(self) -> float:
-        self.all.order.append(self.name)
+        self.fake.order.append(self.name)
         self.asked += 1
-        return self.all.seconds[self.name][self.asked - 1]
+        return self.fake.seconds[self.name][self.asked - 1]
 
     def memory(self) -> tuple[int, int]:
         return len(self.name) * 2**20, 7
@@ -53,20 +58,20 @@ class FakeRun:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(harness, "PAUSE", 0.0)
+    monkeypatch.setattr(measuring, "PAUSE", 0.0)
 
 
-def measured(row: Row, fake: Fake, rounds: int = 3) -> Result:
-    return harness.measure(row, rounds=rounds, threads=1, open_side=fake)
+def run_row(row: Row, fake: Fake, rounds: int = 3) -> Result:
+    return measure(row, rounds=rounds, threads=1, start=fake)
 
 
-def side(name: str = "ours", seconds: float = 2.0, units: float = 1.0, memory: int = 10) -> Measured:
+def measurement(name: str = "ours", seconds: float = 2.0, units: float = 1.0, memory: int = 10) -> Measured:
     return Measured(name=name, seconds=[seconds], units=units, memory=memory, base=0, error=None)
 
 
-def test_sides_take_turns_and_medians_are_compared_with_the_fastest_peer():
+def test_implementations_alternate_and_the_fastest_peer_counts():
     fake = Fake({"ours": [2.0, 9.0, 1.0], "first": [6.0, 5.0, 0.0], "last": [3.0, 3.0, 30.0]})
-    result = measured(ROW, fake)
+    result = run_row(ROW, fake)
     assert fake.order == ["ours", "first", "last"] * 3
     assert result.ours.median == 2.0 and result.best.name == "last"
     assert result.ratio == 1.5 and result.met
@@ -75,65 +80,67 @@ def test_sides_take_turns_and_medians_are_compared_with_the_fastest_peer():
     assert not replace(result, row=replace(ROW, target=1.6)).met
 
 
-def test_seconds_count_per_unit_of_work_and_memory_only_at_equal_size():
-    result = Result(row=ROW, ours=side(seconds=8.0, units=4.0), peers=[side("peer", seconds=1.5)])
+def test_seconds_are_per_unit_and_memory_needs_equal_units():
+    result = Result(row=ROW, ours=measurement(seconds=8.0, units=4.0), peers=[measurement("peer", seconds=1.5)])
     assert result.ratio == 0.75
     assert result.memory_ratio is None
-    assert replace(result, ours=side(memory=5), peers=[side("peer")]).memory_ratio == 0.5
+    assert replace(result, ours=measurement(memory=5), peers=[measurement("peer")]).memory_ratio == 0.5
 
 
-def test_what_disagrees_is_not_timed():
+def test_disagreeing_outputs_are_not_timed():
     fake = Fake({}, {"last": 2.01})
-    result = measured(ROW, fake)
+    result = run_row(ROW, fake)
     assert fake.order == []
     assert result.ratio is None and result.met is None
     assert result.failure == "last and ours disagree: relative error 0.005, allowed 0.001"
-    assert "a work: not measured, last and ours disagree" in harness.table([result])
+    assert "a work: not measured, last and ours disagree" in table([result])
 
 
-def test_half_precision_is_timed_beside_and_its_error_told():
-    half = Side(name="half", build="nowhere:half", compared=False)
+def test_half_precision_is_timed_and_its_error_reported():
+    half = Implementation(name="half", build="nowhere:half", compared=False)
     fake = Fake({"ours": [2.0], "half": [1.0]}, {"half": 2.2})
-    result = measured(replace(ROW, peers=[], beside=[half]), fake, rounds=1)
+    result = run_row(replace(ROW, peers=[], beside=[half]), fake, rounds=1)
     assert result.best is None and result.ratio is None
     assert result.beside[0].error == pytest.approx(0.1)
-    assert "a work, beside: half 1 s, 4 MB, error 1.0e-01" in harness.table([result])
+    assert "a work, beside: half 1 s, 4 MB, error 1.0e-01" in table([result])
 
 
 @pytest.mark.parametrize(
     ("output", "words"),
     [({"a": np.zeros(2)}, "outputs are"), ({"b": np.zeros(3)}, "outputs are"), ({"b": np.full(2, np.nan)}, "finite")],
 )
-def test_other_names_shapes_and_nan_disagree(output, words):
-    with pytest.raises(harness.Disagreement, match=words):
-        harness.relative_error(output, {"b": np.ones(2)})
+def test_names_shapes_and_nan_disagree(output, words):
+    with pytest.raises(Disagreement, match=words):
+        relative_error(output, {"b": np.ones(2)})
 
 
-def test_a_missing_peer_is_said_and_the_rest_is_measured():
+def test_missing_peer_is_reported_and_the_rest_measured():
     absent = replace(FIRST, imports=("no_such_package.inside", "numpy"))
     fake = Fake({"ours": [2.0], "last": [3.0]})
-    result = measured(replace(ROW, peers=[absent, LAST]), fake, rounds=1)
+    result = run_row(replace(ROW, peers=[absent, LAST]), fake, rounds=1)
     assert result.missing == ["first: no_such_package is not installed"]
     assert result.ratio == 1.5
-    alone = measured(replace(ROW, peers=[absent]), fake, rounds=1)
+    alone = run_row(replace(ROW, peers=[absent]), fake, rounds=1)
     assert alone.ratio is None and alone.failure is None
-    text = harness.table([alone])
+    text = table([alone])
     assert "| a work | 2 s |  |  | ≥ 1.3 |" in text
     assert "a work: first: no_such_package is not installed" in text
-    assert "no_such_package" in harness.told(alone)
+    assert "no_such_package" in summary(alone)
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(None, ""), (1.304, "1.30x"), (0.5, "0.50x"), (9.994, "9.99x"), (63.7, "64x")]
 )
 def test_ratios_are_short(value, text):
-    assert harness.ratio(value) == text
+    assert ratio(value) == text
 
 
-def test_the_table_says_what_was_missed_and_rates_where_asked():
+def test_table_marks_missed_targets_and_prints_rates():
     row = replace(ROW, unit="steps")
-    result = Result(row=row, ours=side(seconds=2.0, units=8.0), peers=[side("peer", seconds=2.0, units=8.0)])
-    assert "| 2 s, 4 steps/s | 2 s, 4 steps/s (peer) | 1.00x | ≥ 1.3 (missed) | 0 MB | 0 MB | 1.00x |" in harness.table(
+    result = Result(
+        row=row, ours=measurement(seconds=2.0, units=8.0), peers=[measurement("peer", seconds=2.0, units=8.0)]
+    )
+    assert "| 2 s, 4 steps/s | 2 s, 4 steps/s (peer) | 1.00x | ≥ 1.3 (missed) | 0 MB | 0 MB | 1.00x |" in table(
         [result]
     )
     data = json.loads(json.dumps(result.to_dict()))
@@ -143,8 +150,8 @@ def test_the_table_says_what_was_missed_and_rates_where_asked():
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_every_row_names_what_exists_and_no_two_have_one_name(quick, gpu):
-    rows = list(harness.select(SCRIPTS, Options(quick=quick, gpu=gpu), []))
+def test_rows_name_existing_functions_and_are_unique(quick, gpu):
+    rows = list(select(SCRIPTS, Options(quick=quick, gpu=gpu), []))
     assert len({row.work for row in rows}) == len(rows)
     for row in rows:
         sides = [row.ours, *row.peers, *row.beside]
@@ -152,22 +159,22 @@ def test_every_row_names_what_exists_and_no_two_have_one_name(quick, gpu):
         assert row.tolerance is None or len({one.units for one in sides}) == 1  # what is compared is the same work
         for one in sides:
             module, function = one.build.split(":")
-            source = (harness.ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+            source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
             assert f"def {function}(" in source
             assert json.loads(json.dumps(dict(one.settings))) == one.settings
 
 
-def test_rows_are_chosen_by_script_or_by_a_part_of_their_name():
+def test_select_by_script_or_part_of_the_name():
     scripts = {
         "one": lambda options: [replace(ROW, work="encode 1"), replace(ROW, work="decode 1")],
         "two": lambda options: [replace(ROW, work="encode 2")],
     }
-    assert [row.work for row in harness.select(scripts, Options(), ["one"])] == ["encode 1", "decode 1"]
-    assert [row.work for row in harness.select(scripts, Options(), ["encode"])] == ["encode 1", "encode 2"]
-    assert len(list(harness.select(scripts, Options(), []))) == 3
+    assert [row.work for row in select(scripts, Options(), ["one"])] == ["encode 1", "decode 1"]
+    assert [row.work for row in select(scripts, Options(), ["encode"])] == ["encode 1", "encode 2"]
+    assert len(list(select(scripts, Options(), []))) == 3
 
 
-def test_weights_are_a_function_of_name_and_shape():
+def test_weights_depend_on_name_and_shape():
     one = tensor("conv.weight", (8, 4, 3, 3))
     assert np.array_equal(one, tensor("conv.weight", (8, 4, 3, 3)))
     assert not np.array_equal(one, tensor("other.weight", (8, 4, 3, 3)))
@@ -177,7 +184,7 @@ def test_weights_are_a_function_of_name_and_shape():
 
 
 def doubled(count: int) -> Work:
-    """A side for the process below."""
+    """An implementation for the test below."""
     return Work(run=lambda: {"answer": 2 * np.arange(count)})
 
 
@@ -190,8 +197,10 @@ def broken() -> Work:
     return Work(run=fail)
 
 
-def test_a_process_builds_runs_and_measures(tmp_path):
-    with Process(Side(name="doubled", build="tests.test_benchmarks:doubled", settings={"count": 3}), threads=1) as run:
+def test_process_builds_runs_and_measures(tmp_path):
+    with Process(
+        Implementation(name="doubled", build="tests.test_benchmarks:doubled", settings={"count": 3}), threads=1
+    ) as run:
         run.output(tmp_path / "out.npz")
         assert np.load(tmp_path / "out.npz")["answer"].tolist() == [0, 2, 4]
         assert run.time() >= 0
@@ -206,23 +215,25 @@ def test_a_process_builds_runs_and_measures(tmp_path):
         ("tests.test_benchmarks:nothing", "AttributeError"),
     ],
 )
-def test_a_side_that_fails_says_why_in_one_line(build, words, tmp_path):
+def test_failure_is_one_line(build, words, tmp_path):
     with (
-        Process(Side(name="broken", build=build), threads=1) as run,
-        pytest.raises(SideFailed, match=rf"^broken: .*{words}"),
+        Process(Implementation(name="broken", build=build), threads=1) as run,
+        pytest.raises(ImplementationFailed, match=rf"^broken: .*{words}"),
     ):
         run.output(tmp_path / "out.npz")
 
 
 @pytest.mark.parametrize("way", dreambooth_quality.WAYS)
-def test_every_way_to_be_compared_is_one_that_a_run_can_go(way: str) -> None:
+def test_variants_are_valid_settings(way: str) -> None:
     given = {"model": "tiny", "instance_data_dir": "there", "instance_prompt": "a photo of sks star"}
     plain, changed = DreamBoothSettings(**given), DreamBoothSettings(**given, **dreambooth_quality.WAYS[way])
     assert all(getattr(changed, name) == value for name, value in dreambooth_quality.WAYS[way].items())
     assert plain != changed
 
 
-def test_every_form_of_a_convolution_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_convolution_benchmark_covers_every_algorithm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(convolutions, "SHAPES", ((1, 13, 32, 40, 3, 1), (1, 12, 8, 16, 3, 2)))
     assert convolutions.main(["--rounds", "1"]) == 0
     *_, names, first, second = capsys.readouterr().out.splitlines()

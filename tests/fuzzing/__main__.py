@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
 from tests.fuzzing.mutations import FILE_TIMES, Crossed, Target, mutated, watched
 from tests.fuzzing.targets import TARGETS
 

@@ -17,7 +17,7 @@ import mlx.core as mx  # noqa: E402
 import torch.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from benchmarks.vector_vae import Vectors  # noqa: E402
+from benchmarks.peers.vector_vae import Vectors  # noqa: E402
 from mflux_vae.pretrained.families import FAMILIES  # noqa: E402
 from mflux_vae.weights.keymaps.rules import from_mlx  # noqa: E402
 from mflux_vae_train.vae.build import build, latent_shape, parameter_count  # noqa: E402

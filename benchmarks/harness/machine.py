@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Description of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mflux_vae.runtime import device
 
 
 def describe() -> str:
-    """Processor, cores, system, and versions, in one line."""
+    """Processor, cores, system and versions in one line."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "numpy"))
     kind = "CPU" if device.is_cpu() else "GPU"
     blas = os.path.basename(device.blas) if device.blas else "MLX's own"

@@ -1,4 +1,4 @@
-"""The process of one side: `python -m benchmarks.worker`, asked by `harness.Process` in lines of JSON."""
+"""Worker process of an implementation: `python -m benchmarks.harness.worker`; `Process` sends lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Work
+from benchmarks.harness.rows import Work
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of `ru_maxrss`."""
 
 
 def main() -> None:
-    """Build what the first line says, then answer until the other end is closed."""
-    # whatever a library prints goes where warnings go
+    """Build what the first line names, then answer until the input ends."""
+    # Output of libraries goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     work: Work | None = None
@@ -54,18 +54,18 @@ def main() -> None:
 
 
 def resident() -> int:
-    """Bytes resident now; where a system does not say (macOS), at the highest so far."""
+    """Resident bytes; on macOS the peak so far."""
     return _status("VmRSS") or _highest()
 
 
 def peak() -> int:
-    """Bytes resident at the highest since `reset_peak`; where that cannot be reset (macOS), since the start."""
+    """Peak resident bytes since `reset_peak`; on macOS since the start."""
     return _status("VmHWM") or _highest()
 
 
 def reset_peak() -> None:
-    """The highest is what is resident now (Linux)."""
-    with suppress(OSError):  # where it fails the peak includes the building of the networks
+    """Reset the peak (Linux)."""
+    with suppress(OSError):  # otherwise the peak includes building the networks
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

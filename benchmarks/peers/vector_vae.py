@@ -1,4 +1,4 @@
-"""torch's side of autoencoders with vector latents."""
+"""Autoencoders with vector latents in torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 class Vectors(nn.Module):
-    """A convolutional VAE with vector latents, batch norms, and LeakyReLU, with the names of ours.
+    """A convolutional VAE with vector latents, batch norm and LeakyReLU; parameter names as in `FlatAutoencoder`.
 
     Args:
         config: as `mflux_vae.networks.vector_latent.FlatConfig`.
@@ -48,7 +48,7 @@ class Vectors(nn.Module):
         return level
 
     def forward(self, x: Any, noise: Any) -> tuple[Any, Any, Any]:
-        """(B, C, S, S) in the network's own range, (B, latent) -> the same again, mean and log variance."""
+        """(B, C, S, S), noise (B, latent) -> reconstruction (B, C, S, S), mean and log variance (B, latent)."""
         for level in self.encoder.down:
             x = F.leaky_relu(level.norm(level.conv(x)), 0.01)
         mean, logvar = self.encoder.mean(x.flatten(1)), self.encoder.logvar(x.flatten(1))

@@ -1,6 +1,6 @@
-"""A LoRA training step of a FLUX.1 transformer (forward, backward, clipping, AdamW) against diffusers and peft.
+"""A FLUX.1 transformer against diffusers: forward pass, and LoRA training step (with peft).
 
-    python -m benchmarks.flux_training
+    python -m benchmarks.flux_speed
 
 Two double and four single blocks at width 1024, 8 heads of 128; 256 image and 128 text tokens, batch 1; rank 16 on
 every projection of attention and feed-forward.
@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Options, Row, Side, Work, main
-from benchmarks.implementations import mlx_work, torch_device, torch_work, training
-from benchmarks.weights import fill_mlx, fill_torch, noise, tensor
+from benchmarks.harness.backends import mlx_work, torch_device, torch_work, training
+from benchmarks.harness.cli import Options, main
+from benchmarks.harness.rows import Implementation, Row, Work
+from benchmarks.harness.weights import fill_mlx, fill_torch, noise, tensor
 
 RANK, RATE = 16, 1e-4
 SIDE, TEXT = 16, 128
@@ -37,10 +38,27 @@ def rows(options: Options) -> list[Row]:
     """The measurement."""
     return [
         Row(
-            work="FLUX transformer 2+4 blocks, width 1024, 256+128 tokens, LoRA training step",
-            ours=Side(
+            work="FLUX transformer 2+4 blocks, width 1024, 256+128 tokens, forward",
+            ours=Implementation(
                 name="mflux-vae",
-                build="benchmarks.flux_training:ours",
+                build="benchmarks.flux_speed:forward_ours",
+                imports=("mflux_vae_train.pipelines.flux1.transformer",),
+            ),
+            peers=[
+                Implementation(
+                    name="torch",
+                    build="benchmarks.flux_speed:forward_diffusers",
+                    settings={"gpu": options.gpu},
+                    imports=("diffusers.models.transformers.transformer_flux", "torch"),
+                )
+            ],
+            target=1.0,
+        ),
+        Row(
+            work="FLUX transformer 2+4 blocks, width 1024, 256+128 tokens, LoRA training step",
+            ours=Implementation(
+                name="mflux-vae",
+                build="benchmarks.flux_speed:ours",
                 imports=(
                     "mflux_vae_train.pipelines.flux1.transformer",
                     "mflux_vae_train.lora",
@@ -50,15 +68,15 @@ def rows(options: Options) -> list[Row]:
                 ),
             ),
             peers=[
-                Side(
+                Implementation(
                     name="torch",
-                    build="benchmarks.flux_training:diffusers",
+                    build="benchmarks.flux_speed:diffusers",
                     settings={"gpu": options.gpu},
                     imports=("peft", "diffusers.models.transformers.transformer_flux", "torch"),
                 )
             ],
             target=1.0,
-        )
+        ),
     ]
 
 
@@ -148,9 +166,39 @@ def diffusers(gpu: bool) -> Work:
     return torch_work(training(run), device)
 
 
+def forward_ours() -> Work:
+    """This project's transformer, forward only."""
+    import mlx.core as mx
+
+    from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
+
+    network = FluxTransformer(FluxTransformerConfig(**CONFIG))
+    fill_mlx(network)
+    given = {name: mx.array(array) for name, array in inputs().items() if name != "target"}
+    return mlx_work(lambda: {"velocity": network(**given)})
+
+
+def forward_diffusers(gpu: bool) -> Work:
+    """diffusers' transformer, forward only."""
+    import torch
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    device = torch_device(gpu)
+    network = FluxTransformer2DModel(**CONFIG)
+    fill_torch(network)
+    network = network.eval().to(device)
+    given = {name: torch.from_numpy(array).to(device) for name, array in inputs().items() if name != "target"}
+
+    def run() -> dict[str, Any]:
+        with torch.inference_mode():
+            return {"velocity": network(**given, return_dict=False)[0]}
+
+    return torch_work(run, device)
+
+
 def _lora_a(path: str, width: int) -> np.ndarray:
     return tensor(f"{path}.lora_A", (RANK, width))
 
 
 if __name__ == "__main__":
-    sys.exit(main({"flux_training": rows}, __doc__))
+    sys.exit(main({"flux_speed": rows}, __doc__))

@@ -1,6 +1,6 @@
-"""Stable Diffusion's autoencoder as MLX's own layers give it: the yardstick "MLX as the wheel comes".
+"""Stable Diffusion's autoencoder in plain `mlx.nn`, with diffusers' names.
 
-It imports nothing of this project, and so finds neither its BLAS nor its buffer cache. Names are diffusers'.
+This module imports nothing of the project while it runs, so neither its BLAS nor its buffer cache is active.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ class Autoencoder(nn.Module):
 
 
 def build(what: str, size: int) -> Any:
-    """A side: encode or decode at `size` pixels."""
-    from benchmarks.implementations import mlx_work
+    """Encode or decode at `size` pixels."""
+    from benchmarks.harness.backends import mlx_work
+    from benchmarks.harness.weights import fill_mlx
     from benchmarks.vae_speed import inputs
-    from benchmarks.weights import fill_mlx
 
     network = Autoencoder()
     fill_mlx(network)

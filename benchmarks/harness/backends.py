@@ -1,4 +1,4 @@
-"""What the sides of several scripts have in common: devices, dtypes, and a repetition's end."""
+"""Shared by scripts: devices, dtypes, and waiting for the end of a repetition."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Work
+from benchmarks.harness.rows import Work
 
 
 def torch_device(gpu: bool) -> str:
-    """`cpu`, or what torch calls the GPU; TF32 is allowed there, as MLX uses it.
+    """`cpu`, `cuda` or `mps`. TF32 is enabled on CUDA, as MLX uses it.
 
     Raises:
-        RuntimeError: MLX has a GPU and this torch has none.
+        RuntimeError: MLX has a GPU and torch has none.
     """
     import torch
 
@@ -29,7 +29,7 @@ def torch_device(gpu: bool) -> str:
 
 
 def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
-    """A repetition ends when its outputs are numpy arrays on the host; the peak is CUDA's own on CUDA."""
+    """A repetition ends when its outputs are numpy arrays; CUDA has a counter of peak memory."""
     import torch
 
     def finished() -> dict[str, np.ndarray]:
@@ -41,12 +41,12 @@ def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
 
 
 def to_numpy(value: Any) -> Any:
-    """A tensor on the host; a number as it is."""
+    """Copy a tensor to the host; return numbers unchanged."""
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
 
 
 def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
-    """A repetition ends when its outputs are numpy arrays; the peak is MLX's own on a GPU."""
+    """A repetition ends when its outputs are numpy arrays; on a GPU MLX counts peak memory."""
     import mlx.core as mx
 
     def finished() -> dict[str, np.ndarray]:
@@ -66,10 +66,10 @@ def nhwc(tensor: Any) -> Any:
 
 
 def training(step: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
-    """A training step after two others, so that the optimizer's state exists and has been used.
+    """Wrap a training step; two steps run first, so that the optimizer's state exists.
 
-    Compared are the first step's loss and norm of the gradients, and later losses; later norms would not do, as
-    Adam's first updates make a whole step of every rounding.
+    Returns the loss and gradient norm of the first step and the loss of the current one for comparison. Later norms
+    would differ: Adam's first updates turn rounding errors into whole steps.
     """
     first = {f"first {name}": to_numpy(value) for name, value in step().items()}
     step()

@@ -1,4 +1,4 @@
-"""Random weights that both sides of a measurement can make for themselves: a function of a tensor's name and shape."""
+"""Random weights as a function of a tensor's name and shape, so that every implementation draws the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
-    """float32 in torch's layout: matrices and kernels of spread gain / sqrt(inputs), norms near 1, biases near 0."""
+    """float32 in torch's layout: std gain / sqrt(fan_in); norm weights near 1, biases near 0."""
     draws = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if len(shape) > 1:
         return draws * np.float32(gain / np.sqrt(np.prod(shape[1:])))
@@ -18,7 +18,7 @@ def tensor(name: str, shape: tuple[int, ...], gain: float = 1.0) -> np.ndarray:
 
 
 def fill_torch(model: Any, gains: Mapping[str, float] | None = None, prefix: str = "") -> None:
-    """Gives every parameter of a torch module its weights; names that lack the prefix get it."""
+    """Fill a torch module; `prefix` is added to names that lack it."""
     import torch
 
     with torch.no_grad():
@@ -28,7 +28,7 @@ def fill_torch(model: Any, gains: Mapping[str, float] | None = None, prefix: str
 
 
 def fill_mlx(model: Any, gains: Mapping[str, float] | None = None) -> None:
-    """Gives every parameter of an MLX module that has torch's names the same weights, kernels in MLX's layout."""
+    """Fill an MLX module that has torch's parameter names, kernels in MLX's layout."""
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
@@ -46,7 +46,7 @@ def fill_mlx(model: Any, gains: Mapping[str, float] | None = None) -> None:
 
 
 def gain_of(name: str, gains: Mapping[str, float] | None) -> float:
-    """The gain of the first entry that the name holds, else 1."""
+    """Gain of the first entry contained in the name, else 1."""
     return next((gain for part, gain in (gains or {}).items() if part in name), 1.0)
 
 

@@ -1,0 +1,77 @@
+"""The command line of a benchmark script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness.measure import measure
+from benchmarks.harness.rows import Row
+from benchmarks.harness.table import headline, summary, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Selects the rows of a script.
+
+    Attributes:
+        quick: smaller sizes, fewer implementations.
+        gpu: measure on a GPU, with MLX and torch.
+        against: another checkout of this repository, or None.
+    """
+
+    quick: bool = False
+    gpu: bool = False
+    against: Path | None = None
+
+
+Rows = Callable[[Options], Sequence[Row]]
+
+
+def main(scripts: Mapping[str, Rows], description: str | None, argv: Sequence[str] | None = None) -> int:
+    """Measure rows and print a table; return 1 if a row failed, else 0."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, two repetitions")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--list", action="store_true", help="print the rows and measure nothing")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a script, or part of a row's name")
+    parser.add_argument("--rounds", type=int, help="repetitions (default 7; with --quick 2)")
+    parser.add_argument("--threads", type=int, default=len(_cores()), help="threads (default: all cores)")
+    parser.add_argument("--against", type=Path, help="dreambooth_speed: another checkout to compare with")
+    given = parser.parse_args(argv)
+    from mflux_vae.runtime import device
+
+    options = Options(quick=given.quick, gpu=not device.is_cpu(), against=given.against)
+    chosen = list(select(scripts, options, given.only))
+    if not chosen:
+        parser.error(f"no row matches {', '.join(given.only)}; scripts: {', '.join(scripts)}; --list names the rows")
+    if given.list:
+        print("\n".join(row.work for row in chosen))
+        return 0
+    results = []
+    for number, row in enumerate(chosen, start=1):
+        print(f"[{number}/{len(chosen)}] {row.work} ...", file=sys.stderr, flush=True)
+        results.append(measure(row, rounds=given.rounds or (2 if given.quick else 7), threads=given.threads))
+        print(f"    {summary(results[-1])}", file=sys.stderr, flush=True)
+    if given.json:
+        print(json.dumps({"machine": headline(given.threads), "rows": [result.to_dict() for result in results]}))
+    else:
+        print(f"{headline(given.threads)}\n\n{table(results)}")
+    return int(any(result.failure for result in results))
+
+
+def select(scripts: Mapping[str, Rows], options: Options, only: Sequence[str]) -> Iterator[Row]:
+    """Rows of scripts named in `only`, or whose description contains an entry of it; all if it is empty."""
+    for name, rows in scripts.items():
+        for row in rows(options):
+            if not only or name in only or any(part in row.work for part in only):
+                yield row
+
+
+def _cores() -> Sequence[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

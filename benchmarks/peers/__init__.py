@@ -1,0 +1,1 @@
+"""Networks of other libraries that the rows compare with."""
