@@ -9,7 +9,7 @@ accumulation makes up for a slow network. The second trains the embedded pipelin
 count with the kernel's (Linux): 1,721,344 bytes counted for 1,720,320 of LoRA gradients; the kernel counts up to 1.4 %
 more, without headers.
 
-| FLUX.1, 2 processes | sent per update | Thunderbolt 5 | 10 GbE | 1 GbE | computing, per image of 512 px at 15 TFLOP/s |
+| FLUX.1, 2 processes | sent per update | Thunderbolt 5 | 10 GbE | 1 GbE | computing per 512 px image, 15 TFLOP/s |
 |---|---|---|---|---|---|
 | LoRA, rank 16 | 0.261 GB | 0.026 s | 0.21 s | 2.1 s | 2.9 s |
 | all weights | 23.8 GB | 2.4 s | 19 s | 190 s | 4.3 s |
