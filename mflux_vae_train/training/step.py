@@ -105,7 +105,7 @@ class Step:
         self.processes, self._run_passes = processes, run_passes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
-        # a host's may be transposed views: a checkpoint would bring them back in MLX's order, with other roundings
+        # a host may hold transposed views, which resuming replaces: copies round alike (see `mflux_vae.weights`)
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
         for single in getattr(optimizer, "optimizers", [optimizer]):

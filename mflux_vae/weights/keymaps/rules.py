@@ -54,7 +54,7 @@ class Rule:
             return None
         if self.ours is None:
             return "", tensor
-        # a transposed view of the file's order would be slower, and BLAS would sum it in another order
+        # copied: a transposed view is slower and rounds differently (see `mflux_vae.weights`)
         return self.ours.format(**match.groupdict()), mx.contiguous(self.to_mlx(tensor)) if self.to_mlx else tensor
 
     def write(self, key: str, tensor: mx.array) -> tuple[str, mx.array] | None:
