@@ -104,6 +104,16 @@ def test_adapters_are_added_and_fused_layer_by_layer(dora: bool, bits: int | Non
     assert peak < 3 * SLACK <= ALL / 2, "fusing"
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_quantised_weights_are_in_full_width_one_layer_at_a_time(dora: bool) -> None:
+    stack = computed()
+    quantize(stack, 4, lambda path: True)
+    lora.add_lora(stack, ["*"], rank=4, dora=dora)
+    slopes = nn.value_and_grad(stack, lambda model: mx.square(model(mx.ones((4, WIDTH)))).mean())
+    peak = peak_of(lambda: slopes(stack))
+    assert peak < 3 * SLACK <= ALL / 2
+
+
 def test_weights_are_converted_one_by_one(stored: Callable[[], Stack]) -> None:
     def loss(model: nn.Module, arrays: dict) -> tuple[mx.array, dict]:
         return mx.square(model(arrays["x"])).mean(), {}

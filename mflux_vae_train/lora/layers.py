@@ -49,8 +49,9 @@ def add_lora(
     Raises:
         SettingsError: no linear layer matches; some that are there are named.
     """
-    from mlx_lm.tuner.dora import DoRALinear  # imports transformers: seconds
-    from mlx_lm.tuner.lora import LoRALinear
+    from mlx_lm.tuner.lora import LoRALinear  # imports transformers: seconds
+
+    from mflux_vae_train.lora.dora import DoRALinear
 
     if layers(module):
         raise ValueError("the module has adapters already; fuse them first")

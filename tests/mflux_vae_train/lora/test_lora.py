@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -235,6 +236,31 @@ def test_a_quantised_layer_is_adapted_and_stays_as_it_is(bits: int, dora: bool, 
     again = net()
     lora.load_adapter({"t": again}, tmp_path / "a.safetensors")
     assert mx.array_equal(again(x), module(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_over_quantised_weights_computes_what_mlx_lm_does(bias: bool) -> None:
+    from mlx_lm.tuner import dora
+
+    module = nn.Sequential(nn.QuantizedLinear.from_linear(nn.Linear(64, 32, bias=bias), 32, 8))
+    lora.add_lora(module, ["*"], rank=4, alpha=8.0, dora=True)
+    (layer,) = module.layers
+    layer.lora_b, layer.m = mx.random.normal((4, 32), key=mx.random.key(1)), layer.m * 1.5
+    x = mx.random.normal((3, 64), key=mx.random.key(2))
+
+    def results(call: Callable[[mx.array], mx.array]) -> list[mx.array]:
+        def loss(parameters: dict, x: mx.array) -> mx.array:
+            layer.update(parameters)
+            return mx.square(call(x) - 1).sum()
+
+        trained = layer.trainable_parameters()
+        slopes = mx.grad(loss, argnums=(0, 1))(trained, x)
+        layer.update(trained)
+        return [call(x), *(array for _, array in tree_flatten(list(slopes)))]
+
+    expected = results(lambda x: dora.DoRALinear.__call__(layer, x))
+    for one, other in zip(results(layer), expected, strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fused_weight_keeps_its_dtype() -> None:
