@@ -3,11 +3,19 @@
 The names below are imported when they are first asked for, so that a command line answers at once.
 """
 
+import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mflux_vae.errors import ImageError, InputError, MfluxVaeError, SettingsError, WeightsError
-from mflux_vae.runtime import device  # noqa: F401  (finds a BLAS before MLX is first used)
+if sys.version_info < (3, 10):  # noqa: UP036  (a checkout that pip did not install)
+    print(f"mflux-vae: error: needs Python 3.10 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    raise SystemExit(2)
+
+from mflux_vae.errors import BackendError, ImageError, InputError, MfluxVaeError, SettingsError, WeightsError
+
+with suppress(BackendError):  # raised again by whatever computes
+    from mflux_vae.runtime import device  # noqa: F401  (finds a BLAS before MLX is first used)
 
 if TYPE_CHECKING:
     from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -59,4 +67,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.runtime.device")  # a clear error where MLX cannot be imported
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -5,6 +5,7 @@
     │   ├── SettingsError     a flag, a configuration file, a combination of settings
     │   ├── ImageError        a picture that cannot be read, or an array of the wrong shape or range
     │   ├── WeightsError      missing, unknown or misshapen tensors; a broken or foreign weights file
+    │   ├── BackendError      MLX cannot be imported or is too old (an ImportError, too)
     │   └── PluginError       an entry point that cannot be loaded, or a name taken twice
     └── RunError              the work failed: a command line exits 1
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
@@ -46,6 +47,10 @@ class ImageError(InputError):
 
 class WeightsError(InputError):
     """Tensors are missing, unknown or misshapen, or a weights file is broken."""
+
+
+class BackendError(InputError, ImportError):
+    """MLX cannot be imported, or is too old."""
 
 
 class PluginError(InputError):

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(argv))
         settings.pop("debug")
+        import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
         settings.pop("run")(**settings)
         sys.stdout.flush()
         return 0

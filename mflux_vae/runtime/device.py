@@ -1,113 +1,40 @@
-"""Devices and dtypes. On a Linux CPU: a fast BLAS before MLX's first use, and a sane buffer cache.
-
-MLX's CPU wheel for Linux links netlib's reference BLAS, thirty times slower than the machine can do. Its BLAS
-symbols are unversioned, so a library that is already in the process's global scope wins: opening MKL (the `mkl`
-wheel) or OpenBLAS (Debian's `libopenblas0`) with RTLD_GLOBAL before `mlx.core` is imported is all it takes, and
-where MLX was imported first, its table of functions is rewritten (`rebind`).
-Metal and CUDA compute without it.
-"""
+"""MLX and the device that it computes on. Importing this module prepares the process first (see `process`)."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
-import platform
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from mflux_vae.runtime.elf import rebind
+from mflux_vae.errors import BackendError
+from mflux_vae.runtime import process
 
-BLAS_VARIABLE = "MFLUX_VAE_BLAS"
-"""Environment variable: `auto` (default), `none`, or the path of a BLAS library with an unprefixed CBLAS interface."""
+_INSTALL = "pip install 'mflux-vae[cpu]' (or [cuda])"
 
-_MKL = "libmkl_rt.so"
-_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
-_CBLAS = "cblas_"
-_CACHE_SHARE = 0.25
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_FROM_HEAP, _MOST_KEPT_FREE = 32 << 20, 1 << 30
-
-
-def _open_blas() -> tuple[str | None, str]:
-    """Open a fast BLAS with RTLD_GLOBAL, and bind MLX to it where `mlx.core` was imported before this package.
-
-    Returns:
-        path of the library, or None; and what the user can do in that case.
-    """
-    imported = sys.modules.get("mlx.core")
-    choice = os.environ.get(BLAS_VARIABLE, "auto")
-    cure = "pip install mkl" if platform.machine() == "x86_64" else "apt install libopenblas0"
-    if choice != "auto":
-        cure = f"unset {BLAS_VARIABLE} (now {choice!r}), {cure}"
-    for candidate in _candidates(choice):
-        try:
-            library = ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL)
-            if not hasattr(library, f"{_CBLAS}sgemm"):
-                continue
-            if imported is None or rebind(_libmlx(imported), _CBLAS, library):
-                return str(candidate), ""
-            cure = "import mflux_vae before mlx"
-        except OSError:
-            continue
-    return None, cure
-
-
-def _candidates(choice: str) -> list[str | Path]:
-    """What to try, best first: MKL where pip put it, then whatever OpenBLAS the dynamic linker knows."""
-    if choice != "auto":
-        return [] if choice == "none" else [choice]
-    try:
-        files = importlib.metadata.files("mkl") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    return [*(Path(str(file.locate())) for file in files if file.name.startswith(_MKL)), *_OPENBLAS]
-
-
-def _libmlx(core: object) -> ctypes.CDLL:
-    """MLX's library: beside its extension module, or the extension itself."""
-    extension = Path(str(getattr(core, "__file__", None)))
-    library = extension.parent / "lib" / "libmlx.so"
-    return ctypes.CDLL(str(library if library.is_file() else extension))
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed blocks, as far as it lets itself be told, instead of giving each back to the system.
-
-    The system zeroes what it hands out again, a page at a time: on virtual machines half a second of page faults for
-    each second of computing. A choice of the user's own stands.
-    """
-    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if not told and mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
-        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_FREE)
-
-
-def _memory_bytes() -> int:
-    """Physical memory, or the container's limit where that is smaller."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-if sys.platform == "linux":
-    # MKL's threads otherwise look for work for 0.2 s after each product, on cores that others would use.
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
-
-blas, _cure = _open_blas() if sys.platform == "linux" else (None, "")
+blas: str | None = None
 """Path of the BLAS that was opened for MLX; None where MLX uses the one it came with."""
 
-import mlx.core as mx  # noqa: E402  (binds its BLAS symbols while it is imported)
-from mlx.utils import tree_flatten  # noqa: E402
+_early = process.tunes() and not process.has_cuda()
+if _early:
+    blas, _fix = process.open_blas()
+
+try:
+    import mlx.core as mx  # binds its BLAS symbols while it is imported
+    from mlx.utils import tree_flatten
+except ImportError as error:
+    raise BackendError(f"MLX has no back end here ({error}); {_INSTALL}") from error
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3] if part.isdigit()]
+
+
+if _numbers(mx.__version__) < _numbers(process.OLDEST_MLX):  # type: ignore[attr-defined]
+    raise BackendError(f"MLX {mx.__version__} is too old, {process.OLDEST_MLX} is needed; {_INSTALL}")  # type: ignore[attr-defined]
 
 
 def is_cpu() -> bool:
@@ -171,12 +98,10 @@ def eval_each(tree: Any) -> None:
         mx.eval(array)
 
 
-if sys.platform == "linux" and is_cpu():
-    # Wider graphs MLX computes depth first, and so what is meant for one core after all that is meant for another.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
-    _keep_freed_memory()
-    # The default of 32 MB makes every large temporary a fresh mmap that page-faults: nine times slower.
-    mx.set_cache_limit(int(_memory_bytes() * _CACHE_SHARE))
+if process.tunes() and is_cpu():
+    if not _early:
+        blas, _fix = process.open_blas()
+    process.tune(mx)
     if blas is None:
-        _message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {_cure}"
+        _message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {_fix}"
         warnings.warn(_message, RuntimeWarning, stacklevel=1)

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
 
 from mflux_vae_train.monitoring.console import logging_to_console
@@ -59,6 +60,7 @@ def _run(argv: Sequence[str] | None) -> None:
     settings = settings_from(
         DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
     )
+    import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.distributed import interrupts, process_group

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mflux_vae import kernels
-from mflux_vae.runtime import device
+from mflux_vae.runtime import device, process
 
 ROOT = Path(__file__).parents[3]
 
@@ -43,7 +43,7 @@ BINDINGS = """
 import {first}
 import ctypes, json
 import mflux_vae, mlx.core as mx
-from mflux_vae.runtime import device, elf
+from mflux_vae.runtime import device, elf, process
 a = mx.arange(12.0).reshape(3, 4)
 product = (a @ a.T).tolist()
 blas = ctypes.CDLL(device.blas)
@@ -53,7 +53,7 @@ print(json.dumps({{
     "global": elf.address_of(everywhere, "cblas_sgemm") == elf.address_of(blas, "cblas_sgemm"),
     "bound": {{
         name: ctypes.c_uint64.from_address(slot).value == elf.address_of(blas, name)
-        for name, slot in elf.slots(device._libmlx(mx), "cblas_")
+        for name, slot in elf.slots(process.libmlx(mx), "cblas_")
     }},
     "cache": mx.set_cache_limit(0),
 }}))
@@ -85,17 +85,17 @@ print(json.dumps([[[w.category.__name__, str(w.message)] for w in caught], mflux
 
 @pytest.mark.parametrize("choice", ["none", "/no/such/library.so"])
 def test_without_a_blas_one_warning_names_the_cure_and_all_works(choice: str) -> None:
-    caught, blas, shape = answer(WARNINGS, **{device.BLAS_VARIABLE: choice})
+    caught, blas, shape = answer(WARNINGS, **{process.BLAS_VARIABLE: choice})
     assert blas is None and shape == [1, 3, 16, 8]
     ((category, message),) = caught
     assert category == "RuntimeWarning"
-    assert f"cure: unset {device.BLAS_VARIABLE}" in message and " install " in message
+    assert f"cure: unset {process.BLAS_VARIABLE}" in message and " install " in message
 
 
 @with_blas
 def test_a_library_can_be_chosen_by_path() -> None:
     code = "import json, mflux_vae; print(json.dumps(mflux_vae.runtime.device.blas))"
-    assert answer(code, **{device.BLAS_VARIABLE: str(device.blas)}) == device.blas
+    assert answer(code, **{process.BLAS_VARIABLE: str(device.blas)}) == device.blas
 
 
 ACTIVATIONS = """
@@ -135,7 +135,7 @@ def test_a_cpu_computes_in_float32_and_others_in_what_is_asked_for(monkeypatch: 
 
 
 def test_memory_is_what_the_machine_or_its_container_has() -> None:
-    assert 2**28 < device._memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**28 < process.memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @with_blas

@@ -8,7 +8,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mflux_vae.runtime import device
+from mflux_vae.runtime import device, process
 from mflux_vae.runtime.elf import address_of, rebind, slots
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def libmlx() -> ctypes.CDLL:
-    return device._libmlx(mx)
+    return process.libmlx(mx)
 
 
 @pytest.fixture

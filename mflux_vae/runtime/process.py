@@ -1,0 +1,125 @@
+"""What importing this package changes in the process, on Linux CPUs alone.
+
+Set `MFLUX_VAE_TUNE=0` to leave the process as it is. Metal and CUDA compute without these changes.
+
+| change | why | your own choice |
+|---|---|---|
+| a fast BLAS for MLX | the CPU wheel of MLX links netlib's reference BLAS | `MFLUX_VAE_BLAS` |
+| `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on cores that other streams need | `KMP_BLOCKTIME` |
+| `MLX_BFS_MAX_WIDTH=1000` | MLX evaluates wider graphs depth first, so one core's work after another's | the variable |
+| `mallopt` | glibc returns freed blocks to the system, which zeroes each page again | `MALLOC_*`, `GLIBC_TUNABLES` |
+| `mx.set_cache_limit` | with MLX's 32 MB every large temporary is a new mapping | call it after the import |
+
+The BLAS symbols of MLX are unversioned, so a library that is already in the process's global scope wins: opening MKL
+(the `mkl` wheel) or OpenBLAS (Debian's `libopenblas0`) with RTLD_GLOBAL before `mlx.core` is imported is enough. Where
+MLX was imported first, its table of functions is rewritten (`elf.rebind`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from mflux_vae.runtime.elf import rebind
+
+OLDEST_MLX = "0.32.2"
+"""As in pyproject.toml."""
+
+TUNE_VARIABLE = "MFLUX_VAE_TUNE"
+"""Environment variable: `0` leaves the process as it is, the BLAS of MLX included."""
+
+BLAS_VARIABLE = "MFLUX_VAE_BLAS"
+"""Environment variable: `auto` (default), `none`, or the path of a BLAS library with an unprefixed CBLAS interface."""
+
+_MKL = "libmkl_rt.so"
+_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+_CBLAS = "cblas_"
+_CUDA_WHEELS = ("mlx-cuda-13", "mlx-cuda-12")
+_CACHE_SHARE = 0.25
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_FROM_HEAP, _MOST_KEPT_FREE = 32 << 20, 1 << 30
+
+
+def tunes() -> bool:
+    """Whether this process may be changed: on Linux, unless the user forbids it."""
+    return sys.platform == "linux" and os.environ.get(TUNE_VARIABLE, "1") != "0"
+
+
+def has_cuda() -> bool:
+    """Whether MLX is installed with its CUDA back end, found without importing it."""
+    for name in _CUDA_WHEELS:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
+def open_blas() -> tuple[str | None, str]:
+    """Open a fast BLAS with RTLD_GLOBAL, and bind MLX to it where `mlx.core` was imported before.
+
+    Returns:
+        path of the library, or None; and what the user can do in that case.
+    """
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    imported = sys.modules.get("mlx.core")
+    choice = os.environ.get(BLAS_VARIABLE, "auto")
+    cure = "pip install mkl" if platform.machine() == "x86_64" else "apt install libopenblas0"
+    if choice != "auto":
+        cure = f"unset {BLAS_VARIABLE} (now {choice!r}), {cure}"
+    for candidate in _candidates(choice):
+        try:
+            library = ctypes.CDLL(str(candidate), mode=ctypes.RTLD_GLOBAL)
+            if not hasattr(library, f"{_CBLAS}sgemm"):
+                continue
+            if imported is None or rebind(libmlx(imported), _CBLAS, library):
+                return str(candidate), ""
+            cure = "import mflux_vae before mlx"
+        except OSError:
+            continue
+    return None, cure
+
+
+def _candidates(choice: str) -> list[str | Path]:
+    """Libraries to try, best first: MKL where pip put it, then the OpenBLAS that the dynamic linker knows."""
+    if choice != "auto":
+        return [] if choice == "none" else [choice]
+    try:
+        files = importlib.metadata.files("mkl") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    return [*(Path(str(file.locate())) for file in files if file.name.startswith(_MKL)), *_OPENBLAS]
+
+
+def libmlx(core: object) -> ctypes.CDLL:
+    """Open MLX's library: beside its extension module, or the extension itself."""
+    extension = Path(str(getattr(core, "__file__", None)))
+    library = extension.parent / "lib" / "libmlx.so"
+    return ctypes.CDLL(str(library if library.is_file() else extension))
+
+
+def tune(core: Any) -> None:
+    """Apply what does not have to come before the import of `mlx.core`, which is given."""
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if not chosen and mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_FREE)
+    core.set_cache_limit(int(memory_bytes() * _CACHE_SHARE))
+
+
+def memory_bytes() -> int:
+    """Physical memory, or the container's limit where that is smaller."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
