@@ -49,14 +49,14 @@ def read(count: int, ahead: bool) -> Work:
 
     from mflux_vae.images import load_image, to_pixels
     from mflux_vae_train.dreambooth.data.crops import Crop
-    from mflux_vae_train.dreambooth.data.encoding import Seen, encode_pictures
+    from mflux_vae_train.dreambooth.data.encoding import CroppedImage, encode_images
 
     paths = sorted(Path(_photographs(count).name).iterdir())
 
     def run() -> dict[str, np.ndarray]:
         if ahead:
-            pictures = [Seen(path, Crop(shape=(RESOLUTION, RESOLUTION))) for path in paths]
-            means = encode_pictures(lambda x: mx.mean(x, axis=(1, 2)), pictures)
+            pictures = [CroppedImage(path, Crop(shape=(RESOLUTION, RESOLUTION))) for path in paths]
+            means = encode_images(lambda x: mx.mean(x, axis=(1, 2)), pictures)
             return {"mean": np.array(mx.stack(means))}
         return {"mean": np.stack([to_pixels(load_image(p, resolution=RESOLUTION)).mean(axis=(0, 1)) for p in paths])}
 

@@ -10,9 +10,15 @@ from pathlib import Path
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset
-from mflux_vae_train.dreambooth.data.class_images import class_images, generate_class_images
-from mflux_vae_train.dreambooth.data.encoding import Prompts, build_cache, encode_prompts, fingerprint, open_store
-from mflux_vae_train.dreambooth.data.encoding_cache import Store
+from mflux_vae_train.dreambooth.data.class_images import find_class_images, generate_class_images
+from mflux_vae_train.dreambooth.data.encoding import (
+    EncodedPrompts,
+    encode_dataset,
+    encode_prompts,
+    hash_files,
+    open_cache,
+)
+from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
@@ -32,7 +38,7 @@ class Material:
     """
 
     cache: EncodedDataset
-    prompts: Prompts
+    prompts: EncodedPrompts
     class_fingerprint: str
 
 
@@ -44,13 +50,17 @@ def gather(pipeline: DiffusionPipeline, run: Preparation, kept_in: Path, process
         processes: the processes that share out what is drawn and encoded; files are the first one's.
     """
     choices = run.choices
-    store = open_store(pipeline, Path(choices.settings.encodings_dir or kept_in)) if processes.is_main else Store(None)
+    store = (
+        open_cache(pipeline, Path(choices.settings.encodings_dir or kept_in))
+        if processes.is_main
+        else EncodingCache(None)
+    )
     prompts = encode_prompts(pipeline, _prompts(run), store, processes=processes)
     release(pipeline, "prompts")
     class_pictures = _class_pictures(pipeline, run, prompts, processes)
-    cache = build_cache(
+    cache = encode_dataset(
         pipeline,
-        run.pictures.instances,
+        run.pictures.images,
         prompts,
         choices.concepts,
         store,
@@ -59,21 +69,21 @@ def gather(pipeline: DiffusionPipeline, run: Preparation, kept_in: Path, process
         processes=processes,
     )
     release(pipeline, "images")
-    if store.found:
-        logger.info("%d encodings of an earlier run were used, %d are new", store.found, store.written)
+    if store.hits:
+        logger.info("%d encodings of an earlier run were used, %d are new", store.hits, store.writes)
     pictures = list(dict.fromkeys(path for paths in class_pictures or [] for path in paths))
-    return Material(cache=cache, prompts=prompts, class_fingerprint=processes.broadcast(lambda: fingerprint(pictures)))
+    return Material(cache=cache, prompts=prompts, class_fingerprint=processes.broadcast(lambda: hash_files(pictures)))
 
 
 def _prompts(run: Preparation) -> list[str]:
     choices = run.choices
-    captions = [one.caption for one in run.pictures.instances]
+    captions = [one.caption for one in run.pictures.images]
     classes = [one.class_prompt for one in choices.concepts if one.class_prompt is not None]
     return [*captions, *classes, "", *choices.validation_prompt]
 
 
 def _class_pictures(
-    pipeline: DiffusionPipeline, run: Preparation, prompts: Prompts, processes: ProcessGroup
+    pipeline: DiffusionPipeline, run: Preparation, prompts: EncodedPrompts, processes: ProcessGroup
 ) -> list[Sequence[Path]] | None:
     """The class pictures of each concept, sorted by name, after generating those that are missing; None without.
 
@@ -88,7 +98,7 @@ def _class_pictures(
         began = time.monotonic()
         generate_class_images(
             pipeline,
-            prompts.of(one.prompt),
+            prompts.get(one.prompt),
             one.missing,
             one.folder,
             count=choices.settings.num_class_images,
@@ -102,6 +112,8 @@ def _class_pictures(
         logger.info("generated %d class pictures in %.0f s", len(one.missing), time.monotonic() - began)
     wanted = choices.settings.num_class_images
     found = processes.broadcast(
-        lambda: [[str(p) for p in class_images(Path(one.class_data_dir or ""))[:wanted]] for one in choices.concepts]
+        lambda: [
+            [str(p) for p in find_class_images(Path(one.class_data_dir or ""))[:wanted]] for one in choices.concepts
+        ]
     )
     return [[Path(path) for path in paths] for paths in found]

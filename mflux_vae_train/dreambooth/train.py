@@ -25,18 +25,18 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import micro_batches
 from mflux_vae_train.dreambooth.export import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
-from mflux_vae_train.dreambooth.optimization.checks import Learning, check_adapter
-from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base
+from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
+from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
 from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of, passes_of, schedule_of, worth_compiling
-from mflux_vae_train.dreambooth.optimization.trainable import as_one, networks
+from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
 from mflux_vae_train.dreambooth.planning.memory_estimate import compared
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import gather
 from mflux_vae_train.dreambooth.reporting import preview_grid
-from mflux_vae_train.dreambooth.reporting.model_card import write_card
-from mflux_vae_train.dreambooth.reporting.monitor import Watching
+from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
+from mflux_vae_train.dreambooth.reporting.monitor import Monitor
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
@@ -137,7 +137,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
         attach(pipeline, learners, choices)
     else:
         pipeline.denoiser.unfreeze()
-    together = as_one(learners)
+    together = combined(learners)
     optimizer = optimizers_of(settings, text_encoder=[*learners][-1])
     loss = _loss(pipeline, choices)
     step = Step(
@@ -185,7 +185,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
         if choices.preservation != "dop":
             return list(drawn)
         asked: dict[str, Any] = {"guidance": choices.guidance, "sampling": choices.sampling}
-        return [with_base(pipeline, together, one, **asked) for one in drawn]
+        return [add_base_prediction(pipeline, together, one, **asked) for one in drawn]
 
     def save() -> None:
         if not processes.is_main:
@@ -195,17 +195,17 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
             check_adapter(learners, path)
 
     # the updates; of the hooks, what must not be lost comes first
-    validation = [material.prompts.of(prompt) for prompt in choices.validation_prompt]
-    with Watching(pipeline, validation, run, folder, start=start, processes=processes) as watching:
+    validation = [material.prompts.get(prompt) for prompt in choices.validation_prompt]
+    with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as watching:
         fit(
-            step=lambda update, drawn, rate: loss_by_noise.joined(step(update, drawn, rate)),
+            step=lambda update, drawn, rate: loss_by_noise.bin_means(step(update, drawn, rate)),
             batches=batches,
             learning_rate=rate,
             total=plan.updates,
             start=start,
             observers=[*watching.observers, compared(run.estimate)],
             hooks=[
-                Learning(*learners.values()),
+                LearningCheck(*learners.values()),
                 watching.pace.timed_every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 watching.previews(),
@@ -222,7 +222,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
     if settings.fuse:
         _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])
-    write_card(pipeline, settings, folder, result)
+    write_model_card(pipeline, settings, folder, result)
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(mx.get_peak_memory())

@@ -26,15 +26,15 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mflux_vae_train import lora  # noqa: E402
 from mflux_vae_train.dreambooth.config import DreamBoothSettings  # noqa: E402
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches  # noqa: E402
-from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss  # noqa: E402
 from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of  # noqa: E402
-from mflux_vae_train.dreambooth.optimization.trainable import as_one  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.trainable import combined  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule  # noqa: E402
 from mflux_vae_train.pipelines.noise import NoiseSampling, error_weight, training_levels  # noqa: E402
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step  # noqa: E402
-from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache  # noqa: E402
+from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline  # noqa: E402
 
 THEIR_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -220,7 +220,7 @@ def ours(tmp_path: Path, request) -> FluxPipeline:
 def together(pipeline: FluxPipeline) -> nn.Module:
     """All that has adapters."""
     networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder}
-    return as_one({name: network for name, network in networks.items() if lora.layers(network)})
+    return combined({name: network for name, network in networks.items() if lora.layers(network)})
 
 
 def adapters(pipeline: FluxPipeline) -> dict[str, np.ndarray]:
@@ -234,7 +234,7 @@ def batches(ours: FluxPipeline) -> Callable[[int], list[MicroBatch]]:
     """Two micro-batches of two instance and two class pictures to an update."""
     latents = mx.random.normal((7, 4, 6, 4), key=mx.random.key(9))
     prompts = ours.encode_prompts(["a photo of sks dog", "a photo of a dog", ""])
-    cache = plain_cache(latents[:4], latents[4:], prompts)
+    cache = small_dataset(latents[:4], latents[4:], prompts)
     plan = Plan(samples=4 * UPDATES, batch_size=2, accumulation=2)
     return lambda update: micro_batches(cache, plan, update=update, seed=5, caption_dropout=0.1)
 
@@ -262,11 +262,11 @@ def test_loss_and_gradients_agree_where_the_models_output_is_preserved(ours: Flu
     """The second half, on the instances' own latents and noise, is compared with the model without its adapters."""
     theirs, latents = Theirs(ours), mx.random.normal((4, 4, 6, 4), key=mx.random.key(9))
     prompts = ours.encode_prompts(["a photo of sks dog", "a photo of a dog", ""])
-    cache = replace(plain_cache(latents, latents, prompts), prior=None, preserves_output=True)
+    cache = replace(small_dataset(latents, latents, prompts), prior=None, preserves_output=True)
     plan = Plan(samples=4, batch_size=4, accumulation=1)
     (batch,) = micro_batches(cache, plan, update=0, seed=5, caption_dropout=0.0)
     asked = {"guidance": GUIDANCE, "sampling": NoiseSampling(scheme="cosmap")}
-    with_targets = with_base(ours, together(ours), batch, **asked)
+    with_targets = add_base_prediction(ours, together(ours), batch, **asked)
     agree(ours, with_targets, "cosmap", theirs, theirs.loss_with_base(ours, batch, "cosmap"))
 
 

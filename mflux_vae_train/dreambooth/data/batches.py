@@ -89,7 +89,8 @@ class EncodedDataset:
             pictures.
         prompts: conditioning, a row for each prompt.
         empty: row of the empty prompt.
-        preserves_output: the instance samples are repeated with their class prompts, for `objective.with_base`.
+        preserves_output: whether instance samples are repeated with their class prompts, see
+            `objective.add_base_prediction`.
     """
 
     samples: Sequence[Sample]

@@ -16,7 +16,7 @@ from mflux_vae.images import find_images, image_text, load_image, save_image, to
 from mflux_vae.utils.prefetch import ahead
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
-from mflux_vae_train.dreambooth.data.encoding import pictures_at_once
+from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 
@@ -26,7 +26,7 @@ PROMPT_KEY = "prompt"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFolder:
-    """Pictures of one class.
+    """Images of one class.
 
     Attributes:
         prompt: of the class.
@@ -40,7 +40,9 @@ class ClassFolder:
     missing: Sequence[int]
 
 
-def class_folders(concepts: Sequence[Concept], *, wanted: int, processes: ProcessGroup = SINGLE) -> list[ClassFolder]:
+def scan_class_folders(
+    concepts: Sequence[Concept], *, wanted: int, processes: ProcessGroup = SINGLE
+) -> list[ClassFolder]:
     """What there is of class pictures, folder by folder; of several processes, where the first one runs.
 
     Args:
@@ -69,25 +71,25 @@ def _class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder
             raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
         if folder in found and found[folder].prompt != prompt:
             raise SettingsError(f"--class_data_dir {folder} is given for {found[folder].prompt!r} and for {prompt!r}")
-        present = present_class_images(folder, prompt)
+        present = check_class_images(folder, prompt)
         missing = missing_indices(present, wanted)
         found[folder] = ClassFolder(folder=folder, prompt=prompt, present=len(present), missing=missing)
     return list(found.values())
 
 
-def class_images(folder: Path) -> list[Path]:
+def find_class_images(folder: Path) -> list[Path]:
     """Class pictures that are there, sorted by name; none where there is no folder. They are not looked at."""
     return find_images(folder)[0] if folder.is_dir() else []
 
 
-def present_class_images(folder: Path, class_prompt: str) -> list[Path]:
+def check_class_images(folder: Path, class_prompt: str) -> list[Path]:
     """As `class_images`, and each is read, as a mistake must show before anything long begins.
 
     Raises:
         ImageError: one of them cannot be read.
         SettingsError: one of them was generated for another class prompt.
     """
-    paths = class_images(folder)
+    paths = find_class_images(folder)
     for path, made_for in zip(paths, ahead(_made_for, paths), strict=True):
         if made_for not in (None, class_prompt):
             raise SettingsError(
@@ -138,14 +140,14 @@ def generate_class_images(
     """
     wanted = set(indices)
     # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
-    size = at_once or pictures_at_once(resolution)
+    size = at_once or images_per_batch(resolution)
     groups = [
         range(group * size, min((group + 1) * size, count)) for group in sorted({index // size for index in wanted})
     ]
 
     def drawn(members: range) -> list[mx.array]:
         keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
-        pictures = sampled(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+        pictures = sample_images(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
         return [mx.array(picture) for picture in pictures]
 
     shown = None if processes.is_main else True
@@ -157,7 +159,7 @@ def generate_class_images(
                     bar.update()
 
 
-def sampled(
+def sample_images(
     pipeline: DiffusionPipeline,
     conditioning: Conditioning,
     keys: mx.array,

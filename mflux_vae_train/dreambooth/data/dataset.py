@@ -25,7 +25,7 @@ MASK = re.compile(r"(?P<name>.+)-mask\.png", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Instance:
+class InstanceImage:
     """One picture to learn from.
 
     Attributes:
@@ -52,7 +52,7 @@ class Instance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class InstanceDataset:
     """The instance pictures of all concepts.
 
     Attributes:
@@ -61,56 +61,56 @@ class Pictures:
         unused_masks: masks that were not asked for.
     """
 
-    instances: Sequence[Instance]
+    images: Sequence[InstanceImage]
     skipped: int
     unused_masks: int
 
     @property
     def paths(self) -> list[Path]:
-        return [instance.path for instance in self.instances]
+        return [instance.path for instance in self.images]
 
     @property
     def arrays(self) -> list[np.ndarray]:
         """What the pictures show, in squares, for people to look at."""
-        return [instance.square for instance in self.instances]
+        return [instance.square for instance in self.images]
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal for equal pictures, prompts and masks, whatever the files are called."""
         digest = hashlib.sha256()
-        for one in self.instances:
-            mask = content_of(one.mask) if one.mask is not None else ""
+        for one in self.images:
+            mask = file_hash(one.mask) if one.mask is not None else ""
             digest.update(repr((one.content, one.concept, one.caption, mask)).encode())
         return digest.hexdigest()[:16]
 
-    def described(self, concepts: Sequence[Concept]) -> list[str]:
+    def summary(self, concepts: Sequence[Concept]) -> list[str]:
         """Lines for the start of a run."""
-        counts = Counter(instance.concept for instance in self.instances)
+        counts = Counter(instance.concept for instance in self.images)
         skipped = f", {count_text(self.skipped, 'other file')} skipped" if self.skipped else ""
         lines = [
             f"{count_text(counts[number], 'instance picture')} in {concept.instance_data_dir}"
             + (skipped if number == len(concepts) - 1 else "")
             for number, concept in enumerate(concepts)
         ]
-        if own := sum(one.caption != concepts[one.concept].instance_prompt for one in self.instances):
-            lines.append(f"{own} of {len(self.instances)} pictures have prompts of their own")
-        if len(by_shape := Counter(instance.shape for instance in self.instances)) > 1:
+        if own := sum(one.caption != concepts[one.concept].instance_prompt for one in self.images):
+            lines.append(f"{own} of {len(self.images)} pictures have prompts of their own")
+        if len(by_shape := Counter(instance.shape for instance in self.images)) > 1:
             lines.append(
                 "shapes: " + ", ".join(f"{height}x{width} {n}" for (height, width), n in sorted(by_shape.items()))
             )
-        if masked := sum(one.mask is not None for one in self.instances):
-            lines.append(f"{masked} of {len(self.instances)} pictures have a mask")
+        if masked := sum(one.mask is not None for one in self.images):
+            lines.append(f"{masked} of {len(self.images)} pictures have a mask")
         if self.unused_masks:
             lines.append(f"{self.unused_masks} masks are not used: --masked_loss does")
         return lines
 
 
-def content_of(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> Pictures:
+def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> InstanceDataset:
     """Reads every instance picture: upright, RGB.
 
     Args:
@@ -124,7 +124,7 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
     """
     among = shapes(settings, resolution=resolution, multiple=multiple)
     crops = 1 if settings.center_crop else settings.num_crops
-    instances: list[Instance] = []
+    images: list[InstanceImage] = []
     skipped = unused = 0
     for number, concept in enumerate(settings.subjects):
         folder = Path(concept.instance_data_dir)
@@ -135,8 +135,8 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
         see: dict[str, Any] = {"among": among, "crops": crops, "mirror": settings.random_flip}
         read = ahead(partial(_read, masks=used, resolution=resolution, **see), paths)
         for path, prompt, (content, seen, square) in zip(paths, prompts, read, strict=True):
-            instances.append(
-                Instance(
+            images.append(
+                InstanceImage(
                     path=path,
                     content=content,
                     concept=number,
@@ -146,21 +146,21 @@ def load_pictures(settings: DreamBoothSettings, *, resolution: int, multiple: in
                     square=square,
                 )
             )
-    if settings.masked_loss and not any(instance.mask for instance in instances):
+    if settings.masked_loss and not any(one.mask for one in images):
         raise ImageError(f"--masked_loss: no picture NAME.jpg has a NAME-mask.png beside it in {folder}")
-    return Pictures(instances=instances, skipped=skipped, unused_masks=unused)
+    return InstanceDataset(images=images, skipped=skipped, unused_masks=unused)
 
 
 def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
     """The pictures of a folder, masks by picture, and the number of files that are of no use."""
-    images, skipped = find_images(folder)
-    by_stem = {path.stem: path for path in images}
+    found, skipped = find_images(folder)
+    by_stem = {path.stem: path for path in found}
     masks = {}
-    for path in images:
+    for path in found:
         match = MASK.fullmatch(path.name)
         if match and match["name"] in by_stem:
             masks[by_stem[match["name"]]] = path
-    pictures = [path for path in images if path not in masks.values()]
+    pictures = [path for path in found if path not in masks.values()]
     if not pictures:
         others = f" among its {skipped} files" if skipped else ""
         raise ImageError(f"{folder} holds no picture{others}: {', '.join(EXTENSIONS)} count")
@@ -183,7 +183,7 @@ def _read(
         if not seen:
             where = "all over" if not mask.any() else "where the picture is cut"
             raise ImageError(f"{masks[path]} is black {where}: nothing of {path.name} would count")
-    return content_of(path), seen, covered(picture, (resolution, resolution))
+    return file_hash(path), seen, covered(picture, (resolution, resolution))
 
 
 def load_mask(path: Path) -> np.ndarray:

@@ -23,16 +23,16 @@ from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Latent, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
-from mflux_vae_train.dreambooth.data.dataset import Instance, content_of, load_mask
-from mflux_vae_train.dreambooth.data.encoding_cache import Store
+from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash, load_mask
+from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.pipelines.capabilities import Identifies, Use
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
-PROMPTS_AT_ONCE = 16
+PROMPTS_PER_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
+class EncodedPrompts:
     """Prompts, encoded.
 
     Attributes:
@@ -42,52 +42,52 @@ class Prompts:
     conditioning: Conditioning
     rows: Mapping[str, int]
 
-    def of(self, prompt: str) -> Conditioning:
+    def get(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, a batch of one."""
         row = self.rows[prompt]
         return {name: array[row : row + 1] for name, array in self.conditioning.items()}
 
 
-class Seen(NamedTuple):
+class CroppedImage(NamedTuple):
     """A picture in one of its views."""
 
     path: Path
     view: Crop
 
 
-def open_store(pipeline: DiffusionPipeline, folder: Path) -> Store:
+def open_cache(pipeline: DiffusionPipeline, folder: Path) -> EncodingCache:
     """Where the encodings of a pipeline are kept: nowhere, if it cannot say what encodes."""
-    return Store(folder if isinstance(pipeline, Identifies) else None)
+    return EncodingCache(folder if isinstance(pipeline, Identifies) else None)
 
 
-def pictures_at_once(resolution: int) -> int:
+def images_per_batch(resolution: int) -> int:
     """How many pictures an autoencoder or sampler gets together: a million pixels, at most sixteen."""
     return max(1, min(16, 2**20 // resolution**2))
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
+def hash_files(paths: Sequence[Path]) -> str:
     """A hash of the contents of files, in order; their names do not count."""
     digest = hashlib.sha256()
-    for content in ahead(content_of, paths):
+    for content in ahead(file_hash, paths):
         digest.update(bytes.fromhex(content))
     return digest.hexdigest()[:16]
 
 
 def encode_prompts(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], store: Store, *, processes: ProcessGroup = SINGLE
-) -> Prompts:
+    pipeline: DiffusionPipeline, prompts: Sequence[str], store: EncodingCache, *, processes: ProcessGroup = SINGLE
+) -> EncodedPrompts:
     """Each prompt once, some at a time; of several processes the first does it for all."""
     unique = list(dict.fromkeys(prompts))
     conditioning = processes.broadcast_arrays(lambda: _conditioning(pipeline, unique, store))
-    return Prompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
+    return EncodedPrompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
 
 
-def _conditioning(pipeline: DiffusionPipeline, unique: Sequence[str], store: Store) -> Conditioning:
+def _conditioning(pipeline: DiffusionPipeline, unique: Sequence[str], store: EncodingCache) -> Conditioning:
     encoder = _encoder(pipeline, "prompts")
     keys = [{"prompt": prompt, "encoder": encoder} for prompt in unique]
     rows = [store.get(key) for key in keys]
-    for start in range(0, len(unique), PROMPTS_AT_ONCE):
-        group = slice(start, start + PROMPTS_AT_ONCE)
+    for start in range(0, len(unique), PROMPTS_PER_BATCH):
+        group = slice(start, start + PROMPTS_PER_BATCH)
         if None not in rows[group]:
             continue
         # The groups are fixed, so that no row depends, by a rounding, on which ones were there already.
@@ -104,11 +104,11 @@ def _conditioning(pipeline: DiffusionPipeline, unique: Sequence[str], store: Sto
     return conditioning
 
 
-def encode_pictures(
+def encode_images(
     encode: Callable[[mx.array], mx.array],
-    pictures: Sequence[Seen],
+    pictures: Sequence[CroppedImage],
     *,
-    store: Store | None = None,
+    store: EncodingCache | None = None,
     encoder: str = "",
     processes: ProcessGroup = SINGLE,
 ) -> list[Latent]:
@@ -121,7 +121,7 @@ def encode_pictures(
         encode: (B, H, W, 3) in [-1, 1] -> latents.
         encoder: what `encode` is, for the store.
     """
-    store = store or Store(None)
+    store = store or EncodingCache(None)
     keys = _keys(pictures, encoder) if processes.is_main else []
     known = [kept["latents"] if (kept := store.get(key)) else None for key in keys]
     latents = {place: latent for place, latent in enumerate(known) if latent is not None}
@@ -158,14 +158,14 @@ def encode_pictures(
     return list(everyones.values())
 
 
-def _keys(pictures: Sequence[Seen], encoder: str) -> list[dict[str, object]]:
+def _keys(pictures: Sequence[CroppedImage], encoder: str) -> list[dict[str, object]]:
     """What each picture's latents are kept under."""
     paths = list(dict.fromkeys(one.path for one in pictures))
-    contents = dict(zip(paths, ahead(content_of, paths), strict=True))
+    contents = dict(zip(paths, ahead(file_hash, paths), strict=True))
     return [{"picture": contents[one.path], "view": astuple(one.view), "encoder": encoder} for one in pictures]
 
 
-def _alike(pictures: Sequence[Seen]) -> list[list[int]]:
+def _alike(pictures: Sequence[CroppedImage]) -> list[list[int]]:
     """Numbers of pictures that are encoded together. Which ones are does not depend on what is in the store, so that
     no latent does by a rounding."""
     by_shape: dict[Shape, list[int]] = {}
@@ -173,17 +173,17 @@ def _alike(pictures: Sequence[Seen]) -> list[list[int]]:
         by_shape.setdefault(one.view.shape, []).append(place)
     groups = []
     for (height, width), places in by_shape.items():
-        size = pictures_at_once(math.isqrt(height * width))
+        size = images_per_batch(math.isqrt(height * width))
         groups += [places[start : start + size] for start in range(0, len(places), size)]
     return groups
 
 
-def build_cache(
+def encode_dataset(
     pipeline: DiffusionPipeline,
-    instances: Sequence[Instance],
-    prompts: Prompts,
+    images: Sequence[InstanceImage],
+    prompts: EncodedPrompts,
     concepts: Sequence[Concept],
-    store: Store,
+    store: EncodingCache,
     *,
     class_pictures: Sequence[Sequence[Path]] | None,
     preserves_output: bool,
@@ -200,13 +200,13 @@ def build_cache(
     """
     encoder = _encoder(pipeline, "images")
 
-    def encoded(pictures: Sequence[Seen]) -> list[Latent]:
-        return encode_pictures(pipeline.encode_images, pictures, store=store, encoder=encoder, processes=processes)
+    def encoded(pictures: Sequence[CroppedImage]) -> list[Latent]:
+        return encode_images(pipeline.encode_images, pictures, store=store, encoder=encoder, processes=processes)
 
     # every view of every instance picture, numbered
-    latents = encoded([Seen(one.path, view) for one in instances for row in one.views for view in row])
+    latents = encoded([CroppedImage(one.path, view) for one in images for row in one.views for view in row])
     numbers = count()
-    entries = [[[next(numbers) for _ in row] for row in one.views] for one in instances]
+    entries = [[[next(numbers) for _ in row] for row in one.views] for one in images]
     samples = [
         Sample(
             entries=own,
@@ -214,24 +214,22 @@ def build_cache(
             class_prompt=None if (asked := concepts[one.concept].class_prompt) is None else prompts.rows[asked],
             concept=one.concept,
         )
-        for one, own in zip(instances, entries, strict=True)
+        for one, own in zip(images, entries, strict=True)
         for _ in range(concepts[one.concept].repeats or 1)
     ]
 
     # beside each shape of instance pictures, class pictures cut to it
     prior: dict[tuple[int, tuple[int, ...]], Sequence[Latent]] | None = None
     if class_pictures is not None:
-        shapes = {
-            (one.concept, one.shape): latents[own[0][0]].shape for one, own in zip(instances, entries, strict=True)
-        }
+        shapes = {(one.concept, one.shape): latents[own[0][0]].shape for one, own in zip(images, entries, strict=True)}
         prior = {
-            (concept, shape): encoded([Seen(path, Crop(shape=pixels)) for path in class_pictures[concept]])
+            (concept, shape): encoded([CroppedImage(path, Crop(shape=pixels)) for path in class_pictures[concept]])
             for (concept, pixels), shape in shapes.items()
         }
     return EncodedDataset(
         samples=samples,
         latents=latents,
-        masks=_masks(instances, entries, latents) if any(one.mask for one in instances) else None,
+        masks=_masks(images, entries, latents) if any(one.mask for one in images) else None,
         prior=prior,
         prompts=prompts.conditioning,
         empty=prompts.rows[""],
@@ -240,11 +238,11 @@ def build_cache(
 
 
 def _masks(
-    instances: Sequence[Instance], entries: Sequence[Sequence[Sequence[int]]], latents: Sequence[Latent]
+    images: Sequence[InstanceImage], entries: Sequence[Sequence[Sequence[int]]], latents: Sequence[Latent]
 ) -> list[mx.array]:
     """What each place of the latents counts, (h, w, 1) in [0, 1]: the grey of the mask, averaged over the place."""
     masks = []
-    for one, own in zip(instances, entries, strict=True):
+    for one, own in zip(images, entries, strict=True):
         grey = None if one.mask is None else load_mask(one.mask)
         for views, numbers in zip(one.views, own, strict=True):
             for view, number in zip(views, numbers, strict=True):

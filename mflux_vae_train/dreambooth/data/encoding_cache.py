@@ -22,7 +22,7 @@ VERSION = 1
 """Of what the files hold; part of every name."""
 
 
-class Store:
+class EncodingCache:
     """Named arrays by key, below a folder; without a folder nothing is kept.
 
     Attributes:
@@ -31,7 +31,7 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.found = self.written = 0
+        self.hits = self.writes = 0
 
     def get(self, key: Mapping[str, object]) -> dict[str, mx.array] | None:
         """What was put under a key; None if nothing was, or it cannot be read."""
@@ -42,7 +42,7 @@ class Store:
             mx.eval(arrays)
         except (WeightsError, OSError, RuntimeError, ValueError):
             return None
-        self.found += 1
+        self.hits += 1
         return arrays
 
     def put(self, key: Mapping[str, object], arrays: Mapping[str, mx.array]) -> None:
@@ -60,7 +60,7 @@ class Store:
             os.replace(own, path)
         finally:
             own.unlink(missing_ok=True)
-        self.written += 1
+        self.writes += 1
 
     def _path(self, key: Mapping[str, object]) -> Path:
         assert self.folder is not None

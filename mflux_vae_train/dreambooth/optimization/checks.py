@@ -1,4 +1,4 @@
-"""Whether a run learns anything: otherwise hours would be spent on nothing."""
+"""Checks that a run learns something, so that no hours are spent on nothing."""
 
 from __future__ import annotations
 
@@ -12,68 +12,64 @@ from mflux_vae_train import lora
 from mflux_vae_train.training.hooks import Record
 
 PATIENCE = 3
-"""Updates in succession without any gradient that end a run; one alone may have seen a mask's black places."""
+"""Consecutive updates with a zero gradient that end a run. A single one may come from black areas of a mask."""
 
 
-class Learning:
-    """A hook that ends a run which learns nothing. (A loss or a gradient that is not finite ends it in the step.)
+class LearningCheck:
+    """Hook that ends a run which learns nothing. (`Step` ends a run whose loss or gradient is not finite.)
 
-    Looked at is, after every update, whether there was a gradient, and after the first one of this process that had
-    one whether it changed what trains.
+    Checks the gradient after every update. After the first update with a gradient, checks that the weights changed.
 
     Args:
-        networks: those that train.
+        networks: the networks that train.
 
     Raises (when called):
-        TrainingError: nothing is learnt; it says what is probably the reason.
+        TrainingError: nothing is learned; the message names likely reasons.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
-        self._networks, self._first, self._without = networks, True, 0
+        self._networks, self._first, self._zero_gradients = networks, True, 0
 
     def __call__(self, record: Record) -> None:
         if record.metrics["grad_norm"] == 0:
-            self._without += 1
-            if self._without == PATIENCE or record.total == self._without:
+            self._zero_gradients += 1
+            if self._zero_gradients == PATIENCE or record.total == self._zero_gradients:
                 raise TrainingError(
-                    f"the updates up to {record.update} changed nothing, all gradients are zero: the loss does not"
-                    " reach what is trained (a guidance or prompt that the pipeline ignores, adapted layers that it"
-                    " does not use, black masks)"
+                    f"update {record.update}: all gradients since the last change are zero, so the loss does not"
+                    " reach the trained weights; check for a guidance or prompt that the pipeline ignores, adapted"
+                    " layers that it does not use, and black masks"
                 )
             return
-        self._without = 0
+        self._zero_gradients = 0
         if not self._first:
             return
         self._first = False
         if record.metrics["learning_rate"] > 0 and record.metrics["update_size"] == 0:
             raise TrainingError(
-                "the first update changed nothing: its steps are smaller than what the weights' type can hold;"
+                "the first update changed no weight: its steps are below the precision of the weights;"
                 " raise --learning_rate, or train an adapter"
             )
-        if any(lora.layers(network) and not _differs(network) for network in self._networks):
-            raise TrainingError("the first update changed nothing: every adapter's B is still zero")
+        if any(lora.layers(network) and not _has_effect(network) for network in self._networks):
+            raise TrainingError("the first update changed nothing: lora_b of every adapter is still zero")
 
 
 def check_adapter(networks: lora.Networks, path: Path) -> None:
-    """Read a saved adapter back and compare it, bit for bit, with the one that was trained.
-
-    No forward pass: what the file holds is what the last update left in the networks.
+    """Read a saved adapter back and compare it, bit for bit, with the trained one. Runs no forward pass.
 
     Raises:
-        TrainingError: the file holds other numbers, some that are not finite, or no more than the base model.
+        TrainingError: the file differs from the trained adapter, holds numbers that are not finite, or has no effect.
     """
     files = lora.read_adapter(path, networks)
     for prefix, network in networks.items():
         for name, trained in lora.adapter_tensors(network, prefix).items():
             saved = files[prefix].tensors.get(name.removeprefix(f"{prefix}."))
             if saved is None or not mx.array_equal(saved, trained, equal_nan=True):
-                raise TrainingError(f"{path}: read back, {name} differs from what was trained; save it again")
+                raise TrainingError(f"{path}: {name} in the file differs from the trained array; save it again")
             if not mx.all(mx.isfinite(trained)):
-                raise TrainingError(f"{path}: {name} has numbers that are not finite; lower --learning_rate")
-    if not any(map(_differs, networks.values())):
-        raise TrainingError(f"{path}: read back, every adapter's B is zero: it is the base model")
+                raise TrainingError(f"{path}: {name} has values that are not finite; lower --learning_rate")
+    if not any(map(_has_effect, networks.values())):
+        raise TrainingError(f"{path}: lora_b of every adapter is zero, so it equals the base model")
 
 
-def _differs(network: nn.Module) -> bool:
-    """Whether an adapter does anything."""
+def _has_effect(network: nn.Module) -> bool:
     return any(bool(mx.any(layer.lora_b != 0)) for layer in lora.layers(network).values())

@@ -1,7 +1,7 @@
-"""The loss by noise level: how well little noise, much noise and what lies between is removed.
+"""Loss by noise level: the mean error at low, medium and high noise.
 
-Within an update each range may have no sample or many. So that parts of an update can be averaged like every other
-metric, sums and shares are measured, and made means where the update is complete.
+An update may have no sample in a bin, or many. So each micro-batch measures sums and shares, which are averaged like
+every other metric, and means are taken once the update is complete.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-RANGES = 5
-"""Of equal width, from no noise (0) to nothing else (1)."""
+BINS = 5
+"""Bins of equal width over noise levels from 0 (no noise) to 1 (noise alone)."""
 
 _SUM, _SHARE = "noise_sum_", "noise_share_"
-NAME = "loss_noise_"
-"""How the metrics begin that `joined` makes; what follows is the range in percent, such as 0-20."""
+PREFIX = "loss_noise_"
+"""Prefix of the metrics that `bin_means` returns, followed by the bin in percent, such as 0-20."""
 
 
-def split(errors: mx.array, sigma: mx.array) -> dict[str, mx.array]:
-    """Errors and noise levels of samples, (B,) each -> scalars, whose averages `joined` understands."""
-    which = mx.clip(mx.floor(sigma * RANGES), 0, RANGES - 1)
-    parts: dict[str, mx.array] = {}
-    for index in range(RANGES):
-        inside = (which == index).astype(mx.float32)
-        parts[f"{_SUM}{index}"] = (errors * inside).mean()
-        parts[f"{_SHARE}{index}"] = inside.mean()
-    return parts
+def bin_sums(errors: mx.array, sigma: mx.array) -> dict[str, mx.array]:
+    """Errors (B,) and noise levels (B,) of samples -> scalars for `bin_means`."""
+    bins = mx.clip(mx.floor(sigma * BINS), 0, BINS - 1)
+    sums: dict[str, mx.array] = {}
+    for index in range(BINS):
+        inside = (bins == index).astype(mx.float32)
+        sums[f"{_SUM}{index}"] = (errors * inside).mean()
+        sums[f"{_SHARE}{index}"] = inside.mean()
+    return sums
 
 
-def joined(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics with the mean error of each range that the update had a sample in."""
-    kept = {name: value for name, value in metrics.items() if not name.startswith((_SUM, _SHARE))}
-    for index in range(RANGES):
+def bin_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Replace the sums among the metrics with the mean error of each bin that has a sample."""
+    means = {name: value for name, value in metrics.items() if not name.startswith((_SUM, _SHARE))}
+    for index in range(BINS):
         if metrics.get(f"{_SHARE}{index}", 0.0) > 0:
-            low, high = 100 * index // RANGES, 100 * (index + 1) // RANGES
-            kept[f"{NAME}{low}-{high}"] = metrics[f"{_SUM}{index}"] / metrics[f"{_SHARE}{index}"]
-    return kept
+            low, high = 100 * index // BINS, 100 * (index + 1) // BINS
+            means[f"{PREFIX}{low}-{high}"] = metrics[f"{_SUM}{index}"] / metrics[f"{_SHARE}{index}"]
+    return means

@@ -37,7 +37,7 @@ def dreambooth_loss(
     """Loss of one micro-batch, the means it is made of, and the instance samples' errors by noise level.
 
     Args:
-        arrays: as `data.micro_batches` makes them, and `with_base` completes.
+        arrays: as `data.micro_batches` makes them, and `add_base_prediction` completes.
         prior_loss_weight: None where the micro-batch has no prior samples.
         sampling: how noise levels are drawn; None as the pipeline recommends.
     """
@@ -53,10 +53,10 @@ def dreambooth_loss(
     loss, parts = combine(per_sample, prior_loss_weight)
     instances = len(per_sample) // (1 if prior_loss_weight is None else 2)
     unweighted = per_sample[:instances] / predicted.weight[:instances]
-    return loss, {**parts, **loss_by_noise.split(unweighted, predicted.sigma[:instances])}
+    return loss, {**parts, **loss_by_noise.bin_sums(unweighted, predicted.sigma[:instances])}
 
 
-def with_base(
+def add_base_prediction(
     pipeline: DiffusionPipeline,
     adapted: nn.Module,
     batch: MicroBatch,

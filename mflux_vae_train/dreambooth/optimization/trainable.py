@@ -29,7 +29,7 @@ def networks(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[
     return found
 
 
-def outlines(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
+def skeletons(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
     """The layers of the same, not loaded if that can be helped."""
     found = {pipeline.adapter_prefix: outline_of(pipeline)}
     if settings.train_text_encoder:
@@ -38,7 +38,7 @@ def outlines(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[
     return found
 
 
-def as_one(networks: Networks) -> nn.Module:
+def combined(networks: Networks) -> nn.Module:
     """One module for all: itself where there is one alone."""
     return next(iter(networks.values())) if len(networks) == 1 else Together(networks)
 

@@ -9,7 +9,7 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_result
-from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, outlines
+from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora, TrainsTextEncoder
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -26,7 +26,7 @@ def as_in_file(settings: DreamBoothSettings, pipeline: DiffusionPipeline) -> Dre
     """
     if settings.lora_weights is None:
         return settings
-    prefix, known = pipeline.adapter_prefix, outlines(pipeline, settings)
+    prefix, known = pipeline.adapter_prefix, skeletons(pipeline, settings)
     files = lora.read_adapter(settings.lora_weights, known, kohya_names(pipeline))
     if prefix not in files:
         raise WeightsError(f"{settings.lora_weights}: holds no adapter for {prefix!r}")
@@ -71,7 +71,7 @@ def described(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> str:
         SettingsError: no layer matches, or --output_kohya_format cannot name one.
         WeightsError: the adapter to start from does not fit.
     """
-    settings, networks = choices.settings, outlines(pipeline, choices.settings)
+    settings, networks = choices.settings, skeletons(pipeline, choices.settings)
     assert choices.rank is not None
     patterns, where = targets_of(pipeline, settings), ""
     if settings.lora_weights is not None:

@@ -21,9 +21,9 @@ from mflux_vae.utils.formatting import GB, size_text
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.crops import Shape
-from mflux_vae_train.dreambooth.data.encoding import PROMPTS_AT_ONCE, pictures_at_once
+from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_per_batch
 from mflux_vae_train.dreambooth.optimization.optimizer import at_once, optimizer_of
-from mflux_vae_train.dreambooth.optimization.trainable import outlines
+from mflux_vae_train.dreambooth.optimization.trainable import skeletons
 from mflux_vae_train.dreambooth.pipeline_features import outline_of
 from mflux_vae_train.dreambooth.planning.adapter import targets_of
 from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
@@ -88,7 +88,7 @@ def estimated(
         return None
     plan = choices.plan
     asked = workload(pipeline, choices.settings, plan.batch_size, plan.accumulation, choices.resolution, shape)
-    together = min(choices.settings.sample_batch_size or pictures_at_once(choices.resolution), class_pictures)
+    together = min(choices.settings.sample_batch_size or images_per_batch(choices.resolution), class_pictures)
     work = replace(
         asked,
         pictures=max(asked.pictures, together),
@@ -143,11 +143,11 @@ def workload(
     trained_as = settings.train_mode
     if trained_as == "lora":
         rank = settings.rank or pipeline.recommended.rank
-        layers, patterns = outlines(pipeline, settings), targets_of(pipeline, settings)
+        layers, patterns = skeletons(pipeline, settings), targets_of(pipeline, settings)
         trained = rank * sum(sum(lora.matching(layers[prefix], own).values()) for prefix, own in patterns.items())
     else:
         trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline.parameters()), 0)
-    drawn_at_once = pictures_at_once(resolution)
+    drawn_at_once = images_per_batch(resolution)
     return Workload(
         resolution=resolution,
         shape=shape,
@@ -157,7 +157,7 @@ def workload(
         batch=batch * (1 if choose_preservation(settings).kind == "none" else 2),
         micro_batches=micro_batches,
         side_by_side=min(at_once(outline), micro_batches),
-        prompts_at_once=PROMPTS_AT_ONCE,
+        prompts_at_once=PROMPTS_PER_BATCH,
         prompt_tokens=settings.max_sequence_length,
         pictures=max(1, min(drawn_at_once, settings.num_validation_images)),
         quantize=settings.quantize,

@@ -18,10 +18,10 @@ from mflux_vae_train import lora
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.data.class_images import ClassFolder, class_folders, class_images
-from mflux_vae_train.dreambooth.data.dataset import Pictures, content_of, load_pictures
+from mflux_vae_train.dreambooth.data.class_images import ClassFolder, find_class_images, scan_class_folders
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, file_hash, load_dataset
 from mflux_vae_train.dreambooth.export import check_result
-from mflux_vae_train.dreambooth.optimization.trainable import outlines
+from mflux_vae_train.dreambooth.optimization.trainable import skeletons
 from mflux_vae_train.dreambooth.planning import adapter
 from mflux_vae_train.dreambooth.planning.memory_estimate import Estimate, estimated, with_batch_size
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, choose, choose_resolution
@@ -47,7 +47,7 @@ class Preparation:
     """
 
     choices: ResolvedSettings
-    pictures: Pictures
+    pictures: InstanceDataset
     class_folders: Sequence[ClassFolder]
     identity: Mapping[str, Any]
     standing: RunStatus
@@ -62,10 +62,10 @@ def check_pictures(settings: DreamBoothSettings) -> None:
         ImageError: no instance pictures, or a picture that cannot be read.
     """
     # what a mask leaves of a picture depends on how the pipeline has it cut
-    load_pictures(replace(settings, masked_loss=False), resolution=settings.resolution or 8)
+    load_dataset(replace(settings, masked_loss=False), resolution=settings.resolution or 8)
     folders = {one.class_data_dir for one in settings.subjects if one.class_data_dir is not None}
     for folder in sorted(folders):
-        for _ in ahead(load_image, class_images(Path(folder))):
+        for _ in ahead(load_image, find_class_images(Path(folder))):
             pass  # reading is what is asked for
 
 
@@ -91,17 +91,17 @@ def prepare(
     settings = adapter.as_in_file(settings, pipeline)
     trackers.requested_trackers(settings.report_to)
     resolution = choose_resolution(settings, pipeline.recommended)
-    pictures = load_pictures(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
+    pictures = load_dataset(settings, resolution=resolution, multiple=pipeline.recommended.size_multiple)
     repeats = [concept.repeats or settings.repeats for concept in settings.subjects]
-    in_an_epoch = sum(repeats[one.concept] for one in pictures.instances)
+    in_an_epoch = sum(repeats[one.concept] for one in pictures.images)
     _check_that_it_can(pipeline, settings)
-    largest = max((one.shape for one in pictures.instances), key=math.prod)
+    largest = max((one.shape for one in pictures.images), key=math.prod)
     settings, said = with_batch_size(settings, pipeline, resolution, largest)
     choices = choose(settings, pipeline.recommended, pictures=in_an_epoch)
     check_result(pipeline, settings, pipeline_features.outline_of(pipeline))
     trained = _trained(pipeline, choices)
-    classes = class_folders(choices.concepts, wanted=settings.num_class_images, processes=processes)
-    prompts = len({one.caption for one in pictures.instances}) + len(choices.validation_prompt) + len(classes) + 1
+    classes = scan_class_folders(choices.concepts, wanted=settings.num_class_images, processes=processes)
+    prompts = len({one.caption for one in pictures.images}) + len(choices.validation_prompt) + len(classes) + 1
     missing = sum(len(one.missing) for one in classes)
     estimate = estimated(pipeline, choices, shape=largest, prompts=prompts, class_pictures=missing)
     if estimate is not None and not settings.dry_run:
@@ -117,7 +117,7 @@ def prepare(
         uses: tuple[Use, ...] = ("prompts", "images")
         identity["encoders"] = [pipeline.encoder_identity(use) for use in uses]
     if settings.lora_weights is not None:
-        identity["adapter to start from"] = content_of(Path(settings.lora_weights))
+        identity["adapter to start from"] = file_hash(Path(settings.lora_weights))
     processes.assert_equal(identity)
 
     def looked_up() -> tuple[bool, str | None]:
@@ -128,7 +128,7 @@ def prepare(
     state = RunStatus(complete=complete, checkpoint=None if checkpoint is None else Path(checkpoint))
 
     plan, epochs = choices.plan, choices.plan.samples / in_an_epoch
-    lines = [f"pipeline {pipeline.name}, {resolution}x{resolution} pixels", *pictures.described(settings.subjects)]
+    lines = [f"pipeline {pipeline.name}, {resolution}x{resolution} pixels", *pictures.summary(settings.subjects)]
     lines += [*said, *choices.notes]
     for one in classes:
         wanted = settings.num_class_images
@@ -173,7 +173,7 @@ def _check_that_it_can(pipeline: DiffusionPipeline, settings: DreamBoothSettings
 def _trained(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> str:
     """What will be trained, in words."""
     denoiser = pipeline_features.outline_of(pipeline)
-    if any(map(lora.layers, outlines(pipeline, choices.settings).values())):
+    if any(map(lora.layers, skeletons(pipeline, choices.settings).values())):
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if choices.rank is None:
         sizes = tree_map(lambda array: array.size, denoiser.parameters())

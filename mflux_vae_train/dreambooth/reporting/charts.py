@@ -21,8 +21,8 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
         return ""
     losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
     levels = sorted(
-        {name for record in records for name in record if name.startswith(loss_by_noise.NAME)},
-        key=lambda name: int(name.removeprefix(loss_by_noise.NAME).split("-")[0]),
+        {name for record in records for name in record if name.startswith(loss_by_noise.PREFIX)},
+        key=lambda name: int(name.removeprefix(loss_by_noise.PREFIX).split("-")[0]),
     )
     # an optimizer that finds its own rate is given a mere factor
     found = any("effective_rate" in record for record in records)
@@ -66,7 +66,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     speed = [record["samples"] / record["seconds"] for record in timed]
     updates = [record["update"] for record in timed]
     shown += [
-        Chart(title="Pictures per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
+        Chart(title="Images per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
         Chart(
             title="Memory",
             curves=[memory],
@@ -80,7 +80,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
 
 
 def _percent(metric: str) -> str:
-    return metric.removeprefix(loss_by_noise.NAME).replace("-", "–") + " % noise"
+    return metric.removeprefix(loss_by_noise.PREFIX).replace("-", "–") + " % noise"
 
 
 def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, **options: bool) -> Curve:

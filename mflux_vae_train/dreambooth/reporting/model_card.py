@@ -21,7 +21,9 @@ _SHOWN = (
 """Settings that the card repeats; settings.yaml has all of them."""
 
 
-def write_card(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder, result: Path) -> Path:
+def write_model_card(
+    pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder, result: Path
+) -> Path:
     """Base model, prompt, tags, the last previews, how to load the result, and the settings that matter most.
 
     Whose licence holds is said, and none is declared: it is the base model's.

@@ -20,7 +20,7 @@ from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_usage
 
 
-class Watching:
+class Monitor:
     """Located before the first update and closed after the last.
 
     Args:
@@ -50,7 +50,7 @@ class Watching:
         self.pace = Pace(run.choices.plan.updates)
         self.observers: list[Hook] = [self.pace, self._count]
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> Monitor:
         try:
             self._open()
         except BaseException:

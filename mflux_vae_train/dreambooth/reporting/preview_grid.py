@@ -1,4 +1,4 @@
-"""Pictures of a run: the subject appearing over time, and the loss curve."""
+"""Images of a run: the subject appearing over time, and the loss curve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mflux_vae_train.monitoring.report.curves import Curve, Scale, points, round
 
 MOST_ROWS = 12
 SMALLEST_SIDE, LARGEST_SIDE = 128, 256
-"""Pictures of other sizes are enlarged, by a whole factor, or shrunk for the overview."""
+"""Images of other sizes are enlarged, by a whole factor, or shrunk for the overview."""
 
 _LOSSES = ("instance_loss", "prior_loss")
 _DARK, _LIGHT, _GRID = ("#1f77b4", "#e0701a"), ("#c7ddec", "#f7dbc6"), "#e4e4e4"
@@ -36,7 +36,7 @@ def previews(samples: Path) -> list[tuple[int, Path]]:
     return found
 
 
-def pictures_of(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
+def split_preview(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
     """The pictures of a preview, uint8 (side, side, 3) each: a list for each prompt."""
     sheet = load_image(preview)
     side = sheet.shape[1] // columns
@@ -47,7 +47,7 @@ def pictures_of(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
 def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: int) -> Path:
     """Writes progress.png: the instance pictures above the previews, a labelled row per update.
 
-    The rows are read from the previews on disk, so that a resumed run shows those of before, too. Pictures of further
+    The rows are read from the previews on disk, so that a resumed run shows those of before, too. Images of further
     prompts stand at the right of the first one's.
 
     Args:
@@ -56,7 +56,7 @@ def write_progress(samples: Path, instance: Sequence[np.ndarray], *, columns: in
     """
     rows = []
     for update, path in previews(samples):
-        rows.append((label(update), [picture for one in pictures_of(path, columns=columns) for picture in one]))
+        rows.append((label(update), [picture for one in split_preview(path, columns=columns) for picture in one]))
     side = rows[0][1][0].shape[0]
     rows.insert(0, ("subject", list(instance[: shown(columns)])))
     path = samples / "progress.png"
@@ -75,7 +75,7 @@ def label(update: int) -> str:
 
 
 def _sized(row: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Pictures beside each other, in a size that can be looked at."""
+    """Images beside each other, in a size that can be looked at."""
     if side > LARGEST_SIDE:
         return strip([resized(picture, LARGEST_SIDE / side) for picture in row], gap=4)
     scale = -(-SMALLEST_SIDE // side)

@@ -14,8 +14,8 @@ from mflux_vae.errors import RunError
 from mflux_vae.images import grid, load_image, save_image
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.dreambooth.data.class_images import sampled
-from mflux_vae_train.dreambooth.data.encoding import pictures_at_once
+from mflux_vae_train.dreambooth.data.class_images import sample_images
+from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
@@ -83,14 +83,14 @@ class Previews:
 
     def _pictures(self, conditioning: Conditioning, count: int) -> list[np.ndarray]:
         choices, processes = self._choices, self._processes
-        size = min(pictures_at_once(choices.resolution), -(-count // processes.size))
+        size = min(images_per_batch(choices.resolution), -(-count // processes.size))
         failed: list[Exception] = []
 
         def drawn(members: range) -> list[mx.array]:
             keys = sample_keys(choices.settings.seed, Stream.PREVIEW, 0, members)
             asked: dict[str, Any] = {"resolution": choices.resolution, "guidance": choices.guidance}
             try:
-                return [mx.array(picture) for picture in sampled(self._pipeline, conditioning, keys, **asked)]
+                return [mx.array(picture) for picture in sample_images(self._pipeline, conditioning, keys, **asked)]
             except Exception as error:  # to be raised in all processes, none of which must wait for this one
                 failed.append(error)
                 return []

@@ -19,7 +19,7 @@ import numpy as np
 
 from mflux_vae.images import load_image
 from mflux_vae.weights.formats.files import write_text
-from mflux_vae_train.dreambooth.data.class_images import class_images
+from mflux_vae_train.dreambooth.data.class_images import find_class_images
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
@@ -70,7 +70,7 @@ class Report:
         head = PageHeader(
             kind=f"DreamBooth on {self._pipeline_name}",
             title=prompts,
-            about=f"{learnt}, {len(self._run.pictures.instances)} pictures, in {self._folder.root} · written {when}",
+            about=f"{learnt}, {len(self._run.pictures.images)} pictures, in {self._folder.root} · written {when}",
             state=(state, said or f"after update {updates} of {total}"),
             share=updates / total,
             figures=self._figures(records, updates, total),
@@ -119,7 +119,7 @@ class Report:
         if not found:
             return ""
         sheets = [(preview_grid.label(update), self._rows(path, columns)) for update, path in found]
-        learnt = [self._thumbnail(one.path, one.square) for one in self._run.pictures.instances[:columns]]
+        learnt = [self._thumbnail(one.path, one.square) for one in self._run.pictures.images[:columns]]
         parts = []
         for index, prompt in enumerate(self._run.choices.validation_prompt):
             rows = [(label, rows[index]) for label, rows in sheets if index < len(rows)]
@@ -145,14 +145,14 @@ class Report:
                     picture(pixels, largest=PREVIEW_SIDE, caption=f"{label}, {place + 1}")
                     for place, pixels in enumerate(row)
                 ]
-                for row in preview_grid.pictures_of(path, columns=columns)
+                for row in preview_grid.split_preview(path, columns=columns)
             ]
         return self._made[stamp]
 
     def _data(self) -> str:
         choices, parts = self._run.choices, []
         for index, concept in enumerate(choices.concepts):
-            own = [one for one in self._run.pictures.instances if one.concept == index]
+            own = [one for one in self._run.pictures.images if one.concept == index]
             shown = [
                 (
                     one.path.name,
@@ -163,7 +163,7 @@ class Report:
             ]
             parts.append(_gallery(f"{concept.instance_prompt}: {len(own)} pictures", shown, rest=len(own) - len(shown)))
         for one in self._run.class_folders:
-            paths = class_images(one.folder)[: choices.settings.num_class_images]
+            paths = find_class_images(one.folder)[: choices.settings.num_class_images]
             shown = [(path.name, "", self._thumbnail(path)) for path in paths[:MOST_THUMBNAILS]]
             if shown:
                 parts.append(

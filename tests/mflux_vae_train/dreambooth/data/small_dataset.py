@@ -13,7 +13,7 @@ PROMPT, CLASS_PROMPT, EMPTY = range(3)
 """Rows of the conditioning."""
 
 
-def plain_cache(
+def small_dataset(
     instance: mx.array, prior: mx.array | None, prompts: Mapping[str, mx.array], **changes: Any
 ) -> EncodedDataset:
     """Latents of instance and class pictures, batch first; prompts in the order above."""

@@ -9,13 +9,13 @@ from mlx.utils import tree_flatten
 
 from mflux_vae_train.dreambooth.data import batches as micro_batching
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Plan, Sample
-from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EMPTY, PROMPT, plain_cache
+from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EMPTY, PROMPT, small_dataset
 
 
 @pytest.fixture
 def cache():
     """Latents that say which picture they are: instance 0..4, class 100..102; prompts 0, 1, 2."""
-    return plain_cache(
+    return small_dataset(
         mx.arange(5).reshape(5, 1), 100 + mx.arange(3).reshape(3, 1), {"embedding": mx.arange(3).reshape(3, 1)}
     )
 

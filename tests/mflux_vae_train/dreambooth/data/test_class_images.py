@@ -42,7 +42,7 @@ def test_pictures_are_written_with_their_prompt_and_differ(tmp_path):
 def test_an_interrupted_generation_goes_on_identically(tmp_path):
     generate(tmp_path / "whole", range(6))
     generate(tmp_path / "parts", range(3))
-    present = class_images.present_class_images(tmp_path / "parts", PROMPT)
+    present = class_images.check_class_images(tmp_path / "parts", PROMPT)
     missing = class_images.missing_indices(present, 6)
     assert missing == [3, 4, 5]
     generate(tmp_path / "parts", missing)
@@ -59,7 +59,7 @@ def test_no_more_is_sampled_than_is_wanted(tmp_path):
 def test_a_gap_is_filled_and_own_pictures_count(tmp_path):
     generate(tmp_path, [0, 2])
     save_image(tmp_path / "my own dog.png", np.zeros((16, 16, 3), np.uint8))
-    present = class_images.present_class_images(tmp_path, PROMPT)
+    present = class_images.check_class_images(tmp_path, PROMPT)
     assert len(present) == 3
     assert class_images.missing_indices(present, 5) == [1, 3]
     assert class_images.missing_indices(present, 3) == class_images.missing_indices(present, 2) == []
@@ -74,8 +74,8 @@ def test_another_seed_gives_other_pictures(tmp_path):
 def test_pictures_of_another_class_are_refused(tmp_path):
     generate(tmp_path, [0], prompt="a photo of a cat")
     with pytest.raises(SettingsError, match=r"generated for 'a photo of a cat', not 'a photo of a dog'"):
-        class_images.present_class_images(tmp_path, PROMPT)
+        class_images.check_class_images(tmp_path, PROMPT)
 
 
 def test_no_folder_is_no_pictures(tmp_path):
-    assert class_images.present_class_images(tmp_path / "nowhere", PROMPT) == []
+    assert class_images.check_class_images(tmp_path / "nowhere", PROMPT) == []

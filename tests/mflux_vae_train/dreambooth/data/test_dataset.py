@@ -10,7 +10,7 @@ import pytest
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.dreambooth.data.dataset import Pictures, load_pictures
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, load_dataset
 from mflux_vae_train.dreambooth.planning.prepare import check_pictures
 
 PROMPT = "a photo of sks dog"
@@ -18,11 +18,11 @@ PROMPT = "a photo of sks dog"
 
 @pytest.fixture
 def load(instance_dir):
-    def loaded(resolution: int = 16, **changes) -> Pictures:
+    def loaded(resolution: int = 16, **changes) -> InstanceDataset:
         given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": PROMPT}
         if "concepts" in changes:
             given = {"model": "fake"}
-        return load_pictures(DreamBoothSettings(**given, **changes), resolution=resolution, multiple=4)
+        return load_dataset(DreamBoothSettings(**given, **changes), resolution=resolution, multiple=4)
 
     return loaded
 
@@ -59,8 +59,8 @@ def test_a_broken_picture_is_named_wherever_it_stands(instance_dir, load, broken
 # prompts
 
 
-def captions_of(pictures: Pictures) -> list[str]:
-    return [instance.caption for instance in pictures.instances]
+def captions_of(pictures: InstanceDataset) -> list[str]:
+    return [instance.caption for instance in pictures.images]
 
 
 def test_prompts_come_from_metadata_then_from_text_files_then_from_the_run(instance_dir, load):
@@ -76,7 +76,7 @@ def test_prompts_come_from_metadata_then_from_text_files_then_from_the_run(insta
     pictures = load()
     assert captions_of(pictures) == ["sks dog asleep", "sks dog in metadata", PROMPT, "x", PROMPT]
     assert pictures.skipped == 1, "files that say prompts are of use"
-    assert "3 of 5 pictures have prompts of their own" in pictures.described(
+    assert "3 of 5 pictures have prompts of their own" in pictures.summary(
         [Concept(instance_data_dir="x", instance_prompt=PROMPT)]
     )
 
@@ -120,10 +120,10 @@ def test_a_mask_is_no_picture(instance_dir, load):
     save_image(instance_dir / "lonely-mask.png", picture())
     unmasked = load()
     assert [path.name for path in unmasked.paths] == ["lonely-mask.png", *(f"picture-{i}.png" for i in range(5))]
-    assert unmasked.unused_masks == 1 and all(one.mask is None for one in unmasked.instances)
+    assert unmasked.unused_masks == 1 and all(one.mask is None for one in unmasked.images)
     masked = load(masked_loss=True)
     assert masked.paths == unmasked.paths and masked.fingerprint != unmasked.fingerprint
-    assert [one.mask.name if one.mask else None for one in masked.instances][2] == "picture-1-mask.png"
+    assert [one.mask.name if one.mask else None for one in masked.images][2] == "picture-1-mask.png"
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
     mask[:20] = 255
     save_image(instance_dir / "picture-0-mask.png", mask)
     cut = {"center_crop": False, "num_crops": 5}
-    assert [row[0].place for row in load(**cut).instances[0].views] == [0, 0.25, 0.5, 0.75, 1]
-    assert [row[0].place for row in load(**cut, masked_loss=True).instances[0].views] == [0, 0.25]
+    assert [row[0].place for row in load(**cut).images[0].views] == [0, 0.25, 0.5, 0.75, 1]
+    assert [row[0].place for row in load(**cut, masked_loss=True).images[0].views] == [0, 0.25]
     with pytest.raises(ImageError, match="black where the picture is cut"):
         load(masked_loss=True)
 
@@ -163,7 +163,7 @@ def test_a_small_mask_is_no_mistake_before_the_pipeline_says_how_large_pictures_
         model="fake", instance_data_dir=str(instance_dir), instance_prompt=PROMPT, masked_loss=True
     )
     check_pictures(settings)
-    assert len(load_pictures(settings, resolution=512, multiple=16).instances) == 5
+    assert len(load_dataset(settings, resolution=512, multiple=16).images) == 5
 
 
 # concepts, views
@@ -176,9 +176,9 @@ def test_concepts_have_their_own_pictures_and_prompts(instance_dir, tmp_path, lo
         Concept(instance_data_dir=tmp_path / "cats", instance_prompt="a photo of xyz cat"),
     ]
     pictures = load(concepts=concepts)
-    assert [one.concept for one in pictures.instances] == [0] * 5 + [1]
+    assert [one.concept for one in pictures.images] == [0] * 5 + [1]
     assert captions_of(pictures) == [PROMPT] * 5 + ["a photo of xyz cat"]
-    lines = pictures.described(concepts)
+    lines = pictures.summary(concepts)
     assert lines[0].startswith("5 instance pictures in") and "1 other file skipped" in lines[1]
 
 
@@ -187,10 +187,10 @@ def test_each_picture_is_seen_as_asked(instance_dir, load):
         path.unlink()
     save_image(instance_dir / "square.png", picture(40, 40))
     save_image(instance_dir / "tall.png", picture(80, 41))
-    assert [[len(row) for row in one.views] for one in load().instances] == [[1], [1]]
-    assert [[len(row) for row in one.views] for one in load(random_flip=True).instances] == [[2], [2]]
-    several = load(random_flip=True, center_crop=False, num_crops=3).instances
+    assert [[len(row) for row in one.views] for one in load().images] == [[1], [1]]
+    assert [[len(row) for row in one.views] for one in load(random_flip=True).images] == [[2], [2]]
+    several = load(random_flip=True, center_crop=False, num_crops=3).images
     assert [[len(row) for row in one.views] for one in several] == [[2], [2, 2, 2]]
     bucketed = load(use_aspect_ratio_buckets=True)
-    assert [one.shape for one in bucketed.instances] == [(16, 16), (24, 12)]
-    assert "shapes: 16x16 1, 24x12 1" in bucketed.described([Concept(instance_data_dir="x", instance_prompt=PROMPT)])
+    assert [one.shape for one in bucketed.images] == [(16, 16), (24, 12)]
+    assert "shapes: 16x16 1, 24x12 1" in bucketed.summary([Concept(instance_data_dir="x", instance_prompt=PROMPT)])

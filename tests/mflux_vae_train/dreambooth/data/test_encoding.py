@@ -11,17 +11,23 @@ from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data import encoding
 from mflux_vae_train.dreambooth.data.crops import Crop
-from mflux_vae_train.dreambooth.data.dataset import load_pictures
-from mflux_vae_train.dreambooth.data.encoding import Seen, build_cache, encode_pictures, encode_prompts, open_store
-from mflux_vae_train.dreambooth.data.encoding_cache import Store
+from mflux_vae_train.dreambooth.data.dataset import load_dataset
+from mflux_vae_train.dreambooth.data.encoding import (
+    CroppedImage,
+    encode_dataset,
+    encode_images,
+    encode_prompts,
+    open_cache,
+)
+from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
 from tests.contracts.fake import FakePipeline
 
 LARGE = Crop(shape=(600, 600))
 
 
-def seen(folder, view=LARGE) -> list[Seen]:
-    return [Seen(path, view) for path in sorted(folder.glob("*.png"))]
+def seen(folder, view=LARGE) -> list[CroppedImage]:
+    return [CroppedImage(path, view) for path in sorted(folder.glob("*.png"))]
 
 
 def corners(pixels: mx.array) -> mx.array:
@@ -41,7 +47,7 @@ class Counting:
 
 def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
     encode = Counting()
-    latents = encode_pictures(encode, seen(instance_dir))
+    latents = encode_images(encode, seen(instance_dir))
     assert encode.sizes == [2, 2, 1]
     for latent, (path, _) in zip(latents, seen(instance_dir), strict=True):
         expected = load_image(path, resolution=600)[0, 0] / 127.5 - 1
@@ -50,9 +56,9 @@ def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
 
 def test_pictures_of_one_shape_are_encoded_together(instance_dir):
     wide = Crop(shape=(300, 600))
-    pictures = [Seen(path, view) for path, _ in seen(instance_dir) for view in (LARGE, wide)]
+    pictures = [CroppedImage(path, view) for path, _ in seen(instance_dir) for view in (LARGE, wide)]
     shapes = []
-    latents = encode_pictures(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
+    latents = encode_images(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
     assert shapes == [(2, 600, 600, 3), (2, 600, 600, 3), (1, 600, 600, 3), (5, 300, 600, 3)]
     for latent, (path, view) in zip(latents, pictures, strict=True):
         expected = view.of(load_image(path))[:1, :1] / 127.5 - 1
@@ -69,7 +75,7 @@ def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
         at_encoding.append(len(read))
         return corners(pixels)
 
-    assert len(encode_pictures(encode, pictures)) == 15
+    assert len(encode_images(encode, pictures)) == 15
     assert sorted(read) == sorted(one.path for one in pictures)
     assert all(count <= 2 * (batch + 2) for batch, count in enumerate(at_encoding))
 
@@ -78,7 +84,7 @@ def test_a_broken_picture_is_named(instance_dir):
     path = instance_dir / "picture-3.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ImageError, match=r"picture-3\.png"):
-        encode_pictures(corners, seen(instance_dir))
+        encode_images(corners, seen(instance_dir))
 
 
 # the store
@@ -86,17 +92,17 @@ def test_a_broken_picture_is_named(instance_dir):
 
 def test_what_was_encoded_is_not_encoded_again(instance_dir, tmp_path):
     encode = Counting()
-    first = encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"), encoder="a")
-    store = Store(tmp_path / "kept")
-    again = encode_pictures(encode, seen(instance_dir), store=store, encoder="a")
-    assert encode.sizes == [2, 2, 1] and (store.found, store.written) == (5, 0)
+    first = encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"), encoder="a")
+    store = EncodingCache(tmp_path / "kept")
+    again = encode_images(encode, seen(instance_dir), store=store, encoder="a")
+    assert encode.sizes == [2, 2, 1] and (store.hits, store.writes) == (5, 0)
     assert all(mx.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("change", ["encoder", "shape", "place", "mirrored", "content"])
 def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
-    store, encode = Store(tmp_path / "kept"), Counting()
-    encode_pictures(encode, seen(instance_dir), store=store, encoder="a")
+    store, encode = EncodingCache(tmp_path / "kept"), Counting()
+    encode_images(encode, seen(instance_dir), store=store, encoder="a")
     view = {
         "shape": Crop(shape=(300, 600)),
         "place": Crop(shape=(600, 600), place=1.0),
@@ -106,30 +112,30 @@ def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
         for path, _ in seen(instance_dir):
             save_image(path, load_image(path) // 2)
     before = sum(encode.sizes)
-    encode_pictures(encode, seen(instance_dir, view), store=store, encoder="b" if change == "encoder" else "a")
+    encode_images(encode, seen(instance_dir, view), store=store, encoder="b" if change == "encoder" else "a")
     assert sum(encode.sizes) - before == 5
 
 
 def test_a_name_or_a_date_does_not_matter(instance_dir, tmp_path):
-    store, encode = Store(tmp_path / "kept"), Counting()
-    encode_pictures(encode, seen(instance_dir), store=store)
+    store, encode = EncodingCache(tmp_path / "kept"), Counting()
+    encode_images(encode, seen(instance_dir), store=store)
     for index, (path, _) in enumerate(seen(instance_dir)):
         path.rename(instance_dir / f"z{9 - index}.png")
-    encode_pictures(encode, seen(instance_dir), store=store)
+    encode_images(encode, seen(instance_dir), store=store)
     assert encode.sizes == [2, 2, 1]
 
 
 def test_what_is_missing_or_broken_is_encoded_with_its_group_and_the_rest_stays(instance_dir, tmp_path):
     """A latent may differ by a rounding with what it is encoded beside: the groups are those of a whole run."""
     folder = tmp_path / "kept"
-    encode_pictures(Counting(), seen(instance_dir), store=Store(folder))
+    encode_images(Counting(), seen(instance_dir), store=EncodingCache(folder))
     kept = sorted(folder.iterdir())
     kept[0].write_bytes(b"broken")
     kept[1].unlink()
     encode = Counting()
-    encode_pictures(encode, seen(instance_dir), store=(store := Store(folder)))
-    assert store.found == 3 and store.written == 2 and set(encode.sizes) <= {1, 2}
-    encode_pictures(encode_nothing, seen(instance_dir), store=Store(folder))
+    encode_images(encode, seen(instance_dir), store=(store := EncodingCache(folder)))
+    assert store.hits == 3 and store.writes == 2 and set(encode.sizes) <= {1, 2}
+    encode_images(encode_nothing, seen(instance_dir), store=EncodingCache(folder))
     assert len(list(folder.iterdir())) == 5, "and nothing temporary is left"
 
 
@@ -150,31 +156,31 @@ def test_a_stopped_run_keeps_what_it_finished(instance_dir, tmp_path):
         return corners(pixels)
 
     with pytest.raises(Stop):
-        encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"))
-    encode_pictures(encode, seen(instance_dir), store=Store(tmp_path / "kept"))
+        encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"))
+    encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"))
     assert calls == [2, 2, 2, 1]
 
 
 def test_prompts_are_encoded_once(tmp_path):
     pipeline = FakePipeline()
     asked = ["a dog", "", "a dog", "a cat"]
-    first = encode_prompts(pipeline, asked, open_store(pipeline, tmp_path))
-    again = encode_prompts(pipeline, ["a cat", ""], open_store(pipeline, tmp_path))
+    first = encode_prompts(pipeline, asked, open_cache(pipeline, tmp_path))
+    again = encode_prompts(pipeline, ["a cat", ""], open_cache(pipeline, tmp_path))
     assert pipeline.prompts_encoded == ["a dog", "", "a cat"]
     for prompt in ("a cat", ""):
         expected = FakePipeline().encode_prompts([prompt])["embedding"]
         for prompts in (first, again):
-            assert mx.array_equal(prompts.of(prompt)["embedding"], expected)
+            assert mx.array_equal(prompts.get(prompt)["embedding"], expected)
     assert set(first.rows) == set(asked)
 
 
 def test_a_pipeline_that_cannot_say_what_it_is_keeps_nothing(tmp_path):
-    assert open_store(FakePipeline(), tmp_path).folder == tmp_path
+    assert open_cache(FakePipeline(), tmp_path).folder == tmp_path
 
     class Nameless:
         pass
 
-    assert open_store(Nameless(), tmp_path).folder is None
+    assert open_cache(Nameless(), tmp_path).folder is None
 
 
 # the whole of it
@@ -184,15 +190,15 @@ def cache_of(instance_dir, pipeline, tmp_path, **changes):
     given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": "a photo of sks dog"}
     settings = DreamBoothSettings(**given, output_dir=str(tmp_path / "out"), **changes)
     preservation = choose_preservation(settings)
-    pictures = load_pictures(settings, resolution=16, multiple=4)
-    prompts = encode_prompts(pipeline, ["a photo of sks dog", "a photo of a dog", ""], Store(None))
+    pictures = load_dataset(settings, resolution=16, multiple=4)
+    prompts = encode_prompts(pipeline, ["a photo of sks dog", "a photo of a dog", ""], EncodingCache(None))
     classes = [sorted(instance_dir.glob("*.png"))[:2]] if preservation.kind == "class_images" else None
-    return build_cache(
+    return encode_dataset(
         pipeline,
-        pictures.instances,
+        pictures.images,
         prompts,
         preservation.concepts,
-        Store(None),
+        EncodingCache(None),
         class_pictures=classes,
         preserves_output=preservation.kind == "dop",
     )

@@ -8,7 +8,7 @@ import pytest
 
 from mflux_vae.errors import TrainingError
 from mflux_vae_train import lora
-from mflux_vae_train.dreambooth.optimization.checks import PATIENCE, Learning, check_adapter
+from mflux_vae_train.dreambooth.optimization.checks import PATIENCE, LearningCheck, check_adapter
 from mflux_vae_train.training.hooks import Record
 from tests.contracts.fake import FakePipeline
 
@@ -28,38 +28,38 @@ def adapted(b=0.0):
 @pytest.mark.parametrize(
     ("denoiser", "wrong", "said"),
     [
-        (adapted(0.1), {"size": 0.0}, "raise --learning_rate"),
-        (adapted(0.0), {}, "every adapter's B is still zero"),
+        (adapted(0.1), {"size": 0.0}, "learning_rate"),
+        (adapted(0.0), {}, "lora_b"),
     ],
 )
 @pytest.mark.parametrize("update", [1, 7])  # of a run, and of one that goes on after the sixth
 def test_the_first_update_with_a_gradient_must_change_something(denoiser, wrong, said, update):
-    learning = Learning(denoiser)
+    learning = LearningCheck(denoiser)
     learning(record(update, gradient=0.0))
     with pytest.raises(TrainingError, match=said):
         learning(record(update + 1, **wrong))
 
 
 def test_updates_may_lack_a_gradient_but_not_for_long():
-    learning = Learning(adapted(0.1))
+    learning = LearningCheck(adapted(0.1))
     for update in range(1, 20):  # never three in succession
         learning(record(update, gradient=float(update % PATIENCE == 0)))
-    with pytest.raises(TrainingError, match="the updates up to 21 changed nothing, all gradients are zero"):
+    with pytest.raises(TrainingError, match="update 21"):
         for update in range(20, 30):
             learning(record(update, gradient=0.0))
 
 
 def test_a_run_of_fewer_updates_may_not_lack_all():
-    with pytest.raises(TrainingError, match="the updates up to 1 changed nothing"):
-        Learning(adapted(0.1))(replace(record(1, gradient=0.0), total=1))
+    with pytest.raises(TrainingError, match="update 1"):
+        LearningCheck(adapted(0.1))(replace(record(1, gradient=0.0), total=1))
 
 
 def test_a_rate_of_zero_may_change_nothing():
-    Learning(adapted(0.1))(record(1, size=0.0, rate=0.0))
+    LearningCheck(adapted(0.1))(record(1, size=0.0, rate=0.0))
 
 
 def test_full_training_has_no_adapter_to_look_at():
-    Learning(FakePipeline().denoiser)(record(1))
+    LearningCheck(FakePipeline().denoiser)(record(1))
 
 
 def test_a_saved_adapter_is_read_back_without_a_forward_pass(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_saved_adapter_is_read_back_without_a_forward_pass(tmp_path, monkeypat
     check_adapter({"transformer": denoiser, "text_encoder": adapted(0.1)}, path)
 
 
-@pytest.mark.parametrize(("b", "said"), [(0.0, "it is the base model"), (float("nan"), "not finite")])
+@pytest.mark.parametrize(("b", "said"), [(0.0, "base model"), (float("nan"), "not finite")])
 def test_an_adapter_that_was_saved_wrong_is_refused(b, said, tmp_path):
     denoiser, path = adapted(b), tmp_path / "adapter.safetensors"
     lora.save_adapter({"transformer": denoiser}, path)

@@ -13,17 +13,17 @@ def test_means_are_those_of_all_samples_however_they_are_cut():
     sigma[:2] = 0.0, 1.0
     sums: dict[str, float] = {}
     for part in np.split(np.arange(24), [3, 4, 15]):  # micro-batches of other sizes count by theirs
-        for name, value in loss_by_noise.split(mx.array(errors[part]), mx.array(sigma[part])).items():
+        for name, value in loss_by_noise.bin_sums(mx.array(errors[part]), mx.array(sigma[part])).items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(part) / 24
-    found = loss_by_noise.joined({"loss": 1.0, **sums})
-    assert found.pop("loss") == 1.0 and len(found) == loss_by_noise.RANGES
+    found = loss_by_noise.bin_means({"loss": 1.0, **sums})
+    assert found.pop("loss") == 1.0 and len(found) == loss_by_noise.BINS
     for low in (0, 20, 40, 60, 80):
         inside = (sigma >= low / 100) & ((sigma < (low + 20) / 100) | (low == 80))
         assert found[f"loss_noise_{low}-{low + 20}"] == pytest.approx(errors[inside].mean(), rel=1e-5)
 
 
 def test_a_range_without_samples_is_left_out():
-    found = loss_by_noise.joined(
-        {name: x.item() for name, x in loss_by_noise.split(mx.array([2.0]), mx.array([0.5])).items()}
+    found = loss_by_noise.bin_means(
+        {name: x.item() for name, x in loss_by_noise.bin_sums(mx.array([2.0]), mx.array([0.5])).items()}
     )
     assert found == {"loss_noise_40-60": 2.0}

@@ -9,11 +9,11 @@ from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
-from mflux_vae_train.dreambooth.optimization.objective import BASE, combine, dreambooth_loss, with_base
+from mflux_vae_train.dreambooth.optimization.objective import BASE, add_base_prediction, combine, dreambooth_loss
 from mflux_vae_train.pipelines.noise import Prediction
 from mflux_vae_train.training.step import Arrays, Step, global_norm
 from tests.contracts.fake import FakePipeline
-from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache
+from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset
 
 
 def test_the_prior_is_weighted_and_reported_unweighted():
@@ -37,7 +37,7 @@ def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
     pipeline = FakePipeline()
     prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
     latents = mx.random.normal((8, 4, 4, 3), key=mx.random.key(0))
-    cache = plain_cache(latents[:5], None if weight is None else latents[5:], prompts)
+    cache = small_dataset(latents[:5], None if weight is None else latents[5:], prompts)
     plan = Plan(samples=9, batch_size=3, accumulation=1)
     (batch,) = micro_batches(cache, plan, update=1, seed=0, caption_dropout=0.0)
 
@@ -56,7 +56,7 @@ def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
 def test_gradients_reach_the_denoiser():
     pipeline = FakePipeline()
     prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
-    cache = plain_cache(mx.ones((2, 4, 4, 3)), mx.zeros((2, 4, 4, 3)), prompts)
+    cache = small_dataset(mx.ones((2, 4, 4, 3)), mx.zeros((2, 4, 4, 3)), prompts)
     (batch,) = micro_batches(
         cache, Plan(samples=2, batch_size=2, accumulation=1), update=0, seed=0, caption_dropout=0.0
     )
@@ -90,7 +90,7 @@ def adapted():
     for layer in lora.layers(pipeline.denoiser).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
     prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
-    cache = plain_cache(mx.random.normal((3, 4, 4, 3), key=mx.random.key(0)), None, prompts, preserves_output=True)
+    cache = small_dataset(mx.random.normal((3, 4, 4, 3), key=mx.random.key(0)), None, prompts, preserves_output=True)
     (batch,) = micro_batches(
         cache, Plan(samples=3, batch_size=3, accumulation=1), update=0, seed=0, caption_dropout=0.0
     )
@@ -99,7 +99,7 @@ def adapted():
 
 def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
     pipeline, batch = adapted
-    completed = with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
+    completed = add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     loss, parts = dreambooth_loss(pipeline, completed.arrays, guidance=1.0, prior_loss_weight=0.5)
     base = FakePipeline()
     arrays = tree_map(lambda array: array[3:], batch.arrays)
@@ -113,7 +113,7 @@ def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
 
 def test_the_base_model_is_a_constant_to_the_gradient(adapted):
     pipeline, batch = adapted
-    batch = with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
+    batch = add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     arrays = batch.arrays
     asked = {"key": arrays["key"], "guidance": 1.0}
 
@@ -137,5 +137,5 @@ def test_adapters_are_on_again_after_the_base_was_asked(adapted):
     arrays = batch.arrays
     given = (arrays["latents"], arrays["conditioning"])
     before = pipeline.loss(*given, key=arrays["key"], guidance=1.0)
-    with_base(pipeline, pipeline.denoiser, batch, guidance=1.0)
+    add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     assert mx.array_equal(pipeline.loss(*given, key=arrays["key"], guidance=1.0), before)

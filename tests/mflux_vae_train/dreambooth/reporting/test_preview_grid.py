@@ -29,7 +29,7 @@ def test_the_overview_has_the_subject_first_and_a_row_per_preview(tmp_path):
 
 def test_several_prompts_are_rows_of_a_preview_and_stand_beside_each_other(tmp_path):
     save_image(preview_grid.preview_file(tmp_path, 0), np.concatenate([grey(60), grey(90)]))
-    (first, second) = preview_grid.pictures_of(preview_grid.preview_file(tmp_path, 0), columns=2)
+    (first, second) = preview_grid.split_preview(preview_grid.preview_file(tmp_path, 0), columns=2)
     assert len(first) == len(second) == 2 and (second[1] == 90).all() and first[0].shape == (16, 16, 3)
     sheet = load_image(preview_grid.write_progress(tmp_path, [grey(200, count=1)], columns=2))
     assert sheet.shape[0] == 2 * (128 + 4) + 4 and sheet.shape[1] > 4 * 128

@@ -92,7 +92,7 @@ def test_again_and_again_in_the_same_preview(train: Train, tmp_path: Path) -> No
 def test_at_the_end_of_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train("whole")
     module = sys.modules[DreamBooth.__module__]
-    with signalled_within(module, "write_card", 1, signal.SIGINT):
+    with signalled_within(module, "write_model_card", 1, signal.SIGINT):
         train("out")
     assert train("out").updates == 0
     same(tmp_path / "out", left(tmp_path / "whole"))

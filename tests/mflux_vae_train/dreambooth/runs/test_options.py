@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import Concept
-from mflux_vae_train.dreambooth.data.dataset import load_pictures
+from mflux_vae_train.dreambooth.data.dataset import load_dataset
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.training import loop
 from mflux_vae_train.training.hooks import read_metrics
@@ -100,7 +100,7 @@ def test_another_run_finds_what_is_encoded_in_a_shared_folder(settings, tmp_path
 
 def test_every_view_is_encoded_once(settings):
     given, pipeline = settings(**WAYS["dop"]), FakePipeline()
-    views = [one.views for one in load_pictures(given, resolution=16, multiple=4).instances]
+    views = [one.views for one in load_dataset(given, resolution=16, multiple=4).images]
     DreamBooth(pipeline).train(given)
     assert pipeline.images_encoded == sum(len(row) for rows in views for row in rows) > 2 * len(views)
     assert pipeline.images_sampled == 0, "output preservation needs no class pictures"

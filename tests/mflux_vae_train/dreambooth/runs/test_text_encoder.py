@@ -13,14 +13,14 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA
-from mflux_vae_train.dreambooth.optimization.objective import dreambooth_loss, with_base
-from mflux_vae_train.dreambooth.optimization.trainable import as_one
+from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
+from mflux_vae_train.dreambooth.optimization.trainable import combined
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.optimizers import AdamW
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.training.step import Step
 from tests.contracts.fake import FakePipeline
-from tests.mflux_vae_train.dreambooth.data.small_dataset import plain_cache
+from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog"]
@@ -84,7 +84,7 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
     networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
     lora.add_lora(pipeline.text_encoder, pipeline.text_encoder_targets(), rank=2)
-    together = as_one(networks)
+    together = combined(networks)
     together.update(
         tree_map(lambda x: x + 0.05 * mx.sin(mx.arange(x.size)).reshape(x.shape), together.trainable_parameters())
     )
@@ -127,9 +127,9 @@ def test_a_compiled_step_is_the_same(tmp_path) -> None:
             networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()), strict=True
         ):
             lora.add_lora(network, targets, rank=2, dropout=0.1)
-        together = as_one(networks)
+        together = combined(networks)
         latents = mx.random.normal((4, 4, 6, 4), key=mx.random.key(0))
-        cache = plain_cache(latents, None, pipeline.encode_prompts([*PROMPTS, ""]), preserves_output=True)
+        cache = small_dataset(latents, None, pipeline.encode_prompts([*PROMPTS, ""]), preserves_output=True)
         plan = Plan(samples=12, batch_size=2, accumulation=2)
 
         def loss(together, arrays, pipeline=pipeline):
@@ -140,7 +140,7 @@ def test_a_compiled_step_is_the_same(tmp_path) -> None:
         losses.append([])
         for update in range(plan.updates):
             drawn_now = micro_batches(cache, plan, update=update, seed=0, caption_dropout=0.2)
-            batches = [with_base(pipeline, together, one, guidance=2.0) for one in drawn_now]
+            batches = [add_base_prediction(pipeline, together, one, guidance=2.0) for one in drawn_now]
             losses[-1].append(step(update, batches, RATE)["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != pytest.approx(losses[0][2], rel=1e-2)
 

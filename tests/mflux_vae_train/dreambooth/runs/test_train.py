@@ -258,7 +258,7 @@ def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path, monkeypatch, m
 def test_a_run_interrupted_among_the_class_pictures_goes_on(settings, tmp_path, monkeypatch):
     DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(encoding, "encode_pictures", lambda *_, **__: (_ for _ in ()).throw(Stop))
+        patch.setattr(encoding, "encode_images", lambda *_, **__: (_ for _ in ()).throw(Stop))
         DreamBooth(FakePipeline()).train(settings())
     (tmp_path / "out" / "class_images" / "class-00002.png").unlink()
     DreamBooth(FakePipeline()).train(settings())
@@ -456,7 +456,7 @@ def test_a_loss_that_does_not_reach_the_adapter(settings):
         def predict(self, latents, conditioning, **options):
             return super().predict(latents, conditioning, **options)._replace(prediction=latents)
 
-    with pytest.raises(TrainingError, match="the updates up to 3 changed nothing"):
+    with pytest.raises(TrainingError, match="update 3"):
         DreamBooth(Deaf()).train(settings())
 
 
