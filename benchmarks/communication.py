@@ -114,10 +114,10 @@ def measured(processes: process_group.ProcessGroup) -> Iterator[str]:
         )
         own = [MicroBatch(arrays={"key": keys[processes.rank : processes.rank + 1]}, weight=1)]
         with _kernel_count() as kernel:
-            before = processes.sent
+            before = processes.bytes_sent
             for update in range(UPDATES):
                 step(update, own, 1e-4)
-            counted = (processes.sent - before) / UPDATES
+            counted = (processes.bytes_sent - before) / UPDATES
         rest = counted - ring_bytes(gradients, processes.size)
         yield f"| {name} | {gradients:,} | {counted:,.0f} | {kernel[0] / UPDATES:,.0f} | {rest:,.0f} |"
 

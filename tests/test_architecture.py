@@ -47,7 +47,6 @@ MAX_FILES = 14
 
 PENDING_CYCLES: set[tuple[str, ...]] = {
     ("mflux_vae.integrations.mflux", "mflux_vae.vae"),
-    ("mflux_vae_train.distributed.interrupts", "mflux_vae_train.distributed.process_group"),
     ("mflux_vae_train.pipelines.flux1.folder", "mflux_vae_train.pipelines.flux1.pipeline"),
     ("mflux_vae_train.pipelines.flux1.hub", "mflux_vae_train.pipelines.flux1.pipeline"),
     (

@@ -98,7 +98,7 @@ def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path
     command = dreambooth(tmp_path / "out")
     results = ring(3, [sys.executable, "-c", killed, *command[3:]])
     assert [status for status, _ in results] == [1, 1, -9]
-    assert all("error: process 3 of 3 ended without a word" in said for _, said in results[:2])
+    assert all("error: process 3 of 3 ended without a message" in said for _, said in results[:2])
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
     alone(command)
     near(tmp_path / "out" / "pytorch_lora_weights.safetensors", one / "pytorch_lora_weights.safetensors")

@@ -1,9 +1,9 @@
-"""A line between the first of several processes and each other one, over which they notice when one is gone.
+"""TCP connections between the main process and each other one, over which they notice that a process is gone.
 
-Collective operations wait for ever for a process that is stopped, asleep or behind a pulled cable, none of them
-carries a word of why a process ended, and the ring keeps a core busy for each neighbour while it waits. So each end of
-a line says something every few seconds, says when it leaves and why, which the first process passes on to all, and all
-meet over their lines before each operation, in a wait that sleeps and can be ended.
+Collective operations wait forever for a process that is stopped, asleep or unreachable, they carry no reason for an
+exit, and MLX's ring keeps a core busy for each neighbour while it waits. Each end of a connection therefore sends a
+sign of life every few seconds and announces its exit, which the main process forwards to all. Before each collective
+operation all processes meet at a barrier over these connections; that wait sleeps and can be woken.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-BEAT = 3.0
+INTERVAL = 3.0
 """Seconds between signs of life."""
 
-SILENCE = 40.0
-"""Seconds without one after which a process counts as gone."""
+TIMEOUT = 40.0
+"""Seconds of silence after which a process counts as gone."""
 
-_TICK = 1.0
-"""Seconds that listening takes, at most, before other things are looked at."""
+_POLL = 1.0
+"""Seconds between two checks, at most."""
 
-_PATIENCE = 15.0
-"""Seconds for all lines to be made."""
+_CONNECT_TIMEOUT = 15.0
+"""Seconds in which all processes must connect."""
 
 _WELCOME = "welcome"
+_READY = b"+"
+"""To the main process: the sender waits at the barrier. From it: all processes do."""
 
-_HERE = b"+"
-"""From another process to the first: it waits at the next meeting; and back: all do."""
-
-_FLAG = b"!"
-"""Before the number of a signal that a process got."""
+_SIGNAL = b"!"
+"""Precedes the number of a signal that the sender received."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,172 +45,185 @@ class PeerExit:
     """A process that no longer takes part.
 
     Attributes:
-        rank: its number.
-        why: what to say of it, such as "ended without a word".
-        orderly: it had done its work; only somebody who still waits for it needs to know.
+        rank: its rank.
+        reason: completes "process 2 of 4 ...".
+        finished: its work was done; an error only for processes that still wait for it.
     """
 
     rank: int
-    why: str
-    orderly: bool = False
+    reason: str
+    finished: bool = False
 
 
 class Heartbeat(threading.Thread):
-    """Listens and speaks in a thread of its own, until the process ends.
+    """Sends and receives in a thread of its own until the process ends.
 
     Args:
         rank: of this process.
-        lines: sockets by the rank at the other end: of the first process to all others, of these to the first.
-        gone: called with everyone who is gone, from this thread.
-        tick: called about once a second, from this thread.
-        flag: what the others are to be told that this process was signalled; 0 for nothing.
-        flagged: called with what another process was signalled, from this thread.
+        connections: sockets by the rank of the other end: all others for the main process, rank 0 for the others.
+        on_exit: called with each process that is gone.
+        on_tick: called about once a second.
+        own_signal: returns the signal that this process received; 0 for none.
+        on_signal: called with a signal that another process received.
+
+    All callbacks run in this thread.
     """
 
     def __init__(
         self,
         rank: int,
-        lines: Mapping[int, socket.socket],
+        connections: Mapping[int, socket.socket],
         *,
-        gone: Callable[[PeerExit], None],
-        tick: Callable[[], None],
-        flag: Callable[[], int] = lambda: 0,
-        flagged: Callable[[int], None] = lambda number: None,
+        on_exit: Callable[[PeerExit], None],
+        on_tick: Callable[[], None],
+        own_signal: Callable[[], int],
+        on_signal: Callable[[int], None],
     ) -> None:
-        super().__init__(name="lifeline", daemon=True)
-        self._rank, self._lines, self._gone, self._tick = rank, dict(lines), gone, tick
-        self._flag, self._flagged = flag, flagged
-        self._speaking = threading.Lock()
-        self._news = threading.Condition()
-        self._here, self._left = 0, False
+        super().__init__(name="heartbeat", daemon=True)
+        self._rank, self._connections = rank, dict(connections)
+        self._on_exit, self._on_tick, self._own_signal, self._on_signal = on_exit, on_tick, own_signal, on_signal
+        self._sending = threading.Lock()
+        self._changed = threading.Condition()
+        self._ready, self._peer_left = 0, False
 
-    def meet(self) -> bool:
-        """Wait until all processes are in a call of this; False where one of them is gone."""
+    def barrier(self) -> bool:
+        """Wait until all processes call this. Returns False if one of them is gone."""
         if self._rank != 0:
-            self._send(_HERE)
-        wanted = len(self._lines)
-        with self._news:
-            self._news.wait_for(lambda: self._here >= wanted or self._left)
-            if self._here < wanted:
+            self._send(_READY)
+        expected = len(self._connections)
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready >= expected or self._peer_left)
+            if self._ready < expected:
                 return False
-            self._here -= wanted
+            self._ready -= expected
         if self._rank == 0:
-            self._send(_HERE)
+            self._send(_READY)
         return True
 
-    def leave(self, why: str, *, orderly: bool) -> None:
-        """Tell the others that this process takes no further part."""
-        self._say(PeerExit(rank=self._rank, why=why, orderly=orderly))
+    def leave(self, reason: str, *, finished: bool) -> None:
+        """Announce that this process takes no further part."""
+        self._send_exit(PeerExit(rank=self._rank, reason=reason, finished=finished))
 
     def run(self) -> None:
-        """See `threading.Thread`."""
-        heard = dict.fromkeys(self._lines, time.monotonic())
-        rest = dict.fromkeys(self._lines, b"")
-        said, flag, awake = 0.0, 0, time.monotonic()
+        last_heard = dict.fromkeys(self._connections, time.monotonic())
+        buffers = dict.fromkeys(self._connections, b"")
+        last_sent, number, last_poll = 0.0, 0, time.monotonic()
         with selectors.DefaultSelector() as selector:
-            for rank, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, rank)
+            for rank, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
             while True:
-                for key, _ in selector.select(_TICK):
-                    rank, line = key.data, self._lines[key.data]
+                for key, _ in selector.select(_POLL):
+                    rank, connection = key.data, self._connections[key.data]
                     try:
-                        new = line.recv(4096)
+                        received = connection.recv(4096)
                     except OSError:
-                        new = b""
-                    heard[rank] = time.monotonic()
-                    *messages, rest[rank] = (rest[rank] + new).split(b"\n")
+                        received = b""
+                    last_heard[rank] = time.monotonic()
+                    *messages, buffers[rank] = (buffers[rank] + received).split(b"\n")
                     for message in filter(None, messages):
-                        if message == _HERE:
-                            with self._news:
-                                self._here += 1
-                                self._news.notify()
-                        elif message.startswith(_FLAG):
-                            self._flagged(int(message.removeprefix(_FLAG)))
-                        else:
-                            self._pass_on(PeerExit(**json.loads(message)), rank)
-                    if not new:
-                        selector.unregister(line)
-                        del heard[rank]
-                        self._pass_on(PeerExit(rank=rank, why="ended without a word"), rank)
-                # while it is stopped itself, maybe together with the others, it hears nobody
-                stopped = max(0.0, time.monotonic() - awake - _TICK)
-                heard = {rank: last + stopped for rank, last in heard.items()}
-                awake = time.monotonic()
-                for rank in [rank for rank, last in heard.items() if awake - last > SILENCE]:
-                    del heard[rank]
-                    self._pass_on(PeerExit(rank=rank, why=f"has been silent for {SILENCE:.0f} seconds"), rank)
-                if self._flag() != flag:  # the first process passes on what it is told, as its own flag then
-                    flag = self._flag()
-                    self._send(_FLAG + str(flag).encode())
-                if time.monotonic() - said > BEAT:
+                        self._handle(message, rank)
+                    if not received:
+                        selector.unregister(connection)
+                        del last_heard[rank]
+                        self._peer_exited(PeerExit(rank=rank, reason="ended without a message"), rank)
+                # a process that was stopped itself, perhaps together with the others, could not hear anyone
+                stopped = max(0.0, time.monotonic() - last_poll - _POLL)
+                last_heard = {rank: heard + stopped for rank, heard in last_heard.items()}
+                last_poll = time.monotonic()
+                for rank in [rank for rank, heard in last_heard.items() if last_poll - heard > TIMEOUT]:
+                    del last_heard[rank]
+                    self._peer_exited(PeerExit(rank=rank, reason=f"has been silent for {TIMEOUT:.0f} seconds"), rank)
+                if self._own_signal() != number:  # the main process forwards a signal as its own
+                    number = self._own_signal()
+                    self._send(_SIGNAL + str(number).encode())
+                if time.monotonic() - last_sent > INTERVAL:
                     self._send(b"")
-                    said = time.monotonic()
-                self._tick()
+                    last_sent = time.monotonic()
+                self._on_tick()
 
-    def _pass_on(self, gone: PeerExit, heard_from: int) -> None:
+    def _handle(self, message: bytes, rank: int) -> None:
+        if message == _READY:
+            with self._changed:
+                self._ready += 1
+                self._changed.notify()
+        elif message.startswith(_SIGNAL):
+            self._on_signal(int(message.removeprefix(_SIGNAL)))
+        else:
+            self._peer_exited(PeerExit(**json.loads(message)), rank)
+
+    def _peer_exited(self, peer: PeerExit, source: int) -> None:
         if self._rank == 0:
-            self._say(gone, but=heard_from)
-        self._gone(gone)
-        with self._news:
-            self._left = True
-            self._news.notify()
+            self._send_exit(peer, skip=source)
+        self._on_exit(peer)
+        with self._changed:
+            self._peer_left = True
+            self._changed.notify()
 
-    def _say(self, gone: PeerExit, *, but: int | None = None) -> None:
-        self._send(json.dumps(asdict(gone)).encode(), but=but)
+    def _send_exit(self, peer: PeerExit, *, skip: int | None = None) -> None:
+        self._send(json.dumps(asdict(peer)).encode(), skip=skip)
 
-    def _send(self, message: bytes, *, but: int | None = None) -> None:
-        with self._speaking:
-            for rank, line in self._lines.items():
-                if rank != but:
-                    with suppress(OSError):  # nobody there: reading notices, too
-                        line.sendall(message + b"\n")
-
-
-def offered() -> tuple[socket.socket, dict[str, Any]]:
-    """A socket on which the first process waits for the others, and what they must know to find it."""
-    server = socket.create_server(("", 0))
-    return server, {"addresses": _addresses(), "port": server.getsockname()[1], "token": os.urandom(16).hex()}
+    def _send(self, message: bytes, *, skip: int | None = None) -> None:
+        with self._sending:
+            for rank, connection in self._connections.items():
+                if rank != skip:
+                    with suppress(OSError):  # a closed connection shows when it is read
+                        connection.sendall(message + b"\n")
 
 
-def accepted(server: socket.socket, offer: Mapping[str, Any], count: int) -> dict[int, socket.socket]:
-    """The lines that `count` others made, by rank; fewer where some did not come in time."""
-    lines: dict[int, socket.socket] = {}
-    until = time.monotonic() + _PATIENCE
-    while len(lines) < count and (left := until - time.monotonic()) > 0:
+def connect(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> tuple[dict[int, socket.socket], int]:
+    """Connect the main process with all others.
+
+    Args:
+        gather: returns every process's JSON value by rank.
+
+    Returns:
+        this process's connections by rank, without those that could not be made, and the main process's port.
+    """
+    server = socket.create_server(("", 0)) if rank == 0 else None
+    offer: dict[str, Any] = {}
+    if server is not None:
+        offer = {"addresses": _own_addresses(), "port": server.getsockname()[1], "token": os.urandom(16).hex()}
+    offer = gather(offer)[0]
+    if server is None:
+        connection = _connect_to_main(offer, rank)
+        return ({} if connection is None else {0: connection}), offer["port"]
+    connections: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + _CONNECT_TIMEOUT
+    while len(connections) < size - 1 and (left := deadline - time.monotonic()) > 0:
         server.settimeout(left)
         with suppress(OSError, ValueError):
-            line, _ = server.accept()
-            line.settimeout(2.0)
-            token, rank = _line_from(line).split()
+            connection, _ = server.accept()
+            connection.settimeout(2.0)
+            token, peer = _read_line(connection).split()
             if token == offer["token"]:
-                line.sendall(f"{_WELCOME}\n".encode())
-                lines[int(rank)] = line
+                connection.sendall(f"{_WELCOME}\n".encode())
+                connections[int(peer)] = connection
             else:
-                line.close()
+                connection.close()
     server.close()
-    return lines
+    return connections, offer["port"]
 
 
-def connected(offer: Mapping[str, Any], rank: int) -> socket.socket | None:
-    """A line to the process that made the offer; None where none of its addresses leads there."""
+def _connect_to_main(offer: Mapping[str, Any], rank: int) -> socket.socket | None:
+    """None if none of the offered addresses leads to the main process."""
     for address in offer["addresses"]:
         with suppress(OSError):
-            line = socket.create_connection((address, offer["port"]), timeout=3.0)
-            line.sendall(f"{offer['token']} {rank}\n".encode())
-            if _line_from(line) == _WELCOME:
-                line.settimeout(2.0)
-                return line
-            line.close()
+            connection = socket.create_connection((address, offer["port"]), timeout=3.0)
+            connection.sendall(f"{offer['token']} {rank}\n".encode())
+            if _read_line(connection) == _WELCOME:
+                connection.settimeout(2.0)
+                return connection
+            connection.close()
     return None
 
 
-def _line_from(line: socket.socket) -> str:
-    with line.makefile("rb", buffering=0) as file:  # not a byte more: what follows belongs to the one who listens
+def _read_line(connection: socket.socket) -> str:
+    with connection.makefile("rb", buffering=0) as file:  # unbuffered: the bytes after the line belong to the heartbeat
         return file.readline(200).decode("ascii").strip()
 
 
-def _addresses() -> list[str]:
-    """Under which others may reach this machine, the likeliest first: what the launcher was told of it."""
+def _own_addresses() -> list[str]:
+    """Addresses of this machine, the likeliest first: those given to the launcher."""
     name = socket.gethostname()
     candidates = [os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0], os.environ.get("NCCL_HOST_IP", "")]
     with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):

@@ -1,4 +1,4 @@
-"""Arrays of any shapes and dtypes as the bytes of one message, to the bit, and back."""
+"""Arrays of any shapes and dtypes as the bytes of one message, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,43 +9,41 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-ALIGNED = 16
-"""Bytes, at a multiple of which each array begins."""
+ALIGNMENT = 16
+"""Each array begins at a multiple of this many bytes, so that it can be viewed as any dtype."""
 
-Form: TypeAlias = tuple[Sequence[int], str]
-"""Shape and dtype of an array, in plain JSON."""
+Spec: TypeAlias = tuple[Sequence[int], str]
+"""Shape and dtype of an array, as plain JSON."""
 
 
-def form_of(array: mx.array) -> Form:
-    """What `split` must know of an array."""
+def spec_of(array: mx.array) -> Spec:
     return array.shape, str(array.dtype).removeprefix("mlx.core.")
 
 
-def _dtype(form: Form) -> mx.Dtype:
-    found: mx.Dtype = getattr(mx, {"bool": "bool_"}.get(form[1], form[1]))
-    return found
+def padded_size(spec: Spec) -> int:
+    """Bytes that an array takes in a message."""
+    return -(-_size(spec) // ALIGNMENT) * ALIGNMENT
 
 
-def _bytes(form: Form) -> int:
-    """Of its content."""
-    return math.prod(form[0]) * _dtype(form).size
+def pack(array: mx.array) -> mx.array:
+    """(n,) uint8. Sums of bytes are exact, while in floats -0.0 + 0.0 is not -0.0."""
+    spec = spec_of(array)
+    return mx.pad(array.reshape(-1).view(mx.uint8), (0, padded_size(spec) - _size(spec)))
 
 
-def room_of(form: Form) -> int:
-    """Bytes that it takes in a message: what follows begins where any dtype may."""
-    return -(-_bytes(form) // ALIGNED) * ALIGNED
-
-
-def as_bytes(array: mx.array) -> mx.array:
-    """(n,) uint8, to the bit: in floats, -0.0 plus another process's 0.0 would not be -0.0."""
-    form = form_of(array)
-    return mx.pad(array.reshape(-1).view(mx.uint8), (0, room_of(form) - _bytes(form)))
-
-
-def split(content: mx.array, forms: Sequence[Form]) -> list[mx.array]:
-    """The arrays of a message, (n,) uint8, which begins with `as_bytes` of each."""
-    starts = accumulate(map(room_of, forms), initial=0)
+def unpack(message: mx.array, specs: Sequence[Spec]) -> list[mx.array]:
+    """The arrays of a message, (n,) uint8, that begins with the `pack` of each."""
+    starts = accumulate(map(padded_size, specs), initial=0)
     return [
-        content[start : start + _bytes(form)].view(_dtype(form)).reshape(form[0])
-        for start, form in zip(starts, forms, strict=False)
+        message[start : start + _size(spec)].view(_dtype(spec)).reshape(spec[0])
+        for start, spec in zip(starts, specs, strict=False)
     ]
+
+
+def _dtype(spec: Spec) -> mx.Dtype:
+    dtype: mx.Dtype = getattr(mx, {"bool": "bool_"}.get(spec[1], spec[1]))
+    return dtype
+
+
+def _size(spec: Spec) -> int:
+    return math.prod(spec[0]) * _dtype(spec).size

@@ -1,7 +1,7 @@
-"""Several processes that train as one: who does what, sums over all of them, and an end that all of them notice.
+"""Several processes that train as one: who does what, sums over all processes, and an exit that all notice.
 
-The engine is MLX's own (`mlx.launch`, with the ring over TCP, JACCL, NCCL or MPI below it). Everything here is
-collective: all processes call the same methods in the same order. One process alone is a team, too.
+The transport is MLX's (`mlx.launch`, with the ring over TCP, JACCL, NCCL or MPI). Every method is collective unless it
+says otherwise: all processes call the same methods in the same order. A single process is a group, too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,193 +25,188 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed import heartbeat, interrupts
-from mflux_vae_train.distributed.heartbeat import Heartbeat
-from mflux_vae_train.distributed.interrupts import interruptible
-from mflux_vae_train.distributed.messages import ALIGNED, Form, as_bytes, form_of, room_of, split
-from mflux_vae_train.distributed.watchdog import Watchdog, at_most, socket_descriptors
+from mflux_vae_train.distributed.messages import ALIGNMENT, Spec, pack, padded_size, spec_of, unpack
+from mflux_vae_train.distributed.watchdog import Watchdog, socket_descriptors, time_limit
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
 IDLE_WARNING = (
-    "%d processes share the %d micro-batches of an update, and some have nothing to do:"
-    " give --gradient_accumulation_steps %d or a multiple, and a smaller batch"
+    "%d processes share the %d micro-batches of an update, so some are idle;"
+    " set --gradient_accumulation_steps to %d or a multiple, and use a smaller batch"
 )
-"""What to say where an update has fewer micro-batches than there are processes."""
+"""For updates with fewer micro-batches than processes."""
 
 BUCKET = 256 * 2**20
 """Bytes that are summed in one message, at most, unless a single array is larger."""
 
-_MEETING = 120.0
+_JOIN_TIMEOUT = 120.0
 """Seconds in which all processes must have found each other."""
 
-_ROOM = 1019
-"""Bytes of JSON that go with the first message of `ProcessGroup.gather`."""
+_INLINE = 1019
+"""Bytes of JSON in the first message of `ProcessGroup.gather`."""
 
 
 class ProcessGroup:
     """All processes of a run.
 
     Attributes:
-        rank: number of this process; the first, 0, is the one that writes and speaks.
-        size: how many there are.
-        sent: bytes that this process has handed to its neighbours so far, counted as the ring sends them.
+        rank: number of this process.
+        size: number of processes.
+        is_main: whether this is rank 0, the process that writes files and logs.
+        own_signal: the signal that this process received; 0 for none.
+        bytes_sent: bytes that this process has sent to its neighbours so far, as the ring sends them.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None, watchdog: Watchdog | None = None) -> None:
         self._group = group
         self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
-        self.sent = 0
+        self.is_main = self.rank == 0
+        self.own_signal = self.bytes_sent = 0
+        self._signal = 0
         self._watchdog = watchdog or Watchdog(self.size)
-        self._own_flag = self._flag = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
-
-    # who does what
 
     def shard(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What falls to this process: every size-th item, by index."""
+        """This process's share: every size-th item, by index. Not collective."""
         return items[self.rank :: self.size]
 
+    # signals, see `interrupts`
+
+    def set_signal(self, number: int) -> None:
+        """Record the signal that this process received; 0 clears it. Others see it after the next `gather`."""
+        self.own_signal = number
+        if not number:
+            self._signal = 0
+
+    @property
+    def signal(self) -> int:
+        """The highest signal of any process at the last `gather`: equal in all processes."""
+        return self.own_signal if self.size == 1 else self._signal
+
+    # exchange of JSON values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's JSON value, by rank."""
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        head = bytes([self.own_signal]) + len(text).to_bytes(4, "little") + text[:_INLINE].ljust(_INLINE, b"\0")
+        heads = self._gather_bytes(head)
+        self._signal = max(each[0] for each in heads)
+        sizes = [int.from_bytes(each[1:5], "little") for each in heads]
+        rest = [b""] * self.size
+        if (longest := max(sizes) - _INLINE) > 0:
+            rest = self._gather_bytes(text[_INLINE:].ljust(longest, b"\0"))
+        return [json.loads((each[5:] + more)[:size]) for each, more, size in zip(heads, rest, sizes, strict=True)]
+
     def broadcast(self, make: Callable[[], Item]) -> Item:
-        """What the first process makes, a plain JSON value; the others do not even try."""
+        """The JSON value that `make` returns in the main process; the others do not call it."""
         value: Item = self.gather(make() if self.is_main else None)[0]
         return value
 
     def assert_equal(self, value: Mapping[str, Any]) -> None:
-        """See that all processes have the same, a mapping to plain JSON values.
+        """Check that all processes have equal JSON values under each name.
 
         Raises:
             SettingsError: in all processes, naming what differs where.
         """
-        all_of_them = self.gather(dict(value))
-        for rank, other in enumerate(all_of_them):
-            names = [name for name in {**all_of_them[0], **other} if all_of_them[0].get(name) != other.get(name)]
-            if names:
-                told = "; ".join(f"{name} is {other.get(name)!r}, not {all_of_them[0].get(name)!r}" for name in names)
-                raise SettingsError(f"process {rank + 1} of {self.size} has other data or settings: {told}")
-
-    def raise_flag(self, flag: int) -> None:
-        """Set this process's flag, 0 to 255. It reaches the others with the next `gather`."""
-        self._own_flag = flag
-        if not flag:
-            self._flag = 0
-
-    @property
-    def flag(self) -> int:
-        """The highest flag of any process at the last `gather`: the same in all of them."""
-        return self._own_flag if self.size == 1 else self._flag
-
-    @property
-    def flagged(self) -> bool:
-        """Whether this process has raised its flag, told or not."""
-        return self._own_flag != 0
-
-    # exchange
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, plain JSON, by rank."""
-        if self.size == 1:
-            return [value]
-        text = json.dumps(value).encode()
-        head = bytes([self._own_flag]) + len(text).to_bytes(4, "little") + text[:_ROOM].ljust(_ROOM, b"\0")
-        heads = self._gather_bytes(head)
-        self._flag = max(each[0] for each in heads)
-        sizes = [int.from_bytes(each[1:5], "little") for each in heads]
-        rest = [b""] * self.size
-        if (longest := max(sizes) - _ROOM) > 0:
-            rest = self._gather_bytes(text[_ROOM:].ljust(longest, b"\0"))
-        return [json.loads((each[5:] + more)[:size]) for each, more, size in zip(heads, rest, sizes, strict=True)]
+        values = self.gather(dict(value))
+        for rank, other in enumerate(values):
+            if differences := [
+                f"{name} is {other.get(name)!r}, not {values[0].get(name)!r}"
+                for name in {**values[0], **other}
+                if values[0].get(name) != other.get(name)
+            ]:
+                where = f"process {rank + 1} of {self.size}"
+                raise SettingsError(f"{where} has different data or settings: {'; '.join(differences)}")
 
     def all_reduce(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """By name, sums over all processes; a name may be missing in some."""
+        """Sums over all processes, by name; a name may be missing in some."""
         parts = self.gather(dict(numbers))
         return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
 
+    # exchange of arrays
+
     def gather_arrays(self, arrays: Sequence[mx.array]) -> list[list[mx.array]]:
-        """Every process's arrays, by rank: any number of any shapes."""
+        """Every process's arrays, by rank; their numbers and shapes may differ."""
         if self.size == 1:
             return [list(arrays)]
-        forms = self.gather([form_of(array) for array in arrays])
-        sizes = [sum(map(room_of, each)) for each in forms]
-        rest = max(*sizes, ALIGNED) - sizes[self.rank]
-        content = mx.concatenate([*map(as_bytes, arrays), mx.zeros(rest, mx.uint8)])
-        return [split(row, each) for row, each in zip(self._all_gather(content), forms, strict=True)]
+        specs = self.gather([spec_of(array) for array in arrays])
+        sizes = [sum(map(padded_size, each)) for each in specs]
+        padding = max(*sizes, ALIGNMENT) - sizes[self.rank]
+        message = mx.concatenate([*map(pack, arrays), mx.zeros(padding, mx.uint8)])
+        return [unpack(row, each) for row, each in zip(self._all_gather(message), specs, strict=True)]
 
     def broadcast_arrays(self, make: Callable[[], Mapping[str, mx.array]]) -> dict[str, mx.array]:
-        """The arrays that the first process makes, by name, in all; the others do not even try."""
-        own = dict(make()) if self.is_main else {}
+        """The named arrays that `make` returns in the main process; the others do not call it."""
+        arrays = dict(make()) if self.is_main else {}
         if self.size == 1:
-            return own
-        forms: dict[str, Form] = self.broadcast(lambda: {name: form_of(array) for name, array in own.items()})
-        if self.is_main:
-            content = [mx.concatenate([*map(as_bytes, own.values()), mx.zeros(ALIGNED, mx.uint8)])]
-        else:
-            content = [mx.zeros(sum(map(room_of, forms.values())) + ALIGNED, mx.uint8)]
-        self.all_reduce_arrays(content)
-        return dict(zip(forms, split(content[0], list(forms.values())), strict=True))
-
-    def map_in_rounds(
-        self, items: Sequence[Item], make: Callable[[Item], Sequence[mx.array]]
-    ) -> Iterator[tuple[Item, list[mx.array]]]:
-        """What is made of each item, in order and in all processes; as many are in the making as there are of these.
-
-        Raises:
-            Interrupted: a signal came while they were being made.
-        """
-        for start in range(0, len(items), self.size):
-            now = items[start : start + self.size]
-            mine = now[self.rank : self.rank + 1]
-            own = interruptible(self, partial(_made, make, mine))
-            yield from zip(now, self.gather_arrays(own), strict=False)
-
-    def all_reduce_arrays(self, arrays: list[mx.array]) -> None:
-        """Put in place of each array its sum over all processes, in a few large messages.
-
-        In place, so that none is kept twice: what goes into a message is let go of before the next is made.
-        """
-        if self.size == 1:
-            return
-        for members in _buckets(arrays):
-            one = len(members) == 1
-            flat = arrays[members[0]] if one else mx.concatenate([arrays[i].reshape(-1) for i in members])
-            mx.eval(flat)
-            shapes = [arrays[i].shape for i in members]
-            for i in members:
-                arrays[i] = flat
-            total = self._all_sum(flat)
-            del flat
-            ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
-            parts = [total] if one else mx.split(total, ends)
-            for i, part, shape in zip(members, parts, shapes, strict=True):
-                arrays[i] = part.reshape(shape)
-            mx.eval([arrays[i] for i in members])
-
-    def all_reduce_trees(self, trees: list[Any]) -> list[Any]:
-        """Trees of arrays, summed over all processes. The given list is emptied, so that theirs can be let go of."""
-        if self.size == 1:
-            return trees
-        arrays: list[Any] = [pair[1] for pair in tree_flatten(trees)]
-        forms: Any = tree_map(lambda leaf: None, trees)
-        trees.clear()
-        self.all_reduce_arrays(arrays)
-        coming = iter(arrays)
-        summed: list[Any] = tree_map(lambda leaf: next(coming), forms)
-        return summed
+            return arrays
+        specs: dict[str, Spec] = self.broadcast(lambda: {name: spec_of(array) for name, array in arrays.items()})
+        padding = 0 if self.is_main else sum(map(padded_size, specs.values()))
+        message = [mx.concatenate([*map(pack, arrays.values()), mx.zeros(padding + ALIGNMENT, mx.uint8)])]
+        self.all_reduce_arrays(message)
+        return dict(zip(specs, unpack(message[0], list(specs.values())), strict=True))
 
     def broadcast_state(self, objects: Mapping[str, state.Stateful]) -> None:
-        """Give named objects in all processes the state that they have in the first, to the bit."""
+        """Copy the state of named objects from the main process to all others, bit for bit."""
         if self.size == 1:
             return
         arrays, values = state.flatten(objects)
         arrays = self.broadcast_arrays(lambda: arrays)
         values = self.broadcast(lambda: values)
         if not self.is_main:
-            state.restore(objects, arrays, values, where="what the first process sent")
+            state.restore(objects, arrays, values, where="state sent by the main process")
+
+    def map_in_rounds(
+        self, items: Sequence[Item], function: Callable[[Item], Sequence[mx.array]]
+    ) -> Iterator[tuple[Item, list[mx.array]]]:
+        """Yield (item, function(item)) in order in all processes; each round computes one item per process.
+
+        Raises:
+            Interrupted: a signal arrived in a round.
+        """
+        for start in range(0, len(items), self.size):
+            members = items[start : start + self.size]
+
+            def own(members: Sequence[Item] = members) -> list[mx.array]:
+                return [array for item in members[self.rank : self.rank + 1] for array in function(item)]
+
+            yield from zip(members, self.gather_arrays(interrupts.interruptible(self, own)), strict=False)
+
+    def all_reduce_arrays(self, arrays: list[mx.array]) -> None:
+        """Replace each array in the list by its sum over all processes, in a few large messages.
+
+        The list is changed in place to release arrays early: memory grows by one message.
+        """
+        if self.size == 1:
+            return
+        for members in _buckets(arrays):
+            shapes = [arrays[i].shape for i in members]
+            one = len(members) == 1
+            flat = arrays[members[0]] if one else mx.concatenate([arrays[i].reshape(-1) for i in members])
+            mx.eval(flat)
+            for i in members:
+                arrays[i] = flat
+            total = self._all_sum(flat)
+            del flat
+            parts = [total] if one else mx.split(total, list(accumulate(map(math.prod, shapes)))[:-1])
+            for i, part, shape in zip(members, parts, shapes, strict=True):
+                arrays[i] = part.reshape(shape)
+            mx.eval([arrays[i] for i in members])
+
+    def all_reduce_trees(self, trees: list[Any]) -> list[Any]:
+        """Trees of arrays, summed over all processes. Empties the given list to release its arrays early."""
+        if self.size == 1:
+            return trees
+        arrays: list[Any] = [pair[1] for pair in tree_flatten(trees)]
+        structure: Any = tree_map(lambda leaf: None, trees)
+        trees.clear()
+        self.all_reduce_arrays(arrays)
+        leaves = iter(arrays)
+        summed: list[Any] = tree_map(lambda leaf: next(leaves), structure)
+        return summed
 
     def _gather_bytes(self, row: bytes) -> list[bytes]:
         return [each.tobytes() for each in np.array(self._all_gather(mx.array(np.frombuffer(row, np.uint8))))]
@@ -221,7 +215,7 @@ class ProcessGroup:
         with self._watchdog.waiting():
             total = mx.distributed.all_sum(array, group=self._group)
             mx.eval(total)
-        self.sent += 2 * (self.size - 1) * array.nbytes // self.size
+        self.bytes_sent += 2 * (self.size - 1) * array.nbytes // self.size
         return total
 
     def _all_gather(self, row: mx.array) -> mx.array:
@@ -229,10 +223,10 @@ class ProcessGroup:
         with self._watchdog.waiting():
             rows = mx.distributed.all_gather(row[None], group=self._group)
             mx.eval(rows)
-        self.sent += (self.size - 1) * row.nbytes
+        self.bytes_sent += (self.size - 1) * row.nbytes
         return rows
 
-    # an end that all notice
+    # supervision
 
     def saving(self) -> AbstractContextManager[None]:
         """See `Watchdog.saving`."""
@@ -244,76 +238,69 @@ class ProcessGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """An error on its way out is told to the others."""
+        """Tell the other processes about an error that leaves the block."""
         if error is not None:
             self._watchdog.fail(error)
 
-    def start_heartbeats(self) -> None:
-        """Have all processes notice when one of them is gone; where they cannot, say so."""
-        server, offer = heartbeat.offered() if self.is_main else (None, None)
-        offer = self.gather(offer)[0]
-        if server is not None:
-            lines = heartbeat.accepted(server, offer, self.size - 1)
-        else:
-            line = heartbeat.connected(offer, self.rank)
-            lines = {} if line is None else {0: line}
-        if all(self.gather(len(lines) == (self.size - 1 if self.is_main else 1))):
-            told: dict[str, Any] = {"flag": lambda: self._own_flag, "flagged": interrupts.forward}
-            self._watchdog.begin(
-                Heartbeat(self.rank, lines, gone=self._watchdog.note, tick=self._watchdog.tick, **told)
+    def start_heartbeat(self) -> None:
+        """Have all processes notice when one of them is gone; log a warning if they cannot."""
+        connections, port = heartbeat.connect(self.rank, self.size, self.gather)
+        if all(self.gather(len(connections) == (self.size - 1 if self.is_main else 1))):
+            self._watchdog.start(
+                heartbeat.Heartbeat(
+                    self.rank,
+                    connections,
+                    on_exit=self._watchdog.peer_exited,
+                    on_tick=self._watchdog.tick,
+                    own_signal=lambda: self.own_signal,
+                    on_signal=interrupts.forward,
+                )
             )
         elif self.is_main:
             logger.warning(
-                "not all processes can reach the first one on port %d: one that dies may leave others waiting",
-                offer["port"],
+                "not all processes can reach the main one on port %d; if one dies, others may wait forever", port
             )
 
 
 SINGLE = ProcessGroup()
-"""One process."""
+"""A run of one process."""
 
 
 @functools.cache
 def join() -> ProcessGroup:
-    """The processes that a launcher started together with this one; `SINGLE` where none did.
+    """The processes that a launcher started together with this one; `SINGLE` without a launcher.
 
     Raises:
-        TrainingError: they do not find each other.
+        TrainingError: they cannot find each other.
     """
     hostfile = os.environ.get("MLX_HOSTFILE")
     with suppress(OSError):
         if hostfile is not None and not Path(hostfile).read_text(encoding="utf-8").strip():
-            return SINGLE  # `mlx.launch -n 1` leaves it empty, which MLX cannot read
+            return SINGLE  # `mlx.launch -n 1` leaves the file empty, which MLX cannot read
     before = socket_descriptors()
-    with at_most(_MEETING, f"the processes did not find each other in {_MEETING:.0f} seconds"):
+    with time_limit(_JOIN_TIMEOUT, f"the processes did not find each other within {_JOIN_TIMEOUT:.0f} seconds"):
         try:
             group = mx.distributed.init()
             if group.size() == 1:
                 return SINGLE
             sockets = sorted(socket_descriptors() - before) if hostfile is not None else []
-            all_of_us = ProcessGroup(group, Watchdog(group.size(), sockets))
-            all_of_us.start_heartbeats()
+            processes = ProcessGroup(group, Watchdog(group.size(), sockets))
+            processes.start_heartbeat()
         except RuntimeError as error:
-            raise TrainingError(f"the processes do not find each other ({error}): see mlx.launch --verbose") from error
-    return all_of_us
+            raise TrainingError(f"the processes cannot find each other ({error}); see mlx.launch --verbose") from error
+    return processes
 
 
 def _buckets(arrays: Sequence[mx.array]) -> list[list[int]]:
-    """Numbers of arrays of one dtype, together at most `BUCKET` bytes, in an order that is the same everywhere."""
-    found: list[list[int]] = []
+    """Indices of arrays of one dtype, together at most `BUCKET` bytes, in an order equal in all processes."""
+    buckets: list[list[int]] = []
     for dtype in dict.fromkeys(array.dtype for array in arrays):
-        members: list[int] = []
-        size = 0
-        for i in (i for i, array in enumerate(arrays) if array.dtype == dtype):
-            if members and size + arrays[i].nbytes > BUCKET:
-                found.append(members)
-                members, size = [], 0
-            members.append(i)
-            size += arrays[i].nbytes
-        if members:
-            found.append(members)
-    return found
-
-
-def _made(make: Callable[[Item], Sequence[mx.array]], items: Sequence[Item]) -> list[mx.array]:
-    return [array for item in items for array in make(item)]
+        size = math.inf
+        for i, array in enumerate(arrays):
+            if array.dtype == dtype:
+                if size + array.nbytes > BUCKET:
+                    buckets.append([])
+                    size = 0
+                buckets[-1].append(i)
+                size += array.nbytes
+    return buckets

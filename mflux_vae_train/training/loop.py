@@ -62,7 +62,7 @@ def fit(
 
     def settle(record: Record) -> None:
         """Do what is due now, or stop early."""
-        while pending.hooks and not processes.flag:
+        while pending.hooks and not processes.signal:
             pending.hooks -= 1  # before the call: one of them writes checkpoints
             try:
                 hooks[len(hooks) - pending.hooks - 1](record)
@@ -71,9 +71,9 @@ def fit(
                 raise
             except Interrupted:  # in all processes: what was left is made when the run goes on
                 pending.hooks += 1
-                if not processes.flag:
+                if not processes.signal:
                     raise
-        if number := processes.flag:
+        if number := processes.signal:
             keep(record.update)
             processes.gather("saved")  # whoever ends before that has the launcher end the first process, too
             raise Interrupted(number, record.update, saved=checkpoint is not None)

@@ -130,7 +130,7 @@ def test_a_signal_to_one_has_all_leave_long_work_together(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ("kill", "process 2 of 2 ended without a word"),
+        ("kill", "process 2 of 2 ended without a message"),
         ("raise", "process 2 of 2 stopped: no such picture"),
         ("stop", "process 2 of 2 has been silent"),
         ("engine", "process 2 of 2 has been silent"),

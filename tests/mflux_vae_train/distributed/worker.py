@@ -154,9 +154,9 @@ def exchange(processes: ProcessGroup, folder: Path) -> None:
 
     processes.broadcast_state({"tree": state.tree_state(tree)})
     total = [mx.array(1.0 + processes.rank), mx.ones((2, 3), mx.int32)]
-    sent = processes.sent
+    sent = processes.bytes_sent
     processes.all_reduce_arrays(total)
-    sent = processes.sent - sent
+    sent = processes.bytes_sent - sent
     try:
         processes.assert_equal({"data": "a", "seed": int(processes.rank == processes.size - 1)})
         differs = ""
@@ -232,7 +232,7 @@ def broken(processes: ProcessGroup, folder: Path) -> None:
 
 def impatient() -> None:
     """Silence is noticed soon; ten signs of life may stay away meanwhile, as on a machine that is busy."""
-    heartbeat._TICK, heartbeat.BEAT, heartbeat.SILENCE, watchdog._GRACE = 0.1, 0.3, 3.0, 0.5
+    heartbeat._POLL, heartbeat.INTERVAL, heartbeat.TIMEOUT, watchdog._GRACE = 0.1, 0.3, 3.0, 0.5
 
 
 def paused(processes: ProcessGroup, folder: Path) -> None:
@@ -258,7 +258,7 @@ def lost(processes: ProcessGroup, folder: Path, how: str, asleep: str = "") -> N
             if how == "raise":
                 raise ValueError("no such picture")
             if how == "engine":  # the others are in the engine's hands, and wait for this one
-                processes._watchdog._lifeline.meet()  # type: ignore[union-attr]
+                processes._watchdog._heartbeat.barrier()  # type: ignore[union-attr]
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
     if asleep:

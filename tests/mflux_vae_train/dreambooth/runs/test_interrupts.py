@@ -153,7 +153,7 @@ def test_a_command_ends_with_the_status_of_the_signal(
         process.kill()
         process.wait()
     assert "Traceback" not in said.read_text()
-    assert (f"interrupted by {signal.Signals(sent[0]).name}; what was finished is kept" in said.read_text()) == (
+    assert (f"interrupted by {signal.Signals(sent[0]).name}; finished work is kept" in said.read_text()) == (
         where == "picture"
     )
 
