@@ -146,7 +146,8 @@ def _fit(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None) -> mx.ar
         products, targets = products + x.T @ x, targets + x.T @ y
     # a channel that never varied has no say
     products = products + _RIDGE * np.trace(products) / len(products) * np.eye(len(products))
-    return mx.array(np.linalg.solve(products, targets).T.astype(np.float32))
+    # copied: MLX keeps the strides of NumPy's arrays, and a projection from the cache is contiguous
+    return mx.contiguous(mx.array(np.linalg.solve(products, targets).T.astype(np.float32)))
 
 
 def _cached(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None, path: Path) -> mx.array:
