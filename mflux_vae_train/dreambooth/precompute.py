@@ -64,7 +64,7 @@ def gather(pipeline: DiffusionPipeline, run: Preparation, kept_in: Path, process
         prompts,
         choices.concepts,
         store,
-        class_pictures=class_pictures,
+        class_images=class_pictures,
         preserves_output=choices.preservation == "dop",
         processes=processes,
     )
@@ -106,7 +106,7 @@ def _class_pictures(
             resolution=choices.resolution,
             guidance=choices.guidance,
             seed=choices.settings.seed,
-            at_once=choices.settings.sample_batch_size,
+            batch_size=choices.settings.sample_batch_size,
             processes=processes,
         )
         logger.info("generated %d class pictures in %.0f s", len(one.missing), time.monotonic() - began)

@@ -262,7 +262,7 @@ def test_loss_and_gradients_agree_where_the_models_output_is_preserved(ours: Flu
     """The second half, on the instances' own latents and noise, is compared with the model without its adapters."""
     theirs, latents = Theirs(ours), mx.random.normal((4, 4, 6, 4), key=mx.random.key(9))
     prompts = ours.encode_prompts(["a photo of sks dog", "a photo of a dog", ""])
-    cache = replace(small_dataset(latents, latents, prompts), prior=None, preserves_output=True)
+    cache = replace(small_dataset(latents, latents, prompts), class_latents=None, preserves_output=True)
     plan = Plan(samples=4, batch_size=4, accumulation=1)
     (batch,) = micro_batches(cache, plan, update=0, seed=5, caption_dropout=0.0)
     asked = {"guidance": GUIDANCE, "sampling": NoiseSampling(scheme="cosmap")}

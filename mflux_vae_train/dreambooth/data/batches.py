@@ -1,11 +1,11 @@
-"""Cached latents -> micro-batches. A sample is a function of (seed, update, index) alone."""
+"""Encoded images -> micro-batches. A sample is a pure function of (seed, update, index)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,29 +14,29 @@ from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.training.step import MicroBatch
 
 INSTANCE, CLASS = 0, 1
-"""Which set a sample is drawn from; part of the names of random draws. Those of further concepts follow CLASS."""
+"""The set that a sample is drawn from, a part of the names of random draws. Concept i draws from CLASS + i."""
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, which: int, count: int, epoch: int) -> np.ndarray:
-    return rng(seed, Stream.DATA_ORDER, epoch, which).permutation(count)
+def _permutation(seed: int, source: int, count: int, epoch: int) -> np.ndarray:
+    return rng(seed, Stream.DATA_ORDER, epoch, source).permutation(count)
 
 
-def shuffled(seed: int, which: int, count: int, position: int) -> int:
-    """Element at a position of the endless order that runs through all `count` elements, ever reshuffled."""
-    epoch, place = divmod(position, count)
-    return int(_permutation(seed, which, count, epoch)[place])
+def shuffled_index(seed: int, source: int, count: int, position: int) -> int:
+    """Index at a position of an endless order, which visits all `count` elements and is reshuffled every epoch."""
+    epoch, index = divmod(position, count)
+    return int(_permutation(seed, source, count, epoch)[index])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How many samples a run draws, and how they fall into updates.
+    """How many samples a run draws, and how they are grouped into updates.
 
     Attributes:
-        samples: instance samples over the whole run.
-        batch_size: most instance samples in a micro-batch.
-        accumulation: micro-batches in an update, where all samples have one shape; the run's last update may hold
-            fewer. What an update sees is `batch_size` times `accumulation` samples, whatever their shapes.
+        samples: instance samples in the whole run.
+        batch_size: maximum number of instance samples in a micro-batch.
+        accumulation: micro-batches per update if all samples have one shape. An update sees `batch_size` times
+            `accumulation` samples of any shape; the last update of a run may see fewer.
     """
 
     samples: int
@@ -44,34 +44,27 @@ class Plan:
     accumulation: int
 
     @property
-    def window(self) -> int:
-        """Instance samples in an update."""
-        return self.batch_size * self.accumulation
-
-    @property
     def updates(self) -> int:
-        return -(-self.samples // self.window)
+        return -(-self.samples // (self.batch_size * self.accumulation))
 
     def positions(self, update: int) -> range:
         """Positions of the instance samples of an update."""
-        return range(update * self.window, min((update + 1) * self.window, self.samples))
-
-
-Latent: TypeAlias = mx.array
-"""Of one picture, without a batch's axis."""
+        size = self.batch_size * self.accumulation
+        return range(update * size, min((update + 1) * size, self.samples))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """An instance picture, once for each of its repeats.
+    """An instance image, listed once per repeat.
 
     Attributes:
-        entries: numbers of its latents in `EncodedDataset.latents`, by place and there mirrored or not.
-        prompt: row of its prompt, and `class_prompt` of that of its class; None where nothing is preserved.
-        concept: number of the concept that it shows.
+        latents: indices into `EncodedDataset.latents`: a row per crop; in it the plain and the mirrored latent.
+        prompt: row of its prompt in the conditioning.
+        class_prompt: row of its class prompt; None without prior preservation.
+        concept: index of its concept.
     """
 
-    entries: Sequence[Sequence[int]]
+    latents: Sequence[Sequence[int]]
     prompt: int
     class_prompt: int | None = None
     concept: int = 0
@@ -79,122 +72,122 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDataset:
-    """All that training needs of pictures and prompts, encoded once.
+    """Latents and conditioning of all images and prompts. Training needs no other data.
 
     Attributes:
-        samples: what an epoch goes through.
-        latents: of the instance pictures, one for each view.
-        masks: what each place of them counts, (h, w, 1) each; None where all count alike.
-        prior: latents of the class pictures, by concept and shape of the instance's latents; None without class
-            pictures.
-        prompts: conditioning, a row for each prompt.
-        empty: row of the empty prompt.
-        preserves_output: whether instance samples are repeated with their class prompts, see
+        samples: the samples of an epoch.
+        latents: one array per crop of an instance image, without a batch axis.
+        masks: loss weight of each latent position, (h, w, 1) per array in `latents`; None without masks.
+        class_latents: latents of the class images by (concept, shape of the instance latent); None without class
+            images.
+        conditioning: arrays with one row per prompt.
+        empty_prompt: row of the empty prompt.
+        preserves_output: whether each instance sample is repeated with its class prompt, see
             `objective.add_base_prediction`.
     """
 
     samples: Sequence[Sample]
-    latents: Sequence[Latent]
+    latents: Sequence[mx.array]
     masks: Sequence[mx.array] | None = None
-    prior: Mapping[tuple[int, tuple[int, ...]], Sequence[Latent]] | None = None
-    prompts: Mapping[str, mx.array]
-    empty: int
+    class_latents: Mapping[tuple[int, tuple[int, ...]], Sequence[mx.array]] | None = None
+    conditioning: Mapping[str, mx.array]
+    empty_prompt: int
     preserves_output: bool = False
 
 
-class _Drawn(NamedTuple):
-    """What was drawn for one position: a sample, and the entry of it."""
+class _Draw(NamedTuple):
+    """A sample drawn for a position, and the index of its latent."""
 
     sample: Sample
-    entry: int
+    latent: int
     position: int
-    place: int  # in the update
+    slot: int  # index in the update
 
 
-def _drawn(cache: EncodedDataset, seed: int, position: int, place: int) -> _Drawn:
-    count = len(cache.samples)
-    number = shuffled(seed, INSTANCE, count, position)
-    sample = cache.samples[number]
+def _draw(dataset: EncodedDataset, seed: int, position: int, slot: int) -> _Draw:
+    count = len(dataset.samples)
+    index = shuffled_index(seed, INSTANCE, count, position)
+    sample = dataset.samples[index]
     crop = mirrored = 0
-    if len(sample.entries) * len(sample.entries[0]) > 1:
-        draws = rng(seed, Stream.AUGMENT, position // count, number)
-        crop, mirrored = int(draws.integers(len(sample.entries))), int(draws.integers(len(sample.entries[0])))
-    return _Drawn(sample, sample.entries[crop][mirrored], position, place)
+    if len(sample.latents) * len(sample.latents[0]) > 1:
+        draws = rng(seed, Stream.AUGMENT, position // count, index)
+        crop, mirrored = int(draws.integers(len(sample.latents))), int(draws.integers(len(sample.latents[0])))
+    return _Draw(sample, sample.latents[crop][mirrored], position, slot)
 
 
 def micro_batches(
-    cache: EncodedDataset, plan: Plan, *, update: int, seed: int, caption_dropout: float
+    dataset: EncodedDataset, plan: Plan, *, update: int, seed: int, caption_dropout: float
 ) -> list[MicroBatch]:
-    """The micro-batches of one update: its samples in order, those of one shape together, cut by the batch size.
+    """The micro-batches of one update: samples in order, grouped by shape, split by the batch size.
 
-    Everything random about a sample follows from its place in the update, not from the micro-batch it falls into, so
-    that four micro-batches of one are one of four.
+    Randomness depends on the sample's slot in the update and not on its micro-batch. So four micro-batches of one
+    sample equal one micro-batch of four.
     """
     positions = plan.positions(update)
-    by_shape: dict[tuple[int, ...], list[_Drawn]] = {}
-    for position in positions:
-        drawn = _drawn(cache, seed, position, position - positions.start)
-        by_shape.setdefault(cache.latents[drawn.entry].shape, []).append(drawn)
+    by_shape: dict[tuple[int, ...], list[_Draw]] = {}
+    for slot, position in enumerate(positions):
+        draw = _draw(dataset, seed, position, slot)
+        by_shape.setdefault(dataset.latents[draw.latent].shape, []).append(draw)
     return [
         _micro_batch(
-            cache, alike[start : start + plan.batch_size], update=update, seed=seed, caption_dropout=caption_dropout
+            dataset, draws[start : start + plan.batch_size], update=update, seed=seed, caption_dropout=caption_dropout
         )
-        for alike in by_shape.values()
-        for start in range(0, len(alike), plan.batch_size)
+        for draws in by_shape.values()
+        for start in range(0, len(draws), plan.batch_size)
     ]
 
 
 def _micro_batch(
-    cache: EncodedDataset, drawn: Sequence[_Drawn], *, update: int, seed: int, caption_dropout: float
+    dataset: EncodedDataset, draws: Sequence[_Draw], *, update: int, seed: int, caption_dropout: float
 ) -> MicroBatch:
-    """One micro-batch: the instance samples, then as many that preserve the prior, where it is preserved.
+    """Instance samples, followed by as many class samples if the prior is preserved.
 
     Returns:
         a tree of arrays, batch first: `latents`, `conditioning` (by name), `key` for noise, `dropout_key` for
-        adapters, and `mask` where the data set has masks. The weight is the number of instance samples.
+        adapters, and `mask` if the data set has masks. The weight is the number of instance samples.
     """
-    latents = [cache.latents[one.entry] for one in drawn]
-    prompts = [one.sample.prompt for one in drawn]
-    draws = [2 * one.place + INSTANCE for one in drawn]
-    noise = list(draws)
-    if cache.prior is not None or cache.preserves_output:
-        own = [2 * one.place + CLASS for one in drawn]
-        prompts += [_row_of_class(one.sample) for one in drawn]
-        draws += own
-        # the base model's output is compared on the very latents that the instance is learnt from, noise and all
-        noise += noise if cache.prior is None else own
-        latents += latents if cache.prior is None else [_class_latent(cache, one, seed) for one in drawn]
+    latents = [dataset.latents[draw.latent] for draw in draws]
+    prompts = [draw.sample.prompt for draw in draws]
+    streams = [2 * draw.slot + INSTANCE for draw in draws]
+    noise = list(streams)
+    if dataset.class_latents is not None or dataset.preserves_output:
+        class_streams = [2 * draw.slot + CLASS for draw in draws]
+        prompts += [_class_prompt(draw.sample) for draw in draws]
+        streams += class_streams
+        # output preservation compares with the base model on the same latents and noise as the instance
+        noise += noise if dataset.class_latents is None else class_streams
+        latents += latents if dataset.class_latents is None else [_class_latent(dataset, one, seed) for one in draws]
     rows = mx.array(
         [
-            cache.empty if caption_dropped(seed, update, draw, caption_dropout) else prompt
-            for draw, prompt in zip(draws, prompts, strict=True)
+            dataset.empty_prompt if caption_dropped(seed, update, stream, caption_dropout) else prompt
+            for stream, prompt in zip(streams, prompts, strict=True)
         ]
     )
     arrays: dict[str, Any] = {
         "latents": mx.stack(latents),
         "key": sample_keys(seed, Stream.NOISE, update, noise),
-        "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, draws),
-        "conditioning": {name: array[rows] for name, array in cache.prompts.items()},
+        "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, streams),
+        "conditioning": {name: array[rows] for name, array in dataset.conditioning.items()},
     }
-    if cache.masks is not None:
-        masks = [cache.masks[one.entry] for one in drawn]
+    if dataset.masks is not None:
+        masks = [dataset.masks[draw.latent] for draw in draws]
         arrays["mask"] = mx.stack(masks + [mx.ones_like(masks[0])] * (len(latents) - len(masks)))
-    return MicroBatch(arrays=arrays, weight=len(drawn))
+    return MicroBatch(arrays=arrays, weight=len(draws))
 
 
-def _row_of_class(sample: Sample) -> int:
+def _class_prompt(sample: Sample) -> int:
     if sample.class_prompt is None:
-        raise ValueError("the prior is to be preserved, and a sample has no class prompt")
+        raise ValueError("prior preservation: a sample has no class prompt")
     return sample.class_prompt
 
 
-def _class_latent(cache: EncodedDataset, drawn: _Drawn, seed: int) -> Latent:
-    assert cache.prior is not None
-    concept = drawn.sample.concept
-    pictures = cache.prior[concept, cache.latents[drawn.entry].shape]
-    return pictures[shuffled(seed, CLASS + concept, len(pictures), drawn.position)]
+def _class_latent(dataset: EncodedDataset, draw: _Draw, seed: int) -> mx.array:
+    assert dataset.class_latents is not None
+    concept = draw.sample.concept
+    latents = dataset.class_latents[concept, dataset.latents[draw.latent].shape]
+    return latents[shuffled_index(seed, CLASS + concept, len(latents), draw.position)]
 
 
-def caption_dropped(seed: int, update: int, draw: int, share: float) -> bool:
-    """Whether the caption of a sample is replaced by the empty prompt."""
-    return share > 0 and rng(seed, Stream.CAPTION_DROPOUT, update, draw).random() < share
+def caption_dropped(seed: int, update: int, stream: int, probability: float) -> bool:
+    """Whether the empty prompt replaces the caption of a sample."""
+    return probability > 0 and rng(seed, Stream.CAPTION_DROPOUT, update, stream).random() < probability

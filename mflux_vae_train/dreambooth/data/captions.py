@@ -1,4 +1,4 @@
-"""Prompts of single pictures: from ``metadata.jsonl``, from a text file beside the picture, or the concept's."""
+"""Prompts of single images: from ``metadata.jsonl``, from a text file beside the image, or the concept's prompt."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.settings.fields import is_valid_text
 
 METADATA = "metadata.jsonl"
-"""One JSON object per line: the picture's name under ``file_name``, and its prompt."""
+"""One JSON object per line: the file name of an image under ``file_name``, and its prompt."""
 
-COLUMNS = ("text", "prompt")
-"""Where its prompt is looked for, if ``--caption_column`` does not say."""
+CAPTION_KEYS = ("text", "prompt")
+"""Keys that hold the prompt unless ``--caption_column`` names one."""
 
 
-def captions(folder: Path, pictures: Sequence[Path], *, prompt: str, column: str | None = None) -> list[str]:
-    """The prompt of each picture: its row of metadata.jsonl, else its .txt file, else `prompt`; an empty one counts
-    as none.
+def captions(folder: Path, images: Sequence[Path], *, prompt: str, column: str | None = None) -> list[str]:
+    """The prompt of each image: from metadata.jsonl, else from its .txt file, else `prompt`. Skips empty texts.
 
     Args:
-        column: key of the prompts in metadata.jsonl; None for the first of `COLUMNS` that a row has.
+        column: key of the prompts in metadata.jsonl; None for the first of `CAPTION_KEYS` that a row has.
 
     Raises:
-        SettingsError: metadata.jsonl or a text file cannot be read, names no picture of the folder, or lacks the
-            column; or a column is given and there is no metadata.jsonl.
+        SettingsError: metadata.jsonl or a text file cannot be read, names a missing image, or lacks the column; or
+            a column is given and metadata.jsonl is missing.
     """
-    said = _metadata(folder, {path.name for path in pictures}, column)
-    return [said.get(path.name) or _text_beside(path) or prompt for path in pictures]
+    rows = _read_metadata(folder, {path.name for path in images}, column)
+    return [rows.get(path.name) or _read_text_file(path) or prompt for path in images]
 
 
-def _metadata(folder: Path, names: set[str], column: str | None) -> dict[str, str]:
+def _read_metadata(folder: Path, names: set[str], column: str | None) -> dict[str, str]:
     path = folder / METADATA
     if not path.is_file():
         if column is not None:
-            raise SettingsError(f"--caption_column {column}: there is no {path}")
+            raise SettingsError(f"--caption_column {column}: {path} does not exist")
         return {}
-    found = {}
+    prompts = {}
     for number, line in enumerate(_read(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -45,27 +44,27 @@ def _metadata(folder: Path, names: set[str], column: str | None) -> dict[str, st
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{where}: is no JSON ({error})") from error
+            raise SettingsError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise SettingsError(f"{where}: a JSON object with a file_name is expected")
+            raise SettingsError(f"{where}: expected a JSON object with a file_name")
         if row["file_name"] not in names:
-            raise SettingsError(f"{where}: there is no picture {row['file_name']!r} in {folder}")
-        found[row["file_name"]] = _prompt(row, column, where)
-    return found
+            raise SettingsError(f"{where}: image {row['file_name']!r} does not exist in {folder}")
+        prompts[row["file_name"]] = _prompt(row, column, where)
+    return prompts
 
 
 def _prompt(row: dict[str, object], column: str | None, where: str) -> str:
-    columns = COLUMNS if column is None else (column,)
-    value = next((row[name] for name in columns if name in row), None)
+    keys = CAPTION_KEYS if column is None else (column,)
+    value = next((row[name] for name in keys if name in row), None)
     if not isinstance(value, str):
-        raise SettingsError(f"{where}: no text under {' or '.join(columns)}; --caption_column names the key")
+        raise SettingsError(f"{where}: no text under {' or '.join(keys)}; set the key with --caption_column")
     if not is_valid_text(value):
-        raise SettingsError(f"{where}: the prompt has characters that are no text")
+        raise SettingsError(f"{where}: the prompt has characters that cannot be encoded as UTF-8")
     return value.strip()
 
 
-def _text_beside(picture: Path) -> str:
-    path = picture.with_suffix(".txt")
+def _read_text_file(image: Path) -> str:
+    path = image.with_suffix(".txt")
     return " ".join(_read(path).split()) if path.is_file() else ""
 
 
@@ -73,4 +72,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read ({error}): UTF-8 text is expected") from error
+        raise SettingsError(f"{path} cannot be read as UTF-8 text ({error})") from error

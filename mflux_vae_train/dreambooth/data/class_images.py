@@ -1,4 +1,4 @@
-"""Class pictures for prior preservation: those that are there, the missing ones from the base pipeline."""
+"""Class images for prior preservation: existing ones, and missing ones sampled from the base pipeline."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 
 PROMPT_KEY = "prompt"
-"""PNG text chunk that says what a generated class picture was asked to show."""
+"""PNG text chunk with the prompt of a generated class image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFolder:
-    """Images of one class.
+    """Class images of one folder.
 
     Attributes:
-        prompt: of the class.
-        present: how many are there.
-        missing: numbers of those that are to be generated.
+        prompt: the class prompt.
+        present: number of existing images.
+        missing: indices of the images to generate.
     """
 
     folder: Path
@@ -43,34 +43,35 @@ class ClassFolder:
 def scan_class_folders(
     concepts: Sequence[Concept], *, wanted: int, processes: ProcessGroup = SINGLE
 ) -> list[ClassFolder]:
-    """What there is of class pictures, folder by folder; of several processes, where the first one runs.
+    """The class images of each folder, as the first process finds them.
 
     Args:
-        concepts: with nothing left open.
-        wanted: so many in each folder.
+        concepts: with class prompt and folder resolved.
+        wanted: number of images per folder.
 
     Raises:
-        ImageError: one of them cannot be read.
-        SettingsError: a folder is a file, or holds, or would, pictures of two classes.
+        ImageError: an image cannot be read.
+        SettingsError: a folder is a file, or is used for two class prompts.
     """
     found: Any = processes.broadcast(
         lambda: [
-            [str(one.folder), one.prompt, one.present, list(one.missing)] for one in _class_folders(concepts, wanted)
+            [str(one.folder), one.prompt, one.present, list(one.missing)]
+            for one in _scan_class_folders(concepts, wanted)
         ]
     )
     return [ClassFolder(folder=Path(f), prompt=p, present=n, missing=missing) for f, p, n, missing in found]
 
 
-def _class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder]:
+def _scan_class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder]:
     found: dict[Path, ClassFolder] = {}
-    for one in concepts:
-        if one.class_data_dir is None or one.class_prompt is None:
+    for concept in concepts:
+        if concept.class_data_dir is None or concept.class_prompt is None:
             continue
-        folder, prompt = Path(one.class_data_dir), one.class_prompt
+        folder, prompt = Path(concept.class_data_dir), concept.class_prompt
         if folder.exists() and not folder.is_dir():
             raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
         if folder in found and found[folder].prompt != prompt:
-            raise SettingsError(f"--class_data_dir {folder} is given for {found[folder].prompt!r} and for {prompt!r}")
+            raise SettingsError(f"--class_data_dir {folder} is used for {found[folder].prompt!r} and for {prompt!r}")
         present = check_class_images(folder, prompt)
         missing = missing_indices(present, wanted)
         found[folder] = ClassFolder(folder=folder, prompt=prompt, present=len(present), missing=missing)
@@ -78,36 +79,36 @@ def _class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder
 
 
 def find_class_images(folder: Path) -> list[Path]:
-    """Class pictures that are there, sorted by name; none where there is no folder. They are not looked at."""
+    """Class images in a folder, sorted by name and not opened; none if the folder does not exist."""
     return find_images(folder)[0] if folder.is_dir() else []
 
 
 def check_class_images(folder: Path, class_prompt: str) -> list[Path]:
-    """As `class_images`, and each is read, as a mistake must show before anything long begins.
+    """The class images in a folder. Reads each one, so that errors show before anything slow starts.
 
     Raises:
-        ImageError: one of them cannot be read.
-        SettingsError: one of them was generated for another class prompt.
+        ImageError: an image cannot be read.
+        SettingsError: an image was generated for another class prompt.
     """
     paths = find_class_images(folder)
-    for path, made_for in zip(paths, ahead(_made_for, paths), strict=True):
-        if made_for not in (None, class_prompt):
+    for path, prompt in zip(paths, ahead(_read_prompt, paths), strict=True):
+        if prompt not in (None, class_prompt):
             raise SettingsError(
-                f"{path} was generated for {made_for!r}, not {class_prompt!r}: give another --class_data_dir"
+                f"{path} was generated for {prompt!r}, not {class_prompt!r}; use another --class_data_dir"
             )
     return paths
 
 
-def _made_for(path: Path) -> str | None:
-    """The prompt that a class picture was generated for, as far as it says so; the whole file is read."""
+def _read_prompt(path: Path) -> str | None:
+    """The prompt that an image was generated for, if the file has it. Decodes the whole image."""
     load_image(path)
     return image_text(path).get(PROMPT_KEY)
 
 
 def missing_indices(present: Sequence[Path], wanted: int) -> list[int]:
-    """Numbers of the class pictures still to be generated, the lowest free ones."""
-    taken = {path.name for path in present}
-    free = [index for index in range(wanted) if file_name(index) not in taken]
+    """The lowest free indices, as many as images are missing."""
+    names = {path.name for path in present}
+    free = [index for index in range(wanted) if file_name(index) not in names]
     return free[: max(wanted - len(present), 0)]
 
 
@@ -126,51 +127,44 @@ def generate_class_images(
     resolution: int,
     guidance: float,
     seed: int,
-    at_once: int | None = None,
+    batch_size: int | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> None:
-    """Samples the class pictures with the given numbers and writes each as a PNG; several processes share them out.
+    """Sample the class images with the given indices and write each as a PNG. All processes sample.
 
-    Picture i is a function of (seed, i, count, at_once): an interrupted run goes on with the same pictures.
+    Image i is a function of (seed, i, count, batch_size), so a resumed run generates the same images.
 
     Args:
-        conditioning: one row, the class prompt's.
-        indices: which of range(count) are missing.
-        at_once: pictures drawn together; None for as many as memory surely allows.
+        conditioning: of the class prompt, one row.
+        indices: missing elements of range(count).
+        batch_size: images sampled together; None for `images_per_batch`.
     """
     wanted = set(indices)
-    # The groups are fixed, so that no picture depends, by a rounding, on which ones were there already.
-    size = at_once or images_per_batch(resolution)
-    groups = [
-        range(group * size, min((group + 1) * size, count)) for group in sorted({index // size for index in wanted})
-    ]
+    # Rounding may depend on the batch, so batches do not depend on which images exist.
+    size = batch_size or images_per_batch(resolution)
+    batches = [range(i * size, min((i + 1) * size, count)) for i in sorted({index // size for index in wanted})]
 
-    def drawn(members: range) -> list[mx.array]:
-        keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, members)
-        pictures = sample_images(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
-        return [mx.array(picture) for picture in pictures]
+    def sample(batch: range) -> list[mx.array]:
+        keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, batch)
+        images = sample_images(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+        return [mx.array(image) for image in images]
 
-    shown = None if processes.is_main else True
-    with tqdm(total=len(wanted), desc="class pictures", unit="picture", disable=shown) as bar:
-        for members, pictures in processes.map_in_rounds(groups, drawn):
-            for index, picture in zip(members, pictures, strict=True):
+    disable = None if processes.is_main else True
+    with tqdm(total=len(wanted), desc="class images", unit="image", disable=disable) as bar:
+        for batch, images in processes.map_in_rounds(batches, sample):
+            for index, image in zip(batch, images, strict=True):
                 if processes.is_main and index in wanted:
-                    save_image(folder / file_name(index), np.array(picture), text={PROMPT_KEY: class_prompt})
+                    save_image(folder / file_name(index), np.array(image), text={PROMPT_KEY: class_prompt})
                     bar.update()
 
 
 def sample_images(
-    pipeline: DiffusionPipeline,
-    conditioning: Conditioning,
-    keys: mx.array,
-    *,
-    resolution: int,
-    guidance: float,
+    pipeline: DiffusionPipeline, conditioning: Conditioning, keys: mx.array, *, resolution: int, guidance: float
 ) -> list[np.ndarray]:
-    """Square pictures (uint8) of one prompt, one per key, with the pipeline's own number of steps."""
+    """Square images (uint8) of one prompt, one per key, with the pipeline's recommended number of steps."""
     rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
     pixels = pipeline.sample(
         rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
     )
-    # whatever dtype a host's pipeline draws in: numpy knows no bfloat16
+    # NumPy has no bfloat16, in which a host's pipeline may sample
     return list(to_pictures(np.array(pixels.astype(mx.float32))))

@@ -1,4 +1,4 @@
-"""The instance pictures of a run, with the prompt, the mask and the views of each. Nothing is encoded here."""
+"""The instance images of a run, each with its prompt, mask and crops. Nothing is encoded here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,23 +17,23 @@ from mflux_vae.images import EXTENSIONS, covered, find_images, load_image, load_
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.prefetch import ahead
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.dreambooth.data.captions import captions
-from mflux_vae_train.dreambooth.data.crops import Crop, Shape, nearest, shapes, views
+from mflux_vae_train.dreambooth.data.captions import METADATA, captions
+from mflux_vae_train.dreambooth.data.crops import Crop, Shape, bucket_shapes, crops, nearest_shape
 
 MASK = re.compile(r"(?P<name>.+)-mask\.png", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceImage:
-    """One picture to learn from.
-
+    """
     Attributes:
-        content: hash of the file's bytes, in hexadecimal.
-        concept: number of the concept that it shows.
+        path: the image file.
+        content: SHA-256 of the file, in hexadecimal.
+        concept: index of the concept that the image shows.
         caption: its prompt.
-        mask: file that says which places of it count, None for all alike.
-        views: by place, and there mirrored or not: what its samples are drawn from. Of no place its mask is all black.
-        square: its centre, uint8 (resolution, resolution, 3): for people to look at.
+        mask: file with the loss weight of each position; None if all weigh the same.
+        crops: see `crops.crops`. Crops whose mask is entirely black are dropped.
+        square: the centre of the image, uint8 (resolution, resolution, 3).
     """
 
     path: Path
@@ -42,117 +41,112 @@ class InstanceImage:
     concept: int
     caption: str
     mask: Path | None
-    views: Sequence[Sequence[Crop]]
+    crops: Sequence[Sequence[Crop]]
     square: np.ndarray
 
     @property
     def shape(self) -> Shape:
-        """Height and width that it is trained in."""
-        return self.views[0][0].shape
+        """Height and width of the training images."""
+        return self.crops[0][0].shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceDataset:
-    """The instance pictures of all concepts.
+    """The instance images of all concepts.
 
     Attributes:
-        instances: concept by concept, sorted by name.
-        skipped: files in the folders that are neither pictures nor of use to one.
-        unused_masks: masks that were not asked for.
+        images: in the order of the concepts, then sorted by name.
+        skipped: number of files in the folders that are not used.
+        unused_masks: number of masks that are ignored without ``--masked_loss``.
     """
 
     images: Sequence[InstanceImage]
     skipped: int
     unused_masks: int
 
-    @property
-    def paths(self) -> list[Path]:
-        return [instance.path for instance in self.images]
-
-    @property
-    def arrays(self) -> list[np.ndarray]:
-        """What the pictures show, in squares, for people to look at."""
-        return [instance.square for instance in self.images]
-
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal pictures, prompts and masks, whatever the files are called."""
+        """Hash of images, prompts and masks. File names do not matter."""
         digest = hashlib.sha256()
-        for one in self.images:
-            mask = file_hash(one.mask) if one.mask is not None else ""
-            digest.update(repr((one.content, one.concept, one.caption, mask)).encode())
+        for image in self.images:
+            mask = file_hash(image.mask) if image.mask is not None else ""
+            digest.update(repr((image.content, image.concept, image.caption, mask)).encode())
         return digest.hexdigest()[:16]
 
     def summary(self, concepts: Sequence[Concept]) -> list[str]:
         """Lines for the start of a run."""
-        counts = Counter(instance.concept for instance in self.images)
-        skipped = f", {count_text(self.skipped, 'other file')} skipped" if self.skipped else ""
+        counts = Counter(image.concept for image in self.images)
         lines = [
-            f"{count_text(counts[number], 'instance picture')} in {concept.instance_data_dir}"
-            + (skipped if number == len(concepts) - 1 else "")
-            for number, concept in enumerate(concepts)
+            f"{count_text(counts[index], 'instance image')} in {concept.instance_data_dir}"
+            for index, concept in enumerate(concepts)
         ]
-        if own := sum(one.caption != concepts[one.concept].instance_prompt for one in self.images):
-            lines.append(f"{own} of {len(self.images)} pictures have prompts of their own")
-        if len(by_shape := Counter(instance.shape for instance in self.images)) > 1:
+        if self.skipped:
+            lines[-1] += f", {count_text(self.skipped, 'other file')} skipped"
+        if captioned := sum(image.caption != concepts[image.concept].instance_prompt for image in self.images):
+            lines.append(f"{captioned} of {len(self.images)} images have their own prompt")
+        if len(shapes := Counter(image.shape for image in self.images)) > 1:
             lines.append(
-                "shapes: " + ", ".join(f"{height}x{width} {n}" for (height, width), n in sorted(by_shape.items()))
+                "shapes: " + ", ".join(f"{height}x{width} {n}" for (height, width), n in sorted(shapes.items()))
             )
-        if masked := sum(one.mask is not None for one in self.images):
-            lines.append(f"{masked} of {len(self.images)} pictures have a mask")
+        if masked := sum(image.mask is not None for image in self.images):
+            lines.append(f"{masked} of {len(self.images)} images have a mask")
         if self.unused_masks:
-            lines.append(f"{self.unused_masks} masks are not used: --masked_loss does")
+            lines.append(f"{count_text(self.unused_masks, 'mask')} ignored; use --masked_loss to apply masks")
         return lines
 
 
 def file_hash(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> InstanceDataset:
-    """Reads every instance picture: upright, RGB.
+    """Read every instance image.
 
     Args:
-        resolution: side of a square training picture.
-        multiple: sides of training pictures are multiples of this many pixels.
+        resolution: side of a square training image in pixels.
+        multiple: sides of training images are multiples of this many pixels.
 
     Raises:
-        ImageError: no such folder, no picture in it, a picture or mask that cannot be read (named), a mask of another
-            shape than its picture or black in all that is taken of it, or ``--masked_loss`` without any mask.
-        SettingsError: prompts or shapes cannot be read.
+        ImageError: a folder is missing or has no image; an image or mask cannot be read; a mask has another aspect
+            ratio than its image, or is black in every crop; ``--masked_loss`` is set and there is no mask.
+        SettingsError: captions or bucket shapes cannot be read.
     """
-    among = shapes(settings, resolution=resolution, multiple=multiple)
-    crops = 1 if settings.center_crop else settings.num_crops
-    images: list[InstanceImage] = []
-    skipped = unused = 0
-    for number, concept in enumerate(settings.subjects):
-        folder = Path(concept.instance_data_dir)
-        paths, masks, others = _sorted_out(folder)
-        used = masks if settings.masked_loss else {}
-        skipped, unused = skipped + others, unused + len(masks) - len(used)
-        prompts = captions(folder, paths, prompt=concept.instance_prompt, column=settings.caption_column)
-        see: dict[str, Any] = {"among": among, "crops": crops, "mirror": settings.random_flip}
-        read = ahead(partial(_read, masks=used, resolution=resolution, **see), paths)
-        for path, prompt, (content, seen, square) in zip(paths, prompts, read, strict=True):
-            images.append(
-                InstanceImage(
-                    path=path,
-                    content=content,
-                    concept=number,
-                    caption=prompt,
-                    mask=used.get(path),
-                    views=seen,
-                    square=square,
-                )
-            )
-    if settings.masked_loss and not any(one.mask for one in images):
-        raise ImageError(f"--masked_loss: no picture NAME.jpg has a NAME-mask.png beside it in {folder}")
-    return InstanceDataset(images=images, skipped=skipped, unused_masks=unused)
+    shapes = bucket_shapes(settings, resolution=resolution, multiple=multiple)
+    count = 1 if settings.center_crop else settings.num_crops
+    entries: list[tuple[int, Path, str, Path | None]] = []
+    skipped = unused_masks = 0
+    for concept, subject in enumerate(settings.subjects):
+        folder = Path(subject.instance_data_dir)
+        paths, masks, others = _list_folder(folder)
+        if not settings.masked_loss:
+            unused_masks, masks = unused_masks + len(masks), {}
+        skipped += others
+        prompts = captions(folder, paths, prompt=subject.instance_prompt, column=settings.caption_column)
+        entries += [(concept, path, prompt, masks.get(path)) for path, prompt in zip(paths, prompts, strict=True)]
+
+    def load(entry: tuple[int, Path, str, Path | None]) -> InstanceImage:
+        concept, path, caption, mask = entry
+        image = load_image(path)
+        size = image.shape[0], image.shape[1]
+        rows = crops(size, nearest_shape(size, shapes), count=count, mirror=settings.random_flip)
+        return InstanceImage(
+            path=path,
+            content=file_hash(path),
+            concept=concept,
+            caption=caption,
+            mask=mask,
+            crops=rows if mask is None else _visible(rows, mask, path, size),
+            square=covered(image, (resolution, resolution)),
+        )
+
+    if settings.masked_loss and not any(mask for *_, mask in entries):
+        raise ImageError(f"--masked_loss: no image NAME.jpg in {folder} has a mask NAME-mask.png")
+    return InstanceDataset(images=list(ahead(load, entries)), skipped=skipped, unused_masks=unused_masks)
 
 
-def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
-    """The pictures of a folder, masks by picture, and the number of files that are of no use."""
+def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
+    """The images of a folder, the mask of each image that has one, and the number of unused files."""
     found, skipped = find_images(folder)
     by_stem = {path.stem: path for path in found}
     masks = {}
@@ -160,32 +154,26 @@ def _sorted_out(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
         match = MASK.fullmatch(path.name)
         if match and match["name"] in by_stem:
             masks[by_stem[match["name"]]] = path
-    pictures = [path for path in found if path not in masks.values()]
-    if not pictures:
+    images = [path for path in found if path not in masks.values()]
+    if not images:
         others = f" among its {skipped} files" if skipped else ""
-        raise ImageError(f"{folder} holds no picture{others}: {', '.join(EXTENSIONS)} count")
-    beside = sum(path.with_suffix(".txt").is_file() for path in pictures) + (folder / "metadata.jsonl").is_file()
-    return pictures, masks, skipped - beside
+        raise ImageError(f"{folder} has no image{others}; supported: {', '.join(EXTENSIONS)}")
+    captions = sum(path.with_suffix(".txt").is_file() for path in images) + (folder / METADATA).is_file()
+    return images, masks, skipped - captions
 
 
-def _read(
-    path: Path, *, masks: dict[Path, Path], resolution: int, among: Sequence[Shape], crops: int, mirror: bool
-) -> tuple[str, Sequence[Sequence[Crop]], np.ndarray]:
-    """Content of a picture, its views, and its centre square. Where its mask is black nothing is to be seen."""
-    picture = load_image(path)
-    height, width = size = picture.shape[:2]
-    seen = views(size, nearest(size, among), crops=crops, mirror=mirror)
-    if path in masks:
-        mask = load_mask(masks[path])
-        if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width):
-            raise ImageError(f"{masks[path]} is {mask.shape[1]}x{mask.shape[0]}, of another shape than {path.name}")
-        seen = [place for place in seen if place[0].of(mask).any()]
-        if not seen:
-            where = "all over" if not mask.any() else "where the picture is cut"
-            raise ImageError(f"{masks[path]} is black {where}: nothing of {path.name} would count")
-    return file_hash(path), seen, covered(picture, (resolution, resolution))
+def _visible(rows: list[list[Crop]], path: Path, image: Path, size: Shape) -> list[list[Crop]]:
+    """The crops that the mask at `path` does not black out."""
+    mask = load_mask(path)
+    if abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(size):
+        raise ImageError(f"{path} is {mask.shape[1]}x{mask.shape[0]}: aspect ratio differs from {image.name}")
+    visible = [row for row in rows if row[0].apply(mask).any()]
+    if not visible:
+        where = "everywhere" if not mask.any() else "in every crop"
+        raise ImageError(f"{path} is black {where}; {image.name} would not be trained")
+    return visible
 
 
 def load_mask(path: Path) -> np.ndarray:
-    """Grey levels of a mask: uint8 (H, W, 1)."""
+    """Grey levels of a mask, uint8 (H, W, 1)."""
     return load_images(path, channels=1)[0]

@@ -1,8 +1,7 @@
-"""Encoded pictures and prompts on disk: by what they are of and what encoded them, for this run and others.
+"""Encoded images and prompts on disk, reused by this run and by others.
 
-A file is named by the hash of all that its arrays depend on, written whole or not at all, and never changed. So a
-stopped run loses nothing that was finished, several runs may share a folder, and what is deleted or broken is
-encoded again.
+A file is named by the hash of everything that its arrays depend on, and is written atomically. An interrupted run
+keeps what it encoded, several runs can share a folder, and missing or broken files are encoded again.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 
 VERSION = 1
-"""Of what the files hold; part of every name."""
+"""Version of the file contents, a part of every key."""
 
 
 class EncodingCache:
-    """Named arrays by key, below a folder; without a folder nothing is kept.
+    """Named arrays by key in a folder; without a folder nothing is kept.
 
     Attributes:
-        found, written: how many keys were asked for and there, and how many were put.
+        hits, writes: numbers of keys found and written.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -34,7 +33,7 @@ class EncodingCache:
         self.hits = self.writes = 0
 
     def get(self, key: Mapping[str, object]) -> dict[str, mx.array] | None:
-        """What was put under a key; None if nothing was, or it cannot be read."""
+        """The arrays of a key; None if they are missing or cannot be read."""
         if self.folder is None or not (path := self._path(key)).is_file():
             return None
         try:
@@ -46,20 +45,20 @@ class EncodingCache:
         return arrays
 
     def put(self, key: Mapping[str, object], arrays: Mapping[str, mx.array]) -> None:
-        """Keep arrays under a key.
+        """Write the arrays of a key.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the file cannot be written.
         """
         if self.folder is None:
             return
         path = self._path(key)
-        own = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")  # another run may write the same key
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")  # another run may write the same key
         try:
-            write_safetensors(own, arrays)
-            os.replace(own, path)
+            write_safetensors(partial, arrays)
+            os.replace(partial, path)
         finally:
-            own.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         self.writes += 1
 
     def _path(self, key: Mapping[str, object]) -> Path:

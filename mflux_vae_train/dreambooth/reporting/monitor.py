@@ -75,7 +75,7 @@ class Monitor:
             self._pipeline,
             self._prompts,
             run.choices,
-            instance=run.pictures.paths,
+            instance=[image.path for image in run.pictures.images],
             samples=folder.samples,
             trackers=trackers,
             processes=self._processes,

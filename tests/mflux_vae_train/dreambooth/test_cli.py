@@ -49,7 +49,7 @@ def test_it_trains_and_says_what_it_does(run, tmp_path):
     status, out, err = run()
     assert status == 0, err
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
-    assert "5 instance pictures" in out and "class prompt: 'a photo of a dog'" in out and "saved" in out
+    assert "5 instance images" in out and "class prompt: 'a photo of a dog'" in out and "saved" in out
     assert run()[1].startswith("already complete")
 
 

@@ -1,4 +1,4 @@
-"""Caches of the plainest kind: one concept, one view of each picture."""
+"""A small data set: one concept, one crop per image."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ PROMPT, CLASS_PROMPT, EMPTY = range(3)
 
 
 def small_dataset(
-    instance: mx.array, prior: mx.array | None, prompts: Mapping[str, mx.array], **changes: Any
+    instance: mx.array, class_latents: mx.array | None, conditioning: Mapping[str, mx.array], **changes: Any
 ) -> EncodedDataset:
-    """Latents of instance and class pictures, batch first; prompts in the order above."""
+    """Latents of instance and class images, batch first; rows of the conditioning in the order above."""
     samples = [
-        Sample(entries=[[number]], prompt=PROMPT, class_prompt=CLASS_PROMPT) for number in range(instance.shape[0])
+        Sample(latents=[[index]], prompt=PROMPT, class_prompt=CLASS_PROMPT) for index in range(instance.shape[0])
     ]
-    pictures = None if prior is None else {(0, tuple(instance.shape[1:])): list(prior)}
-    given = {"samples": samples, "latents": list(instance), "prior": pictures, "prompts": prompts, "empty": EMPTY}
+    given = {
+        "samples": samples,
+        "latents": list(instance),
+        "class_latents": None if class_latents is None else {(0, tuple(instance.shape[1:])): list(class_latents)},
+        "conditioning": conditioning,
+        "empty_prompt": EMPTY,
+    }
     return EncodedDataset(**{**given, **changes})

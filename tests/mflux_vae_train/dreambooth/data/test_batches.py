@@ -40,11 +40,11 @@ def joined(batches, name):
 
 
 def test_the_order_runs_through_all_and_is_shuffled_anew():
-    epochs = [[micro_batching.shuffled(3, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)]
+    epochs = [[micro_batching.shuffled_index(3, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 10
     assert epochs != [
-        [micro_batching.shuffled(4, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)
+        [micro_batching.shuffled_index(4, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)
     ]
 
 
@@ -95,7 +95,7 @@ def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noi
 
 def test_noise_of_the_instance_does_not_depend_on_the_prior(cache):
     plan = Plan(samples=12, batch_size=2, accumulation=2)
-    without = run_of(replace(cache, prior=None), plan)
+    without = run_of(replace(cache, class_latents=None), plan)
     for one, other in zip(run_of(cache, plan), without, strict=True):
         for batch, bare in zip(one, other, strict=True):
             np.testing.assert_array_equal(batch.arrays["key"][:2], bare.arrays["key"])
@@ -127,17 +127,24 @@ def mixed():
     latents, masks, samples = [], [], []
     for number in range(7):
         concept, shape = number % 2, (2, 4, 1) if number % 3 else (4, 2, 1)
-        entries = [[len(latents) + 2 * crop + mirrored for mirrored in range(2)] for crop in range(2)]
+        indices = [[len(latents) + 2 * crop + mirrored for mirrored in range(2)] for crop in range(2)]
         latents += [mx.full(shape, 100 * concept + 10 * number + view) for view in range(4)]
         masks += [mx.full(shape, view / 4) for view in range(4)]
-        samples.append(Sample(entries=entries, prompt=concept, class_prompt=2 + concept, concept=concept))
-    prior = {
+        samples.append(Sample(latents=indices, prompt=concept, class_prompt=2 + concept, concept=concept))
+    class_latents = {
         (concept, shape): [mx.full(shape, -100.0 * (concept + 1) - picture) for picture in range(3)]
         for concept in range(2)
         for shape in ((2, 4, 1), (4, 2, 1))
     }
-    prompts = {"embedding": mx.arange(5).reshape(5, 1)}
-    return EncodedDataset(samples=samples, latents=latents, masks=masks, prior=prior, prompts=prompts, empty=4)
+    conditioning = {"embedding": mx.arange(5).reshape(5, 1)}
+    return EncodedDataset(
+        samples=samples,
+        latents=latents,
+        masks=masks,
+        class_latents=class_latents,
+        conditioning=conditioning,
+        empty_prompt=4,
+    )
 
 
 def by_key(batches):
@@ -190,7 +197,7 @@ def test_masks_go_with_their_views(mixed):
 
 def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
     plan = Plan(samples=7 * 200, batch_size=7, accumulation=1)
-    run = run_of(replace(mixed, prior=None), plan)
+    run = run_of(replace(mixed, class_latents=None), plan)
     views = [
         tuple(np.sort(np.concatenate([np.array(b.arrays["latents"])[:, 0, 0, 0] for b in batches]))) for batches in run
     ]
@@ -199,9 +206,9 @@ def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
     assert counts.sum() == 1400 and (abs(counts - 350) < 60).all()
 
 
-@pytest.mark.parametrize("entries", [[[0, 1]], [[0], [1]]])  # mirrored or not, or two places
-def test_two_views_take_turns_by_chance(cache, entries):
-    two = replace(cache, samples=[Sample(entries=entries, prompt=PROMPT)], prior=None)
+@pytest.mark.parametrize("indices", [[[0, 1]], [[0], [1]]])  # mirrored or not, or two places
+def test_two_views_take_turns_by_chance(cache, indices):
+    two = replace(cache, samples=[Sample(latents=indices, prompt=PROMPT)], class_latents=None)
     drawn = [
         batch.arrays["latents"].item() for (batch,) in run_of(two, Plan(samples=200, batch_size=1, accumulation=1))
     ]
@@ -210,7 +217,7 @@ def test_two_views_take_turns_by_chance(cache, entries):
 
 def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
     plan = Plan(samples=12, batch_size=3, accumulation=1)
-    for (batch,) in run_of(replace(cache, prior=None, preserves_output=True), plan):
+    for (batch,) in run_of(replace(cache, class_latents=None, preserves_output=True), plan):
         for name in ("latents", "key"):
             np.testing.assert_array_equal(*np.split(np.array(batch.arrays[name]), 2))
         dropout = np.array(batch.arrays["dropout_key"])

@@ -8,7 +8,7 @@ import pytest
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, covered
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.data.crops import Crop, nearest, shapes, views
+from mflux_vae_train.dreambooth.data.crops import Crop, bucket_shapes, crops, nearest_shape
 
 
 def settings(**changes) -> DreamBoothSettings:
@@ -22,12 +22,12 @@ def ramp(height: int, width: int) -> np.ndarray:
 
 
 def test_without_buckets_there_is_the_square():
-    assert shapes(settings(), resolution=512, multiple=16) == [(512, 512)]
+    assert bucket_shapes(settings(), resolution=512, multiple=16) == [(512, 512)]
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 768, 1024])
 def test_buckets_have_the_pixels_of_the_resolution_and_sides_that_the_pipeline_takes(resolution):
-    found = shapes(settings(use_aspect_ratio_buckets=True), resolution=resolution, multiple=16)
+    found = bucket_shapes(settings(use_aspect_ratio_buckets=True), resolution=resolution, multiple=16)
     assert (resolution, resolution) in found
     for height, width in found:
         assert height % 16 == width % 16 == 0
@@ -37,40 +37,40 @@ def test_buckets_have_the_pixels_of_the_resolution_and_sides_that_the_pipeline_t
 
 
 def test_eleven_shapes_at_512():
-    found = shapes(settings(use_aspect_ratio_buckets=True), resolution=512, multiple=16)
+    found = bucket_shapes(settings(use_aspect_ratio_buckets=True), resolution=512, multiple=16)
     assert len(found) == 11 and (416, 624) in found and (720, 368) in found
 
 
 def test_own_buckets_are_read_and_mistakes_named():
     own = settings(aspect_ratio_buckets=" 512,512; 384, 640;512,512")
-    assert shapes(own, resolution=512, multiple=16) == [(512, 512), (384, 640)]
+    assert bucket_shapes(own, resolution=512, multiple=16) == [(512, 512), (384, 640)]
     for text, said in (
-        ("512", "no 'height,width'"),
-        ("512,-1", "no 'height"),
-        ("512,500", "multiples of 16"),
+        ("512", "height,width"),
+        ("512,-1", "height"),
+        ("512,500", "16"),
         ("0,0", "16"),
     ):
         with pytest.raises(SettingsError, match=said):
-            shapes(settings(aspect_ratio_buckets=text), resolution=512, multiple=16)
+            bucket_shapes(settings(aspect_ratio_buckets=text), resolution=512, multiple=16)
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [((100, 100), (4, 4)), ((100, 160), (4, 8)), ((100, 130), (4, 4)), ((900, 400), (8, 4))]
 )
 def test_the_nearest_shape_needs_the_least_cut_off(size, expected):
-    assert nearest(size, [(4, 4), (4, 8), (8, 4)]) == expected
+    assert nearest_shape(size, [(4, 4), (4, 8), (8, 4)]) == expected
 
 
 def test_places_run_from_one_end_to_the_other():
     picture = ramp(30, 90)
-    rows = views((30, 90), (30, 30), crops=3, mirror=True)
-    assert [[view.mirrored for view in row] for row in rows] == [[False, True]] * 3
+    rows = crops((30, 90), (30, 30), count=3, mirror=True)
+    assert [[crop.mirrored for crop in row] for row in rows] == [[False, True]] * 3
     for row, left in zip(rows, (0, 30, 60), strict=True):
-        plain, mirrored = (view.of(picture) for view in row)
+        plain, mirrored = (crop.apply(picture) for crop in row)
         np.testing.assert_array_equal(plain, picture[:, left : left + 30])
         np.testing.assert_array_equal(mirrored, plain[:, ::-1])
-    assert len(views((30, 30), (10, 10), crops=3, mirror=False)) == 1, "nothing is cut off: one place"
-    assert views((30, 90), (30, 30), crops=1, mirror=False) == [[Crop(shape=(30, 30))]]
+    assert len(crops((30, 30), (10, 10), count=3, mirror=False)) == 1, "nothing is cut off: one place"
+    assert crops((30, 90), (30, 30), count=1, mirror=False) == [[Crop(shape=(30, 30))]]
 
 
 @pytest.mark.parametrize("size", [(7, 31), (31, 7), (16, 16), (100, 33)])

@@ -26,8 +26,8 @@ from tests.contracts.fake import FakePipeline
 LARGE = Crop(shape=(600, 600))
 
 
-def seen(folder, view=LARGE) -> list[CroppedImage]:
-    return [CroppedImage(path, view) for path in sorted(folder.glob("*.png"))]
+def seen(folder, crop=LARGE) -> list[CroppedImage]:
+    return [CroppedImage(path, crop) for path in sorted(folder.glob("*.png"))]
 
 
 def corners(pixels: mx.array) -> mx.array:
@@ -49,19 +49,19 @@ def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
     encode = Counting()
     latents = encode_images(encode, seen(instance_dir))
     assert encode.sizes == [2, 2, 1]
-    for latent, (path, _) in zip(latents, seen(instance_dir), strict=True):
-        expected = load_image(path, resolution=600)[0, 0] / 127.5 - 1
+    for latent, image in zip(latents, seen(instance_dir), strict=True):
+        expected = load_image(image.path, resolution=600)[0, 0] / 127.5 - 1
         np.testing.assert_allclose(latent, expected, atol=0.004)
 
 
 def test_pictures_of_one_shape_are_encoded_together(instance_dir):
     wide = Crop(shape=(300, 600))
-    pictures = [CroppedImage(path, view) for path, _ in seen(instance_dir) for view in (LARGE, wide)]
+    pictures = [CroppedImage(image.path, crop) for image in seen(instance_dir) for crop in (LARGE, wide)]
     shapes = []
     latents = encode_images(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
     assert shapes == [(2, 600, 600, 3), (2, 600, 600, 3), (1, 600, 600, 3), (5, 300, 600, 3)]
-    for latent, (path, view) in zip(latents, pictures, strict=True):
-        expected = view.of(load_image(path))[:1, :1] / 127.5 - 1
+    for latent, image in zip(latents, pictures, strict=True):
+        expected = image.crop.apply(load_image(image.path))[:1, :1] / 127.5 - 1
         np.testing.assert_allclose(latent, expected, atol=1e-5)
 
 
@@ -92,50 +92,50 @@ def test_a_broken_picture_is_named(instance_dir):
 
 def test_what_was_encoded_is_not_encoded_again(instance_dir, tmp_path):
     encode = Counting()
-    first = encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"), encoder="a")
-    store = EncodingCache(tmp_path / "kept")
-    again = encode_images(encode, seen(instance_dir), store=store, encoder="a")
-    assert encode.sizes == [2, 2, 1] and (store.hits, store.writes) == (5, 0)
+    first = encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"), encoder="a")
+    cache = EncodingCache(tmp_path / "kept")
+    again = encode_images(encode, seen(instance_dir), cache=cache, encoder="a")
+    assert encode.sizes == [2, 2, 1] and (cache.hits, cache.writes) == (5, 0)
     assert all(mx.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("change", ["encoder", "shape", "place", "mirrored", "content"])
+@pytest.mark.parametrize("change", ["encoder", "shape", "offset", "mirrored", "content"])
 def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
-    store, encode = EncodingCache(tmp_path / "kept"), Counting()
-    encode_images(encode, seen(instance_dir), store=store, encoder="a")
+    cache, encode = EncodingCache(tmp_path / "kept"), Counting()
+    encode_images(encode, seen(instance_dir), cache=cache, encoder="a")
     view = {
         "shape": Crop(shape=(300, 600)),
-        "place": Crop(shape=(600, 600), place=1.0),
+        "offset": Crop(shape=(600, 600), offset=1.0),
         "mirrored": Crop(shape=(600, 600), mirrored=True),
     }.get(change, LARGE)
     if change == "content":
-        for path, _ in seen(instance_dir):
-            save_image(path, load_image(path) // 2)
+        for image in seen(instance_dir):
+            save_image(image.path, load_image(image.path) // 2)
     before = sum(encode.sizes)
-    encode_images(encode, seen(instance_dir, view), store=store, encoder="b" if change == "encoder" else "a")
+    encode_images(encode, seen(instance_dir, view), cache=cache, encoder="b" if change == "encoder" else "a")
     assert sum(encode.sizes) - before == 5
 
 
 def test_a_name_or_a_date_does_not_matter(instance_dir, tmp_path):
-    store, encode = EncodingCache(tmp_path / "kept"), Counting()
-    encode_images(encode, seen(instance_dir), store=store)
-    for index, (path, _) in enumerate(seen(instance_dir)):
-        path.rename(instance_dir / f"z{9 - index}.png")
-    encode_images(encode, seen(instance_dir), store=store)
+    cache, encode = EncodingCache(tmp_path / "kept"), Counting()
+    encode_images(encode, seen(instance_dir), cache=cache)
+    for index, image in enumerate(seen(instance_dir)):
+        image.path.rename(instance_dir / f"z{9 - index}.png")
+    encode_images(encode, seen(instance_dir), cache=cache)
     assert encode.sizes == [2, 2, 1]
 
 
 def test_what_is_missing_or_broken_is_encoded_with_its_group_and_the_rest_stays(instance_dir, tmp_path):
     """A latent may differ by a rounding with what it is encoded beside: the groups are those of a whole run."""
     folder = tmp_path / "kept"
-    encode_images(Counting(), seen(instance_dir), store=EncodingCache(folder))
+    encode_images(Counting(), seen(instance_dir), cache=EncodingCache(folder))
     kept = sorted(folder.iterdir())
     kept[0].write_bytes(b"broken")
     kept[1].unlink()
     encode = Counting()
-    encode_images(encode, seen(instance_dir), store=(store := EncodingCache(folder)))
-    assert store.hits == 3 and store.writes == 2 and set(encode.sizes) <= {1, 2}
-    encode_images(encode_nothing, seen(instance_dir), store=EncodingCache(folder))
+    encode_images(encode, seen(instance_dir), cache=(cache := EncodingCache(folder)))
+    assert cache.hits == 3 and cache.writes == 2 and set(encode.sizes) <= {1, 2}
+    encode_images(encode_nothing, seen(instance_dir), cache=EncodingCache(folder))
     assert len(list(folder.iterdir())) == 5, "and nothing temporary is left"
 
 
@@ -156,8 +156,8 @@ def test_a_stopped_run_keeps_what_it_finished(instance_dir, tmp_path):
         return corners(pixels)
 
     with pytest.raises(Stop):
-        encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"))
-    encode_images(encode, seen(instance_dir), store=EncodingCache(tmp_path / "kept"))
+        encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"))
+    encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"))
     assert calls == [2, 2, 2, 1]
 
 
@@ -199,7 +199,7 @@ def cache_of(instance_dir, pipeline, tmp_path, **changes):
         prompts,
         preservation.concepts,
         EncodingCache(None),
-        class_pictures=classes,
+        class_images=classes,
         preserves_output=preservation.kind == "dop",
     )
 
@@ -210,9 +210,9 @@ def test_views_are_entries_and_class_pictures_are_cut_to_the_shapes_beside_them(
     assert len(cache.samples) == 6 * 3 and len(cache.latents) == 6 * 2
     shapes = {latent.shape for latent in cache.latents}
     assert len(shapes) == 2
-    assert cache.prior.keys() == {(0, shape) for shape in shapes}
-    assert all(latent.shape == shape for (_, shape), latents in cache.prior.items() for latent in latents)
-    plain, mirrored = (cache.latents[entry] for entry in cache.samples[0].entries[0])
+    assert cache.class_latents.keys() == {(0, shape) for shape in shapes}
+    assert all(latent.shape == shape for (_, shape), latents in cache.class_latents.items() for latent in latents)
+    plain, mirrored = (cache.latents[entry] for entry in cache.samples[0].latents[0])
     np.testing.assert_allclose(plain[:, ::-1], mirrored, atol=0.02)
 
 
@@ -222,11 +222,11 @@ def test_masks_lie_on_the_latents_places(instance_dir, tmp_path):
     mask[:, 4:8] = 128
     save_image(instance_dir / "picture-0-mask.png", mask)
     cache = cache_of(instance_dir, FakePipeline(), tmp_path, masked_loss=True, random_flip=True)
-    plain, mirrored = (np.array(cache.masks[entry])[..., 0] for entry in cache.samples[0].entries[0])
+    plain, mirrored = (np.array(cache.masks[entry])[..., 0] for entry in cache.samples[0].latents[0])
     assert plain.shape == cache.latents[0].shape[:2] == (4, 4)
     np.testing.assert_allclose(plain, [[0, 0.5, 1, 1]] * 4, atol=0.1)
     np.testing.assert_array_equal(mirrored, plain[:, ::-1])
-    assert (np.array(cache.masks[cache.samples[1].entries[0][0]]) == 1).all(), "without a mask every place counts"
+    assert (np.array(cache.masks[cache.samples[1].latents[0][0]]) == 1).all(), "without a mask every place counts"
 
 
 def test_masks_on_latents_without_places_are_refused(instance_dir, tmp_path):
@@ -235,5 +235,5 @@ def test_masks_on_latents_without_places_are_refused(instance_dir, tmp_path):
             return super().encode_images(pixels).flatten(1)
 
     save_image(instance_dir / "picture-0-mask.png", np.full((20, 16, 1), 255, np.uint8))
-    with pytest.raises(SettingsError, match="latents that are pictures"):
+    with pytest.raises(SettingsError, match="spatial"):
         cache_of(instance_dir, Flat(), tmp_path, masked_loss=True)

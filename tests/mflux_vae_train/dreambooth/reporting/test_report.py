@@ -120,7 +120,7 @@ def test_settings_that_were_chosen_stand_out_and_the_log_is_there(out):
     html = (out / "report.html").read_text(encoding="utf-8")
     assert '<tr class=told title="updates between previews' in html and '<tr title="micro-batches in an update' in html
     said = page.text()
-    assert all(words in said for words in ("finished", "validation_steps", "6 instance pictures", "saved"))
+    assert all(words in said for words in ("finished", "validation_steps", "6 instance images", "saved"))
 
 
 def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):

@@ -98,11 +98,11 @@ def test_another_run_finds_what_is_encoded_in_a_shared_folder(settings, tmp_path
     assert "encodings of an earlier run were used, 0 are new" in caplog.text
 
 
-def test_every_view_is_encoded_once(settings):
+def test_every_crop_is_encoded_once(settings):
     given, pipeline = settings(**WAYS["dop"]), FakePipeline()
-    views = [one.views for one in load_dataset(given, resolution=16, multiple=4).images]
+    crops = [one.crops for one in load_dataset(given, resolution=16, multiple=4).images]
     DreamBooth(pipeline).train(given)
-    assert pipeline.images_encoded == sum(len(row) for rows in views for row in rows) > 2 * len(views)
+    assert pipeline.images_encoded == sum(len(row) for rows in crops for row in rows) > 2 * len(crops)
     assert pipeline.images_sampled == 0, "output preservation needs no class pictures"
 
 
@@ -126,7 +126,7 @@ def test_several_concepts_have_their_own_prompts_and_class_pictures(settings, in
         *("a photo of sks dog", "sks dog, small", "a photo of xyz cat", "a drawing of zwx dog"),
         *("a photo of a dog", "a photo of a cat"),
     }
-    assert "9 instance pictures in" in caplog.text and "1 instance picture in" in caplog.text
+    assert "9 instance images in" in caplog.text and "1 instance image in" in caplog.text
     assert "2 epochs" in caplog.text
     # the pictures count, not where they lie
     (tmp_path / "cats").rename(tmp_path / "elsewhere")

@@ -483,7 +483,7 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(settings, tmp_path
     assert files(tmp_path) == before and not (tmp_path / "out").exists()
     assert pipeline.images_encoded == pipeline.images_sampled == 0
     for words in (
-        "6 instance pictures in",
+        "6 instance images in",
         "1 other file skipped",
         "learning_rate 0.02",
         "0 there, 4 to generate",
