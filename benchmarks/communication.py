@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 from mflux_vae_train import lora
 from mflux_vae_train.distributed import process_group
 from mflux_vae_train.distributed.watchdog import socket_descriptors
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig

@@ -101,7 +101,7 @@ def ours() -> Work:
     import mlx.nn as nn
 
     from mflux_vae_train import lora
-    from mflux_vae_train.optimizers import AdamW
+    from mflux_vae_train.optimizers.adam import AdamW
     from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
     from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 

@@ -113,7 +113,7 @@ def _our_step(network: Any, settings: dict[str, Any], images: np.ndarray, draws:
     """The step of `mflux-vae train`, latents drawn with given noise."""
     import mlx.core as mx
 
-    from mflux_vae_train.optimizers import AdamW
+    from mflux_vae_train.optimizers.adam import AdamW
     from mflux_vae_train.training.step import MicroBatch, Step
     from mflux_vae_train.vae.config import VAETrainingSettings
     from mflux_vae_train.vae.objective import Objective

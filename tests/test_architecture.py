@@ -70,7 +70,8 @@ ON_DEMAND = {
 """What modules of the component import inside the functions that use it."""
 
 LIGHT = (
-    *("", ".settings", ".settings.fields", ".settings.flags", ".monitoring", ".monitoring.console"),
+    *("", ".settings", ".settings.fields", ".settings.flags", ".optimizers", ".optimizers.registry"),
+    *(".monitoring", ".monitoring.console"),
     *(
         ".pipelines",
         ".pipelines.noise",

@@ -6,8 +6,15 @@ import os
 from dataclasses import dataclass
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.optimizers import registry
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.settings.fields import check_fields, flag
+
+OPTIMIZER_FLAGS = {
+    **{f"adam_{option}": option for option in ("beta1", "beta2", "epsilon", "weight_decay")},
+    **{f"prodigy_{option}": option for option in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")},
+}
+"""The option of an optimizer that each flag sets, see `optimizers.registry`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +191,7 @@ class DreamBoothSettings:
     lr_power: float = flag("power of polynomial", 1.0, above=0)
     lr_warmup_steps: int = flag("updates of linear warm-up", 50, least=0)
     optimizer: str = flag(
-        "AdamW, with its moments in 8 bits or not; Adafactor; Lion; or Prodigy, which finds its own rate",
-        "adamw",
-        choices=("adamw", "adamw8bit", "adafactor", "lion", "prodigy"),
+        registry.help_text(registry.with_default_rate()), "adamw", choices=registry.with_default_rate()
     )
     use_8bit_adam: bool = flag("the same as --optimizer adamw8bit", False)
     max_grad_norm: float = flag("clip gradients to this global norm", 1.0, above=0)

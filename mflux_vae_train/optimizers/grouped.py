@@ -32,6 +32,13 @@ class Grouped(optim.MultiOptimizer):
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
             optimizer.learning_rate = factor * rate
 
+    def state_bytes(self, parameter: mx.array) -> int:
+        """Bytes of state for such a parameter, see `Optimizer.state_bytes`."""
+        fits = (accepts is None or accepts("", parameter) for accepts in [*self.filters[: len(self._rates) - 1], None])
+        optimizer = next(one for one, fit in zip(self.optimizers, fits, strict=True) if fit)
+        size: int = optimizer.state_bytes(parameter)
+        return size
+
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The changed parameters, in a tree of the same form: mlx's own leaves out branches without any."""
         changed: dict[str, mx.array] = dict(tree_flatten(super().apply_gradients(gradients, parameters)))

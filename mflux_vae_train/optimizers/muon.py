@@ -6,9 +6,14 @@ import math
 
 import mlx.core as mx
 
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.optimizers.base import Optimizer, State
+from mflux_vae_train.optimizers.grouped import Grouped
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+ADAMW_RATE = 0.25
+"""Learning rate of AdamW relative to Muon's."""
 
 
 class Muon(Optimizer):
@@ -43,6 +48,12 @@ class Muon(Optimizer):
         rows, columns = matrix.shape
         update = orthogonalize(matrix, self.steps).reshape(update.shape) * math.sqrt(max(1.0, rows / columns))
         return weights * (1 - rate * self.weight_decay) - rate * update
+
+
+def muon_with_adamw(*, weight_decay: float = 0.0, **options: float) -> Grouped:
+    """Muon for matrices and kernels, AdamW with `options` for all other parameters at `ADAMW_RATE` of the rate."""
+    muon, adamw = Muon(weight_decay=weight_decay), AdamW(weight_decay=weight_decay, **options)
+    return Grouped([(muon, 1.0, lambda _, weight: weight.ndim > 1), (adamw, ADAMW_RATE, None)])
 
 
 def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:

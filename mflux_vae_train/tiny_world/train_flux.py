@@ -14,7 +14,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mflux_vae import VAE
-from mflux_vae_train.optimizers import AdamW, Grouped, Muon
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.optimizers.muon import Muon
 from mflux_vae_train.pipelines.flux1 import transformer as flux
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule

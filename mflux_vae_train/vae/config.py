@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae_train.optimizers import registry
 from mflux_vae_train.settings.fields import check_fields, flag
+
+OPTIMIZER_FLAGS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "weight_decay": "weight_decay"}
+"""The option of an optimizer that each flag sets, see `optimizers.registry`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +107,7 @@ class VAETrainingSettings:
     batch_size: int = flag("images in a micro-batch", 128, least=1, aliases=("batchsize",), group="how much, how fast")
     gradient_accumulation_steps: int = flag("micro-batches in an update", 1, least=1)
     num_epochs: int = flag("passes over the training images", 100, least=1, aliases=("epochs",))
-    optimizer: str = flag(
-        "adamw: weight decay beside the gradient; adam: in it; muon: kernels and matrices by orthogonalized momentum,"
-        " the rest by AdamW at a quarter of the rate",
-        "adamw",
-        choices=("adamw", "adam", "muon"),
-    )
+    optimizer: str = flag(registry.help_text(registry.with_given_rate()), "adamw", choices=registry.with_given_rate())
     learning_rate: float = flag("peak learning rate", 1e-3, above=0, aliases=("lr",))
     lr_scheduler: str = flag(
         "shape after warm-up; exponential: times --lr_gamma every epoch, step: every --lr_step_epochs",

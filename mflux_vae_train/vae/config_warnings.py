@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mflux_vae_train.optimizers.registry import used_by, with_given_rate
 from mflux_vae_train.settings.fields import ignored_settings
-from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.config import OPTIMIZER_FLAGS, VAETrainingSettings
 
 _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
     "network": {
@@ -18,6 +19,7 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
         "gamma": ("tc",),
         "free_bits": ("vae", "beta_vae"),
     },
+    "optimizer": used_by(OPTIMIZER_FLAGS, with_given_rate()),
     "lr_scheduler": {"lr_gamma": ("exponential", "step"), "lr_step_epochs": ("step",)},
 }
 """By setting: those that only some of its values look at."""

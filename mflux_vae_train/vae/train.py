@@ -26,7 +26,9 @@ from mflux_vae_train.distributed import interrupts, process_group
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, ProcessGroup
 from mflux_vae_train.monitoring.progress import ProgressBar
 from mflux_vae_train.monitoring.trackers import TensorBoard
-from mflux_vae_train.optimizers import Adam, AdamW, Grouped, Muon
+from mflux_vae_train.optimizers import registry
+from mflux_vae_train.optimizers.base import Optimizer
+from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.settings import flags
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, every
@@ -34,7 +36,7 @@ from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Step
 from mflux_vae_train.vae.build import begin_training, build, new_critic, parameter_count
-from mflux_vae_train.vae.config import VAETrainingSettings, settings_from_dict
+from mflux_vae_train.vae.config import OPTIMIZER_FLAGS, VAETrainingSettings, settings_from_dict
 from mflux_vae_train.vae.config_warnings import advice
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.dry_run import tried
@@ -49,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 _YOUNG = 50
 """Updates after which a posterior that tells nothing of its image is no longer one that has not begun to."""
-
-_REST = 0.25
-"""Beside Muon's rate, that of AdamW, as `--optimizer` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,13 +302,9 @@ class VAETrainer:
         return TrainingResult(best=best, last=last, folder=folder, updates=made - start, metrics=watch["metrics"])
 
 
-def _optimizer(settings: VAETrainingSettings) -> AdamW | Grouped:
-    kind = Adam if settings.optimizer == "adam" else AdamW
-    adam = kind(beta1=settings.adam_beta1, beta2=settings.adam_beta2, weight_decay=settings.weight_decay)
-    if settings.optimizer != "muon":
-        return adam
-    muon = Muon(weight_decay=settings.weight_decay)
-    return Grouped([(muon, 1.0, lambda _, weight: weight.ndim > 1), (adam, _REST, None)])
+def _optimizer(settings: VAETrainingSettings) -> Optimizer | Grouped:
+    given = {option: getattr(settings, name) for name, option in OPTIMIZER_FLAGS.items()}
+    return registry.build(settings.optimizer, **given)
 
 
 def _claim(folder: Path, settings: VAETrainingSettings, lock: Lock) -> None:

@@ -11,7 +11,8 @@ import pytest
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
-from mflux_vae_train.optimizers import Adafactor, Prodigy  # noqa: E402
+from mflux_vae_train.optimizers.adafactor import Adafactor  # noqa: E402
+from mflux_vae_train.optimizers.prodigy import Prodigy  # noqa: E402
 from mflux_vae_train.training.lr_schedule import POLYNOMIAL, RESTARTS, SHAPES, learning_rate  # noqa: E402
 from tests.mflux_vae_train.optimizers.test_optimizers import run, series  # noqa: E402
 

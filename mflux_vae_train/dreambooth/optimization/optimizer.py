@@ -12,18 +12,16 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import kernels
 from mflux_vae.runtime.device import is_cpu
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Grouped, Lion, Prodigy
+from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
+from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
+from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
 from mflux_vae_train.training.step import Pass, sequential
 
 COMPILED_FROM = 300
 """Updates on a CPU whose step is worth compiling, see `Step`."""
-
-LION_SHARE = 0.1
-"""Of AdamW's rate: the lower end of what Lion's authors found (a tenth to a third)."""
 
 SMALL = 50_000_000
 """Parameters of networks whose activations may be there once for each core, and whose products keep but one busy."""
@@ -48,12 +46,17 @@ def passes_of(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[
     return kernels.side_by_side if at_once(denoiser) > 1 else sequential
 
 
+def finds_rate(settings: DreamBoothSettings) -> bool:
+    """Whether the optimizer finds its own rate, one for all parameters."""
+    return registry.OPTIMIZERS[settings.optimizer].finds_rate
+
+
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
     """Peak learning rate where the user gives none: what the pipeline recommends is meant for AdamW."""
-    if settings.optimizer == "prodigy":
+    if finds_rate(settings):
         return 1.0
     rate = recommended.learning_rate if settings.train_mode == "lora" else recommended.learning_rate_full
-    return rate * LION_SHARE if settings.optimizer == "lion" else rate
+    return rate * (registry.OPTIMIZERS[settings.optimizer].rate_scale or 1.0)
 
 
 TEXT_ENCODER_SHARE = 0.05
@@ -68,7 +71,7 @@ def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Opti
         text_encoder: first component of the paths of its parameters.
     """
     own = optimizer_of(settings)
-    if not settings.train_text_encoder or settings.optimizer == "prodigy":  # which finds one rate for all
+    if not settings.train_text_encoder or finds_rate(settings):  # one rate for all parameters
         return own
     assert settings.text_encoder_lr is not None and settings.learning_rate is not None
     other = optimizer_of(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
@@ -76,28 +79,10 @@ def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Opti
     return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (own, 1.0, None)])
 
 
-def optimizer_of(settings: DreamBoothSettings) -> Optimizer:
+def optimizer_of(settings: DreamBoothSettings) -> Optimizer | Grouped:
     """The optimizer that `settings` describe; its rate is set by each update."""
-    decay, beta1, epsilon = settings.adam_weight_decay, settings.adam_beta1, settings.adam_epsilon
-    usual = 0.99 if settings.optimizer == "lion" else 0.999
-    beta2 = usual if settings.adam_beta2 is None else settings.adam_beta2
-    if settings.optimizer == "adafactor":
-        return Adafactor(weight_decay=decay)
-    if settings.optimizer == "lion":
-        return Lion(beta1=beta1, beta2=beta2, weight_decay=decay)
-    if settings.optimizer == "prodigy":
-        return Prodigy(
-            beta1=beta1,
-            beta2=beta2,
-            beta3=settings.prodigy_beta3,
-            epsilon=epsilon,
-            weight_decay=decay,
-            decouple=settings.prodigy_decouple,
-            use_bias_correction=settings.prodigy_use_bias_correction,
-            safeguard_warmup=settings.prodigy_safeguard_warmup,
-        )
-    kind = AdamW8bit if settings.optimizer == "adamw8bit" else AdamW
-    return kind(beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)
+    given = {option: getattr(settings, name) for name, option in OPTIMIZER_FLAGS.items()}
+    return registry.build(settings.optimizer, **given)
 
 
 def schedule_of(settings: DreamBoothSettings, *, peak: float, updates: int) -> Callable[[int], float]:

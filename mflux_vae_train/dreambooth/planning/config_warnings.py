@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
+from mflux_vae_train.dreambooth.optimization.optimizer import finds_rate
 from mflux_vae_train.dreambooth.planning.preservation import Kind
+from mflux_vae_train.optimizers.registry import used_by, with_default_rate
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.settings.fields import ignored_settings
@@ -20,7 +22,7 @@ USUAL = {
 USUAL_GUIDANCE = (5.0, 10.0)
 USUAL_RATE = {"full": (1e-6, 1e-5), "lora": (1e-5, 1e-3)}
 """By train mode: an adapter, which begins at zero, wants more than weights that are there."""
-PRODIGYS_USUAL_RATE = (0.1, 2.0)
+USUAL_FACTOR = (0.1, 2.0)
 """A factor on the rate that it finds."""
 
 PRODIGY_SETTLES = {"constant": 300, "constant_with_warmup": 300}
@@ -34,15 +36,7 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
         for name in ("logit_mean", "logit_std", "mode_scale")
     },
     "lr_scheduler": {"lr_num_cycles": ("cosine_with_restarts",), "lr_power": ("polynomial",)},
-    "optimizer": {
-        "adam_beta1": ("adamw", "adamw8bit", "lion", "prodigy"),
-        "adam_beta2": ("adamw", "adamw8bit", "lion", "prodigy"),
-        "adam_epsilon": ("adamw", "adamw8bit", "prodigy"),
-        "prodigy_beta3": ("prodigy",),
-        "prodigy_decouple": ("prodigy",),
-        "prodigy_use_bias_correction": ("prodigy",),
-        "prodigy_safeguard_warmup": ("prodigy",),
-    },
+    "optimizer": used_by(OPTIMIZER_FLAGS, with_default_rate()),
 }
 """By setting: those that only some of its values look at."""
 
@@ -66,9 +60,9 @@ def advice(settings: DreamBoothSettings, recommended: Recommended, *, preserved:
 def _unusual(settings: DreamBoothSettings, more: Mapping[str, tuple[float, float]]) -> list[str]:
     """One line for each setting outside its usual range, of which `more` are given here."""
     lines = []
-    prodigy = settings.optimizer == "prodigy"
-    rates = PRODIGYS_USUAL_RATE if prodigy else USUAL_RATE[settings.train_mode]
-    with_what = " with --optimizer prodigy" if prodigy else f" with --train_mode {settings.train_mode}"
+    factor = finds_rate(settings)
+    rates = USUAL_FACTOR if factor else USUAL_RATE[settings.train_mode]
+    with_what = f" with --optimizer {settings.optimizer}" if factor else f" with --train_mode {settings.train_mode}"
     for name, (low, high) in {**USUAL, "learning_rate": rates, **more}.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
@@ -89,8 +83,10 @@ def _without_use(settings: DreamBoothSettings, recommended: Recommended, preserv
     own = {"text_encoder_lr": "--learning_rate", "adam_weight_decay_text_encoder": "--adam_weight_decay"}
     if not settings.train_text_encoder:
         reasons |= dict.fromkeys(own, "it is for --train_text_encoder")
-    elif settings.optimizer == "prodigy":
-        reasons |= {name: f"Prodigy takes all together, by {other}" for name, other in own.items()}
+    elif finds_rate(settings):
+        reasons |= {
+            name: f"--optimizer {settings.optimizer} has one for all parameters, {other}" for name, other in own.items()
+        }
     if settings.center_crop:
         reasons["num_crops"] = "it is for --no_center_crop"
     if settings.report_to in (None, "none"):
@@ -116,9 +112,9 @@ def _harmful(settings: DreamBoothSettings, recommended: Recommended) -> list[str
 
 def _too_short(settings: DreamBoothSettings, updates: int) -> list[str]:
     settled = PRODIGY_SETTLES.get(settings.lr_scheduler, PRODIGY_SETTLES_ELSE)
-    if settings.optimizer != "prodigy" or updates >= settled:
+    if not finds_rate(settings) or updates >= settled:
         return []
     return [
-        "--optimizer prodigy begins with steps of next to nothing and takes a hundred updates or more to find its rate;"
+        f"--optimizer {settings.optimizer} begins with tiny steps and takes a hundred updates or more to find its rate;"
         f" this run has {updates} with --lr_scheduler {settings.lr_scheduler}: it may learn little"
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import Plan
-from mflux_vae_train.dreambooth.optimization.optimizer import TEXT_ENCODER_SHARE, default_rate
+from mflux_vae_train.dreambooth.optimization.optimizer import TEXT_ENCODER_SHARE, default_rate, finds_rate
 from mflux_vae_train.dreambooth.planning.config_warnings import advice
 from mflux_vae_train.dreambooth.planning.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
 from mflux_vae_train.pipelines.noise import NoiseSampling
@@ -144,7 +144,7 @@ def _rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
 
 def _text_encoder_rate(settings: DreamBoothSettings, recommended: Recommended) -> float | None:
     """None where there is none of its own."""
-    if not settings.train_text_encoder or settings.optimizer == "prodigy":
+    if not settings.train_text_encoder or finds_rate(settings):
         return None
     return _rate(settings, recommended) * TEXT_ENCODER_SHARE
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
-from mflux_vae_train.optimizers import Adam
+from mflux_vae_train.optimizers.adam import Adam
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.losses.elbo import VAELoss
 from mflux_vae_train.vae.objective import sampled

@@ -27,7 +27,7 @@ from mflux_vae_train.distributed import heartbeat, interrupts, process_group, wa
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.distributed.process_group import ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record
 from mflux_vae_train.training.loop import fit

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 from mflux_vae_train import lora
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.randomness import Stream, sample_keys
 from tests.mflux_vae_train.training.tiny_model import Net
 

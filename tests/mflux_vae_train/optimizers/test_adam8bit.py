@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae_train.optimizers import AdamW, AdamW8bit
-from mflux_vae_train.optimizers.adam8bit import SMALLEST
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.adam8bit import SMALLEST, AdamW8bit
 
 SHAPE = (48, 100)  # 18.75 blocks: the last one is not full
 

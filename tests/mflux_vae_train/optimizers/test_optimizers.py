@@ -11,17 +11,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae_train.checkpointing import state
-from mflux_vae_train.optimizers import (
-    Adafactor,
-    Adam,
-    AdamW,
-    AdamW8bit,
-    Grouped,
-    Lion,
-    Muon,
-    Prodigy,
-    orthogonalize,
-)
+from mflux_vae_train.optimizers.adafactor import Adafactor
+from mflux_vae_train.optimizers.adam import Adam, AdamW
+from mflux_vae_train.optimizers.adam8bit import AdamW8bit
+from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.optimizers.lion import Lion
+from mflux_vae_train.optimizers.muon import Muon, orthogonalize
+from mflux_vae_train.optimizers.prodigy import Prodigy
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.training.step import Step
 from tests.mflux_vae_train.training.tiny_model import Net, loss, window

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae_train.optimizers import Prodigy
+from mflux_vae_train.optimizers.prodigy import Prodigy
 
 
 def reference(

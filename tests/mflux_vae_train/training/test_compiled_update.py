@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from mflux_vae_train.checkpointing import state
-from mflux_vae_train.optimizers import AdamW, AdamW8bit, Grouped, Prodigy, adam
+from mflux_vae_train.optimizers import adam
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.adam8bit import AdamW8bit
+from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.optimizers.prodigy import Prodigy
 from mflux_vae_train.training import step
 from mflux_vae_train.training.ema import EMA
 from tests.mflux_vae_train.training.tiny_model import Net, batch, loss

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.step import Step
 from tests.mflux_vae_train.training.tiny_model import Net, loss, window

@@ -19,7 +19,9 @@ from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar, duration
-from mflux_vae_train.optimizers import AdamW, Grouped, Muon
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.optimizers.muon import Muon
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import MetricsLog, Record, every, read_metrics
 from mflux_vae_train.training.loop import fit

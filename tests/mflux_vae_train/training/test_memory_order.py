@@ -16,7 +16,13 @@ from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 from mflux_vae.weights.keymaps.rules import load_strict
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
-from mflux_vae_train.optimizers import Adafactor, Adam, AdamW, AdamW8bit, Grouped, Lion, Muon, Prodigy
+from mflux_vae_train.optimizers.adafactor import Adafactor
+from mflux_vae_train.optimizers.adam import Adam, AdamW
+from mflux_vae_train.optimizers.adam8bit import AdamW8bit
+from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.optimizers.lion import Lion
+from mflux_vae_train.optimizers.muon import Muon
+from mflux_vae_train.optimizers.prodigy import Prodigy
 from mflux_vae_train.pipelines.quantization import quantize
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.step import Step

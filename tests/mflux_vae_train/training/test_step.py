@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae import kernels
 from mflux_vae.errors import TrainingError
-from mflux_vae_train.optimizers import AdamW, Prodigy
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.prodigy import Prodigy
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.step import MicroBatch, Step, global_norm
 from tests.mflux_vae_train.training.tiny_model import Net, batch, loss, window

@@ -6,7 +6,11 @@ import pytest
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.optimizer import default_rate, optimizer_of, schedule_of
-from mflux_vae_train.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy
+from mflux_vae_train.optimizers.adafactor import Adafactor
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.optimizers.adam8bit import AdamW8bit
+from mflux_vae_train.optimizers.lion import Lion
+from mflux_vae_train.optimizers.prodigy import Prodigy
 from tests.contracts.fake import FakePipeline
 
 RECOMMENDED = FakePipeline.recommended

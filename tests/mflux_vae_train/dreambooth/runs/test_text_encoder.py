@@ -16,7 +16,7 @@ from mflux_vae_train.dreambooth.export import FUSED, KOHYA
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
 from mflux_vae_train.dreambooth.optimization.trainable import combined
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.training.step import Step
 from tests.contracts.fake import FakePipeline

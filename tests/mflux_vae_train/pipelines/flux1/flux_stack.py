@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train import lora
-from mflux_vae_train.optimizers import AdamW
+from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
