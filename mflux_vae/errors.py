@@ -1,17 +1,17 @@
-"""Every error this project raises on purpose.
+"""Exceptions of the project.
 
     MfluxVaeError
-    ├── InputError            the user's mistake: a command line exits 2
-    │   ├── SettingsError     a flag, a configuration file, a combination of settings
-    │   ├── ImageError        a picture that cannot be read, or an array of the wrong shape or range
-    │   ├── WeightsError      missing, unknown or misshapen tensors; a broken or foreign weights file
+    ├── InputError            bad input: a command exits with status 2
+    │   ├── SettingsError     a flag, a configuration file or a combination of settings
+    │   ├── ImageError        an unreadable image file, or an array of the wrong shape or range
+    │   ├── WeightsError      missing, unknown or misshapen tensors; a broken weights file
     │   ├── BackendError      MLX cannot be imported or is too old (an ImportError, too)
     │   └── PluginError       an entry point that cannot be loaded, or a name taken twice
-    └── RunError              the work failed: a command line exits 1
+    └── RunError              a failure: a command exits with status 1
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
 
-Messages are one line: what is wrong, where, and what to do about it. What libraries told in several lines stands in it;
-access tokens that the hub or an address put there are left out.
+Messages are one line: what is wrong, where, and what to do. Line breaks in messages of libraries are removed, and
+access tokens are redacted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mflux_vae.utils.redaction import redacted
 
 
 class MfluxVaeError(Exception):
-    """Base of every error raised on purpose."""
+    """Base class."""
 
     exit_code = 1
 
@@ -32,7 +32,7 @@ class MfluxVaeError(Exception):
 
 
 class InputError(MfluxVaeError):
-    """What the user gave cannot be used."""
+    """Input cannot be used."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class SettingsError(InputError):
 
 
 class ImageError(InputError):
-    """A picture cannot be read, or an image array has the wrong shape or range."""
+    """An image file cannot be read, or an array has the wrong shape or range."""
 
 
 class WeightsError(InputError):
@@ -54,11 +54,11 @@ class BackendError(InputError, ImportError):
 
 
 class PluginError(InputError):
-    """An entry point cannot be loaded, or two carry the same name."""
+    """An entry point cannot be loaded, or two have the same name."""
 
 
 class RunError(MfluxVaeError):
-    """The work itself failed."""
+    """The work failed."""
 
 
 class TrainingError(RunError):
@@ -66,6 +66,6 @@ class TrainingError(RunError):
 
 
 def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """End of a message about a name that there is not: the nearest one that there is, after `dashes`; or nothing."""
+    """Suffix for a message about an unknown name: the nearest known one with `dashes` in front, or an empty string."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f"; did you mean {dashes}{near[0]}?" if near else ""

@@ -1,7 +1,6 @@
-"""Picture files <-> arrays, and grids of pictures. The only file that knows Pillow, but for `compare.captions`.
+"""Read and write image files; crop, resize and arrange images. Uses Pillow.
 
-Pictures are uint8 arrays (H, W, 3), RGB, or (H, W, 1) for networks of one channel; networks take (B, H, W, C) in
-[-1, 1].
+A *picture* is a uint8 array (H, W, 3), RGB, or (H, W, 1). Networks take (B, H, W, C) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -19,85 +18,89 @@ from PIL.PngImagePlugin import PngInfo
 from mflux_vae.errors import ImageError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""File names that count as pictures, in any case."""
+"""File name extensions of images, case-insensitive."""
 
 
 def find_images(folder: str | Path) -> tuple[list[Path], int]:
-    """The pictures of a folder, sorted by name, and the number of other files there.
+    """List the images of a folder.
 
-    Hidden files are no pictures, whatever they are called; folders are not counted.
+    Returns:
+        image files sorted by name, without hidden ones; number of other files (subfolders are not counted).
+
+    Raises:
+        ImageError: not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {what}: give a folder of pictures")
+        raise ImageError(f"{folder} {what}; give a folder of images")
     files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name)
     images = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
     return images, len(files) - len(images)
 
 
 Source: TypeAlias = "str | Path | Image.Image | np.ndarray"
-"""What a picture is read from."""
+"""Sources of an image."""
 
 log = logging.getLogger("mflux_vae")
 
 
 def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> list[np.ndarray]:
-    """Pictures from files, Pillow's images and arrays, each in its own size.
+    """Load images from files, Pillow images and arrays, each at its size.
 
     Args:
-        sources: one, or any number; files and Pillow's images as `load_image` reads them. Arrays are (H, W) or
-            (H, W, C), C being 1, 3, or 4 for a picture with opacity, which is laid over white; uint8, bool, uint16
-            with 65535 for white, or any other numbers in [0, 255], rounded.
-        channels: 3, or 1 for brightness: 0.299 R + 0.587 G + 0.114 B, rounded.
+        sources: one source or several; files and Pillow images as in `load_image`. Arrays are (H, W) or (H, W, C) with
+            1, 3 or 4 channels (RGBA is composited over white): uint8, bool, uint16 with 65535 as white, or other
+            numbers in [0, 255], which are rounded.
+        channels: 3, or 1 for brightness (0.299 R + 0.587 G + 0.114 B, rounded).
 
     Returns:
         uint8 (H, W, channels) each.
 
     Raises:
-        ImageError: see `load_image`; an array of another shape, dtype or range, or not finite; other channels.
+        ImageError: as `load_image`; an array of another shape, dtype or range, or not finite; other channels.
     """
     if isinstance(sources, str | Path | Image.Image | np.ndarray):
         sources = [sources]
     if channels not in (1, 3):
-        raise ImageError(f"pictures have 3 channels or 1, and this network {channels}: give it arrays instead")
+        raise ImageError(f"images have 1 or 3 channels, this network has {channels}; pass arrays instead")
     pictures = []
     for index, source in enumerate(sources):
         if isinstance(source, str | Path):
             image = _read(source)
         elif isinstance(source, Image.Image):
-            image = _upright(source, f"picture {index}")
+            image = _upright(source, f"image {index}")
         else:
-            image = _from_array(source, f"picture {index}")
+            image = _from_array(source, f"image {index}")
         pictures.append(np.array(image) if channels == 3 else np.array(image.convert("L"))[..., None])
     return pictures
 
 
 def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray:
-    """One picture as RGB: upright by its EXIF orientation, transparency over white, 16-bit levels in 8 bits.
+    """Load an image file as RGB.
 
-    Colours are taken as they are stored; a colour profile is not applied. Of an animation or several pages it is the
-    first. Of a picture with more than 89 million pixels Pillow warns, at twice as many it refuses to read it
-    (`PIL.Image.MAX_IMAGE_PIXELS`); a width alone is no reason.
+    EXIF orientation is applied, transparency composited over white, 16 bits reduced to 8. Colour profiles are ignored.
+    The first frame or page is used. Pillow warns above 89 million pixels and refuses twice as many
+    (`PIL.Image.MAX_IMAGE_PIXELS`).
 
     Args:
-        resolution: with it, the short side is resized to this many pixels and the centre square is kept.
+        resolution: resize the short side to this many pixels and crop the centre square.
 
     Returns:
         uint8 (H, W, 3), or (resolution, resolution, 3).
 
     Raises:
-        ImageError: the file is missing, broken, cut short, too large, or of a kind without a defined brightness.
+        ImageError: the file is missing, broken, truncated, too large, or of floating-point numbers.
     """
     image = _read(path)
     return np.array(image if resolution is None else _covering(image, (resolution, resolution), 0.5))
 
 
 def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str] | None = None) -> None:
-    """Writes uint8 (H, W, 3), (H, W, 1) or (H, W) as PNG, whole or not at all; `text` becomes PNG text chunks.
+    """Write uint8 (H, W, 3), (H, W, 1) or (H, W) as PNG, atomically; `text` becomes text chunks.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
     image = to_image(picture)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same picture
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, path)
@@ -114,18 +117,18 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
 
 
 def to_image(picture: np.ndarray) -> Image.Image:
-    """uint8 (H, W, 3), (H, W, 1) or (H, W) as one of Pillow's images."""
+    """uint8 (H, W, 3), (H, W, 1) or (H, W) -> Pillow image."""
     return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
 
 
 def image_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG file that stand before its pixels, which are not read; empty for any other file."""
+    """Text chunks of a PNG file before its pixels, which are not read; empty for other formats."""
     try:
         with Image.open(path) as image:
             text = image.info if image.format == "PNG" else {}
             return {str(name): str(value) for name, value in text.items() if isinstance(value, str)}
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read ({_one_line(error)}): remove or replace it") from error
+        raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
 
 
 def to_pixels(pictures: np.ndarray) -> np.ndarray:
@@ -134,43 +137,41 @@ def to_pixels(pictures: np.ndarray) -> np.ndarray:
 
 
 def to_pictures(pixels: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> uint8, rounded; values outside are clipped and NaN becomes black."""
+    """[-1, 1] -> uint8, rounded and clipped; NaN becomes black."""
     scaled = np.nan_to_num((np.asarray(pixels, dtype=np.float32) + 1.0) * 127.5, nan=0.0, posinf=255.0, neginf=0.0)
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def resized(picture: np.ndarray, factor: float) -> np.ndarray:
-    """uint8 (H, W, 3) -> both sides times `factor`, rounded, at least one pixel."""
+    """Resize uint8 (H, W, 3) by a factor; sides are rounded, at least 1 pixel."""
     height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def covered(picture: np.ndarray, size: tuple[int, int], *, place: float = 0.5) -> np.ndarray:
-    """The largest part of a picture that has the shape of `size`, resized to it.
-
-    uint8 (H, W, C) -> (*size, C), C being 3 or 1.
+    """Crop the largest part with the aspect ratio of `size` (height, width) and resize it: (H, W, C) -> (*size, C).
 
     Args:
-        place: where the part lies along the side that is cut: 0 at the left or the top, 1 at the other end.
+        place: position of the part along the cropped side: 0 at the left or top, 1 at the other end.
     """
     return np.array(_covering(to_image(picture), size, place)).reshape(*size, picture.shape[2])
 
 
 def averaged(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Means over the parts of a picture: uint8 (H, W, C) -> uint8 (*size, C), C being 3 or 1."""
+    """Shrink by averaging: uint8 (H, W, C) -> uint8 (*size, C)."""
     image = to_image(picture).resize((size[1], size[0]), Image.Resampling.BOX)
     return np.array(image).reshape(*size, picture.shape[2])
 
 
 def strip(pictures: Sequence[np.ndarray], *, gap: int = 0) -> np.ndarray:
-    """Pictures of equal height and channels side by side, with `gap` white pixels in between."""
+    """Concatenate pictures of equal height and channels horizontally, with `gap` white pixels between."""
     white = np.full((pictures[0].shape[0], gap, pictures[0].shape[2]), 255, np.uint8)
     parts = [part for picture in pictures for part in (white, picture)]
     return np.concatenate(parts[1:], axis=1)
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 2) -> np.ndarray:
-    """Pictures of one size in rows of `columns`, with `gap` white pixels in between; the last row is filled with white.
+    """Arrange pictures of one size in rows of `columns`, with `gap` white pixels between; missing ones are white.
 
     uint8 (H, W, C) each -> uint8 (rows * H + gaps, columns * W + gaps, C).
     """
@@ -182,7 +183,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int, *, gap: int = 2) -> np.nd
 
 
 def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np.ndarray:
-    """Strips below each other on white, each with its label at the left.
+    """Stack strips on white, each with a label at the left.
 
     Args:
         rows: label and uint8 (H, W, 3); widths may differ.
@@ -203,25 +204,25 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np
 
 
 def _read(path: str | Path) -> Image.Image:
-    """A file as RGB; errors as `load_image` says."""
+    """Read a file as RGB; errors as in `load_image`."""
     try:
         with Image.open(path) as opened:
             if getattr(opened, "is_animated", False):
-                log.info("%s has several frames or pages: the first is taken", path)
+                log.info("%s has several frames or pages; using the first", path)
             return _upright(opened, path)
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except UnidentifiedImageError:
-        what = "is not a picture that can be read" if os.path.getsize(path) else "is empty"
-        raise ImageError(f"{path} {what}: remove or replace it") from None
+        what = "is not an image that can be read" if os.path.getsize(path) else "is empty"
+        raise ImageError(f"{path} {what}; remove or replace it") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels: make it smaller") from None
+        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path} cannot be read ({_one_line(error)}): remove or replace it") from error
+        raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
 
 
 def _upright(image: Image.Image, name: str | Path) -> Image.Image:
-    """Any of Pillow's images -> RGB, turned as its EXIF orientation says."""
+    """Apply the EXIF orientation and convert to RGB."""
     return _to_rgb(ImageOps.exif_transpose(image), name)
 
 
@@ -232,11 +233,9 @@ def _from_array(source: object, name: str) -> Image.Image:
     except (TypeError, ValueError, RuntimeError):
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
-        raise ImageError(
-            f"{name} is {_kind(source)}: give a file's name, one of Pillow's images, or an array of numbers"
-        )
+        raise ImageError(f"{name} is {_kind(source)}; pass a file name, a Pillow image or an array of numbers")
     if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError(f"{name} is an array {array.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        raise ImageError(f"{name} is an array {array.shape}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
     if array.dtype.kind == "b":
         array = array * np.uint8(255)
     elif array.dtype == np.uint16:
@@ -247,14 +246,14 @@ def _from_array(source: object, name: str) -> Image.Image:
 
 
 def _rounded(array: np.ndarray, name: str) -> np.ndarray:
-    """Numbers in [0, 255] -> uint8."""
+    """Round numbers in [0, 255] to uint8."""
     if not np.isfinite(array).all():
-        raise ImageError(f"{name} holds values that are infinite or not a number; expected [0, 255]")
+        raise ImageError(f"{name} has infinite or NaN values; expected [0, 255]")
     least, most = array.min(), array.max()
     if least < 0 or most > 255:
-        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}], expected [0, 255]")
+        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}]; expected [0, 255]")
     if 0 < most <= 1:
-        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}], expected [0, 255]: give it times 255")
+        raise ImageError(f"{name} is in [{least:.3g}, {most:.3g}]; expected [0, 255], so multiply by 255")
     return np.rint(array).astype(np.uint8)
 
 
@@ -268,11 +267,11 @@ def _eight_bits(levels: np.ndarray) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
-    """Any Pillow mode -> RGB."""
+    """Convert any mode to RGB."""
     if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point numbers without a range: save it as an 8-bit PNG")
+        raise ImageError(f"{name} has floating-point values of unknown range; save it as an 8-bit PNG")
     if image.mode.startswith("I"):
-        # Pillow's own conversion would clip everything above 255 to white.
+        # Pillow's conversion would clip everything above 255 to white.
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -282,7 +281,7 @@ def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
 
 
 def _covering(image: Image.Image, size: tuple[int, int], place: float) -> Image.Image:
-    """See `covered`: cut and resized in one resampling."""
+    """See `covered`; crops and resizes in one resampling."""
     height, width = size
     scale = min(image.height / height, image.width / width)
     part_height, part_width = min(height * scale, image.height), min(width * scale, image.width)

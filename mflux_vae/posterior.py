@@ -1,4 +1,4 @@
-"""The encoder's answer: a diagonal Gaussian over latents."""
+"""The posterior of an encoder: a diagonal Gaussian over latents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DiagonalGaussian:
 
     Attributes:
         mean: (B, ...) unscaled latents, float32.
-        logvar: same shape; log variance, clamped to [-30, 20] as in diffusers and latent-diffusion; -inf for a
+        logvar: log variance, same shape, clamped to [-30, 20] as in diffusers and latent-diffusion; -inf for
             `point`.
     """
 
@@ -26,32 +26,32 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: mx.array) -> DiagonalGaussian:
-        """Split (..., 2C), of any dtype, into mean and log variance."""
+        """Split moments (..., 2C) of any dtype into mean and log variance."""
         moments, channels = moments.astype(mx.float32), moments.shape[-1] // 2
         return cls(moments[..., :channels], _clamped(moments[..., channels:]))
 
     @classmethod
     def point(cls, mean: mx.array) -> DiagonalGaussian:
-        """Of an encoder without variances: all mass at the mean, which every sample is; log variances are -inf."""
+        """The posterior of an encoder without variances: every sample is the mean."""
         mean = mean.astype(mx.float32)
-        return cls(mean, _nowhere(mean))
+        return cls(mean, _minus_infinity(mean))
 
     def mode(self) -> mx.array:
         """The most likely latents: the mean."""
         return self.mean
 
     def sample(self, key: mx.array | None = None) -> mx.array:
-        """mean + std * noise (Kingma and Welling 2014); differentiable in both.
+        """Draw mean + std * noise (Kingma and Welling 2014); differentiable in mean and logvar.
 
         Args:
-            key: random key; None draws from MLX's global state.
+            key: random key; None uses MLX's global state.
         """
         return self.mean + mx.exp(0.5 * self.logvar) * mx.random.normal(self.mean.shape, key=key)
 
     def kl(self) -> mx.array:
-        """Kullback-Leibler divergence from the standard normal, in nats, summed per sample. (B,).
+        """Kullback-Leibler divergence from the standard normal in nats, summed per sample: (B,).
 
-        A point's, which is infinite, counts as 0, as in diffusers.
+        0 for `point`, as in diffusers (the true value is infinite).
         """
         terms = mx.square(self.mean) + mx.exp(self.logvar) - 1.0 - self.logvar
         terms = mx.where(mx.isinf(self.logvar), 0.0, terms)
@@ -64,5 +64,5 @@ def _clamped(logvar: mx.array) -> mx.array:
 
 
 @pointwise
-def _nowhere(mean: mx.array) -> mx.array:
+def _minus_infinity(mean: mx.array) -> mx.array:
     return mx.full(mean.shape, -mx.inf)

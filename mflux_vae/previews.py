@@ -1,8 +1,7 @@
-"""Latents to a small picture in milliseconds: a linear projection computed for the VAE at hand, or TAESD's weights.
+"""Approximate decoding in milliseconds: a linear projection fitted to a VAE, or a tiny autoencoder (TAESD).
 
-The projection is the least-squares answer to "which colours does the decoder give this latent?", one affine map for
-all places: latents (C) -> detail x detail pixels. It sees no neighbours, so colours and shapes are right and
-textures are not.
+The projection is one affine map from a latent (C) to detail x detail pixels, fitted by least squares to the decoder's
+output. It ignores neighbouring latents: colours and shapes are right, textures are missing.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mflux_vae")
 
-PICTURES = 8
-"""Made for a projection when none are given, of 16 x 16 latents each."""
+NUM_IMAGES = 8
+"""Synthetic images for fitting, of 16 x 16 latents each."""
 
-_AT_ONCE = 4
+_BATCH_SIZE = 4
 _RIDGE = 1e-8
 
 
 class Previewer:
-    """Small pictures of a VAE's latents.
+    """Approximate images of a VAE's latents.
 
     Args:
-        vae: whose latents they are.
-        tiny: a VAE of TAESD's kind for the same latents, which then decodes them.
-        detail: pixels per latent in each direction, a divisor of `vae.spatial_scale`; None for 1, or for all with
-            `tiny`.
-        pictures: (B, C, H, W) in [0, 255], to compute the projection from; None for synthetic ones. The VAE encodes
-            and decodes them once: as many pixels as a picture of 360 x 360 has (720 x 720 for FLUX.2).
-        cache: file to keep the projection in; computed anew where it is another VAE's, missing or broken.
+        vae: the VAE that the latents belong to.
+        tiny: a tiny autoencoder (TAESD) for the same latents; used instead of a projection.
+        detail: pixels per latent in each direction, a divisor of `vae.spatial_scale`. None: 1, or
+            `vae.spatial_scale` with `tiny`.
+        pictures: images (B, C, H, W) in [0, 255] for fitting; None: synthetic ones, which take as long as encoding
+            and decoding one image of 360 x 360 (FLUX.2: 720 x 720).
+        cache: file for the projection. It is fitted again if the file is missing, broken or of another VAE.
 
     Raises:
-        SettingsError: `detail` does not divide the scale, or `tiny` is for other latents.
-        ImageError: `pictures` are not for this VAE.
+        SettingsError: `detail` does not divide the scale, or `tiny` has other latents.
+        ImageError: `pictures` do not fit the VAE.
     """
 
     def __init__(
@@ -61,12 +60,12 @@ class Previewer:
         self._channels, self._scale, self._tiny = vae.latent_channels, vae.spatial_scale, tiny
         self.detail = detail if detail is not None else self._scale if tiny else 1
         if self.detail < 1 or self._scale % self.detail:
-            raise SettingsError(f"a preview's detail must divide {self._scale}, the VAE's scale, not be {detail}")
+            raise SettingsError(f"detail is {detail}: it must divide {self._scale}, the scale of the VAE")
         if tiny is not None:
             if (tiny.latent_channels, tiny.spatial_scale) != (self._channels, self._scale):
                 raise SettingsError(
-                    f"the tiny VAE is for {tiny.latent_channels} channels at 1/{tiny.spatial_scale} of the size, "
-                    f"and the latents have {self._channels} at 1/{self._scale}"
+                    f"the tiny VAE has {tiny.latent_channels} latent channels at 1/{tiny.spatial_scale} of the size, "
+                    f"the VAE has {self._channels} at 1/{self._scale}"
                 )
             return
         self._projection = (
@@ -74,10 +73,10 @@ class Previewer:
         )
 
     def __call__(self, latents: mx.array) -> np.ndarray:
-        """What scaled latents look like.
+        """Approximate the image of scaled latents.
 
         Args:
-            latents: (B, C, h, w), as `VAE.encode` returns them, or a denoiser on its way.
+            latents: (B, C, h, w), as returned by `VAE.encode` or by a denoiser at any step.
 
         Returns:
             (B, h * detail, w * detail, 3), uint8.
@@ -88,7 +87,7 @@ class Previewer:
         if latents.ndim != 4 or latents.shape[1] != self._channels or not latents.size:
             raise ImageError(f"latents are {tuple(latents.shape)}, expected (B, {self._channels}, h, w)")
         if self._tiny is not None:
-            image = _averaged(self._tiny.decode(latents), self._scale // self.detail)
+            image = _mean_pool(self._tiny.decode(latents), self._scale // self.detail)
         else:
             image = self._projected(latents.astype(mx.float32))
         image = mx.clip(mx.round(mx.nan_to_num(image)), 0, 255).astype(mx.uint8)
@@ -104,11 +103,11 @@ class Previewer:
         return y.reshape(batch, -1, height * self.detail, width * self.detail)
 
 
-def synthetic_pictures(count: int, side: int, *, channels: int = 3) -> np.ndarray:
-    """Pictures with the broad statistics of photographs: soft colours at every scale, flat patches with edges.
+def synthetic_images(count: int, side: int, *, channels: int = 3) -> np.ndarray:
+    """Draw images with the rough statistics of photographs: colour gradients at every scale, flat patches with edges.
 
     Returns:
-        (count, channels, side, side) uint8; the same at every call.
+        uint8 (count, channels, side, side), the same at every call.
     """
     rng = np.random.default_rng(0)
     place = np.linspace(0, 1, side)
@@ -131,51 +130,51 @@ def synthetic_pictures(count: int, side: int, *, channels: int = 3) -> np.ndarra
 
 
 def _fit(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None) -> mx.array:
-    """Least squares from latents to the averages of what they decode to, with bias. (channels * detail^2, C + 1)."""
+    """Fit latents to averaged decoded pixels by least squares, with bias: (channels * detail^2, C + 1)."""
     if pictures is None:
-        pictures = synthetic_pictures(PICTURES, 16 * vae.spatial_scale, channels=vae.config.in_channels)
+        pictures = synthetic_images(NUM_IMAGES, 16 * vae.spatial_scale, channels=vae.config.in_channels)
     products, targets = np.zeros((1, 1)), np.zeros((1, 1))
-    for start in range(0, len(pictures), _AT_ONCE):
-        latents = vae.encode(mx.array(pictures[start : start + _AT_ONCE]))
-        image = _averaged(vae.decode(latents), vae.spatial_scale // detail)
+    for start in range(0, len(pictures), _BATCH_SIZE):
+        latents = vae.encode(mx.array(pictures[start : start + _BATCH_SIZE]))
+        image = _mean_pool(vae.decode(latents), vae.spatial_scale // detail)
         x, y = (np.array(values, np.float64) for values in (latents, image))
         batch, channels, height, width = x.shape
         x = np.concatenate([x, np.ones((batch, 1, height, width))], axis=1).transpose(0, 2, 3, 1)
         y = y.reshape(batch, -1, height, detail, width, detail).transpose(0, 2, 4, 1, 3, 5)
         x, y = x.reshape(-1, channels + 1), y.reshape(batch * height * width, -1)
         products, targets = products + x.T @ x, targets + x.T @ y
-    # a channel that never varied has no say
+    # Regularise, so that constant channels get no weight.
     products = products + _RIDGE * np.trace(products) / len(products) * np.eye(len(products))
     # copied: MLX keeps the strides of NumPy's arrays, and a projection from the cache is contiguous
     return mx.contiguous(mx.array(np.linalg.solve(products, targets).T.astype(np.float32)))
 
 
 def _cached(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None, path: Path) -> mx.array:
-    """`_fit`, from a file where it has it for the same VAE, detail and pictures."""
-    wanted = {"preview": _fingerprint(vae, detail, pictures)}
+    """`_fit`, cached in a file for the same VAE, detail and images."""
+    metadata = {"preview": _fingerprint(vae, detail, pictures)}
     if path.exists():
         try:
-            tensors, metadata = read_safetensors(path)
-            if metadata.get("preview") == wanted["preview"]:
+            tensors, found = read_safetensors(path)
+            if found.get("preview") == metadata["preview"]:
                 return tensors["projection"]
         except (WeightsError, KeyError) as error:
-            log.info("%s is computed anew (%s)", path, error)
+            log.info("%s: fitting the projection again (%s)", path, error)
     projection = _fit(vae, detail, pictures)
-    write_safetensors(path, {"projection": projection}, wanted)
+    write_safetensors(path, {"projection": projection}, metadata)
     return projection
 
 
 def _fingerprint(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None) -> str:
-    """Changes with configuration, training, detail and pictures."""
-    told = hashlib.sha256(json.dumps([vae.config.to_dict(), detail], sort_keys=True, default=str).encode())
+    """Hash of configuration, weights, detail and images."""
+    digest = hashlib.sha256(json.dumps([vae.config.to_dict(), detail], sort_keys=True, default=str).encode())
     for name, weight in sorted(dict(tree_flatten(vae.network.parameters())).items()):
-        told.update(name.encode() + np.array(weight.reshape(-1)[:64].astype(mx.float32)).tobytes())
+        digest.update(name.encode() + np.array(weight.reshape(-1)[:64].astype(mx.float32)).tobytes())
     if pictures is not None:
-        told.update(np.array(pictures).tobytes())
-    return told.hexdigest()
+        digest.update(np.array(pictures).tobytes())
+    return digest.hexdigest()
 
 
-def _averaged(image: mx.array, factor: int) -> mx.array:
-    """Means over squares of `factor` pixels. (B, C, H, W) -> (B, C, H / factor, W / factor)."""
+def _mean_pool(image: mx.array, factor: int) -> mx.array:
+    """Average squares of `factor` pixels: (B, C, H, W) -> (B, C, H / factor, W / factor)."""
     batch, channels, height, width = image.shape
     return image.reshape(batch, channels, height // factor, factor, width // factor, factor).mean(axis=(3, 5))

@@ -1,4 +1,4 @@
-"""`VAE`: images to latents and back, NCHW and [0, 255] outside, NHWC and [-1, 1] inside."""
+"""`VAE`: images to latents and back. NCHW in [0, 255] outside, NHWC in [-1, 1] inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mflux_vae import images
-from mflux_vae.call_log import known, log, reported, shape
+from mflux_vae.call_log import evaluated, log, logged, shape
 from mflux_vae.errors import ImageError
 from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
@@ -27,24 +27,23 @@ from mflux_vae.tiling.plan import TilingOption
 class VAE(nn.Module):
     """An image autoencoder.
 
-    `VAE(latent_channels=4)` builds an untrained one with LeakyReLU residual blocks (64-128-256-512 channels);
-    `VAE.from_pretrained` opens a trained one; `VAE(network=...)` wraps any network that has `config`, `encode`,
-    `decode`, `to_scaled` and `from_scaled` as `AutoencoderKL` has.
+    `VAE(latent_channels=4)` builds an untrained one with LeakyReLU residual blocks (64-128-256-512 channels),
+    `VAE.from_pretrained` opens a trained one, and `VAE(network=...)` wraps a network with `config`, `encode`, `decode`,
+    `to_scaled` and `from_scaled`, such as `AutoencoderKL`.
 
-    Sizes need not be multiples of `spatial_scale`: edge pixels are repeated at the right and at the bottom up to
-    the next one. A call of the VAE crops its reconstruction to the size of its image, and `decode` to `size`.
+    Sizes need not be multiples of `spatial_scale`: edge pixels are repeated at the right and bottom up to the next
+    multiple. `__call__` crops the reconstruction to the size of its image, `decode` to `size`.
 
-    `tiling`, wherever it is asked: None cuts a call into pieces only where it would not fit into memory (`peak_bytes`);
-    False never; True and "exact" always, with the values of one piece; "blend" into overlapping tiles that are
-    blended; a `Tiling` says more.
+    `tiling` of every method: None processes a call in pieces only if it would not fit into memory (`peak_bytes`);
+    False never; True and "exact" always, with the untiled result; "blend" in overlapping tiles that are blended; a
+    `Tiling` gives more control.
 
-    Where a network's latents are vectors (`FlatAutoencoder`), they are (B, latent_channels) everywhere, without h and
-    w. It is for images of one size, `spatial_scale`; smaller ones are padded and cropped as said above, larger ones are
-    refused, and it is never tiled.
+    Vector latents (`FlatAutoencoder`) are (B, latent_channels) everywhere. Such a network takes images of one size,
+    `spatial_scale`: smaller ones are padded and cropped, larger ones are refused, and it is never tiled.
 
     Args:
-        latent_channels: channels of a latent of the network that is built.
-        network: the network to wrap instead; `latent_channels` is then its own.
+        latent_channels: latent channels of the network that is built.
+        network: network to wrap instead; `latent_channels` is ignored.
     """
 
     def __init__(self, latent_channels: int = 4, *, network: nn.Module | None = None):
@@ -60,17 +59,17 @@ class VAE(nn.Module):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent, as `encode` returns it."""
+        """Channels of the latents that `encode` returns."""
         return self.config.scaled_channels
 
     @property
     def spatial_scale(self) -> int:
-        """Pixels per latent in each direction, as `encode` returns it."""
+        """Pixels per latent in each direction."""
         return self.config.scaled_downsampling
 
     @property
     def scaling_factor(self) -> float:
-        """Scaled latents are (latents - shift_factor) * scaling_factor, but where statistics scale them instead."""
+        """Scaled latents are (latents - shift_factor) * scaling_factor, unless per-channel statistics scale them."""
         return getattr(self.config, "scaling_factor", None) or 1.0
 
     @property
@@ -80,19 +79,19 @@ class VAE(nn.Module):
 
     @property
     def _vectors(self) -> bool:
-        """Whether a latent is a vector."""
+        """Whether latents are vectors."""
         return getattr(self.config, "vectors", False)
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of the weights, which the network computes in."""
+        """dtype of the weights, in which the network computes."""
         return next((weight.dtype for weight in _weights(self.network)), mx.float32)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, dtype: mx.Dtype | None = None, *, config: loading.Config | None = None
     ) -> VAE:
-        """Open a trained autoencoder: a folder, a pipeline's folder, a file in any naming, a preset, or one on the hub.
+        """Open a trained autoencoder: a folder, a pipeline folder, a file, a preset or a hub id.
 
         Arguments and errors as in `loading.open_network`.
         """
@@ -103,15 +102,15 @@ class VAE(nn.Module):
         return vae
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write the folder that `from_pretrained` opens, and diffusers too where it has such a network.
+        """Write a folder for `from_pretrained`; diffusers opens it if it has such a network.
 
         Args:
-            folder: made where it is missing.
-            dtype: of the stored weights: float32, float16 or bfloat16.
+            folder: created if missing.
+            dtype: float32, float16 or bfloat16.
 
         Raises:
             SettingsError: another dtype.
-            WeightsError: a network of a kind that `from_pretrained` does not know.
+            WeightsError: `from_pretrained` does not know this kind of network.
         """
         loading.save_network(self.network, folder, dtype)
 
@@ -123,11 +122,11 @@ class VAE(nn.Module):
         key: mx.array | None = None,
         tiling: TilingOption = None,
     ) -> mx.array:
-        """Image to latents, scaled for the denoiser.
+        """Encode images to latents, scaled for the denoiser.
 
         Args:
-            image: (B, C, H, W) in [0, 255], uint8 or floating point, MLX's or NumPy's, of any size (see the class).
-            sample: draw from the posterior instead of taking its mode.
+            image: (B, C, H, W) in [0, 255], uint8 or floating point, MLX or NumPy, any size (see the class).
+            sample: draw from the posterior instead of using its mode.
             key: random key for the draw; None uses MLX's global state.
             tiling: see the class.
 
@@ -135,8 +134,8 @@ class VAE(nn.Module):
             (B, latent_channels, ceil(H / spatial_scale), ceil(W / spatial_scale)), float32.
 
         Raises:
-            ImageError: wrong number of axes or channels, no pixels, or floating-point values that are no such image:
-                all within [-1, 1] and some negative, infinite, or not a number.
+            ImageError: wrong number of axes or channels, no pixels, or floating-point values that are infinite, NaN, or
+                in [-1, 1] with negative ones.
         """
         posterior = self.posterior(image, tiling=tiling)
         raw = posterior.sample(key) if sample else posterior.mode()
@@ -146,7 +145,7 @@ class VAE(nn.Module):
         return latents
 
     def posterior(self, image: mx.array | np.ndarray, *, tiling: TilingOption = None) -> DiagonalGaussian:
-        """The distribution over unscaled latents, NHWC. Arguments and errors as in `encode`."""
+        """Encode to the posterior over unscaled latents, NHWC. Arguments and errors as in `encode`."""
         image = _mlx(image)
         self._check(image)
         # NCHW [0, 255] -> NHWC [-1, 1]
@@ -157,23 +156,23 @@ class VAE(nn.Module):
     def decode(
         self, latent: mx.array | np.ndarray, *, size: tuple[int, int] | None = None, tiling: TilingOption = None
     ) -> mx.array:
-        """Scaled latents to an image.
+        """Decode scaled latents to images.
 
         Args:
             latent: (B, latent_channels, h, w).
-            size: height and width to crop to, at the right and at the bottom; None keeps spatial_scale * (h, w).
+            size: (height, width) to crop to, at the right and bottom; None: spatial_scale * (h, w).
             tiling: see the class.
 
         Returns:
             (B, C, H, W), float32 in [0, 255].
 
         Raises:
-            ImageError: wrong number of axes or channels, or a size that the latents cannot have.
+            ImageError: wrong number of axes or channels, or an impossible size.
         """
         axes, latent = 2 if self._vectors else 4, _mlx(latent)
         if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
             expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
-            raise ImageError(f"latents are {tuple(latent.shape)}, expected {expected}")
+            raise ImageError(f"latents are {tuple(latent.shape)}; expected {expected}")
         high, wide = latent.shape[2:] or (1, 1)
         full = high * self.spatial_scale, wide * self.spatial_scale
         size = size or full
@@ -191,23 +190,23 @@ class VAE(nn.Module):
         key: mx.array | None = None,
         tiling: TilingOption = None,
     ) -> list[mx.array]:
-        """Pictures, each of any size, to scaled latents, one after the other.
+        """Encode images of any sizes, one after the other.
 
         Args:
-            pictures: files, Pillow's images and arrays: see `images.load_images`.
-            sample, key, tiling: as in `encode`; each picture has a draw of its own.
+            pictures: files, Pillow images or arrays: see `images.load_images`.
+            sample, key, tiling: as in `encode`; draws of the images are independent.
 
         Returns:
-            (latent_channels, h, w) for each.
+            scaled latents (latent_channels, h, w), one per image.
 
         Raises:
-            ImageError: one that cannot be read.
+            ImageError: an image cannot be read.
         """
         loaded = images.load_images(pictures, channels=self.config.in_channels)
         keys = [None] * len(loaded) if key is None else list(mx.random.split(key, len(loaded)))
         return [
-            self.encode(mx.array(picture.transpose(2, 0, 1)[None]), sample=sample, key=own, tiling=tiling)[0]
-            for picture, own in zip(loaded, keys, strict=True)
+            self.encode(mx.array(picture.transpose(2, 0, 1)[None]), sample=sample, key=each_key, tiling=tiling)[0]
+            for picture, each_key in zip(loaded, keys, strict=True)
         ]
 
     def decode_images(
@@ -217,23 +216,23 @@ class VAE(nn.Module):
         *,
         tiling: TilingOption = None,
     ) -> list[images.Image.Image]:
-        """Scaled latents to Pillow's images, one after the other.
+        """Decode scaled latents to Pillow images, one after the other.
 
         Args:
-            latents: (latent_channels, h, w) for each.
-            sizes: height and width of each, as in `decode`.
+            latents: (latent_channels, h, w) each.
+            sizes: (height, width) of each, as in `decode`.
             tiling: see the class.
 
         Raises:
-            ImageError: as `decode`, or another number of sizes than of latents.
+            ImageError: as `decode`, or numbers of sizes and latents differ.
         """
         if sizes is not None and len(sizes) != len(latents):
             raise ImageError(f"{len(sizes)} sizes for {len(latents)} latents")
-        made = []
+        decoded = []
         for index, each in enumerate(latents):
             image = self.decode(each[None], size=sizes[index] if sizes else None, tiling=tiling)[0].transpose(1, 2, 0)
-            made.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
-        return made
+            decoded.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
+        return decoded
 
     def __call__(
         self, image: mx.array | np.ndarray, *, tiling: TilingOption = None
@@ -243,29 +242,29 @@ class VAE(nn.Module):
         return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
 
     def encode_nhwc(self, pixels: mx.array, *, tiling: TilingOption = None) -> mx.array:
-        """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent), the posterior's mode: for pipelines."""
+        """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent_channels), the mode; for MLX pipelines."""
         return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
     def decode_nhwc(self, latents: mx.array, *, tiling: TilingOption = None) -> mx.array:
-        """Scaled latents (B, h, w, latent) -> (B, H, W, C), about [-1, 1], not clipped: for pipelines."""
+        """Scaled latents (B, h, w, latent_channels) -> (B, H, W, C), about [-1, 1], not clipped; for MLX pipelines."""
         return self._decode(self.network.from_scaled(latents), tiling)
 
     def scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents of the network, NHWC -> what the denoiser sees, mostly (raw - shift_factor) * scaling_factor."""
+        """Scale raw latents (NHWC) for the denoiser, usually (raw - shift_factor) * scaling_factor."""
         return self.network.to_scaled(latents)
 
     def as_mflux(self, *, tiling: TilingOption = None) -> MfluxVAE:
-        """What replaces `flux.vae` of mflux: the same network, with mflux's shapes and ranges."""
+        """Adapter that replaces `flux.vae` of mflux, sharing this network."""
         return MfluxVAE(self, tiling)
 
     def peak_bytes(
         self, what: Literal["encode", "decode"], height: int, width: int, *, batch: int = 1, tiling: TilingOption = None
     ) -> int:
-        """Estimate of the memory that a call needs beyond the weights, by itself or with what it cuts into pieces.
+        """Estimate the peak memory (bytes) of a call, without the weights.
 
         Args:
-            what: encode or decode.
-            height, width, batch: of the image, in pixels.
+            what: "encode" or "decode".
+            height, width, batch: size of the image (pixels) and number of images.
             tiling: see the class.
         """
         height, width = (side + -side % self.spatial_scale for side in (height, width))
@@ -273,25 +272,25 @@ class VAE(nn.Module):
         return tiling_plan.peak_bytes(self.network, what, batch, height, width, plan)
 
     def _encode(self, pixels: mx.array, tiling: TilingOption) -> DiagonalGaussian:
-        """NHWC [-1, 1], of a size that the network takes, to the posterior over raw latents."""
+        """NHWC in [-1, 1], padded -> posterior over raw latents."""
         batch, height, width, _ = pixels.shape
         plan = tiling_plan.plan(self.network, "encode", batch, height, width, tiling)
-        return reported("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
+        return logged("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
 
     def _decode(self, latents: mx.array, tiling: TilingOption) -> mx.array:
-        """Raw latents to NHWC about [-1, 1]."""
+        """Raw latents -> NHWC, about [-1, 1]."""
         sides = latents.shape[1:-1] or (1, 1)
         batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in sides)
         plan = tiling_plan.plan(self.network, "decode", batch, height, width, tiling)
-        return reported("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
+        return logged("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
 
     def _check(self, image: mx.array) -> None:
         channels = self.config.in_channels
         if image.ndim != 4 or image.shape[1] != channels or not image.size:
-            raise ImageError(f"image is {tuple(image.shape)}, expected (B, {channels}, H, W) with values in [0, 255]")
+            raise ImageError(f"image is {tuple(image.shape)}; expected (B, {channels}, H, W) with values in [0, 255]")
         height, width = image.shape[2:]
-        if self._vectors and max(height, width) > (side := self.spatial_scale):  # told before it is made a multiple
-            raise ImageError(f"this autoencoder is for images of {side} x {side}, not {height} x {width}: resize them")
+        if self._vectors and max(height, width) > (side := self.spatial_scale):  # checked before padding
+            raise ImageError(f"this autoencoder takes images of {side} x {side}, not {height} x {width}; resize them")
         if mx.issubdtype(image.dtype, mx.floating):
             _check_range(image)
 
@@ -305,7 +304,7 @@ def _mlx(array: mx.array | np.ndarray) -> mx.array:
 
 
 def padded(pixels: mx.array, factor: int) -> mx.array:
-    """(B, H, W, C) with its last row and column repeated, until both sides are multiples of `factor`."""
+    """Repeat the last row and column of (B, H, W, C) until both sides are multiples of `factor`."""
     bottom, right = (-side % factor for side in pixels.shape[1:3])
     if not bottom and not right:
         return pixels
@@ -321,19 +320,21 @@ def _image(pixels: mx.array, size: tuple[int, ...]) -> mx.array:
 
 
 def _check_range(image: mx.array) -> None:
-    """Refuses what is in [-1, 1] or not finite; an image that looks like [0, 1] is warned about once."""
+    """Refuse images in [-1, 1] or with infinite or NaN values; warn once about images in [0, 1]."""
     global _warned
     ends = mx.stack([image.min(), image.max()]).astype(mx.float32)
-    if not known(ends):  # no values yet inside mx.compile
+    if not evaluated(ends):  # traced by mx.compile: no values
         return
     least, most = cast("list[float]", ends.tolist())
     if not math.isfinite(most - least):
-        raise ImageError("image holds values that are infinite or not a number; expected [0, 255]")
+        raise ImageError("image has infinite or NaN values; expected [0, 255]")
     if -1 <= least < 0 and most <= 1:
-        raise ImageError(f"image is in [{least:.3g}, {most:.3g}], expected [0, 255]: give (image + 1) * 127.5")
+        raise ImageError(f"image is in [{least:.3g}, {most:.3g}]; expected [0, 255]: pass (image + 1) * 127.5")
     if least >= 0 and 0 < most <= 1 and not _warned:
         _warned = True
-        log.warning("image is in [%.3g, %.3g], expected [0, 255]: almost black, or to be given times 255", least, most)
+        log.warning(
+            "image is in [%.3g, %.3g], almost black in [0, 255]; multiply by 255 if it is in [0, 1]", least, most
+        )
 
 
 _warned = False

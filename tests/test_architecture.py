@@ -46,7 +46,6 @@ MAX_FILES = 14
 """Python files in a folder."""
 
 PENDING_CYCLES: set[tuple[str, ...]] = {
-    ("mflux_vae.integrations.mflux", "mflux_vae.vae"),
     ("mflux_vae_train.pipelines.flux1.folder", "mflux_vae_train.pipelines.flux1.pipeline"),
     ("mflux_vae_train.pipelines.flux1.hub", "mflux_vae_train.pipelines.flux1.pipeline"),
     (

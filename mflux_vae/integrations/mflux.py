@@ -1,12 +1,12 @@
-"""A VAE in the shape of mflux's own, so that it can take the place of `flux.vae`. mflux itself is not needed.
+"""A VAE with the interface of mflux's VAE, to replace `flux.vae`. mflux need not be installed.
 
-mflux (0.24) calls `encode` and `decode` with NCHW in [-1, 1], with or without an axis of length one for time after
-the channels, and takes both with that axis; it clips pictures itself. No type is checked.
+mflux (0.24) calls `encode` and `decode` with NCHW in [-1, 1], with or without a time axis of length 1 after the
+channels, and expects results with that axis. It clips images and checks no types.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,26 +14,38 @@ import mlx.nn as nn
 from mflux_vae.errors import ImageError
 from mflux_vae.tiling.plan import TilingOption
 
-if TYPE_CHECKING:
-    from mflux_vae.vae import VAE
+
+class Autoencoder(Protocol):
+    """The members of `mflux_vae.VAE` that the adapter uses."""
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def spatial_scale(self) -> int: ...
+    @property
+    def scaling_factor(self) -> float: ...
+    @property
+    def shift_factor(self) -> float: ...
+    def encode_nhwc(self, pixels: mx.array, *, tiling: TilingOption = None) -> mx.array: ...
+    def decode_nhwc(self, latents: mx.array, *, tiling: TilingOption = None) -> mx.array: ...
 
 
 class MfluxVAE(nn.Module):
-    """Takes the place of `flux.vae`: `flux.vae = vae.as_mflux()`.
+    """Replacement for `flux.vae`: `flux.vae = vae.as_mflux()`.
 
-    Its parameters keep the names they have in the VAE: mflux saves them, but does not open them as its own.
+    Parameters keep the names of the VAE, so mflux can save them but not load them again.
 
     Attributes:
-        vae: what encodes and decodes.
-        tiling: how it cuts large images; see `VAE`.
-        latent_channels, spatial_scale, scaling_factor, shift_factor: the VAE's.
-        decode_mode: tells mflux that this VAE decodes in its own way: mflux's own tiles, which have each its own
-            norm statistics and so shift in tone, are not applied. Large latents are cut by the VAE itself.
+        vae: the VAE that encodes and decodes.
+        tiling: see `VAE`.
+        latent_channels, spatial_scale, scaling_factor, shift_factor: those of the VAE.
+        decode_mode: makes mflux skip its tiling, whose tiles differ in tone because each has separate norm statistics.
+            The VAE tiles large latents instead.
     """
 
     decode_mode = "own"
 
-    def __init__(self, vae: VAE, tiling: TilingOption = None):
+    def __init__(self, vae: Autoencoder, tiling: TilingOption = None):
         super().__init__()
         self.vae, self.tiling = vae, tiling
         self.latent_channels = vae.latent_channels
@@ -43,17 +55,17 @@ class MfluxVAE(nn.Module):
 
     def encode(self, image: mx.array) -> mx.array:
         """(B, C, H, W) or (B, C, 1, H, W) in [-1, 1] -> scaled latents (B, latent_channels, 1, h, w), the mode."""
-        pixels = _flat(image).transpose(0, 2, 3, 1)
+        pixels = _without_time(image).transpose(0, 2, 3, 1)
         return self.vae.encode_nhwc(pixels, tiling=self.tiling).transpose(0, 3, 1, 2)[:, :, None]
 
     def decode(self, latents: mx.array) -> mx.array:
         """Scaled latents (B, C, h, w) or (B, C, 1, h, w) -> (B, C, 1, H, W), about [-1, 1], not clipped."""
-        pixels = self.vae.decode_nhwc(_flat(latents).transpose(0, 2, 3, 1), tiling=self.tiling)
+        pixels = self.vae.decode_nhwc(_without_time(latents).transpose(0, 2, 3, 1), tiling=self.tiling)
         return pixels.transpose(0, 3, 1, 2)[:, :, None]
 
 
-def _flat(array: mx.array) -> mx.array:
-    """Without the axis of time."""
+def _without_time(array: mx.array) -> mx.array:
+    """Drop a time axis of length 1."""
     if array.ndim == 5 and array.shape[2] == 1:
         return array[:, :, 0]
     if array.ndim != 4:

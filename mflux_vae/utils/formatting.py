@@ -1,4 +1,4 @@
-"""Bytes and counts as people are told them: GB and MB are 10^9 and 10^6, as disks and downloads are sold."""
+"""Format bytes and counts. GB and MB are 10^9 and 10^6 bytes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ GB = 10**9
 
 
 def size_text(number: float) -> str:
-    """Of so many bytes: "1.2 GB", "35 MB", "0.42 MB"."""
+    """Format bytes: "1.2 GB", "35 MB", "0.42 MB"."""
     return f"{number / GB:.1f} GB" if number >= GB / 2 else f"{number / 1e6:.{0 if number >= 1e7 else 2}f} MB"
 
 
 def count_text(count: int, noun: str) -> str:
-    """So many of something: "1 picture", "1,200 pictures"."""
+    """Format a count: "1 image", "1,200 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Work that runs ahead of the one who waits for it, in threads: reading pictures while a device computes."""
+"""Run a function over items ahead of the consumer, in threads: read images while a device computes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], *, limit: int | None = None, threads: int | None = None
 ) -> Iterator[Result]:
-    """`function` of each item, in the items' order.
+    """Yield `function(item)` for each item, in order.
 
-    An error of the function is raised in its result's place; then, as after an interrupt or when the caller stops
-    early, nothing new is begun and nothing is waited for.
+    An exception is raised in place of its result. After that, an interrupt or an early stop of the consumer, no new
+    item is started, and running ones are not waited for.
 
     Args:
-        function: must be safe to call from several threads; it helps where it spends its time outside of Python,
-            as Pillow's decoders, resampling and hashes do.
-        limit: so many results are in the making, or wait, while the caller works on one; None for two to a thread.
-        threads: None for one to a core.
+        function: must be thread-safe. A gain needs work that releases the GIL, such as Pillow's decoders, resampling
+            and hashing.
+        limit: number of results that are computed or waiting (None: two per thread).
+        threads: number of threads (None: one per core).
     """
     threads = threads or os.cpu_count() or 1
     limit = limit or 2 * threads
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

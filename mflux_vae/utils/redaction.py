@@ -1,4 +1,4 @@
-"""Access tokens do not belong into logs, files and messages."""
+"""Remove access tokens from logs, files and messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 HIDDEN = "[token]"
 
 _TOKEN = re.compile(
-    r"\b(?:hf|api_org)_[A-Za-z0-9]{12,}"  # Hugging Face's own, as they look
-    r"|(?<=://)[^\s/@]+(?=@)"  # user:password@ in an address
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{12,}"  # Hugging Face
+    r"|(?<=://)[^\s/@]+(?=@)"  # user:password@ in a URL
     r"|(?<=[?&]token=)[^\s&]+|(?<=[?&]access_token=)[^\s&]+"
     r"|(?<=Bearer )\S+"
 )
@@ -17,7 +17,7 @@ _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_
 
 
 def redacted(text: str) -> str:
-    """The text with `HIDDEN` in the place of whatever looks like an access token, or is one in the environment."""
+    """Replace access tokens (by their form, or known from environment variables) with `HIDDEN`."""
     for name in _VARIABLES:
         secret = os.environ.get(name, "").strip()
         if len(secret) >= 8:

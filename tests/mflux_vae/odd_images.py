@@ -20,8 +20,8 @@ from PIL import Image
 
 RED = (255, 0, 0)
 WHITE = (255, 255, 255)
-NOT_A_PICTURE = "is not a picture that can be read"
-CUT = "cannot be read"
+NOT_AN_IMAGE = "not an image"
+TRUNCATED = "cannot be read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def _wrong_checksum() -> bytes:
 
 
 PICTURES: dict[str, Odd] = {
-    # read as they look
+    # readable
     "turned.jpg": Odd(write=_turned),
     "transparent.png": Odd(write=_image("RGBA", (0, 0, 255, 0)), colour=WHITE),
     "half_transparent.png": Odd(write=_image("RGBA", (255, 0, 0, 127)), colour=(255, 128, 128)),
@@ -134,20 +134,20 @@ PICTURES: dict[str, Odd] = {
     "ycbcr.jpg": Odd(write=_image("YCbCr", (255, 128, 128)), colour=WHITE),
     # refused
     "empty.png": Odd(write=_bytes(b""), error="is empty"),
-    "text.png": Odd(write=_bytes(b"no picture at all\n"), error=NOT_A_PICTURE),
-    "page.jpg": Odd(write=_bytes(b"<!DOCTYPE html><title>404</title>"), error=NOT_A_PICTURE),
-    "drawing.webp": Odd(write=_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), error=NOT_A_PICTURE),
-    "zeros.jpg": Odd(write=_bytes(bytes(4096)), error=NOT_A_PICTURE),
-    "signature.png": Odd(write=_bytes(b"\x89PNG\r\n\x1a\n"), error=NOT_A_PICTURE),
-    "cut.png": Odd(write=_bytes(_noise("PNG")[:4000]), error=CUT),
-    "cut.jpg": Odd(write=_bytes(_noise("JPEG")[:2000]), error=CUT),
-    "cut.gif": Odd(write=_bytes(_noise("GIF")[:2000]), error=CUT),
-    "cut.webp": Odd(write=_bytes(_noise("WEBP")[:2000]), error=CUT),
-    "cut.bmp": Odd(write=_bytes(_noise("BMP")[:2000]), error=CUT),
-    "cut.tiff": Odd(write=_bytes(_noise("TIFF")[:2000]), error=CUT),
-    "checksum.png": Odd(write=_bytes(_wrong_checksum()), error=CUT),
-    "bomb.png": Odd(write=_bytes(_claimed(20_000, 20_000)), error="has more than"),
-    "no_size.png": Odd(write=_bytes(_claimed(0, 24)), error=NOT_A_PICTURE),
-    "floats.tiff": Odd(write=_image("F", 0.5), error="holds floating-point numbers"),
-    "folder.png": Odd(write=lambda path: path.mkdir(exist_ok=True), error=CUT),
+    "text.png": Odd(write=_bytes(b"no picture at all\n"), error=NOT_AN_IMAGE),
+    "page.jpg": Odd(write=_bytes(b"<!DOCTYPE html><title>404</title>"), error=NOT_AN_IMAGE),
+    "drawing.webp": Odd(write=_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), error=NOT_AN_IMAGE),
+    "zeros.jpg": Odd(write=_bytes(bytes(4096)), error=NOT_AN_IMAGE),
+    "signature.png": Odd(write=_bytes(b"\x89PNG\r\n\x1a\n"), error=NOT_AN_IMAGE),
+    "cut.png": Odd(write=_bytes(_noise("PNG")[:4000]), error=TRUNCATED),
+    "cut.jpg": Odd(write=_bytes(_noise("JPEG")[:2000]), error=TRUNCATED),
+    "cut.gif": Odd(write=_bytes(_noise("GIF")[:2000]), error=TRUNCATED),
+    "cut.webp": Odd(write=_bytes(_noise("WEBP")[:2000]), error=TRUNCATED),
+    "cut.bmp": Odd(write=_bytes(_noise("BMP")[:2000]), error=TRUNCATED),
+    "cut.tiff": Odd(write=_bytes(_noise("TIFF")[:2000]), error=TRUNCATED),
+    "checksum.png": Odd(write=_bytes(_wrong_checksum()), error=TRUNCATED),
+    "bomb.png": Odd(write=_bytes(_claimed(20_000, 20_000)), error="pixels"),
+    "no_size.png": Odd(write=_bytes(_claimed(0, 24)), error=NOT_AN_IMAGE),
+    "floats.tiff": Odd(write=_image("F", 0.5), error="floating-point"),
+    "folder.png": Odd(write=lambda path: path.mkdir(exist_ok=True), error=TRUNCATED),
 }

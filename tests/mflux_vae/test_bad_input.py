@@ -62,7 +62,7 @@ def test_pictures(
     if path.is_dir():
         return refused(capsys, command, f"{path} has no pictures: .bmp, ")
     if odd.error:
-        refused(capsys, command, f"{path} {odd.error}")
+        refused(capsys, command, str(path), odd.error)
         assert not file.exists()
         return
     assert cli.main([str(argument) for argument in command]) == 0, capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), WHITE)
     image.paste(RED, (0, 0, 10, 20))  # red at the left ...
     exif = Image.Exif()
-    exif[0x0112] = 6  # ... and the camera was turned: red belongs at the top
+    exif[0x0112] = 6  # ... rotated: red belongs at the top
     image.save(tmp_path / "turned.png", exif=exif)
     picture = images.load_image(tmp_path / "turned.png")
     assert picture.shape == (40, 20, 3)
@@ -41,7 +41,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (20, 20), (7, 90)])
-def test_the_centre_square_is_kept(tmp_path, size):
+def test_centre_square_is_cropped(tmp_path, size):
     image = Image.new("RGB", size, WHITE)
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
@@ -61,13 +61,13 @@ def test_resizing_keeps_the_mean_brightness(tmp_path):
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_odd_picture_is_read_as_it_looks_or_refused_in_one_line(tmp_path, name, channels):
+def test_odd_images_are_read_right_or_refused_in_one_line(tmp_path, name, channels):
     odd, path = PICTURES[name], tmp_path / name
     odd.write(path)
     if odd.error is not None:
-        with pytest.raises(ImageError) as told:
+        with pytest.raises(ImageError, match=odd.error) as error:
             images.load_images([path], channels=channels)
-        assert str(told.value).startswith(f"{path} {odd.error}") and "\n" not in str(told.value)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
         return
     (picture,) = images.load_images(path, channels=channels)
     assert picture.dtype == np.uint8 and picture.shape == (*odd.size, channels)
@@ -76,11 +76,11 @@ def test_every_odd_picture_is_read_as_it_looks_or_refused_in_one_line(tmp_path, 
     np.testing.assert_allclose(picture, np.broadcast_to(expected, picture.shape), atol=2)
 
 
-def test_of_several_frames_the_first_is_taken_and_said(tmp_path, caplog):
+def test_first_frame_is_used_and_logged(tmp_path, caplog):
     PICTURES["animated.gif"].write(tmp_path / "animated.gif")
     with caplog.at_level("INFO", logger="mflux_vae"):
         images.load_image(tmp_path / "animated.gif")
-    assert "animated.gif has several frames or pages: the first is taken" in caplog.text
+    assert "several frames" in caplog.text
 
 
 ARRAYS = {
@@ -99,7 +99,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_arrays_are_pictures_too(kind):
+def test_arrays_are_images(kind):
     source, level = ARRAYS[kind]
     for channels in (1, 3):
         (picture,) = images.load_images([source], channels=channels)
@@ -107,13 +107,13 @@ def test_arrays_are_pictures_too(kind):
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "word"),
     [
-        (np.full((4, 6, 3), np.nan), "not a number"),
+        (np.full((4, 6, 3), np.nan), "NaN"),
         (np.full((4, 6, 3), np.inf), "infinite"),
-        (np.full((4, 6, 3), -0.5), r"is in \[-0.5, -0.5\], expected \[0, 255\]"),
-        (np.full((4, 6, 3), 256), r"is in \[256, 256\]"),
-        (np.full((4, 6, 3), 0.5), "times 255"),
+        (np.full((4, 6, 3), -0.5), "-0.5"),
+        (np.full((4, 6, 3), 256), "256"),
+        (np.full((4, 6, 3), 0.5), "255"),
         (np.zeros((3, 4, 6), np.uint8), r"array \(3, 4, 6\)"),
         (np.zeros((1, 3, 4, 6), np.uint8), r"array \(1, 3, 4, 6\)"),
         (np.zeros((0, 6, 3), np.uint8), r"array \(0, 6, 3\)"),
@@ -124,24 +124,24 @@ def test_arrays_are_pictures_too(kind):
         (Image.new("F", (4, 4)), "floating-point"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_place(source, message):
-    with pytest.raises(ImageError, match=rf"^picture 1 .*{message}"):
+def test_bad_sources_are_refused_with_their_index(source, word):
+    with pytest.raises(ImageError, match=rf"image 1 .*{word}"):
         images.load_images([np.zeros((4, 6, 3), np.uint8), source])
 
 
-def test_networks_of_other_channels_are_given_arrays():
-    with pytest.raises(ImageError, match="this network 4"):
+def test_other_channel_counts_need_arrays():
+    with pytest.raises(ImageError, match="4"):
         images.load_images([], channels=4)
 
 
-def test_pixels_and_pictures_are_inverse_and_clipped():
+def test_to_pixels_and_to_pictures_are_inverse_and_clip():
     levels = np.arange(256, dtype=np.uint8)
     assert (images.to_pictures(images.to_pixels(levels)) == levels).all()
     assert images.to_pixels(levels).min() == -1 and images.to_pixels(levels).max() == 1
     assert images.to_pictures(np.array([-7.0, 7.0, np.nan, np.inf])).tolist() == [0, 255, 0, 255]
 
 
-def test_a_saved_picture_comes_back_with_its_text_and_leaves_no_other_file(tmp_path):
+def test_save_image_round_trip_with_text(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     images.save_image(tmp_path / "deep" / "image.png", noise, text={"prompt": "a photo of a café"})
     assert (images.load_image(tmp_path / "deep" / "image.png") == noise).all()
@@ -149,7 +149,7 @@ def test_a_saved_picture_comes_back_with_its_text_and_leaves_no_other_file(tmp_p
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["image.png"]
 
 
-def test_rows_are_stacked_with_labels_at_the_left():
+def test_labelled_rows():
     red = np.full((8, 8, 3), RED, dtype=np.uint8)
     sheet = images.labelled_rows([("one", images.strip([red, red], gap=3)), ("three hundred", red)])
     assert sheet.shape[0] == 2 * 8 + 3 * 4
@@ -158,7 +158,7 @@ def test_rows_are_stacked_with_labels_at_the_left():
     assert (left < 128).all(-1).any()
 
 
-def test_a_picture_of_one_channel_is_saved_as_such_and_a_failed_save_leaves_nothing(tmp_path):
+def test_grey_images_stay_grey_and_failed_saves_leave_nothing(tmp_path):
     images.save_image(tmp_path / "grey.png", np.full((4, 6, 1), 77, np.uint8))
     with Image.open(tmp_path / "grey.png") as image:
         assert image.mode == "L" and image.size == (6, 4)
@@ -169,6 +169,6 @@ def test_a_picture_of_one_channel_is_saved_as_such_and_a_failed_save_leaves_noth
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_strip_has_gaps_of_white(channels):
+def test_strip_has_white_gaps(channels):
     left, right = np.full((4, 6, channels), 10, np.uint8), np.full((4, 3, channels), 20, np.uint8)
     assert images.strip([left, right], gap=2)[2, :, 0].tolist() == [10] * 6 + [255] * 2 + [20] * 3

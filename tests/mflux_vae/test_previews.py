@@ -12,7 +12,7 @@ import pytest
 import mflux_vae_train
 from mflux_vae import VAE, ImageError, SettingsError
 from mflux_vae.metrics import image as metrics
-from mflux_vae.previews import Previewer, synthetic_pictures
+from mflux_vae.previews import Previewer, synthetic_images
 from mflux_vae.weights.formats.files import write_safetensors
 from tests.helpers.memory_order import views
 from tests.mflux_vae.small_models import small_flux2, small_kl, small_tiny
@@ -61,7 +61,7 @@ def test_what_is_linear_is_shown_exactly(channels: int, detail: int) -> None:
 def test_the_embedded_vae_is_shown_as_it_decodes() -> None:
     """On pictures that the projection was not computed from."""
     vae = VAE.from_pretrained(Path(mflux_vae_train.__file__).parent / "pipelines/tiny/weights/vae")
-    made = synthetic_pictures(6, 64)
+    made = synthetic_images(6, 64)
     latents = vae.encode(mx.array(made[4:]))
     decoded = vae.decode(latents)
     expected = mx.array(np.array(decoded).reshape(2, 3, 8, 8, 8, 8).mean(axis=(3, 5)))
@@ -83,8 +83,8 @@ def test_a_tiny_vae_shows_them_where_given() -> None:
     np.testing.assert_allclose(small, expected, atol=0.51)
 
 
-def test_latents_on_their_way_have_a_picture_in_any_dtype() -> None:
-    previewer = Previewer(VAE(network=small_kl()), pictures=synthetic_pictures(2, 32))
+def test_noisy_latents_of_any_dtype_have_previews() -> None:
+    previewer = Previewer(VAE(network=small_kl()), pictures=synthetic_images(2, 32))
     latents = mx.random.normal((1, 4, 4, 4), key=mx.random.key(2))
     precise, rough = previewer(latents).astype(int), previewer(latents.astype(mx.bfloat16)).astype(int)
     assert np.abs(precise - rough).max() <= 3
@@ -92,10 +92,10 @@ def test_latents_on_their_way_have_a_picture_in_any_dtype() -> None:
     assert set(previewer(1e6 * latents).flatten().tolist()) <= {0, 255}
 
 
-def test_a_projection_is_kept_until_vae_detail_or_pictures_change(tmp_path: Path, caplog: Any) -> None:
+def test_projection_is_cached_until_vae_detail_or_images_change(tmp_path: Path, caplog: Any) -> None:
     vae: Any = Linear()
     cache, latents = tmp_path / "deep" / "preview.safetensors", mx.random.normal((1, 12, 2, 2), key=mx.random.key(0))
-    made = synthetic_pictures(4, 64)
+    made = synthetic_images(4, 64)
 
     def previews_and_decodes(**changes: Any) -> tuple[np.ndarray, int]:
         vae.decoded = 0
@@ -115,37 +115,37 @@ def test_a_projection_is_kept_until_vae_detail_or_pictures_change(tmp_path: Path
     cache.write_bytes(cache.read_bytes()[:-4])
     with caplog.at_level(logging.INFO, logger="mflux_vae"):
         assert previews_and_decodes(pictures=made[:3])[1] == 1
-    assert "computed anew" in caplog.text
+    assert "fitting" in caplog.text
     write_safetensors(cache, {"foreign": mx.zeros(3)})
     assert previews_and_decodes(pictures=made[:3])[1] == 1
 
 
-def test_synthetic_pictures_are_the_same_every_time_and_vary() -> None:
-    made = synthetic_pictures(3, 32)
+def test_synthetic_images_are_the_same_every_time_and_vary() -> None:
+    made = synthetic_images(3, 32)
     assert made.shape == (3, 3, 32, 32) and made.dtype == np.uint8
-    np.testing.assert_array_equal(made, synthetic_pictures(3, 32))
+    np.testing.assert_array_equal(made, synthetic_images(3, 32))
     assert (made.std(axis=(1, 2, 3)) > 10).all() and np.abs(made[0].astype(int) - made[1]).mean() > 10
-    assert synthetic_pictures(2, 32, channels=1).shape == (2, 1, 32, 32)
+    assert synthetic_images(2, 32, channels=1).shape == (2, 1, 32, 32)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_mismatches_are_refused() -> None:
     vae: Any = Linear()
     for detail in (3, 0, -1, 16):
-        with pytest.raises(SettingsError, match="must divide 8"):
+        with pytest.raises(SettingsError, match="divide"):
             Previewer(vae, detail=detail)
-    with pytest.raises(SettingsError, match="for 4 channels at 1/8 of the size, and the latents have 12"):
+    with pytest.raises(SettingsError, match="channels"):
         Previewer(vae, VAE(network=small_tiny()))
-    with pytest.raises(ImageError, match="expected \\(B, 3, H, W\\)"):
+    with pytest.raises(ImageError, match="expected"):
         Previewer(VAE(network=small_kl()), pictures=np.zeros((2, 1, 32, 32), np.uint8))
-    previewer = Previewer(vae, pictures=synthetic_pictures(2, 32))
+    previewer = Previewer(vae, pictures=synthetic_images(2, 32))
     for shape in ((1, 4, 2, 2), (12, 2, 2), (1, 12, 0, 2)):
-        with pytest.raises(ImageError, match="expected \\(B, 12, h, w\\)"):
+        with pytest.raises(ImageError, match="expected"):
             previewer(mx.zeros(shape))
 
 
-def test_flux_2_latents_have_previews_too() -> None:
+def test_flux2_latents_have_previews() -> None:
     """Patches of 2 x 2 raw latents, normalised: one such latent holds 16 x 16 pixels."""
-    vae, made = VAE(network=small_flux2()), synthetic_pictures(6, 96)
+    vae, made = VAE(network=small_flux2()), synthetic_images(6, 96)
     latents = vae.encode(mx.array(made))
     decoded = np.array(vae.decode(latents))
     assert latents.shape == (6, 12, 6, 6) and decoded.shape == (6, 3, 96, 96)

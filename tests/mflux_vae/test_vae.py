@@ -16,7 +16,6 @@ from PIL import Image
 
 from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError
 from mflux_vae.networks.latent_scaling import ScaledLatents
-from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling.tiles import Tiling
@@ -129,18 +128,13 @@ def test_draws_are_decided_by_their_key_and_the_mode_needs_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "told"),
-    [
-        ((3, 16, 16), r"\(3, 16, 16\), expected \(B, 3, H, W\)"),
-        ((1, 16, 16, 3), r"\(1, 16, 16, 3\), expected"),
-        ((1, 1, 16, 16), "expected"),
-        ((1, 3, 0, 16), r"\(1, 3, 0, 16\), expected"),
-    ],
+    "shape",
+    [(3, 16, 16), (1, 16, 16, 3), (1, 1, 16, 16), (1, 3, 0, 16)],
 )
-def test_images_of_another_shape_are_refused(shape: tuple[int, ...], told: str) -> None:
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     vae = VAE(network=small_plain())
     for use in (vae.encode, vae.posterior, vae):
-        with pytest.raises(ImageError, match=told):
+        with pytest.raises(ImageError, match=re.escape(str(shape))):
             use(mx.zeros(shape))
 
 
@@ -155,12 +149,12 @@ def test_any_size_is_padded_with_its_edge_and_cropped_back(build: Build) -> None
     assert mx.array_equal(vae.decode(latents, size=(19, 30)), whole[:, :, :19, :30])
     np.testing.assert_allclose(vae(image)[0], whole[:, :, :19, :30], atol=0.01)
     for size in ((16, 30), (19, 33), (0, 0)):  # too few pixels for so many latents, too many, none
-        with pytest.raises(ImageError, match="24 x 32 pixels cannot be an image of"):
+        with pytest.raises(ImageError, match="24 x 32"):
             vae.decode(latents, size=size)
 
 
 @both
-def test_cut_into_pieces_it_gives_the_same(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_results_equal_untiled_ones(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     vae, image = VAE(network=build()), pictures(2, 44, 60)
     latents = vae.encode(image, tiling=False)
     whole = vae.decode(latents, size=(44, 60), tiling=False)
@@ -174,33 +168,33 @@ def test_cut_into_pieces_it_gives_the_same(build: Build, monkeypatch: pytest.Mon
     assert 0 < vae.peak_bytes("decode", 44, 60, tiling=exact) < vae.peak_bytes("decode", 44, 60)
     assert vae.peak_bytes("encode", 41, 57) == vae.peak_bytes("encode", 48, 64)
     monkeypatch.setattr(tiling_plan, "limit", lambda: 1)
-    np.testing.assert_allclose(vae.decode(vae.encode(image), size=(44, 60)), whole, atol=60)  # cut by itself
+    np.testing.assert_allclose(vae.decode(vae.encode(image), size=(44, 60)), whole, atol=60)  # tiled automatically
 
 
-def test_values_of_another_range_are_refused_or_doubted_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_value_ranges_are_refused_or_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     vae, image = VAE(network=small_plain()), pictures().astype(mx.float32)
-    for wrong, told in (
-        (image / 127.5 - 1, r"in \[-1, 1\], expected \[0, 255\]"),
-        (mx.where(image > 250, float("nan"), image), "not a number"),
+    for wrong, word in (
+        (image / 127.5 - 1, "-1, 1"),
+        (mx.where(image > 250, float("nan"), image), "NaN"),
         (mx.where(image > 250, float("inf"), image), "infinite"),
     ):
         for use in (vae.encode, vae.posterior, vae):
-            with pytest.raises(ImageError, match=told):
+            with pytest.raises(ImageError, match=word):
                 use(wrong)
     vae.encode(image)
-    vae.encode(image - 3)  # what resampling overshoots
+    vae.encode(image - 3)  # overshoot of resampling
     vae.encode(mx.zeros_like(image))
     assert not caplog.records
     vae.encode(image / 255)
     vae.encode(image / 255)
     (record,) = caplog.records
-    assert "expected [0, 255]" in record.getMessage()
-    assert mx.compile(vae.encode)(image / 127.5 - 1).shape == (2, 4, 3, 4)  # no values yet: nothing to check
+    assert "255" in record.getMessage()
+    assert mx.compile(vae.encode)(image / 127.5 - 1).shape == (2, 4, 3, 4)  # traced: nothing to check
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 2), (1, 2, 2, 4), (1, 16, 2, 2), (1, 4, 0, 2)])
 def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ImageError, match=r"expected \(B, 4, h, w\)"):
+    with pytest.raises(ImageError, match="expected"):
         VAE(network=small_plain()).decode(mx.zeros(shape))
 
 
@@ -223,7 +217,7 @@ def test_pictures_of_many_sizes_and_kinds_and_back(build: Build, tmp_path: Path)
         assert image.size == array.shape[1::-1] and image.mode == "RGB"
         np.testing.assert_allclose(np.array(image).transpose(2, 0, 1), vae(tensor)[0][0], atol=0.51)
     assert [image.size for image in vae.decode_images(latents)] == [(32, 24), (24, 16), (8, 8)]
-    with pytest.raises(ImageError, match="1 sizes for 3 latents"):
+    with pytest.raises(ImageError, match="sizes"):
         vae.decode_images(latents, sizes[:1])
     one, again, other = (vae.encode_images(arrays, sample=True, key=mx.random.key(seed))[0] for seed in (1, 1, 2))
     assert mx.array_equal(one, again) and not mx.array_equal(one, other)
@@ -232,7 +226,7 @@ def test_pictures_of_many_sizes_and_kinds_and_back(build: Build, tmp_path: Path)
 # as a module
 
 
-def test_it_is_a_module_like_any_other() -> None:
+def test_vae_is_a_module() -> None:
     vae = VAE(network=small_kl())
     names = [name for name, _ in tree_flatten(vae.parameters())]
     assert names and all(name.startswith("network.") for name in names)
@@ -260,7 +254,7 @@ def test_gradients_reach_every_weight() -> None:
 
 
 @both
-def test_a_folder_there_and_back_is_bitwise_the_same(build: Build, tmp_path: Path) -> None:
+def test_save_and_load_is_bitwise(build: Build, tmp_path: Path) -> None:
     vae = VAE(network=build(**SCALES))
     vae.save_pretrained(tmp_path / "out")
     again = VAE.from_pretrained(tmp_path / "out")
@@ -273,7 +267,7 @@ def test_a_folder_there_and_back_is_bitwise_the_same(build: Build, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_for_storage(dtype: str, tmp_path: Path) -> None:
+def test_half_precision_weights_compute_in_float32_on_cpus(dtype: str, tmp_path: Path) -> None:
     vae = VAE(network=small_kl())
     vae.save_pretrained(tmp_path, dtype)
     stored = mx.load(str(tmp_path / f"{STEM}.safetensors"))
@@ -282,13 +276,11 @@ def test_half_precision_is_for_storage(dtype: str, tmp_path: Path) -> None:
     assert {value.dtype for value in again.values()} == {mx.float32}
     for name, value in weights(vae).items():
         assert mx.array_equal(again[name], value.astype(getattr(mx, dtype)).astype(mx.float32)), name
-    with pytest.raises(SettingsError, match="float32, float16, bfloat16, not 'int8'"):
+    with pytest.raises(SettingsError, match="int8"):
         vae.save_pretrained(tmp_path, "int8")
 
 
-def test_off_the_cpu_float16_is_refined_where_it_would_overflow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float16_that_would_overflow_becomes_float32_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "is_cpu", lambda: False)
     for overflows, expected in ((True, mx.float32), (False, mx.float16)):
         VAE(network=small_kl(force_upcast=overflows)).save_pretrained(tmp_path)
@@ -298,34 +290,34 @@ def test_off_the_cpu_float16_is_refined_where_it_would_overflow(
         assert {value.dtype for value in weights(opened).values()} == {mx.bfloat16}
 
 
-def test_a_pipelines_folder_has_its_autoencoder_inside(tmp_path: Path) -> None:
+def test_pipeline_folder_opens_its_vae(tmp_path: Path) -> None:
     vae = VAE(network=small_kl())
     vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert mx.array_equal(VAE.from_pretrained(str(tmp_path)).encode(pictures()), vae.encode(pictures()))
 
 
-def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"nowhere: no such file or folder; known presets: sd1, "):
+def test_unusable_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere"):
         VAE.from_pretrained(tmp_path / "nowhere")
     VAE(network=small_kl()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
-    with pytest.raises(WeightsError, match=r"4 misshapen|misshapen: decoder\.conv_in\.weight"):
+    with pytest.raises(WeightsError, match="misshapen"):
         VAE.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
-    with pytest.raises(WeightsError, match=f"'VQModel' are not known; known: {', '.join(FAMILIES)}"):
+    with pytest.raises(WeightsError, match="VQModel"):
         VAE.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / f"{STEM}.safetensors").unlink()
-    with pytest.raises(WeightsError, match="no such weights file"):
+    with pytest.raises(WeightsError, match="weights"):
         VAE.from_pretrained(tmp_path)
 
 
 # what is logged
 
 
-def test_debug_tells_shapes_time_and_memory_and_changes_no_value(caplog: pytest.LogCaptureFixture) -> None:
+def test_debug_logs_shapes_time_and_memory(caplog: pytest.LogCaptureFixture) -> None:
     vae, image = VAE(network=small_kl()), pictures(1, 20, 30)
     quiet = vae.decode(vae.encode(image), size=(20, 30))
     assert not caplog.records
@@ -339,7 +331,7 @@ def test_debug_tells_shapes_time_and_memory_and_changes_no_value(caplog: pytest.
     assert len(re.findall(r"(en|de)code: .* -> .*, \d+\.\d+ s, \d+\.\d MB", lines)) == 2, lines
 
 
-def test_info_says_what_was_opened(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_info_logs_what_was_opened(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     VAE(network=small_kl()).save_pretrained(tmp_path)
     with caplog.at_level("INFO", "mflux_vae"):
         VAE.from_pretrained(tmp_path).encode(pictures())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import images_per_batch
@@ -91,7 +91,7 @@ def check_class_images(folder: Path, class_prompt: str) -> list[Path]:
         SettingsError: an image was generated for another class prompt.
     """
     paths = find_class_images(folder)
-    for path, prompt in zip(paths, ahead(_read_prompt, paths), strict=True):
+    for path, prompt in zip(paths, prefetch(_read_prompt, paths), strict=True):
         if prompt not in (None, class_prompt):
             raise SettingsError(
                 f"{path} was generated for {prompt!r}, not {class_prompt!r}; use another --class_data_dir"

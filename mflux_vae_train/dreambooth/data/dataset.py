@@ -15,7 +15,7 @@ import numpy as np
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, covered, find_images, load_image, load_images
 from mflux_vae.utils.formatting import count_text
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import METADATA, captions
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape, bucket_shapes, crops, nearest_shape
@@ -142,7 +142,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
 
     if settings.masked_loss and not any(mask for *_, mask in entries):
         raise ImageError(f"--masked_loss: no image NAME.jpg in {folder} has a mask NAME-mask.png")
-    return InstanceDataset(images=list(ahead(load, entries)), skipped=skipped, unused_masks=unused_masks)
+    return InstanceDataset(images=list(prefetch(load, entries)), skipped=skipped, unused_masks=unused_masks)
 
 
 def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:

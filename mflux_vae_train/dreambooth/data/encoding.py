@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, load_image, to_pixels
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
@@ -80,7 +80,7 @@ def images_per_batch(resolution: int) -> int:
 def hash_files(paths: Sequence[Path]) -> str:
     """Hash of the contents of files, in order. Names do not matter."""
     digest = hashlib.sha256()
-    for content in ahead(file_hash, paths):
+    for content in prefetch(file_hash, paths):
         digest.update(bytes.fromhex(content))
     return digest.hexdigest()[:16]
 
@@ -140,7 +140,7 @@ def encode_images(
     latents = {index: arrays["latents"] for index, arrays in enumerate(cached) if arrays is not None}
     known = set(processes.broadcast(lambda: list(latents)))
     batches = [batch for batch in _batches(images) if not known.issuperset(batch)]
-    files = ahead(
+    files = prefetch(
         CroppedImage.load,
         [images[index] for batch in batches for index in batch] if processes.is_main else [],
         limit=max(map(len, batches), default=1) * processes.size,
@@ -173,7 +173,7 @@ def encode_images(
 def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, object]]:
     contents = {image.path: image.content for image in images}
     unknown = [path for path, content in contents.items() if content is None]
-    contents |= dict(zip(unknown, ahead(file_hash, unknown), strict=True))
+    contents |= dict(zip(unknown, prefetch(file_hash, unknown), strict=True))
     return [{"picture": contents[one.path], "view": astuple(one.crop), "encoder": encoder} for one in images]
 
 

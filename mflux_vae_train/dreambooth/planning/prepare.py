@@ -13,7 +13,7 @@ from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train import lora
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
@@ -65,7 +65,7 @@ def check_pictures(settings: DreamBoothSettings) -> None:
     load_dataset(replace(settings, masked_loss=False), resolution=settings.resolution or 8)
     folders = {one.class_data_dir for one in settings.subjects if one.class_data_dir is not None}
     for folder in sorted(folders):
-        for _ in ahead(load_image, find_class_images(Path(folder))):
+        for _ in prefetch(load_image, find_class_images(Path(folder))):
             pass  # reading is what is asked for
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.vae.data import registry, sources
 from mflux_vae_train.vae.data.digits import Digits
@@ -195,7 +195,7 @@ class Batches:
         if self._coming is None or update != self._next:
             self.close()
             pieces = -(-len(self.places) // _READ_AT_ONCE)
-            self._coming = ahead(self._read, self._pieces(update), limit=2 * pieces)
+            self._coming = prefetch(self._read, self._pieces(update), limit=2 * pieces)
             self._next = update
         self._next += 1
         pictures: list[np.ndarray] = []
@@ -224,7 +224,7 @@ class Batches:
 
 def in_order(source: Source, pieces: Sequence[range]) -> Iterator[np.ndarray]:
     """Pictures by their numbers, (B, H, W, C) for each piece: for validation. The next ones are read meanwhile."""
-    yield from ahead(lambda piece: np.stack([source.item(index) for index in piece]), pieces, limit=2)
+    yield from prefetch(lambda piece: np.stack([source.item(index) for index in piece]), pieces, limit=2)
 
 
 class Kept:

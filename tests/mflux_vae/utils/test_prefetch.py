@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 
 
 def test_results_come_in_the_order_of_the_items_whatever_is_ready_first():
@@ -19,14 +19,14 @@ def test_results_come_in_the_order_of_the_items_whatever_is_ready_first():
         gates[index].set()
         return 10 * index
 
-    assert list(ahead(wait, range(4), threads=4, limit=4)) == [0, 10, 20, 30]
-    assert list(ahead(wait, [])) == []
+    assert list(prefetch(wait, range(4), threads=4, limit=4)) == [0, 10, 20, 30]
+    assert list(prefetch(wait, [])) == []
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_no_more_is_begun_than_the_limit_says(limit):
     begun = []
-    results = ahead(lambda index: begun.append(index) or index, range(100), threads=2, limit=limit)
+    results = prefetch(lambda index: begun.append(index) or index, range(100), threads=2, limit=limit)
     for taken in range(5):
         assert next(results) == taken
         deadline = time.monotonic() + 60
@@ -44,7 +44,7 @@ def test_items_are_taken_from_an_endless_source_as_they_are_needed():
             yield index
             index += 1
 
-    results = ahead(str, endless(), threads=2, limit=2)
+    results = prefetch(str, endless(), threads=2, limit=2)
     assert [next(results) for _ in range(3)] == ["0", "1", "2"]
 
 
@@ -57,7 +57,7 @@ def test_an_error_comes_in_its_place_and_ends_the_work():
             raise ValueError("number 2 is broken")
         return index
 
-    results = ahead(work, range(100), threads=1, limit=2)
+    results = prefetch(work, range(100), threads=1, limit=2)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="number 2 is broken"):
         next(results)
@@ -68,7 +68,7 @@ def test_an_error_comes_in_its_place_and_ends_the_work():
 def test_an_interrupt_does_not_wait_for_what_was_queued():
     code = """
 import os, signal, sys, time
-from mflux_vae.utils.prefetch import ahead
+from mflux_vae.utils.prefetch import prefetch
 
 def work(index):
     if index == 0:
@@ -77,7 +77,7 @@ def work(index):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of the background
 try:
-    list(ahead(work, range(1000), threads=1, limit=1000))
+    list(prefetch(work, range(1000), threads=1, limit=1000))
 except KeyboardInterrupt:
     sys.exit(130)
 """
