@@ -34,7 +34,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import compared
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import gather
-from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -196,19 +196,19 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
 
     # the updates; of the hooks, what must not be lost comes first
     validation = [material.prompts.get(prompt) for prompt in choices.validation_prompt]
-    with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as watching:
+    with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as monitor:
         fit(
             step=lambda update, drawn, rate: loss_by_noise.bin_means(step(update, drawn, rate)),
             batches=batches,
             learning_rate=rate,
             total=plan.updates,
             start=start,
-            observers=[*watching.observers, compared(run.estimate)],
+            observers=[*monitor.observers, compared(run.estimate)],
             hooks=[
                 LearningCheck(*learners.values()),
-                watching.pace.timed_every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                monitor.pace.timed_every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
-                watching.previews(),
+                monitor.preview_hook(),
             ],
             checkpoint=save_checkpoint,
             pending=pending,
@@ -219,7 +219,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     result = result_path(pipeline, settings.train_mode, folder)
     if not processes.is_main:
         return TrainingResult(result=result, updates=plan.updates - start)
-    preview_grid.write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
+    write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
     if settings.fuse:
         _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])
     write_model_card(pipeline, settings, folder, result)
@@ -227,7 +227,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(mx.get_peak_memory())
     _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
-    watching.finished(f"after {minutes}:{seconds:02} minutes")
+    monitor.finish(f"after {minutes}:{seconds:02} minutes")
     return TrainingResult(result=result, updates=plan.updates - start)
 
 

@@ -1,4 +1,4 @@
-"""The curves of a run's report."""
+"""The charts of a run's report."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.monitoring.report.charts import Chart, draw
 from mflux_vae_train.monitoring.report.curves import Curve
 
+_NOT_CHARTED = ("update", "seconds", "samples")
+
 
 def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: int) -> str:
-    """Everything that was measured, as HTML: what is known well, each with a sentence, then whatever else there is.
+    """HTML with a chart of every metric; metrics without a chart here get a plain one.
 
     Args:
         records: lines of the metrics file.
-        total: updates of the whole run.
+        total: updates in the whole run.
     """
     if not records:
         return ""
+    metrics = list(dict.fromkeys(name for record in records for name in record))
     losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
-    levels = sorted(
-        {name for record in records for name in record if name.startswith(loss_by_noise.PREFIX)},
-        key=lambda name: int(name.removeprefix(loss_by_noise.PREFIX).split("-")[0]),
+    bins = {name: name.removeprefix(loss_by_noise.PREFIX) for name in metrics if name.startswith(loss_by_noise.PREFIX)}
+    # an optimizer that finds its own rate has the scheduled one as a factor
+    rate = ("effective_rate", "found by the optimizer") if "effective_rate" in metrics else ("learning_rate", "rate")
+    known = {*losses, *bins, *_NOT_CHARTED, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
+    others = [name for name in metrics if name not in {*known, "memory_gb"}]
+    timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
+    speed = Curve(
+        name="speed",
+        updates=[record["update"] for record in timed],
+        values=[record["samples"] / record["seconds"] for record in timed],
     )
-    # an optimizer that finds its own rate is given a mere factor
-    found = any("effective_rate" in record for record in records)
-    rate = ("effective_rate", "found by the optimizer") if found else ("learning_rate", "rate")
     shown = [
         Chart(
             title="Loss",
             curves=[_curve(records, name, name.removesuffix("_loss")) for name in losses],
-            note="Each update's faintly, for its noise is drawn anew, and the average over a twentieth of the run.",
+            note="Light: each update, with new noise. Dark: running average over a twentieth of the run.",
             logarithmic=False,
             wide=True,
         ),
         Chart(
             title="Loss by noise level",
-            curves=[_curve(records, name, _percent(name), faint=False) for name in levels],
-            note="Of the subject's pictures, averaged: little noise teaches details, much noise the composition.",
+            curves=[
+                _curve(records, name, percent.replace("-", "–") + " % noise", faint=False)
+                for name, percent in sorted(bins.items(), key=lambda item: int(item[1].split("-")[0]))
+            ],
+            note="Instance images, averaged. Low noise levels train details, high ones composition.",
             logarithmic=False,
             ordered=True,
             wide=True,
         ),
         Chart(title="Learning rate", curves=[_curve(records, *rate, smooth=False)], logarithmic=False),
         Chart(
-            title="Gradient",
+            title="Gradient norm",
             curves=[_curve(records, "grad_norm", "norm")],
             note="Before clipping.",
             line=(max_grad_norm, "clipped above"),
         ),
         Chart(
-            title="Size of an update",
+            title="Update size",
             curves=[_curve(records, "update_size", "change", smooth=False)],
-            note="Norm of the change as a share of the norm of all that is trained.",
+            note="Norm of the change divided by the norm of the trained weights.",
         ),
-    ]
-    known = {*losses, *levels, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
-    others = list(dict.fromkeys(name for record in records for name in record))
-    for name in others:
-        if name not in known and name not in ("update", "seconds", "samples", "memory_gb"):
-            shown.append(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]))
-    memory = _curve(records, "memory_gb", "GB", smooth=False)
-    timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
-    speed = [record["samples"] / record["seconds"] for record in timed]
-    updates = [record["update"] for record in timed]
-    shown += [
-        Chart(title="Images per second", curves=[Curve(name="speed", updates=updates, values=speed)]),
+        *(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]) for name in others),
+        Chart(title="Images per second", curves=[speed]),
         Chart(
             title="Memory",
-            curves=[memory],
-            note="MLX's peak so far.",
+            curves=[_curve(records, "memory_gb", "GB", smooth=False)],
+            note="Peak of MLX so far.",
             also=(0.0,),
             logarithmic=False,
         ),
@@ -79,15 +79,6 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def _percent(metric: str) -> str:
-    return metric.removeprefix(loss_by_noise.PREFIX).replace("-", "–") + " % noise"
-
-
 def _curve(records: Sequence[Mapping[str, Any]], metric: str, name: str, **options: bool) -> Curve:
-    present = [record for record in records if metric in record]
-    return Curve(
-        name=name,
-        updates=[record["update"] for record in present],
-        values=[record[metric] for record in present],
-        **options,
-    )
+    points = [(record["update"], record[metric]) for record in records if metric in record]
+    return Curve(name=name, updates=[u for u, _ in points], values=[value for _, value in points], **options)

@@ -1,4 +1,4 @@
-"""All that is seen of a run while it goes on: its metrics file, the bar, trackers, previews and the report."""
+"""Everything that shows a run while it trains: metrics file, progress bar, trackers, previews and report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
@@ -21,16 +22,15 @@ from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_us
 
 
 class Monitor:
-    """Located before the first update and closed after the last.
+    """Context manager around the updates of a run. All processes draw previews; the first one writes.
 
     Args:
-        prompts: conditioning of each validation prompt, one row.
-        start: updates made before.
-        processes: of several processes all draw previews, and the first one writes.
+        prompts: conditioning of each validation prompt, one row each.
+        start: number of updates made before.
 
     Attributes:
         observers: for `loop.fit`.
-        pace: the time left; hooks that take long go through it.
+        pace: estimates the time left; it also times slow hooks.
     """
 
     def __init__(
@@ -43,39 +43,36 @@ class Monitor:
         start: int,
         processes: ProcessGroup = SINGLE,
     ) -> None:
-        self._pipeline, self._prompts, self._run, self._folder, self._start = pipeline, prompts, run, folder, start
-        self._processes = processes
-        self._stack, self._report = ExitStack(), Report(pipeline.name, run, folder)
-        self._updates, self._of = start, run.choices.plan.updates
-        self.pace = Pace(run.choices.plan.updates)
+        self._pipeline, self._prompts, self._run, self._folder = pipeline, prompts, run, folder
+        self._processes, self._start, self._update = processes, start, start
+        self._total, self._report = run.choices.plan.updates, Report(pipeline.name, run, folder)
+        self.pace = Pace(self._total)
         self.observers: list[Hook] = [self.pace, self._count]
 
     def __enter__(self) -> Monitor:
-        try:
-            self._open()
-        except BaseException:
-            self._stack.close()
-            raise
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
         return self
 
-    def _open(self) -> None:
-        run, folder, total, start = self._run, self._folder, self._run.choices.plan.updates, self._start
-        settings, enter = run.choices.settings, self._stack.enter_context
+    def _open(self, stack: ExitStack) -> None:
+        run, folder, start, is_main = self._run, self._folder, self._start, self._processes.is_main
+        settings, enter = run.choices.settings, stack.enter_context
         logging_dir = Path(settings.logging_dir) if settings.logging_dir else folder.root / "logs"
-        shown = dataclasses.asdict(settings)
-        first = self._processes.is_main
-        # before anything is told: what a part of the run left that is made again does not count
-        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if first else []
-        trackers = [
-            enter(open_tracker(name, logging_dir, run=folder.root.resolve().name, settings=shown, start=start))
-            for name in requested_trackers(settings.report_to)
-            if first
-        ]
+        options: dict[str, Any] = {
+            "run": folder.root.resolve().name,
+            "settings": dataclasses.asdict(settings),
+            "start": start,
+        }
+        # first, as it removes the metrics of updates that are made again
+        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
+        names = requested_trackers(settings.report_to) if is_main else ()
+        trackers = [enter(open_tracker(name, logging_dir, **options)) for name in names]
         self._previews = Previews(
             self._pipeline,
             self._prompts,
             run.choices,
-            instance=[image.path for image in run.pictures.images],
+            subject=[image.square for image in run.pictures.images],
             samples=folder.samples,
             trackers=trackers,
             processes=self._processes,
@@ -83,10 +80,10 @@ class Monitor:
         began = time.monotonic()
         if start == 0:
             self._previews(0)
-            self._tell("running", updates=0)
+            self._write_report("running", update=0)
         self._preview_seconds = time.monotonic() - began
-        if first:
-            bar = enter(ProgressBar(total, start, extra=self._speed, pace=self.pace))
+        if is_main:
+            bar = enter(ProgressBar(self._total, start, extra=self._speed, pace=self.pace))
             self.observers += [*files, bar, *trackers]
 
     def __exit__(
@@ -94,30 +91,29 @@ class Monitor:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if error is not None:
-            self._tell("stopped", updates=self._updates, said=" ".join(str(error).split()) or type(error).__name__)
+            note = " ".join(str(error).split()) or type(error).__name__
+            self._write_report("stopped", update=self._update, note=note)
 
-    def previews(self) -> Hook:
-        """The hook that draws them when they are due."""
+    def preview_hook(self) -> Hook:
+        """Hook that draws the previews and updates the report every `validation_steps`."""
 
         def preview(record: Record) -> None:
             self._previews(record.update)
-            self._tell("running", updates=record.update, said=self._left(record.update))
+            note = f"after update {record.update} of {self._total}, {self.pace.eta_text(record.update)}"
+            self._write_report("running", update=record.update, note=note)
 
         return self.pace.timed_every(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
 
-    def finished(self, said: str) -> None:
-        """Writes the report for the last time."""
-        self._tell("finished", updates=self._of, said=said)
+    def finish(self, note: str) -> None:
+        """Write the final report."""
+        self._write_report("finished", update=self._total, note=note)
 
-    def _tell(self, state: str, *, updates: int, said: str = "") -> None:
+    def _write_report(self, state: str, *, update: int, note: str = "") -> None:
         if self._processes.is_main:
-            self._report.write(state, updates=updates, said=said)
-
-    def _left(self, update: int) -> str:
-        return f"after update {update} of {self._of}, {self.pace.eta_text(update)}"
+            self._report.write(state, update=update, note=note)
 
     def _count(self, record: Record) -> None:
-        self._updates = record.update
+        self._update = record.update
 
     def _speed(self, record: Record) -> dict[str, str]:
         return {"images/s": f"{record.samples / max(self.pace.per_update, 1e-9):.3g}"}

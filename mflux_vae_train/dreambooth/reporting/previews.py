@@ -1,17 +1,16 @@
-"""Previews: pictures of the validation prompts at fixed seeds, as the pipeline is now."""
+"""Previews: images of the validation prompts at fixed seeds."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import RunError
-from mflux_vae.images import grid, load_image, save_image
+from mflux_vae.images import grid, save_image
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.dreambooth.data.class_images import sample_images
@@ -27,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class Previews:
-    """Called with the number of updates made; writes a row of pictures for each prompt, and the overview so far.
+    """Called with the number of updates made; writes a row of images per prompt, and the grid of all previews so far.
 
-    Picture i of a prompt starts from the same noise every time, so that previews differ by what was learnt alone.
-    Whatever goes wrong is said and does not end the run.
+    Image i of a prompt starts from the same noise each time, so that previews differ only by the training. Errors
+    are logged and do not end the run.
 
     Args:
-        conditioning: of each validation prompt, one row.
-        instance: files of the instance pictures, for the overview.
-        samples: folder to write to.
-        trackers: what else is shown the pictures.
-        processes: the processes that share out the pictures; the first one writes.
+        conditioning: of each validation prompt, one row each.
+        subject: instance images for the top row of the grid, uint8 (resolution, resolution, 3).
+        samples: output folder.
+        trackers: also receive the images.
+        processes: share the sampling; the first one writes.
     """
 
     def __init__(
@@ -46,60 +45,59 @@ class Previews:
         conditioning: Sequence[Conditioning],
         choices: ResolvedSettings,
         *,
-        instance: Sequence[Path],
+        subject: Sequence[np.ndarray],
         samples: Path,
         trackers: Sequence[Tracker] = (),
         processes: ProcessGroup = SINGLE,
     ) -> None:
         self._pipeline, self._conditioning, self._choices, self._processes = pipeline, conditioning, choices, processes
-        self._samples, self._trackers = samples, trackers
-        few = instance[: preview_grid.shown(choices.settings.num_validation_images)]  # kept: files may go during a run
-        self._instance = [load_image(path, resolution=choices.resolution) for path in few]
+        self._subject, self._samples, self._trackers = subject, samples, trackers
+        self._count = choices.settings.num_validation_images
 
-    def __call__(self, updates: int) -> None:
-        count = self._choices.settings.num_validation_images
-        if not count:
+    def __call__(self, update: int) -> None:
+        if not self._count:
             return
         try:
-            rows = [self._pictures(conditioning, count) for conditioning in self._conditioning]
+            rows = [self._sample(conditioning) for conditioning in self._conditioning]
             if self._processes.is_main:
-                self._show(updates, rows)
+                self._write(update, rows)
         except ProcessLost:
             raise
-        except Exception as error:  # a pipeline or a disk may fail in any way; hours of training must not be lost
-            logger.warning("preview after update %d failed (%s: %s)", updates, type(error).__name__, error)
+        except Exception as error:  # whatever fails in a pipeline or on disk must not end hours of training
+            logger.warning("preview after update %d failed (%s: %s)", update, type(error).__name__, error)
         release(self._pipeline, "images")
         mx.clear_cache()
 
-    def _show(self, updates: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
-        count = len(rows[0])
-        save_image(
-            preview_grid.preview_file(self._samples, updates), grid([p for row in rows for p in row], count, gap=0)
-        )
-        preview_grid.write_progress(self._samples, self._instance, columns=count)
+    def _write(self, update: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
+        sheet = grid([image for row in rows for image in row], self._count, gap=0)
+        save_image(preview_grid.preview_file(self._samples, update), sheet)
+        preview_grid.write_progress(self._samples, self._subject, columns=self._count)
         for prompt, row in zip(self._choices.validation_prompt, rows, strict=True):
             for tracker in self._trackers:
-                tracker.image("preview", updates, grid(row, count), prompt)
+                tracker.image("preview", update, grid(row, self._count), prompt)
 
-    def _pictures(self, conditioning: Conditioning, count: int) -> list[np.ndarray]:
-        choices, processes = self._choices, self._processes
+    def _sample(self, conditioning: Conditioning) -> list[np.ndarray]:
+        """The images of one prompt, in all processes."""
+        choices, processes, count = self._choices, self._processes, self._count
         size = min(images_per_batch(choices.resolution), -(-count // processes.size))
-        failed: list[Exception] = []
+        errors: list[Exception] = []
 
-        def drawn(members: range) -> list[mx.array]:
-            keys = sample_keys(choices.settings.seed, Stream.PREVIEW, 0, members)
-            asked: dict[str, Any] = {"resolution": choices.resolution, "guidance": choices.guidance}
+        def sample(batch: range) -> list[mx.array]:
+            keys = sample_keys(choices.settings.seed, Stream.PREVIEW, 0, batch)
             try:
-                return [mx.array(picture) for picture in sample_images(self._pipeline, conditioning, keys, **asked)]
-            except Exception as error:  # to be raised in all processes, none of which must wait for this one
-                failed.append(error)
+                images = sample_images(
+                    self._pipeline, conditioning, keys, resolution=choices.resolution, guidance=choices.guidance
+                )
+                return [mx.array(image) for image in images]
+            except Exception as error:  # raised below in all processes, so that none waits for this one
+                errors.append(error)
                 return []
 
-        groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        pictures = [np.array(picture) for _, some in processes.map_in_rounds(groups, drawn) for picture in some]
-        whys = processes.gather([f"{type(error).__name__}: {error}" for error in failed])
-        if failed:
-            raise failed[0]
-        if any(whys):
-            raise RunError(f"in another process: {next(why[0] for why in whys if why)}")
-        return pictures
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        images = [np.array(image) for _, batch in processes.map_in_rounds(batches, sample) for image in batch]
+        messages = processes.gather([f"{type(error).__name__}: {error}" for error in errors])
+        if errors:
+            raise errors[0]
+        if any(messages):
+            raise RunError(f"in another process: {next(message[0] for message in messages if message)}")
+        return images

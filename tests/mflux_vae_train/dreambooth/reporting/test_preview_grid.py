@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import pytest
 
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth.reporting import preview_grid
@@ -40,7 +37,7 @@ def test_long_runs_are_thinned_and_keep_first_and_last(tmp_path):
     for update in range(0, 40):
         save_image(preview_grid.preview_file(tmp_path, update), grey(update + 1))
     sheet = load_image(preview_grid.write_progress(tmp_path, [grey(200, count=1)], columns=2))
-    assert sheet.shape[0] == (preview_grid.MOST_ROWS + 1) * (128 + 4) + 4
+    assert sheet.shape[0] == (preview_grid.MAX_ROWS + 1) * (128 + 4) + 4
     assert (sheet == 1).all(-1).any() and (sheet == 40).all(-1).any()
 
 
@@ -48,17 +45,3 @@ def test_large_pictures_are_shrunk(tmp_path):
     save_image(preview_grid.preview_file(tmp_path, 0), grey(50, side=512))
     sheet = load_image(preview_grid.write_progress(tmp_path, [grey(200, side=512, count=1)], columns=2))
     assert sheet.shape[0] == 2 * 256 + 3 * 4
-
-
-def test_the_loss_curve_is_drawn(tmp_path):
-    records = [{"update": update, "instance_loss": 1 / update} for update in range(1, 50)]
-    preview_grid.write_loss_curve(records, tmp_path / "loss.png")
-    assert load_image(tmp_path / "loss.png").std() > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
-
-
-@pytest.mark.parametrize("losses", [[], [1.0], [math.nan]])
-def test_a_run_of_no_or_one_update_has_a_loss_curve(losses, tmp_path):
-    records = [{"update": 1, "prior_loss": loss} for loss in losses]
-    preview_grid.write_loss_curve(records, tmp_path / "loss.png")
-    assert load_image(tmp_path / "loss.png").ndim == 3

@@ -95,7 +95,7 @@ def test_pictures_are_the_previews_of_every_prompt_and_the_pictures_learnt_from(
         np.testing.assert_array_equal(np.concatenate(rows), sheet)
     named = {image.get("title") for image in images}
     assert {f"picture-{index}.png" for index in range(5)} < named and "class-00004.png" in named
-    assert "a photo of a dog: 5 pictures" in page.text()
+    assert "a photo of a dog: 5 images" in page.text()
 
 
 def test_curves_are_the_metrics(out):
@@ -133,7 +133,7 @@ def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
         return predicted._replace(prediction=predicted.prediction * float("nan"))
 
     monkeypatch.setattr(pipeline, "predict", poisoned)
-    with pytest.raises(TrainingError, match="lower --learning_rate"):
+    with pytest.raises(TrainingError, match="learning_rate"):
         train(instance_dir, tmp_path / "out", pipeline)
     page = page_of(tmp_path / "out")
     assert "stopped" in page.text() and "update 1: loss is nan" in page.text()
@@ -153,7 +153,7 @@ def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tm
     monkeypatch.setattr(train_module.run_folder, "claim", claimed)
     monkeypatch.setattr(Report, "write", write)
     train(instance_dir, tmp_path / "out")
-    assert "How it learns" not in pages[0] and "How it learns" in pages[-1]
+    assert "Training curves" not in pages[0] and "Training curves" in pages[-1]
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monkeypatch, caplog):
@@ -162,7 +162,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monk
 
     monkeypatch.setattr(Report, "_page", broken)
     assert train(instance_dir, tmp_path / "out").updates == 6
-    assert "report.html was not written (OSError: no space left)" in caplog.text
+    assert "no space left" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
