@@ -62,7 +62,7 @@ BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.labels": {"PIL"}, "mfl
 """What modules of the component need beside MLX and numpy."""
 
 ON_DEMAND = {
-    "mflux_vae.cli": {"tqdm"},
+    "mflux_vae.utils.console": {"tqdm"},
     "mflux_vae.pretrained.hub": {"huggingface_hub"},
     "mflux_vae.utils.yaml_io": {"yaml"},
 }
@@ -70,7 +70,6 @@ ON_DEMAND = {
 
 LIGHT = (
     *("", ".settings", ".settings.fields", ".settings.flags", ".optimizers", ".optimizers.registry"),
-    *(".monitoring", ".monitoring.console"),
     *(
         ".pipelines",
         ".pipelines.noise",

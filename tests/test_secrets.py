@@ -18,11 +18,11 @@ from mflux_vae import VAE
 from mflux_vae.errors import MfluxVaeError, SettingsError, WeightsError
 from mflux_vae.images import save_image
 from mflux_vae.pretrained import hub
+from mflux_vae.utils.console import logging_to_console
 from mflux_vae.utils.redaction import HIDDEN, redacted
 from mflux_vae_train.dreambooth import run_folder
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.monitoring.console import logging_to_console
 from mflux_vae_train.pipelines.registry import open_pipeline
 from tests.conftest import Run
 from tests.contracts.fake import FakePipeline
@@ -80,7 +80,7 @@ def test_a_whole_run_writes_none(
 
     given: dict[str, Any] = {"instance_data_dir": str(tmp_path / "pictures"), "instance_prompt": "a photo of xyz"}
     given |= {"max_train_steps": 2, "lr_warmup_steps": 1, "prior_preservation": "none"}
-    with logging_to_console(["mflux_vae_train"]):
+    with logging_to_console({"mflux_vae_train": logging.INFO}):
         DreamBooth(Telling()).train(DreamBoothSettings(model="fake", output_dir=str(tmp_path / "out"), **given))
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"settings.yaml", "run.json", "report.html", "README.md", "metrics.jsonl", "checkpoint-2"} <= made

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
-from mflux_vae.errors import MfluxVaeError, SettingsError, did_you_mean
-from mflux_vae.utils.redaction import redacted
+from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.console import run_command
 
 PROG = "mflux-vae"
 LOGGER = "mflux_vae"
@@ -30,41 +28,18 @@ OWN = ("info", "encode", "decode", "compare", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; errors are one line on standard error.
+    """Run the command and return its exit status, see `run_command`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    levels = {LOGGER: logging.DEBUG if debug else logging.WARNING}
+    return run_command(PROG, lambda: _dispatch(words), levels=levels, stream="stderr", debug=debug)
 
-    Returns:
-        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 141 where nobody reads on.
-    """
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    handler, show, logger = _Console(), warnings.showwarning, logging.getLogger(LOGGER)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
-    warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(argv))
-        settings.pop("debug")
-        import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
-        settings.pop("run")(**settings)
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt as interrupt:
-        return _said(str(interrupt) or "interrupted", getattr(interrupt, "exit_code", 130))
-    except MfluxVaeError as error:
-        return _said(f"error: {error}", error.exit_code)
-    except BrokenPipeError:  # who reads, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        return 141
-    except Exception as error:  # a full disk, too little memory
-        if debug:
-            raise
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        return _said(f"error: {kind}{error} (--debug shows where)", 1)
-    finally:
-        warnings.showwarning = show
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+
+def _dispatch(words: Sequence[str]) -> None:
+    settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(words))
+    settings.pop("debug")
+    import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
+    settings.pop("run")(**settings)
 
 
 def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
@@ -156,11 +131,6 @@ def _run(name: str, settings: dict[str, Any]) -> None:
     getattr(commands, name)(**settings)
 
 
-def _said(line: str, code: int) -> int:
-    print(f"{PROG}: {redacted(' '.join(line.split()))}", file=sys.stderr)
-    return code
-
-
 class _Parser(argparse.ArgumentParser):
     """Of the program where it has `commands`, else of one of them. What is mistyped is said before what is missing."""
 
@@ -181,13 +151,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")
-
-
-class _Console(logging.Handler):
-    """Lines on standard error, not through the middle of a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + redacted(record.getMessage()), file=sys.stderr)

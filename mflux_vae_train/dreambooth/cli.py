@@ -13,43 +13,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from mflux_vae_train.monitoring.console import logging_to_console
-
 PROG = "mflux-train-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; errors are one line on standard error.
-
-    Returns:
-        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM.
-    """
-    show = warnings.showwarning
-    # Before anything of ours is imported: on a CPU without a fast BLAS, that is what warns.
-    warnings.showwarning = lambda message, *_, **__: logging.getLogger(LOGGERS[1]).warning("%s", message)
-    try:
-        with logging_to_console(LOGGERS):
-            return _run_or_say_why_not(argv)
-    finally:
-        warnings.showwarning = show
-
-
-def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
-    from mflux_vae.errors import MfluxVaeError
-
-    try:
-        _run(argv)
-        return 0
-    except MfluxVaeError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # a full disk, a folder without permission; the traceback is in the run's log
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"{PROG}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return getattr(interrupt, "exit_code", 130)
+    """Run the command and return its exit status, see `run_command`."""
+    with warnings.catch_warnings(record=True) as early:  # importing mflux_vae warns on a CPU without a fast BLAS
+        from mflux_vae.utils.console import run_command
+    return run_command(PROG, lambda: _run(argv), levels=dict.fromkeys(LOGGERS, logging.INFO), early=early)
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
 class ProgressBar:
     """A bar with time left, loss (smoothed) and rate, and a log line now and then.
 
-    On a terminal the line is for log files only (see `console.Console`), and the bar is what is seen: the time left
+    On a terminal the line is for log files only (see `ConsoleHandler`), and the bar is what is seen: the time left
     first, as a narrow terminal shows no more than its beginning.
 
     Args:
@@ -137,7 +137,7 @@ class ProgressBar:
             logger.info(
                 "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s",
                 record.update, record.total, self._loss, more, rate, self._pace.per_update, left,
-                extra={"on_bar": not self._bar.disable},
+                extra={"in_bar": not self._bar.disable},
             )  # fmt: skip
 
     def __enter__(self) -> ProgressBar:

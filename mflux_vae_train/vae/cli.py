@@ -6,6 +6,7 @@ that ``--help`` is answered at once.
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,10 @@ def train(parser: ArgumentParser) -> Run:
     parser.usage = SHORT_USAGE
 
     def run(**given: Any) -> None:
-        from mflux_vae_train.monitoring.console import logging_to_console
+        from mflux_vae.utils.console import logging_to_console
         from mflux_vae_train.vae.compat.pytorch_vae_config import flattened
 
-        with logging_to_console([LOGGER]):
+        with logging_to_console({LOGGER: logging.INFO}):
             settings = settings_of(VAETrainingSettings, given, PRESETS, translate=flattened)
             from mflux_vae_train.vae.train import VAETrainer
 

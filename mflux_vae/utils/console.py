@@ -1,0 +1,121 @@
+"""What all commands share: log lines on the console, errors of one line, exit statuses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from mflux_vae.errors import MfluxVaeError
+from mflux_vae.utils.redaction import redacted
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes log lines between the updates of a progress bar; warnings and errors always go to standard error.
+
+    Skips records that a progress bar shows (extra `in_bar`) and repeated INFO messages of `mflux_vae`, such as those
+    about an autoencoder that is opened for every preview. Of several processes only the first one writes anything but
+    errors.
+
+    Args:
+        stream: "stdout" or "stderr", for records below WARNING.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if getattr(record, "in_bar", False) or (record.levelno < logging.ERROR and not _is_first_process()):
+            return
+        message = redacted(record.getMessage())
+        if record.levelno == logging.INFO and record.name.split(".")[0] == "mflux_vae":
+            if message in self._seen:
+                return
+            self._seen.add(message)
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+        else:
+            stream = getattr(sys, self._stream)
+            tqdm.write(message, file=stream)
+            stream.flush()
+
+
+def _is_first_process() -> bool:
+    """`ProcessGroup.is_main` before MLX is imported: the rank that the launcher passes, MLX's or MPI's."""
+    ranks = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+
+
+@contextmanager
+def logging_to_console(levels: Mapping[str, int], stream: str = "stdout") -> Iterator[None]:
+    """Within the block these loggers write to the console, from the given levels on."""
+    handler = ConsoleHandler(stream)
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def run_command(
+    program: str,
+    work: Callable[[], object],
+    *,
+    levels: Mapping[str, int],
+    stream: str = "stdout",
+    debug: bool | None = None,
+    early: Iterable[warnings.WarningMessage] = (),
+) -> int:
+    """Run a command: log lines to the console, an error as one line on standard error.
+
+    Args:
+        levels: see `logging_to_console`; the first logger also takes Python's warnings.
+        debug: whether unexpected errors keep their traceback; None for a command without --debug, where they do.
+        early: warnings from before this call.
+
+    Returns:
+        exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM, 141 if
+        the reader of standard output has gone.
+    """
+    show, logger = warnings.showwarning, logging.getLogger(next(iter(levels)))
+    warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
+    try:
+        with logging_to_console(levels, stream):
+            for warning in early:
+                logger.warning("%s", warning.message)
+            work()
+            sys.stdout.flush()
+            return 0
+    except KeyboardInterrupt as interrupt:
+        return _fail(program, str(interrupt) or "interrupted", getattr(interrupt, "exit_code", 130))
+    except MfluxVaeError as error:
+        return _fail(program, f"error: {error}", error.exit_code)
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at exit
+        return 141
+    except Exception as error:  # a full disk, too little memory
+        known = isinstance(error, OSError)
+        if debug or (debug is None and not known):
+            raise
+        hint = "" if debug is None else " (--debug shows where)"
+        return _fail(program, f"error: {'' if known else f'{type(error).__name__}: '}{error}{hint}", 1)
+    finally:
+        warnings.showwarning = show
+
+
+def _fail(program: str, line: str, status: int) -> int:
+    print(f"{program}: {redacted(' '.join(line.split()))}", file=sys.stderr)
+    return status
