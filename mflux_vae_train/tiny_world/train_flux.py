@@ -17,12 +17,14 @@ from mflux_vae import VAE
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.optimizers.muon import Muon
+from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1 import transformer as flux
+from mflux_vae_train.pipelines.flux1.configs import Configs
+from mflux_vae_train.pipelines.flux1.parts import flux_parts
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.text import clip, t5
-from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
+from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.tiny_world import corpus, recipe
 from mflux_vae_train.tiny_world.run import run
@@ -42,8 +44,8 @@ class Trained(nn.Module):
     def __init__(self, pipeline: FluxPipeline):
         super().__init__()
         self.transformer = pipeline.denoiser
-        self.clip = pipeline.text_encoder
-        self.t5 = pipeline.text_encoder_2
+        self.clip = pipeline.prompts.clip.get()
+        self.t5 = pipeline.prompts.t5.get()
 
 
 def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
@@ -51,24 +53,31 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
     words = sorted({*WORDS, *EXTRA_WORDS})
     build_clip_tokenizer(words, work / "tokenizer", recipe.TEXT_TOKENS)
     build_t5_tokenizer(words, work / "tokenizer_2", recipe.TEXT_TOKENS)
-    first, second = load_tokenizer(work / "tokenizer"), load_tokenizer(work / "tokenizer_2")
-    eos = first.pad_id  # rows of CLIP are padded with the end of text
-    pipeline = FluxPipeline(
-        transformer=flux.FluxTransformer(recipe.TRANSFORMER),
-        vae=vae,
-        text_encoder=clip.CLIPTextModel(recipe.clip_config(first.vocab_size, eos=eos, bos=eos - 1, pad=eos)),
-        text_encoder_2=t5.T5Encoder(recipe.t5_config(second.vocab_size)),
-        tokenizer_folder=work / "tokenizer",
-        tokenizer_2_folder=work / "tokenizer_2",
+    tokenizer, tokenizer_2 = (LazyTokenizer(work / name) for name in ("tokenizer", "tokenizer_2"))
+    eos = tokenizer.get().pad_id  # rows of CLIP are padded with the end of text
+    configs = Configs(
+        transformer=recipe.TRANSFORMER,
+        text_encoder=recipe.clip_config(tokenizer.get().vocab_size, eos=eos, bos=eos - 1, pad=eos),
+        text_encoder_2=recipe.t5_config(tokenizer_2.get().vocab_size),
+        vae=vae.config.to_dict(),
         schedule=FlowMatchSchedule(),
         recommended=recipe.RECOMMENDED,
-        name="tiny",
     )
+    transformer = flux.FluxTransformer(configs.transformer)
+    text_encoder, text_encoder_2 = clip.CLIPTextModel(configs.text_encoder), t5.T5Encoder(configs.text_encoder_2)
     keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
-    flux.init_weights(pipeline.denoiser, keys[0])
-    clip.init_weights(pipeline.text_encoder, keys[1], embedding_std=settings.clip_embedding_std)
-    t5.init_weights(pipeline.text_encoder_2, keys[2], relative_bias_std=settings.t5_bias_std)
-    return pipeline
+    flux.init_weights(transformer, keys[0])
+    clip.init_weights(text_encoder, keys[1], embedding_std=settings.clip_embedding_std)
+    t5.init_weights(text_encoder_2, keys[2], relative_bias_std=settings.t5_bias_std)
+    parts = flux_parts(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+    )
+    return FluxPipeline(parts, configs, name="tiny")
 
 
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
@@ -123,8 +132,8 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
     latents, examples = mx.array(raw), len(captions)
     model = Trained(pipeline)
     ids = {
-        name: tokenizer.encode([*captions, ""], recipe.TEXT_TOKENS)  # the last row is the empty caption
-        for name, tokenizer in (("clip", pipeline.tokenizer), ("t5", pipeline.tokenizer_2))
+        name: pipeline.parts.tokenizers[folder].get().encode([*captions, ""], recipe.TEXT_TOKENS)  # last: no caption
+        for name, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2"))
     }
 
     def batch(update: int) -> list[MicroBatch]:

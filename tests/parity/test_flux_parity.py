@@ -13,8 +13,8 @@ import mlx.core as mx  # noqa: E402
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule, euler_step  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, text_ids, unpack  # noqa: E402
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step  # noqa: E402
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config  # noqa: E402
 

@@ -13,8 +13,8 @@ diffusers = pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 
+from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import TEXT_TOKENS, small_pipeline  # noqa: E402
 
 PROMPTS = ["a photo of a red star", "a blue dog on a circle and nothing else in the whole picture"]

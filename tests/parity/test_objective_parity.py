@@ -29,9 +29,9 @@ from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches  # noqa:
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss  # noqa: E402
 from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of  # noqa: E402
 from mflux_vae_train.dreambooth.optimization.trainable import combined  # noqa: E402
+from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline  # noqa: E402
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule  # noqa: E402
 from mflux_vae_train.pipelines.noise import NoiseSampling, error_weight, training_levels  # noqa: E402
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step  # noqa: E402
 from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset  # noqa: E402
@@ -219,13 +219,13 @@ def ours(tmp_path: Path, request) -> FluxPipeline:
 
 def together(pipeline: FluxPipeline) -> nn.Module:
     """All that has adapters."""
-    networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder}
+    networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.prompts.clip.get()}
     return combined({name: network for name, network in networks.items() if lora.layers(network)})
 
 
 def adapters(pipeline: FluxPipeline) -> dict[str, np.ndarray]:
     """As `named` has them."""
-    networks = (pipeline.denoiser, pipeline.text_encoder)
+    networks = (pipeline.denoiser, pipeline.prompts.clip.get())
     return {name: value for network in networks for name, value in named(lora.adapter_tensors(network, "x")).items()}
 
 

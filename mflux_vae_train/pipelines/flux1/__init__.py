@@ -37,7 +37,6 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
 
 def opens(place: Path) -> bool:
     """Whether a folder without `model_index.json` is FLUX.1's all the same (mflux's saves have none), or a file is."""
-    from mflux_vae_train.pipelines.flux1 import folder as layout
-    from mflux_vae_train.pipelines.flux1 import weights
+    from mflux_vae_train.pipelines.flux1 import folder, weights
 
-    return weights.is_transformer(place) if place.is_file() else layout.opens(place)
+    return weights.is_transformer(place) if place.is_file() else folder.opens(place)

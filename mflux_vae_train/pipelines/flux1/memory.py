@@ -16,6 +16,7 @@ from typing import Any, Literal
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae_train.pipelines.flow.sample import DECODED_AT_ONCE
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
@@ -53,9 +54,6 @@ CLIP_KEPT = 12.0
 
 T5_WORKING = 6.0
 """Numbers per token, in units of T5's width and that of its feed-forward layers together."""
-
-DECODED_AT_ONCE = 2**20
-"""Pixels decoded in one batch: a picture of 1024 x 1024, or many small ones."""
 
 _FULL = 4
 """Bytes of a number in float32, in which residuals of T5, adapters, gradients and moments are kept."""

@@ -1,143 +1,121 @@
-"""FLUX.1 as a trainable pipeline: prompts and images in, losses and images out."""
+"""FLUX.1 as a trainable pipeline: encodes images and prompts, predicts for the loss, samples images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.capabilities import KohyaNaming
-from mflux_vae_train.pipelines.flux1 import folder as layout
+from mflux_vae.pretrained.hub import cache_folder
+from mflux_vae.vae import VAE
+from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
+from mflux_vae_train.pipelines.flow.predict import normal, predict
+from mflux_vae_train.pipelines.flow.sample import decode, sample
+from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
-from mflux_vae_train.pipelines.flux1.configs import Configs
+from mflux_vae_train.pipelines.flux1.configs import SIZE_MULTIPLE, Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.prompts import EMBEDS, POOLED, FluxPrompts
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step, noised
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.noise import SCHNELL_STEPS, NoiseSampling, Prediction, error_weight
-from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
-
-if TYPE_CHECKING:
-    from mflux_vae_train.pipelines.flux1.hub import Snapshot
-
-SIZE_MULTIPLE = VAE_FACTOR * PATCH
-
-_DEV = Recommended(
-    resolution=512,
-    size_multiple=SIZE_MULTIPLE,
-    learning_rate=1e-4,
-    learning_rate_full=5e-6,
-    guidance=3.5,
-    steps=28,
-    rank=16,
-    caption_dropout=0.0,
-    weighting_scheme="flux_shift",
-    usual_guidance=(1.5, 5.0),
-)
-_SCHNELL = replace(
-    _DEV,
-    guidance=1.0,
-    steps=SCHNELL_STEPS,
-    weighting_scheme="schnell",
-    most_guidance=1.0,
-    usual_guidance=(0.0, 1.0),
-)
+from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
+from mflux_vae_train.pipelines.parts import Parts
+from mflux_vae_train.pipelines.protocol import Conditioning
+from mflux_vae_train.pipelines.snapshot import Snapshot
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 
 
-class FluxPipeline(FluxPrompts):
+class FluxPipeline:
     """FLUX.1 behind the `DiffusionPipeline` protocol. Latents are (B, H/8, W/8, C), scaled.
 
     Args:
-        transformer, vae, text_encoder (CLIP), text_encoder_2 (T5), tokenizer_folder, tokenizer_2_folder: see
-            `FluxParts`; `save_pretrained` copies the folders.
-        recommended: None for dev's numbers where guidance is embedded, else schnell's.
-        snapshot: where the parts come from, if that is the hub.
+        parts: networks and tokenizers, see `flux1.parts.flux_parts`.
+        snapshot: where parts are downloaded from, if they are.
+        base_model: repository of the published model that all parts belong to.
+
+    Attributes:
+        prompts: encodes prompts with the text encoders of `parts`.
     """
 
     adapter_prefix = "transformer"
+    text_encoder_prefix = "text_encoder"
 
     def __init__(
         self,
+        parts: Parts,
+        configs: Configs,
         *,
-        schedule: FlowMatchSchedule,
-        recommended: Recommended | None = None,
         name: str = "flux1",
         snapshot: Snapshot | None = None,
-        **parts: Any,
+        base_model: str | None = None,
     ) -> None:
-        super().__init__(**parts)
-        self.snapshot = snapshot
-        self.schedule = schedule
-        self.recommended = recommended or (_DEV if self.guidance_embeds else _SCHNELL)
-        self.name = name
+        self.parts, self.configs = parts, configs
+        self.name, self.recommended, self.schedule = name, configs.recommended, configs.schedule
+        self.base_model, self._snapshot = base_model, snapshot
+        self._guidance_embeds = configs.transformer.guidance_embeds
+        self._transformer: Lazy[FluxTransformer] = parts.networks["transformer"]
+        self.prompts = FluxPrompts(parts, guidance_embeds=self._guidance_embeds)
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: mx.Dtype | None = None, *, variant: str | None = None
     ) -> FluxPipeline:
-        """Open a folder in diffusers' layout, or one that mflux saved. Each part is read when it is first used.
+        """Open a folder in diffusers' layout or saved by mflux. Weights are read when they are first used.
 
         Args:
             dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
             variant: of the weights files, such as "fp16".
 
         Raises:
-            WeightsError: a file is missing or broken, or its tensors are not the network's; all are listed.
-            SettingsError: a configuration asks for what this pipeline has not.
+            WeightsError: a file is missing or broken, or its tensors do not fit the network; all are listed.
+            SettingsError: a configuration needs an unsupported option.
         """
         place = Path(folder)
-        parts = layout.parts(layout.read_configs(place), lambda: place, dtype=dtype, variant=variant)
-        pipeline = cls(**parts, name=place.resolve().name)
-        pipeline.check()
-        return pipeline
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """What the transformer computes in."""
-        embedder: Any = self.denoiser.x_embedder
-        return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
+        configs = folders.read_configs(place)
+        parts = folders.open_parts(configs, lambda: place, dtype=dtype, variant=variant)
+        parts.check()
+        return cls(parts, configs, name=place.resolve().name)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
-        """Write the folder that `from_pretrained` and diffusers' FluxPipeline open.
+        """Write a folder that `from_pretrained` and diffusers' FluxPipeline open.
 
         Args:
             dtype: of the stored weights: float16, bfloat16 or float32.
         """
-        layout.write(self, Path(folder), dtype)
+        folders.write(self.parts, self.configs, Path(folder), dtype)
+
+    @property
+    def denoiser(self) -> FluxTransformer:
+        return self._transformer.get()
+
+    @property
+    def vae(self) -> VAE:
+        return self.parts.vae.get()
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype that the transformer computes in."""
+        embedder: Any = self.denoiser.x_embedder
+        return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
 
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
         return self.vae.encode_nhwc(pixels)
 
-    def footprint(self, work: Workload) -> Footprint:
-        """An estimate of what a run takes, from configurations; nothing is loaded."""
-        vae = self._vae.config
-        configs = Configs(
-            transformer=self._transformer.config,
-            text_encoder=self._text_encoder.config,
-            text_encoder_2=self._text_encoder_2.config,
-            vae=vae if isinstance(vae, Mapping) else vae.to_dict(),
-            schedule=self.schedule,
-        )
-        tokenizer = self._tokenizer_2.loaded
-        length = self.longest_prompt if tokenizer is None else self.max_text_tokens
-        length = min(length, work.prompt_tokens or length)
-        phases = memory.phases(configs, work, text_tokens=length)
-        if self.snapshot is None or self.snapshot.is_here():
-            return Footprint(phases=phases)
-        download = memory.published_bytes(configs, self.snapshot.parts)
-        return Footprint(phases=phases, download=download, cache=self.snapshot.cache())
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `FluxPrompts.encode`."""
+        return self.prompts.encode(prompts)
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
 
         Args:
-            guidance: told to a model with embedded guidance; no matter to others.
+            guidance: input of models with embedded guidance; unused by others.
         """
         return self.predict(latents, conditioning, key=key, guidance=guidance).loss()
 
@@ -150,24 +128,22 @@ class FluxPipeline(FluxPrompts):
         guidance: float,
         sampling: NoiseSampling | None = None,
     ) -> Prediction:
-        """The velocity at a random noise level, and the true one.
-
-        x_s = (1 - s) x0 + s e, target e - x0 (Lipman et al. 2023); noise and error are float32 always.
+        """Velocity at a random noise level, and its target; see `flow.predict`.
 
         Args:
             guidance: as in `loss`.
             sampling: None for the recommended scheme.
         """
-        sampling = sampling or NoiseSampling(scheme=self.recommended.weighting_scheme or "uniform")
-        keys = mx.vmap(lambda one: mx.random.split(one, 2))(key)
         height, width = latents.shape[1:3]
-        clean = latents.astype(mx.float32)
-        noise = _noise(keys[:, 0], latents.shape[1:])
-        tokens = height * width // PATCH**2
-        sigma = self.schedule.training_sigmas(keys[:, 1], sampling, image_tokens=tokens)
-        said = self._read(conditioning)
-        velocity = self._velocity(pack(noised(clean, noise, sigma)), sigma, said, guidance, (height, width))
-        return Prediction(unpack(velocity, height, width), noise - clean, error_weight(sigma, sampling), sigma)
+        conditioning = self.prompts.finish(conditioning)
+        return predict(
+            lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
+            latents,
+            key=key,
+            schedule=self.schedule,
+            sampling=sampling or NoiseSampling(scheme=self.recommended.weighting_scheme or "uniform"),
+            image_tokens=height * width // PATCH**2,
+        )
 
     def sample(
         self,
@@ -181,93 +157,128 @@ class FluxPipeline(FluxPrompts):
     ) -> mx.array:
         """Conditioning -> images (B, H, W, 3) in [-1, 1], float32.
 
-        Guidance is embedded where the model was trained so; else, above 1, classifier-free against the empty
-        prompt (Ho and Salimans 2022).
+        Guidance is an input of the transformer if the model was trained so; otherwise, above 1, it is
+        classifier-free with the empty prompt.
 
         Args:
             size: (height, width) in pixels, multiples of 16.
-            key: (B, 2); row i alone decides the noise that sample i starts from.
-            latents: start from this noise instead, (B, H/8, W/8, C).
+            key: (B, 2); row i determines the initial noise of sample i.
+            latents: initial noise (B, H/8, W/8, C) to use instead.
 
         Raises:
-            SettingsError: a size that is no multiple of 16, or no step.
+            SettingsError: a size that is not a multiple of 16, or no step.
         """
         height, width = size
         if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
             raise SettingsError(f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}")
-        grid = height // VAE_FACTOR, width // VAE_FACTOR
         if latents is None:
-            latents = _noise(key, (*grid, self._transformer.config.in_channels // PATCH**2))
-        tokens = pack(latents)
-        guided = guidance > 1 and not self.guidance_embeds
-        if guided:
-            conditioning = self._with_unconditional(conditioning)
-        conditioning = self._read(conditioning)
+            channels = self.configs.transformer.in_channels // PATCH**2
+            latents = normal(key, (height // VAE_FACTOR, width // VAE_FACTOR, channels))
+        classifier_free = guidance > 1 and not self._guidance_embeds
+        if classifier_free:
+            conditioning = self.prompts.with_unconditional(conditioning)
+        conditioning = self.prompts.finish(conditioning)
         mx.eval(conditioning)
-        for sigma, next_sigma in pairwise(self.schedule.sigmas(steps, tokens.shape[1]).tolist()):
-            rows = mx.concatenate([tokens, tokens]) if guided else tokens
-            velocity = self._velocity(rows, mx.full(rows.shape[:1], sigma), conditioning, guidance, grid)
-            if guided:
-                without, toward = mx.split(velocity, 2)
-                velocity = without + guidance * (toward - without)
-            tokens = euler_step(tokens, velocity, sigma, next_sigma)
-            mx.eval(tokens)
-        return mx.clip(self._decode(unpack(tokens, *grid)), -1, 1)
+        drawn = sample(
+            lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
+            latents,
+            self.schedule.sigmas(steps, height * width // SIZE_MULTIPLE**2).tolist(),
+            guidance=guidance if classifier_free else None,
+        )
+        return mx.clip(decode(self.vae, drawn), -1, 1)
+
+    def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
+        """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in its own dtype."""
+        height, width = latents.shape[1:3]
+        prompt, pooled = (conditioning[name].astype(self.dtype) for name in (EMBEDS, POOLED))
+        velocity = self.denoiser(
+            pack(latents).astype(self.dtype),
+            prompt,
+            pooled,
+            sigma,
+            image_ids(height, width),
+            text_ids(prompt.shape[1]),
+            mx.full(sigma.shape, guidance) if self._guidance_embeds else None,
+        )
+        return unpack(velocity.astype(mx.float32), height, width)
 
     def lora_targets(self) -> Sequence[str]:
         """Attention and feed-forward layers of all blocks."""
         return naming.PRESETS["attention+mlp"]
 
+    # capabilities.SupportsMemoryControl
+
+    def release(self, *uses: Use) -> None:
+        """See `Parts.release`. The encoding of the empty prompt is kept if classifier-free guidance needs it."""
+        if "prompts" in uses and self.prompts.t5.loaded is not None and not self._guidance_embeds:
+            mx.eval(self.prompts.unconditional())
+        self.parts.release(*uses)
+
+    def quantize(self, bits: int) -> None:
+        """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits from now on."""
+        self.parts.quantize(bits)
+
+    def recompute_activations(self, on: bool) -> None:
+        """See `FluxTransformer.recompute`."""
+        self._transformer.apply(lambda module: setattr(module, "recompute", on))
+
+    def outline(self) -> nn.Module:
+        """The transformer if it is loaded; else its layers with random weights, which are lazy."""
+        return self._transformer.loaded or FluxTransformer(self.configs.transformer)
+
+    def footprint(self, work: Workload) -> Footprint:
+        """Estimate what a run needs, from configurations alone."""
+        length = self.prompts.tokens_if_known
+        phases = memory.phases(self.configs, work, text_tokens=min(length, work.prompt_tokens or length))
+        if self._snapshot is None or self._snapshot.is_cached():
+            return Footprint(phases=phases)
+        download = memory.published_bytes(self.configs, self._snapshot.parts)
+        return Footprint(phases=phases, download=download, cache=cache_folder())
+
+    # capabilities.LimitsPrompts
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """See `FluxPrompts.limit`."""
+        return self.prompts.limit
+
+    @prompt_limit.setter
+    def prompt_limit(self, tokens: int | None) -> None:
+        self.prompts.limit = tokens
+
+    # capabilities.TrainsTextEncoder
+
+    def encode_text_in_step(self, on: bool) -> None:
+        """See `FluxPrompts.clip_in_step`."""
+        self.prompts.clip_in_step = on
+
+    def text_encoder_to_train(self) -> CLIPTextModel:
+        """CLIP, which stays loaded from now on. T5, forty times as large, is not trained."""
+        return self.prompts.clip.keep()
+
+    def text_encoder_outline(self) -> nn.Module:
+        """CLIP if it is loaded; else its layers with random weights, which are lazy."""
+        return self.prompts.clip.loaded or CLIPTextModel(self.configs.text_encoder)
+
+    def text_encoder_targets(self) -> Sequence[str]:
+        """The four projections of attention, as in diffusers' scripts."""
+        return naming.CLIP_ATTENTION
+
+    # capabilities.Identifies
+
+    def encoder_identity(self, use: Use) -> str:
+        """Hash of weights and tokenizers, precision, and for prompts their length."""
+        fingerprint = self.parts.encoder_fingerprint(use)
+        return fingerprint if use == "images" else f"{fingerprint} {self.prompts.fingerprint()}"
+
+    # capabilities.PresetsForLora, NamesForKohya, Published
+
     def lora_presets(self) -> Mapping[str, Sequence[str]]:
-        """Attention, or that and feed-forward layers."""
         return naming.PRESETS
 
     def kohya_naming(self) -> KohyaNaming:
-        """As `naming.kohya_naming`."""
-        return naming.kohya_naming(self._transformer.config, self._text_encoder.config)
-
-    @property
-    def base_model(self) -> str | None:
-        """The repository that all of it was opened from."""
-        return self.snapshot.repository if self.snapshot is not None and self.snapshot.whole else None
+        return naming.kohya_naming(self.configs.transformer, self.configs.text_encoder)
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
-        """As `naming.usage`."""
+        """See `naming.usage`."""
         return naming.usage(self.base_model, adapter, prompt, dora=dora, text_encoder=text_encoder)
-
-    def _velocity(
-        self,
-        tokens: mx.array,
-        sigma: mx.array,
-        conditioning: Conditioning,
-        guidance: float,
-        grid: tuple[int, int],
-    ) -> mx.array:
-        """Packed latents at noise level sigma (B,) -> velocity, float32; between, the transformer's dtype."""
-        prompt, pooled = (conditioning[name].astype(self.dtype) for name in (EMBEDS, POOLED))
-        told = mx.full(sigma.shape, guidance) if self.guidance_embeds else None
-        velocity = self.denoiser(
-            tokens.astype(self.dtype),
-            prompt,
-            pooled,
-            sigma,
-            image_ids(*grid),
-            text_ids(prompt.shape[1]),
-            told,
-        )
-        return velocity.astype(mx.float32)
-
-    def _decode(self, latents: mx.array) -> mx.array:
-        """Latents -> images, as many at once as fit the memory of one large one."""
-        pixels = latents.shape[1] * latents.shape[2] * VAE_FACTOR**2
-        images = []
-        for start in range(0, latents.shape[0], rows := max(1, memory.DECODED_AT_ONCE // pixels)):
-            # float32 whatever the network computes in: numpy knows no bfloat16
-            images.append(self.vae.decode_nhwc(latents[start : start + rows]).astype(mx.float32))
-            mx.eval(images[-1])
-        return mx.concatenate(images)
-
-
-def _noise(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Standard normal float32 (B, *shape), row i of key[i] alone."""
-    return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)

@@ -1,126 +1,115 @@
-"""What FLUX.1 reads: prompts -> conditioning, by T5 and CLIP; all of it before the training, or CLIP's part within."""
+"""Prompts -> conditioning, by T5 and CLIP. CLIP may run inside the training step, so that it can be trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mflux_vae_train.pipelines.capabilities import Use
-from mflux_vae_train.pipelines.flux1 import naming
-from mflux_vae_train.pipelines.flux1.parts import FluxParts
+from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 EMBEDS, POOLED, TOKENS = "prompt_embeds", "pooled", "clip_tokens"
-"""Of a conditioning: what T5 makes of a prompt (B, L, D); what CLIP does (B, P), or in its place the tokens (B, N)."""
+"""Arrays of a conditioning: T5's output (B, L, D), CLIP's (B, P), or instead of the latter CLIP's input (B, N)."""
 
 
-class FluxPrompts(FluxParts):
-    """The parts of a pipeline, and how prompts become conditioning.
+class FluxPrompts:
+    """Encodes prompts, and keeps the encoding of the empty one for classifier-free guidance.
+
+    Padding is encoded and attended to, as in training of the published models.
 
     Args:
-        parts: see `FluxParts`.
+        guidance_embeds: whether the transformer embeds guidance; then prompts have up to 512 tokens, else 256.
+
+    Attributes:
+        clip, t5: the text encoders.
     """
 
-    text_encoder_prefix = "text_encoder"
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.guidance_embeds: bool = self._transformer.config.guidance_embeds
+    def __init__(self, parts: Parts, *, guidance_embeds: bool) -> None:
+        self.clip: Lazy[CLIPTextModel] = parts.networks["text_encoder"]
+        self.t5: Lazy[T5Encoder] = parts.networks["text_encoder_2"]
+        self._clip_tokenizer, self._t5_tokenizer = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
+        self._longest = 512 if guidance_embeds else 256
+        self._limit: int | None = None
+        self._clip_in_step = False
         self._empty: Conditioning | None = None
-        self._prompt_limit: int | None = None
-        self._late = False
 
     @property
-    def max_text_tokens(self) -> int:
-        """Tokens per prompt for T5: what its tokenizer is configured for, at most `longest_prompt`."""
-        return min(self.tokenizer_2.max_length or self.longest_prompt, self.longest_prompt)
+    def limit(self) -> int | None:
+        """Tokens per prompt at most; None or a larger number than the model was trained with: as in its training."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, tokens: int | None) -> None:
+        self._limit, self._empty = tokens, None
 
     @property
-    def longest_prompt(self) -> int:
-        """512, or 256 for models without embedded guidance, as the published models were trained; or `prompt_limit`."""
-        longest = 512 if self.guidance_embeds else 256
-        return min(longest, self.prompt_limit or longest)
+    def clip_in_step(self) -> bool:
+        """Whether `encode` leaves CLIP to `finish`."""
+        return self._clip_in_step
+
+    @clip_in_step.setter
+    def clip_in_step(self, on: bool) -> None:
+        self._clip_in_step, self._empty = on, None
 
     @property
-    def prompt_limit(self) -> int | None:
-        """See `capabilities.LimitsPrompts`."""
-        return self._prompt_limit
+    def longest(self) -> int:
+        """Tokens per prompt for T5, before the tokenizer is opened."""
+        return min(self._longest, self.limit or self._longest)
 
-    @prompt_limit.setter
-    def prompt_limit(self, tokens: int | None) -> None:
-        self._prompt_limit, self._empty = tokens, None  # which is as long as prompts were
+    @property
+    def tokens(self) -> int:
+        """Tokens per prompt for T5: `longest`, or fewer if its tokenizer is configured so."""
+        return min(self._t5_tokenizer.get().max_length or self.longest, self.longest)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts -> `prompt_embeds` (B, L, D) from T5, and `pooled` (B, P) from CLIP or, late, its `clip_tokens`."""
-        for_clip = self.tokenizer.encode(prompts)
-        tokens = self.tokenizer_2.encode(prompts, self.max_text_tokens)
-        encoded = {EMBEDS: self.text_encoder_2(tokens), TOKENS: for_clip}
-        if not self._late:
-            encoded = dict(self._read(encoded))
+    @property
+    def tokens_if_known(self) -> int:
+        """`tokens`, without opening the tokenizer for it."""
+        return self.longest if self._t5_tokenizer.loaded is None else self.tokens
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
+        """Prompts -> `prompt_embeds` (B, L, D) from T5, and `pooled` (B, P) from CLIP or its input `clip_tokens`."""
+        clip_tokens = self._clip_tokenizer.get().encode(prompts)
+        t5_tokens = self._t5_tokenizer.get().encode(prompts, self.tokens)
+        encoded = {EMBEDS: self.t5.get()(t5_tokens), TOKENS: clip_tokens}
+        if not self.clip_in_step:
+            encoded = self.finish(encoded)
         if "" in prompts:
-            self._empty = _row(encoded, list(prompts).index(""))
+            index = list(prompts).index("")
+            self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
         return encoded
 
-    def encoder_identity(self, use: Use) -> str:
-        """As `FluxParts.encoder_identity`; and how long a prompt may be, and what is left for later."""
-        identity = super().encoder_identity(use)
-        late = f" {TOKENS}" if self._late else ""
-        return identity if use == "images" else f"{identity} {self.max_text_tokens}{late}"
+    def finish(self, conditioning: Conditioning) -> dict[str, mx.array]:
+        """Replace `clip_tokens` by CLIP's output, differentiable in its weights."""
+        encoded = dict(conditioning)
+        if TOKENS in encoded:
+            _, encoded[POOLED] = self.clip.get()(encoded.pop(TOKENS))
+        return encoded
 
-    def release(self, *uses: Use) -> None:
-        """As `FluxParts.release`. What classifier-free guidance needs of the text encoders is kept."""
-        if "prompts" in uses and self._text_encoder_2.loaded is not None and not self.guidance_embeds:
-            mx.eval(self._unconditional())
-        super().release(*uses)
-
-    # CLIP as something that learns, see `capabilities.TrainsTextEncoder`
-
-    def encode_text_in_step(self, on: bool) -> None:
-        """Let `encode_prompts` leave CLIP's part to whoever is given the conditioning."""
-        self._late, self._empty = on, None
-
-    def text_encoder_to_train(self) -> CLIPTextModel:
-        """CLIP, which stays loaded from now on. T5, forty times as large, is left alone, as everywhere."""
-        return self._text_encoder.keep()
-
-    def text_encoder_outline(self) -> nn.Module:
-        """CLIP if it is there; else its layers, with weights that nobody computes."""
-        return self._text_encoder.loaded or CLIPTextModel(self._text_encoder.config)
-
-    def text_encoder_targets(self) -> Sequence[str]:
-        """Attention's four projections, as in diffusers' scripts."""
-        return naming.CLIP_ATTENTION
-
-    def _read(self, conditioning: Conditioning) -> Conditioning:
-        """With what CLIP makes of its tokens in their place, differentiable in its weights."""
-        if TOKENS not in conditioning:
-            return conditioning
-        _, pooled = self.text_encoder(conditioning[TOKENS])
-        return {EMBEDS: conditioning[EMBEDS], POOLED: pooled}
-
-    def _unconditional(self) -> Conditioning:
-        """The empty prompt's row, encoded once; again each time where text encoders are not this pipeline's own."""
-        if self._empty is None or not self._text_encoder_2.on_demand:
-            were_here = self._text_encoder_2.loaded is not None
-            self.encode_prompts([""])  # which keeps it
-            mx.eval(self._empty)
-            if not were_here:
-                super().release("prompts")
-        assert self._empty is not None
-        return self._empty
-
-    def _with_unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's rows in front of the given ones: (2 B, ...)."""
-        empty = self._unconditional()
+    def with_unconditional(self, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt's rows, then the given ones: (2 B, ...)."""
+        empty = self.unconditional()
         return {
             name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
             for name, value in conditioning.items()
         }
 
+    def unconditional(self) -> Conditioning:
+        """The empty prompt's row, encoded once; or every time if the caller owns the text encoder and may change it."""
+        if self._empty is None or not self.t5.reloadable:
+            was_loaded = self.t5.loaded is not None
+            self.encode([""])  # stores it
+            mx.eval(self._empty)
+            if not was_loaded:
+                self.clip.release()
+                self.t5.release()
+                mx.clear_cache()
+        assert self._empty is not None
+        return self._empty
 
-def _row(conditioning: Conditioning, index: int) -> Conditioning:
-    return {name: array[index : index + 1] for name, array in conditioning.items()}
+    def fingerprint(self) -> str:
+        """Settings that the encodings depend on."""
+        return f"{self.tokens}{f' {TOKENS}' if self.clip_in_step else ''}"

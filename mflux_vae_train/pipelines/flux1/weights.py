@@ -1,7 +1,7 @@
-"""The weights of each part of a FLUX.1 folder, whoever wrote it, as a network of ours.
+"""The networks of FLUX.1 with their weights, from every layout they are published in.
 
-diffusers' layout, sharded or not; Black Forest Labs' single file for the transformer, where there is no `transformer/`;
-mflux's saves; and any of them with layers that MLX quantised. Tensors are read when they are first computed with.
+diffusers' folders, sharded or not; Black Forest Labs' single file where there is no `transformer/`; folders saved by
+mflux; and any of them with layers that MLX quantized. Tensors are read when they are first used.
 """
 
 from __future__ import annotations
@@ -9,30 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained.loading import new_network, open_network
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae.vae import VAE
-from mflux_vae.weights.formats.files import header, open_weights, read_folder, read_json
+from mflux_vae.weights.formats.files import open_folder, open_weights
 from mflux_vae.weights.keymaps.diffusers import STEM
-from mflux_vae.weights.keymaps.rules import Tensors, load_strict, to_mlx
-from mflux_vae_train.pipelines import quantization
+from mflux_vae.weights.keymaps.rules import load_strict, to_mlx
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
+from mflux_vae_train.pipelines.folder import TEXT_STEM, fill, read_file, read_tensors, saved_by_mflux
+from mflux_vae_train.pipelines.quantization import widened
 from mflux_vae_train.pipelines.text import clip, t5
 
-N = TypeVar("N", bound=nn.Module)
+STEMS = {"transformer": STEM, "text_encoder": TEXT_STEM, "text_encoder_2": TEXT_STEM, "vae": STEM}
+"""Names of weights files by part."""
 
-TEXT_STEM = "model"
-"""transformers' name of a weights file, and mflux's of an index; diffusers' is `STEM`."""
-
-_SINGLE_FILES = {"transformer": ("flux1-*.safetensors",), "vae": ("ae.safetensors",)}
-"""Black Forest Labs' names, `flux1-schnell.safetensors` and `flux1-dev.safetensors` among them."""
+SINGLE_FILES = {"transformer": "flux1-*.safetensors", "vae": "ae.safetensors"}
+"""Names of Black Forest Labs' files: `flux1-schnell.safetensors`, `flux1-dev.safetensors` and others."""
 
 _BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\..*")
 
@@ -43,54 +41,53 @@ def transformer(
     """Open the transformer of a pipeline's folder, or in a file of its own.
 
     Args:
-        place: the folder, or the file.
-        config: of the network that is built.
+        place: the folder or the file.
         dtype: to compute in; None for float32 on a CPU, bfloat16 elsewhere.
         variant: of the weights files, such as "fp16".
 
     Raises:
-        WeightsError: no weights are there, or they are not this network's; all differences are listed.
+        WeightsError: there are no weights, or their names or shapes differ; all differences are listed.
     """
     source, tensors = _transformer_tensors(place, variant)
-    return _filled(FluxTransformer(config), tensors, source, dtype)
+    return fill(FluxTransformer(config), tensors, source, dtype)
 
 
 def text_encoder(
     folder: Path, config: clip.CLIPTextConfig, dtype: mx.Dtype | None = None, variant: str | None = None
 ) -> clip.CLIPTextModel:
-    """Open CLIP. Arguments and errors as `transformer`."""
+    """Open CLIP; arguments and errors as in `transformer`."""
     place = folder / "text_encoder"
-    tensors = clip.published_names(_tensors(place, TEXT_STEM, variant))
-    return _filled(clip.CLIPTextModel(config), tensors, place, dtype)
+    tensors = clip.published_names(read_tensors(place, TEXT_STEM, variant))
+    return fill(clip.CLIPTextModel(config), tensors, place, dtype)
 
 
 def text_encoder_2(
     folder: Path, config: t5.T5Config, dtype: mx.Dtype | None = None, variant: str | None = None
 ) -> t5.T5Encoder:
-    """Open T5. Arguments and errors as `transformer`."""
+    """Open T5; arguments and errors as in `transformer`."""
     place = folder / "text_encoder_2"
-    tensors = t5.published_names(to_mlx(_tensors(place, TEXT_STEM, variant), keys.MFLUX_T5))
-    return _filled(t5.T5Encoder(config), tensors, place, dtype)
+    tensors = t5.published_names(to_mlx(read_tensors(place, TEXT_STEM, variant), keys.MFLUX_T5))
+    return fill(t5.T5Encoder(config), tensors, place, dtype)
 
 
 def autoencoder(
     folder: Path, config: Mapping[str, Any], dtype: mx.Dtype | None = None, variant: str | None = None
 ) -> VAE:
-    """Open the autoencoder. Arguments and errors as `transformer`."""
+    """Open the autoencoder; arguments and errors as in `transformer`."""
     place = folder / "vae"
     if saved_by_mflux(place):
         network = new_network(config)
-        tensors = quantization.widened(network, to_mlx(_tensors(place, STEM), keys.MFLUX_VAE), str(place))
+        tensors = widened(network, to_mlx(read_tensors(place, STEM), keys.MFLUX_VAE), str(place))
         load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype))
         return VAE(network=network.eval())
-    alone = place / f"{STEM}.{variant}.safetensors"
-    if (file := alone if alone.is_file() else single_file(folder, "vae")) is not None:
+    of_variant = place / f"{STEM}.{variant}.safetensors"
+    if (file := of_variant if of_variant.is_file() else single_file(folder, "vae")) is not None:
         return VAE(network=open_network(file, dtype, config=config))
     return VAE(network=open_network(place, dtype))
 
 
-def told_by_weights(place: Path) -> FluxTransformerConfig:
-    """What follows from a transformer's keys: schnell or dev, and how many blocks.
+def config_from_weights(place: Path) -> FluxTransformerConfig:
+    """Configuration of a transformer as its tensors' names show it: schnell or dev, and the number of blocks.
 
     Args:
         place: a pipeline's folder, or a file.
@@ -112,25 +109,25 @@ def told_by_weights(place: Path) -> FluxTransformerConfig:
 
 
 def single_file(folder: Path, part: str) -> Path | None:
-    """Black Forest Labs' file of a part that has no folder of its own: of the transformer or the autoencoder."""
-    if any(any((folder / part).glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")):
+    """Black Forest Labs' file of a part that has no weights in a folder of its own."""
+    if part not in SINGLE_FILES or any(any((folder / part).glob(f"*{kind}")) for kind in (".safetensors", ".bin")):
         return None
-    found = [file for pattern in _SINGLE_FILES.get(part, ()) for file in sorted(folder.glob(pattern))]
-    return found[0] if found else None
+    return min(folder.glob(SINGLE_FILES[part]), default=None)
 
 
-def saved_by_mflux(place: Path) -> bool:
-    """Whether the folder of a part was written by mflux."""
-    index = place / f"{TEXT_STEM}.safetensors.index.json"
-    if index.is_file():
-        metadata = read_json(index).get("metadata")
-        return isinstance(metadata, dict) and "mflux_version" in metadata
-    shard = place / "0.safetensors"
-    return shard.is_file() and "mflux_version" in header(shard)[1]
+def is_stored(folder: Path, part: str, variant: str | None = None) -> bool:
+    """Whether a pipeline's folder holds all weights of a part."""
+    if saved_by_mflux(folder / part) or single_file(folder, part) is not None:
+        return True
+    try:
+        open_folder(folder / part, STEMS[part], variant)
+    except WeightsError:  # none, or only some shards
+        return False
+    return True
 
 
 def is_transformer(file: Path) -> bool:
-    """Whether a file holds a FLUX.1 transformer, as far as its keys say."""
+    """Whether the tensors of a file have the names of a FLUX.1 transformer's."""
     try:
         names = open_weights(file)[0]
     except WeightsError:
@@ -139,31 +136,8 @@ def is_transformer(file: Path) -> bool:
 
 
 def _transformer_tensors(where: Path, variant: str | None = None) -> tuple[Path, dict[str, mx.array]]:
-    """Where the transformer is, and its tensors under our names."""
+    """File or folder of the transformer, and its tensors under our names."""
     file = where if where.is_file() else single_file(where, "transformer")
     place = file or where / "transformer"
-    tensors = _of_file(place) if file else _tensors(place, STEM, variant)
-    named = keys.from_bfl(tensors) if keys.is_bfl(tensors) else to_mlx(tensors, keys.MFLUX_TRANSFORMER)
-    return place, named
-
-
-def _tensors(place: Path, stem: str, variant: str | None = None) -> dict[str, mx.array]:
-    """Of the folder of a part, under the names that are in its files."""
-    if not saved_by_mflux(place):
-        return read_folder(place, stem, variant)
-    if (place / f"{TEXT_STEM}.safetensors.index.json").is_file():
-        return read_folder(place, TEXT_STEM)
-    tensors: dict[str, mx.array] = {}
-    for shard in sorted(place.glob("[0-9]*.safetensors")):  # of releases that wrote no index
-        tensors |= _of_file(shard)
-    return tensors
-
-
-def _of_file(file: Path) -> dict[str, mx.array]:
-    return {name: stored.load() for name, stored in open_weights(file)[0].items()}
-
-
-def _filled(network: N, tensors: Tensors, source: Path, dtype: mx.Dtype | None) -> N:
-    ready = quantization.prepared(network, tensors, str(source))
-    load_strict(network, ready, where=str(source), dtype=compute_dtype(dtype))
-    return network
+    tensors = read_file(place) if file else read_tensors(place, STEM, variant)
+    return place, keys.from_bfl(tensors) if keys.is_bfl(tensors) else to_mlx(tensors, keys.MFLUX_TRANSFORMER)

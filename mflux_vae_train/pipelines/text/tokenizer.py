@@ -6,8 +6,9 @@ a fiftieth of the time.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae_train.pipelines.lazy import Lazy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -64,6 +66,31 @@ class Tokenizer:
             found = self._backend.encode(prompt).ids
             row[: len(found)] = found
         return mx.array(ids)
+
+
+class LazyTokenizer(Lazy[Tokenizer]):
+    """A tokenizer and its folder, opened on first use.
+
+    Args:
+        folder: its files, which are checked now; or a function that returns it, and may download it.
+    """
+
+    def __init__(self, folder: Path | Callable[[], Path]) -> None:
+        super().__init__(lambda: load_tokenizer(self.folder))
+        self._folder = folder
+        if not callable(folder):
+            self.get()
+
+    @property
+    def folder(self) -> Path:
+        return self._folder() if callable(self._folder) else self._folder
+
+    def fingerprint_files(self) -> str:
+        """Hash of names and contents of the files."""
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.folder.iterdir() if path.is_file()):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -141,19 +141,14 @@ def test_all_is_left_for_other_programs(settings, tmp_path):
 
 
 def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
-    class Snapshot:
-        repository, whole = "black-forest-labs/FLUX.1-schnell", True
-
-        def is_here(self):
-            return True
-
-    pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, snapshot=Snapshot())
+    base_model = "black-forest-labs/FLUX.1-schnell"
+    pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, base_model=base_model)
     out = DreamBooth(pipeline).train(settings(max_train_steps=1, use_dora=True)).result.parent
     text = (out / "README.md").read_text()
     assert "dora" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "load_lora_weights" in text and "mflux reads no DoRA" in text and "mflux-generate" not in text
-    assert yaml.safe_load(text.split("---")[1])["base_model"] == Snapshot.repository
-    assert f"https://huggingface.co/{Snapshot.repository}" in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == base_model
+    assert f"https://huggingface.co/{base_model}" in text
 
 
 def test_the_adapter_is_there_before_the_last_preview(settings, tmp_path, monkeypatch):

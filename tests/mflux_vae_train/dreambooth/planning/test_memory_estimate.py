@@ -119,7 +119,7 @@ def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> N
 def test_a_published_model_is_estimated_without_a_download(settings, caplog, monkeypatch) -> None:
     pipeline = flux1.load("schnell")
     monkeypatch.setattr("mflux_vae.pretrained.hub.download", lambda *_: pytest.fail("something was downloaded"))
-    monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
+    monkeypatch.setattr(pipeline._snapshot, "is_cached", lambda: False)
     with caplog.at_level(logging.INFO):
         DreamBooth(pipeline).train(settings(model="schnell", dry_run=True, guidance=7.5))
     said = told(caplog)
@@ -257,7 +257,7 @@ def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) 
     whole = type(pipeline).predict
 
     def predict(self, *arguments, **named):
-        seen.append([part.loaded is None for part in (self._text_encoder, self._text_encoder_2, self._vae)])
+        seen.append([part.loaded is None for part in (self.prompts.clip, self.prompts.t5, self.parts.vae)])
         return whole(self, *arguments, **named)
 
     monkeypatch.setattr(type(pipeline), "predict", predict)

@@ -95,6 +95,6 @@ def test_what_an_earlier_run_encoded_needs_no_encoder(train, tmp_path, monkeypat
     monkeypatch.setattr("tests.mflux_vae_train.dreambooth.runs.test_flux_options.small_pipeline", reopened)
     train("first", **given)
     train("second", **given, seed=1)
-    first, second = ([one._text_encoder_2.loaded, one._vae.loaded] for one in opened)
+    first, second = ([one.prompts.t5.loaded, one.parts.vae.loaded] for one in opened)
     assert None not in first
     assert second == [None, None]

@@ -56,7 +56,7 @@ def settings(instance_dir, tmp_path):
 
 
 def adapters(pipeline: FluxPipeline):
-    return [lora.layers(network) for network in (pipeline.denoiser, pipeline.text_encoder)]
+    return [lora.layers(network) for network in (pipeline.denoiser, pipeline.prompts.clip.get())]
 
 
 def drawn(pipeline: FluxPipeline) -> mx.array:
@@ -83,7 +83,7 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
     pipeline.recompute_activations(recompute)
     networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
-    lora.add_lora(pipeline.text_encoder, pipeline.text_encoder_targets(), rank=2)
+    lora.add_lora(pipeline.prompts.clip.get(), pipeline.text_encoder_targets(), rank=2)
     together = combined(networks)
     together.update(
         tree_map(lambda x: x + 0.05 * mx.sin(mx.arange(x.size)).reshape(x.shape), together.trainable_parameters())
@@ -108,7 +108,7 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
         for sign in (1, -1):
             changed = tree_map(lambda x: x, own)
             together.update(changed)
-            layer = lora.layers(pipeline.text_encoder)[name.removeprefix("text_encoder.").rpartition(".")[0]]
+            layer = lora.layers(pipeline.prompts.clip.get())[name.removeprefix("text_encoder.").rpartition(".")[0]]
             kind = name.rpartition(".")[2]
             layer[kind] = flat[name] + sign * 0.02 * gradients[name] / size
             ends.append(pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean().item())
@@ -184,7 +184,7 @@ def test_what_was_learnt_is_saved_in_both_namings_and_read_back(pipeline, settin
     key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_B.weight"
     assert "mflux passes over what CLIP has learnt" in (out / "README.md").read_text()
     assert key in tensors and sum(name.startswith("text_encoder.") for name in tensors) == 16
-    with lora.disabled(pipeline.text_encoder):
+    with lora.disabled(pipeline.prompts.clip.get()):
         without = drawn(pipeline)
     assert mx.abs(after - without).max() > 1e-4, "previews must show what CLIP has learnt"
     assert "lora_te1_text_model_encoder_layers_1_self_attn_out_proj.lora_up.weight" in read_safetensors(out / KOHYA)[0]
@@ -224,14 +224,14 @@ def test_clip_stays_and_t5_goes(pipeline, settings, tmp_path, monkeypatch) -> No
     whole = FluxPipeline.predict
 
     def predict(self, *arguments, **named):
-        seen.append((self._text_encoder.loaded is None, self._text_encoder_2.loaded is None))
+        seen.append((self.prompts.clip.loaded is None, self.prompts.t5.loaded is None))
         return whole(self, *arguments, **named)
 
     monkeypatch.setattr(FluxPipeline, "predict", predict)
     DreamBooth(opened).train(settings(num_validation_images=1, prior_preservation="dop"))
     assert set(seen) == {(False, True)}
     opened.release("prompts", "images")
-    assert any(lora.layers(opened.text_encoder)), "what was learnt is not forgotten"
+    assert any(lora.layers(opened.prompts.clip.get())), "what was learnt is not forgotten"
 
 
 def test_it_is_refused_where_it_cannot_be(settings) -> None:

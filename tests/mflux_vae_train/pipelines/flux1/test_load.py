@@ -17,8 +17,9 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train.pipelines import flux1, registry
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.folder import read_configs
-from mflux_vae_train.pipelines.flux1.hub import patterns
+from mflux_vae_train.pipelines.flux1.weights import STEMS
 from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.snapshot import SMALL_FILES, weight_files
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
 
 
@@ -57,7 +58,7 @@ def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, gui
     asked = hub(AssertionError("the hub was asked")).asked
     pipeline = registry.open_pipeline(name)
     assert (pipeline.name, pipeline.recommended.guidance) == (name, guidance)
-    assert not pipeline.snapshot.is_here()
+    assert not pipeline._snapshot.is_cached()
     layers = dict(pipeline.outline().named_modules())
     assert layers["single_transformer_blocks.37.proj_out"].weight.shape == (3072, 5 * 3072)
     assert not asked and mx.get_active_memory() < 1 << 30
@@ -67,11 +68,11 @@ def test_the_first_part_that_is_needed_downloads_all_at_once(hub, folder: Path) 
     asked = hub(folder).asked
     pipeline = flux1.load("dev")
     with pytest.raises(WeightsError, match="not this network's"):  # the repository of this test is a small one
-        _ = pipeline.text_encoder
+        pipeline.prompts.clip.get()
     with pytest.raises(WeightsError, match="not this network's"):
         _ = pipeline.denoiser
     assert [(repository, revision) for repository, revision, _ in asked] == [("black-forest-labs/FLUX.1-dev", None)]
-    assert pipeline.snapshot.is_here()
+    assert pipeline._snapshot.is_cached()
 
 
 def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -
     assert not any(pattern.endswith("safetensors") for pattern in small)
     assert pipeline.encode_prompts(["a dog"])["pooled"].shape == (1, 20)
     assert {(repository, revision) for repository, revision, _ in asked} == {("owner/name", "main")}
-    assert asked[-1][2] == list(patterns(None))
+    assert asked[-1][2] == [*SMALL_FILES, *weight_files(STEMS, None)]
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -94,7 +95,9 @@ def test_no_weights_are_asked_for_twice(variant: str | None) -> None:
         files += [f"{part}/{stem}{middle}{shard}.safetensors" for middle in ("", ".fp16") for shard in shards]
         files += [f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors", f"{part}/{stem}.bin"]
         files += [f"{part}/config.json", f"{part}/{stem}.safetensors.index.json"]
-    asked = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=list(patterns(variant))))
+    asked = set(
+        huggingface_hub.utils.filter_repo_objects(files, allow_patterns=[*SMALL_FILES, *weight_files(STEMS, variant)])
+    )
     middle = "" if variant is None else f".{variant}"
     weights = {file for file in asked if file.endswith(".safetensors")}
     assert weights == {
@@ -191,7 +194,7 @@ def test_of_a_transformer_in_a_file_all_else_is_the_published_models(
     pipeline = registry.open_pipeline(str(tmp_path / "mine.safetensors"))
     assert (pipeline.name, pipeline.base_model) == ("mine", None)
     assert mx.array_equal(pipeline.denoiser.proj_out.weight, whole.denoiser.proj_out.weight)
-    assert not asked and not pipeline.snapshot.is_here()
+    assert not asked and not pipeline._snapshot.is_cached()
     told = pipeline.footprint(Workload(resolution=32, trained=1))
     assert 0 < told.download < 2 * sum(file.stat().st_size for file in (tmp_path / "saved").rglob("*.safetensors"))
 

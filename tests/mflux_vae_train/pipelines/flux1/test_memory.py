@@ -128,7 +128,7 @@ def test_what_clip_keeps_is_what_is_estimated() -> None:
 
 def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = flux1.load("schnell")
-    monkeypatch.setattr(pipeline.snapshot, "is_here", lambda: False)
+    monkeypatch.setattr(pipeline._snapshot, "is_cached", lambda: False)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     footprint = pipeline.footprint(training())

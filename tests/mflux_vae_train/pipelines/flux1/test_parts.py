@@ -17,9 +17,10 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained import loading
 from mflux_vae.weights.keymaps.rules import from_mlx
 from mflux_vae_train import lora
-from mflux_vae_train.pipelines import registry
-from mflux_vae_train.pipelines.flux1 import keys, parts
+from mflux_vae_train.pipelines import parts, registry
+from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.flux1.prompts import FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.gradient_checkpointing import recomputed
 from mflux_vae_train.pipelines.quantization import QuantizedLinear, quantize
@@ -137,7 +138,7 @@ def test_weights_lie_in_their_own_memory_order(folder: Path, layout: str) -> Non
         as_mflux(folder)
     pipeline = registry.open_pipeline(str(folder))
     assert isinstance(pipeline, FluxPipeline)
-    for network in (pipeline.denoiser, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+    for network in (*(part.get() for part in pipeline.parts.networks.values()), pipeline.vae):
         assert not views(network.parameters())
 
 
@@ -153,8 +154,8 @@ def test_what_mlx_quantised_is_saved_and_opened_to_the_bit(folder: Path, tmp_pat
     first.save_pretrained(tmp_path / "smaller", "float32")
     second = FluxPipeline.from_pretrained(tmp_path / "smaller")
     assert second.denoiser.single_transformer_blocks[1].proj_mlp.bits == bits
-    for name in ("denoiser", "text_encoder_2"):
-        before, after = weights_of(getattr(first, name)), weights_of(getattr(second, name))
+    for name in ("transformer", "text_encoder_2"):
+        before, after = (weights_of(pipeline.parts.networks[name].get()) for pipeline in (first, second))
         assert before.keys() == after.keys()
         assert all(mx.array_equal(before[key], after[key]) for key in before)
     np.testing.assert_array_equal(picture(first), picture(second))
@@ -190,7 +191,7 @@ def test_parts_come_when_they_are_needed_and_go_when_they_are_released(folder: P
     texts = sum(
         weight.nbytes
         for name in ("text_encoder", "text_encoder_2")
-        for weight in weights_of(getattr(pipeline, name)).values()
+        for weight in weights_of(pipeline.parts.networks[name].get()).values()
     )
     assert held() - start >= texts
     pipeline.release("prompts")
@@ -217,7 +218,7 @@ def test_the_empty_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.Monk
     guided = {"size": (32, 32), "steps": 1, "guidance": 3.0, "key": KEYS}
     expected = pipeline.sample(conditioning, **guided)
     pipeline.release("prompts")
-    monkeypatch.setattr(FluxPipeline, "encode_prompts", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(FluxPrompts, "encode", lambda *_: pytest.fail("encoded again"))
     for _ in range(2):
         assert mx.array_equal(pipeline.sample(conditioning, **guided), expected)
 
@@ -232,7 +233,7 @@ def test_identities_are_found_without_quantising(folder: Path, monkeypatch: pyte
         other = FluxPipeline.from_pretrained(folder)
         other.quantize(8)
         assert len({plain, found, other.encoder_identity("prompts")}) == 3
-    assert isinstance(pipeline.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo, nn.QuantizedLinear)
+    assert isinstance(pipeline.prompts.t5.get().encoder.block[0].layer[1].DenseReluDense.wo, nn.QuantizedLinear)
     assert pipeline.encoder_identity("prompts") == found, "it depends on what is loaded"
 
 
@@ -240,7 +241,7 @@ def test_parts_that_are_loaded_to_be_saved_are_not_kept(folder: Path, tmp_path: 
     pipeline = FluxPipeline.from_pretrained(folder)
     transformer = pipeline.denoiser
     pipeline.save_pretrained(tmp_path / "again")
-    assert [part.loaded for part in pipeline.networks.values()] == [transformer, None, None]
+    assert [part.loaded for part in pipeline.parts.networks.values()] == [transformer, None, None]
 
 
 def test_given_networks_are_never_lost(tmp_path: Path) -> None:

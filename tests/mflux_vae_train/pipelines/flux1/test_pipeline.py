@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae.runtime import device
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, unpack
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 from mflux_vae_train.randomness import Stream, sample_keys
 from tests.contracts.pipeline_contract import PipelineContract
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, TEXT_TOKENS, small_pipeline
@@ -37,6 +39,11 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> FluxPipeline:
 def folder(schnell: FluxPipeline, tmp_path: Path) -> Path:
     schnell.save_pretrained(tmp_path / "saved", "float32")
     return tmp_path / "saved"
+
+
+def weights_of(pipeline: FluxPipeline, part: str) -> dict[str, mx.array]:
+    network = pipeline.vae.network if part == "vae" else pipeline.parts.networks[part].get()
+    return dict(tree_flatten(network.parameters()))
 
 
 def keys(*samples: int) -> mx.array:
@@ -119,7 +126,7 @@ def test_many_images_are_decoded_in_parts(schnell: FluxPipeline, monkeypatch: py
     arguments = {"size": (32, 32), "steps": 1, "guidance": 1.0, "key": keys(0, 1, 2)}
     conditioning = schnell.encode_prompts(PROMPTS)
     whole = schnell.sample(conditioning, **arguments)
-    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.memory.DECODED_AT_ONCE", 2 * 32 * 32)
+    monkeypatch.setattr("mflux_vae_train.pipelines.flow.sample.DECODED_AT_ONCE", 2 * 32 * 32)
     np.testing.assert_allclose(schnell.sample(conditioning, **arguments), whole, atol=1e-5)
 
 
@@ -139,24 +146,15 @@ def test_loss_is_the_error_of_the_velocity(schnell: FluxPipeline) -> None:
 def test_text_length_is_the_tokenizers_and_at_most_the_models(
     schnell: FluxPipeline, tmp_path: Path, dev: FluxPipeline
 ) -> None:
-    assert schnell.max_text_tokens == TEXT_TOKENS
+    assert schnell.prompts.tokens == TEXT_TOKENS
     assert schnell.encode_prompts(PROMPTS)["prompt_embeds"].shape == (3, TEXT_TOKENS, 24)
     for embeds, longest in ((False, 256), (True, 512)):
         pipeline = small_pipeline(tmp_path, embeds)
         settings = tmp_path / "tokenizer_2" / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 10_000}))
-        parts = {
-            name: getattr(pipeline, name)
-            for name in (
-                "vae",
-                "text_encoder",
-                "text_encoder_2",
-                "tokenizer_folder",
-                "tokenizer_2_folder",
-                "schedule",
-            )
-        }
-        assert FluxPipeline(transformer=pipeline.denoiser, **parts).max_text_tokens == longest
+        tokenizers = {**pipeline.parts.tokenizers, "tokenizer_2": LazyTokenizer(tmp_path / "tokenizer_2")}
+        parts = replace(pipeline.parts, tokenizers=tokenizers)
+        assert FluxPipeline(parts, pipeline.configs).prompts.tokens == longest
 
 
 def test_prompts_can_be_cut_shorter_and_the_empty_one_with_them(tmp_path: Path) -> None:
@@ -183,8 +181,8 @@ def test_files_hold_the_pipeline_bit_for_bit(schnell: FluxPipeline, folder: Path
     opened = FluxPipeline.from_pretrained(folder)
     assert opened.recommended == RECOMMENDED
     assert (opened.schedule, opened.name) == (schnell.schedule, "saved")
-    for name in ("denoiser", "text_encoder", "text_encoder_2", "vae"):
-        before, after = (dict(tree_flatten(getattr(p, name).parameters())) for p in (schnell, opened))
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        before, after = (weights_of(p, name) for p in (schnell, opened))
         assert before.keys() == after.keys()
         assert all(mx.array_equal(before[key], after[key]) for key in before), name
     arguments = {"size": (32, 16), "steps": 2, "guidance": 2.5, "key": keys(1, 2, 3)}
@@ -222,7 +220,7 @@ def test_saving_over_the_own_folder_keeps_the_tokenizers(folder: Path) -> None:
     opened = FluxPipeline.from_pretrained(folder)
     opened.save_pretrained(folder, "float32")
     again = FluxPipeline.from_pretrained(folder)
-    assert mx.array_equal(again.tokenizer_2.encode(PROMPTS), opened.tokenizer_2.encode(PROMPTS))
+    assert mx.array_equal(*(p.parts.tokenizers["tokenizer_2"].get().encode(PROMPTS) for p in (again, opened)))
     assert not list(folder.rglob(".*"))
 
 

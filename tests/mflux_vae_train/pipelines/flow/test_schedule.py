@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.flux1.schedule import FlowMatchSchedule, euler_step, noised
+from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule, euler_step, noised
 from mflux_vae_train.pipelines.noise import SCHEMES, NoiseSampling, error_weight
 from mflux_vae_train.randomness import Stream, sample_keys
 

@@ -1,4 +1,4 @@
-"""Flow matching as FLUX.1 samples and trains it: x_sigma = (1 - sigma) x0 + sigma noise, sigma in [0, 1].
+"""Noise schedule of rectified flow: x_sigma = (1 - sigma) x0 + sigma noise, sigma in [0, 1].
 
 The velocity is noise - x0; sampling follows it from sigma 1 to 0 with Euler steps (Lipman et al. 2023, Esser
 et al. 2024). The fields are those of diffusers' FlowMatchEulerDiscreteScheduler.
@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.noise import NoiseSampling, training_levels
 
 Levels = TypeVar("Levels", mx.array, np.ndarray)
 
-# What diffusers' scheduler can also do and FLUX.1 does not: ignored, another value would sample differently.
+# Options of diffusers' scheduler that no pipeline here supports: ignoring another value would change the images.
 _FIXED = {
     "time_shift_type": "exponential",
     "invert_sigmas": False,
@@ -55,7 +55,7 @@ class FlowMatchSchedule:
         """From scheduler_config.json.
 
         Raises:
-            SettingsError: the file asks for another kind of scheduler, or for what FLUX.1 does not use.
+            SettingsError: another kind of scheduler, or an unsupported option.
         """
         kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if kind != "FlowMatchEulerDiscreteScheduler":
@@ -70,22 +70,22 @@ class FlowMatchSchedule:
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", **asdict(self)}
 
     def shifted(self, sigma: Levels, image_tokens: int) -> Levels:
-        """Move noise levels towards noise as configured; 0 and 1 stay."""
+        """Shift noise levels towards noise as configured; 0 and 1 stay."""
         if self.use_dynamic_shifting:
             return self.shifted_by_size(sigma, image_tokens)
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def shifted_by_size(self, sigma: Levels, image_tokens: int) -> Levels:
-        """Move noise levels towards noise by the number of image tokens, whatever is configured for sampling."""
+        """Shift noise levels towards noise by the number of image tokens, also if sampling does not."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         mu = image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
         return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
 
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
-        """Noise levels to sample through, from 1 to 0: (steps + 1,) float32.
+        """Noise levels of sampling, from 1 to 0: (steps + 1,) float32.
 
         Args:
-            image_tokens: number of packed latents, (H / 16) (W / 16).
+            image_tokens: tokens of the image in the transformer.
 
         Raises:
             SettingsError: fewer than one step.
@@ -96,14 +96,14 @@ class FlowMatchSchedule:
         return np.append(self.shifted(levels, image_tokens), np.float32(0))
 
     def training_sigmas(self, key: mx.array, sampling: NoiseSampling, *, image_tokens: int) -> mx.array:
-        """One noise level per sample: (B,) float32 in (0, 1], of `key` (B, 2).
+        """One noise level per sample: (B,) float32 in (0, 1], row i a function of key[i]; `key` is (B, 2).
 
-        As in diffusers' scripts a fixed `shift` counts in training, too, and shifting by size does not; what
-        FLUX.1 dev is sampled with is the scheme ``flux_shift``.
+        As in diffusers' scripts, training applies a fixed `shift` and does not shift by size. The scheme
+        ``flux_shift`` does: it draws levels as FLUX.1 dev samples them.
         """
         draw = mx.random.normal if sampling.draws_normal else mx.random.uniform
         levels = training_levels(mx.vmap(lambda one: draw(shape=(), key=one))(key), sampling)
-        # where diffusers' table of levels ends: 0 would leave nothing to predict
+        # the lowest level in diffusers' table: at 0 there is nothing to predict
         levels = mx.maximum(levels, 1 / self.num_train_timesteps)
         if sampling.scheme == "flux_shift":
             return self.shifted_by_size(levels, image_tokens)

@@ -1,0 +1,1 @@
+"""What rectified-flow pipelines share: noise schedule, training prediction, sampling."""
