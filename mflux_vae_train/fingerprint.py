@@ -1,9 +1,12 @@
-"""Which weights and files a run began from: hashes, wherever those lie and whatever they are called."""
+"""What identifies a run: the settings that shape its result, and hashes of its files and base weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,14 +14,26 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 SAMPLES_PER_TENSOR = 64
-"""Values looked at in each tensor, evenly spread over it."""
+"""Values of each tensor that count, evenly spread over it."""
 
 MAX_HASHED_BYTES = 2**28
-"""Bytes of the tensors that are looked into. Weights are read when they are first used: no more is read for this."""
+"""Total size of the tensors that are sampled. Weights are loaded on first use; this bounds how many are loaded."""
+
+
+def settings_identity(settings: Any, free: Collection[str]) -> dict[str, Any]:
+    """All fields of a settings dataclass, nested ones included, except `free`: those that may change on resume."""
+
+    def shaping(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shaping(child) for name, child in value.items() if name not in free}
+        return [shaping(child) for child in value] if isinstance(value, list | tuple) else value
+
+    identity: dict[str, Any] = shaping(dataclasses.asdict(settings))
+    return identity
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file's bytes, in hexadecimal.
+    """SHA-256 of a file, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
@@ -31,11 +46,11 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A hash of the names and shapes of all parameters, and of some values of some of them: of all where they are few.
+    """A hash of the names and shapes of all parameters and of sampled values of some; of all parameters if small.
 
-    Equal for equal weights wherever they were read from. Another training of the same network changes nearly every
-    value of the tensors that it changes, and tensors in every part of it, so that a sample tells them apart. Dtypes do
-    not count: the same file is bfloat16 on one device and float32 on another.
+    Equal for equal weights, whichever file they were loaded from. Another training of the same network changes nearly
+    all values of tensors in every part of it, so a sample detects it. Dtypes do not count: the same file is loaded as
+    bfloat16 on one device and as float32 on another.
     """
     digest = hashlib.sha256()
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
@@ -43,8 +58,8 @@ def weights_hash(module: nn.Module) -> str:
     for name in sorted(parameters, key=lambda name: hashlib.sha256(name.encode()).digest()):
         array = parameters[name]
         digest.update(f"{name} {tuple(array.shape)}\n".encode())
-        if 0 < 4 * array.size <= left:  # as if all were float32, so that no device looks at others
+        if 0 < 4 * array.size <= left:  # counted as float32, so that all devices sample the same tensors
             left -= 4 * array.size
-            places = mx.array(np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64))
-            digest.update(np.array(array.reshape(-1)[places].astype(mx.float32)).tobytes())
+            indices = np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64)
+            digest.update(np.array(array.reshape(-1)[mx.array(indices)].astype(mx.float32)).tobytes())
     return digest.hexdigest()[:16]

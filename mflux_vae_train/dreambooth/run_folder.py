@@ -23,6 +23,7 @@ from mflux_vae.weights.formats.files import write_json, write_text
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.fingerprint import settings_identity
 from mflux_vae_train.settings import flags
 
 RESUMABLE_CHANGES = frozenset(
@@ -109,12 +110,7 @@ def identity_of(settings: DreamBoothSettings, *, base: str, pictures: str) -> di
         base: fingerprint of the weights that are to be trained.
         pictures: fingerprint of the instance pictures.
     """
-    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in RESUMABLE_CHANGES}
-    if settings.concepts is not None:
-        shaping["concepts"] = [
-            {name: value for name, value in one.items() if name not in RESUMABLE_CHANGES} for one in shaping["concepts"]
-        ]
-    return {**shaping, "base weights": base, "instance pictures": pictures}
+    return {**settings_identity(settings, RESUMABLE_CHANGES), "base weights": base, "instance pictures": pictures}
 
 
 def standing(

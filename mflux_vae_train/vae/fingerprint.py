@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.fingerprint import file_hash, weights_hash
+from mflux_vae_train.fingerprint import file_hash, settings_identity, weights_hash
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.data.sources import Arrays, Files
@@ -35,7 +34,7 @@ _READ = 256
 def identity(settings: VAETrainingSettings, network: nn.Module, train: Source, held_out: Source) -> dict[str, Any]:
     """Plain values by name, to be compared when the run goes on. `network` is as it was built."""
     free = FREE | ({"num_epochs"} if settings.lr_scheduler in LASTING else set())
-    shaping = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    shaping = settings_identity(settings, free)
     if settings.init_from or settings.network_config:
         shaping["initial weights"] = weights_hash(network)
     for name in ("lpips", "data_list"):
