@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.optimizers import registry
@@ -280,8 +280,9 @@ class DreamBoothSettings:
 
     @property
     def subjects(self) -> tuple[Concept, ...]:
-        """The concepts, or the one that these settings themselves describe."""
-        return self.concepts or (Concept(**{name: getattr(self, name) for name in _OF_THE_FIRST}),)
+        """The concepts, or the single one that the settings describe, each with its `repeats`."""
+        concepts = self.concepts or (Concept(**{name: getattr(self, name) for name in _OF_THE_FIRST}),)
+        return tuple(replace(one, repeats=one.repeats or self.repeats) for one in concepts)
 
     def _settle_concepts(self) -> None:
         """Where there are concepts, these settings' own fields are those of the first."""

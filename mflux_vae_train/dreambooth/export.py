@@ -1,4 +1,4 @@
-"""What a run leaves for use: an adapter, or trained weights. Written whole or not at all."""
+"""Write the result of a run: an adapter, or trained weights. Each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,54 +14,52 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import SettingsError
 from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train import lora
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, networks
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.pipelines.capabilities import NamesForKohya
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
-"""Names in the output folder."""
+"""File and folder in the output folder."""
 
 
-def check_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, network: nn.Module) -> None:
-    """Whether the run can leave what is asked for. (Which layers kohya's naming has, `adapter.described` looks at.)
-
+def check_can_fuse(pipeline: DiffusionPipeline, resolved: ResolvedSettings, denoiser: nn.Module) -> None:
+    """
     Args:
-        network: the denoiser, or as much of it as is known by now.
+        denoiser: its layers. Weights that are not loaded yet may turn out to be quantized: check again then.
 
     Raises:
-        SettingsError: it cannot, because of the pipeline.
+        SettingsError: ``--fuse`` is set, and the pipeline cannot save itself or is quantized.
     """
-    if not settings.fuse:
+    if not resolved.fuse:
         return
     if not _saves_itself(pipeline):
         raise SettingsError(f"--fuse: a {type(pipeline).__name__} cannot save itself; load the adapter instead")
-    if settings.quantize is not None or any(isinstance(layer, nn.QuantizedLinear) for layer in network.modules()):
-        raise SettingsError("--fuse: quantised weights cannot hold what an adapter adds; fuse it into the full ones")
+    if resolved.quantize is not None or any(isinstance(layer, nn.QuantizedLinear) for layer in denoiser.modules()):
+        raise SettingsError("--fuse: quantized weights cannot hold an adapter; fuse it into the full weights")
 
 
 def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder) -> Path:
-    """Where the result of a run lies."""
+    """File or folder of the run's result."""
     if train_mode == "lora":
         return folder.adapter
     return folder.root / ("pipeline" if _saves_itself(pipeline) else "denoiser.safetensors")
 
 
-def save_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Path:
-    """Writes the adapter in PEFT's naming (diffusers loads it), and where it is asked for in kohya's.
+def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder) -> Path:
+    """Write the adapter in PEFT's naming, which diffusers loads, and with ``--output_kohya_format`` also in kohya's.
 
-    After full training: the whole pipeline where it can save itself (``save_pretrained(folder)``), otherwise
-    the denoiser's weights under its own names.
+    After full training, write the whole pipeline if it has `save_pretrained(folder)`, else the denoiser's weights.
 
     Returns:
         `result_path`.
     """
-    path = result_path(pipeline, settings.train_mode, folder)
-    if settings.train_mode == "lora":
-        lora.save_adapter(networks(pipeline, settings), path)
-        if settings.output_kohya_format:
-            _save_for_kohya(pipeline, settings, folder.root / KOHYA)
+    path = result_path(pipeline, resolved.train_mode, folder)
+    if resolved.train_mode == "lora":
+        lora.save_adapter(networks(pipeline, resolved), path)
+        if resolved.output_kohya_format:
+            _save_for_kohya(pipeline, resolved, folder.root / KOHYA)
     elif _saves_itself(pipeline):
         _save_whole(pipeline, path)
     else:
@@ -69,50 +67,50 @@ def save_result(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folde
     return path
 
 
-def save_fused(pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder) -> Path:
-    """Adds the adapter into the weights that it is for, where it then is, and writes the whole pipeline.
+def save_fused(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder) -> Path:
+    """Fuse the adapter into the pipeline's weights, in place, and write the whole pipeline.
 
     Returns:
-        its folder.
+        the pipeline's folder.
     """
     path = folder.root / FUSED
-    for network in networks(pipeline, settings).values():
+    for network in networks(pipeline, resolved).values():
         lora.fuse(network)
     _save_whole(pipeline, path)
     return path
 
 
-def _save_for_kohya(pipeline: DiffusionPipeline, settings: DreamBoothSettings, path: Path) -> None:
-    assert isinstance(pipeline, NamesForKohya)  # `adapter.described` refuses others
+def _save_for_kohya(pipeline: DiffusionPipeline, resolved: ResolvedSettings, path: Path) -> None:
+    assert isinstance(pipeline, NamesForKohya)  # `plan_trainable` refuses others
     names = kohya_names(pipeline)
     tensors: dict[str, mx.array] = {}
-    for prefix, network in networks(pipeline, settings).items():
+    for prefix, network in networks(pipeline, resolved).items():
         tensors |= lora.kohya_tensors(network, names[prefix])
-    write_safetensors(path, tensors, {**pipeline.kohya_naming().metadata, **_kohya_metadata(settings)})
+    write_safetensors(path, tensors, {**pipeline.kohya_naming().metadata, **_kohya_metadata(resolved)})
 
 
-def _kohya_metadata(settings: DreamBoothSettings) -> Mapping[str, str]:
-    """What readers of such files show: kohya's own names, and those of github.com/Stability-AI/ModelSpec."""
-    name = Path(settings.output_dir).resolve().name
-    told = {
+def _kohya_metadata(resolved: ResolvedSettings) -> Mapping[str, str]:
+    """Metadata that user interfaces show: kohya's names, and those of github.com/Stability-AI/ModelSpec."""
+    name = Path(resolved.output_dir).resolve().name
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
         "modelspec.date": datetime.now().isoformat(timespec="seconds"),
-        "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
-        "modelspec.trigger_phrase": settings.instance_prompt,
+        "modelspec.resolution": f"{resolved.resolution}x{resolved.resolution}",
+        "modelspec.trigger_phrase": resolved.instance_prompt,
         "ss_output_name": name,
-        "ss_network_dim": settings.rank,
-        "ss_network_alpha": settings.rank,  # what alpha scales is part of the numbers
-        "ss_learning_rate": settings.learning_rate,
-        "ss_optimizer": settings.optimizer,
-        "ss_lr_scheduler": settings.lr_scheduler,
-        "ss_lr_warmup_steps": settings.lr_warmup_steps,
-        "ss_max_train_steps": settings.max_train_steps,
-        "ss_batch_size_per_device": settings.train_batch_size,
-        "ss_gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "ss_seed": settings.seed,
+        "ss_network_dim": resolved.rank,
+        "ss_network_alpha": resolved.rank,  # the saved tensors contain the scale
+        "ss_learning_rate": resolved.learning_rate,
+        "ss_optimizer": resolved.optimizer,
+        "ss_lr_scheduler": resolved.lr_scheduler,
+        "ss_lr_warmup_steps": resolved.lr_warmup_steps,
+        "ss_max_train_steps": resolved.max_train_steps,
+        "ss_batch_size_per_device": resolved.train_batch_size,
+        "ss_gradient_accumulation_steps": resolved.gradient_accumulation_steps,
+        "ss_seed": resolved.seed,
     }
-    return {key: str(value) for key, value in told.items()}
+    return {key: str(value) for key, value in metadata.items()}
 
 
 def _save_whole(pipeline: DiffusionPipeline, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a pipeline may offer to take less memory, used where it does; pipelines that offer nothing are trained, too."""
+"""Optional features of a pipeline: check that it has the requested ones, and turn them on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines.capabilities import (
     Estimates,
     LimitsPrompts,
     Quantizes,
     Recomputes,
+    SupportsPrediction,
     SupportsRelease,
     TrainsTextEncoder,
     Use,
@@ -21,41 +23,44 @@ from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     """
     Raises:
-        SettingsError: the settings ask for what the pipeline does not offer.
+        SettingsError: the settings need a capability that the pipeline lacks.
     """
-    needing = {
+    needs = {
         "--quantize": (settings.quantize is not None, Quantizes),
         "--gradient_checkpointing": (settings.gradient_checkpointing, Recomputes),
         "--train_batch_size auto": (settings.train_batch_size is None, Estimates),
         "--memory_limit": (settings.memory_limit is not None, Estimates),
         "--max_sequence_length": (settings.max_sequence_length is not None, LimitsPrompts),
         "--train_text_encoder": (settings.train_text_encoder, TrainsTextEncoder),
+        "--masked_loss": (settings.masked_loss, SupportsPrediction),
+        "--weighting_scheme": (settings.weighting_scheme is not None, SupportsPrediction),
+        "--prior_preservation dop": (settings.prior_preservation == "dop", SupportsPrediction),
     }
-    for flag, (asked, capability) in needing.items():
-        if asked and not isinstance(pipeline, capability):
+    for flag, (requested, capability) in needs.items():
+        if requested and not isinstance(pipeline, capability):
             raise SettingsError(
                 f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__})"
             )
 
 
-def apply(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
-    """Let the pipeline hold and compute what the settings say, from now on."""
-    if settings.quantize is not None and isinstance(pipeline, Quantizes):
-        pipeline.quantize(settings.quantize)
-    if settings.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
-        pipeline.prompt_limit = settings.max_sequence_length
+def apply(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> None:
+    """Turn the requested features on."""
+    if resolved.quantize is not None and isinstance(pipeline, Quantizes):
+        pipeline.quantize(resolved.quantize)
+    if resolved.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
+        pipeline.prompt_limit = resolved.max_sequence_length
     if isinstance(pipeline, TrainsTextEncoder):
-        pipeline.encode_text_in_step(settings.train_text_encoder)
+        pipeline.encode_text_in_step(resolved.train_text_encoder)
     if isinstance(pipeline, Recomputes):
-        pipeline.recompute_activations(settings.gradient_checkpointing)
+        pipeline.recompute_activations(resolved.gradient_checkpointing)
 
 
 def release(pipeline: DiffusionPipeline, use: Use) -> None:
-    """Give back what serves a use that is over, for now."""
+    """Free the memory of the parts that serve a use; they are loaded again on demand."""
     if isinstance(pipeline, SupportsRelease):
         pipeline.release(use)
 
 
 def outline_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The denoiser's layers, not loaded if that can be helped: for who only wants names and shapes."""
+    """The denoiser's layers for their names and shapes; weights are not loaded if the pipeline can avoid it."""
     return pipeline.outline() if isinstance(pipeline, Estimates) else pipeline.denoiser

@@ -1,4 +1,4 @@
-"""What a run trains on, made ready: prompts encoded, class pictures drawn, latents of all pictures."""
+"""Compute once what every update reuses: encoded prompts, class images, latents."""
 
 from __future__ import annotations
 
@@ -21,99 +21,94 @@ from mflux_vae_train.dreambooth.data.encoding import (
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
-from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
-    """What a run trains on.
-
+class Precomputed:
+    """
     Attributes:
-        cache: what the updates draw from.
-        prompts: all prompts of the run, the previews' among them.
-        class_fingerprint: of the class pictures.
+        dataset: latents and conditioning that the updates draw from.
+        prompts: all prompts of the run, those of the previews included.
+        class_fingerprint: hash of the class images.
     """
 
-    cache: EncodedDataset
+    dataset: EncodedDataset
     prompts: EncodedPrompts
     class_fingerprint: str
 
 
-def gather(pipeline: DiffusionPipeline, run: Preparation, kept_in: Path, processes: ProcessGroup = SINGLE) -> Material:
-    """Encodes everything once, and draws the class pictures that are missing.
+def precompute(
+    pipeline: DiffusionPipeline, run: Preparation, default_folder: Path, processes: ProcessGroup = SINGLE
+) -> Precomputed:
+    """Encode prompts and images, and generate the missing class images.
 
     Args:
-        kept_in: folder of what was encoded, where the settings name none.
-        processes: the processes that share out what is drawn and encoded; files are the first one's.
+        default_folder: for encodings, without ``--encodings_dir``.
+        processes: share the work. The main process reads and writes all files.
     """
-    choices = run.choices
-    store = (
-        open_cache(pipeline, Path(choices.settings.encodings_dir or kept_in))
+    resolved = run.resolved
+    cache = (
+        open_cache(pipeline, Path(resolved.encodings_dir or default_folder))
         if processes.is_main
         else EncodingCache(None)
     )
-    prompts = encode_prompts(pipeline, _prompts(run), store, processes=processes)
+    captions = [one.caption for one in run.dataset.images]
+    class_prompts = [one.class_prompt for one in resolved.subjects if one.class_prompt is not None]
+    all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]
+    prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
     release(pipeline, "prompts")
-    class_pictures = _class_pictures(pipeline, run, prompts, processes)
-    cache = encode_dataset(
+    class_images = _class_images(pipeline, run, prompts, processes)
+    dataset = encode_dataset(
         pipeline,
-        run.pictures.images,
+        run.dataset.images,
         prompts,
-        choices.concepts,
-        store,
-        class_images=class_pictures,
-        preserves_output=choices.preservation == "dop",
+        resolved.subjects,
+        cache,
+        class_images=class_images,
+        preserves_output=resolved.prior_preservation == "dop",
         processes=processes,
     )
     release(pipeline, "images")
-    if store.hits:
-        logger.info("%d encodings of an earlier run were used, %d are new", store.hits, store.writes)
-    pictures = list(dict.fromkeys(path for paths in class_pictures or [] for path in paths))
-    return Material(cache=cache, prompts=prompts, class_fingerprint=processes.broadcast(lambda: hash_files(pictures)))
+    if cache.hits:
+        logger.info("%d encodings of earlier runs reused, %d new", cache.hits, cache.writes)
+    files = list(dict.fromkeys(path for paths in class_images or [] for path in paths))
+    class_fingerprint = processes.broadcast(lambda: hash_files(files))
+    return Precomputed(dataset=dataset, prompts=prompts, class_fingerprint=class_fingerprint)
 
 
-def _prompts(run: Preparation) -> list[str]:
-    choices = run.choices
-    captions = [one.caption for one in run.pictures.images]
-    classes = [one.class_prompt for one in choices.concepts if one.class_prompt is not None]
-    return [*captions, *classes, "", *choices.validation_prompt]
-
-
-def _class_pictures(
+def _class_images(
     pipeline: DiffusionPipeline, run: Preparation, prompts: EncodedPrompts, processes: ProcessGroup
 ) -> list[Sequence[Path]] | None:
-    """The class pictures of each concept, sorted by name, after generating those that are missing; None without.
+    """Generate the missing class images.
 
-    They lie where the first process runs.
+    Returns:
+        for each concept its class images on the main process, sorted by name; None if the run uses none.
     """
-    choices: ResolvedSettings = run.choices
-    if choices.preservation != "class_images":
+    resolved = run.resolved
+    if resolved.prior_preservation != "class_images":
         return None
     for one in run.class_folders:
         if not one.missing:
             continue
-        began = time.monotonic()
+        start = time.monotonic()
         generate_class_images(
             pipeline,
             prompts.get(one.prompt),
             one.missing,
             one.folder,
-            count=choices.settings.num_class_images,
+            count=resolved.num_class_images,
             class_prompt=one.prompt,
-            resolution=choices.resolution,
-            guidance=choices.guidance,
-            seed=choices.settings.seed,
-            batch_size=choices.settings.sample_batch_size,
+            resolution=resolved.resolution,
+            guidance=resolved.guidance,
+            seed=resolved.seed,
+            batch_size=resolved.sample_batch_size,
             processes=processes,
         )
-        logger.info("generated %d class pictures in %.0f s", len(one.missing), time.monotonic() - began)
-    wanted = choices.settings.num_class_images
-    found = processes.broadcast(
-        lambda: [
-            [str(p) for p in find_class_images(Path(one.class_data_dir or ""))[:wanted]] for one in choices.concepts
-        ]
-    )
+        logger.info("generated %d class images in %.0f s", len(one.missing), time.monotonic() - start)
+    wanted = resolved.num_class_images
+    folders = [Path(one.class_data_dir or "") for one in resolved.subjects]
+    found = processes.broadcast(lambda: [[str(path) for path in find_class_images(one)[:wanted]] for one in folders])
     return [[Path(path) for path in paths] for paths in found]

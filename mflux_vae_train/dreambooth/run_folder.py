@@ -1,8 +1,7 @@
-"""The output folder of a run: what lies where, and whether it belongs to the run that is asked for.
+"""The output folder of a run: its files, and the status of the run in it.
 
-``run.json`` says which run a folder holds: the settings that shape the result, and hashes of the instance
-pictures and of the weights that the run began from. The same command continues an unfinished run; any other run is
-refused.
+``run.json`` identifies the run: the settings that affect the result, and hashes of the instance images and of the
+weights before the training. The same command continues an unfinished run. A command for another run is refused.
 """
 
 from __future__ import annotations
@@ -28,23 +27,22 @@ from mflux_vae_train.settings import flags
 
 RESUMABLE_CHANGES = frozenset(
     {
-        *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # what is there counts, not where it lies
+        *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # their contents count, not their paths
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
         *("report_to", "logging_dir", "sample_batch_size"),
-        *("revision", "variant"),  # the weights count, not where they are from
-        *("gradient_checkpointing", "memory_limit"),  # what takes less memory gives the same result
-        *("encodings_dir", "lora_weights"),  # what is in them counts, too
+        *("revision", "variant"),  # the weights count
+        *("gradient_checkpointing", "memory_limit"),  # the result is the same
+        *("encodings_dir", "lora_weights"),  # their contents count
     }
 )
-"""Settings that may change when a run is continued: they do not shape its result."""
-
+"""Settings that may change when a run is continued: they do not affect its result."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names in an output folder."""
+    """Paths in an output folder."""
 
     root: Path
 
@@ -91,40 +89,40 @@ class RunFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """How far the run asked for has come in its folder.
+    """How far a run has come.
 
     Attributes:
-        complete: it was finished; there is nothing to do.
-        checkpoint: where to continue, None for the beginning.
+        complete: the run is finished.
+        checkpoint: where to continue; None to start from the beginning.
     """
 
     complete: bool = False
     checkpoint: Path | None = None
 
 
-def identity_of(settings: DreamBoothSettings, *, base: str, pictures: str) -> dict[str, Any]:
-    """What makes a run this run: plain values by name.
+def run_identity(settings: DreamBoothSettings, *, base: str, images: str) -> dict[str, Any]:
+    """What distinguishes a run from others: plain values by name.
 
     Args:
-        settings: with nothing left open.
-        base: fingerprint of the weights that are to be trained.
-        pictures: fingerprint of the instance pictures.
+        settings: resolved.
+        base: fingerprint of the weights before the training.
+        images: fingerprint of the instance images.
     """
-    return {**settings_identity(settings, RESUMABLE_CHANGES), "base weights": base, "instance pictures": pictures}
+    return {**settings_identity(settings, RESUMABLE_CHANGES), "base weights": base, "instance pictures": images}
 
 
-def standing(
+def read_status(
     folder: RunFolder, identity: Mapping[str, Any], resume_from: str | None, *, allow_changes: bool = False
 ) -> RunStatus:
-    """Looks, and changes nothing.
+    """Read how far the run with this identity has come in the folder.
 
     Args:
         resume_from: None or ``latest`` for the newest checkpoint in the folder, or the path of one.
-        allow_changes: another run in the folder is continued, too, and what differs is a warning.
+        allow_changes: log differences between the run in the folder and this one as a warning, and continue.
 
     Raises:
-        SettingsError: the folder holds another run (the differences are listed), or files of which it is not
-            known which run they are from; or there is no such checkpoint.
+        SettingsError: the folder holds another run (the message lists the differences), or files of unknown origin,
+            or there is no such checkpoint.
     """
     for place in (folder.root, *folder.root.parents):
         if place.is_file():
@@ -132,14 +130,14 @@ def standing(
     before = _read(folder)
     differences = [] if before is None else checkpoint.differences(before["identity"], identity)
     if before is None:
-        _refuse_strangers(folder, identity)
+        _refuse_foreign_files(folder, identity)
     elif differences and not allow_changes:
         raise SettingsError(
             f"--output_dir {folder.root} holds another run ({'; '.join(differences)}): repeat its settings to continue"
-            " it, give another folder, or continue it all the same with --allow_changes"
+            " it, give another folder, or continue with these changes by --allow_changes"
         )
     elif differences:
-        logger.warning("the run in %s goes on with changes: %s", folder.root, "; ".join(differences))
+        logger.warning("continuing the run in %s with changes: %s", folder.root, "; ".join(differences))
     if resume_from not in (None, "latest"):
         path = Path(resume_from)
         if not path.is_dir():
@@ -150,8 +148,8 @@ def standing(
     return RunStatus(checkpoint=checkpoint.latest(folder.root))
 
 
-def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings, lock: Lock) -> None:
-    """Makes the folder this run's: takes its lock, writes run.json, and settings.yaml, which reproduces the run."""
+def start(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSettings, lock: Lock) -> None:
+    """Take the folder's lock, and write run.json and settings.yaml, which reproduces the run."""
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -164,15 +162,15 @@ def claim(folder: RunFolder, identity: Mapping[str, Any], settings: DreamBoothSe
 
 
 def finish(folder: RunFolder, identity: Mapping[str, Any], result: Path) -> None:
-    """Notes that the run is complete, and which file or folder is its result."""
+    """Record that the run is complete, and the name of its result."""
     write_json(folder.identity, {"identity": identity, "finished": True, "result": result.name})
 
 
 @contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """Within the block, what this package logs is appended to a file, too, and so is what ends it early."""
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append the package's log to a file, and the error that ends the block early."""
     package = logging.getLogger("mflux_vae_train")
-    handler = _Log(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)
@@ -180,10 +178,10 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # To the file alone: on the console the caller says it. Mistakes and signals need no traceback.
+        # Only to the file: the caller prints it on the console. Wrong input and signals need no traceback.
         trace = None if isinstance(error, (MfluxVaeError, KeyboardInterrupt)) else sys.exc_info()
-        said = f"ended by {type(error).__name__}: {error}"
-        handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, said, None, trace))
+        message = f"ended by {type(error).__name__}: {error}"
+        handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, message, None, trace))
         raise
     finally:
         package.setLevel(level)
@@ -191,8 +189,8 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
-class _Log(logging.FileHandler):
-    """A full disk costs lines of the log, not the run, and no traceback on the console for each of them."""
+class _LogFile(logging.FileHandler):
+    """Drops lines that cannot be written: a full disk does not end the run or fill the console with tracebacks."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -223,16 +221,16 @@ def _has_result(folder: RunFolder, content: Mapping[str, Any]) -> bool:
     return (folder.root / content.get("result", folder.adapter.name)).exists()
 
 
-def _refuse_strangers(folder: RunFolder, identity: Mapping[str, Any]) -> None:
-    """Files that a run would overwrite, in a folder that is no run's; a checkpoint of this run vouches for them."""
+def _refuse_foreign_files(folder: RunFolder, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder without run.json whose files the run would overwrite, unless a checkpoint there is this run's."""
     written = (folder.adapter, folder.metrics, folder.samples, folder.card, folder.settings, folder.report)
-    threatened = [path for path in written if path.exists()]
-    threatened += sorted(folder.root.glob("checkpoint-*"))
-    if not threatened:
+    endangered = [path for path in written if path.exists()]
+    endangered += sorted(folder.root.glob("checkpoint-*"))
+    if not endangered:
         return
     if (newest := checkpoint.latest(folder.root)) is not None:
-        told = checkpoint.read(newest)["fingerprint"]
-        if not checkpoint.differences({name: told.get(name) for name in identity}, identity):
+        fingerprint = checkpoint.read(newest)["fingerprint"]
+        if not checkpoint.differences({name: fingerprint.get(name) for name in identity}, identity):
             return
-    names = ", ".join(path.name for path in threatened)
+    names = ", ".join(path.name for path in endangered)
     raise SettingsError(f"--output_dir {folder.root} holds {names}, but no run.json: give another folder")

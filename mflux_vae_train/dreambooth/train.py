@@ -1,4 +1,4 @@
-"""DreamBooth (arXiv:2208.12242) on any pipeline: from settings to adapter, in the order of the steps."""
+"""DreamBooth (arXiv:2208.12242) on any pipeline, from settings to adapter."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from mflux_vae_train.dreambooth.optimization.objective import add_base_predictio
 from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of, passes_of, schedule_of, worth_compiling
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
-from mflux_vae_train.dreambooth.planning.memory_estimate import compared
-from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare
+from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update
+from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
-from mflux_vae_train.dreambooth.precompute import gather
+from mflux_vae_train.dreambooth.precompute import precompute
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
@@ -50,12 +50,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run left.
-
+    """
     Attributes:
-        result: the adapter (safetensors), or after full training a pipeline folder or the denoiser's weights;
-            None after a dry run. Of several processes the first one writes it, where that one runs.
-        updates: optimizer updates that this call made; 0 where nothing was left to do.
+        result: the adapter (safetensors), or after full training a pipeline folder or the denoiser's weights; None
+            after a dry run. The main process writes it, on its machine.
+        updates: optimizer updates of this call; 0 if the run was complete before.
     """
 
     result: Path | None
@@ -63,16 +62,16 @@ class TrainingResult:
 
 
 class DreamBooth:
-    """Teaches a pipeline a subject from a few pictures.
+    """Teaches a pipeline a subject from a few images.
 
     Args:
-        pipeline: any object that keeps the contract of `DiffusionPipeline`.
+        pipeline: any object with the members of `DiffusionPipeline`.
 
     Attributes:
-        Settings, Error: what `train` takes, and what it raises, for those who were only given this class.
+        Settings, Error: the argument and the base exception of `train`, for programs that load only this class.
 
     Raises:
-        PluginError: the object lacks some of it.
+        PluginError: members are missing.
     """
 
     Settings = DreamBoothSettings
@@ -85,128 +84,125 @@ class DreamBooth:
         self.pipeline = pipeline
 
     def train(self, settings: DreamBoothSettings) -> TrainingResult:
-        """Trains, or continues where an interrupted run of the same settings stopped.
+        """Train, or continue an interrupted run of the same settings.
 
-        Afterwards the pipeline carries what it learnt: the adapter in its networks, or the trained weights. A
-        dry run leaves it as it was, and so does a run that was complete already.
+        Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. A dry run, or a
+        run that was complete before, leaves the pipeline unchanged.
 
         Raises:
-            InputError: settings, pictures or output folder cannot be used; said before anything long begins.
-            TrainingError: the loss is not finite, nothing is learnt, a checkpoint is broken, or a disk is full.
-            Interrupted: a signal arrived; what was finished is kept, of training in a checkpoint.
+            InputError: settings, images or output folder cannot be used; raised before anything long starts.
+            TrainingError: the loss is not finite, nothing is learned, a checkpoint is broken, or a disk is full.
+            Interrupted: a signal arrived; finished work is kept, and updates are in a checkpoint.
         """
         folder = RunFolder(Path(settings.output_dir))
         processes = process_group.join()
         if settings.dry_run:
             with processes:
                 run = prepare(self.pipeline, settings, folder, processes=processes)
-            _say([*run.lines, "dry run: nothing was written"], run.choices.warnings)
+            lines = summary(self.pipeline, run, folder, processes)
+            _log([*lines, "dry run: nothing was written"], run.resolved.warnings)
             return TrainingResult(result=None, updates=0)
         with (
             processes,
             interrupts.handling(processes),
             Lock(folder.root) if processes.is_main else nullcontext() as lock,
         ):
-            run = prepare(self.pipeline, settings, folder, _say, processes)
-            if run.standing.complete:
-                result = result_path(self.pipeline, settings.train_mode, folder)
-                _say([f"already complete: {result}"])
+            run = prepare(self.pipeline, settings, folder, _log, processes)
+            if run.status.complete:
+                result = result_path(self.pipeline, run.resolved.train_mode, folder)
+                _log([f"already complete: {result}"])
                 return TrainingResult(result=result, updates=0)
             if lock is not None:
-                run_folder.claim(folder, run.identity, run.choices.settings, lock)
+                run_folder.start(folder, run.identity, run.resolved.to_settings(), lock)
             try:
-                with run_folder.logged(folder.log) if processes.is_main else nullcontext():
-                    _say(run.lines, run.choices.warnings)
-                    pipeline_features.apply(self.pipeline, run.choices.settings)
+                with run_folder.log_to_file(folder.log) if processes.is_main else nullcontext():
+                    _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
+                    pipeline_features.apply(self.pipeline, run.resolved)
                     return _train(self.pipeline, run, folder, processes)
             except OSError as error:
-                raise TrainingError(f"{error}; the same command continues where it can be written again") from error
+                raise TrainingError(f"{error}; repeat the command to continue when it can be written again") from error
 
 
 def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, processes: ProcessGroup) -> TrainingResult:
     began = time.monotonic()
-    choices, plan, settings = run.choices, run.choices.plan, run.choices.settings
+    resolved, plan = run.resolved, run.resolved.plan
 
-    # prompts, class pictures and latents: each encoded once
-    material = gather(pipeline, run, folder.encodings, processes)
+    precomputed = precompute(pipeline, run, folder.encodings, processes)
     mx.clear_cache()
 
-    # what is trained, and how
-    learners = networks(pipeline, settings)
-    if settings.train_mode == "lora":
-        attach(pipeline, learners, choices)
+    # model, optimizer, loss
+    trained = networks(pipeline, resolved)
+    if resolved.train_mode == "lora":
+        attach(pipeline, trained, resolved, run.trainable.targets)
     else:
         pipeline.denoiser.unfreeze()
-    together = combined(learners)
-    optimizer = optimizers_of(settings, text_encoder=[*learners][-1])
-    loss = _loss(pipeline, choices)
+    model = combined(trained)
+    optimizer = optimizers_of(resolved, text_encoder=[*trained][-1])
     step = Step(
-        together,
+        model,
         optimizer,
-        loss,
-        max_grad_norm=settings.max_grad_norm,
+        _loss(pipeline, resolved),
+        max_grad_norm=resolved.max_grad_norm,
         compile=worth_compiling(plan.updates),
         run_passes=passes_of(pipeline.denoiser),
         processes=processes,
     )
-    rate = schedule_of(settings, peak=choices.learning_rate, updates=plan.updates)
+    schedule = schedule_of(resolved, peak=resolved.learning_rate, updates=plan.updates)
 
-    # where an earlier part of the run stopped
-    objects = {"denoiser": state.parameters(together), "optimizer": state.tree_state(optimizer.state)}
+    # checkpoint to continue from
+    objects = {"denoiser": state.parameters(model), "optimizer": state.tree_state(optimizer.state)}
     pending = PendingHooks()
     objects["pending_hooks"] = pending.stateful()
-    identity = {**run.identity, "class pictures": material.class_fingerprint}
+    identity = {**run.identity, "class pictures": precomputed.class_fingerprint}
 
-    def resumed() -> int:
-        if (found := run.standing.checkpoint) is None:
+    def resume() -> int:
+        if (path := run.status.checkpoint) is None:
             return 0
-        start = checkpoint.load(found, objects, fingerprint=identity, allow_changes=settings.allow_changes)
+        start = checkpoint.load(path, objects, fingerprint=identity, allow_changes=resolved.allow_changes)
         if start > plan.updates:
-            raise SettingsError(f"{found} is of update {start}, beyond the {plan.updates} that are asked for now")
-        _say([f"continuing after update {start}, from {found}"])
+            raise SettingsError(f"{path} is of update {start}, and this run ends after {plan.updates}")
+        _log([f"continuing after update {start}, from {path}"])
         return start
 
-    start = processes.broadcast(resumed)
+    start = processes.broadcast(resume)
     processes.broadcast_state(objects)
 
-    # what happens beside the updates
     def save_checkpoint(updates: int) -> None:
         if not processes.is_main:
             return
-        limit = settings.checkpoints_total_limit
+        limit = resolved.checkpoints_total_limit
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
 
     def batches(update: int) -> list[MicroBatch]:
-        drawn = processes.shard(
-            micro_batches(
-                material.cache, plan, update=update, seed=settings.seed, caption_dropout=choices.caption_dropout
-            )
+        all_batches = micro_batches(
+            precomputed.dataset, plan, update=update, seed=resolved.seed, caption_dropout=resolved.caption_dropout
         )
-        if choices.preservation != "dop":
-            return list(drawn)
-        asked: dict[str, Any] = {"guidance": choices.guidance, "sampling": choices.sampling}
-        return [add_base_prediction(pipeline, together, one, **asked) for one in drawn]
+        batches = processes.shard(all_batches)
+        if resolved.prior_preservation != "dop":
+            return list(batches)
+        options: dict[str, Any] = {"guidance": resolved.guidance, "sampling": resolved.sampling}
+        return [add_base_prediction(pipeline, model, one, **options) for one in batches]
 
     def save() -> None:
         if not processes.is_main:
             return
-        path = save_result(pipeline, settings, folder)
-        if settings.train_mode == "lora":
-            check_adapter(learners, path)
+        path = save_result(pipeline, resolved, folder)
+        if resolved.train_mode == "lora":
+            check_adapter(trained, path)
 
-    # the updates; of the hooks, what must not be lost comes first
-    validation = [material.prompts.get(prompt) for prompt in choices.validation_prompt]
+    # updates; hooks run in this order, the most important one first
+    validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
     with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as monitor:
         fit(
-            step=lambda update, drawn, rate: loss_by_noise.bin_means(step(update, drawn, rate)),
+            step=lambda update, batches, rate: loss_by_noise.bin_means(step(update, batches, rate)),
             batches=batches,
-            learning_rate=rate,
+            learning_rate=schedule,
             total=plan.updates,
             start=start,
-            observers=[*monitor.observers, compared(run.estimate)],
+            observers=[*monitor.observers, compare_first_update(run.estimate)],
             hooks=[
-                LearningCheck(*learners.values()),
-                monitor.pace.timed_every(settings.checkpointing_steps, lambda record: save_checkpoint(record.update)),
+                LearningCheck(*trained.values()),
+                monitor.pace.timed_every(resolved.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 monitor.preview_hook(),
             ],
@@ -215,37 +211,36 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
             processes=processes,
         )
 
-    # the end
-    result = result_path(pipeline, settings.train_mode, folder)
+    result = result_path(pipeline, resolved.train_mode, folder)
     if not processes.is_main:
         return TrainingResult(result=result, updates=plan.updates - start)
     write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
-    if settings.fuse:
-        _say([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, settings, folder)}"])
-    write_model_card(pipeline, settings, folder, result)
+    if resolved.fuse:
+        _log([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, resolved, folder)}"])
+    write_model_card(pipeline, resolved, folder, result)
     run_folder.finish(folder, run.identity, result)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(mx.get_peak_memory())
-    _say([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
+    _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     return TrainingResult(result=result, updates=plan.updates - start)
 
 
-def _loss(pipeline: DiffusionPipeline, choices: ResolvedSettings) -> Loss:
-    def loss(together: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        with lora.dropout_keys(together, arrays["dropout_key"]):
+def _loss(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Loss:
+    def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
+        with lora.dropout_keys(model, arrays["dropout_key"]):
             return dreambooth_loss(
                 pipeline,
                 arrays,
-                guidance=choices.guidance,
-                prior_loss_weight=choices.prior_loss_weight,
-                sampling=choices.sampling,
+                guidance=resolved.guidance,
+                prior_loss_weight=resolved.prior_loss_weight,
+                sampling=resolved.sampling,
             )
 
     return loss
 
 
-def _say(lines: Sequence[str], warnings: Sequence[str] = ()) -> None:
+def _log(lines: Sequence[str], warnings: Sequence[str] = ()) -> None:
     for line in lines:
         logger.info("%s", line)
     for line in warnings:

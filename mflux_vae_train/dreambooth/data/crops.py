@@ -12,6 +12,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import covered
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.pipelines.protocol import Recommended
 
 Shape: TypeAlias = "tuple[int, int]"
 """Height and width in pixels."""
@@ -37,6 +38,20 @@ class Crop:
         """uint8 (H, W, C) -> (*shape, C)."""
         cropped = covered(image, self.shape, place=self.offset)
         return np.ascontiguousarray(cropped[:, ::-1]) if self.mirrored else cropped
+
+
+def training_resolution(settings: DreamBoothSettings, recommended: Recommended) -> int:
+    """Side of a square training image in pixels.
+
+    Raises:
+        SettingsError: the pipeline does not support it.
+    """
+    resolution, multiple = settings.resolution or recommended.resolution, recommended.size_multiple
+    if resolution % multiple:
+        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
+        near = f"{below} or {above}" if below else f"{above}"
+        raise SettingsError(f"--resolution is {resolution}; a multiple of {multiple} is needed, such as {near}")
+    return resolution
 
 
 def bucket_shapes(settings: DreamBoothSettings, *, resolution: int, multiple: int) -> list[Shape]:

@@ -56,11 +56,15 @@ class InstanceDataset:
 
     Attributes:
         images: in the order of the concepts, then sorted by name.
+        resolution: side of a square training image in pixels.
+        samples_per_epoch: number of images, repeats included.
         skipped: number of files in the folders that are not used.
         unused_masks: number of masks that are ignored without ``--masked_loss``.
     """
 
     images: Sequence[InstanceImage]
+    resolution: int
+    samples_per_epoch: int
     skipped: int
     unused_masks: int
 
@@ -142,7 +146,13 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
 
     if settings.masked_loss and not any(mask for *_, mask in entries):
         raise ImageError(f"--masked_loss: no image NAME.jpg in {folder} has a mask NAME-mask.png")
-    return InstanceDataset(images=list(prefetch(load, entries)), skipped=skipped, unused_masks=unused_masks)
+    return InstanceDataset(
+        images=list(prefetch(load, entries)),
+        resolution=resolution,
+        samples_per_epoch=sum(settings.subjects[concept].repeats or 1 for concept, *_ in entries),
+        skipped=skipped,
+        unused_masks=unused_masks,
+    )
 
 
 def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:

@@ -1,32 +1,25 @@
-"""What a run takes, said before anything is downloaded or loaded: memory of each phase, disk, time, and what cures."""
+"""Estimate memory, disk and time of a run before anything is downloaded or loaded, and suggest flags that help."""
 
 from __future__ import annotations
 
 import logging
-import operator
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.runtime.device import compute_dtype, is_cpu
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import GB, size_text
-from mflux_vae_train import lora
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.crops import Shape
 from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_per_batch
 from mflux_vae_train.dreambooth.optimization.optimizer import at_once, optimizer_of
-from mflux_vae_train.dreambooth.optimization.trainable import skeletons
 from mflux_vae_train.dreambooth.pipeline_features import outline_of
-from mflux_vae_train.dreambooth.planning.adapter import targets_of
-from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.pipelines.capabilities import Estimates
@@ -37,263 +30,221 @@ from mflux_vae_train.training.hooks import Hook, Record
 TRAINING = "training"
 """Name of the phase whose operations are those of one update."""
 
+MIN_REPORTED_SECONDS = 120.0
+"""Shorter time estimates are not logged."""
+
 logger = logging.getLogger(__name__)
-
-_WORTH_TELLING = 120.0
-"""Seconds."""
-
-_FULL_WIDTH = 4
-"""Bytes of a number in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """
     Attributes:
-        footprint: what the pipeline says.
-        limit: bytes that the run may take.
-        lines: what to say.
-        cures: settings under which it would fit, where it does not; none where nothing helps.
+        footprint: the pipeline's answer.
+        limit: bytes that the run may use.
+        lines: for the log.
+        problem: why the run does not fit and which flags help; None if it fits.
     """
 
     footprint: Footprint
     limit: int
     lines: Sequence[str]
-    cures: Sequence[str]
-
-    @property
-    def fits(self) -> bool:
-        return self.footprint.peak <= self.limit
-
-    def check(self, settings: DreamBoothSettings) -> None:
-        """
-        Raises:
-            SettingsError: the user set a limit, and the run would take more.
-        """
-        if settings.memory_limit is not None and not self.fits:
-            raise SettingsError(f"--memory_limit {settings.memory_limit:g}: {_too_much(self)}")
+    problem: str | None
 
 
-def estimated(
-    pipeline: DiffusionPipeline, choices: ResolvedSettings, *, shape: Shape, prompts: int, class_pictures: int
-) -> Estimate | None:
-    """What a run will take; None where the pipeline does not know.
+def workload(
+    pipeline: DiffusionPipeline,
+    resolved: ResolvedSettings,
+    *,
+    trained: int,
+    shape: Shape,
+    prompts: int,
+    class_images: int,
+) -> Workload:
+    """The run's requests to the pipeline.
 
     Args:
-        shape: of the largest instance picture.
-        prompts: to be encoded.
-        class_pictures: to be drawn.
+        trained: number of trained weights.
+        shape: height and width of the largest training image.
+        prompts: number of prompts to encode.
+        class_images: number of class images to generate.
     """
-    if not isinstance(pipeline, Estimates):
-        return None
-    plan = choices.plan
-    asked = workload(pipeline, choices.settings, plan.batch_size, plan.accumulation, choices.resolution, shape)
-    together = min(choices.settings.sample_batch_size or images_per_batch(choices.resolution), class_pictures)
-    work = replace(
-        asked,
-        pictures=max(asked.pictures, together),
-        prompts=prompts,
-        class_pictures=class_pictures,
-        guidance=choices.guidance,
-        steps=pipeline.recommended.steps,
+    previews = min(images_per_batch(resolved.resolution), resolved.num_validation_images)
+    return _with_batch_size(
+        Workload(
+            resolution=resolved.resolution,
+            shape=shape,
+            trained=trained,
+            adapter=resolved.train_mode == "lora",
+            state_bytes=_state_bytes(resolved),
+            batch=1 if resolved.prior_preservation == "none" else 2,
+            side_by_side=at_once(outline_of(pipeline)),
+            prompts=prompts,
+            prompts_at_once=PROMPTS_PER_BATCH,
+            prompt_tokens=resolved.max_sequence_length,
+            class_pictures=class_images,
+            pictures=max(1, previews, min(resolved.sample_batch_size, class_images)),
+            guidance=resolved.guidance,
+            steps=pipeline.recommended.steps,
+            quantize=resolved.quantize,
+            recompute=resolved.gradient_checkpointing,
+            text_encoder=resolved.train_text_encoder,
+        ),
+        resolved.train_batch_size,
+        resolved.gradient_accumulation_steps,
     )
-    footprint, limit = pipeline.footprint(work), limit_of(choices.settings)
-    cures = [] if footprint.peak <= limit else list(_cures(pipeline, choices.settings, work, limit))
-    made = Estimate(footprint=footprint, limit=limit, lines=[], cures=cures)
-    return replace(made, lines=[*_lines(made, choices.settings, work), *_time(footprint, work, plan.updates)])
 
 
-def compared(estimate: Estimate | None) -> Hook:
-    """A hook that says, after the first update that it sees, what that took beside what was estimated for it.
+def fit_batch_size(
+    pipeline: Estimates, resolved: ResolvedSettings, work: Workload
+) -> tuple[ResolvedSettings, Workload]:
+    """Raise the batch size from 1 to the largest that fits into memory, with as many fewer micro-batches."""
+    images = resolved.gradient_accumulation_steps
+    sizes = [size for size in range(images, 0, -1) if images % size == 0]
+    candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
+    fitting = (one for one in candidates if pipeline.footprint(one[1]).peak <= _limit(resolved))
+    size, work = next(fitting, candidates[-1])
+    note = f"--train_batch_size auto: {images // size} micro-batches of {size} for {images} images per update"
+    notes = (*resolved.notes, note)
+    resolved = replace(resolved, train_batch_size=size, gradient_accumulation_steps=images // size, notes=notes)
+    return resolved, work
 
-    Nothing is computed for it, and no peak is forgotten: where something before took more, it can say no more than so.
+
+def estimate(pipeline: Estimates, resolved: ResolvedSettings, work: Workload) -> Estimate:
+    """Ask the pipeline what the run takes, and compare it with the available memory."""
+    footprint, limit = pipeline.footprint(work), _limit(resolved)
+    problem = None
+    if footprint.peak > limit:
+        phase = max(footprint.phases, key=lambda phase: phase.peak)
+        verb = "take" if phase.name.endswith("s") else "takes"
+        fixes = ", or ".join(_fixes(pipeline, resolved, work, limit))
+        problem = f"{phase.name} {verb} {size_text(phase.peak)} of {size_text(limit)}; " + (
+            f"it would fit with {fixes}" if fixes else "no flag reduces it enough"
+        )
+    lines = [*_lines(footprint, limit, resolved, work), *_time(footprint, work, resolved.max_train_steps)]
+    if problem is not None:
+        lines.append(f"this run would not fit: {problem}")
+    return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem)
+
+
+def check_limit(estimate: Estimate, resolved: ResolvedSettings) -> None:
     """
-    before, seen = mx.get_peak_memory(), False
+    Raises:
+        SettingsError: the run would exceed ``--memory_limit``.
+    """
+    if resolved.memory_limit is not None and estimate.problem is not None:
+        raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {estimate.problem}")
+
+
+def compare_first_update(estimate: Estimate | None) -> Hook:
+    """A hook that logs the memory of the first update beside its estimate.
+
+    It reads MLX's peak, which is not reset: an earlier, higher peak gives an upper bound only.
+    """
+    before, done = mx.get_peak_memory(), estimate is None
 
     def compare(_: Record) -> None:
-        nonlocal seen
-        first, seen = not seen, True
-        if estimate is None or not first:
+        nonlocal done
+        if done or estimate is None:
             return
-        peak = mx.get_peak_memory()
-        took = size_text(peak) if peak > before else f"at most {size_text(before)}"  # which something before it took
+        done, peak = True, mx.get_peak_memory()
+        used = size_text(peak) if peak > before else f"at most {size_text(before)}"
         training = max((phase.peak for phase in estimate.footprint.phases if phase.name == TRAINING), default=0)
-        logger.info("the first update took %s of memory at its peak (estimated: %s)", took, size_text(training))
+        logger.info("the first update used %s of memory at its peak (estimated: %s)", used, size_text(training))
         if before < estimate.limit < peak:
             logger.warning(
-                "that is more than the %s that there are: the machine may swap or stop; less is taken with"
-                " --gradient_checkpointing, or with half the --train_batch_size and twice the"
-                " --gradient_accumulation_steps",
+                "the first update used more than the available %s: the machine may swap or stop; reduce it with"
+                " --gradient_checkpointing, or halve --train_batch_size and double --gradient_accumulation_steps",
                 size_text(estimate.limit),
             )
 
     return compare
 
 
-def workload(
-    pipeline: DiffusionPipeline,
-    settings: DreamBoothSettings,
-    batch: int,
-    micro_batches: int,
-    resolution: int,
-    shape: Shape,
-) -> Workload:
-    """The training that settings ask for, with so many instance pictures in a micro-batch, the largest of a shape."""
-    outline = outline_of(pipeline)
-    trained_as = settings.train_mode
-    if trained_as == "lora":
-        rank = settings.rank or pipeline.recommended.rank
-        layers, patterns = skeletons(pipeline, settings), targets_of(pipeline, settings)
-        trained = rank * sum(sum(lora.matching(layers[prefix], own).values()) for prefix, own in patterns.items())
-    else:
-        trained = tree_reduce(operator.add, tree_map(lambda array: array.size, outline.parameters()), 0)
-    drawn_at_once = images_per_batch(resolution)
-    return Workload(
-        resolution=resolution,
-        shape=shape,
-        trained=trained,
-        adapter=trained_as == "lora",
-        state_bytes=_state_bytes(settings),
-        batch=batch * (1 if choose_preservation(settings).kind == "none" else 2),
-        micro_batches=micro_batches,
-        side_by_side=min(at_once(outline), micro_batches),
-        prompts_at_once=PROMPTS_PER_BATCH,
-        prompt_tokens=settings.max_sequence_length,
-        pictures=max(1, min(drawn_at_once, settings.num_validation_images)),
-        quantize=settings.quantize,
-        recompute=settings.gradient_checkpointing,
-        text_encoder=settings.train_text_encoder,
-    )
+def _with_batch_size(work: Workload, size: int, micro_batches: int) -> Workload:
+    """The workload of batch size 1 with another one."""
+    together = min(work.side_by_side, micro_batches)
+    return replace(work, batch=size * work.batch, micro_batches=micro_batches, side_by_side=together)
 
 
-def limit_of(settings: DreamBoothSettings) -> int:
-    """Bytes that a run may take: what is set, or what is there."""
-    return tiling_plan.limit() if settings.memory_limit is None else int(settings.memory_limit * GB)
+def _limit(resolved: ResolvedSettings) -> int:
+    """Bytes that the run may use: ``--memory_limit``, or what the machine has."""
+    return tiling_plan.limit() if resolved.memory_limit is None else int(resolved.memory_limit * GB)
 
 
-def with_batch_size(
-    settings: DreamBoothSettings, pipeline: DiffusionPipeline, resolution: int, shape: Shape
-) -> tuple[DreamBoothSettings, list[str]]:
-    """Settings with a micro-batch where they leave it open: the largest that fits, and divides an update's pictures.
-
-    Args:
-        shape: of the largest instance picture.
-
-    Returns:
-        the settings, and what to say.
-
-    Raises:
-        SettingsError: there is a limit, and not even one picture fits.
-    """
-    if settings.train_batch_size is not None or not isinstance(pipeline, Estimates):
-        return settings, []
-    pictures, limit = settings.gradient_accumulation_steps, limit_of(settings)
-    sizes = [size for size in range(pictures, 0, -1) if pictures % size == 0]
-    for size in sizes:
-        work = workload(pipeline, settings, size, pictures // size, resolution, shape)
-        footprint = pipeline.footprint(work)
-        if footprint.peak <= limit or size == 1:
-            break
-    if footprint.peak > limit and settings.memory_limit is not None:
-        cures = list(_cures(pipeline, settings, work, limit))
-        too_much = _too_much(Estimate(footprint=footprint, limit=limit, lines=[], cures=cures))
-        raise SettingsError(f"--train_batch_size auto, --memory_limit {settings.memory_limit:g}: {too_much}")
-    said = f"--train_batch_size auto: {size} at once, {pictures // size} times, for {pictures} pictures in an update"
-    return replace(settings, train_batch_size=size, gradient_accumulation_steps=pictures // size), [said]
+def _state_bytes(resolved: ResolvedSettings) -> float:
+    """Bytes of optimizer state per trained weight, master copies of half-precision weights included."""
+    weights = mx.zeros((256, 256), mx.float32 if resolved.train_mode == "lora" else compute_dtype(None))
+    return round(optimizer_of(resolved).state_bytes(weights) / weights.size, 2)
 
 
-def _state_bytes(settings: DreamBoothSettings) -> float:
-    """What the optimizer keeps for each weight, master copies of those in half precision included."""
-    weights = mx.zeros((256, 256), mx.float32 if settings.train_mode == "lora" else compute_dtype(None))
-    return round(optimizer_of(settings).state_bytes(weights) / weights.size, 2)
-
-
-def _cures(pipeline: Estimates, settings: DreamBoothSettings, work: Workload, limit: int) -> Iterator[str]:
-    """Flags under which it would fit, those that cost least first."""
-    recompute = {"recompute": True}, "--gradient_checkpointing"
-    batch = {"batch": max(1, work.batch // 2), "micro_batches": 2 * work.micro_batches}, "half --train_batch_size"
+def _fixes(pipeline: Estimates, resolved: ResolvedSettings, work: Workload, limit: int) -> Iterator[str]:
+    """Flags under which the run would fit, the cheapest first."""
     height, width = work.trained_shape
-    smaller = (
-        {"resolution": work.resolution // 2, "shape": (height // 2, width // 2)},
-        (
-            f"--resolution {work.resolution // 2}"
-            + (" and half the sides of --aspect_ratio_buckets" if settings.aspect_ratio_buckets else "")
-        ),
-    )
-    eight, four = ({"quantize": 8}, "--quantize 8"), ({"quantize": 4}, "--quantize 4")
-    tried: list[list[tuple[dict[str, Any], str]]] = [
-        [recompute],
-        [batch],
-        [eight],
-        [eight, recompute],
-        [four, recompute],
-        [four, recompute, smaller],
-    ]
-    for changes in tried:
-        merged = {name: value for change, _ in changes for name, value in change.items()}
-        if any(getattr(work, name) == value for name, value in merged.items()):
-            continue  # it is so already
-        if not work.adapter and "quantize" in merged:
+    buckets = " and half the sides of --aspect_ratio_buckets" if resolved.aspect_ratio_buckets else ""
+    recompute: dict[str, Any] = {"recompute": True}
+    eight, four = {"quantize": 8}, {"quantize": 4}
+    smaller = {"resolution": work.resolution // 2, "shape": (height // 2, width // 2)}
+    half = {"batch": max(1, work.batch // 2), "micro_batches": 2 * work.micro_batches}
+    checkpointing, size = "--gradient_checkpointing", f"--resolution {work.resolution // 2}{buckets}"
+    changes = {
+        checkpointing: recompute,
+        "half --train_batch_size": half,
+        "--quantize 8": eight,
+        f"--quantize 8 {checkpointing}": eight | recompute,
+        f"--quantize 4 {checkpointing}": four | recompute,
+        f"--quantize 4 {checkpointing} {size}": four | recompute | smaller,
+    }
+    for flags, change in changes.items():
+        if any(getattr(work, name) == value for name, value in change.items()):
+            continue  # a flag is set already
+        if "quantize" in change and not work.adapter:
             continue
-        peak = pipeline.footprint(replace(work, **merged)).peak
+        peak = pipeline.footprint(replace(work, **change)).peak
         if peak <= limit:
-            yield f"{' '.join(text for _, text in changes)} ({size_text(peak)})"
+            yield f"{flags} ({size_text(peak)})"
 
 
-def _lines(made: Estimate, settings: DreamBoothSettings, work: Workload) -> Iterator[str]:
-    footprint = made.footprint
+def _lines(footprint: Footprint, limit: int, resolved: ResolvedSettings, work: Workload) -> Iterator[str]:
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak)}" for phase in footprint.phases)
-    where = "--memory_limit" if settings.memory_limit is not None else "free"
-    yield f"estimated memory at the peak: {peaks} ({where}: {size_text(made.limit)})"
+    where = "available" if resolved.memory_limit is None else "--memory_limit"
+    yield f"estimated peak memory: {peaks} ({where}: {size_text(limit)})"
     if footprint.download and footprint.cache is not None:
-        free = shutil.disk_usage(_existing(footprint.cache)).free
+        folder = next(place for place in (footprint.cache, *footprint.cache.parents) if place.exists())
+        free = shutil.disk_usage(folder).free
         short = "" if free > footprint.download else ", which is TOO LITTLE"
-        needed = f"{size_text(footprint.download)} to {footprint.cache}"
-        yield f"to download: {needed}, where {size_text(free)} are free{short}"
-    yield f"on disk: {size_text(work.trained * (_FULL_WIDTH + work.state_bytes))} for each checkpoint"
-    if not made.fits:
-        yield f"this run would not fit: {_too_much(made)}"
-
-
-def _too_much(made: Estimate) -> str:
-    largest = max(made.footprint.phases, key=lambda phase: phase.peak)
-    takes = "take" if largest.name.endswith("s") else "takes"
-    what = f"{largest.name} {takes} {size_text(largest.peak)} of {size_text(made.limit)}"
-    if not made.cures:
-        return f"{what}, and no flag cures it"
-    return f"{what}; it would fit with {', or '.join(made.cures)}"
+        yield (
+            f"to download: {size_text(footprint.download)} to {footprint.cache},"
+            f" where {size_text(free)} are available{short}"
+        )
+    checkpoint = work.trained * (mx.float32.size + work.state_bytes)
+    yield f"on disk: {size_text(checkpoint)} for each checkpoint"
 
 
 def _time(footprint: Footprint, work: Workload, updates: int) -> Iterator[str]:
-    """What the matrix products alone take at the speed that they have here now; nothing where that is little.
-
-    Small models take far more, and so the bound would say nothing of them.
-    """
+    """A lower bound: matrix products at the speed measured now. Small models take far longer, so nothing for them."""
     if work.quantize is not None and is_cpu():
-        return  # MLX multiplies quantised matrices on a CPU in a way of its own, far slower
-    before = sum(phase.operations for phase in footprint.phases if phase.name != TRAINING)
-    update = sum(phase.operations for phase in footprint.phases if phase.name == TRAINING)
+        return  # on a CPU, MLX multiplies quantized matrices far more slowly than it multiplies others
+    training = math.fsum(phase.operations for phase in footprint.phases if phase.name == TRAINING)
+    before = math.fsum(phase.operations for phase in footprint.phases if phase.name != TRAINING)
     speed = _operations_per_second()
-    total = (before + updates * update) / speed
-    if update and total > _WORTH_TELLING:
+    total = (before + updates * training) / speed
+    if training and total > MIN_REPORTED_SECONDS:
         yield (
-            f"time: at least {duration(total)}, of which {_span(before / speed)} before the first update and"
-            f" {_span(update / speed)} for each: matrix products alone, at {speed / 1e12:.2g} TFLOP/s as measured now"
+            f"time: at least {duration(total)}, of which {_seconds_text(before / speed)} before the first update and"
+            f" {_seconds_text(training / speed)} per update: matrix products alone, at {speed / 1e12:.2g} TFLOP/s as"
+            " measured now"
         )
 
 
-def _operations_per_second(side: int = 1024) -> float:
-    one = mx.ones((side, side), compute_dtype())
-    mx.eval(one @ one)
-    began, times = time.perf_counter(), 4
-    for _ in range(times):
-        mx.eval(one @ one)
-    return 2.0 * times * side**3 / (time.perf_counter() - began)
+def _operations_per_second(side: int = 1024, repeats: int = 4) -> float:
+    matrix = mx.ones((side, side), compute_dtype())
+    mx.eval(matrix @ matrix)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        mx.eval(matrix @ matrix)
+    return 2.0 * repeats * side**3 / (time.perf_counter() - start)
 
 
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _span(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)

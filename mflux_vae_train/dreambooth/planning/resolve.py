@@ -1,183 +1,164 @@
-"""What the user left open, decided: by the pipeline's recommendations, the prompt and the pictures."""
+"""Answer every question that the settings leave open: from the pipeline's recommendations, the prompts, the images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mflux_vae.errors import SettingsError
-from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import Plan
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
+from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.dreambooth.optimization.optimizer import TEXT_ENCODER_SHARE, default_rate, finds_rate
-from mflux_vae_train.dreambooth.planning.config_warnings import advice
-from mflux_vae_train.dreambooth.planning.preservation import OUTPUT_WEIGHT, Kind, choose_preservation
+from mflux_vae_train.dreambooth.planning.config_warnings import config_warnings
+from mflux_vae_train.dreambooth.planning.preservation import DOP_WEIGHT, Kind, resolve_preservation
+from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
 
-PREVIEWS_IN_A_RUN = 8
+PREVIEWS_PER_RUN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedSettings:
-    """A run without an open question.
+class ResolvedSettings(DreamBoothSettings):
+    """Settings of a run in which every open question is answered. Nothing after `resolve` decides one again.
+
+    The fields below always have a value. An inherited field that is None means absent: no quantization, no limit, no
+    adapter to start from. `subjects` have their class prompts and, where class images are used, their folders.
 
     Attributes:
-        settings: as the user gave them, with everything decided that was left open.
-        plan: samples, updates and micro-batches that follow.
-        notes: what was decided and why, one line each, to be said at the start.
-        warnings: what is unusual, one line each.
-        preservation: whether, and by what, the class is kept alive.
-        concepts: what is learnt, see `preservation.Preservation`.
+        rank, lora_alpha: None with ``--train_mode full``.
         prior_loss_weight: None without prior preservation.
-        sampling: how noise levels are drawn; None for as the pipeline does by itself.
-        rank, lora_alpha: None where all weights are trained.
-
-    The other attributes repeat settings, as the numbers and texts that they are by now.
+        auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
+        samples: instance samples of the whole run.
+        sampling: how noise levels are drawn; None for the pipeline's default.
+        trackers: names of the trackers that ``--report_to`` selects.
+        notes: decisions with their reasons, one line each, for the log.
+        warnings: unusual or ineffective settings, one line each.
     """
 
-    settings: DreamBoothSettings
-    plan: Plan
-    notes: Sequence[str]
-    warnings: Sequence[str]
     resolution: int
     learning_rate: float
     guidance: float
     caption_dropout: float
-    validation_prompt: Sequence[str]
+    validation_prompt: tuple[str, ...]
     validation_steps: int
-    preservation: Kind
-    concepts: Sequence[Concept]
+    train_batch_size: int
+    sample_batch_size: int
+    prior_preservation: Kind
+    with_prior_preservation: bool
+    auto_batch_size: bool
+    samples: int
     sampling: NoiseSampling | None
-    prior_loss_weight: float | None
-    rank: int | None
-    lora_alpha: float | None
+    trackers: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """`DreamBoothSettings` checked the fields before."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(
+            samples=self.samples, batch_size=self.train_batch_size, accumulation=self.gradient_accumulation_steps
+        )
+
+    def to_settings(self) -> DreamBoothSettings:
+        """The settings that reproduce the run."""
+        return DreamBoothSettings(**_values(self))
 
 
-def choose_resolution(settings: DreamBoothSettings, recommended: Recommended) -> int:
-    """Side of the training pictures.
-
-    Raises:
-        SettingsError: the pipeline cannot do it.
-    """
-    resolution, multiple = settings.resolution or recommended.resolution, recommended.size_multiple
-    if resolution % multiple:
-        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
-        near = f"{below} or {above}" if below else f"{above}"
-        raise SettingsError(f"--resolution is {resolution}; a multiple of {multiple} is needed, such as {near}")
-    return resolution
-
-
-def choose(settings: DreamBoothSettings, recommended: Recommended, *, pictures: int) -> ResolvedSettings:
-    """Decides what is open.
-
-    Args:
-        pictures: number of instance pictures in an epoch, repeats counted.
+def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: InstanceDataset) -> ResolvedSettings:
+    """Answer what is open. ``--train_batch_size auto`` becomes 1; `memory_estimate.fit_batch_size` raises it.
 
     Raises:
-        SettingsError: prior preservation is asked for without a class prompt, or the pipeline cannot do the
-            resolution.
+        SettingsError: prior preservation is requested without a class prompt, or a tracker is not installed.
     """
-    plan = _plan(settings, pictures)
-    preservation = choose_preservation(settings)
-    warnings = advice(settings, recommended, preserved=preservation.kind, updates=plan.updates)
-    notes, first = preservation.notes, preservation.concepts[0]
+    samples, per_update = _samples(settings, dataset.samples_per_epoch)
+    updates = -(-samples // per_update)
+    preservation = resolve_preservation(settings)
+    warnings = config_warnings(settings, recommended, preservation=preservation.kind, updates=updates)
+    notes, first = list(preservation.notes), preservation.concepts[0]
+    rate = default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
     if settings.scale_lr:
-        rate, at_once = _rate(settings, recommended), plan.batch_size * plan.accumulation
-        settings = replace(settings, learning_rate=rate * at_once, scale_lr=False)
-        notes.append(f"learning rate {rate:g} x {at_once} pictures in an update: {rate * at_once:g}")
-    lora, prior = settings.train_mode == "lora", preservation.kind != "none"
-    rank = settings.rank or recommended.rank
-    suggested: dict[str, Any] = {
-        "resolution": choose_resolution(settings, recommended),
-        "learning_rate": _rate(settings, recommended),
+        notes.append(f"learning rate {rate:g} x {per_update} images per update: {rate * per_update:g}")
+        rate *= per_update
+        settings = replace(settings, learning_rate=rate, scale_lr=False)
+    defaults: dict[str, Any] = {
+        "resolution": dataset.resolution,
+        "learning_rate": rate,
         "guidance": recommended.guidance,
         "caption_dropout": recommended.caption_dropout,
         "validation_prompt": tuple(dict.fromkeys(one.instance_prompt for one in settings.subjects)),
-        "validation_steps": _validation_steps(settings, plan, pictures),
-        "rank": rank if lora else None,
-        "lora_alpha": float(rank) if lora else None,
-        "text_encoder_lr": _text_encoder_rate(settings, recommended),
-        "prior_loss_weight": _prior_weight(preservation.kind, recommended),
+        "validation_steps": -(-updates // PREVIEWS_PER_RUN),
+        "prior_loss_weight": {"class_images": recommended.prior_loss_weight, "dop": DOP_WEIGHT}.get(preservation.kind),
         "class_data_dir": first.class_data_dir,
         "weighting_scheme": recommended.weighting_scheme,
     }
-    left_open = {
-        name: value for name, value in suggested.items() if value is not None and getattr(settings, name) is None
-    }
-    if left_open:
-        said = ", ".join(f"{name} {_shown(value)}" for name, value in left_open.items())
-        notes = [f"chosen: {said}", *notes]
-    decided = {name: getattr(settings, name) for name in suggested} | left_open
-    final = replace(
+    if settings.validation_epochs is not None:
+        steps = round(settings.validation_epochs * dataset.samples_per_epoch / per_update)
+        defaults["validation_steps"] = max(1, steps)
+    if settings.train_mode == "lora":
+        rank = settings.rank or recommended.rank
+        defaults |= {"rank": rank, "lora_alpha": float(rank)}
+    if settings.train_text_encoder and not finds_rate(settings):
+        defaults["text_encoder_lr"] = rate * TEXT_ENCODER_SHARE
+    chosen = {name: value for name, value in defaults.items() if value is not None and getattr(settings, name) is None}
+    if chosen:
+        notes.insert(0, "chosen: " + ", ".join(f"{name} {_text(value)}" for name, value in chosen.items()))
+    settings = replace(
         settings,
-        **left_open,
+        **chosen,
         class_prompt=first.class_prompt,
         concepts=preservation.concepts if settings.concepts else None,
         prior_preservation=preservation.kind,
         with_prior_preservation=preservation.kind == "class_images",
-        max_train_steps=plan.updates,
+        max_train_steps=updates,
         validation_epochs=None,
     )
-    del decided["class_data_dir"], decided["text_encoder_lr"]
-    sampling = _sampling(settings, scheme=decided.pop("weighting_scheme"), recommended=recommended)
+    answers = {
+        "class_data_dir": first.class_data_dir,
+        "prior_loss_weight": None if preservation.kind == "none" else settings.prior_loss_weight,
+        "train_batch_size": settings.train_batch_size or 1,
+        "sample_batch_size": settings.sample_batch_size or images_per_batch(dataset.resolution),
+    }
     return ResolvedSettings(
-        **{**decided, "prior_loss_weight": decided["prior_loss_weight"] if prior else None},
-        settings=final,
-        plan=plan,
-        notes=notes,
-        warnings=warnings,
-        preservation=preservation.kind,
-        concepts=preservation.concepts,
-        sampling=sampling,
+        **(_values(settings) | answers),
+        auto_batch_size=settings.train_batch_size is None,
+        samples=samples,
+        sampling=_sampling(settings, recommended),
+        trackers=tuple(trackers.requested_trackers(settings.report_to)),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
-def _prior_weight(kind: Kind, recommended: Recommended) -> float | None:
-    weights = {"class_images": recommended.prior_loss_weight, "dop": OUTPUT_WEIGHT}
-    return weights.get(kind)
+def _values(settings: DreamBoothSettings) -> dict[str, Any]:
+    return {field.name: getattr(settings, field.name) for field in fields(DreamBoothSettings)}
 
 
-def _rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
-    return default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
-
-
-def _text_encoder_rate(settings: DreamBoothSettings, recommended: Recommended) -> float | None:
-    """None where there is none of its own."""
-    if not settings.train_text_encoder or finds_rate(settings):
-        return None
-    return _rate(settings, recommended) * TEXT_ENCODER_SHARE
-
-
-def _validation_steps(settings: DreamBoothSettings, plan: Plan, pictures: int) -> int:
-    """Updates between previews."""
-    if settings.validation_epochs is None:
-        return max(1, -(-plan.updates // PREVIEWS_IN_A_RUN))
-    return max(1, round(settings.validation_epochs * pictures / (plan.batch_size * plan.accumulation)))
-
-
-def _plan(settings: DreamBoothSettings, pictures: int) -> Plan:
-    batch_size, accumulation = settings.train_batch_size or 1, settings.gradient_accumulation_steps
+def _samples(settings: DreamBoothSettings, per_epoch: int) -> tuple[int, int]:
+    """Instance samples of the whole run and of an update."""
+    per_update = (settings.train_batch_size or 1) * settings.gradient_accumulation_steps
     if settings.num_train_epochs is None:
-        samples = settings.max_train_steps * batch_size * accumulation
-    else:
-        samples = settings.num_train_epochs * pictures
-    return Plan(samples=samples, batch_size=batch_size, accumulation=accumulation)
+        return settings.max_train_steps * per_update, per_update
+    return settings.num_train_epochs * per_epoch, per_update
 
 
-def _sampling(settings: DreamBoothSettings, *, scheme: Any, recommended: Recommended) -> NoiseSampling | None:
+def _sampling(settings: DreamBoothSettings, recommended: Recommended) -> NoiseSampling | None:
+    scheme: Any = settings.weighting_scheme
     if scheme is None:
         return None
-    asked = NoiseSampling(
+    sampling = NoiseSampling(
         scheme=scheme, logit_mean=settings.logit_mean, logit_std=settings.logit_std, mode_scale=settings.mode_scale
     )
-    own = recommended.weighting_scheme
-    return None if own is not None and asked == NoiseSampling(scheme=own) else asked
+    default = recommended.weighting_scheme
+    return None if default is not None and sampling == NoiseSampling(scheme=default) else sampling
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:g}"
     return repr(value) if isinstance(value, str) else str(value)

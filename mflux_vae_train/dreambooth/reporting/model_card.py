@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.weights.formats.files import write_text
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA
+from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.pipelines.capabilities import Published
@@ -21,10 +21,8 @@ _SETTINGS = (
 """Settings shown in the card; settings.yaml has all of them."""
 
 
-def write_model_card(
-    pipeline: DiffusionPipeline, settings: DreamBoothSettings, folder: RunFolder, result: Path
-) -> None:
-    """Write base model, prompts, tags, the last preview, how to load the result, and the main settings.
+def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder, result: Path) -> None:
+    """Write base model, prompts, tags, the last preview, how to load the result, and the main resolved.
 
     The metadata declares no licence; the text refers to that of the base model.
     """
@@ -32,54 +30,54 @@ def write_model_card(
     previews = preview_grid.previews(folder.samples)
     preview = previews[-1][1].relative_to(folder.root).as_posix() if previews else None
     write_text(
-        folder.card, _metadata(settings, base, preview) + _body(pipeline, settings, folder, result, base, preview)
+        folder.card, _metadata(resolved, base, preview) + _body(pipeline, resolved, folder, result, base, preview)
     )
 
 
-def _metadata(settings: DreamBoothSettings, base: str | None, preview: str | None) -> str:
+def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None) -> str:
     """The YAML block that the Hub reads."""
     import yaml
 
-    adapter = settings.train_mode == "lora"
-    kinds = ["lora", "template:sd-lora", *(["dora"] if settings.use_dora else [])] if adapter else []
+    adapter = resolved.train_mode == "lora"
+    kinds = ["lora", "template:sd-lora", *(["dora"] if resolved.use_dora else [])] if adapter else []
     metadata: dict[str, Any] = {
         "library_name": "diffusers",
         "tags": ["text-to-image", "diffusers", "diffusers-training", "dreambooth", *kinds],
-        "instance_prompt": settings.instance_prompt,
+        "instance_prompt": resolved.instance_prompt,
     }
     if base is not None:
         metadata |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     if preview is not None:
-        prompts = settings.validation_prompt or (settings.instance_prompt,)
+        prompts = resolved.validation_prompt or (resolved.instance_prompt,)
         metadata["widget"] = [{"text": "; ".join(prompts), "output": {"url": preview}}]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
 
 
 def _body(
     pipeline: DiffusionPipeline,
-    settings: DreamBoothSettings,
+    resolved: ResolvedSettings,
     folder: RunFolder,
     result: Path,
     base: str | None,
     preview: str | None,
 ) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if base else f"`{pipeline.name}`"
-    adapter = settings.train_mode == "lora"
-    kind = ("DoRA adapter" if settings.use_dora else "LoRA adapter") if adapter else "fine-tuned model"
-    prompts = ", ".join(f"`{concept.instance_prompt}`" for concept in settings.subjects)
+    adapter = resolved.train_mode == "lora"
+    kind = ("DoRA adapter" if resolved.use_dora else "LoRA adapter") if adapter else "fine-tuned model"
+    prompts = ", ".join(f"`{concept.instance_prompt}`" for concept in resolved.subjects)
     parts = [f"# {folder.root.resolve().name}\n\nA {kind} for {link}, trained with DreamBooth on: {prompts}."]
     if preview is not None:
         parts.append(f"![images sampled after training]({preview})")
     if adapter and isinstance(pipeline, Published):
         usage = pipeline.usage(
-            result.name, settings.instance_prompt, dora=settings.use_dora, text_encoder=settings.train_text_encoder
+            result.name, resolved.instance_prompt, dora=resolved.use_dora, text_encoder=resolved.train_text_encoder
         )
         parts += [f"## In {program}\n\n{text.strip()}" for program, text in usage.items()]
-    files = [f"`{KOHYA}` is the same adapter in kohya's naming."] if settings.output_kohya_format else []
-    files += [f"`{FUSED}/` is the whole pipeline with the adapter fused into its weights."] if settings.fuse else []
+    files = [f"`{KOHYA}` is the same adapter in kohya's naming."] if resolved.output_kohya_format else []
+    files += [f"`{FUSED}/` is the whole pipeline with the adapter fused into its weights."] if resolved.fuse else []
     if files:
         parts.append(" ".join(files))
-    rows = [(name, getattr(settings, name)) for name in _SETTINGS]
+    rows = [(name, getattr(resolved, name)) for name in _SETTINGS]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
     parts.append(f"## Licence\n\nThis is a derivative of {link}; the licence of the base model applies.")

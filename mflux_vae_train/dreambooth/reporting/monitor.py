@@ -16,7 +16,7 @@ from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar
-from mflux_vae_train.monitoring.trackers import open_tracker, requested_trackers
+from mflux_vae_train.monitoring.trackers import open_tracker
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_usage
 
@@ -45,7 +45,7 @@ class Monitor:
     ) -> None:
         self._pipeline, self._prompts, self._run, self._folder = pipeline, prompts, run, folder
         self._processes, self._start, self._update = processes, start, start
-        self._total, self._report = run.choices.plan.updates, Report(pipeline.name, run, folder)
+        self._total, self._report = run.resolved.max_train_steps, Report(pipeline.name, run, folder)
         self.pace = Pace(self._total)
         self.observers: list[Hook] = [self.pace, self._count]
 
@@ -57,22 +57,22 @@ class Monitor:
 
     def _open(self, stack: ExitStack) -> None:
         run, folder, start, is_main = self._run, self._folder, self._start, self._processes.is_main
-        settings, enter = run.choices.settings, stack.enter_context
-        logging_dir = Path(settings.logging_dir) if settings.logging_dir else folder.root / "logs"
+        resolved, enter = run.resolved, stack.enter_context
+        logging_dir = Path(resolved.logging_dir) if resolved.logging_dir else folder.root / "logs"
         options: dict[str, Any] = {
             "run": folder.root.resolve().name,
-            "settings": dataclasses.asdict(settings),
+            "settings": dataclasses.asdict(resolved.to_settings()),
             "start": start,
         }
         # first, as it removes the metrics of updates that are made again
         files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
-        names = requested_trackers(settings.report_to) if is_main else ()
+        names = resolved.trackers if is_main else ()
         trackers = [enter(open_tracker(name, logging_dir, **options)) for name in names]
         self._previews = Previews(
             self._pipeline,
             self._prompts,
-            run.choices,
-            subject=[image.square for image in run.pictures.images],
+            resolved,
+            subject=[image.square for image in run.dataset.images],
             samples=folder.samples,
             trackers=trackers,
             processes=self._processes,
@@ -102,7 +102,7 @@ class Monitor:
             note = f"after update {record.update} of {self._total}, {self.pace.eta_text(record.update)}"
             self._write_report("running", update=record.update, note=note)
 
-        return self.pace.timed_every(self._run.choices.validation_steps, preview, seconds=self._preview_seconds)
+        return self.pace.timed_every(self._run.resolved.validation_steps, preview, seconds=self._preview_seconds)
 
     def finish(self, note: str) -> None:
         """Write the final report."""

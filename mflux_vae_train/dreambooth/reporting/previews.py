@@ -43,16 +43,17 @@ class Previews:
         self,
         pipeline: DiffusionPipeline,
         conditioning: Sequence[Conditioning],
-        choices: ResolvedSettings,
+        resolved: ResolvedSettings,
         *,
         subject: Sequence[np.ndarray],
         samples: Path,
         trackers: Sequence[Tracker] = (),
         processes: ProcessGroup = SINGLE,
     ) -> None:
-        self._pipeline, self._conditioning, self._choices, self._processes = pipeline, conditioning, choices, processes
+        self._pipeline, self._conditioning = pipeline, conditioning
+        self._resolved, self._processes = resolved, processes
         self._subject, self._samples, self._trackers = subject, samples, trackers
-        self._count = choices.settings.num_validation_images
+        self._count = resolved.num_validation_images
 
     def __call__(self, update: int) -> None:
         if not self._count:
@@ -72,21 +73,21 @@ class Previews:
         sheet = grid([image for row in rows for image in row], self._count, gap=0)
         save_image(preview_grid.preview_file(self._samples, update), sheet)
         preview_grid.write_progress(self._samples, self._subject, columns=self._count)
-        for prompt, row in zip(self._choices.validation_prompt, rows, strict=True):
+        for prompt, row in zip(self._resolved.validation_prompt, rows, strict=True):
             for tracker in self._trackers:
                 tracker.image("preview", update, grid(row, self._count), prompt)
 
     def _sample(self, conditioning: Conditioning) -> list[np.ndarray]:
         """The images of one prompt, in all processes."""
-        choices, processes, count = self._choices, self._processes, self._count
-        size = min(images_per_batch(choices.resolution), -(-count // processes.size))
+        resolved, processes, count = self._resolved, self._processes, self._count
+        size = min(images_per_batch(resolved.resolution), -(-count // processes.size))
         errors: list[Exception] = []
 
         def sample(batch: range) -> list[mx.array]:
-            keys = sample_keys(choices.settings.seed, Stream.PREVIEW, 0, batch)
+            keys = sample_keys(resolved.seed, Stream.PREVIEW, 0, batch)
             try:
                 images = sample_images(
-                    self._pipeline, conditioning, keys, resolution=choices.resolution, guidance=choices.guidance
+                    self._pipeline, conditioning, keys, resolution=resolved.resolution, guidance=resolved.guidance
                 )
                 return [mx.array(image) for image in images]
             except Exception as error:  # raised below in all processes, so that none waits for this one

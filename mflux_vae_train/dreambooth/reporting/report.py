@@ -62,21 +62,21 @@ class Report:
             logger.warning("%s was not written (%s: %s)", self._folder.report, type(error).__name__, error)
 
     def _page(self, state: str, update: int, note: str) -> str:
-        run, folder, total = self._run, self._folder, self._run.choices.plan.updates
-        settings, records = run.choices.settings, read_metrics(folder.metrics)
-        trained = "LoRA" if settings.train_mode == "lora" else "all weights"
+        run, folder, total = self._run, self._folder, self._run.resolved.max_train_steps
+        resolved, records = run.resolved, read_metrics(folder.metrics)
+        trained = "LoRA" if resolved.train_mode == "lora" else "all weights"
         written = time.strftime("%Y-%m-%d %H:%M")
         header = PageHeader(
             kind=f"DreamBooth on {self._pipeline_name}",
-            title=" · ".join(concept.instance_prompt for concept in run.choices.concepts),
-            about=f"{trained}, {len(run.pictures.images)} images, in {folder.root} · written {written}",
+            title=" · ".join(concept.instance_prompt for concept in resolved.subjects),
+            about=f"{trained}, {len(run.dataset.images)} images, in {folder.root} · written {written}",
             state=(state, note or f"after update {update} of {total}"),
             share=update / total,
             figures=_figures(records, update, total),
         )
         sections = [
             ("previews", "Previews", self._preview_section(), "Each row starts from the same noise."),
-            ("curves", "Training curves", charts(records, settings.max_grad_norm, total), ""),
+            ("curves", "Training curves", charts(records, resolved.max_grad_norm, total), ""),
             ("data", "Training images", self._data_section(), ""),
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
@@ -87,14 +87,14 @@ class Report:
 
     def _preview_section(self) -> str:
         """Per prompt: a row with a slider over time, then all rows below the subject."""
-        columns = self._run.choices.settings.num_validation_images
+        columns = self._run.resolved.num_validation_images
         files = preview_grid.previews(self._folder.samples) if columns else []
         if not files:
             return ""
         sheets = [(preview_grid.label(update), self._preview_rows(path, columns)) for update, path in files]
-        subject = [self._thumbnail(image.path, image.square) for image in self._run.pictures.images[:columns]]
+        subject = [self._thumbnail(image.path, image.square) for image in self._run.dataset.images[:columns]]
         parts = []
-        for index, prompt in enumerate(self._run.choices.validation_prompt):
+        for index, prompt in enumerate(self._run.resolved.validation_prompt):
             rows = [(label, rows[index]) for label, rows in sheets if index < len(rows)]
             last = len(rows) - 1
             parts.append(
@@ -120,10 +120,10 @@ class Report:
         return self._previews[key]
 
     def _data_section(self) -> str:
-        choices, parts = self._run.choices, []
-        for index, concept in enumerate(choices.concepts):
+        resolved, parts = self._run.resolved, []
+        for index, concept in enumerate(resolved.subjects):
             prompt = concept.instance_prompt
-            images = [image for image in self._run.pictures.images if image.concept == index]
+            images = [image for image in self._run.dataset.images if image.concept == index]
             figures = [
                 _figure(
                     self._thumbnail(one.path, one.square), one.path.name, one.caption if one.caption != prompt else ""
@@ -132,7 +132,7 @@ class Report:
             ]
             parts.append(_gallery(f"{prompt}: {len(images)} images", figures, more=len(images) - len(figures)))
         for folder in self._run.class_folders:
-            paths = find_class_images(folder.folder)[: choices.settings.num_class_images]
+            paths = find_class_images(folder.folder)[: resolved.num_class_images]
             figures = [_figure(self._thumbnail(path), path.name) for path in paths[:MAX_THUMBNAILS]]
             if figures:
                 title = f"Class, {folder.prompt}: {len(paths)} images"
@@ -146,7 +146,7 @@ class Report:
         return self._thumbnails[path]
 
     def _settings_section(self) -> str:
-        settings = self._run.choices.settings
+        settings = self._run.resolved.to_settings()
         groups: list[tuple[str, list[tuple[str, str, str, bool]]]] = []
         for field in dataclasses.fields(settings):
             if (heading := field.metadata.get("group")) or not groups:

@@ -175,7 +175,7 @@ def test_what_the_pipeline_cannot_leave_is_refused_before_anything_begins(settin
 def test_a_quantised_base_is_not_fused(settings, tmp_path):
     pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
     pipeline.quantize(8)
-    with pytest.raises(SettingsError, match="quantised weights"):
+    with pytest.raises(SettingsError, match="quantized"):
         DreamBooth(pipeline).train(settings(fuse=True))
 
 

@@ -20,7 +20,7 @@ from mflux_vae_train.dreambooth.data.encoding import (
     open_cache,
 )
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
-from mflux_vae_train.dreambooth.planning.preservation import choose_preservation
+from mflux_vae_train.dreambooth.planning.preservation import resolve_preservation
 from tests.contracts.fake import FakePipeline
 
 LARGE = Crop(shape=(600, 600))
@@ -189,7 +189,7 @@ def test_a_pipeline_that_cannot_say_what_it_is_keeps_nothing(tmp_path):
 def cache_of(instance_dir, pipeline, tmp_path, **changes):
     given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": "a photo of sks dog"}
     settings = DreamBoothSettings(**given, output_dir=str(tmp_path / "out"), **changes)
-    preservation = choose_preservation(settings)
+    preservation = resolve_preservation(settings)
     pictures = load_dataset(settings, resolution=16, multiple=4)
     prompts = encode_prompts(pipeline, ["a photo of sks dog", "a photo of a dog", ""], EncodingCache(None))
     classes = [sorted(instance_dir.glob("*.png"))[:2]] if preservation.kind == "class_images" else None

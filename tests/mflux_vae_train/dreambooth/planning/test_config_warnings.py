@@ -8,9 +8,9 @@ import pytest
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.optimizer import optimizer_of
-from mflux_vae_train.dreambooth.planning.config_warnings import advice
+from mflux_vae_train.dreambooth.planning.config_warnings import config_warnings
 from tests.contracts.fake import FakePipeline
-from tests.mflux_vae_train.dreambooth.planning.test_resolve import chosen
+from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved
 
 
 def test_documented_ranges_draw_advice_and_forbid_nothing():
@@ -19,7 +19,7 @@ def test_documented_ranges_draw_advice_and_forbid_nothing():
             model="fake", instance_data_dir="pictures", instance_prompt="a photo of sks dog", **given
         )
         recommended = replace(FakePipeline.recommended, guidance=7.5)
-        return advice(settings, recommended, preserved="class_images", updates=800)
+        return config_warnings(settings, recommended, preservation="class_images", updates=800)
 
     assert drawn() == []
     assert drawn(train_batch_size=4, gradient_accumulation_steps=8) == []
@@ -35,7 +35,7 @@ def test_documented_ranges_draw_advice_and_forbid_nothing():
 
 def test_settings_that_others_leave_without_effect_are_named():
     def named(**given):
-        return [line.split()[0] for line in chosen(**given).warnings if "no effect" in line]
+        return [line.split()[0] for line in resolved(**given).warnings if "no effect" in line]
 
     assert named(logit_mean=0.5, mode_scale=1.0) == ["--logit_mean", "--mode_scale"]
     assert named(num_crops=3) == ["--num_crops"] and not named(num_crops=3, center_crop=False)
@@ -56,14 +56,14 @@ def test_settings_that_others_leave_without_effect_are_named():
     ],
 )
 def test_what_one_schedule_or_optimizer_alone_looks_at(name, other, chosen_by):
-    assert not any(name in line for line in chosen(**{name: other}, **chosen_by).warnings)
-    assert sum(line.startswith(f"--{name} has no effect") for line in chosen(**{name: other}).warnings) == 1
+    assert not any(name in line for line in resolved(**{name: other}, **chosen_by).warnings)
+    assert sum(line.startswith(f"--{name} has no effect") for line in resolved(**{name: other}).warnings) == 1
 
 
 def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
     names = ("adam_beta1", "adam_beta2", "adam_epsilon")
     for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
-        choices = chosen(optimizer=optimizer, **dict.fromkeys(names, 0.5))
-        own = vars(optimizer_of(choices.settings))
-        unused = {name for name in names if any(line.startswith(f"--{name} has") for line in choices.warnings)}
+        run = resolved(optimizer=optimizer, **dict.fromkeys(names, 0.5))
+        own = vars(optimizer_of(run))
+        unused = {name for name in names if any(line.startswith(f"--{name} has") for line in run.warnings)}
         assert unused == {name for name in names if name.removeprefix("adam_") not in own}

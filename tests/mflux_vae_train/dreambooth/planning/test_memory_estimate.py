@@ -11,8 +11,8 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import GB
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization import optimizer
-from mflux_vae_train.dreambooth.planning import memory_estimate, resolve
-from mflux_vae_train.dreambooth.planning.memory_estimate import with_batch_size
+from mflux_vae_train.dreambooth.planning import memory_estimate
+from mflux_vae_train.dreambooth.planning.memory_estimate import fit_batch_size, workload
 from mflux_vae_train.dreambooth.reporting import report
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import flux1, tiny
@@ -22,6 +22,7 @@ from mflux_vae_train.settings.flags import settings_from
 from mflux_vae_train.training import step
 from mflux_vae_train.training.hooks import Record, read_metrics
 from tests.contracts.fake import FakePipeline
+from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved_from
 
 EXAMPLE = WEIGHTS.parent / "example"
 
@@ -68,15 +69,15 @@ def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, 
     )
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings(memory_limit=4))
-    assert "estimated memory at the peak: text encoding 1.0 GB, training 2.0 GB (--memory_limit: 4.0 GB)" in looked[0]
-    assert "time: at least 8 min, of which 100 s before the first update and 3 min for each" in looked[0]
+    assert "estimated peak memory: text encoding 1.0 GB, training 2.0 GB (--memory_limit: 4.0 GB)" in looked[0]
+    assert "time: at least 8 min, of which 100 s before the first update and 3 min per update" in looked[0]
 
 
 def test_a_bound_of_seconds_is_not_worth_telling(settings, caplog, monkeypatch) -> None:
     monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e9)
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings(dry_run=True))
-    assert "estimated memory" in told(caplog) and "time:" not in told(caplog)
+    assert "estimated peak memory" in told(caplog) and "time:" not in told(caplog)
 
 
 def test_after_the_first_update_it_is_compared_with_what_that_took(settings, caplog, monkeypatch) -> None:
@@ -86,25 +87,25 @@ def test_after_the_first_update_it_is_compared_with_what_that_took(settings, cap
         footprint=Footprint(phases=[Phase("latents", 9 * GB, 0, 0), Phase("training", GB, 3 * GB, 0)]),
         limit=int(4.5 * GB),
         lines=[],
-        cures=[],
+        problem=None,
     )
-    hook = memory_estimate.compared(made)
+    hook = memory_estimate.compare_first_update(made)
     with caplog.at_level(logging.INFO):
         for update in (1, 2):
             hook(Record(update=update, total=2, metrics={}, seconds=1.0))
-    assert "took 5.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog)
-    assert "more than the 4.5 GB that there are" in told(caplog) and len(caplog.records) == 2
+    assert "used 5.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog)
+    assert "more than the available 4.5 GB" in told(caplog) and len(caplog.records) == 2
     caplog.clear()
     peaks = iter([6 * GB, 6 * GB])
     with caplog.at_level(logging.INFO):
-        memory_estimate.compared(made)(Record(update=1, total=2, metrics={}, seconds=1.0))
-    assert "took at most 6.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog) and len(caplog.records) == 1
+        memory_estimate.compare_first_update(made)(Record(update=1, total=2, metrics={}, seconds=1.0))
+    assert "used at most 6.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog) and len(caplog.records) == 1
 
 
 def test_a_run_says_what_its_first_update_took(settings, caplog) -> None:
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings())
-    assert told(caplog).count("the first update took") == 1
+    assert told(caplog).count("the first update used") == 1
 
 
 def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> None:
@@ -124,19 +125,19 @@ def test_a_published_model_is_estimated_without_a_download(settings, caplog, mon
         DreamBooth(pipeline).train(settings(model="schnell", dry_run=True, guidance=7.5))
     said = told(caplog)
     assert "a LoRA of rank 16 on 418 layers: 65,372,160 weights (attention+mlp)" in said
-    assert "to download: 33.7 GB" in said and "estimated memory at the peak: text encoding" in said
-    assert "--guidance 7.5: this model was distilled to draw without guidance" in said
+    assert "to download: 33.7 GB" in said and "estimated peak memory: text encoding" in said
+    assert "--guidance 7.5: this model was distilled" in said
 
 
 def test_guidance_is_no_matter_where_a_model_has_it(settings) -> None:
-    made = resolve.choose(settings(guidance=7.5), flux1.load("dev").recommended, pictures=5)
+    made = resolved_from(settings(guidance=7.5), flux1.load("dev").recommended)
     assert not any("distilled" in line for line in made.warnings)
 
 
 def test_a_run_beyond_its_limit_is_refused_with_what_would_help(settings, tmp_path) -> None:
     with pytest.raises(SettingsError, match=r"--memory_limit 1\.6: training takes .*--gradient_checkpointing \(1\.5"):
         DreamBooth(Weighed()).train(settings(memory_limit=1.6))
-    with pytest.raises(SettingsError, match="no flag cures it"):
+    with pytest.raises(SettingsError, match="no flag"):
         DreamBooth(Weighed()).train(settings(memory_limit=0.5))
     assert not (tmp_path / "out" / "run.json").exists()
 
@@ -202,9 +203,12 @@ def test_the_largest_micro_batch_that_fits_keeps_the_pictures_of_an_update(setti
         with_prior_preservation=prior,
         prior_preservation="class_images" if prior else "none",
     )
-    found, said = with_batch_size(given, Weighed(), 16, (16, 16))
+    start = resolved_from(given)
+    work = workload(Weighed(), start, trained=100, shape=(16, 16), prompts=3, class_images=0)
+    found, work = fit_batch_size(Weighed(), start, work)
+    assert (work.batch, work.micro_batches) == (size * (2 if prior else 1), 12 // size)
     assert (found.train_batch_size, found.gradient_accumulation_steps) == (size, 12 // size)
-    assert f"{size} at once" in said[0]
+    assert f"micro-batches of {size}" in found.notes[-1]
 
 
 def test_auto_is_how_it_is_written(instance_dir) -> None:
@@ -214,8 +218,8 @@ def test_auto_is_how_it_is_written(instance_dir) -> None:
 
 
 def test_a_limit_that_not_one_picture_fits_is_refused(settings) -> None:
-    with pytest.raises(SettingsError, match=r"--train_batch_size auto, --memory_limit 1\.2: training takes 2\.0 GB"):
-        with_batch_size(settings(train_batch_size=None, memory_limit=1.2), Weighed(), 16, (16, 16))
+    with pytest.raises(SettingsError, match=r"--memory_limit 1\.2: training takes 2\.0 GB"):
+        DreamBooth(Weighed()).train(settings(train_batch_size=None, memory_limit=1.2))
 
 
 def test_the_same_update_whatever_the_micro_batch(settings, tmp_path) -> None:
@@ -268,5 +272,5 @@ def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) 
 
 
 def test_times_and_sizes_are_said_in_words() -> None:
-    said = [memory_estimate._span(seconds) for seconds in (0.031, 60, 600, 7200)]
+    said = [memory_estimate._seconds_text(seconds) for seconds in (0.031, 60, 600, 7200)]
     assert said == ["0.031 s", "60 s", "10 min", "2 h 00 min"]

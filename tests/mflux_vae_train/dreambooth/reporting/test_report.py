@@ -140,17 +140,17 @@ def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
 
 
 def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tmp_path, monkeypatch):
-    pages, claim, written = [], train_module.run_folder.claim, Report.write
+    pages, start, written = [], train_module.run_folder.start, Report.write
 
-    def claimed(folder, *given):  # and lines are there of a process that was killed before its first checkpoint
-        claim(folder, *given)
+    def started(folder, *given):  # and lines are there of a process that was killed before its first checkpoint
+        start(folder, *given)
         folder.metrics.write_text('{"update": 1, "loss": 9, "learning_rate": 1, "grad_norm": 1, "seconds": 1}\n')
 
     def write(self, state, **told):
         written(self, state, **told)
         pages.append(page_of(tmp_path / "out").text())
 
-    monkeypatch.setattr(train_module.run_folder, "claim", claimed)
+    monkeypatch.setattr(train_module.run_folder, "start", started)
     monkeypatch.setattr(Report, "write", write)
     train(instance_dir, tmp_path / "out")
     assert "Training curves" not in pages[0] and "Training curves" in pages[-1]

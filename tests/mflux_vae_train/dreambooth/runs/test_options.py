@@ -95,7 +95,7 @@ def test_another_run_finds_what_is_encoded_in_a_shared_folder(settings, tmp_path
     DreamBooth(second).train(settings(output_dir=str(tmp_path / "two"), seed=1, **shared))
     assert first.images_encoded == 2 * 9 and second.images_encoded == 0
     assert not (tmp_path / "two" / "encodings").exists()
-    assert "encodings of an earlier run were used, 0 are new" in caplog.text
+    assert "reused, 0 new" in caplog.text
 
 
 def test_every_crop_is_encoded_once(settings):
@@ -157,7 +157,7 @@ def test_output_preservation_begins_at_zero_and_holds_the_class(settings, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"masked_loss": True}, "--masked_loss: pipeline fake does not show its predictions"),
+        ({"masked_loss": True}, "--masked_loss: pipeline fake does not offer it"),
         ({"weighting_scheme": "uniform"}, "--weighting_scheme: pipeline"),
         ({"prior_preservation": "dop"}, "--prior_preservation dop: pipeline"),
     ],
