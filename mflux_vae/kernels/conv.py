@@ -74,7 +74,8 @@ def conv2d(
             f"with a kernel {weight.shape} (O, kh, kw, C)"
         )
     if not device.is_cpu() or stride > 2:
-        if top == bottom and left == right:
+        # padded beforehand where MLX 0.32.2 gets the gradients wrong: with a padding not less than the kernel
+        if top == bottom < weight.shape[1] and left == right < weight.shape[2]:
             y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
         else:
             y = mx.conv2d(padded(x, sides), weight, stride=stride)

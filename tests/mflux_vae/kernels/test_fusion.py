@@ -15,7 +15,7 @@ import pytest
 
 from mflux_vae.kernels.cpu import fusion
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="without g++ MLX compiles nothing on a CPU")
 
@@ -23,7 +23,7 @@ FORMULAS = """
 import json
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-from mflux_vae.kernels import fusion
+from mflux_vae.kernels.cpu import fusion
 x = mx.arange(6.0).reshape(2, 3)
 plus = fusion.fused(lambda x, y: x + y)
 plus(x, x)
