@@ -1,4 +1,38 @@
-"""What a diffusion pipeline offers a trainer, which knows nothing else of it but `capabilities`."""
+"""The interface of a trainable diffusion pipeline. Optional features are in `capabilities`.
+
+The smallest pipeline: images of one colour, a rectified flow in pixel space without prompts.
+
+    class Plain:
+        name, adapter_prefix = "plain", "transformer"
+        recommended = Recommended(
+            resolution=16, size_multiple=1, learning_rate=1e-2, learning_rate_full=1e-3, guidance=1.0, steps=4, rank=2
+        )
+
+        def __init__(self):
+            self.denoiser = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 3))
+
+        def encode_images(self, pixels):
+            return pixels.mean(axis=(1, 2))
+
+        def encode_prompts(self, prompts):
+            return {"length": mx.array([[len(prompt)] for prompt in prompts])}
+
+        def loss(self, latents, conditioning, *, key, guidance):
+            noise = mx.vmap(lambda one: mx.random.normal(latents.shape[1:], key=one))(key)
+            return (self.denoiser((latents + noise) / 2) - (noise - latents)).square().mean(axis=1)
+
+        def sample(self, conditioning, *, size, steps, guidance, key):
+            x = mx.vmap(lambda one: mx.random.normal((3,), key=one))(key)
+            for _ in range(steps):
+                x = x - self.denoiser(x) / steps
+            return mx.broadcast_to(mx.clip(x, -1, 1)[:, None, None], (len(x), *size, 3))
+
+        def lora_targets(self):
+            return ["layers.*"]
+
+Register it as an entry point, see `registry`, or pass the object to `mflux_vae_train.plugin.DreamBooth`.
+`tests/contracts/pipeline_contract.py` tests the properties that trainers rely on.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +44,29 @@ import mlx.core as mx
 import mlx.nn as nn
 
 Conditioning = Mapping[str, mx.array]
-"""Encoded prompts: named arrays, batch first, of one shape for every prompt, so that rows can be mixed."""
+"""Encoded prompts: named arrays (B, ...) whose shapes do not depend on the prompts, so that rows can be mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommended:
-    """What a pipeline recommends where the user leaves a setting open.
+    """Defaults of a pipeline for settings that the user leaves open.
 
     Attributes:
         resolution: side of a training image in pixels; a multiple of `size_multiple`.
-        size_multiple: sides of images are multiples of this many pixels; others are refused.
+        size_multiple: sides of images must be multiples of this many pixels.
         learning_rate: peak rate for LoRA.
         learning_rate_full: peak rate for training all weights.
-        guidance: classifier-free (or embedded) guidance for class images and previews.
+        guidance: classifier-free or embedded guidance scale for class images and previews.
         steps: denoising steps for class images and previews.
         rank: LoRA rank.
-        caption_dropout: share of training captions replaced by the empty prompt; 0 where guidance needs none.
-        prior_loss_weight: weight of the prior-preservation term.
-        weighting_scheme: how training draws and weights noise levels; None where there is no `predict`.
-        most_guidance: guidance above this harms pictures, as the model was distilled to do without; None for no such.
-        usual_guidance: from and to; other guidance is remarked on. None for what is usual with most models.
+        caption_dropout: fraction of training captions replaced by the empty prompt; 0 if guidance does not need it.
+        prior_loss_weight: weight of the prior-preservation loss.
+        weighting_scheme: one of `noise.SCHEMES`; None if the pipeline lacks `predict`.
+        most_guidance: guidance above this degrades images of a distilled model; None for no limit.
+        usual_guidance: range without a warning; None for the range usual with most models.
+
+    Raises:
+        ValueError: an empty range of guidance.
     """
 
     resolution: int
@@ -39,7 +76,7 @@ class Recommended:
     guidance: float
     steps: int
     rank: int
-    caption_dropout: float
+    caption_dropout: float = 0.0
     prior_loss_weight: float = 1.0
     weighting_scheme: str | None = None
     most_guidance: float | None = None
@@ -56,22 +93,26 @@ class Recommended:
 class DiffusionPipeline(Protocol):
     """A trainable text-to-image pipeline.
 
-    Images are (B, H, W, 3) in [-1, 1], latents what `encode_images` returns, batch first. Every `key` is one
-    random key per sample, (B, 2) uint32: sample i depends on `key[i]` alone, whatever it shares a batch with.
+    Images are (B, H, W, 3) float32 in [-1, 1]. Latents have the shape that `encode_images` returns, batch first.
+    Each `key` holds one random key per sample, (B, 2) uint32: results for sample i depend on `key[i]` and not on the
+    rest of the batch.
+
+    Attributes:
+        name: for logs and messages.
+        adapter_prefix: first component of LoRA keys in the PEFT file, e.g. ``transformer`` or ``unet``.
     """
 
     name: str
     recommended: Recommended
     adapter_prefix: str
-    """First component of a LoRA key in the PEFT file, e.g. ``transformer`` or ``unet``."""
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is trained. Its parameter paths are the ones diffusers uses."""
+        """The network that is trained. Its parameter paths are diffusers'."""
         ...
 
     def encode_images(self, pixels: mx.array) -> mx.array:
-        """(B, H, W, 3) in [-1, 1] -> latents, scaled for the denoiser; no randomness."""
+        """Images -> latents, scaled for the denoiser; deterministic."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -79,15 +120,15 @@ class DiffusionPipeline(Protocol):
         ...
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
-        """The denoising objective, one value per sample (B,), float32; differentiable in `denoiser`."""
+        """Denoising loss of each sample (B,), float32; differentiable in `denoiser`."""
         ...
 
     def sample(
         self, conditioning: Conditioning, *, size: tuple[int, int], steps: int, guidance: float, key: mx.array
     ) -> mx.array:
-        """Conditioning -> images (B, H, W, 3) in [-1, 1], float32; `size` is (height, width) in pixels."""
+        """Conditioning -> images; `size` is (height, width) in pixels."""
         ...
 
     def lora_targets(self) -> Sequence[str]:
-        """Patterns (fnmatch over module paths of `denoiser`) of the linear layers that LoRA adapts by default."""
+        """Linear layers that LoRA adapts by default: fnmatch patterns of module paths in `denoiser`."""
         ...

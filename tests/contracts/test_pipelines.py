@@ -1,17 +1,28 @@
-"""Every pipeline of this package under the contract. One more pipeline is one more line."""
+"""The pipelines of this package under the contract. Add a pipeline with one line."""
 
 from __future__ import annotations
 
+import textwrap
+
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
-from mflux_vae_train.pipelines import tiny
+from mflux_vae_train.pipelines import protocol, tiny
 from tests.contracts.fake import FakePipeline
 from tests.contracts.pipeline_contract import PipelineContract
 
-PIPELINES = {
-    "fake": FakePipeline,
-    "tiny": tiny.load,
-}
+
+def documented_example() -> protocol.DiffusionPipeline:
+    """The pipeline in the docstring of `protocol`."""
+    _, _, text = protocol.__doc__.partition("\n    class ")
+    code, _, _ = text.partition("\nRegister")
+    names = {"mx": mx, "nn": nn, "Recommended": protocol.Recommended}
+    exec(textwrap.dedent(f"    class {code}"), names)
+    return names["Plain"]()
+
+
+PIPELINES = {"fake": FakePipeline, "tiny": tiny.load, "documented example": documented_example}
 
 
 class TestPipelines(PipelineContract):
