@@ -27,7 +27,12 @@ from mflux_vae_train.dreambooth.export import result_path, save_fused, save_resu
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
-from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of, passes_of, schedule_of, worth_compiling
+from mflux_vae_train.dreambooth.optimization.optimizer import (
+    build_optimizers,
+    build_schedule,
+    pass_runner,
+    should_compile,
+)
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
 from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update
@@ -137,17 +142,17 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     else:
         pipeline.denoiser.unfreeze()
     model = combined(trained)
-    optimizer = optimizers_of(resolved, text_encoder=[*trained][-1])
+    optimizer = build_optimizers(resolved, text_encoder=[*trained][-1])
     step = Step(
         model,
         optimizer,
         _loss(pipeline, resolved),
         max_grad_norm=resolved.max_grad_norm,
-        compile=worth_compiling(plan.updates),
-        run_passes=passes_of(pipeline.denoiser),
+        compile=should_compile(plan.updates),
+        run_passes=pass_runner(pipeline.denoiser),
         processes=processes,
     )
-    schedule = schedule_of(resolved, peak=resolved.learning_rate, updates=plan.updates)
+    schedule = build_schedule(resolved, peak=resolved.learning_rate, updates=plan.updates)
 
     # checkpoint to continue from
     objects = {"denoiser": state.parameters(model), "optimizer": state.tree_state(optimizer.state)}

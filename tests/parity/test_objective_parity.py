@@ -27,7 +27,7 @@ from mflux_vae_train import lora  # noqa: E402
 from mflux_vae_train.dreambooth.config import DreamBoothSettings  # noqa: E402
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches  # noqa: E402
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss  # noqa: E402
-from mflux_vae_train.dreambooth.optimization.optimizer import optimizers_of  # noqa: E402
+from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizers  # noqa: E402
 from mflux_vae_train.dreambooth.optimization.trainable import combined  # noqa: E402
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule  # noqa: E402
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids  # noqa: E402
@@ -304,7 +304,7 @@ def test_twenty_updates_follow_each_other(ours: FluxPipeline, batches) -> None:
         text_encoder_lr=TEXT_RATE,
         adam_weight_decay_text_encoder=TEXT_DECAY,
     )
-    optimizer = optimizers_of(settings, text_encoder="text_encoder")
+    optimizer = build_optimizers(settings, text_encoder="text_encoder")
     step = Step(learners, optimizer, our_loss(ours, "none"), max_grad_norm=1.0, compile=False)
     for update in range(UPDATES):
         expected = theirs.update(ours, batches(update), "none")

@@ -1,10 +1,10 @@
-"""The DreamBooth objective: per-sample losses of the pipeline, averaged over instance and prior samples apart.
+"""The DreamBooth objective: L = mean instance loss + weight * mean prior loss.
 
-L = mean_instance + weight * mean_prior (Ruiz et al. 2023, equation 2, in the form diffusers uses): a weighted
-sum of per-sample losses. Which noise, target or schedule lies behind one is the pipeline's business.
+Equation 2 of Ruiz et al. (2023), in the form that diffusers uses. The pipeline defines the per-sample losses: noise,
+target and schedule.
 
-Where the model's output is preserved instead of class pictures, a prior sample is an instance's noised latents with the
-class prompt, and its target what the base model predicts there: weight * |v(x_t, class) - v_base(x_t, class)|^2.
+With output preservation, prior samples are the noised instance latents with the class prompt, and the target is the
+prediction of the base model: weight * |v(x_t, class) - v_base(x_t, class)|^2.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.step import Arrays, MicroBatch
 
-BASE = "base_prediction"
-"""In a micro-batch: what the base model predicts for its second half (B / 2, ...)."""
+BASE_PREDICTION = "base_prediction"
+"""Key in a micro-batch: the prediction of the base model for the second half, (B / 2, ...)."""
 
 
 def dreambooth_loss(
@@ -34,26 +34,25 @@ def dreambooth_loss(
     prior_loss_weight: float | None,
     sampling: NoiseSampling | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Loss of one micro-batch, the means it is made of, and the instance samples' errors by noise level.
+    """Loss of one micro-batch, its instance and prior means, and the instance losses by noise level.
 
     Args:
-        arrays: as `data.micro_batches` makes them, and `add_base_prediction` completes.
-        prior_loss_weight: None where the micro-batch has no prior samples.
-        sampling: how noise levels are drawn; None as the pipeline recommends.
+        arrays: of `data.batches.micro_batches`, with output preservation after `add_base_prediction`.
+        prior_loss_weight: None if the micro-batch has no prior samples.
+        sampling: how noise levels are drawn; None for the pipeline's recommendation.
     """
     latents, conditioning, key = arrays["latents"], arrays["conditioning"], arrays["key"]
     if not isinstance(pipeline, SupportsPrediction):
-        assert sampling is None and not {BASE, "mask"} & arrays.keys()
+        assert sampling is None and not {BASE_PREDICTION, "mask"} & arrays.keys()
         return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
     predicted = pipeline.predict(latents, conditioning, key=key, guidance=guidance, sampling=sampling)
-    if BASE in arrays:
+    if BASE_PREDICTION in arrays:
         instance_target, _ = mx.split(predicted.target, 2)
-        predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE]]))
+        predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE_PREDICTION]]))
     per_sample = predicted.loss(arrays.get("mask"))
     loss, parts = combine(per_sample, prior_loss_weight)
-    instances = len(per_sample) // (1 if prior_loss_weight is None else 2)
-    unweighted = per_sample[:instances] / predicted.weight[:instances]
-    return loss, {**parts, **loss_by_noise.bin_sums(unweighted, predicted.sigma[:instances])}
+    count = len(per_sample) // (1 if prior_loss_weight is None else 2)
+    return loss, parts | loss_by_noise.bin_sums(per_sample[:count] / predicted.weight[:count], predicted.sigma[:count])
 
 
 def add_base_prediction(
@@ -64,9 +63,7 @@ def add_base_prediction(
     guidance: float,
     sampling: NoiseSampling | None = None,
 ) -> MicroBatch:
-    """The micro-batch with what the pipeline predicts for its second half while the adapters are off.
-
-    Outside of any differentiation: to the step it is a constant like the latents.
+    """Add the prediction for the second half with adapters disabled. No gradient flows through it.
 
     Args:
         adapted: all networks that have adapters.
@@ -78,11 +75,11 @@ def add_base_prediction(
             half["latents"], half["conditioning"], key=half["key"], guidance=guidance, sampling=sampling
         )
         mx.eval(predicted.prediction)
-    return replace(batch, arrays={**batch.arrays, BASE: predicted.prediction})
+    return replace(batch, arrays={**batch.arrays, BASE_PREDICTION: predicted.prediction})
 
 
 def combine(per_sample: mx.array, prior_loss_weight: float | None) -> tuple[mx.array, dict[str, mx.array]]:
-    """Per-sample losses, the instance's before as many of the prior's -> scalar loss, unweighted parts."""
+    """Per-sample losses, instance samples first -> scalar loss, unweighted means."""
     if prior_loss_weight is None:
         instance = per_sample.mean()
         return instance, {"instance_loss": instance}

@@ -1,4 +1,4 @@
-"""Which optimizer a run has, at which rates, and whether its updates are compiled."""
+"""The optimizer of a run, its learning rates, and how its updates are executed."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
 from mflux_vae_train.training.step import Pass, sequential
 
-COMPILED_FROM = 300
-"""Updates on a CPU whose step is worth compiling, see `Step`."""
+COMPILE_FROM = 300
+"""Number of updates from which compiling a step pays off on a CPU, see `Step`."""
 
 SMALL = 50_000_000
-"""Parameters of networks whose activations may be there once for each core, and whose products keep but one busy."""
+"""Parameters of a network up to which micro-batches run concurrently on a CPU. Each needs its own activations."""
+
+TEXT_ENCODER_SHARE = 0.05
+"""Text encoder's share of the denoiser's learning rate: 5e-6 and 1e-4 are the defaults of diffusers' script."""
 
 
-def worth_compiling(updates: int) -> bool:
-    """Whether a run of so many updates gains by it."""
-    return not is_cpu() or (updates >= COMPILED_FROM and kernels.compiles())
+def should_compile(updates: int) -> bool:
+    return not is_cpu() or (updates >= COMPILE_FROM and kernels.compiles())
 
 
-def at_once(denoiser: nn.Module) -> int:
-    """How many micro-batches are computed side by side: of a small network on a CPU one on each core.
+def concurrent_micro_batches(denoiser: nn.Module) -> int:
+    """Micro-batches that are computed concurrently: one per core on a CPU if the network is small, else 1.
 
-    Its products would keep no more of them busy.
+    Matrix products of a small network keep only one core busy.
     """
     size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
     return kernels.streams() if is_cpu() and size <= SMALL else 1
 
 
-def passes_of(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
-    """How `Step` computes those of an update."""
-    return kernels.side_by_side if at_once(denoiser) > 1 else sequential
+def pass_runner(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
+    """The `run_passes` of `Step`."""
+    return kernels.side_by_side if concurrent_micro_batches(denoiser) > 1 else sequential
 
 
 def finds_rate(settings: DreamBoothSettings) -> bool:
@@ -52,41 +54,37 @@ def finds_rate(settings: DreamBoothSettings) -> bool:
 
 
 def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> float:
-    """Peak learning rate where the user gives none: what the pipeline recommends is meant for AdamW."""
+    """Default peak learning rate. The pipeline recommends one for AdamW, which is scaled for other optimizers."""
     if finds_rate(settings):
         return 1.0
     rate = recommended.learning_rate if settings.train_mode == "lora" else recommended.learning_rate_full
     return rate * (registry.OPTIMIZERS[settings.optimizer].rate_scale or 1.0)
 
 
-TEXT_ENCODER_SHARE = 0.05
-"""Of the denoiser's rate: as the defaults of diffusers' script, 5e-6 and 1e-4, have it."""
-
-
-def optimizers_of(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
-    """`optimizer_of`, and where the text encoder learns another such one for it, behind the same schedule.
+def build_optimizers(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
+    """The optimizer of all trained networks. A text encoder gets its own rate and weight decay.
 
     Args:
-        settings: with rates decided.
-        text_encoder: first component of the paths of its parameters.
+        settings: with learning rates resolved.
+        text_encoder: first component of the text encoder's parameter paths.
     """
-    own = optimizer_of(settings)
-    if not settings.train_text_encoder or finds_rate(settings):  # one rate for all parameters
-        return own
+    optimizer = build_optimizer(settings)
+    if not settings.train_text_encoder or finds_rate(settings):
+        return optimizer
     assert settings.text_encoder_lr is not None and settings.learning_rate is not None
-    other = optimizer_of(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
+    other = build_optimizer(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
     share = settings.text_encoder_lr / settings.learning_rate
-    return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (own, 1.0, None)])
+    return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (optimizer, 1.0, None)])
 
 
-def optimizer_of(settings: DreamBoothSettings) -> Optimizer | Grouped:
-    """The optimizer that `settings` describe; its rate is set by each update."""
-    given = {option: getattr(settings, name) for name, option in OPTIMIZER_FLAGS.items()}
-    return registry.build(settings.optimizer, **given)
+def build_optimizer(settings: DreamBoothSettings) -> Optimizer | Grouped:
+    """The optimizer that the settings describe. `Step` sets its rate at each update."""
+    options = {option: getattr(settings, name) for name, option in OPTIMIZER_FLAGS.items()}
+    return registry.build(settings.optimizer, **options)
 
 
-def schedule_of(settings: DreamBoothSettings, *, peak: float, updates: int) -> Callable[[int], float]:
-    """Update -> rate, over a run of so many."""
+def build_schedule(settings: DreamBoothSettings, *, peak: float, updates: int) -> Callable[[int], float]:
+    """Update -> learning rate, over a run of `updates`."""
     return learning_rate(
         peak=peak,
         total=updates,

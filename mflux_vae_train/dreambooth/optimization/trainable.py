@@ -1,4 +1,4 @@
-"""What a run trains: the denoiser, and beside it the text encoder where that learns, too."""
+"""The networks that a run trains: the denoiser and, with ``--train_text_encoder``, a text encoder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mflux_vae_train.pipelines.capabilities import NamesForKohya, TrainsTextEnco
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
-class Together(nn.Module):
-    """Networks as one, for a step that trains all of them: its children, by their prefixes."""
+class Combined(nn.Module):
+    """Several networks as one module. The children are named by their prefixes."""
 
     def __init__(self, networks: Networks) -> None:
         super().__init__()
@@ -21,16 +21,16 @@ class Together(nn.Module):
 
 
 def networks(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
-    """By the prefixes of their keys in the adapter's file, the denoiser first."""
+    """The networks by the prefix of their keys in an adapter file, the denoiser first."""
     found: dict[str, nn.Module] = {pipeline.adapter_prefix: pipeline.denoiser}
     if settings.train_text_encoder:
-        assert isinstance(pipeline, TrainsTextEncoder)  # `fitting.check` refuses others
+        assert isinstance(pipeline, TrainsTextEncoder)  # see `pipeline_features.check`
         found[pipeline.text_encoder_prefix] = pipeline.text_encoder_to_train()
     return found
 
 
 def skeletons(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
-    """The layers of the same, not loaded if that can be helped."""
+    """The same networks for names and shapes of layers; their weights may not be loaded."""
     found = {pipeline.adapter_prefix: outline_of(pipeline)}
     if settings.train_text_encoder:
         assert isinstance(pipeline, TrainsTextEncoder)
@@ -39,12 +39,12 @@ def skeletons(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict
 
 
 def combined(networks: Networks) -> nn.Module:
-    """One module for all: itself where there is one alone."""
-    return next(iter(networks.values())) if len(networks) == 1 else Together(networks)
+    """One module for all networks; a single network is returned unchanged."""
+    return next(iter(networks.values())) if len(networks) == 1 else Combined(networks)
 
 
 def kohya_names(pipeline: DiffusionPipeline) -> Names:
-    """What their layers are called in kohya's scripts; nothing where the pipeline does not know."""
+    """Names of the layers in kohya's scripts by prefix; empty if the pipeline does not know them."""
     if not isinstance(pipeline, NamesForKohya):
         return {}
     naming = pipeline.kohya_naming()

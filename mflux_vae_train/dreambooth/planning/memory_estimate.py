@@ -18,7 +18,7 @@ from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import GB, size_text
 from mflux_vae_train.dreambooth.data.crops import Shape
 from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_per_batch
-from mflux_vae_train.dreambooth.optimization.optimizer import at_once, optimizer_of
+from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import outline_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
@@ -78,7 +78,7 @@ def workload(
             adapter=resolved.train_mode == "lora",
             state_bytes=_state_bytes(resolved),
             batch=1 if resolved.prior_preservation == "none" else 2,
-            side_by_side=at_once(outline_of(pipeline)),
+            side_by_side=concurrent_micro_batches(outline_of(pipeline)),
             prompts=prompts,
             prompts_at_once=PROMPTS_PER_BATCH,
             prompt_tokens=resolved.max_sequence_length,
@@ -175,7 +175,7 @@ def _limit(resolved: ResolvedSettings) -> int:
 def _state_bytes(resolved: ResolvedSettings) -> float:
     """Bytes of optimizer state per trained weight, master copies of half-precision weights included."""
     weights = mx.zeros((256, 256), mx.float32 if resolved.train_mode == "lora" else compute_dtype(None))
-    return round(optimizer_of(resolved).state_bytes(weights) / weights.size, 2)
+    return round(build_optimizer(resolved).state_bytes(weights) / weights.size, 2)
 
 
 def _fixes(pipeline: Estimates, resolved: ResolvedSettings, work: Workload, limit: int) -> Iterator[str]:

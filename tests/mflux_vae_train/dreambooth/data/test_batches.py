@@ -14,7 +14,7 @@ from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EM
 
 @pytest.fixture
 def cache():
-    """Latents that say which picture they are: instance 0..4, class 100..102; prompts 0, 1, 2."""
+    """Latents encode the image index: instance 0..4, class 100..102; prompts 0, 1, 2."""
     return small_dataset(
         mx.arange(5).reshape(5, 1), 100 + mx.arange(3).reshape(3, 1), {"embedding": mx.arange(3).reshape(3, 1)}
     )
@@ -34,12 +34,12 @@ def flat(batch):
 
 
 def joined(batches, name):
-    """An array over the micro-batches of an update: instance samples first, then prior samples."""
+    """Concatenate an array over the micro-batches of an update: instance samples, then prior samples."""
     halves = [np.split(np.array(flat(batch)[name]), 2) for batch in batches]
     return np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
 
 
-def test_the_order_runs_through_all_and_is_shuffled_anew():
+def test_every_epoch_visits_all_indices_in_a_new_order():
     epochs = [[micro_batching.shuffled_index(3, 0, 5, epoch * 5 + place) for place in range(5)] for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 10
@@ -49,7 +49,7 @@ def test_the_order_runs_through_all_and_is_shuffled_anew():
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (4, 1), (3, 2), (7, 1)])
-def test_epochs_see_every_picture_equally_often_and_flush_the_last_window(cache, batch_size, accumulation):
+def test_all_images_are_seen_equally_often_and_the_last_update_is_not_dropped(cache, batch_size, accumulation):
     plan = Plan(samples=3 * 5, batch_size=batch_size, accumulation=accumulation)
     run = run_of(cache, plan)
     assert len(run) == plan.updates
@@ -60,7 +60,7 @@ def test_epochs_see_every_picture_equally_often_and_flush_the_last_window(cache,
     assert np.bincount(seen).tolist() == [3, 3, 3, 3, 3]
 
 
-def test_four_of_one_are_one_of_four(cache):
+def test_four_micro_batches_of_one_equal_one_of_four(cache):
     ones = run_of(cache, Plan(samples=14, batch_size=1, accumulation=4), caption_dropout=0.3)
     fours = run_of(cache, Plan(samples=14, batch_size=4, accumulation=1), caption_dropout=0.3)
     assert len(ones) == len(fours) == 4
@@ -69,7 +69,7 @@ def test_four_of_one_are_one_of_four(cache):
             np.testing.assert_array_equal(joined(one, name), joined(four, name))
 
 
-def test_a_batch_is_a_function_of_its_number_alone(cache):
+def test_batches_depend_only_on_the_update_number(cache):
     plan = Plan(samples=40, batch_size=2, accumulation=2)
     whole = run_of(cache, plan, caption_dropout=0.5)
     alone = micro_batching.micro_batches(cache, plan, update=7, seed=0, caption_dropout=0.5)
@@ -78,7 +78,7 @@ def test_a_batch_is_a_function_of_its_number_alone(cache):
             np.testing.assert_array_equal(array, flat(other)[name])
 
 
-def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noise(cache):
+def test_prior_samples_follow_instance_samples_with_separate_prompts_and_noise(cache):
     (batch,) = micro_batching.micro_batches(
         cache, Plan(samples=12, batch_size=4, accumulation=1), update=0, seed=0, caption_dropout=0.0
     )
@@ -93,7 +93,7 @@ def test_prior_samples_follow_the_instance_samples_with_their_own_prompt_and_noi
         assert keys.shape == (8, 2) and len(np.unique(keys, axis=0)) == 8
 
 
-def test_noise_of_the_instance_does_not_depend_on_the_prior(cache):
+def test_instance_noise_is_independent_of_the_prior(cache):
     plan = Plan(samples=12, batch_size=2, accumulation=2)
     without = run_of(replace(cache, class_latents=None), plan)
     for one, other in zip(run_of(cache, plan), without, strict=True):
@@ -109,7 +109,7 @@ def test_noise_never_repeats(cache):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
-def test_captions_are_dropped_at_the_asked_rate(cache, share):
+def test_captions_are_dropped_at_the_given_rate(cache, share):
     plan = Plan(samples=2000, batch_size=50, accumulation=1)
     batches = [batch for batches in run_of(cache, plan, caption_dropout=share) for batch in batches]
     rows = np.concatenate([np.array(batch.arrays["conditioning"]["embedding"])[:, 0] for batch in batches])
@@ -118,12 +118,12 @@ def test_captions_are_dropped_at_the_asked_rate(cache, share):
         assert (rows != EMPTY).all()
 
 
-# shapes, views, masks
+# shapes, crops, masks
 
 
 @pytest.fixture
 def mixed():
-    """Samples of two shapes and two concepts: of 2 x 2 views each; latents say concept, picture and view."""
+    """Samples of two shapes and two concepts with 2 x 2 crops each; latents encode concept, image and crop."""
     latents, masks, samples = [], [], []
     for number in range(7):
         concept, shape = number % 2, (2, 4, 1) if number % 3 else (4, 2, 1)
@@ -148,7 +148,7 @@ def mixed():
 
 
 def by_key(batches):
-    """Every sample of an update by its noise's key: its latents, prompt, mask."""
+    """Latents, mask and prompt of each sample of an update by its noise key."""
     return {
         tuple(np.array(batch.arrays["key"])[row].tolist()): tuple(
             np.array(flat(batch)[name])[row].tolist() for name in ("latents", "mask", "conditioning.embedding")
@@ -158,7 +158,7 @@ def by_key(batches):
     }
 
 
-def test_a_micro_batch_has_one_shape_and_an_update_all_its_samples(mixed):
+def test_micro_batches_have_one_shape_and_updates_are_complete(mixed):
     plan = Plan(samples=40, batch_size=4, accumulation=2)
     run = run_of(mixed, plan)
     assert len({batch.arrays["latents"].shape[1:] for batches in run for batch in batches}) == 2
@@ -167,7 +167,7 @@ def test_a_micro_batch_has_one_shape_and_an_update_all_its_samples(mixed):
         assert all(batch.weight <= 4 for batch in batches)
 
 
-def test_four_of_one_are_one_of_four_whatever_their_shapes(mixed):
+def test_batch_size_does_not_change_the_samples_of_mixed_shapes(mixed):
     runs = [
         run_of(mixed, Plan(samples=30, batch_size=size, accumulation=8 // size), caption_dropout=0.3)
         for size in (1, 2, 4, 8)
@@ -177,17 +177,17 @@ def test_four_of_one_are_one_of_four_whatever_their_shapes(mixed):
         assert all(other == first for other in others)
 
 
-def test_the_prior_beside_a_sample_is_of_its_concept_and_shape(mixed):
+def test_prior_samples_match_concept_and_shape(mixed):
     for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=2)):
         for batch in batches:
             instance, prior = np.split(np.array(batch.arrays["latents"])[:, 0, 0, 0], 2)
             prompts, of_class = np.split(np.array(batch.arrays["conditioning"]["embedding"])[:, 0], 2)
             assert (prompts == instance // 100).all() and (of_class == 2 + prompts).all()
             assert (-prior // 100 == prompts + 1).all()
-            assert (np.split(np.array(batch.arrays["mask"]), 2)[1] == 1).all(), "class pictures have no mask"
+            assert (np.split(np.array(batch.arrays["mask"]), 2)[1] == 1).all(), "class images have no mask"
 
 
-def test_masks_go_with_their_views(mixed):
+def test_masks_match_their_crops(mixed):
     for batches in run_of(mixed, Plan(samples=50, batch_size=4, accumulation=1)):
         for batch in batches:
             half = int(batch.weight)
@@ -195,7 +195,7 @@ def test_masks_go_with_their_views(mixed):
             assert (np.array(batch.arrays["mask"])[:half, 0, 0, 0] == views / 4).all()
 
 
-def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
+def test_crops_are_drawn_uniformly_each_epoch(mixed):
     plan = Plan(samples=7 * 200, batch_size=7, accumulation=1)
     run = run_of(replace(mixed, class_latents=None), plan)
     views = [
@@ -207,7 +207,7 @@ def test_views_are_drawn_anew_each_epoch_and_evenly(mixed):
 
 
 @pytest.mark.parametrize("indices", [[[0, 1]], [[0], [1]]])  # mirrored or not, or two places
-def test_two_views_take_turns_by_chance(cache, indices):
+def test_two_crops_are_drawn_at_random(cache, indices):
     two = replace(cache, samples=[Sample(latents=indices, prompt=PROMPT)], class_latents=None)
     drawn = [
         batch.arrays["latents"].item() for (batch,) in run_of(two, Plan(samples=200, batch_size=1, accumulation=1))
@@ -215,7 +215,7 @@ def test_two_views_take_turns_by_chance(cache, indices):
     assert set(drawn) == {0, 1} and 70 < sum(drawn) < 130
 
 
-def test_output_is_preserved_on_the_instances_own_latents_and_noise(cache):
+def test_output_preservation_reuses_instance_latents_and_noise(cache):
     plan = Plan(samples=12, batch_size=3, accumulation=1)
     for (batch,) in run_of(replace(cache, class_latents=None, preserves_output=True), plan):
         for name in ("latents", "key"):

@@ -27,55 +27,55 @@ def generate(folder, indices, *, seed=0, prompt=PROMPT):
     return pipeline
 
 
-def pictures_in(folder):
+def load_all(folder):
     return {path.name: load_image(path) for path in sorted(folder.glob("*.png"))}
 
 
-def test_pictures_are_written_with_their_prompt_and_differ(tmp_path):
+def test_images_differ_and_carry_their_prompt(tmp_path):
     generate(tmp_path, range(6))
-    pictures = pictures_in(tmp_path)
-    assert list(pictures) == [f"class-{index:05d}.png" for index in range(6)]
-    assert len({picture.tobytes() for picture in pictures.values()}) == 6
+    images = load_all(tmp_path)
+    assert list(images) == [f"class-{index:05d}.png" for index in range(6)]
+    assert len({image.tobytes() for image in images.values()}) == 6
     assert image_text(tmp_path / "class-00000.png") == {"prompt": PROMPT}
 
 
-def test_an_interrupted_generation_goes_on_identically(tmp_path):
+def test_resumed_generation_is_identical(tmp_path):
     generate(tmp_path / "whole", range(6))
     generate(tmp_path / "parts", range(3))
     present = class_images.check_class_images(tmp_path / "parts", PROMPT)
     missing = class_images.missing_indices(present, 6)
     assert missing == [3, 4, 5]
     generate(tmp_path / "parts", missing)
-    whole, parts = pictures_in(tmp_path / "whole"), pictures_in(tmp_path / "parts")
+    whole, parts = load_all(tmp_path / "whole"), load_all(tmp_path / "parts")
     assert whole.keys() == parts.keys()
-    for name, picture in whole.items():
-        np.testing.assert_array_equal(picture, parts[name])
+    for name, image in whole.items():
+        np.testing.assert_array_equal(image, parts[name])
 
 
-def test_no_more_is_sampled_than_is_wanted(tmp_path):
+def test_only_missing_images_are_sampled(tmp_path):
     assert generate(tmp_path, range(6)).images_sampled == 6
 
 
-def test_a_gap_is_filled_and_own_pictures_count(tmp_path):
+def test_gaps_are_filled_and_user_images_count(tmp_path):
     generate(tmp_path, [0, 2])
-    save_image(tmp_path / "my own dog.png", np.zeros((16, 16, 3), np.uint8))
+    save_image(tmp_path / "dog.png", np.zeros((16, 16, 3), np.uint8))
     present = class_images.check_class_images(tmp_path, PROMPT)
     assert len(present) == 3
     assert class_images.missing_indices(present, 5) == [1, 3]
     assert class_images.missing_indices(present, 3) == class_images.missing_indices(present, 2) == []
 
 
-def test_another_seed_gives_other_pictures(tmp_path):
+def test_seed_changes_the_images(tmp_path):
     generate(tmp_path / "a", [0])
     generate(tmp_path / "b", [0], seed=1)
-    assert (pictures_in(tmp_path / "a")["class-00000.png"] != pictures_in(tmp_path / "b")["class-00000.png"]).any()
+    assert (load_all(tmp_path / "a")["class-00000.png"] != load_all(tmp_path / "b")["class-00000.png"]).any()
 
 
-def test_pictures_of_another_class_are_refused(tmp_path):
+def test_images_of_another_class_are_rejected(tmp_path):
     generate(tmp_path, [0], prompt="a photo of a cat")
     with pytest.raises(SettingsError, match="a cat"):
         class_images.check_class_images(tmp_path, PROMPT)
 
 
-def test_no_folder_is_no_pictures(tmp_path):
+def test_missing_folder_has_no_images(tmp_path):
     assert class_images.check_class_images(tmp_path / "nowhere", PROMPT) == []

@@ -1,4 +1,4 @@
-"""The instance pictures of a run: which files they are, their prompts, masks and views."""
+"""The instance images of a run: files, prompts, masks and crops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def picture(height: int = 16, width: int = 16, level: int = 0) -> np.ndarray:
     return np.full((height, width, 3), level, np.uint8)
 
 
-def test_pictures_are_sorted_counted_and_fingerprinted(instance_dir, load):
+def test_images_are_sorted_counted_and_fingerprinted(instance_dir, load):
     pictures = load()
     assert [image.path.name for image in pictures.images] == [f"picture-{index}.png" for index in range(5)]
     assert pictures.skipped == 1
@@ -42,14 +42,14 @@ def test_pictures_are_sorted_counted_and_fingerprinted(instance_dir, load):
     assert load().fingerprint != pictures.fingerprint
 
 
-def test_a_folder_without_pictures_says_which_files_count(tmp_path, load):
+def test_folder_without_images_is_rejected(tmp_path, load):
     (tmp_path / "Thumbs.db").write_bytes(b"")
     with pytest.raises(ImageError, match=r"1 files.*\.png"):
         load(concepts=[Concept(instance_data_dir=tmp_path, instance_prompt=PROMPT)])
 
 
 @pytest.mark.parametrize("broken", [0, 3])
-def test_a_broken_picture_is_named_wherever_it_stands(instance_dir, load, broken):
+def test_broken_image_is_named(instance_dir, load, broken):
     path = instance_dir / f"picture-{broken}.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ImageError, match=rf"picture-{broken}\.png"):
@@ -63,7 +63,7 @@ def captions_of(pictures: InstanceDataset) -> list[str]:
     return [instance.caption for instance in pictures.images]
 
 
-def test_prompts_come_from_metadata_then_from_text_files_then_from_the_run(instance_dir, load):
+def test_prompts_come_from_metadata_then_text_files_then_settings(instance_dir, load):
     assert captions_of(load()) == [PROMPT] * 5
     (instance_dir / "picture-0.txt").write_text("sks dog\nasleep ")
     (instance_dir / "picture-1.txt").write_text("sks dog awake")
@@ -75,22 +75,24 @@ def test_prompts_come_from_metadata_then_from_text_files_then_from_the_run(insta
     (instance_dir / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     pictures = load()
     assert captions_of(pictures) == ["sks dog asleep", "sks dog in metadata", PROMPT, "x", PROMPT]
-    assert pictures.skipped == 1, "files that say prompts are of use"
+    assert pictures.skipped == 1, "caption files are used"
     assert "3 of 5 images have their own prompt" in pictures.summary(
         [Concept(instance_data_dir="x", instance_prompt=PROMPT)]
     )
 
 
-def test_the_column_can_be_named(instance_dir, load):
-    (instance_dir / "metadata.jsonl").write_text(json.dumps({"file_name": "picture-4.png", "text": "t", "said": "s"}))
+def test_caption_column(instance_dir, load):
+    (instance_dir / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "picture-4.png", "text": "t", "caption2": "s"})
+    )
     assert captions_of(load())[4] == "t"
-    assert captions_of(load(caption_column="said"))[4] == "s"
+    assert captions_of(load(caption_column="caption2"))[4] == "s"
     with pytest.raises(SettingsError, match="caption_column"):
         load(caption_column="caption")
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "word"),
     [
         ('{"file_name": "picture-0.png", "text": ', "JSON"),
         ("[1]", "file_name"),
@@ -98,24 +100,24 @@ def test_the_column_can_be_named(instance_dir, load):
         ('{"file_name": "picture-0.png", "text": 3}', "no text"),
     ],
 )
-def test_mistakes_in_metadata_are_named(instance_dir, load, line, said):
+def test_invalid_metadata_is_rejected(instance_dir, load, line, word):
     (instance_dir / "metadata.jsonl").write_text(line)
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=word):
         load()
 
 
-def test_a_column_without_metadata_and_text_that_is_none_are_refused(instance_dir, load):
+def test_column_without_metadata_and_undecodable_text_are_rejected(instance_dir, load):
     with pytest.raises(SettingsError, match="metadata"):
-        load(caption_column="said")
+        load(caption_column="caption")
     (instance_dir / "picture-0.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(SettingsError, match=r"picture-0\.txt cannot be read"):
+    with pytest.raises(SettingsError, match=r"picture-0\.txt"):
         load()
 
 
 # masks
 
 
-def test_a_mask_is_no_picture(instance_dir, load):
+def test_masks_are_not_images(instance_dir, load):
     save_image(instance_dir / "picture-1-mask.png", picture(20, 16, 200)[..., :1])
     save_image(instance_dir / "lonely-mask.png", picture())
     unmasked = load()
@@ -132,22 +134,22 @@ def test_a_mask_is_no_picture(instance_dir, load):
 
 
 @pytest.mark.parametrize(
-    ("mask", "said"),
+    ("mask", "word"),
     [
         (picture(20, 16, 0), "black"),
         (picture(16, 20, 255), "aspect"),
         (None, "NAME-mask"),
     ],
 )
-def test_masks_that_cannot_be_meant_are_refused(instance_dir, load, mask, said):
+def test_unusable_masks_are_rejected(instance_dir, load, mask, word):
     if mask is not None:
         save_image(instance_dir / "picture-1-mask.png", mask)
-    with pytest.raises(ImageError, match=said):
+    with pytest.raises(ImageError, match=word):
         load(masked_loss=True)
 
 
-def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
-    """Such samples would count nothing, and an update of nothing else would have no gradient."""
+def test_black_crops_are_dropped(instance_dir, load):
+    """Such samples have no loss, and an update of nothing else would have no gradient."""
     save_image(instance_dir / "picture-0.png", picture(80, 16))
     mask = picture(80, 16)
     mask[:20] = 255
@@ -159,7 +161,7 @@ def test_a_picture_is_not_seen_where_its_mask_is_black(instance_dir, load):
         load(masked_loss=True)
 
 
-def test_a_small_mask_is_no_mistake_before_the_pipeline_says_how_large_pictures_are(instance_dir, load):
+def test_small_mask_passes_the_check_before_the_resolution_is_known(instance_dir, load):
     mask = picture(1024, 1024)
     mask[500:505, 500:505] = 255
     save_image(instance_dir / "picture-0.png", picture(1024, 1024))
@@ -171,10 +173,10 @@ def test_a_small_mask_is_no_mistake_before_the_pipeline_says_how_large_pictures_
     assert len(load_dataset(settings, resolution=512, multiple=16).images) == 5
 
 
-# concepts, views
+# concepts, crops
 
 
-def test_concepts_have_their_own_pictures_and_prompts(instance_dir, tmp_path, load):
+def test_concepts_have_separate_images_and_prompts(instance_dir, tmp_path, load):
     save_image(tmp_path / "cats" / "cat.png", picture())
     concepts = [
         Concept(instance_data_dir=instance_dir, instance_prompt=PROMPT),
@@ -187,7 +189,7 @@ def test_concepts_have_their_own_pictures_and_prompts(instance_dir, tmp_path, lo
     assert lines[0].startswith("5 instance images in") and "1 other file skipped" in lines[1]
 
 
-def test_each_picture_is_seen_as_asked(instance_dir, load):
+def test_crops_of_each_image(instance_dir, load):
     for path in instance_dir.glob("*.png"):
         path.unlink()
     save_image(instance_dir / "square.png", picture(40, 40))

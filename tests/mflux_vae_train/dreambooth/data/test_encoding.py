@@ -1,4 +1,4 @@
-"""What is encoded, how often, and what the next run finds of it."""
+"""Encoding images and prompts once, and reusing the cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.contracts.fake import FakePipeline
 LARGE = Crop(shape=(600, 600))
 
 
-def seen(folder, crop=LARGE) -> list[CroppedImage]:
+def crops_of(folder, crop=LARGE) -> list[CroppedImage]:
     return [CroppedImage(path, crop) for path in sorted(folder.glob("*.png"))]
 
 
@@ -35,7 +35,7 @@ def corners(pixels: mx.array) -> mx.array:
 
 
 class Counting:
-    """An encoder that remembers the sizes of what it was given."""
+    """An encoder that records its batch sizes."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -45,18 +45,18 @@ class Counting:
         return corners(pixels) + 0.001 * len(self.sizes)
 
 
-def test_pictures_are_encoded_in_order_a_million_pixels_at_a_time(instance_dir):
+def test_images_are_encoded_in_order_in_batches_of_a_million_pixels(instance_dir):
     encode = Counting()
-    latents = encode_images(encode, seen(instance_dir))
+    latents = encode_images(encode, crops_of(instance_dir))
     assert encode.sizes == [2, 2, 1]
-    for latent, image in zip(latents, seen(instance_dir), strict=True):
+    for latent, image in zip(latents, crops_of(instance_dir), strict=True):
         expected = load_image(image.path, resolution=600)[0, 0] / 127.5 - 1
         np.testing.assert_allclose(latent, expected, atol=0.004)
 
 
-def test_pictures_of_one_shape_are_encoded_together(instance_dir):
+def test_batches_have_one_shape(instance_dir):
     wide = Crop(shape=(300, 600))
-    pictures = [CroppedImage(image.path, crop) for image in seen(instance_dir) for crop in (LARGE, wide)]
+    pictures = [CroppedImage(image.path, crop) for image in crops_of(instance_dir) for crop in (LARGE, wide)]
     shapes = []
     latents = encode_images(lambda pixels: shapes.append(pixels.shape) or pixels[:, :1, :1], pictures)
     assert shapes == [(2, 600, 600, 3), (2, 600, 600, 3), (1, 600, 600, 3), (5, 300, 600, 3)]
@@ -65,10 +65,10 @@ def test_pictures_of_one_shape_are_encoded_together(instance_dir):
         np.testing.assert_allclose(latent, expected, atol=1e-5)
 
 
-def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
+def test_reading_is_at_most_one_batch_ahead(instance_dir, monkeypatch):
     read = []
     monkeypatch.setattr(encoding, "load_image", lambda path: read.append(path) or np.zeros((600, 600, 3), np.uint8))
-    pictures = seen(instance_dir) * 3
+    pictures = crops_of(instance_dir) * 3
     at_encoding = []
 
     def encode(pixels):
@@ -80,70 +80,70 @@ def test_reading_stays_one_batch_ahead_of_encoding(instance_dir, monkeypatch):
     assert all(count <= 2 * (batch + 2) for batch, count in enumerate(at_encoding))
 
 
-def test_a_broken_picture_is_named(instance_dir):
+def test_broken_image_is_named(instance_dir):
     path = instance_dir / "picture-3.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ImageError, match=r"picture-3\.png"):
-        encode_images(corners, seen(instance_dir))
+        encode_images(corners, crops_of(instance_dir))
 
 
-# the store
+# the cache
 
 
-def test_what_was_encoded_is_not_encoded_again(instance_dir, tmp_path):
+def test_cached_images_are_not_encoded_again(instance_dir, tmp_path):
     encode = Counting()
-    first = encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"), encoder="a")
-    cache = EncodingCache(tmp_path / "kept")
-    again = encode_images(encode, seen(instance_dir), cache=cache, encoder="a")
+    first = encode_images(encode, crops_of(instance_dir), cache=EncodingCache(tmp_path / "cache"), encoder="a")
+    cache = EncodingCache(tmp_path / "cache")
+    again = encode_images(encode, crops_of(instance_dir), cache=cache, encoder="a")
     assert encode.sizes == [2, 2, 1] and (cache.hits, cache.writes) == (5, 0)
     assert all(mx.array_equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("change", ["encoder", "shape", "offset", "mirrored", "content"])
-def test_whatever_matters_is_part_of_the_key(instance_dir, tmp_path, change):
-    cache, encode = EncodingCache(tmp_path / "kept"), Counting()
-    encode_images(encode, seen(instance_dir), cache=cache, encoder="a")
+def test_cache_key_depends_on(instance_dir, tmp_path, change):
+    cache, encode = EncodingCache(tmp_path / "cache"), Counting()
+    encode_images(encode, crops_of(instance_dir), cache=cache, encoder="a")
     view = {
         "shape": Crop(shape=(300, 600)),
         "offset": Crop(shape=(600, 600), offset=1.0),
         "mirrored": Crop(shape=(600, 600), mirrored=True),
     }.get(change, LARGE)
     if change == "content":
-        for image in seen(instance_dir):
+        for image in crops_of(instance_dir):
             save_image(image.path, load_image(image.path) // 2)
     before = sum(encode.sizes)
-    encode_images(encode, seen(instance_dir, view), cache=cache, encoder="b" if change == "encoder" else "a")
+    encode_images(encode, crops_of(instance_dir, view), cache=cache, encoder="b" if change == "encoder" else "a")
     assert sum(encode.sizes) - before == 5
 
 
-def test_a_name_or_a_date_does_not_matter(instance_dir, tmp_path):
-    cache, encode = EncodingCache(tmp_path / "kept"), Counting()
-    encode_images(encode, seen(instance_dir), cache=cache)
-    for index, image in enumerate(seen(instance_dir)):
+def test_file_name_does_not_matter(instance_dir, tmp_path):
+    cache, encode = EncodingCache(tmp_path / "cache"), Counting()
+    encode_images(encode, crops_of(instance_dir), cache=cache)
+    for index, image in enumerate(crops_of(instance_dir)):
         image.path.rename(instance_dir / f"z{9 - index}.png")
-    encode_images(encode, seen(instance_dir), cache=cache)
+    encode_images(encode, crops_of(instance_dir), cache=cache)
     assert encode.sizes == [2, 2, 1]
 
 
-def test_what_is_missing_or_broken_is_encoded_with_its_group_and_the_rest_stays(instance_dir, tmp_path):
-    """A latent may differ by a rounding with what it is encoded beside: the groups are those of a whole run."""
-    folder = tmp_path / "kept"
-    encode_images(Counting(), seen(instance_dir), cache=EncodingCache(folder))
+def test_missing_and_broken_entries_are_encoded_in_the_original_batches(instance_dir, tmp_path):
+    """Rounding may depend on the batch, so batches are those of a run without cache."""
+    folder = tmp_path / "cache"
+    encode_images(Counting(), crops_of(instance_dir), cache=EncodingCache(folder))
     kept = sorted(folder.iterdir())
     kept[0].write_bytes(b"broken")
     kept[1].unlink()
     encode = Counting()
-    encode_images(encode, seen(instance_dir), cache=(cache := EncodingCache(folder)))
+    encode_images(encode, crops_of(instance_dir), cache=(cache := EncodingCache(folder)))
     assert cache.hits == 3 and cache.writes == 2 and set(encode.sizes) <= {1, 2}
-    encode_images(encode_nothing, seen(instance_dir), cache=EncodingCache(folder))
-    assert len(list(folder.iterdir())) == 5, "and nothing temporary is left"
+    encode_images(encode_nothing, crops_of(instance_dir), cache=EncodingCache(folder))
+    assert len(list(folder.iterdir())) == 5, "no temporary file is left"
 
 
 def encode_nothing(pixels: mx.array) -> mx.array:
-    raise AssertionError("this was encoded before")
+    raise AssertionError("encoded twice")
 
 
-def test_a_stopped_run_keeps_what_it_finished(instance_dir, tmp_path):
+def test_interrupted_run_keeps_finished_batches(instance_dir, tmp_path):
     class Stop(Exception):
         pass
 
@@ -156,8 +156,8 @@ def test_a_stopped_run_keeps_what_it_finished(instance_dir, tmp_path):
         return corners(pixels)
 
     with pytest.raises(Stop):
-        encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"))
-    encode_images(encode, seen(instance_dir), cache=EncodingCache(tmp_path / "kept"))
+        encode_images(encode, crops_of(instance_dir), cache=EncodingCache(tmp_path / "cache"))
+    encode_images(encode, crops_of(instance_dir), cache=EncodingCache(tmp_path / "cache"))
     assert calls == [2, 2, 2, 1]
 
 
@@ -174,16 +174,16 @@ def test_prompts_are_encoded_once(tmp_path):
     assert set(first.rows) == set(asked)
 
 
-def test_a_pipeline_that_cannot_say_what_it_is_keeps_nothing(tmp_path):
+def test_pipeline_without_identity_has_no_cache(tmp_path):
     assert open_cache(FakePipeline(), tmp_path).folder == tmp_path
 
-    class Nameless:
+    class Unidentified:
         pass
 
-    assert open_cache(Nameless(), tmp_path).folder is None
+    assert open_cache(Unidentified(), tmp_path).folder is None
 
 
-# the whole of it
+# the whole data set
 
 
 def cache_of(instance_dir, pipeline, tmp_path, **changes):
@@ -204,7 +204,7 @@ def cache_of(instance_dir, pipeline, tmp_path, **changes):
     )
 
 
-def test_views_are_entries_and_class_pictures_are_cut_to_the_shapes_beside_them(instance_dir, tmp_path):
+def test_every_crop_has_a_latent_and_class_images_match_instance_shapes(instance_dir, tmp_path):
     save_image(instance_dir / "wide.png", np.zeros((40, 80, 3), np.uint8))
     cache = cache_of(instance_dir, FakePipeline(), tmp_path, random_flip=True, use_aspect_ratio_buckets=True, repeats=3)
     assert len(cache.samples) == 6 * 3 and len(cache.latents) == 6 * 2
@@ -216,7 +216,7 @@ def test_views_are_entries_and_class_pictures_are_cut_to_the_shapes_beside_them(
     np.testing.assert_allclose(plain[:, ::-1], mirrored, atol=0.02)
 
 
-def test_masks_lie_on_the_latents_places(instance_dir, tmp_path):
+def test_masks_are_averaged_to_latent_positions(instance_dir, tmp_path):
     mask = np.zeros((20, 16, 1), np.uint8)
     mask[:, 8:] = 255
     mask[:, 4:8] = 128
@@ -226,10 +226,10 @@ def test_masks_lie_on_the_latents_places(instance_dir, tmp_path):
     assert plain.shape == cache.latents[0].shape[:2] == (4, 4)
     np.testing.assert_allclose(plain, [[0, 0.5, 1, 1]] * 4, atol=0.1)
     np.testing.assert_array_equal(mirrored, plain[:, ::-1])
-    assert (np.array(cache.masks[cache.samples[1].latents[0][0]]) == 1).all(), "without a mask every place counts"
+    assert (np.array(cache.masks[cache.samples[1].latents[0][0]]) == 1).all(), "without a mask every position counts"
 
 
-def test_masks_on_latents_without_places_are_refused(instance_dir, tmp_path):
+def test_masks_need_spatial_latents(instance_dir, tmp_path):
     class Flat(FakePipeline):
         def encode_images(self, pixels):
             return super().encode_images(pixels).flatten(1)

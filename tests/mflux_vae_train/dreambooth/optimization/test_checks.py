@@ -1,4 +1,4 @@
-"""A run that learns nothing ends, and says why."""
+"""A run that learns nothing ends with the reason."""
 
 from __future__ import annotations
 
@@ -26,46 +26,46 @@ def adapted(b=0.0):
 
 
 @pytest.mark.parametrize(
-    ("denoiser", "wrong", "said"),
+    ("denoiser", "metrics", "word"),
     [
         (adapted(0.1), {"size": 0.0}, "learning_rate"),
         (adapted(0.0), {}, "lora_b"),
     ],
 )
-@pytest.mark.parametrize("update", [1, 7])  # of a run, and of one that goes on after the sixth
-def test_the_first_update_with_a_gradient_must_change_something(denoiser, wrong, said, update):
+@pytest.mark.parametrize("update", [1, 7])  # of a new run, and of one resumed after update 6
+def test_first_update_with_a_gradient_must_change_weights(denoiser, metrics, word, update):
     learning = LearningCheck(denoiser)
     learning(record(update, gradient=0.0))
-    with pytest.raises(TrainingError, match=said):
-        learning(record(update + 1, **wrong))
+    with pytest.raises(TrainingError, match=word):
+        learning(record(update + 1, **metrics))
 
 
-def test_updates_may_lack_a_gradient_but_not_for_long():
+def test_few_updates_may_have_no_gradient():
     learning = LearningCheck(adapted(0.1))
-    for update in range(1, 20):  # never three in succession
+    for update in range(1, 20):  # never three in a row
         learning(record(update, gradient=float(update % PATIENCE == 0)))
     with pytest.raises(TrainingError, match="update 21"):
         for update in range(20, 30):
             learning(record(update, gradient=0.0))
 
 
-def test_a_run_of_fewer_updates_may_not_lack_all():
+def test_short_run_without_any_gradient_fails():
     with pytest.raises(TrainingError, match="update 1"):
         LearningCheck(adapted(0.1))(replace(record(1, gradient=0.0), total=1))
 
 
-def test_a_rate_of_zero_may_change_nothing():
+def test_learning_rate_zero_may_change_nothing():
     LearningCheck(adapted(0.1))(record(1, size=0.0, rate=0.0))
 
 
-def test_full_training_has_no_adapter_to_look_at():
+def test_full_training_has_no_adapter_to_check():
     LearningCheck(FakePipeline().denoiser)(record(1))
 
 
-def test_a_saved_adapter_is_read_back_without_a_forward_pass(tmp_path, monkeypatch):
+def test_saved_adapter_is_compared_without_a_forward_pass(tmp_path, monkeypatch):
     denoiser, path = adapted(0.1), tmp_path / "adapter.safetensors"
     lora.save_adapter({"transformer": denoiser}, path)
-    monkeypatch.setattr(type(denoiser), "__call__", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(type(denoiser), "__call__", lambda *_: pytest.fail("forward pass"))
     check_adapter({"transformer": denoiser}, path)
     with pytest.raises(TrainingError, match="differs"):
         check_adapter({"transformer": adapted(0.5)}, path)
@@ -73,9 +73,9 @@ def test_a_saved_adapter_is_read_back_without_a_forward_pass(tmp_path, monkeypat
     check_adapter({"transformer": denoiser, "text_encoder": adapted(0.1)}, path)
 
 
-@pytest.mark.parametrize(("b", "said"), [(0.0, "base model"), (float("nan"), "not finite")])
-def test_an_adapter_that_was_saved_wrong_is_refused(b, said, tmp_path):
+@pytest.mark.parametrize(("b", "word"), [(0.0, "base model"), (float("nan"), "not finite")])
+def test_invalid_saved_adapter_is_rejected(b, word, tmp_path):
     denoiser, path = adapted(b), tmp_path / "adapter.safetensors"
     lora.save_adapter({"transformer": denoiser}, path)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=word):
         check_adapter({"transformer": denoiser}, path)

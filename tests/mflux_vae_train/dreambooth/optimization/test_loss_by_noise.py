@@ -7,12 +7,12 @@ import pytest
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 
 
-def test_means_are_those_of_all_samples_however_they_are_cut():
+def test_means_do_not_depend_on_the_micro_batches():
     draws = np.random.default_rng(0)
     errors, sigma = draws.uniform(size=24).astype(np.float32), draws.uniform(size=24).astype(np.float32)
     sigma[:2] = 0.0, 1.0
     sums: dict[str, float] = {}
-    for part in np.split(np.arange(24), [3, 4, 15]):  # micro-batches of other sizes count by theirs
+    for part in np.split(np.arange(24), [3, 4, 15]):  # micro-batches count by their sizes
         for name, value in loss_by_noise.bin_sums(mx.array(errors[part]), mx.array(sigma[part])).items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(part) / 24
     found = loss_by_noise.bin_means({"loss": 1.0, **sums})
@@ -22,7 +22,7 @@ def test_means_are_those_of_all_samples_however_they_are_cut():
         assert found[f"loss_noise_{low}-{low + 20}"] == pytest.approx(errors[inside].mean(), rel=1e-5)
 
 
-def test_a_range_without_samples_is_left_out():
+def test_bin_without_samples_is_left_out():
     found = loss_by_noise.bin_means(
         {name: x.item() for name, x in loss_by_noise.bin_sums(mx.array([2.0]), mx.array([0.5])).items()}
     )

@@ -9,31 +9,36 @@ from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
-from mflux_vae_train.dreambooth.optimization.objective import BASE, add_base_prediction, combine, dreambooth_loss
+from mflux_vae_train.dreambooth.optimization.objective import (
+    BASE_PREDICTION,
+    add_base_prediction,
+    combine,
+    dreambooth_loss,
+)
 from mflux_vae_train.pipelines.noise import Prediction
 from mflux_vae_train.training.step import Arrays, Step, global_norm
 from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset
 
 
-def test_the_prior_is_weighted_and_reported_unweighted():
+def test_prior_loss_is_weighted_and_reported_unweighted():
     loss, parts = combine(mx.array([1.0, 3.0, 10.0, 20.0]), 0.5)
     assert loss.item() == 2 + 0.5 * 15
     assert {name: value.item() for name, value in parts.items()} == {"instance_loss": 2, "prior_loss": 15}
 
 
-def test_without_prior_it_is_the_mean():
+def test_without_prior_the_loss_is_the_mean():
     loss, parts = combine(mx.array([1.0, 3.0]), None)
     assert loss.item() == 2 and parts.keys() == {"instance_loss"}
 
 
-def test_without_weight_the_prior_has_no_gradient():
+def test_prior_of_weight_zero_has_no_gradient():
     gradient = mx.grad(lambda losses: combine(losses, 0.0)[0])(mx.array([1.0, 3.0, 10.0, 20.0]))
     assert gradient.tolist() == [0.5, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 1.0, 2.5])
-def test_it_is_the_pipelines_loss_of_instance_and_class(weight):
+def test_loss_combines_the_pipelines_losses_of_instance_and_class(weight):
     pipeline = FakePipeline()
     prompts = pipeline.encode_prompts(["a sks dog", "a dog", ""])
     latents = mx.random.normal((8, 4, 4, 3), key=mx.random.key(0))
@@ -68,7 +73,7 @@ def test_gradients_reach_the_denoiser():
     assert all(float(mx.abs(gradient).max()) > 0 for _, gradient in tree_flatten(gradients))
 
 
-def test_places_count_by_their_mask():
+def test_mask_weights_positions():
     target, prediction = (
         mx.zeros((2, 2, 2, 3)),
         mx.array([[1.0, 2], [3, 4]]).reshape(1, 2, 2, 1) * mx.ones((2, 1, 1, 3)),
@@ -76,7 +81,7 @@ def test_places_count_by_their_mask():
     predicted = Prediction(prediction, target, mx.array([1.0, 2.0]), mx.zeros(2))
     np.testing.assert_allclose(predicted.loss(), [7.5, 15])
     mask = mx.array([[[1.0, 0.5], [0, 0]], [[0, 0], [0, 0]]]).reshape(2, 2, 2, 1)
-    # (1 * 1 + 0.5 * 4) / 1.5; where nothing counts, nothing is lost
+    # (1 * 1 + 0.5 * 4) / 1.5; a black mask gives a loss of zero
     np.testing.assert_allclose(predicted.loss(mask), [2, 0], rtol=1e-6)
     np.testing.assert_allclose(predicted.loss(mx.ones((2, 2, 2, 1))), predicted.loss())
     np.testing.assert_allclose(predicted.loss(mx.full((2, 2, 2, 1), 0.3)), predicted.loss(), rtol=1e-6)
@@ -84,7 +89,7 @@ def test_places_count_by_their_mask():
 
 @pytest.fixture
 def adapted():
-    """A pipeline with a LoRA that does something, and a micro-batch whose output is to be preserved."""
+    """A pipeline with a LoRA that has an effect, and a micro-batch with output preservation."""
     pipeline = FakePipeline()
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
     for layer in lora.layers(pipeline.denoiser).values():
@@ -97,7 +102,7 @@ def adapted():
     return pipeline, batch
 
 
-def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
+def test_class_output_is_compared_with_the_base_model(adapted):
     pipeline, batch = adapted
     completed = add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     loss, parts = dreambooth_loss(pipeline, completed.arrays, guidance=1.0, prior_loss_weight=0.5)
@@ -111,7 +116,7 @@ def test_the_output_for_the_class_is_compared_with_the_base_models(adapted):
     np.testing.assert_allclose(loss, parts["instance_loss"] + 0.5 * expected, rtol=1e-5)
 
 
-def test_the_base_model_is_a_constant_to_the_gradient(adapted):
+def test_no_gradient_flows_through_the_base_prediction(adapted):
     pipeline, batch = adapted
     batch = add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     arrays = batch.arrays
@@ -124,7 +129,7 @@ def test_the_base_model_is_a_constant_to_the_gradient(adapted):
         pipeline.denoiser.update(parameters)
         predicted = pipeline.predict(arrays["latents"], arrays["conditioning"], **asked)
         instance = mx.square(predicted.prediction - predicted.target)[:3].mean()
-        return instance + 0.5 * mx.square(predicted.prediction[3:] - arrays[BASE]).mean()
+        return instance + 0.5 * mx.square(predicted.prediction[3:] - arrays[BASE_PREDICTION]).mean()
 
     expected = global_norm(mx.grad(by_hand)(parameters := pipeline.denoiser.trainable_parameters()))
     pipeline.denoiser.update(parameters)
@@ -132,7 +137,7 @@ def test_the_base_model_is_a_constant_to_the_gradient(adapted):
     assert found["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_adapters_are_on_again_after_the_base_was_asked(adapted):
+def test_adapters_are_enabled_again_after_the_base_prediction(adapted):
     pipeline, batch = adapted
     arrays = batch.arrays
     given = (arrays["latents"], arrays["conditioning"])

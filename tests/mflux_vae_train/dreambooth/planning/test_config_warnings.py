@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.optimization.optimizer import optimizer_of
+from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer
 from mflux_vae_train.dreambooth.planning.config_warnings import config_warnings
 from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved
@@ -64,6 +64,6 @@ def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
     names = ("adam_beta1", "adam_beta2", "adam_epsilon")
     for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
         run = resolved(optimizer=optimizer, **dict.fromkeys(names, 0.5))
-        own = vars(optimizer_of(run))
+        own = vars(build_optimizer(run))
         unused = {name for name in names if any(line.startswith(f"--{name} has") for line in run.warnings)}
         assert unused == {name for name in names if name.removeprefix("adam_") not in own}

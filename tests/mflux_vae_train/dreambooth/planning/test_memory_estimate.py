@@ -159,7 +159,7 @@ def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypat
     pipeline = Weighed()
     DreamBooth(pipeline).train(settings(dry_run=True))
     assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].side_by_side) == (4, together)
-    one_by_one = optimizer.passes_of(pipeline.denoiser) is step.sequential
+    one_by_one = optimizer.pass_runner(pipeline.denoiser) is step.sequential
     assert one_by_one == (together == 1)
 
 

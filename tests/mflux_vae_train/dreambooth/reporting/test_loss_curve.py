@@ -8,7 +8,7 @@ from mflux_vae.images import load_image
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 
 
-def test_the_loss_curve_is_drawn(tmp_path):
+def test_loss_curve_is_drawn(tmp_path):
     records = [{"update": update, "instance_loss": 1 / update} for update in range(1, 50)]
     write_loss_curve(records, tmp_path / "loss.png")
     assert load_image(tmp_path / "loss.png").std() > 0

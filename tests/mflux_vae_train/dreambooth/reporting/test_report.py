@@ -1,4 +1,4 @@
-"""report.html of whole runs on the fake pipeline: what it shows is what the run measured, and it needs nothing else."""
+"""report.html of whole runs on the fake pipeline: it shows what was measured and loads nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVIL = "<script>alert(1)</script>\"'&"
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The folder of a run with several prompts, and with texts that would break a page that trusts them."""
+    """The folder of a run with several prompts, and with texts that break a page without escaping."""
     folder = tmp_path_factory.mktemp("run")
     for index in range(5):
         save_image(folder / "instance" / f"picture-{index}.png", subject(index))
@@ -67,7 +67,7 @@ def pixels(image: dict[str, str]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
 
-def test_the_page_needs_nothing_else_and_trusts_nothing(out):
+def test_page_loads_nothing_and_escapes_text(out):
     page = page_of(out)
     for tag, attributes in page.elements:
         assert not {"onclick", "onload", "onerror", "srcset", "action"} & attributes.keys()
@@ -82,13 +82,13 @@ def test_the_page_needs_nothing_else_and_trusts_nothing(out):
     assert not {path.name for path in out.iterdir() if "partial" in path.name}
 
 
-def test_pictures_are_the_previews_of_every_prompt_and_the_pictures_learnt_from(out):
+def test_page_has_all_previews_and_training_images(out):
     page = page_of(out)
     images = page.of("img")
     for update, label in ((0, "untrained"), (3, "step 3"), (6, "step 6")):
         sheet = load_image(out / "samples" / f"step-{update:05d}.png")
         shown = [pixels(image) for image in images if image["alt"].startswith(f"{label},")]
-        if update == 6:  # the last ones are shown above the others, too: there, here, there, here
+        if update == 6:  # the last previews are also shown above the others
             np.testing.assert_array_equal(shown[0:2] + shown[4:6], shown[2:4] + shown[6:8])
             shown = shown[2:4] + shown[6:8]
         rows = [np.concatenate(shown[:2], axis=1), np.concatenate(shown[2:], axis=1)]
@@ -98,7 +98,7 @@ def test_pictures_are_the_previews_of_every_prompt_and_the_pictures_learnt_from(
     assert "a photo of a dog: 5 images" in page.text()
 
 
-def test_curves_are_the_metrics(out):
+def test_curves_equal_the_metrics(out):
     records = read_metrics(out / "metrics.jsonl")
     curves = {
         curve["name"]: curve
@@ -115,15 +115,15 @@ def test_curves_are_the_metrics(out):
     assert len(measured) == len(levels) > 1
 
 
-def test_settings_that_were_chosen_stand_out_and_the_log_is_there(out):
+def test_page_marks_changed_settings_and_has_the_log(out):
     page = page_of(out)
     html = (out / "report.html").read_text(encoding="utf-8")
     assert '<tr class=told title="updates between previews' in html and '<tr title="micro-batches in an update' in html
-    said = page.text()
-    assert all(words in said for words in ("finished", "validation_steps", "6 instance images", "saved"))
+    text = page.text()
+    assert all(words in text for words in ("finished", "validation_steps", "6 instance images", "saved"))
 
 
-def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
+def test_failed_run_shows_the_error(instance_dir, tmp_path, monkeypatch):
     pipeline = FakePipeline()
     whole = pipeline.predict if hasattr(pipeline, "predict") else None
     assert whole is not None
@@ -139,10 +139,10 @@ def test_a_run_that_ends_early_says_why(instance_dir, tmp_path, monkeypatch):
     assert "stopped" in page.text() and "update 1: loss is nan" in page.text()
 
 
-def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tmp_path, monkeypatch):
+def test_new_run_shows_no_metrics_of_an_earlier_process(instance_dir, tmp_path, monkeypatch):
     pages, start, written = [], train_module.run_folder.start, Report.write
 
-    def started(folder, *given):  # and lines are there of a process that was killed before its first checkpoint
+    def started(folder, *given):  # with lines of a process that was killed before its first checkpoint
         start(folder, *given)
         folder.metrics.write_text('{"update": 1, "loss": 9, "learning_rate": 1, "grad_norm": 1, "seconds": 1}\n')
 
@@ -156,7 +156,7 @@ def test_a_run_that_begins_anew_shows_nothing_of_the_one_before(instance_dir, tm
     assert "Training curves" not in pages[0] and "Training curves" in pages[-1]
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monkeypatch, caplog):
+def test_page_that_cannot_be_written_does_not_end_the_run(instance_dir, tmp_path, monkeypatch, caplog):
     def broken(self, *_):
         raise OSError("no space left")
 
@@ -166,7 +166,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(instance_dir, tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
-def test_a_tracker_is_shown_the_same_numbers_and_pictures(instance_dir, tmp_path):
+def test_tracker_receives_the_same_numbers_and_images(instance_dir, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
