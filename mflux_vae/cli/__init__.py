@@ -49,61 +49,63 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.add_argument("--debug", action="store_true", help="say shapes, time and memory at each stage")
+        added.add_argument("--debug", action="store_true", help="log shapes, time and memory of each stage")
         added.set_defaults(run=lambda **settings: _run(name, settings))
         return added
 
-    info = command("info", "What a weights file or folder is: family, parameters, scaling, memory.")
-    info.add_argument("model", nargs="?", help=f"{MODEL}; none: the presets")
+    info = command("info", "Describe a weights file or folder: family, parameters, scaling, memory.")
+    info.add_argument("model", nargs="?", help=f"{MODEL} (default: list the presets)")
     info.add_argument("--config", help=CONFIG)
-    info.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
+    info.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
 
-    encode = command("encode", "Pictures to one file of latents. The same command continues an interrupted one.")
+    encode = command("encode", "Encode images to one latent file. The same command resumes after an interruption.")
     encode.add_argument("pictures", nargs="+", help=PICTURES)
-    encode.add_argument("--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    encode.add_argument("--output", required=True, metavar="FILE", help="latent file to write, .safetensors")
     add_model(encode)
 
-    decode = command("decode", "A file of latents to PNG files of the pictures' names and sizes.")
-    decode.add_argument("latents", help="a file that encode wrote")
-    decode.add_argument("--output", required=True, metavar="FOLDER", help="for the PNG files")
+    decode = command("decode", "Decode a latent file to PNG files with the names and sizes of the images.")
+    decode.add_argument("latents", help="latent file written by encode")
+    decode.add_argument("--output", required=True, metavar="FOLDER", help="folder for the PNG files")
     add_model(decode, needed=False)
 
-    compare = command("compare", "The same pictures through several models: side by side, measured and timed.")
-    compare.add_argument("models", nargs="+", help=f"{MODEL}; LAPA's latent action quantizer too")
+    compare = command("compare", "Compare models on the same images: side by side, measured and timed.")
+    compare.add_argument("models", nargs="+", help=f"{MODEL}; also LAPA's latent action quantizer")
     compare.add_argument(
         "--images", "--image", dest="pictures", nargs="+", required=True, metavar="FILE", help=PICTURES
     )
-    compare.add_argument("--output", required=True, metavar="FOLDER", help="for comparison.png and comparison.json")
+    compare.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder for comparison.png and comparison.json"
+    )
     compare.add_argument(
         "--size",
         type=int,
         metavar="N",
-        help="of the centre squares to compare on, in pixels (default: 256, or the"
-        " models' own where all know one only)",
+        help="side of the centre squares in pixels (default: 256, or the largest fixed size if all models have one)",
     )
     compare.add_argument(
         "--first_frame",
         choices=("self", "previous"),
         default="self",
-        help="of a pair whose second frame is the picture, where a model takes pairs: itself (default) or the picture"
-        " before it",
+        help="first frame for models that take pairs: the image itself (default) or the previous image",
     )
     compare.add_argument(
-        "--lpips", nargs="+", metavar="FILE", help="measure LPIPS: weights of VGG16, and those of its channels"
+        "--lpips", nargs="+", metavar="FILE", help="measure LPIPS: files with weights of VGG16 and of its channels"
     )
     compare.add_argument(
-        "--config", dest="configs", action="append", help=f"{CONFIG}; once for each model, in their order, - for none"
+        "--config", dest="configs", action="append", help=f"{CONFIG}; once per model, in order, - for none"
     )
-    compare.add_argument("--amplify", type=float, default=8.0, metavar="X", help="the difference (default: 8)")
-    compare.add_argument("--json", dest="as_json", action="store_true", help="print the measurements as JSON")
+    compare.add_argument(
+        "--amplify", type=float, default=8.0, metavar="X", help="factor of the difference (default: 8)"
+    )
+    compare.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
     add_computing(compare)
 
-    convert = command("convert", "Weights from any naming into another.")
+    convert = command("convert", "Convert weights to another key naming.")
     convert.add_argument("model", help=MODEL)
-    convert.add_argument("output", help="the file or folder to write")
+    convert.add_argument("output", help="file or folder to write")
     convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl or taesd")
     convert.add_argument("--config", help=CONFIG)
-    convert.add_argument("--dtype", choices=PRECISIONS, help="of the numbers (default: as stored)")
+    convert.add_argument("--dtype", choices=PRECISIONS, help="dtype of the weights (default: unchanged)")
 
     for entry in registered:
         try:

@@ -1,4 +1,4 @@
-"""Flags that commands share, here and in packages that add commands to ``mflux-vae``."""
+"""Flags shared by commands, including those of other packages."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from argparse import ArgumentParser
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 
-MODEL = "a folder in diffusers' layout, a weights file in any naming, a preset's name (info lists them), a hub id"
-CONFIG = "what to take a file for, where it does not say: a preset's name, a config.json, a YAML with a ddconfig"
-PICTURES = "picture files, or folders of them"
+MODEL = "folder in diffusers' layout, weights file in any naming, preset (listed by info), or hub id"
+CONFIG = "configuration of a file that has none: a preset, a config.json, or a YAML file with a ddconfig"
+PICTURES = "image files, or folders of images"
 
 
 def add_model(parser: ArgumentParser, *, needed: bool = True, aliases: tuple[str, ...] = ()) -> None:
-    """What every command has that computes."""
-    default = "" if needed else " (default: the one that the latents were made with)"
+    """Add the flags of commands that open a model."""
+    default = "" if needed else " (default: the model that encoded the latents)"
     parser.add_argument("--model", *aliases, dest="model", required=needed, help=MODEL + default)
     parser.add_argument("--config", help=CONFIG)
     add_computing(parser)
 
 
 def add_computing(parser: ArgumentParser) -> None:
-    """How a command computes."""
+    """Add the flags for precision and tiling."""
     parser.add_argument(
-        "--dtype", choices=PRECISIONS, help="to compute in (default: bfloat16; on a CPU always float32)"
+        "--dtype", choices=PRECISIONS, help="precision of the computation (default: bfloat16; float32 on a CPU)"
     )
     parser.add_argument(
         "--tiling",
         choices=("auto", "off", "blend", "exact"),
         default="auto",
-        help="cut large images: auto (default) where memory asks for it, off, blend (overlapping tiles), exact (the"
-        " values of one piece)",
+        help="process large images in pieces: auto (default; only if memory is short), off, blend (overlapping tiles),"
+        " exact (the untiled result)",
     )
-    parser.add_argument("--tile", type=int, default=512, metavar="N", help="size of a tile in pixels (default: 512)")
+    parser.add_argument("--tile", type=int, default=512, metavar="N", help="tile size in pixels (default: 512)")

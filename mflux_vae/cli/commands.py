@@ -1,4 +1,4 @@
-"""What the commands of ``mflux-vae`` do. Each takes the settings of its command by their names."""
+"""Implementation of the ``mflux-vae`` commands; arguments are the flags of each."""
 
 from __future__ import annotations
 
@@ -35,53 +35,53 @@ from mflux_vae.weights.formats.files import DTYPES, write_json
 
 MEASURES = ("mse", "psnr", "ssim")
 
-SHOWN = 8
-"""Pictures on a sheet of a comparison."""
+SHEET_ROWS = 8
+"""Images on the contact sheet of a comparison."""
 
 SUFFIX = ".safetensors"
-"""Of files of latents."""
+"""Extension of latent files."""
 
 MARK = "mflux-vae"
-"""Name of the text chunk in PNG files from here: such a file may be replaced, another's may not."""
+"""PNG text chunk of our output; only files that have it may be replaced."""
 
 
 def convert(*, model: str, output: str, naming: str, dtype: str | None, config: str | None) -> None:
-    """Weights from any naming into another."""
+    """Convert weights to another key naming."""
     for file in loading.convert(model, output, naming, dtype, config=config):
         print(file)
 
 
 def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
-    """Pictures to one file of latents; finished pictures are not done again."""
-    files, target = _named(pictures), Path(output)
+    """Encode images to one latent file; resumes."""
+    files, target = _unique_names(pictures), Path(output)
     if target.is_dir():
-        raise SettingsError(f"{target} is a folder: --output takes the name of a file")
+        raise SettingsError(f"{target} is a folder; --output takes a file name")
     if target.suffix != SUFFIX:
-        raise SettingsError(f"--output {target}: latents are written as {target.with_suffix(SUFFIX)}")
+        raise SettingsError(f"--output {target} must end in {SUFFIX}, such as {target.with_suffix(SUFFIX)}")
     vae, tiling = _open(**opening)
     unfinished = Unfinished(target, _settings(vae, opening))
-    new = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
-    for name in _progress(new, of=len(files)):
-        with _about(str(files[name])):
+    missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
+    for name in _progress(missing, of=len(files)):
+        with _error_context(str(files[name])):
             (picture,) = load_images(files[name], channels=vae.config.in_channels)
             (latents,) = vae.encode_images(picture, tiling=tiling)
             unfinished.add(name, Entry(latents, picture.shape[:2], _crc32_of(files[name])))
     unfinished.finish(list(files))
-    print(f"{target}: latents of {_count(files)}, {len(new)} of them new")
+    print(f"{target}: latents of {_count(files)}, {len(missing)} of them new")
 
 
 def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> None:
-    """A file of latents to PNG files; those that are there already are not done again."""
-    entries, made_with = latent_file.read(latents)
-    targets = _targets(entries, output)
-    vae, tiling = _open(model=model or str(made_with.get("model")), **opening)
+    """Decode a latent file to PNG files; existing ones are kept."""
+    entries, encoder = latent_file.read(latents)
+    targets = _output_files(entries, output)
+    vae, tiling = _open(model=model or str(encoder.get("model")), **opening)
     weights = _crc32_of_weights(vae)
-    if made_with.get("weights") not in (None, weights):
-        log.warning("%s was made with other weights than those of %s", latents, model or made_with["model"])
+    if encoder.get("weights") not in (None, weights):
+        log.warning("%s was encoded with other weights than %s", latents, model or encoder["model"])
     marks = {name: f"decoded {_crc32(entry.latents):08x} {weights:08x} {opening}" for name, entry in entries.items()}
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):
-        with _about(f"{latents}: {name}"):
+        with _error_context(f"{latents}: {name}"):
             (image,) = vae.decode_images([entries[name].latents], [entries[name].size], tiling=tiling)
             save_image(targets[name], np.array(image), text={MARK: marks[name]})
     print(f"{output}: {_count(targets)}, {len(new)} of them new")
@@ -89,13 +89,13 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
 
 def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, as_json: bool, **opening: Any) -> None:
     """Pictures to latents and back: measurements, and what it looks like."""
-    _positive(amplify)
-    files = _named(pictures)
-    targets = _targets(files, output) if output else {}
+    _check_amplify(amplify)
+    files = _unique_names(pictures)
+    targets = _output_files(files, output) if output else {}
     vae, tiling = _open(**opening)
     rows: list[dict[str, Any]] = []
     for name in _progress(list(files), of=len(files)):
-        with _about(str(files[name])):
+        with _error_context(str(files[name])):
             (picture,) = load_images(files[name], channels=vae.config.in_channels)
             again = from_chw(vae(to_nchw(picture), tiling=tiling)[0][0])
         height, width = picture.shape[:2]
@@ -109,7 +109,7 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
         print(json.dumps(without_infinities(answer), indent=2))
         return
     width = max(len(f"mean of {len(rows)}"), *(len(name) for name in files))
-    print(f"{'picture':{width}}  {'size':>9}  PSNR / dB    SSIM")
+    print(f"{'image':{width}}  {'size':>9}  PSNR / dB    SSIM")
     for row in [*rows, {"name": f"mean of {len(rows)}", **mean}]:
         size = f"{row['height']}x{row['width']}" if "height" in row else ""
         print(f"{row['name']:{width}}  {size:>9}  {row['psnr']:9.2f}  {row['ssim']:6.4f}")
@@ -130,13 +130,13 @@ def compare(
     tiling: str,
     tile: int,
 ) -> None:
-    """The same pictures through several models: a sheet of pictures, a table, and the table as JSON."""
-    _positive(amplify)
-    found = [file for _, file in _files(pictures)]
-    files = dict(zip(report.names(list(map(str, found))), found, strict=True))
-    target = _targets(["comparison"], output)["comparison"]
+    """Compare models on the same images: contact sheet, table, JSON."""
+    _check_amplify(amplify)
+    paths = [file for _, file in _files(pictures)]
+    files = dict(zip(report.names(list(map(str, paths))), paths, strict=True))
+    target = _output_files(["comparison"], output)["comparison"]
     if len(lpips or ()) > 2:
-        raise SettingsError(f"--lpips takes one file or two, not {len(lpips or ())}")
+        raise SettingsError(f"--lpips takes 1 or 2 files, not {len(lpips or ())}")
     if len(configs or ()) > len(models):
         raise SettingsError(f"--config is given {len(configs or ())} times for {len(models)} models")
     given = [None if config == "-" else config for config in configs or ()]
@@ -145,20 +145,20 @@ def compare(
         for model, config in zip_longest(models, given)
     ]
     side = report.size_of(codecs, size)
-    contestants = [comparison.Contestant(*both) for both in zip(report.names(models), codecs, strict=True)]
-    judge = LPIPS.from_files(*lpips) if lpips else None
+    candidates = [comparison.Candidate(*both) for both in zip(report.names(models), codecs, strict=True)]
+    network = LPIPS.from_files(*lpips) if lpips else None
     squares = (load_image(files[name], resolution=side) for name in _progress(list(files), of=len(files)))
     shown = []
-    compared = comparison.run(contestants, squares, first=first_frame, lpips=judge)
+    compared = comparison.run(candidates, squares, first=first_frame, lpips=network)
     for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
-        shown += [(name, picture, again)] if index < SHOWN else []
-    summaries = [contestant.summary() for contestant in contestants]
+        shown += [(name, picture, again)] if index < SHEET_ROWS else []
+    summaries = [candidate.summary() for candidate in candidates]
     save_image(target, report.sheet(shown, summaries, amplify), text={MARK: "compared"})
-    told = [
-        {**summary, "source": model, "pictures": dict(zip(files, contestant.qualities, strict=True))}
-        for summary, model, contestant in zip(summaries, models, contestants, strict=True)
+    measured = [
+        {**summary, "source": model, "pictures": dict(zip(files, candidate.qualities, strict=True))}
+        for summary, model, candidate in zip(summaries, models, candidates, strict=True)
     ]
-    answer = without_infinities({"size": side, "first_frame": first_frame, "models": told})
+    answer = without_infinities({"size": side, "first_frame": first_frame, "models": measured})
     write_json(target.with_suffix(".json"), answer)
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -168,43 +168,43 @@ def compare(
     for summary in summaries:
         for note in report.notes(summary, side):
             print(f"{summary['name']}: {note}")
-    print(f"{target}{f': the first {SHOWN}' if len(files) > SHOWN else ''}")
+    print(f"{target}{f': the first {SHEET_ROWS}' if len(files) > SHEET_ROWS else ''}")
 
 
-def _named(pictures: Sequence[str]) -> dict[str, Path]:
-    """Files of a command line by name: that of the file, behind that of its folder where several are looked into."""
+def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:
+    """Name the input files: the file name, with the folder in front if there are several folders."""
     files: dict[str, Path] = {}
     several = sum(Path(given).is_dir() for given in pictures) > 1
     for given, file in _files(pictures):
         name = f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name
         if files.setdefault(name, file).resolve() != file.resolve():
-            raise ImageError(f"{files[name]} and {file} have one name, {name}: take them apart")
+            raise ImageError(f"{files[name]} and {file} have the same name, {name}; encode them separately")
     return files
 
 
 def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
-    """What a command line gives, and the picture file that it is, or each that it has."""
+    """Yield each argument with its image file, or with every image of its folder."""
     for given in map(Path, pictures):
         found = find_images(given)[0] if given.is_dir() else [given]
         if not found:
-            below = "; folders in it are not looked into" if any(one.is_dir() for one in given.iterdir()) else ""
-            raise ImageError(f"{given} has no pictures: {', '.join(sorted(EXTENSIONS))} count{below}")
+            below = "; subfolders are not searched" if any(entry.is_dir() for entry in given.iterdir()) else ""
+            raise ImageError(f"{given} has no images ({', '.join(sorted(EXTENSIONS))}){below}")
         for file in found:
             if not file.is_file():
                 raise ImageError(f"{file} does not exist")
             yield given, file
 
 
-def _targets(names: Iterable[str], folder: str) -> dict[str, Path]:
-    """The PNG files of pictures, by name; what stands there already must be from here."""
+def _output_files(names: Iterable[str], folder: str) -> dict[str, Path]:
+    """PNG files for the images, by name; existing files must be ours."""
     stems = {name: str(Path(name).with_suffix("")) for name in names}
     taken = Counter(stems.values())
     targets = {name: Path(folder) / f"{stem if taken[stem] == 1 else name}.png" for name, stem in stems.items()}
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise SettingsError(f"{folder} is a file: --output takes a folder")
+        raise SettingsError(f"{folder} is a file; --output takes a folder")
     for target in targets.values():
         if target.exists() and _mark(target) is None:
-            raise ImageError(f"{target} exists and is not from here: give another --output")
+            raise ImageError(f"{target} exists and was not written by mflux-vae; give another --output")
     return targets
 
 
@@ -228,13 +228,13 @@ def _plan(tiling: str, tile: int) -> Tiling | bool | None:
     return False if tiling == "off" else Tiling(tiling, tile=tile)  # type: ignore[arg-type]
 
 
-def _positive(amplify: float) -> None:
+def _check_amplify(amplify: float) -> None:
     if not 0 < amplify < math.inf:
         raise SettingsError(f"--amplify must be positive, not {amplify}")
 
 
 def _settings(vae: VAE, opening: Mapping[str, Any]) -> dict[str, Any]:
-    """What latents depend on, and the name that `decode` opens."""
+    """Settings that determine the latents, and the model for `decode`."""
     return {
         "model": opening["model"],
         "weights": _crc32_of_weights(vae),
@@ -261,17 +261,17 @@ def _crc32_of_weights(vae: VAE) -> int:
 
 
 def _progress(names: Sequence[str], *, of: int) -> Iterable[str]:
-    """The names, with a bar and the time that is left, on terminals."""
-    return tqdm(names, total=of, initial=of - len(names), unit="picture", disable=None)
+    """Iterate over names with a progress bar on terminals."""
+    return tqdm(names, total=of, initial=of - len(names), unit="image", disable=None)
 
 
 def _count(pictures: Sized) -> str:
-    return count_text(len(pictures), "picture")
+    return count_text(len(pictures), "image")
 
 
 @contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Errors say what they are about."""
+def _error_context(what: str) -> Iterator[None]:
+    """Add the subject to errors that lack it."""
     try:
         yield
     except MfluxVaeError as error:

@@ -1,4 +1,4 @@
-"""What a weights file or folder is, and the presets: the command ``mflux-vae info``."""
+"""The command ``mflux-vae info``: describe a weights file or folder, or list the presets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import size_text
 
 SIDES = (512, 1024, 2048)
-"""Of images whose memory is told."""
+"""Image sizes (pixels) for the memory estimate."""
 
 WHAT: tuple[Literal["encode", "decode"], ...] = ("encode", "decode")
 
 
 def info(*, model: str | None, config: str | None, as_json: bool) -> None:
-    """What a weights file or folder is; without one, the presets."""
+    """Describe a weights file or folder; without one, list the presets."""
     if model is None:
         _list_presets(as_json)
         return
@@ -35,12 +35,12 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))
         return
-    stored, preset = " and ".join(found.dtypes), PRESETS[found.preset].title if found.preset else "of no preset"
+    stored, preset = " and ".join(found.dtypes), PRESETS[found.preset].title if found.preset else "no preset"
     print(f"{found.source}: {preset}")
     print(
         f"  {found.family}, {found.naming} naming, {found.parameters:,} parameters in {found.tensors} tensors, {stored}"
     )
-    print(f"  latents: {_told(latents)}")
+    print(f"  latents: {_describe(latents)}")
     for what, sizes in needed.items() if sides else ():
         print(f"  memory to {what}: {', '.join(f'{size} {size_text(number)}' for size, number in sizes.items())}")
     if found.assumed:
@@ -48,21 +48,21 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
 
 
 def _list_presets(as_json: bool) -> None:
-    told = {
+    rows = {
         name: {"title": row.title, "repository": row.repository, "inside": row.inside, **_latents(row.config)}
         for name, row in PRESETS.items()
     }
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(rows, indent=2))
         return
-    for name, row in told.items():
+    for name, row in rows.items():
         print(f"{name:20} {row['channels']:3} channels at 1/{row['downsampling']:<3} {row['title']}")
-    for name in presets.names()[len(told) :]:
-        print(f"{name:20} of another package: {presets.registered(name)}")
+    for name in presets.names()[len(rows) :]:
+        print(f"{name:20} registered: {presets.registered(name)}")
 
 
 def _latents(config: Any) -> dict[str, Any]:
-    """What a denoiser sees; or the numbers that stand for an image of one size; or codes for a pair of frames."""
+    """Latents as the denoiser sees them; or the size of vector latents; or of codes for a pair of frames."""
     if getattr(config, "pairs", False):
         return {"codes": config.code_seq_len, "of": config.codebook_size, "frame": config.image_size}
     if getattr(config, "vectors", False):
@@ -71,13 +71,13 @@ def _latents(config: Any) -> dict[str, Any]:
     if hasattr(config, "batch_norm_eps"):
         scaling = "scaled by running statistics"
     elif getattr(config, "latents_mean", None):
-        scaling = "scaled by each channel's mean and deviation"
+        scaling = "scaled by mean and std per channel"
     else:
         scaling = f"(raw - {shift or 0}) * {factor}"
     return {"channels": config.scaled_channels, "downsampling": config.scaled_downsampling, "scaling": scaling}
 
 
-def _told(latents: Mapping[str, Any]) -> str:
+def _describe(latents: Mapping[str, Any]) -> str:
     if "codes" in latents:
         return "{codes} codes of {of} for a pair of frames of {frame} x {frame}".format(**latents)
     if "numbers" in latents:

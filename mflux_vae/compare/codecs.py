@@ -1,4 +1,4 @@
-"""What a comparison does with networks of different kinds: a frame to latents and back, and latents as numbers."""
+"""A common interface to the networks of a comparison."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mflux_vae.tiling.plan import TilingOption
 from mflux_vae.vae import VAE
 
 First: TypeAlias = Literal["self", "previous"]
-"""The first frame of a pair whose second is the picture: itself, or the picture before it."""
+"""First frame of a pair whose second frame is the image: the image itself, or the previous image."""
 
 
 class Codec(Protocol):
-    """A network, and what is the same for all kinds of it. Frames are uint8 (S, S, channels).
+    """Encodes and decodes frames, uint8 (S, S, channels).
 
     Attributes:
-        network: encodes and decodes.
-        side: the only size of images that it knows, or None.
-        channels: of its images.
-        note: what the reader of its measurements has to know, or "".
+        network: the network.
+        side: the only image size that it takes (pixels), or None.
+        channels: image channels.
+        note: remark on its measurements, or "".
     """
 
     network: Any
@@ -35,27 +35,27 @@ class Codec(Protocol):
     channels: int
     note: str
 
-    def given(self, frame: np.ndarray, first: np.ndarray) -> Any:
-        """A frame, and the one before it, as `encode` takes them."""
+    def prepare(self, frame: np.ndarray, first: np.ndarray) -> Any:
+        """Convert a frame and its first frame to the input of `encode`."""
 
-    def encode(self, given: Any) -> Any:
-        """Latents, computed."""
+    def encode(self, inputs: Any) -> Any:
+        """Encode, evaluated."""
 
-    def decode(self, given: Any, latents: Any) -> np.ndarray:
-        """The frame again."""
+    def decode(self, inputs: Any, latents: Any) -> np.ndarray:
+        """Decode to a frame."""
 
     def values(self, latents: Any) -> np.ndarray:
-        """Latents as numbers, (..., C)."""
+        """Latents as an array (..., C)."""
 
     def kl(self, latents: Any) -> float | None:
-        """Divergence from the standard normal in nats, where the network has variances."""
+        """KL divergence from the standard normal in nats; None without variances."""
 
-    def told(self, latents: Any) -> dict[str, Any]:
-        """What a latent is made of: `numbers`, how many, and its `shape` as a text."""
+    def describe(self, latents: Any) -> dict[str, Any]:
+        """Size of a latent: `numbers` (count) and `shape` (text)."""
 
 
 class ImageCodec:
-    """Images to a distribution over latents, whose mode is decoded."""
+    """An autoencoder of images; decodes the mode of the posterior."""
 
     note = ""
 
@@ -65,18 +65,18 @@ class ImageCodec:
         self.channels: int = network.config.in_channels
         self._vae, self._tiling = VAE(network=network), tiling
 
-    def given(self, frame: np.ndarray, first: np.ndarray) -> mx.array:
+    def prepare(self, frame: np.ndarray, first: np.ndarray) -> mx.array:
         return to_nchw(frame)
 
-    def encode(self, given: mx.array) -> tuple[DiagonalGaussian, mx.array]:
-        posterior = self._vae.posterior(given, tiling=self._tiling)
+    def encode(self, inputs: mx.array) -> tuple[DiagonalGaussian, mx.array]:
+        posterior = self._vae.posterior(inputs, tiling=self._tiling)
         latents = self._vae.scaled(posterior.mode())
         mx.eval(latents, posterior.logvar)
         return posterior, latents
 
-    def decode(self, given: mx.array, latents: tuple[DiagonalGaussian, mx.array]) -> np.ndarray:
+    def decode(self, inputs: mx.array, latents: tuple[DiagonalGaussian, mx.array]) -> np.ndarray:
         scaled = latents[1] if latents[1].ndim == 2 else latents[1].transpose(0, 3, 1, 2)
-        height, width = given.shape[2:]
+        height, width = inputs.shape[2:]
         return from_chw(self._vae.decode(scaled, size=(height, width), tiling=self._tiling)[0])
 
     def values(self, latents: tuple[DiagonalGaussian, mx.array]) -> np.ndarray:
@@ -85,36 +85,36 @@ class ImageCodec:
     def kl(self, latents: tuple[DiagonalGaussian, mx.array]) -> float | None:
         return None if mx.isinf(latents[0].logvar).all() else float(latents[0].kl())
 
-    def told(self, latents: tuple[DiagonalGaussian, mx.array]) -> dict[str, Any]:
+    def describe(self, latents: tuple[DiagonalGaussian, mx.array]) -> dict[str, Any]:
         *sides, channels = latents[1].shape[1:]
         return {"numbers": prod((channels, *sides)), "shape": " x ".join(map(str, (channels, *sides)))}
 
 
 class PairCodec:
-    """A picture as the second frame of a pair, to codes of what changes; its first frame is known to the decoder."""
+    """A latent action quantizer: encodes the change between two frames; the decoder gets the first frame."""
 
     def __init__(self, network: LatentActionQuantizer, first: First):
         self.network: Any = network
         self.side: int | None = network.config.image_size
         self.channels: int = network.config.channels
-        which = "itself" if first == "self" else "the picture before it (the first one with itself)"
+        which = "itself" if first == "self" else "the previous image (the first one with itself)"
         self.note = (
-            f"each picture is the second frame of a pair with {which}; codes tell what changes,"
-            f" {network.config.bits:.3g} bits, and decoding sees the whole first frame"
+            f"each image is the second frame of a pair with {which}; the codes ({network.config.bits:.3g} bits)"
+            " describe the change, and the decoder gets the first frame"
         )
 
-    def given(self, frame: np.ndarray, first: np.ndarray) -> tuple[mx.array, mx.array]:
+    def prepare(self, frame: np.ndarray, first: np.ndarray) -> tuple[mx.array, mx.array]:
         before, after = (mx.array(to_pixels(each)[None]) for each in (first, frame))
         return before, after
 
-    def encode(self, given: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
-        difference = self.network.difference(*given)
+    def encode(self, inputs: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+        difference = self.network.difference(*inputs)
         codes = self.network.quantizer.nearest(difference)
         mx.eval(difference, codes)
         return difference, codes
 
-    def decode(self, given: tuple[mx.array, mx.array], latents: tuple[mx.array, mx.array]) -> np.ndarray:
-        return to_pictures(np.array(self.network.decode(given[0], latents[1]).astype(mx.float32))[0])
+    def decode(self, inputs: tuple[mx.array, mx.array], latents: tuple[mx.array, mx.array]) -> np.ndarray:
+        return to_pictures(np.array(self.network.decode(inputs[0], latents[1]).astype(mx.float32))[0])
 
     def values(self, latents: tuple[mx.array, mx.array]) -> np.ndarray:
         return np.array(latents[0])
@@ -122,7 +122,7 @@ class PairCodec:
     def kl(self, latents: tuple[mx.array, mx.array]) -> None:
         return None
 
-    def told(self, latents: tuple[mx.array, mx.array]) -> dict[str, Any]:
+    def describe(self, latents: tuple[mx.array, mx.array]) -> dict[str, Any]:
         count = self.network.config.code_seq_len
         return {"numbers": count, "shape": f"{count} codes of {self.network.config.codebook_size}"}
 
@@ -135,7 +135,7 @@ def open_codec(
     tiling: TilingOption = None,
     first: First = "self",
 ) -> Codec:
-    """Open a network of any kind; see `loading.open_network` for what it takes and raises, and `VAE` for tiling."""
+    """Open a network of any kind; arguments and errors as in `loading.open_network`, tiling as in `VAE`."""
     network: Any = loading.open_network(source, dtype, config=config, pairs=True)
     if isinstance(network, LatentActionQuantizer):
         return PairCodec(network, first)

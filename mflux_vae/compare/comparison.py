@@ -1,7 +1,7 @@
-"""Several autoencoders on the same pictures: what each reconstructs, what its latents are like, how long it takes.
+"""Compare autoencoders on the same images: reconstructions, statistics of latents, times.
 
-Pictures are squares of one size, uint8 (S, S, 3). A network that knows one size only gets them in its own, and what it
-makes is brought back to S: what is lost on the way counts. One of a single channel is compared in brightness.
+Images are squares uint8 (S, S, 3). A network with a fixed size gets them resized, and its reconstructions are resized
+back to S; the loss of resizing counts. A network with one channel is compared in brightness.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained.loading import parameter_count
 
 ROUNDS = 5
-"""How often each model is timed, on the first picture."""
+"""Repetitions of timing, on the first image."""
 
 DEAD = 0.01
-"""Variance up to which a latent channel counts as unused (Burda et al. 2016, arXiv 1509.00519)."""
+"""A latent channel with at most this variance is dead (Burda et al. 2016, arXiv 1509.00519)."""
 
 
 class LatentStatistics:
-    """Of latents that arrive one after the other, by channel, in float64."""
+    """Running statistics per channel in float64."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -37,14 +37,14 @@ class LatentStatistics:
         self._squares: Any = 0.0
 
     def add(self, latents: np.ndarray) -> None:
-        """(..., C)."""
+        """Add latents (..., C)."""
         rows = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
         self.rows += len(rows)
         self._ends.append((float(rows.min()), float(rows.max())))
         self._sums, self._squares = self._sums + rows.sum(axis=0), self._squares + np.square(rows).sum(axis=0)
 
     def summary(self) -> dict[str, Any]:
-        """`mean`, `std`, `min`, `max`; `channels`, and how many of them are `dead`: None where there is but one row."""
+        """`mean`, `std`, `min`, `max`, `channels` and `dead` channels (None with a single row)."""
         means, squares = self._sums / self.rows, self._squares / self.rows
         variances = np.maximum(squares - np.square(means), 0)
         return {
@@ -58,17 +58,17 @@ class LatentStatistics:
 
 
 @dataclass(eq=False)
-class Contestant:
-    """A model to compare, and what was measured so far.
+class Candidate:
+    """A model to compare, with its measurements.
 
     Attributes:
-        name: in the table.
-        codec: what it is.
-        latent: what a latent is made of, and the compression: numbers in an image for each in its latent.
-        statistics: of latents before scaling.
-        qualities: of each picture (`measuring.quality`).
-        kl: of each picture, nats.
-        seconds: of each encoding, and of each decoding.
+        name: shown in the table.
+        codec: the model.
+        latent: size of a latent, and `compression`: image values per latent value.
+        statistics: statistics of unscaled latents.
+        qualities: `measuring.quality` of each image.
+        kl: KL of each image (nats).
+        seconds: seconds of each encode, and of each decode.
     """
 
     name: str
@@ -80,31 +80,31 @@ class Contestant:
     seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
     def reconstruct(self, picture: np.ndarray, first: np.ndarray, lpips: LPIPS | None) -> np.ndarray:
-        """The picture (S, S, 3) again, measured."""
-        original = self._coloured(picture)
-        given = self._given(picture, first)
-        latents = self.codec.encode(given)
-        again = covered(self.codec.decode(given, latents), picture.shape[:2])
+        """Reconstruct an image (S, S, 3) and measure it."""
+        original = self._convert_channels(picture)
+        inputs = self._prepare(picture, first)
+        latents = self.codec.encode(inputs)
+        again = covered(self.codec.decode(inputs, latents), picture.shape[:2])
         self.statistics.add(self.codec.values(latents))
         kl = self.codec.kl(latents)
         self.kl += [] if kl is None else [kl]
         self.qualities.append(quality(original, again, lpips))
-        told, side = self.codec.told(latents), self.codec.side or picture.shape[0]
-        self.latent = {**told, "compression": side**2 * self.codec.channels / told["numbers"]}
+        latent, side = self.codec.describe(latents), self.codec.side or picture.shape[0]
+        self.latent = {**latent, "compression": side**2 * self.codec.channels / latent["numbers"]}
         return np.broadcast_to(again, picture.shape)
 
     def clock(self, picture: np.ndarray, first: np.ndarray) -> None:
-        """Encode and decode for the clock."""
-        given = self._given(picture, first)
+        """Time one encode and one decode."""
+        inputs = self._prepare(picture, first)
         start = time.perf_counter()
-        latents = self.codec.encode(given)
+        latents = self.codec.encode(inputs)
         middle = time.perf_counter()
-        self.codec.decode(given, latents)
+        self.codec.decode(inputs, latents)
         self.seconds[0].append(middle - start)
         self.seconds[1].append(time.perf_counter() - middle)
 
     def summary(self) -> dict[str, Any]:
-        """What was measured, for a table and for JSON; milliseconds are medians, measures of quality means."""
+        """Measurements for the table and JSON: median milliseconds, mean qualities."""
         names = self.qualities[0]
         encode, decode = (1000 * median(seconds) for seconds in self.seconds)
         return {
@@ -121,36 +121,36 @@ class Contestant:
             "note": self.codec.note,
         }
 
-    def _given(self, picture: np.ndarray, first: np.ndarray) -> Any:
+    def _prepare(self, picture: np.ndarray, first: np.ndarray) -> Any:
         side = self.codec.side or picture.shape[0]
-        return self.codec.given(*(covered(self._coloured(each), (side, side)) for each in (picture, first)))
+        return self.codec.prepare(*(covered(self._convert_channels(each), (side, side)) for each in (picture, first)))
 
-    def _coloured(self, picture: np.ndarray) -> np.ndarray:
+    def _convert_channels(self, picture: np.ndarray) -> np.ndarray:
         return load_images(picture, channels=self.codec.channels)[0]
 
 
 def run(
-    contestants: Sequence[Contestant], pictures: Iterable[np.ndarray], *, first: First, lpips: LPIPS | None = None
+    candidates: Sequence[Candidate], pictures: Iterable[np.ndarray], *, first: First, lpips: LPIPS | None = None
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Reconstruct pictures, and measure; at last by the clock, on the first of them, one model after the other.
+    """Reconstruct and measure images; finally time the models on the first image, alternating.
 
     Args:
-        contestants: which keep what is measured.
+        candidates: keep the measurements.
         pictures: uint8 (S, S, 3) each.
-        first: see `First`; for networks of pairs.
-        lpips: the network of the perceptual distance.
+        first: see `First`.
+        lpips: network for LPIPS.
 
     Yields:
-        each picture, and what each contestant makes of it, (S, S, 3).
+        each image and its reconstructions, (S, S, 3).
     """
     beginning, before = None, None
     for picture in pictures:
         before = picture if before is None or first == "self" else before
-        yield picture, [contestant.reconstruct(picture, before, lpips) for contestant in contestants]
+        yield picture, [candidate.reconstruct(picture, before, lpips) for candidate in candidates]
         beginning = picture if beginning is None else beginning
         before = picture
     if beginning is None:
         return
     for turn in range(ROUNDS):
-        for contestant in contestants if turn % 2 else reversed(contestants):
-            contestant.clock(beginning, beginning)
+        for candidate in candidates if turn % 2 else reversed(candidates):
+            candidate.clock(beginning, beginning)

@@ -1,4 +1,4 @@
-"""How well a picture comes back: numbers for tables and JSON, and where it differs. Pictures are uint8 (H, W, C)."""
+"""Quality of a reconstruction, and where it differs. Images are uint8 (H, W, C)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mflux_vae.images import to_pictures
 from mflux_vae.metrics import image as metrics
 from mflux_vae.metrics.lpips import LPIPS
 
-_LPIPS_SEES = 16
-"""Pixels on a side that LPIPS needs."""
+_LPIPS_MIN_SIDE = 16
+"""Smallest side (pixels) for LPIPS."""
 
 
 def to_nchw(picture: np.ndarray) -> mx.array:
-    """(H, W, C) -> (1, C, H, W), what `VAE` takes."""
+    """(H, W, C) -> (1, C, H, W), the input of `VAE`."""
     return mx.array(picture.transpose(2, 0, 1)[None])
 
 
@@ -28,8 +28,7 @@ def from_chw(image: mx.array) -> np.ndarray:
 
 
 def quality(picture: np.ndarray, again: np.ndarray, lpips: LPIPS | None = None) -> dict[str, float]:
-    """`mse` in squared levels, `psnr` in decibels, `ssim`, and `lpips` with its network; NaN for what a picture is too
-    small for."""
+    """`mse` in squared levels, `psnr` in dB, `ssim`, and `lpips` with a network; NaN if the image is too small."""
     one, other = (value.transpose(2, 0, 1)[None] for value in (picture, again))
     side = min(picture.shape[:2])
     found = {
@@ -38,24 +37,24 @@ def quality(picture: np.ndarray, again: np.ndarray, lpips: LPIPS | None = None) 
         "ssim": float(metrics.ssim(one, other)) if side >= metrics.WINDOW else math.nan,
     }
     if lpips is not None:
-        found["lpips"] = float(metrics.lpips(one, other, lpips)) if side >= _LPIPS_SEES else math.nan
+        found["lpips"] = float(metrics.lpips(one, other, lpips)) if side >= _LPIPS_MIN_SIDE else math.nan
     return found
 
 
 def error_map(picture: np.ndarray, again: np.ndarray, amplify: float) -> np.ndarray:
-    """The absolute difference times `amplify`."""
+    """Absolute difference times `amplify`."""
     difference = np.abs(picture.astype(np.float32) - again) * amplify
     return np.clip(np.rint(difference), 0, 255).astype(np.uint8)
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """Of those that are numbers."""
+    """Mean of the values that are not NaN; NaN if there is none."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def without_infinities(content: Any) -> Any:
-    """JSON has neither infinity nor NaN: null stands for both."""
+    """Replace infinity and NaN, which JSON lacks, with None."""
     if isinstance(content, dict):
         return {name: without_infinities(value) for name, value in content.items()}
     if isinstance(content, list):

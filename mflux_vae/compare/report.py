@@ -1,4 +1,4 @@
-"""A comparison as people see it: names for models, a table, a sheet of pictures."""
+"""Present a comparison: model names, table, contact sheet."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mflux_vae.compare.measuring import error_map
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import labelled_rows, strip
 
-USUAL_SIZE = 256
-SMALLEST_PANEL = 160
-"""Pixels; smaller pictures are enlarged on the sheet, by whole numbers."""
+DEFAULT_SIZE = 256
+MIN_PANEL = 160
+"""Pixels; smaller images are enlarged by whole factors."""
 
-_TELL_NOTHING = {"best_model", "last_model", "diffusion_pytorch_model", "model", "vae"}
-"""How files and folders are called whatever is in them."""
+_GENERIC_NAMES = {"best_model", "last_model", "diffusion_pytorch_model", "model", "vae"}
+"""File and folder names that do not identify a model."""
 
 _GAP = 4
 
 
 def names(sources: Sequence[str]) -> list[str]:
-    """A name for each model: the end of its path, as much of it as tells it from the others."""
+    """Name each model by the shortest unique end of its path."""
     paths = [Path(source) for source in sources]
     parts = [[*path.parts[:-1], path.stem if path.is_file() else path.name] for path in paths]
-    parts = [whole[:-1] if len(whole) > 1 and whole[-1] in _TELL_NOTHING else whole for whole in parts]
+    parts = [whole[:-1] if len(whole) > 1 and whole[-1] in _GENERIC_NAMES else whole for whole in parts]
     taken = [1] * len(parts)
     while True:
         found = ["/".join(whole[-count:]) for whole, count in zip(parts, taken, strict=True)]
@@ -44,32 +44,32 @@ def names(sources: Sequence[str]) -> list[str]:
     ]
 
 
-def size_of(codecs: Sequence[Codec], asked: int | None) -> int:
-    """Side of the squares to compare on: as asked, or the largest that a model is for where all know one only, or 256.
+def size_of(codecs: Sequence[Codec], requested: int | None) -> int:
+    """Side of the squares to compare on: as requested, or the largest fixed size if all models have one, else 256.
 
     Raises:
-        SettingsError: no positive number.
+        SettingsError: not positive.
     """
-    if asked is not None:
-        if asked < 1:
-            raise SettingsError(f"--size must be positive, not {asked}")
-        return asked
-    own = [codec.side for codec in codecs]
-    return max(side for side in own if side) if own and all(own) else USUAL_SIZE
+    if requested is not None:
+        if requested < 1:
+            raise SettingsError(f"--size must be positive, not {requested}")
+        return requested
+    sides = [codec.side for codec in codecs]
+    return max(side for side in sides if side) if sides and all(sides) else DEFAULT_SIZE
 
 
 def notes(summary: Mapping[str, Any], size: int) -> list[str]:
-    """What has to be known about a model's numbers, as sentences."""
-    told = [summary["note"]] if summary["note"] else []
+    """Remarks on the numbers of a model."""
+    remarks = [summary["note"]] if summary["note"] else []
     if summary["image_size"] not in (None, size):
-        told.append(f"pictures are brought to {summary['image_size']} pixels and back")
+        remarks.append(f"images are resized to {summary['image_size']} pixels and back")
     if summary["channels"] == 1:
-        told.append("it knows one channel: brightness is compared")
-    return told
+        remarks.append("it has one channel: brightness is compared")
+    return remarks
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A column for each model."""
+    """Format a table with a column per model."""
     rows = [("", [summary["name"] for summary in summaries])]
     for title, show in _ROWS.items():
         cells = [show(summary) for summary in summaries]
@@ -92,38 +92,38 @@ def _dead(latent: Mapping[str, Any]) -> str:
 
 
 _ROWS = {
-    "kind": lambda of: of["kind"],
-    "parameters": lambda of: f"{of['parameters']:,}",
-    "latents": lambda of: of["latent"]["shape"],
-    "compression": lambda of: f"{_number(of['latent']['compression'], 0)} : 1",
-    "MSE / levels²": lambda of: _number(of["mse"], 1),
-    "PSNR / dB": lambda of: _number(of["psnr"], 2),
-    "SSIM": lambda of: _number(of["ssim"], 4),
-    "LPIPS": lambda of: _number(of.get("lpips"), 4),
-    "KL / nats": lambda of: _number(of["kl"], 1),
-    "latents' mean": lambda of: _number(of["latent"]["mean"], 3),
-    "latents' deviation": lambda of: _number(of["latent"]["std"], 3),
-    "latents' range": lambda of: f"{of['latent']['min']:.2f} to {of['latent']['max']:.2f}",
-    "dead channels": lambda of: _dead(of["latent"]),
-    "encode / ms": lambda of: _number(of["encode_ms"], 1),
-    "decode / ms": lambda of: _number(of["decode_ms"], 1),
+    "kind": lambda row: row["kind"],
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "latents": lambda row: row["latent"]["shape"],
+    "compression": lambda row: f"{_number(row['latent']['compression'], 0)} : 1",
+    "MSE / levels²": lambda row: _number(row["mse"], 1),
+    "PSNR / dB": lambda row: _number(row["psnr"], 2),
+    "SSIM": lambda row: _number(row["ssim"], 4),
+    "LPIPS": lambda row: _number(row.get("lpips"), 4),
+    "KL / nats": lambda row: _number(row["kl"], 1),
+    "latent mean": lambda row: _number(row["latent"]["mean"], 3),
+    "latent std": lambda row: _number(row["latent"]["std"], 3),
+    "latent range": lambda row: f"{row['latent']['min']:.2f} to {row['latent']['max']:.2f}",
+    "dead channels": lambda row: _dead(row["latent"]),
+    "encode / ms": lambda row: _number(row["encode_ms"], 1),
+    "decode / ms": lambda row: _number(row["decode_ms"], 1),
 }
 
 
 def sheet(
     rows: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]], summaries: Sequence[Mapping[str, Any]], amplify: float
 ) -> np.ndarray:
-    """Pictures and what models made of them side by side, and below these where they differ.
+    """Contact sheet: images and reconstructions side by side, differences below.
 
     Args:
-        rows: name, picture (S, S, 3), and each model's reconstruction of it.
-        summaries: of the models, for the captions.
-        amplify: the differences.
+        rows: name, image (S, S, 3), reconstructions.
+        summaries: `Candidate.summary` of each model, for the labels.
+        amplify: factor of the differences.
     """
     side = rows[0][1].shape[0]
-    factor = max(1, math.ceil(SMALLEST_PANEL / side))
+    factor = max(1, math.ceil(MIN_PANEL / side))
     blank = np.full((side, side, 3), 255, np.uint8)
-    titles = [("pictures", ""), *((of["name"], f"{of['psnr']:.2f} dB, SSIM {of['ssim']:.3f}") for of in summaries)]
+    titles = [("images", ""), *((of["name"], f"{of['psnr']:.2f} dB, SSIM {of['ssim']:.3f}") for of in summaries)]
     shown = [("", strip([caption(lines, side * factor) for lines in titles], gap=_GAP))]
     for name, picture, again in rows:
         errors = [error_map(picture, one, amplify) for one in again]

@@ -1,8 +1,7 @@
-"""How far pictures are apart: MSE, PSNR, SSIM, MS-SSIM, LPIPS per picture, and the Fréchet distance between sets.
+"""MSE, PSNR, SSIM, MS-SSIM and LPIPS per image; the Fréchet distance between sets of images.
 
-Pictures are (B, C, H, W) in [0, 255], uint8 or floating point: what `VAE` takes and gives, so that a measurement
-needs no conversion. Values are computed in float32 (statistics of features in float64), one for each picture, and
-unless said otherwise differentiable.
+Images are (B, C, H, W) in [0, 255], uint8 or floating point, as in `VAE`. Values are computed in float32 (feature
+statistics in float64), one per image. All except the Fréchet distance are differentiable.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import numpy as np
 from mflux_vae.errors import ImageError
 from mflux_vae.metrics.lpips import LPIPS
 
-Pictures: TypeAlias = mx.array | np.ndarray
+Images: TypeAlias = mx.array | np.ndarray
 
 LEVELS = 255.0
-"""From black to white."""
+"""Range from black to white."""
 
 WINDOW, SIGMA = 11, 1.5
-"""Side and spread of the Gaussian window of SSIM, pixels."""
+"""Side and standard deviation (pixels) of the Gaussian window of SSIM."""
 
 _C1, _C2 = (0.01 * LEVELS) ** 2, (0.03 * LEVELS) ** 2
 
@@ -30,49 +29,49 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of MS-SSIM from the finest scale to the coarsest (Wang et al. 2003, section 3.2)."""
 
 
-def mse(image: Pictures, other: Pictures) -> mx.array:
-    """Mean squared difference, in squared levels of [0, 255]. (B, C, H, W) twice -> (B,).
+def mse(image: Images, other: Images) -> mx.array:
+    """Mean squared difference in squared levels of [0, 255]: (B,).
 
     Raises:
-        ImageError: shapes that differ, or no pictures; as in all that follow.
+        ImageError: shapes differ, or the images are empty; also in the functions below.
     """
     x, y = _pair(image, other)
     return mx.square(x - y).mean(axis=(1, 2, 3))
 
 
-def psnr(image: Pictures, other: Pictures) -> mx.array:
-    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), in decibels; infinite where nothing differs. (B,)."""
+def psnr(image: Images, other: Images) -> mx.array:
+    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE), in dB: (B,). Infinite for equal images."""
     return 10 * mx.log10(LEVELS**2 / mse(image, other))
 
 
-def ssim(image: Pictures, other: Pictures) -> mx.array:
-    """Structural similarity (Wang et al. 2004), at most 1; each channel by itself, then their mean. (B,).
+def ssim(image: Images, other: Images) -> mx.array:
+    """Structural similarity (Wang et al. 2004), at most 1, averaged over channels: (B,).
 
-    Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03, at every place where the window fits, as the authors'
-    own program and scikit-image (with `gaussian_weights`, without `use_sample_covariance`) have it.
+    Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03, wherever the window fits, as in the authors' program and
+    in scikit-image (`gaussian_weights=True`, `use_sample_covariance=False`).
 
     Raises:
-        ImageError: also for a side shorter than the window.
+        ImageError: also if a side is shorter than the window.
     """
     x, y = _pair(image, other, at_least=WINDOW)
     luminance, contrast = _similarity(x, y)
     return (luminance * contrast).mean(axis=(1, 2, 3))
 
 
-def ms_ssim(image: Pictures, other: Pictures) -> mx.array:
-    """Multi-scale structural similarity (Wang et al. 2003): contrast at five scales, luminance at the coarsest. (B,).
+def ms_ssim(image: Images, other: Images) -> mx.array:
+    """Multi-scale structural similarity (Wang et al. 2003): contrast at five scales, luminance at the coarsest: (B,).
 
-    Between scales 2x2 pixels are averaged, an odd last row or column with itself. A negative mean, whose root would
-    be no number, counts as 0. Channels as in `ssim`.
+    Scales differ by averages of 2x2 pixels (an odd last row or column is repeated). Negative means count as 0.
+    Averaged over channels.
 
     Raises:
-        ImageError: also for a side of less than 161 pixels, which the window does not fit into at the coarsest scale.
+        ImageError: also if a side is shorter than 161 pixels: the window does not fit at the coarsest scale.
     """
     x, y = _pair(image, other, at_least=(WINDOW - 1) * 2 ** (len(SCALES) - 1) + 1)
     value = mx.ones(x.shape[:2])
     for scale, exponent in enumerate(SCALES):
         if scale:
-            x, y = _halved(x), _halved(y)
+            x, y = _downsample_2x(x), _downsample_2x(y)
         luminance, contrast = _similarity(x, y)
         coarsest = scale == len(SCALES) - 1
         mean = (luminance * contrast if coarsest else contrast).mean(axis=(2, 3))
@@ -80,26 +79,26 @@ def ms_ssim(image: Pictures, other: Pictures) -> mx.array:
     return value.mean(axis=1)
 
 
-def lpips(image: Pictures, other: Pictures, network: LPIPS) -> mx.array:
-    """Learned perceptual distance (Zhang et al. 2018), 0 for equal pictures. (B,).
+def lpips(image: Images, other: Images, network: LPIPS) -> mx.array:
+    """Learned perceptual distance (Zhang et al. 2018): (B,). 0 for equal images.
 
     Args:
-        image, other: of three channels, or of one, which is repeated; sides of at least 16 pixels.
+        image, other: 3 channels, or 1, which is repeated; at least 16 pixels per side.
         network: `LPIPS.from_files(...)`.
     """
-    x, y = (_pixels(picture) for picture in _pair(image, other, at_least=16))
+    x, y = (_pixels(array) for array in _pair(image, other, at_least=16))
     if x.shape[-1] not in (1, 3):
-        raise ImageError(f"LPIPS compares pictures of 3 channels or 1, not {x.shape[-1]}")
+        raise ImageError(f"LPIPS compares images of 1 or 3 channels, not {x.shape[-1]}")
     x, y = (mx.broadcast_to(pixels, (*pixels.shape[:3], 3)) for pixels in (x, y))
     return network(x, y)
 
 
 class FeatureStatistics:
-    """Mean and covariance of feature vectors that arrive in portions (Chan et al. 1983), in float64.
+    """Running mean and covariance of feature vectors (Chan et al. 1983) in float64.
 
     Attributes:
-        count: vectors so far.
-        mean: (D,); None before the first.
+        count: number of vectors.
+        mean: (D,); None before the first vector.
     """
 
     def __init__(self) -> None:
@@ -108,17 +107,17 @@ class FeatureStatistics:
         self._scatter = np.zeros((0, 0))
 
     def update(self, features: mx.array | np.ndarray) -> None:
-        """Add vectors, (N, D).
+        """Add vectors (N, D).
 
         Raises:
-            ImageError: another number of axes or another D than before, or values that are not finite.
+            ImageError: not (N, D) with the D of earlier calls, or values are not finite.
         """
         values = np.array(features, np.float64)
         if values.ndim != 2 or (self.mean is not None and values.shape[1] != len(self.mean)):
             expected = "(N, D)" if self.mean is None else f"(N, {len(self.mean)})"
-            raise ImageError(f"features are {values.shape}, expected {expected}")
+            raise ImageError(f"features are {values.shape}; expected {expected}")
         if not np.isfinite(values).all():
-            raise ImageError("features hold values that are infinite or not a number")
+            raise ImageError("features have infinite or NaN values")
         if not len(values):
             return
         mean = values.mean(axis=0)
@@ -126,27 +125,27 @@ class FeatureStatistics:
         self._merge(len(values), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add what another one has seen, of the same D."""
+        """Add the vectors of other statistics with the same D."""
         if other.mean is None:
             return
         if self.mean is not None and self.mean.shape != other.mean.shape:
-            raise ImageError(f"statistics of {len(other.mean)} features cannot join those of {len(self.mean)}")
+            raise ImageError(f"cannot merge statistics of {len(other.mean)} and {len(self.mean)} features")
         self._merge(other.count, other.mean, other._scatter)
 
     def covariance(self) -> np.ndarray:
-        """(D, D), divided by count - 1 as `numpy.cov` does.
+        """Covariance (D, D), divided by count - 1 as in `numpy.cov`.
 
         Raises:
             ImageError: fewer than two vectors.
         """
         if self.count < 2:
-            raise ImageError(f"a covariance needs two feature vectors, and there are {self.count}")
+            raise ImageError(f"a covariance needs at least 2 feature vectors, got {self.count}")
         return self._scatter / (self.count - 1)
 
     def distance(self, other: FeatureStatistics) -> float:
-        """`frechet_distance` between the two: the rFID, if these are features of pictures and of reconstructions."""
+        """`frechet_distance` to other statistics; the rFID for features of images and of their reconstructions."""
         if self.mean is None or other.mean is None:
-            raise ImageError("a distance needs feature vectors on both sides")
+            raise ImageError("a distance needs feature vectors in both statistics")
         return frechet_distance(self.mean, self.covariance(), other.mean, other.covariance())
 
     def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
@@ -163,23 +162,22 @@ class FeatureStatistics:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Squared Fréchet distance of two normal distributions: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    Of Inception features it is the FID (Heusel et al. 2017). The trace of the root is that of the symmetric
-    (S1^(1/2) S2 S1^(1/2))^(1/2), whose eigenvalues are real: no general matrix root is needed, and a covariance
-    without full rank is no special case.
+    With Inception features it is the FID (Heusel et al. 2017). The trace of the root equals that of the symmetric
+    (S1^(1/2) S2 S1^(1/2))^(1/2), whose eigenvalues are real, so rank-deficient covariances work.
 
     Args:
         mu1, mu2: (D,).
-        sigma1, sigma2: (D, D), symmetric, no negative eigenvalues.
+        sigma1, sigma2: (D, D), symmetric, positive semi-definite.
 
     Raises:
-        ImageError: shapes that do not fit, or values that are not finite.
+        ImageError: shapes do not fit, or values are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(value, np.float64) for value in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu2.shape != mu1.shape or not sigma1.shape == sigma2.shape == (len(mu1),) * 2:
         shapes = ", ".join(str(value.shape) for value in (mu1, sigma1, mu2, sigma2))
-        raise ImageError(f"means and covariances are {shapes}, expected (D,), (D, D), (D,), (D, D)")
+        raise ImageError(f"means and covariances are {shapes}; expected (D,), (D, D), (D,), (D, D)")
     if not all(np.isfinite(value).all() for value in (mu1, sigma1, mu2, sigma2)):
-        raise ImageError("means or covariances hold values that are infinite or not a number")
+        raise ImageError("means or covariances have infinite or NaN values")
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     spectrum = np.linalg.eigvalsh(root @ sigma2 @ root)
@@ -187,14 +185,14 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(max(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap, 0.0))
 
 
-def _pair(image: Pictures, other: Pictures, *, at_least: int = 1) -> tuple[mx.array, mx.array]:
-    """Both in float32, if they can be compared."""
+def _pair(image: Images, other: Images, *, at_least: int = 1) -> tuple[mx.array, mx.array]:
+    """Check both images and convert them to float32."""
     if image.ndim != 4 or image.shape != other.shape:
         shapes = f"{tuple(image.shape)} and {tuple(other.shape)}"
-        raise ImageError(f"pictures to compare are {shapes}, expected (B, C, H, W) twice")
+        raise ImageError(f"images to compare are {shapes}; expected (B, C, H, W) twice")
     if not image.size or min(image.shape[2:]) < at_least:
         size = f"{image.shape[2]} x {image.shape[3]}"
-        raise ImageError(f"pictures of {size} pixels are too small for this measure: {at_least} on each side at least")
+        raise ImageError(f"images of {size} pixels are too small; this metric needs {at_least} per side")
     return mx.array(image).astype(mx.float32), mx.array(other).astype(mx.float32)
 
 
@@ -204,8 +202,8 @@ def _pixels(image: mx.array) -> mx.array:
 
 
 def _similarity(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-    """The two factors of SSIM at every place of the window: luminance, and contrast with structure."""
-    x, y = x - LEVELS / 2, y - LEVELS / 2  # variances lose fewer digits around the middle
+    """Factors of SSIM at every position of the window: luminance, and contrast with structure."""
+    x, y = x - LEVELS / 2, y - LEVELS / 2  # centring reduces cancellation in variances
     mean_x, mean_y, xx_yy, xy = (_window(values) for values in (x, y, x * x + y * y, x * y))
     covariance = xy - mean_x * mean_y
     variances = xx_yy - mean_x * mean_x - mean_y * mean_y
@@ -215,22 +213,22 @@ def _similarity(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _window(x: mx.array) -> mx.array:
-    """Gaussian mean around every pixel that the window fits around. (B, C, H, W) -> (B, C, H - 10, W - 10)."""
+    """Gaussian-weighted mean at every position of the window: (B, C, H, W) -> (B, C, H - 10, W - 10)."""
     weights = [math.exp(-0.5 * ((tap - WINDOW // 2) / SIGMA) ** 2) for tap in range(WINDOW)]
     height, width = x.shape[2] - WINDOW + 1, x.shape[3] - WINDOW + 1
-    x = _summed([x[:, :, tap : tap + height] * (w / sum(weights)) for tap, w in enumerate(weights)])
-    return _summed([x[..., tap : tap + width] * (w / sum(weights)) for tap, w in enumerate(weights)])
+    x = _sum([x[:, :, tap : tap + height] * (w / sum(weights)) for tap, w in enumerate(weights)])
+    return _sum([x[..., tap : tap + width] * (w / sum(weights)) for tap, w in enumerate(weights)])
 
 
-def _summed(parts: list[mx.array]) -> mx.array:
+def _sum(parts: list[mx.array]) -> mx.array:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
 
 
-def _halved(x: mx.array) -> mx.array:
-    """Means of 2x2 pixels, after an odd last row or column is repeated."""
+def _downsample_2x(x: mx.array) -> mx.array:
+    """Average 2x2 pixels; an odd last row or column is repeated."""
     batch, channels, height, width = x.shape
     x = mx.pad(x, [(0, 0), (0, 0), (0, height % 2), (0, width % 2)], mode="edge")
     return x.reshape(batch, channels, (height + 1) // 2, 2, (width + 1) // 2, 2).mean(axis=(3, 5))

@@ -1,4 +1,4 @@
-"""LPIPS, a learned perceptual distance (Zhang et al. 2018): differences of VGG16's features, weighted by channel."""
+"""LPIPS (Zhang et al. 2018): squared differences of VGG16 features, weighted by channel."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from mflux_vae.weights.formats.files import open_weights
 from mflux_vae.weights.keymaps.rules import Rule, conv_from_mlx, conv_to_mlx, load_strict, to_mlx
 
 _BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-"""VGG16 (Simonyan and Zisserman 2015): channels and convolutions of each block; 2x2 maxima are taken in between."""
+"""VGG16 (Simonyan and Zisserman 2015): channels and convolutions of each block, 2x2 max pooling between."""
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""ImageNet's mean and deviation for pixels in [-1, 1], as the `lpips` package has them."""
+"""ImageNet mean and standard deviation for pixels in [-1, 1], as in the `lpips` package."""
 
 _EPS = 1e-10
 
 TABLE = (
     Rule("features.{n}.{kind}", "features.{n}.{kind}", conv_to_mlx, conv_from_mlx),
-    # the `lpips` package's own names, where a whole network was saved
+    # a whole network saved by the `lpips` package
     Rule("net.slice{i}.{n}.{kind}", "features.{n}.{kind}", conv_to_mlx, conv_from_mlx, reads_only=True),
     Rule("lin{i}.model.1.weight", "linear.{i}", mx.flatten, lambda weight: weight.reshape(1, -1, 1, 1)),
-    Rule("lin{i}.model.0.weight", "linear.{i}", mx.flatten, reads_only=True),  # built without dropout
-    Rule("lins.{path}", None),  # the same tensors again
+    Rule("lin{i}.model.0.weight", "linear.{i}", mx.flatten, reads_only=True),  # without dropout
+    Rule("lins.{path}", None),  # duplicates
     Rule("scaling_layer.{path}", None),
 )
-"""torchvision's names of VGG16, and those of the `lpips` package."""
+"""Key naming of torchvision's VGG16 and of the `lpips` package."""
 
 
 class LPIPS(nn.Module):
-    """The distance between pictures, in float32.
+    """Perceptual distance between images, in float32.
 
-    `features` are torchvision's layers up to the last ReLU, by their numbers; `linear` has the non-negative weight of
-    each channel at each of the five taps.
+    `features`: torchvision's layers up to the last ReLU. `linear`: non-negative channel weights of the five taps.
     """
 
     def __init__(self) -> None:
@@ -53,12 +52,11 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_files(cls, backbone: str | Path, linear: str | Path | None = None) -> LPIPS:
-        """Read weights, in torch's format or safetensors.
+        """Read weights from torch files or safetensors.
 
         Args:
             backbone: torchvision's VGG16 (`vgg16-397923af.pth`), with or without its classifier.
-            linear: the weights of the channels, `weights/v0.1/vgg.pth` of the `lpips` package; None where `backbone`
-                has these, too.
+            linear: channel weights, `weights/v0.1/vgg.pth` of the `lpips` package; None if `backbone` has them.
 
         Raises:
             WeightsError: a file is missing or broken, or keys are missing, unknown or misshapen.
@@ -67,17 +65,17 @@ class LPIPS(nn.Module):
         files = [path for path in (backbone, linear) if path is not None]
         for path in files:
             stored = open_weights(path)[0]
-            # VGG's classifier is nine tenths of its file
+            # skip the classifier, 90 % of the file
             found = {key: entry.load() for key, entry in stored.items() if not key.startswith("classifier.")}
             tensors.update(to_mlx(found, TABLE))
         network = cls()
         load_strict(network, tensors, where=" and ".join(map(str, files)), dtype=mx.float32)
         if any((weight < 0).any() for weight in network.linear):
-            raise WeightsError(f"{files[-1]}: negative weights of channels; not the `lpips` package's file for VGG16")
+            raise WeightsError(f"{files[-1]} has negative channel weights; give the VGG16 file of the `lpips` package")
         return network
 
     def taps(self, pixels: mx.array) -> list[mx.array]:
-        """Features after the last ReLU of each block. (B, H, W, 3) in [-1, 1] -> (B, H / 2^i, W / 2^i, C) each."""
+        """Features after the last ReLU of each block: (B, H, W, 3) in [-1, 1] -> (B, H / 2^i, W / 2^i, C)."""
         x = (pixels.astype(mx.float32) - mx.array(_SHIFT)) / mx.array(_SCALE)
         found = []
         for layer in self.features:
@@ -87,14 +85,14 @@ class LPIPS(nn.Module):
         return [*found, x]
 
     def __call__(self, pixels: mx.array, other: mx.array) -> mx.array:
-        """Distance of each picture to its counterpart. (B, H, W, 3) in [-1, 1] twice -> (B,).
+        """Distance per image: (B, H, W, 3) in [-1, 1] twice -> (B,).
 
         Raises:
-            ImageError: shapes that differ, or sides of less than 16 pixels, of which the last block sees none.
+            ImageError: shapes differ, or a side is shorter than 16 pixels.
         """
         if pixels.shape != other.shape or pixels.ndim != 4 or pixels.shape[-1] != 3 or min(pixels.shape[1:3]) < 16:
             shapes = f"{tuple(pixels.shape)} and {tuple(other.shape)}"
-            raise ImageError(f"LPIPS compares (B, H, W, 3) of at least 16 pixels on each side, not {shapes}")
+            raise ImageError(f"LPIPS compares (B, H, W, 3) with at least 16 pixels per side, not {shapes}")
         distance = mx.zeros(pixels.shape[0])
         for weight, x, y in zip(self.linear, self.taps(pixels), self.taps(other), strict=True):
             distance = distance + (mx.square(_unit(x) - _unit(y)) @ weight).mean(axis=(1, 2))
@@ -102,5 +100,5 @@ class LPIPS(nn.Module):
 
 
 def _unit(features: mx.array) -> mx.array:
-    """Each pixel's features at length one; zeros stay zeros, with gradients that are numbers."""
+    """Normalise the features of each pixel to length 1; zeros stay zeros, with finite gradients."""
     return features * mx.rsqrt(mx.square(features).sum(axis=-1, keepdims=True) + _EPS**2)

@@ -137,14 +137,14 @@ def test_models_take_turns_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None
     for name, codec in zip("ab", codecs, strict=True):
         encode = codec.encode
         monkeypatch.setattr(codec, "encode", lambda given, n=name, e=encode: (turns.append(n), e(given))[1])
-    contestants = [comparison.Contestant(name, codec) for name, codec in zip("ab", codecs, strict=True)]
+    candidates = [comparison.Candidate(name, codec) for name, codec in zip("ab", codecs, strict=True)]
     picture = np.zeros((16, 16, 3), np.uint8)
-    assert len(list(comparison.run(contestants, [picture, picture], first="self"))) == 2
+    assert len(list(comparison.run(candidates, [picture, picture], first="self"))) == 2
     assert turns[:4] == list("abab")  # not timed: caches are filled, and values taken
     rounds = ["".join(pair) for pair in zip(turns[4::2], turns[5::2], strict=True)]
     assert len(rounds) == comparison.ROUNDS and set(rounds) == {"ab", "ba"}
-    assert all(len(seconds) == comparison.ROUNDS for each in contestants for seconds in each.seconds)
-    assert contestants[1].summary()["kl"] is None  # without variances
+    assert all(len(seconds) == comparison.ROUNDS for each in candidates for seconds in each.seconds)
+    assert candidates[1].summary()["kl"] is None  # without variances
 
 
 def test_lpips_is_measured_where_weights_are_given(
