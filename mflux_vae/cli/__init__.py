@@ -1,10 +1,10 @@
-"""``mflux-vae``: what a weights file is, pictures to latents and back, and one naming into another.
+"""``mflux-vae``: describe, encode, decode, compare and convert.
 
-Imports are late, so that ``--help`` and a mistyped flag are answered at once.
+Heavy imports are late, so that ``--help`` and a mistyped flag answer at once.
 
-Further commands come from installed packages, through the entry-point group ``mflux_vae.commands``: the entry's name is
-the command's, and the entry a function that adds flags to the parser it is given and returns what runs with their
-values by name. The first line of its docstring is the help.
+Installed packages add commands through the entry-point group ``mflux_vae.commands``: the entry is a function that adds
+flags to a parser and returns the function to run with their values as keywords. The first line of its docstring is the
+help text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mflux_vae.utils.console import run_command
 PROG = "mflux-vae"
 LOGGER = "mflux_vae"
 GROUP = "mflux_vae.commands"
-OWN = ("info", "encode", "decode", "compare", "convert")
+BUILTIN = ("info", "encode", "decode", "compare", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: Sequence[str]) -> None:
-    settings = vars(_parser(() if words and words[0] in OWN else _registered()).parse_args(words))
+    settings = vars(_parser(() if words and words[0] in BUILTIN else _registered()).parse_args(words))
     settings.pop("debug")
     import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
     settings.pop("run")(**settings)
 
 
 def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROG, description="Images to latents and back, with any autoencoder in wide use.")
+    parser = _Parser(
+        prog=PROG, description="Encode images to latents and decode them, with any autoencoder in wide use."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     parser.commands = commands.choices
 
@@ -112,19 +114,19 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
             add = entry.load()
             added = command(entry.name, (add.__doc__ or "").strip().partition("\n")[0].replace("%", "%%"))
             added.set_defaults(run=add(added))
-        except Exception as error:  # whatever a foreign module raises: the other commands work without it
+        except Exception as error:  # any error of a plugin; the other commands still work
             logging.getLogger(LOGGER).warning("command %s is broken (%s: %r)", entry.name, entry.value, error)
     return parser
 
 
 def _registered() -> list[EntryPoint]:
-    """Commands of installed packages, by name; of two with one name, and of one with ours, it is said."""
+    """Commands of installed packages, sorted by name; duplicates and built-in names are skipped with a warning."""
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         other = found.setdefault(entry.name, entry)
-        if entry.name in OWN or other.value != entry.value:
-            logging.getLogger(LOGGER).warning("command %s is there already: %s is left out", entry.name, entry.value)
-    return [entry for name, entry in found.items() if name not in OWN]
+        if entry.name in BUILTIN or other.value != entry.value:
+            logging.getLogger(LOGGER).warning("command %s exists already; ignoring %s", entry.name, entry.value)
+    return [entry for name, entry in found.items() if name not in BUILTIN]
 
 
 def _run(name: str, settings: dict[str, Any]) -> None:
@@ -134,7 +136,7 @@ def _run(name: str, settings: dict[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of the program where it has `commands`, else of one of them. What is mistyped is said before what is missing."""
+    """Parser of the program (with `commands`) or of a command. Reports unknown flags before missing ones."""
 
     commands: Mapping[str, argparse.ArgumentParser] | None = None
 
@@ -143,7 +145,7 @@ class _Parser(argparse.ArgumentParser):
         if self.commands is not None:
             named = next((word for word in words if not word.startswith("-")), None)
             if named is not None and named not in self.commands:
-                self.error(f"there is no command {named}{did_you_mean(named, self.commands)}")
+                self.error(f"unknown command {named}{did_you_mean(named, self.commands)}")
         else:
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             for flag in flags:

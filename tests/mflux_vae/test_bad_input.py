@@ -60,7 +60,7 @@ def test_pictures(
     odd.write(path)
     command = ["encode", path, "--model", model, "--output", file]
     if path.is_dir():
-        return refused(capsys, command, f"{path} has no pictures: .bmp, ")
+        return refused(capsys, command, f"{path} has no images")
     if odd.error:
         refused(capsys, command, str(path), odd.error)
         assert not file.exists()
@@ -290,9 +290,9 @@ def damaged(**changes: Any) -> Callable[[Path], object]:
 
 
 LATENTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "of no format": (damaged(format="other"), "not a file of latents"),
-    "without settings": (damaged(settings="no JSON"), "do not describe its latents"),
-    "with settings that are a list": (damaged(settings="[]"), "do not describe its latents"),
+    "of no format": (damaged(format="other"), "mflux-vae encode"),
+    "without settings": (damaged(settings="no JSON"), "metadata"),
+    "with settings that are a list": (damaged(settings="[]"), "metadata"),
     "of pictures that are not there": (damaged(pictures='{"b.png": {"size": [8, 8], "crc32": 0}}'), "b.png"),
     "of pictures without size": (damaged(pictures='{"a.png": {"crc32": 0}}'), "size"),
     "of another size": (damaged(pictures='{"a.png": {"size": [800, 8], "crc32": 0}}'), "cannot be an image of 800"),

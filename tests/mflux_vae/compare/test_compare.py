@@ -103,7 +103,7 @@ def test_the_sheet_shows_pictures_and_differences(
     again = np.array(mx.round(vae(mx.array(picture.transpose(2, 0, 1)[None]))[0][0]).astype(mx.uint8)).transpose(
         1, 2, 0
     )
-    factor = report.SMALLEST_PANEL // SIDE
+    factor = report.MIN_PANEL // SIDE
     side, gap = SIDE * factor, 4
     bottom = sheet.shape[0] - gap - side
     left = sheet.shape[1] - gap - 4 * side - 3 * gap
@@ -118,13 +118,13 @@ def test_the_sheet_shows_pictures_and_differences(
     assert (panels[0][2][..., 0] == panels[0][2][..., 1]).all()  # of one channel
 
 
-def test_pairs_are_what_is_said(run: Run, models: dict[str, Path], photos: list[Path], tmp_path: Path) -> None:
+def test_pairs(run: Run, models: dict[str, Path], photos: list[Path], tmp_path: Path) -> None:
     network: Any = loading.open_network(models["laq"], config=LAQ / "config.json", pairs=True)
     frames = [mx.array(load_image(photo, resolution=SIDE)[None] / 127.5 - 1) for photo in photos]
     for first, before in (("self", frames), ("previous", [frames[0], *frames])):
         answer = compared(run, models, photos, tmp_path / first, "--first_frame", first, "--json")
         told = answer["models"][2]
-        assert ("itself" if first == "self" else "picture before it") in told["note"]
+        assert ("itself" if first == "self" else "previous image") in told["note"]
         for frame, start, measured in zip(frames, before, told["pictures"].values(), strict=False):
             again = mx.clip(network.decode(start, network.encode(start, frame)), -1, 1)
             error = mx.square((again - frame) * 127.5).mean().item()
@@ -160,16 +160,16 @@ def test_lpips_is_measured_where_weights_are_given(
     answer = compared(run, models, photos[:1], tmp_path / "out", "--lpips", "vgg.pth", "lin.pth")
     assert opened == [("vgg.pth", "lin.pth")] and all(model["lpips"] > 0 for model in answer["models"])
     status, _, err = run("compare", "tiny", "--image", photos[0], "--output", tmp_path, "--lpips", *"abc")
-    assert status == 2 and "one file or two" in err
+    assert status == 2 and "--lpips" in err
 
 
-def test_nothing_of_others_is_overwritten_and_ours_is(run: Run, models: dict[str, Path], photos: list[Path]) -> None:
+def test_only_our_files_are_overwritten(run: Run, models: dict[str, Path], photos: list[Path]) -> None:
     output = photos[0].parent
     compared(run, models, photos, output)
     compared(run, models, photos, output)
     save_image(output / "comparison.png", np.zeros((8, 8, 3), np.uint8))
     status, _, err = run("compare", models["spatial"], "--image", photos[0], "--output", output)
-    assert status == 2 and "not from here" in err
+    assert status == 2 and "exists" in err
 
 
 @pytest.mark.parametrize(

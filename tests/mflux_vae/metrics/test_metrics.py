@@ -80,19 +80,19 @@ def test_the_opposite_has_no_multi_scale_similarity_but_a_value():
     assert metrics.ms_ssim(image, 255 - image).tolist() == [0, 0]
 
 
-def test_odd_sizes_are_halved_by_repeating_the_edge():
+def test_odd_sizes_are_downsample_2x_by_repeating_the_edge():
     image, other = waves(161, 177)
     assert (metrics.ms_ssim(image, other) > 0.1).all()
-    assert metrics._halved(mx.array([[[[1.0, 3, 5]]]])).tolist() == [[[[2, 5]]]]
+    assert metrics._downsample_2x(mx.array([[[[1.0, 3, 5]]]])).tolist() == [[[[2, 5]]]]
 
 
 @pytest.mark.parametrize(
     ("measure", "least"), [(metrics.mse, 1), (metrics.psnr, 1), (metrics.ssim, 11), (metrics.ms_ssim, 161)]
 )
-def test_too_small_a_picture_is_said_and_the_smallest_is_measured(measure, least):
+def test_smallest_image_is_measured_and_smaller_ones_refused(measure, least):
     picture = mx.random.uniform(0, 255, (1, 1, least, least), key=mx.random.key(0))
     assert measure(picture, picture * 0.9).item() > 0
-    with pytest.raises(ImageError, match=f"too small.*{least} on each side" if least > 1 else "too small"):
+    with pytest.raises(ImageError, match="too small"):
         measure(picture[:, :, 1:], picture[:, :, 1:])
 
 
@@ -136,13 +136,13 @@ def test_gradients_are_numbers_where_all_features_are_zero():
     assert mx.isfinite(gradient).all()
 
 
-def test_perceptual_distance_refuses_what_it_does_not_see():
+def test_lpips_refuses_small_images():
     network = small_lpips()
-    with pytest.raises(ImageError, match="16 on each side"):
+    with pytest.raises(ImageError, match="16"):
         metrics.lpips(mx.zeros((1, 3, 16, 15)), mx.zeros((1, 3, 16, 15)), network)
     with pytest.raises(ImageError, match="not 4"):
         metrics.lpips(mx.zeros((1, 4, 16, 16)), mx.zeros((1, 4, 16, 16)), network)
-    with pytest.raises(ImageError, match="of at least 16 pixels"):
+    with pytest.raises(ImageError, match="at least 16"):
         network(mx.zeros((1, 16, 8, 3)), mx.zeros((1, 16, 8, 3)))
 
 
@@ -223,12 +223,12 @@ def test_frechet_distance_in_closed_form():
     assert frechet_distance(mu, sigma1, mu, sigma1) == pytest.approx(0, abs=1e-6)
 
 
-def test_what_is_no_distribution_is_refused():
+def test_bad_distributions_are_refused():
     one = FeatureStatistics()
-    with pytest.raises(ImageError, match="both sides"):
+    with pytest.raises(ImageError, match="vectors"):
         one.distance(one)
     one.update(np.zeros((1, 3)))
-    with pytest.raises(ImageError, match="there are 1"):
+    with pytest.raises(ImageError, match="got 1"):
         one.covariance()
     with pytest.raises(ImageError, match=r"\(2, 4\), expected \(N, 3\)"):
         one.update(np.zeros((2, 4)))
