@@ -36,16 +36,15 @@ def _run(argv: Sequence[str] | None) -> None:
     # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.distributed import interrupts, process_group
-    from mflux_vae_train.dreambooth.planning.prepare import check_pictures
+    from mflux_vae_train.dreambooth.data.dataset import check_files
     from mflux_vae_train.dreambooth.train import DreamBooth
     from mflux_vae_train.monitoring.trackers import requested_trackers
     from mflux_vae_train.pipelines.registry import open_pipeline
 
-    # before many gigabytes of weights are read
+    # before opening a pipeline, which may download and read gigabytes of weights
     requested_trackers(settings.report_to)
-    # found first, too: one process may need longer for them than others wait
     with process_group.join() as processes, interrupts.handling(processes):
-        check_pictures(settings)
+        check_files(settings)
         DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
 
 

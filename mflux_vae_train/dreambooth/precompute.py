@@ -72,6 +72,7 @@ def precompute(
         processes=processes,
     )
     release(pipeline, "images")
+    run.dataset.release()
     if cache.hits:
         logger.info("%d encodings of earlier runs reused, %d new", cache.hits, cache.writes)
     files = list(dict.fromkeys(path for paths in class_images or [] for path in paths))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -36,8 +36,15 @@ class Crop:
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, C) -> (*shape, C)."""
-        cropped = covered(image, self.shape, place=self.offset)
-        return np.ascontiguousarray(cropped[:, ::-1]) if self.mirrored else cropped
+        return self.mirror(covered(image, self.shape, place=self.offset))
+
+    def mirror(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (*shape, C), flipped if the crop is mirrored."""
+        return np.ascontiguousarray(pixels[:, ::-1]) if self.mirrored else pixels
+
+    @property
+    def unmirrored(self) -> Crop:
+        return replace(self, mirrored=False)
 
 
 def training_resolution(settings: DreamBoothSettings, recommended: Recommended) -> int:

@@ -13,12 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from mflux_vae.errors import ImageError
-from mflux_vae.images import EXTENSIONS, covered, find_images, load_image, load_images
+from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, load_images
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import METADATA, captions
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape, bucket_shapes, crops, nearest_shape
+
+MAX_PIXEL_BYTES = 2**28
+"""Memory for decoded crops between the scan and the encoding. Crops beyond it are read from their files again."""
+
+KEPT_SQUARES = 24
+"""Images of each concept whose squares stay in memory for previews and report."""
 
 MASK = re.compile(r"(?P<name>.+)-mask\.png", re.IGNORECASE)
 
@@ -33,7 +39,8 @@ class InstanceImage:
         caption: its prompt.
         mask: file with the loss weight of each position; None if all weigh the same.
         crops: see `crops.crops`. Crops whose mask is entirely black are dropped.
-        square: the centre of the image, uint8 (resolution, resolution, 3).
+        square: the centre of the image, for previews and report.
+        pixels: crops in memory, uint8 (*shape, 3), before mirroring. `read` reads others from the file.
     """
 
     path: Path
@@ -42,7 +49,13 @@ class InstanceImage:
     caption: str
     mask: Path | None
     crops: Sequence[Sequence[Crop]]
-    square: np.ndarray
+    square: Crop
+    pixels: dict[Crop, np.ndarray]
+
+    def read(self, crop: Crop) -> np.ndarray:
+        """uint8 (*crop.shape, 3)."""
+        pixels = self.pixels.get(crop.unmirrored)
+        return crop.apply(load_image(self.path)) if pixels is None else crop.mirror(pixels)
 
     @property
     def shape(self) -> Shape:
@@ -67,6 +80,15 @@ class InstanceDataset:
     samples_per_epoch: int
     skipped: int
     unused_masks: int
+
+    def release(self) -> None:
+        """Free the pixels in memory, except the squares of the first images of each concept."""
+        counts: Counter[int] = Counter()
+        for image in self.images:
+            counts[image.concept] += 1
+            kept = {image.square} if counts[image.concept] <= KEPT_SQUARES else set()
+            for crop in image.pixels.keys() - kept:
+                del image.pixels[crop]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,7 +127,7 @@ def file_hash(path: Path) -> str:
 
 
 def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> InstanceDataset:
-    """Read every instance image.
+    """Read every instance image: decode and hash each file once, and keep the crops that fit into `MAX_PIXEL_BYTES`.
 
     Args:
         resolution: side of a square training image in pixels.
@@ -129,11 +151,14 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         prompts = captions(folder, paths, prompt=subject.instance_prompt, column=settings.caption_column)
         entries += [(concept, path, prompt, masks.get(path)) for path, prompt in zip(paths, prompts, strict=True)]
 
+    square, used = Crop(shape=(resolution, resolution)), 0
+
     def load(entry: tuple[int, Path, str, Path | None]) -> InstanceImage:
         concept, path, caption, mask = entry
         image = load_image(path)
         size = image.shape[0], image.shape[1]
         rows = crops(size, nearest_shape(size, shapes), count=count, mirror=settings.random_flip)
+        plain = [square, *(row[0] for row in rows)] if used < MAX_PIXEL_BYTES else []
         return InstanceImage(
             path=path,
             content=file_hash(path),
@@ -141,18 +166,39 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             caption=caption,
             mask=mask,
             crops=rows if mask is None else _visible(rows, mask, path, size),
-            square=covered(image, (resolution, resolution)),
+            square=square,
+            pixels={crop: crop.apply(image) for crop in dict.fromkeys(plain)},
         )
 
     if settings.masked_loss and not any(mask for *_, mask in entries):
         raise ImageError(f"--masked_loss: no image NAME.jpg in {folder} has a mask NAME-mask.png")
+    images = []
+    for image in prefetch(load, entries):
+        used += sum(pixels.nbytes for pixels in image.pixels.values())
+        if used > MAX_PIXEL_BYTES:
+            image.pixels.clear()
+        images.append(image)
     return InstanceDataset(
-        images=list(prefetch(load, entries)),
+        images=images,
         resolution=resolution,
         samples_per_epoch=sum(settings.subjects[concept].repeats or 1 for concept, *_ in entries),
         skipped=skipped,
         unused_masks=unused_masks,
     )
+
+
+def check_files(settings: DreamBoothSettings) -> None:
+    """Check before a pipeline is opened that the images exist and have the header of an image; decode none.
+
+    Raises:
+        ImageError: a folder is missing or has no image, or a file is not an image.
+    """
+    for subject in settings.subjects:
+        paths, masks, _ = _list_folder(Path(subject.instance_data_dir))
+        folder = Path(subject.class_data_dir or "")
+        class_images = find_images(folder)[0] if subject.class_data_dir and folder.is_dir() else []
+        for _ in prefetch(image_text, [*paths, *masks.values(), *class_images]):
+            pass
 
 
 def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:

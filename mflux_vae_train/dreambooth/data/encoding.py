@@ -53,18 +53,17 @@ class CroppedImage:
 
     Attributes:
         content: hash of the file, if it is known.
-        square: its centre square, if it was read before; a crop of that shape is not read from the file again.
+        pixels: the crop before mirroring, if it is in memory.
     """
 
     path: Path
     crop: Crop
     content: str | None = None
-    square: np.ndarray | None = None
+    pixels: np.ndarray | None = None
 
     def load(self) -> np.ndarray:
         """uint8 (*crop.shape, 3)."""
-        centred = self.square is not None and self.crop.offset == 0.5 and self.square.shape[:2] == self.crop.shape
-        return self.crop.apply(self.square if self.square is not None and centred else load_image(self.path))
+        return self.crop.apply(load_image(self.path)) if self.pixels is None else self.crop.mirror(self.pixels)
 
 
 def open_cache(pipeline: DiffusionPipeline, folder: Path) -> EncodingCache:
@@ -215,7 +214,12 @@ def encode_dataset(
         return encode_images(pipeline.encode_images, images, cache=cache, encoder=encoder, processes=processes)
 
     latents = encode(
-        [CroppedImage(one.path, crop, one.content, one.square) for one in images for row in one.crops for crop in row]
+        [
+            CroppedImage(one.path, crop, one.content, one.pixels.get(crop.unmirrored))
+            for one in images
+            for row in one.crops
+            for crop in row
+        ]
     )
     next_index = count()
     indices = [[[next(next_index) for _ in row] for row in image.crops] for image in images]

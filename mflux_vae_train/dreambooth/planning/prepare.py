@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mflux_vae.images import load_image
-from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.data.class_images import ClassFolder, find_class_images, scan_class_folders
+from mflux_vae_train.dreambooth.data.class_images import ClassFolder, scan_class_folders
 from mflux_vae_train.dreambooth.data.crops import training_resolution
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, file_hash, load_dataset
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
@@ -51,20 +49,6 @@ class Preparation:
     identity: Mapping[str, Any]
     status: RunStatus
     estimate: Estimate | None
-
-
-def check_pictures(settings: DreamBoothSettings) -> None:
-    """Check, without a pipeline, that there are images and that all can be read.
-
-    Raises:
-        ImageError: no instance images, or an image that cannot be read.
-    """
-    # what a mask leaves of an image depends on how the pipeline crops it
-    load_dataset(replace(settings, masked_loss=False), resolution=settings.resolution or 8)
-    folders = {one.class_data_dir for one in settings.subjects if one.class_data_dir is not None}
-    for folder in sorted(folders):
-        for _ in prefetch(load_image, find_class_images(Path(folder))):
-            pass
 
 
 def prepare(

@@ -12,6 +12,7 @@ from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
+from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -68,11 +69,12 @@ class Monitor:
         files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
         names = resolved.trackers if is_main else ()
         trackers = [enter(open_tracker(name, logging_dir, **options)) for name in names]
+        subjects = preview_grid.subject_count(resolved.num_validation_images) if resolved.num_validation_images else 0
         self._previews = Previews(
             self._pipeline,
             self._prompts,
             resolved,
-            subject=[image.square for image in run.dataset.images],
+            subject=[image.read(image.square) for image in run.dataset.images[:subjects]],
             samples=folder.samples,
             trackers=trackers,
             processes=self._processes,

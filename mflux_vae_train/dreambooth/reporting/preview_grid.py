@@ -34,6 +34,11 @@ def split_preview(preview: Path, *, columns: int) -> list[list[np.ndarray]]:
     return [np.split(row, columns, axis=1) for row in rows]
 
 
+def subject_count(columns: int) -> int:
+    """How many instance images progress.png shows."""
+    return max(columns, 4)
+
+
 def write_progress(samples: Path, subject: Sequence[np.ndarray], *, columns: int) -> Path:
     """Write progress.png: instance images on top, then a labelled row per preview.
 
@@ -43,7 +48,7 @@ def write_progress(samples: Path, subject: Sequence[np.ndarray], *, columns: int
         subject: uint8 squares of the previews' size; at least four, or `columns`, of them are shown.
         columns: images per prompt in a preview.
     """
-    rows = [("subject", list(subject[: max(columns, 4)]))]
+    rows = [("subject", list(subject[: subject_count(columns)]))]
     for update, path in previews(samples):
         rows.append((label(update), [image for row in split_preview(path, columns=columns) for image in row]))
     side = rows[-1][1][0].shape[0]

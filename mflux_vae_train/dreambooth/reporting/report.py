@@ -20,6 +20,7 @@ import numpy as np
 from mflux_vae.images import load_image
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.data.class_images import find_class_images
+from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
@@ -92,7 +93,7 @@ class Report:
         if not files:
             return ""
         sheets = [(preview_grid.label(update), self._preview_rows(path, columns)) for update, path in files]
-        subject = [self._thumbnail(image.path, image.square) for image in self._run.dataset.images[:columns]]
+        subject = [self._thumbnail(image) for image in self._run.dataset.images[:columns]]
         parts = []
         for index, prompt in enumerate(self._run.resolved.validation_prompt):
             rows = [(label, rows[index]) for label, rows in sheets if index < len(rows)]
@@ -125,9 +126,7 @@ class Report:
             prompt = concept.instance_prompt
             images = [image for image in self._run.dataset.images if image.concept == index]
             figures = [
-                _figure(
-                    self._thumbnail(one.path, one.square), one.path.name, one.caption if one.caption != prompt else ""
-                )
+                _figure(self._thumbnail(one), one.path.name, one.caption if one.caption != prompt else "")
                 for one in images[:MAX_THUMBNAILS]
             ]
             parts.append(_gallery(f"{prompt}: {len(images)} images", figures, more=len(images) - len(figures)))
@@ -139,9 +138,10 @@ class Report:
                 parts.append(_gallery(title, figures, more=len(paths) - len(figures)))
         return "".join(parts)
 
-    def _thumbnail(self, path: Path, pixels: np.ndarray | None = None) -> str:
+    def _thumbnail(self, image: InstanceImage | Path) -> str:
+        path = image if isinstance(image, Path) else image.path
         if path not in self._thumbnails:
-            pixels = load_image(path) if pixels is None else pixels
+            pixels = load_image(image) if isinstance(image, Path) else image.read(image.square)
             self._thumbnails[path] = picture(pixels, largest=THUMBNAIL_SIDE, caption=path.name)
         return self._thumbnails[path]
 

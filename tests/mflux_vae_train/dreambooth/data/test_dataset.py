@@ -10,8 +10,7 @@ import pytest
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, load_dataset
-from mflux_vae_train.dreambooth.planning.prepare import check_pictures
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, check_files, load_dataset
 
 PROMPT = "a photo of sks dog"
 
@@ -35,7 +34,7 @@ def test_images_are_sorted_counted_and_fingerprinted(instance_dir, load):
     pictures = load()
     assert [image.path.name for image in pictures.images] == [f"picture-{index}.png" for index in range(5)]
     assert pictures.skipped == 1
-    assert all(image.square.shape == (16, 16, 3) for image in pictures.images)
+    assert all(image.read(image.square).shape == (16, 16, 3) for image in pictures.images)
     (instance_dir / "picture-0.png").rename(instance_dir / "aaa.png")
     assert load().fingerprint == pictures.fingerprint
     save_image(instance_dir / "aaa.png", picture())
@@ -169,7 +168,7 @@ def test_small_mask_passes_the_check_before_the_resolution_is_known(instance_dir
     settings = DreamBoothSettings(
         model="fake", instance_data_dir=str(instance_dir), instance_prompt=PROMPT, masked_loss=True
     )
-    check_pictures(settings)
+    check_files(settings)
     assert len(load_dataset(settings, resolution=512, multiple=16).images) == 5
 
 
