@@ -1,4 +1,4 @@
-"""Adafactor: second moments of a matrix from its rows' and columns' (Shazeer and Stern 2018, arXiv:1804.04235)."""
+"""Adafactor: second moments of a matrix factored into rows and columns (Shazeer and Stern 2018, arXiv:1804.04235)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import mlx.core as mx
 from mflux_vae_train.optimizers.base import Optimizer, State
 
 _TINY = 1e-30
-"""Epsilon 1 of the paper: added to squares."""
+"""Epsilon 1 of the paper, added to squared gradients."""
 
 
 class Adafactor(Optimizer):
-    """Algorithm 4 of the paper, without momentum, with clipping of each update's RMS, beta2 at update n 1 - n^decay.
+    """Algorithm 4 of the paper without momentum: clips the RMS of each update; beta2 is 1 - n^decay at update n.
 
-    The rate is the user's and the schedule's, as `relative_step=False, scale_parameter=False` have it elsewhere: an
-    adapter that begins at zero would otherwise begin with rates of almost zero. A convolution (O, kH, kW, I) counts as
-    a matrix (O, kH kW I). State: a row's and a column's worth of numbers for a matrix, all for a vector.
+    The learning rate is absolute, as with `relative_step=False, scale_parameter=False` in transformers: relative rates
+    would be almost zero for an adapter, which is initialized to zero. A convolution (O, kH, kW, I) counts as a matrix
+    (O, kH kW I). State: one row and one column for a matrix, one value per element for a vector.
     """
 
     def __init__(
@@ -29,25 +29,25 @@ class Adafactor(Optimizer):
         super().__init__(learning_rate)
         self.decay, self.clip, self.weight_decay = decay, clip, weight_decay
 
-    def start(self, weights: mx.array, state: State) -> None:
+    def init_state(self, weights: mx.array, state: State) -> None:
         if weights.ndim > 1:
             state["rows"] = mx.zeros((weights.shape[0], 1))
             state["columns"] = mx.zeros((1, weights.size // weights.shape[0]))
         else:
             state["v"] = mx.zeros_like(weights)
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
-        share = self.step.astype(mx.float32) ** self.decay  # 1 - beta2: all of it at the first update
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+        weight = self.step.astype(mx.float32) ** self.decay  # 1 - beta2: 1 at the first update
         g = gradient.reshape(gradient.shape[0], -1) if gradient.ndim > 1 else gradient
         squares = mx.square(g) + _TINY
         if g.ndim > 1:
-            rows = state["rows"] + share * (squares.mean(axis=1, keepdims=True) - state["rows"])
-            columns = state["columns"] + share * (squares.mean(axis=0, keepdims=True) - state["columns"])
+            rows = state["rows"] + weight * (squares.mean(axis=1, keepdims=True) - state["rows"])
+            columns = state["columns"] + weight * (squares.mean(axis=0, keepdims=True) - state["columns"])
             state["rows"], state["columns"] = rows, columns
-            # product of two roots: that of the means themselves would leave float32's range
+            # a product of two roots: the product of the means would leave the range of float32
             direction = g * mx.rsqrt(rows / rows.mean()) * mx.rsqrt(columns)
         else:
-            state["v"] = state["v"] + share * (squares - state["v"])
+            state["v"] = state["v"] + weight * (squares - state["v"])
             direction = g * mx.rsqrt(state["v"])
         rms = mx.sqrt(mx.mean(mx.square(direction)))
         step = self.learning_rate * direction / mx.maximum(1.0, rms / self.clip)

@@ -1,4 +1,4 @@
-"""AdamW and Adam as torch computes them."""
+"""AdamW and Adam, equal to torch's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mflux_vae_train.optimizers.base import Optimizer, State
 
 
 class AdamW(Optimizer):
-    """AdamW (arXiv:1711.05101) with bias correction, step for step torch.optim.AdamW.
+    """AdamW (arXiv:1711.05101) with bias correction, equal to torch.optim.AdamW.
 
-    mlx's own corrects the bias only on request, and loses four digits of 1 - beta2^n at the first updates,
-    where it is a difference of float32 numbers near 1; expm1 keeps them.
+    MLX's AdamW loses four digits of 1 - beta2^n at the first updates, a difference of float32 numbers near 1; expm1
+    keeps them.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(learning_rate)
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
-        self._in_one_pass = fused(self._formula)
+        self._fused_formula = fused(self._formula)
 
-    def start(self, weights: mx.array, state: State) -> None:
+    def init_state(self, weights: mx.array, state: State) -> None:
         state["m"], state["v"] = mx.zeros_like(weights), mx.zeros_like(weights)
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
         m, v = self.moments(state, weights.shape)
         n, rate = self.step.astype(mx.float32), self.learning_rate
-        formula = self._in_one_pass if is_cpu() else self._formula  # a GPU's whole update is compiled
+        formula = self._fused_formula if is_cpu() else self._formula  # on a GPU the whole update is compiled
         weights, m, v = formula(
             gradient,
             weights,
@@ -47,7 +47,7 @@ class AdamW(Optimizer):
             rate / one_minus_power(self.beta1, n),
             1 / one_minus_power(self.beta2, n),
         )
-        self.keep(state, m, v)
+        self.store_moments(state, m, v)
         return weights
 
     def _formula(
@@ -56,35 +56,35 @@ class AdamW(Optimizer):
         weights: mx.array,
         m: mx.array,
         v: mx.array,
-        kept: mx.array,
+        decay: mx.array,
         rate: mx.array,
-        larger: mx.array,
+        correction: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Weights and moments after the update; `rate` and `larger` correct the moments' bias."""
+        """Updated weights and moments; `rate` and `correction` contain the bias corrections."""
         m = self.beta1 * m + (1 - self.beta1) * gradient
         v = self.beta2 * v + (1 - self.beta2) * (gradient * gradient)
-        return weights * kept - rate * m / (mx.sqrt(v * larger) + self.epsilon), m, v
+        return weights * decay - rate * m / (mx.sqrt(v * correction) + self.epsilon), m, v
 
     def moments(self, state: State, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-        """First and second moment, float32."""
+        """First and second moments of a parameter of this shape, float32."""
         return state["m"], state["v"]
 
-    def keep(self, state: State, m: mx.array, v: mx.array) -> None:
-        """Stores the new moments."""
+    def store_moments(self, state: State, m: mx.array, v: mx.array) -> None:
+        """Store the updated moments."""
         state["m"], state["v"] = m, v
 
 
 class Adam(AdamW):
-    """Adam (arXiv:1412.6980), step for step torch.optim.Adam: weight decay is part of the gradient."""
+    """Adam (arXiv:1412.6980), equal to torch.optim.Adam: weight decay is part of the gradient."""
 
     def __init__(self, *, weight_decay: float = 0.0, **settings: float) -> None:
         super().__init__(weight_decay=0.0, **settings)
         self.decay = weight_decay
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
-        return super().updated(gradient + self.decay * weights, weights, state)
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+        return super().step_single(gradient + self.decay * weights, weights, state)
 
 
 def one_minus_power(beta: float, n: mx.array) -> mx.array:
-    """1 - beta^n, to full precision where it is small."""
+    """1 - beta^n, in full precision also where it is small."""
     return -mx.expm1(n * math.log(beta)) if beta > 0 else mx.array(1.0)

@@ -1,11 +1,11 @@
-"""AdamW whose moments take a byte each: block-wise quantised, as in Dettmers et al. 2022 (arXiv:2110.02861).
+"""AdamW with moments of one byte each, quantized in blocks as in Dettmers et al. 2022 (arXiv:2110.02861).
 
-A block of 256 values has one float32 scale, its largest magnitude; together 2.03 bytes per weight instead of 8. A value
-is the fourth power of its code's share of 127 (first moments, with a sign) or of 255 (second ones): finer towards zero.
+A block of 256 values has one float32 scale, its largest magnitude: 2.03 bytes per weight instead of 8. A value is
+scale * (code / 127)^4 with a sign for first moments and scale * (code / 255)^4 for second ones: finer near zero.
 
-Rounded to the nearest, a second moment that changes by a thousandth per update would never leave its code. Rounding
-therefore goes up or down by a threshold that takes every value in [0, 1) evenly over the updates (a Weyl sequence with
-the golden ratio, a function of update and place alone): on average nothing is lost, and a resumed run is the same run.
+With rounding to nearest, a second moment that changes by a thousandth per update would never change its code. The
+rounding threshold therefore takes all values in [0, 1) evenly over the updates: a Weyl sequence with the golden ratio,
+a function of update and index only. Errors cancel on average, and a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from mflux_vae_train.optimizers.base import State
 
 BLOCK = 256
 SMALLEST = 4096
-"""Arrays of fewer values, such as biases and norms, keep float32 moments: they matter more than they weigh."""
+"""Arrays of fewer values, such as biases and norms, have float32 moments: little memory, large effect."""
 
 LEVELS = (("m", 127), ("v", 255))
-"""Moments, and their largest codes."""
+"""Moments and their largest codes."""
 
 _GOLDEN, _OTHER = 0x9E3779B9, 0xC13FA9A9
-"""2^32 times the golden ratio's fraction, and times that of another irrational number."""
+"""2^32 times the fractional part of the golden ratio, and of another irrational number."""
 
 
 class AdamW8bit(AdamW):
-    """`AdamW` on quantised moments."""
+    """`AdamW` with quantized moments."""
 
-    def start(self, weights: mx.array, state: State) -> None:
+    def init_state(self, weights: mx.array, state: State) -> None:
         if weights.size < SMALLEST:
-            super().start(weights, state)
+            super().init_state(weights, state)
             return
         blocks = -(-weights.size // BLOCK)
         for name, dtype in (("m", mx.int8), ("v", mx.uint8)):
@@ -42,45 +42,45 @@ class AdamW8bit(AdamW):
     def moments(self, state: State, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
         if isinstance(state["m"], mx.array):
             return super().moments(state, shape)
-        m, v = (_decoded(state[name], levels).flatten()[: math.prod(shape)].reshape(shape) for name, levels in LEVELS)
+        m, v = (_decode(state[name], levels).flatten()[: math.prod(shape)].reshape(shape) for name, levels in LEVELS)
         return m, v
 
-    def keep(self, state: State, m: mx.array, v: mx.array) -> None:
+    def store_moments(self, state: State, m: mx.array, v: mx.array) -> None:
         if isinstance(state["m"], mx.array):
-            super().keep(state, m, v)
+            super().store_moments(state, m, v)
             return
         blocks = state["m"]["codes"].shape[0]
         threshold = self._thresholds(blocks)
-        m, v = _in_blocks(m, blocks), _in_blocks(v, blocks)
-        # A second moment of zero beside a first that is none would be a division by zero: it stays at code 1 or more.
-        for (name, levels), values, least in zip(LEVELS, (m, v), (0, 1), strict=True):
+        m, v = _to_blocks(m, blocks), _to_blocks(v, blocks)
+        # a second moment of zero would be a divisor of zero: its code is at least 1
+        for (name, levels), values, lowest in zip(LEVELS, (m, v), (0, 1), strict=True):
             size = mx.abs(values)
             scales = size.max(axis=1, keepdims=True)
-            share = size / mx.maximum(scales, 1e-38)
-            below = mx.floor(levels * mx.sqrt(mx.sqrt(share)))
-            low, high = _fourth(below / levels), _fourth((below + 1) / levels)
-            codes = below + ((share - low) > threshold * (high - low))
-            codes = mx.minimum(mx.where(size > 0, mx.maximum(codes, least), 0), levels)
+            ratio = size / mx.maximum(scales, 1e-38)
+            below = mx.floor(levels * mx.sqrt(mx.sqrt(ratio)))
+            low, high = _power4(below / levels), _power4((below + 1) / levels)
+            codes = below + ((ratio - low) > threshold * (high - low))
+            codes = mx.minimum(mx.where(size > 0, mx.maximum(codes, lowest), 0), levels)
             dtype = state[name]["codes"].dtype
             state[name] = {"codes": (mx.sign(values) * codes).astype(dtype), "scales": scales}
 
     def _thresholds(self, blocks: int) -> mx.array:
-        """(blocks, BLOCK) in [0, 1), other ones at each update and place."""
-        places = mx.arange(blocks * BLOCK, dtype=mx.uint32) * mx.array(_OTHER, mx.uint32)
-        turned = places + self.step.astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32)
-        return ((turned >> 8).astype(mx.float32) / 2**24).reshape(blocks, BLOCK)
+        """(blocks, BLOCK) in [0, 1), different at each update and index."""
+        indices = mx.arange(blocks * BLOCK, dtype=mx.uint32) * mx.array(_OTHER, mx.uint32)
+        sequence = indices + self.step.astype(mx.uint32) * mx.array(_GOLDEN, mx.uint32)
+        return ((sequence >> 8).astype(mx.float32) / 2**24).reshape(blocks, BLOCK)
 
 
-def _in_blocks(values: mx.array, blocks: int) -> mx.array:
-    """Any shape -> (blocks, BLOCK), filled up with zeros."""
+def _to_blocks(values: mx.array, blocks: int) -> mx.array:
+    """Any shape -> (blocks, BLOCK), padded with zeros."""
     return mx.pad(values.flatten(), (0, blocks * BLOCK - values.size)).reshape(blocks, BLOCK)
 
 
-def _fourth(x: mx.array) -> mx.array:
+def _power4(x: mx.array) -> mx.array:
     return mx.square(mx.square(x))
 
 
-def _decoded(state: State, levels: int) -> mx.array:
+def _decode(state: State, levels: int) -> mx.array:
     """(blocks, BLOCK) float32."""
     codes = state["codes"].astype(mx.float32)
-    return mx.sign(codes) * _fourth(codes / levels) * state["scales"]
+    return mx.sign(codes) * _power4(codes / levels) * state["scales"]

@@ -1,4 +1,4 @@
-"""What the optimizers have in common: float32 inside, master copies of half-precision parameters, bytes of state."""
+"""Base of the optimizers: float32 arithmetic, master copies of half-precision parameters, size of the state."""
 
 from __future__ import annotations
 
@@ -11,71 +11,72 @@ from mlx.utils import tree_flatten, tree_map
 from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
 
 State: TypeAlias = "dict[str, Any]"
-"""Of one parameter: named arrays, or dicts of them."""
+"""State of one parameter: named arrays, or dicts of them."""
 
 MASTER = "master"
 
 
 class Optimizer(optim.Optimizer):
-    """An optimizer that says how one float32 array of weights is updated.
+    """Base class; a subclass defines `init_state` and `step_single` for one float32 array.
 
-    Half precision cannot hold small updates: in bfloat16 1 + 1/500 is 1, so that weights would stand still at usual
-    rates. The weights of such parameters are therefore kept in the state in float32, and rounded from there.
+    Half precision cannot represent small updates: in bfloat16 1 + 1/500 is 1, so weights would not move at usual rates.
+    The state of such a parameter therefore holds a float32 master copy, from which the parameter is rounded.
     """
 
-    consumes = False
-    """Whether gradients may be given up by who calls `apply_gradients`: their memory is then used again, on a CPU."""
+    donates_gradients = False
+    """Whether `apply_gradients` may overwrite the gradients, whose memory is then reused on a CPU."""
 
     def __init__(self, learning_rate: float = 0.0) -> None:
         super().__init__()
         self.learning_rate = learning_rate
 
-    def start(self, weights: mx.array, state: State) -> None:
-        """Put into an empty `state` what is kept of a parameter; `weights` are its float32 ones."""
+    def init_state(self, weights: mx.array, state: State) -> None:
+        """Fill the empty `state` of a parameter with these float32 weights."""
         raise NotImplementedError
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
-        """Gradient and weights, float32 -> weights after the update, float32; changes `state`."""
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+        """(gradient, weights), float32 -> updated weights, float32; changes `state`."""
         raise NotImplementedError
 
     def init_single(self, parameter: mx.array, state: State) -> None:
         weights = parameter.astype(mx.float32)
         if parameter.dtype != mx.float32:
             state[MASTER] = weights
-        self.start(weights, state)
+        self.init_state(weights, state)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        self.prepare(gradients, parameters)
-        super().apply_gradients({}, {})  # counts, and asks its schedules
-        return parallel_tree_map(self.apply_single, gradients, parameters, self.state, consumed=self.consumes)
+        self.ensure_init(gradients, parameters)
+        super().apply_gradients({}, {})  # counts the update
+        return parallel_tree_map(self.apply_single, gradients, parameters, self.state, donate=self.donates_gradients)
 
-    def prepare(self, gradients: Any, parameters: Any) -> None:
-        """Initializes the state if `init` was not called: from weights, where MLX takes gradients for their shapes."""
+    def ensure_init(self, gradients: Any, parameters: Any) -> None:
+        """Initialize the state from the parameters. MLX itself would use the gradients, which suffice for shapes."""
         if not self._initialized:
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
-        return rounded(self.updated(gradient.astype(mx.float32), exact(parameter, state), state), parameter, state)
+        weights = self.step_single(gradient.astype(mx.float32), master(parameter, state), state)
+        return store(weights, parameter, state)
 
-    def exact(self, parameters: Any) -> Any:
-        """Parameters, or a part of them -> their master copies where there are some, else themselves."""
-        return tree_map(exact, parameters, self.state)
+    def master(self, parameters: Any) -> Any:
+        """A tree of parameters with master copies in place of those that have one."""
+        return tree_map(master, parameters, self.state)
 
     def state_bytes(self, parameter: mx.array) -> int:
-        """What is kept for such a parameter, its master copy included. Nothing is computed or allocated."""
+        """Size of the state of such a parameter, including a master copy. Allocates nothing."""
         state: State = {}
         self.init_single(parameter, state)
         return sum(array.nbytes for array in dict(tree_flatten(state)).values())
 
 
-def exact(parameter: mx.array, state: State) -> mx.array:
-    """The parameter in float32: its master copy where there is one."""
+def master(parameter: mx.array, state: State) -> mx.array:
+    """The parameter's master copy, or the parameter itself if it is float32."""
     weights: mx.array = state.get(MASTER, parameter)
     return weights
 
 
-def rounded(weights: mx.array, parameter: mx.array, state: State) -> mx.array:
-    """New float32 weights in the parameter's dtype, after keeping them where there is a master copy."""
+def store(weights: mx.array, parameter: mx.array, state: State) -> mx.array:
+    """Update the master copy, if there is one, and return the weights in the parameter's dtype."""
     if MASTER in state:
         state[MASTER] = weights
     return weights.astype(parameter.dtype)

@@ -1,4 +1,4 @@
-"""Groups of parameters, each with an optimizer of its own, behind one schedule."""
+"""Parameter groups, each with its own optimizer, with one learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Filter: TypeAlias = Callable[[str, mx.array], bool]
 
 
 class Grouped(optim.MultiOptimizer):
-    """Several optimizers behind one learning rate, which is a factor on each one's own peak rate.
+    """Several optimizers with one learning rate, a factor on the peak rate of each.
 
     Args:
-        groups: (optimizer, its peak rate, which parameters are its); the last one takes what is left.
+        groups: (optimizer, its peak rate, filter of its parameters); the last group takes the remaining parameters.
     """
 
     def __init__(self, groups: Sequence[tuple[optim.Optimizer, float, Filter | None]]):
@@ -40,6 +40,6 @@ class Grouped(optim.MultiOptimizer):
         return size
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """The changed parameters, in a tree of the same form: mlx's own leaves out branches without any."""
-        changed: dict[str, mx.array] = dict(tree_flatten(super().apply_gradients(gradients, parameters)))
-        return tree_map_with_path(lambda path, _: changed[path], parameters)
+        """The updated parameters in a tree of the same structure; MLX omits branches without parameters."""
+        updated: dict[str, mx.array] = dict(tree_flatten(super().apply_gradients(gradients, parameters)))
+        return tree_map_with_path(lambda path, _: updated[path], parameters)

@@ -1,4 +1,4 @@
-"""Lion: the sign of a momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2)."""
+"""Lion: sign of a momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mflux_vae_train.optimizers.base import Optimizer, State
 class Lion(Optimizer):
     """c = beta1 m + (1 - beta1) g;  w <- w - rate (sign c + decay w);  m <- beta2 m + (1 - beta2) g.
 
-    Every weight moves by the whole rate: the authors take a tenth to a third of AdamW's. State: half of AdamW's.
+    Every weight moves by the full rate: the authors use a tenth to a third of AdamW's. State: half of AdamW's.
     """
 
     def __init__(
@@ -19,10 +19,10 @@ class Lion(Optimizer):
         super().__init__(learning_rate)
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
 
-    def start(self, weights: mx.array, state: State) -> None:
+    def init_state(self, weights: mx.array, state: State) -> None:
         state["m"] = mx.zeros_like(weights)
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
         m, rate = state["m"], self.learning_rate
         direction = mx.sign(self.beta1 * m + (1 - self.beta1) * gradient)
         state["m"] = self.beta2 * m + (1 - self.beta2) * gradient

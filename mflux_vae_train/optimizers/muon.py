@@ -11,16 +11,17 @@ from mflux_vae_train.optimizers.base import Optimizer, State
 from mflux_vae_train.optimizers.grouped import Grouped
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the iteration."""
 
 ADAMW_RATE = 0.25
 """Learning rate of AdamW relative to Muon's."""
 
 
 class Muon(Optimizer):
-    """Muon (kellerjordan.github.io/posts/muon): momentum, orthogonalized by Newton-Schulz iterations.
+    """Muon (kellerjordan.github.io/posts/muon): momentum orthogonalized by Newton-Schulz iterations.
 
-    Differs from mlx's own in three points: weight decay is decoupled; a convolution (O, kH, kW, I) counts as
-    a matrix (O, kH kW I) in the factor sqrt(max(1, rows / columns)) too; the iteration runs in float32.
+    Differences from MLX's Muon: weight decay is decoupled; a convolution (O, kH, kW, I) counts as a matrix
+    (O, kH kW I) also in the factor sqrt(max(1, rows / columns)); the iteration runs in float32.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Muon(Optimizer):
         super().__init__(learning_rate)
         self.momentum, self.weight_decay, self.steps = momentum, weight_decay, steps
 
-    def start(self, weights: mx.array, state: State) -> None:
+    def init_state(self, weights: mx.array, state: State) -> None:
         state["v"] = mx.zeros_like(weights)
 
-    def updated(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
+    def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
         if gradient.ndim < 2:
-            raise ValueError(f"Muon is for matrices and convolutions; a parameter of shape {gradient.shape} is AdamW's")
+            raise ValueError(
+                f"Muon takes matrices and convolutions, not shape {gradient.shape}; use AdamW for this parameter"
+            )
         rate = self.learning_rate
         v = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = v
@@ -57,7 +60,7 @@ def muon_with_adamw(*, weight_decay: float = 0.0, **options: float) -> Grouped:
 
 
 def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
-    """(rows, columns) -> the nearest matrix with singular values near 1 (about 0.7 to 1.2 after five steps)."""
+    """(rows, columns) -> matrix with the same singular vectors and singular values near 1 (0.7 to 1.2 for 5 steps)."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

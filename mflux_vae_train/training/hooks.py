@@ -1,4 +1,4 @@
-"""What may watch a training loop. A hook is a function of the record of the update just made."""
+"""Hooks of the training loop: functions of the record of the last update."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Record:
     """One optimizer update.
 
     Attributes:
-        update: updates made so far, this one included (1-based).
-        total: updates the run will make.
-        metrics: what the step measured: `loss`, `grad_norm`, `learning_rate` and the loss's own.
-        seconds: time this update took.
-        samples: what its micro-batches weigh together: the number of training samples.
+        update: number of updates made, including this one.
+        total: number of updates of the run.
+        metrics: `loss`, `grad_norm`, `learning_rate` and other metrics of the step.
+        seconds: duration of this update.
+        samples: number of training samples, the total weight of its micro-batches.
     """
 
     update: int
@@ -38,22 +38,23 @@ Hook: TypeAlias = Callable[[Record], None]
 
 
 def every(interval: int | None, hook: Hook, *, last: bool = True) -> Hook:
-    """The hook at each multiple of `interval` (never where None), and after the last update where `last`."""
+    """Call the hook at each multiple of `interval` (None: never) and, if `last`, after the last update."""
 
-    def sometimes(record: Record) -> None:
+    def conditional(record: Record) -> None:
         if (interval and record.update % interval == 0) or (last and record.update == record.total):
             hook(record)
 
-    return sometimes
+    return conditional
 
 
 class MetricsLog:
     """Appends one JSON line per update: ``{"update": n, "loss": ..., ..., "seconds": ...}``.
 
     Args:
-        path: file to write; with `resumed_at` 0 it starts empty, otherwise lines after that update are cut
-            off, so that a resumed run leaves the same log as an uninterrupted one (but for `NONDETERMINISTIC`).
-        extra: more numbers of an update to write, by name.
+        path: file to write.
+        resumed_at: update that the run continues after. Later lines are removed, so that a resumed run leaves the log
+            of an uninterrupted one, except for `NONDETERMINISTIC`.
+        extra: record -> more numbers to write, by name.
 
     Raises:
         TrainingError: the file cannot be written.
@@ -73,7 +74,7 @@ class MetricsLog:
             self._file = path.open("a", encoding="utf-8")
             self._file.truncate(keep)
         except OSError as error:
-            raise TrainingError(f"{path}: the metrics log cannot be written ({error})") from error
+            raise TrainingError(f"{path}: cannot write the metrics log ({error})") from error
 
     def __call__(self, record: Record) -> None:
         line = {
@@ -95,16 +96,16 @@ class MetricsLog:
 
 
 NONDETERMINISTIC = ("seconds", "memory_gb")
-"""What two equal runs do not have in common."""
+"""Keys whose values differ between equal runs."""
 
 
 def resource_usage(record: Record) -> dict[str, float]:
-    """Training samples of an update, and the peak of MLX's memory so far (GB)."""
+    """Training samples of an update, and the peak memory of MLX so far (GB)."""
     return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 3)}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log; none where there is no file. A last line cut off in writing is left out."""
+    """Lines of a metrics log; empty if there is no file. An incomplete last line is skipped."""
     path = Path(path)
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -116,7 +117,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _bytes_up_to(path: Path, update: int) -> int:
-    """Length of the log's beginning with whole lines of updates up to this one."""
+    """Size of the leading complete lines of updates up to this one."""
     length = 0
     for line in path.read_bytes().splitlines(keepends=True):
         try:

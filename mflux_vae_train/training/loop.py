@@ -1,4 +1,4 @@
-"""The training loop. There is one; what differs between trainings comes in as functions."""
+"""The training loop. Everything that differs between trainings is passed in as a function."""
 
 from __future__ import annotations
 
@@ -29,64 +29,59 @@ def fit(
     pending: PendingHooks | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> None:
-    """Make optimizer updates `start` to `total` - 1, after what is owed of the update before them.
+    """Run the pending hooks of update `start` - 1, then make optimizer updates `start` to `total` - 1.
 
-    Of several processes each calls this with the same step, hooks and numbers; a signal to any of them stops all.
+    Several processes call this with equal arguments; a signal to any of them stops all.
 
     Args:
         step: (update, its micro-batches, learning rate) -> metrics; changes the model. Usually a `step.Step`.
-        batches: update -> its micro-batches, a function of the update alone, or this process's share of them. It
-            decides how windows are cut: a last partial window is simply a shorter list.
+        batches: update -> its micro-batches, or this process's share of them; a function of the update alone.
         learning_rate: update -> rate.
-        observers: cheap hooks that see every update, an interrupted one included: metrics log, progress bar.
-        hooks: called in order after the observers: checkpoint before preview, so that a failing preview loses nothing.
-            What takes long in one of them is `interrupts.interruptible`. Those after the checkpoint are called again
-            when
-            the run goes on after one of them was broken off.
-        checkpoint: called with the number of updates made when a signal, or the loss of another process, ends the
-            run early.
-        owed: hooks that the part of the run before this one did not come to; kept up to date, for a checkpoint.
+        observers: cheap hooks that see every update, also an interrupted one: metrics log, progress bar.
+        hooks: called in order after the observers. Put the checkpoint before the preview, so that a failing preview
+            loses nothing. Long work in a hook is `interrupts.interruptible`; hooks that were interrupted, and those
+            after them, are called again when the run continues.
+        checkpoint: called with the number of updates made when a signal or the loss of a process stops the run.
+        pending: hooks that an earlier part of the run did not call; kept up to date, to be stored in checkpoints.
 
     Raises:
-        Interrupted: after SIGINT, SIGTERM or, with several processes, SIGHUP. A second signal ends the process at once.
+        Interrupted: after SIGINT, SIGTERM or, with several processes, SIGHUP. A second signal terminates the process.
         ProcessLost: another process is gone.
-        TrainingError: from the step, where the loss is not finite.
+        TrainingError: from the step, if the loss is not finite.
     """
     pending = PendingHooks() if pending is None else pending
-    pending.hooks = min(pending.hooks, len(hooks))
+    pending.count = min(pending.count, len(hooks))
 
-    def keep(updates: int) -> None:
-        """Unless a hook has: which of the later ones were called since is not worth another checkpoint."""
-        if checkpoint is not None and pending.kept != updates:
+    def save(updates: int) -> None:
+        """Save a checkpoint unless a hook already saved this update."""
+        if checkpoint is not None and pending.saved_update != updates:
             checkpoint(updates)
 
-    def settle(record: Record) -> None:
-        """Do what is due now, or stop early."""
-        while pending.hooks and not processes.signal:
-            pending.hooks -= 1  # before the call: one of them writes checkpoints
+    def run_hooks(record: Record) -> None:
+        while pending.count and not processes.signal:
+            pending.count -= 1  # before the call: one of the hooks writes checkpoints
             try:
-                hooks[len(hooks) - pending.hooks - 1](record)
+                hooks[len(hooks) - pending.count - 1](record)
             except ProcessLost:
-                pending.hooks += 1
+                pending.count += 1
                 raise
-            except Interrupted:  # in all processes: what was left is made when the run goes on
-                pending.hooks += 1
+            except Interrupted:  # in all processes; the hook runs again when the run continues
+                pending.count += 1
                 if not processes.signal:
                     raise
         if number := processes.signal:
-            keep(record.update)
-            processes.gather("saved")  # whoever ends before that has the launcher end the first process, too
+            save(record.update)
+            processes.gather("saved")  # if one process ended before, the launcher would end the main process, too
             raise Interrupted(number, record.update, saved=checkpoint is not None)
 
     with (
         interrupts.handling(processes),
         interrupts.deferred(),
-        _rescue(processes, keep if checkpoint else None) as reached,
+        _save_on_process_loss(processes, save if checkpoint else None) as reached,
     ):
         if pending.record is not None and pending.record.update == start:
-            settle(dataclasses.replace(pending.record, total=total))
+            run_hooks(dataclasses.replace(pending.record, total=total))
         for update in range(start, total):
-            # one optimizer update
             began = time.monotonic()
             window = batches(update)
             metrics = step(update, window, learning_rate(update))
@@ -97,31 +92,29 @@ def fit(
                 seconds=time.monotonic() - began,
                 samples=metrics.pop(SAMPLES, sum(batch.weight for batch in window)),
             )
-            pending.hooks, pending.record = len(hooks), record
+            pending.count, pending.record = len(hooks), record
             reached(record.update)
-
-            # tell
             for observer in observers:
                 observer(record)
-
-            # check, save, validate, preview
-            settle(record)
+            run_hooks(record)
 
 
 @contextmanager
-def _rescue(processes: ProcessGroup, checkpoint: Callable[[int], object] | None) -> Iterator[Callable[[int], None]]:
-    """Where another process is lost within the block: a checkpoint, if an update was `reached` in it."""
-    made: int | None = None
+def _save_on_process_loss(
+    processes: ProcessGroup, checkpoint: Callable[[int], object] | None
+) -> Iterator[Callable[[int], None]]:
+    """If another process is lost in the block, save a checkpoint of the last update that it `reached`."""
+    last: int | None = None
 
     def reached(updates: int) -> None:
-        nonlocal made
-        made = updates
+        nonlocal last
+        last = updates
 
     try:
         yield reached
     except ProcessLost as error:
-        if checkpoint is None or made is None:
+        if checkpoint is None or last is None:
             raise
         with processes.saving():
-            checkpoint(made)
-        raise ProcessLost(f"{error}; the same command continues after update {made}") from error
+            checkpoint(last)
+        raise ProcessLost(f"{error}; the same command continues after update {last}") from error

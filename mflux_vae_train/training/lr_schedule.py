@@ -9,18 +9,18 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 SHAPES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "constant_with_warmup": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
-"""Share of the peak rate when a share `done` in [0, 1] of the time after warm-up has passed."""
+"""Factor on the peak rate as a function of progress in [0, 1] after warm-up."""
 
 RESTARTS, POLYNOMIAL = "cosine_with_restarts", "polynomial"
-"""Two more shapes, which take a number: of cosines one after the other, and a power."""
+"""Shapes with a parameter: `cycles` and `power`."""
 
 POLYNOMIAL_END = 1e-7
-"""Rate at which a polynomial ends, as in diffusers."""
+"""Final rate of a polynomial, as in diffusers."""
 
 STEP_DECAY = "step_decay"
 """A shape that does not depend on the length of the run."""
@@ -37,25 +37,26 @@ def learning_rate(
     gamma: float = 1.0,
     step_size: int = 1,
 ) -> Callable[[int], float]:
-    """Linear warm-up over `warmup` updates, then `shape` down to 0 at `total`; or a staircase.
+    """Update -> learning rate: linear warm-up over `warmup` updates, then `shape`, from `peak` to 0 at update `total`.
 
-    After the warm-up shapes are those of diffusers' `get_scheduler`. There the first update has a rate of zero and
-    "constant" ignores a warm-up; here the first one learns, and every shape has a warm-up.
+    rate(u) = peak (u + 1) / (warmup + 1) for u < warmup, then peak SHAPES[shape]((u - warmup) / (total - warmup)). With
+    `STEP_DECAY` it is peak gamma^floor(u / step_size): torch's ExponentialLR if `step_size` is an epoch, and its StepLR
+    if it is several.
 
-    rate(u) = peak (u + 1) / (warmup + 1) for u < warmup: already the first update learns, rate(warmup) is the
-    peak. rate(u) = peak SHAPES[shape]((u - warmup) / (total - warmup)) from there on; the last update is
-    total - 1. With the shape `STEP_DECAY` it is peak gamma^floor(u / step_size), as torch's ExponentialLR has it where
-    `step_size` is an epoch, and its StepLR where it is several.
+    Shapes are those of diffusers' `get_scheduler`. Differences: the first update has a rate above zero, and "constant"
+    has a warm-up, too.
 
-    A warm-up as long as the whole run would never reach the peak: it is shortened to a tenth, with a warning
-    in the log. One that takes more than half of the run gets a warning only.
+    A warm-up as long as the run is shortened to a tenth of the run, with a warning in the log. A warm-up of more than
+    half of the run gets a warning only.
     """
     if warmup >= total:
         shorter = total // 10
         logger.warning("warm-up of %d updates does not fit a run of %d; shortened to %d", warmup, total, shorter)
         warmup = shorter
     elif warmup > total / 2:
-        logger.warning("warm-up takes %d of %d updates; less leaves more time at the full rate", warmup, total)
+        logger.warning(
+            "warm-up takes %d of %d updates; a shorter one leaves more updates at the full rate", warmup, total
+        )
     decay = _decay(shape, peak, cycles, power)
 
     def rate(update: int) -> float:
@@ -69,10 +70,10 @@ def learning_rate(
 
 
 def _decay(shape: str, peak: float, cycles: int, power: float) -> Callable[[float], float]:
-    """Share of the time after warm-up -> share of the peak rate."""
+    """Progress after warm-up -> factor on the peak rate."""
     if shape == RESTARTS:
-        return lambda done: 0.0 if done >= 1 else SHAPES["cosine"](cycles * done % 1.0)
+        return lambda progress: 0.0 if progress >= 1 else SHAPES["cosine"](cycles * progress % 1.0)
     if shape == POLYNOMIAL:
         end = min(1.0, POLYNOMIAL_END / peak)
-        return lambda done: end + (1.0 - end) * (1.0 - done) ** power
+        return lambda progress: end + (1.0 - end) * (1.0 - progress) ** power
     return SHAPES["constant" if shape == STEP_DECAY else shape]

@@ -1,7 +1,7 @@
-"""One optimizer update: accumulate micro-batches, sum over processes, clip, update. It knows no image or prompt.
+"""One optimizer update: accumulate micro-batches, sum over processes, clip, update.
 
-Gradients and update are pure functions of arrays, which `mx.compile` may fuse. No global random state is
-read: whatever is random comes inside the micro-batch, as keys.
+Gradients and update are pure functions of arrays, which `mx.compile` may fuse. No global random state is read:
+micro-batches contain random keys.
 """
 
 from __future__ import annotations
@@ -36,27 +36,26 @@ Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.
 
 @runtime_checkable
 class HasGradients(Protocol):
-    """A loss that has a faster way to its gradients on a CPU than tracing (see `tape`)."""
+    """A loss that computes its gradients on a CPU faster than `mx.grad`, see `tape`."""
 
     def gradients(
         self, model: Any, arrays: Arrays, scale: mx.array
     ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
-        """As `Loss` answers, and the trainable parameters' gradients, times `scale`; None if there is no such way."""
+        """(the result of `Loss`, gradients of the trainable parameters times `scale`); None where not possible."""
 
 
 Pass: TypeAlias = Callable[[], tuple[Any, Any]]
-"""A micro-batch forward and backward: (loss, (metrics, buffers)) and gradients, described when it is called."""
+"""Forward and backward pass of a micro-batch: () -> ((loss, (metrics, buffers)), gradients), lazy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass sees.
+    """The input of one forward and backward pass.
 
     Attributes:
-        arrays: inputs of the loss, random keys included.
-        weight: number of samples that the loss is the mean of. Within an update micro-batches count by
-            weight, so that four of one sample give the gradient of one of four, and a smaller last one is
-            averaged right, whichever processes they fall to.
+        arrays: inputs of the loss, including random keys.
+        weight: number of samples that the loss averages over. An update averages its micro-batches by weight: four of
+            one sample give the gradient of one of four, on any number of processes.
     """
 
     arrays: Arrays
@@ -64,28 +63,27 @@ class MicroBatch:
 
 
 def sequential(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
-    """What passes answer, not computed yet: who asks for the next one before that has all their activations at once."""
-    return (described() for described in passes)
+    """Yield results lazily. Evaluate each one before asking for the next, or all activations stay alive."""
+    return (run() for run in passes)
 
 
 class Step:
     """Updates the trainable parameters of `model`, the optimizer's state and the moving average.
 
     Args:
-        model: its trainable parameters are fixed here; freeze first. All other arrays count as constants, but see
+        model: the set of trainable parameters is fixed here; freeze first. Other arrays are constants, except for
             `buffers`.
-        optimizer: any `mlx.optimizers` one; its learning rate is set for each update.
+        optimizer: any of `mlx.optimizers`; its learning rate is set for each update.
         loss: see `Loss`.
         max_grad_norm: gradients are scaled down to this global norm.
-        ema: moving average to keep along.
-        buffers: whether a forward pass may replace the arrays that are not for training, frozen or not, as batch
-            normalisation does with its running statistics. Each micro-batch of an update
-            begins with the same ones, and what they become is averaged by weight: the same for any number of processes.
-        compile: None decides: yes on Metal and CUDA, no on a CPU, where `mx.compile` calls a C++ compiler for every new
-            kernel: a quarter of a minute for an adapter's step, once on each machine, whose later updates take a
-            sixth less time.
-        run_passes: how those of an update are computed: in their order, one at a time, or several.
-        processes: the processes that make every update together, each from its share of the micro-batches.
+        ema: moving average to update.
+        buffers: whether a forward pass may replace arrays that are never trained, such as the running statistics of
+            batch normalization. All micro-batches of an update start from the same buffers, and the results are
+            averaged by weight: equal for any number of processes.
+        compile: None means yes on Metal and CUDA, no on a CPU. There `mx.compile` calls a C++ compiler for each new
+            kernel: 15 s for the step of an adapter, once per machine, after which updates take a sixth less time.
+        run_passes: runs the passes of an update in order, one at a time or several at once.
+        processes: each computes its share of the micro-batches of every update.
     """
 
     def __init__(
@@ -109,40 +107,40 @@ class Step:
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
         for single in getattr(optimizer, "optimizers", [optimizer]):
-            single.consumes = True  # nobody asks for gradients after an update
-        # Arrays that were never evaluated would be computed again in every compiled call.
+            single.donates_gradients = True
+        # unevaluated arrays would be computed again in every compiled call
         eval_each([model.parameters(), optimizer.state])
 
-        def objective(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[mx.array, Any]:
+        def objective(parameters: Any, buffers: Any, arrays: Arrays, weight: mx.array) -> tuple[mx.array, Any]:
             model.update(parameters)
-            model.update(kept)
+            model.update(buffers)
             value, metrics = loss(model, arrays)
-            # `mx.compile` fails where two results are the same formula, as a loss and its only part: these never are
+            # `mx.compile` fails if two results are the same expression, as a loss and its only metric; hence the stack
             weighted: Any = mx.stack([*metrics.values()]) * weight if metrics else []
             return value * weight, (dict(zip(metrics, weighted, strict=True)), self._buffers())
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
-            gradients = parallel_tree_map(lambda g: g * scale.astype(g.dtype), gradients, consumed=True)
-            before = exact(parameters)
+            gradients = parallel_tree_map(lambda g: g * scale.astype(g.dtype), gradients, donate=True)
+            before = master(parameters)
             changed = optimizer.apply_gradients(gradients, parameters)
             if ema is not None:
-                ema.update(exact(changed))
-            change = parallel_tree_map(lambda new, old: _sum_of_squares(new - old), exact(changed), before)
+                ema.update(master(changed))
+            change = parallel_tree_map(lambda new, old: _sum_of_squares(new - old), master(changed), before)
             return changed, _root_of_sum(change) / mx.maximum(global_norm(parameters), 1e-20)
 
-        def exact(parameters: Any) -> Any:
-            """Float32: what the optimizer keeps of weights in half precision, which small updates leave as they are."""
-            kept = optimizer.exact(parameters) if isinstance(optimizer, Optimizer) else parameters
-            return tree_map(lambda weights: weights.astype(mx.float32), kept)
+        def master(parameters: Any) -> Any:
+            """Float32 weights; the optimizer's master copies for half precision, which small updates do not change."""
+            weights = optimizer.master(parameters) if isinstance(optimizer, Optimizer) else parameters
+            return tree_map(lambda array: array.astype(mx.float32), weights)
 
         traced = mx.value_and_grad(objective)
 
-        def taped(parameters: Any, kept: Any, arrays: Arrays, weight: mx.array) -> tuple[Any, Any]:
-            answer = loss.gradients(model, arrays, weight) if isinstance(loss, HasGradients) else None
-            if answer is None:
-                return traced(parameters, kept, arrays, weight)
-            (value, metrics), gradients = answer
+        def taped(parameters: Any, buffers: Any, arrays: Arrays, weight: mx.array) -> tuple[Any, Any]:
+            result = loss.gradients(model, arrays, weight) if isinstance(loss, HasGradients) else None
+            if result is None:
+                return traced(parameters, buffers, arrays, weight)
+            (value, metrics), gradients = result
             metrics = {name: metric * weight for name, metric in metrics.items()}
             return (value * weight, (metrics, self._buffers())), gradients
 
@@ -150,44 +148,44 @@ class Step:
         self._gradients, self._apply = taped if is_cpu() else traced, apply
         if not is_cpu() if compile is None else compile:
             self._gradients = mx.compile(traced)
-            if not is_cpu():  # fused on a CPU, scalars such as the bias correction are computed for every element
+            if not is_cpu():  # fused on a CPU, scalars such as the bias correction would be computed per element
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
                 self._apply = mx.compile(apply, inputs=state, outputs=state)
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
-        """Make update number `update` (0-based, for messages) from all of `batches`, and those of other processes.
+        """Make update `update` (0-based, for messages) from `batches` and those of the other processes.
 
         Returns:
-            `loss`, `grad_norm` (before clipping), `update_size` (norm of what the update changed, as a share of the
-            norm of all that trains), `learning_rate`, what the optimizer has `measured`, `samples` (in all processes)
-            and the loss's own metrics.
+            `loss`, `grad_norm` (before clipping), `update_size` (norm of the change relative to the norm of the
+            trainable parameters), `learning_rate`, the optimizer's own metrics, `samples` (in all processes) and the
+            metrics of the loss.
 
         Raises:
-            TrainingError: loss or gradients are not finite; parameters are then as they were before.
+            TrainingError: loss or gradients are not finite; the parameters are unchanged.
         """
-        # accumulate: sums over the samples of all micro-batches, here and in other processes
+        # accumulate sums over the samples of all micro-batches, in all processes
         parameters, before = self.model.trainable_parameters(), self._buffers()
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
         sums = [] if batches else [tree_map(mx.zeros_like, tree) for tree in (parameters, before)]
 
-        def differentiated(batch: MicroBatch) -> tuple[Any, Any]:
+        def differentiate(batch: MicroBatch) -> tuple[Any, Any]:
             try:
                 return self._gradients(parameters, before, batch.arrays, mx.array(batch.weight, mx.float32))
-            finally:  # differentiation and tracing leave their placeholders in the module
+            finally:  # differentiation leaves placeholders in the module
                 self.model.update(parameters)
                 self.model.update(before)
 
-        answers = self._run_passes(partial(differentiated, batch) for batch in batches)
-        for batch, ((part, (measured, kept)), slope) in zip(batches, answers, strict=True):
+        results = self._run_passes(partial(differentiate, batch) for batch in batches)
+        for batch, ((value, (parts, buffers)), gradients) in zip(batches, results, strict=True):
             weight = batch.weight
-            loss = loss + part
-            metrics = {name: metrics.get(name, 0.0) + value for name, value in measured.items()}
-            new = [slope, tree_map(lambda now, then, weight=weight: (now - then) * weight, kept, before)]
+            loss = loss + value
+            metrics = {name: metrics.get(name, 0.0) + part for name, part in parts.items()}
+            new = [gradients, tree_map(lambda now, then, weight=weight: (now - then) * weight, buffers, before)]
             sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
-            del slope, kept, new
-            mx.eval(loss, metrics, sums)  # frees this micro-batch's activations
-        gradients, moved = self.processes.all_reduce_trees(sums)
+            del gradients, buffers, new
+            mx.eval(loss, metrics, sums)  # frees the activations of this micro-batch
+        gradients, changes = self.processes.all_reduce_trees(sums)
         totals = self.processes.all_reduce(
             {SAMPLES: sum(batch.weight for batch in batches)}
             | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
@@ -196,27 +194,27 @@ class Step:
             raise ValueError(f"update {update + 1} has no micro-batches")
         averages = {name: total / samples for name, total in totals.items()}
 
-        # check: once per update, before anything is changed
+        # check before anything is changed
         norm = global_norm(gradients) / samples
-        measured_loss, measured_norm = averages.pop("loss"), float(norm)
-        if not (math.isfinite(measured_loss) and math.isfinite(measured_norm)):
+        mean_loss, grad_norm = averages.pop("loss"), float(norm)
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise TrainingError(
-                f"update {update + 1}: loss is {measured_loss:g} and the gradients' norm {measured_norm:g}; "
-                "lower --learning_rate, or look for a broken picture"
+                f"update {update + 1}: loss is {mean_loss:g}, gradient norm {grad_norm:g}; lower --learning_rate, or"
+                " look for a broken image"
             )
 
         # clip and update
         self.optimizer.learning_rate = learning_rate
         parameters, size = self._apply(parameters, gradients, norm, mx.array(samples, mx.float32))
         self.model.update(parameters)
-        self.model.update(tree_map(lambda then, change: then + (change / samples).astype(then.dtype), before, moved))
+        self.model.update(tree_map(lambda then, change: then + (change / samples).astype(then.dtype), before, changes))
         mx.eval(parameters, size, self.optimizer.state, self.ema.state if self.ema is not None else [])
         return {
-            "loss": measured_loss,
-            "grad_norm": measured_norm,
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
             "update_size": float(size),
             "learning_rate": learning_rate,
-            **getattr(self.optimizer, "measured", dict)(),
+            **getattr(self.optimizer, "metrics", dict)(),
             SAMPLES: samples,
             **averages,
         }
@@ -225,16 +223,16 @@ class Step:
 def _never_trained(model: nn.Module) -> list[str]:
     """Names of the arrays that even an unfrozen model does not train."""
     frozen = [(part, set(part._no_grad)) for part in model.modules()]
-    for part, _ in frozen:  # one by one, as modules have their own say
+    for part, _ in frozen:  # one by one: modules may override `unfreeze`
         part.unfreeze(recurse=False)
     names = list(dict(tree_flatten(buffer_tree(model))))
-    for part, own in frozen:
-        part._no_grad = own
+    for part, names_before in frozen:
+        part._no_grad = names_before
     return names
 
 
 def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
-    """Those of a model, as a tree."""
+    """Arrays of a model by name, as a tree."""
     flat = dict(tree_flatten(model.parameters()))
     return tree_unflatten([(name, flat[name]) for name in names]) if names else {}
 
@@ -249,6 +247,6 @@ def _root_of_sum(squares: Any) -> mx.array:
 
 
 def _sum_of_squares(x: mx.array) -> mx.array:
-    """On a CPU a product of x with itself: one pass over memory."""
+    """A matrix product on a CPU: one pass over memory."""
     flat = x.astype(mx.float32).reshape(1, -1)
     return (flat @ flat.T)[0, 0] if is_cpu() else mx.square(flat).sum()

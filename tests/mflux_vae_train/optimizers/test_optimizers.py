@@ -100,7 +100,7 @@ def test_muon_flattens_convolutions_and_decays_decoupled() -> None:
 
 
 def test_muon_refuses_vectors() -> None:
-    with pytest.raises(ValueError, match="AdamW's"):
+    with pytest.raises(ValueError, match="AdamW"):
         run(Muon(), np.zeros(3), [np.ones(3)], [1e-2])
 
 

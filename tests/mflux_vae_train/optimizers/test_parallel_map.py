@@ -22,10 +22,10 @@ def equal(one: Any, other: Any) -> bool:
     return all(name == again and mx.array_equal(x, y) for (name, x), (again, y) in pairs)
 
 
-@pytest.mark.parametrize("consumed", [False, True])
+@pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("at_once", [1, 24, 1 << 20])
-def test_results_are_those_of_tree_map(at_once: int, consumed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_map, "_AT_ONCE", at_once)
+def test_results_are_those_of_tree_map(at_once: int, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_map, "_CHUNK_BYTES", at_once)
     given, others = tree(), tree_map(lambda x: x + 1, tree())
     states: Any = tree_map(lambda _: {}, given)
 
@@ -34,18 +34,18 @@ def test_results_are_those_of_tree_map(at_once: int, consumed: bool, monkeypatch
         return x * y
 
     expected = tree_map(lambda x, y: x * y, tree(), others)
-    assert equal(parallel_tree_map(product, given, others, states, consumed=consumed), expected)
+    assert equal(parallel_tree_map(product, given, others, states, donate=donate), expected)
     assert all((seen == -1).all() for _, seen in tree_flatten(states))
-    assert consumed or equal(given, tree())
+    assert donate or equal(given, tree())
     assert parallel_tree_map(product, {}, {}, {}) == {}
 
 
-def test_what_is_consumed_gives_its_memory() -> None:
+def test_donated_arrays_give_their_memory() -> None:
     given = {name: mx.random.normal((1 << 20,)) for name in "abcdef"}
     mx.eval(given)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    parallel_tree_map(lambda x: x * 2, given, consumed=True)
+    parallel_tree_map(lambda x: x * 2, given, donate=True)
     assert mx.get_peak_memory() - before < 2 * 4 << 20
 
 

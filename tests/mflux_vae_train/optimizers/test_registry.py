@@ -21,8 +21,8 @@ from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
 
 class SignDescent(Optimizer):
-    def start(self, weights, state): state["updates"] = mx.array(0)
-    def updated(self, gradient, weights, state):
+    def init_state(self, weights, state): state["updates"] = mx.array(0)
+    def step_single(self, gradient, weights, state):
         state["updates"] = state["updates"] + 1
         return weights - self.learning_rate * mx.sign(gradient)
 

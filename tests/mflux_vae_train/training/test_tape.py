@@ -105,7 +105,7 @@ def test_what_is_frozen_needs_nothing(x: mx.array) -> None:
     network.last.unfreeze()
     tape = Tape(network.trainable_parameters())
     inner = network.block(network.first(tape.constant(x)))
-    assert isinstance(inner, Variable) and inner.place is None
+    assert isinstance(inner, Variable) and inner.slot is None
     agree(taped(network, x), traced(network, x))
 
 
@@ -115,7 +115,7 @@ def test_a_part_is_computed_again(x: mx.array) -> None:
     calls = []
 
     def part(x: Any) -> Any:
-        calls.append(type(x.place))
+        calls.append(type(x.slot))
         return network.block(x)
 
     def through(tape: Tape, recompute: bool) -> Any:
