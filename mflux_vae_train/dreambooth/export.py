@@ -17,7 +17,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, networks
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.capabilities import NamesForKohya
+from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
@@ -81,7 +81,7 @@ def save_fused(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: 
 
 
 def _save_for_kohya(pipeline: DiffusionPipeline, resolved: ResolvedSettings, path: Path) -> None:
-    assert isinstance(pipeline, NamesForKohya)  # `plan_trainable` refuses others
+    assert isinstance(pipeline, SupportsAdapterExport)  # `plan_trainable` refuses others
     names = kohya_names(pipeline)
     tensors: dict[str, mx.array] = {}
     for prefix, network in networks(pipeline, resolved).items():

@@ -8,13 +8,10 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines.capabilities import (
-    Estimates,
-    LimitsPrompts,
-    Quantizes,
-    Recomputes,
+    SupportsMemoryControl,
     SupportsPrediction,
-    SupportsRelease,
-    TrainsTextEncoder,
+    SupportsPromptLimit,
+    SupportsTextEncoderTraining,
     Use,
 )
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -26,12 +23,12 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         SettingsError: the settings need a capability that the pipeline lacks.
     """
     needs = {
-        "--quantize": (settings.quantize is not None, Quantizes),
-        "--gradient_checkpointing": (settings.gradient_checkpointing, Recomputes),
-        "--train_batch_size auto": (settings.train_batch_size is None, Estimates),
-        "--memory_limit": (settings.memory_limit is not None, Estimates),
-        "--max_sequence_length": (settings.max_sequence_length is not None, LimitsPrompts),
-        "--train_text_encoder": (settings.train_text_encoder, TrainsTextEncoder),
+        "--quantize": (settings.quantize is not None, SupportsMemoryControl),
+        "--gradient_checkpointing": (settings.gradient_checkpointing, SupportsMemoryControl),
+        "--train_batch_size auto": (settings.train_batch_size is None, SupportsMemoryControl),
+        "--memory_limit": (settings.memory_limit is not None, SupportsMemoryControl),
+        "--max_sequence_length": (settings.max_sequence_length is not None, SupportsPromptLimit),
+        "--train_text_encoder": (settings.train_text_encoder, SupportsTextEncoderTraining),
         "--masked_loss": (settings.masked_loss, SupportsPrediction),
         "--weighting_scheme": (settings.weighting_scheme is not None, SupportsPrediction),
         "--prior_preservation dop": (settings.prior_preservation == "dop", SupportsPrediction),
@@ -45,22 +42,22 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
 
 def apply(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> None:
     """Turn the requested features on."""
-    if resolved.quantize is not None and isinstance(pipeline, Quantizes):
-        pipeline.quantize(resolved.quantize)
-    if resolved.max_sequence_length is not None and isinstance(pipeline, LimitsPrompts):
+    if resolved.max_sequence_length is not None and isinstance(pipeline, SupportsPromptLimit):
         pipeline.prompt_limit = resolved.max_sequence_length
-    if isinstance(pipeline, TrainsTextEncoder):
+    if isinstance(pipeline, SupportsTextEncoderTraining):
         pipeline.encode_text_in_step(resolved.train_text_encoder)
-    if isinstance(pipeline, Recomputes):
-        pipeline.recompute_activations(resolved.gradient_checkpointing)
+    if isinstance(pipeline, SupportsMemoryControl):
+        if resolved.quantize is not None:
+            pipeline.quantize(resolved.quantize)
+        pipeline.set_gradient_checkpointing(resolved.gradient_checkpointing)
 
 
 def release(pipeline: DiffusionPipeline, use: Use) -> None:
     """Free the memory of the parts that serve a use; they are loaded again on demand."""
-    if isinstance(pipeline, SupportsRelease):
+    if isinstance(pipeline, SupportsMemoryControl):
         pipeline.release(use)
 
 
-def outline_of(pipeline: DiffusionPipeline) -> nn.Module:
+def skeleton_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The denoiser's layers for their names and shapes; weights are not loaded if the pipeline can avoid it."""
-    return pipeline.outline() if isinstance(pipeline, Estimates) else pipeline.denoiser
+    return pipeline.skeleton() if isinstance(pipeline, SupportsMemoryControl) else pipeline.denoiser

@@ -1,12 +1,12 @@
-"""What a pipeline may offer beside `protocol.DiffusionPipeline`, each a protocol of its own.
+"""Optional features of a pipeline, beyond `protocol.DiffusionPipeline`.
 
-A trainer asks for these with isinstance, and refuses what needs a missing one.
+A trainer tests for them with isinstance, and refuses settings that need a missing one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -16,10 +16,13 @@ from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
 from mflux_vae_train.pipelines.protocol import Conditioning
 
+Use = Literal["prompts", "images"]
+"""What encoders are used for: encoding prompts, or encoding and decoding images."""
+
 
 @runtime_checkable
 class SupportsPrediction(Protocol):
-    """A pipeline that shows what its loss is made of. Masks, output preservation and `NoiseSampling` need it."""
+    """A pipeline that returns the parts of its loss. Masks, output preservation and `NoiseSampling` need it."""
 
     def predict(
         self,
@@ -30,165 +33,130 @@ class SupportsPrediction(Protocol):
         guidance: float,
         sampling: NoiseSampling | None = None,
     ) -> Prediction:
-        """Latents noised as `key` says, and what `denoiser` makes of them; differentiable in `denoiser`.
+        """Add noise to latents and let `denoiser` predict; differentiable in `denoiser`.
 
-        Equal keys give equal noise and levels, whatever the denoiser's weights and the conditioning are.
+        Noise and noise levels are functions of `key` and `sampling` alone.
 
         Args:
-            sampling: None for the recommended scheme; then ``predict(...).loss()`` is what `loss` returns.
+            latents: (B, ...), clean.
+            key: (B, 2).
+            sampling: None for the recommended scheme; then ``predict(...).loss()`` equals `loss`.
 
         Raises:
-            SettingsError: the pipeline has no such scheme.
+            SettingsError: an unsupported scheme.
         """
         ...
 
 
-Use = Literal["prompts", "images"]
-"""What a part of a pipeline serves: encoding prompts, or encoding and decoding images."""
-
-
 @runtime_checkable
-class SupportsRelease(Protocol):
-    """A pipeline whose parts are loaded when they are first needed."""
+class SupportsMemoryControl(Protocol):
+    """A pipeline that loads its parts on demand, can save memory, and estimates the memory of a run."""
 
     def release(self, *uses: Use) -> None:
-        """Give back the memory of what serves these uses, until it is needed again."""
+        """Free the encoders for these uses; they are loaded again on demand."""
         ...
-
-
-@runtime_checkable
-class Quantizes(Protocol):
-    """A pipeline whose frozen weights can be held in few bits."""
 
     def quantize(self, bits: int) -> None:
-        """Hold the denoiser and large text encoders in 4 or 8 bits from now on, adapters aside."""
+        """Hold the weights of the denoiser and of large text encoders in 4 or 8 bits from now on; not adapters."""
         ...
 
-
-@runtime_checkable
-class Recomputes(Protocol):
-    """A pipeline whose denoiser can keep less of a forward pass, and compute it again in the backward pass."""
-
-    def recompute_activations(self, on: bool) -> None:
-        """From now on; results stay the same."""
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep fewer activations of the denoiser and compute them again in the backward pass. Results do not change."""
         ...
 
-
-@runtime_checkable
-class Estimates(Protocol):
-    """A pipeline that knows what a run takes before anything is downloaded, loaded or computed."""
-
-    def outline(self) -> nn.Module:
-        """The denoiser's layers. Their weights need not be there: whoever computes with them gets nonsense."""
+    def skeleton(self) -> nn.Module:
+        """The denoiser's layers, for their names and shapes; the values of their weights are undefined."""
         ...
 
     def footprint(self, work: Workload) -> Footprint:
-        """An estimate, from configurations alone."""
+        """Memory and operations of a run, from configurations alone: nothing is downloaded or loaded."""
         ...
 
 
 @runtime_checkable
-class LimitsPrompts(Protocol):
-    """A pipeline whose prompts may be cut to fewer tokens, which takes less time and memory.
+class SupportsPromptLimit(Protocol):
+    """A pipeline that can encode prompts with fewer tokens, which saves time and memory.
 
     Attributes:
-        prompt_limit: tokens at most; None, or more than the model was trained with: as many as that.
+        prompt_limit: tokens per prompt; None or a larger number than in the model's training: as in its training.
     """
 
     prompt_limit: int | None
 
 
 @runtime_checkable
-class TrainsTextEncoder(Protocol):
-    """A pipeline with a text encoder that can learn beside the denoiser.
+class SupportsTextEncoderTraining(Protocol):
+    """A pipeline with text encoders that can be trained beside the denoiser.
 
-    Attributes:
-        text_encoder_prefix: first component of its LoRA keys in the PEFT file, e.g. ``text_encoder``.
+    Mappings are by the first component of a text encoder's LoRA keys in the PEFT file, e.g. ``text_encoder``.
     """
 
-    text_encoder_prefix: str
-
     def encode_text_in_step(self, on: bool) -> None:
-        """From now on conditioning holds what the text encoder is given in place of what it makes of that.
+        """Let conditioning hold the inputs of these text encoders instead of their outputs from now on.
 
-        So `loss`, `predict` and `sample` compute with its weights as they are by then, and are differentiable in them.
+        `loss`, `predict` and `sample` then run them, and are differentiable in their weights.
         """
         ...
 
-    def text_encoder_to_train(self) -> nn.Module:
-        """The text encoder, which `SupportsRelease.release` leaves where it is from now on.
-
-        Its parameter paths are those of the published files.
-        """
+    def text_encoders_to_train(self) -> Mapping[str, nn.Module]:
+        """The text encoders, which stay loaded from now on. Parameter paths are those of the published files."""
         ...
 
-    def text_encoder_outline(self) -> nn.Module:
-        """Its layers; their weights need not be there, see `Estimates.outline`."""
+    def text_encoder_skeletons(self) -> Mapping[str, nn.Module]:
+        """Their layers, see `SupportsMemoryControl.skeleton`."""
         ...
 
-    def text_encoder_targets(self) -> Sequence[str]:
-        """Patterns of the linear layers that LoRA adapts in it."""
+    def text_encoder_targets(self) -> Mapping[str, Sequence[str]]:
+        """Patterns of the linear layers in them that LoRA adapts."""
         ...
 
 
 @runtime_checkable
-class Identifies(Protocol):
-    """A pipeline whose encodings of prompts and images can be kept on disk, and used by another run."""
+class SupportsEncodingCache(Protocol):
+    """A pipeline whose encoded prompts and images can be stored on disk and used by other runs."""
 
-    def encoder_identity(self, use: Use) -> str:
-        """A text that differs wherever encodings would; it is found without loading what encodes."""
-        ...
-
-
-@runtime_checkable
-class PresetsForLora(Protocol):
-    """A pipeline whose layers can be called by what they are for."""
-
-    def lora_presets(self) -> Mapping[str, Sequence[str]]:
-        """Patterns as in `lora_targets`, by name: "attention", "attention+mlp"."""
+    def encoder_fingerprint(self, use: Use) -> str:
+        """A text that differs whenever encodings do. Weights are hashed but need not be loaded for encoding."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class KohyaNaming:
-    """How kohya's scripts, ComfyUI and others name an adapter's layers.
+    """Names of an adapter's layers in kohya's scripts and ComfyUI.
 
     Attributes:
-        modules: by name, the layers' paths in `denoiser`: several where one layer of the original network is several
-            here, its outputs in this order.
-        metadata: of the file, what follows from the model.
-        text_modules: as `modules`, of the text encoder that can be trained.
+        modules: by prefix as in PEFT files, then by kohya's name: paths of layers in that network. There are several
+            paths if a layer of the original network is split into several here; their outputs are in this order.
+        metadata: of the file, as far as the model determines it.
     """
 
-    modules: Mapping[str, Sequence[str]]
+    modules: Mapping[str, Mapping[str, Sequence[str]]]
     metadata: Mapping[str, str]
-    text_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @runtime_checkable
-class NamesForKohya(Protocol):
-    """A pipeline whose adapters can be written as kohya's scripts do."""
-
-    def kohya_naming(self) -> KohyaNaming:
-        """Of this network."""
-        ...
-
-
-@runtime_checkable
-class Published(Protocol):
-    """A pipeline that knows which published model it is, and who else reads adapters for it."""
+class SupportsAdapterExport(Protocol):
+    """A pipeline that knows names for groups of layers, and how other programs name layers and use an adapter."""
 
     @property
     def base_model(self) -> str | None:
-        """Its repository on the hub, ``owner/name``; None where it is none."""
+        """Repository of the published model on the hub, ``owner/name``; None for other models."""
+        ...
+
+    def lora_presets(self) -> Mapping[str, Sequence[str]]:
+        """Patterns as in `lora_targets` by name, such as "attention" and "attention+mlp"."""
+        ...
+
+    def kohya_naming(self) -> KohyaNaming:
+        """Names of this pipeline's layers."""
         ...
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
-        """Program -> how an adapter is used there, as Markdown.
+        """Program -> instructions for using an adapter there, as Markdown.
 
         Args:
             adapter: name of its file.
-            dora: whether it has magnitudes, which not every program reads.
-            text_encoder: whether a part of it is the text encoder's.
+            dora: whether it has magnitudes; not every program reads them.
+            text_encoder: whether it also adapts a text encoder.
         """
         ...

@@ -1,4 +1,4 @@
-"""What a run asks of a pipeline, and what that takes of a machine: said before anything is done."""
+"""Estimates of memory and time: what a run does with a pipeline, and what that needs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run is going to ask of a pipeline, as far as it takes memory or time.
+    """Properties of a run that determine its memory and time.
 
     Attributes:
-        resolution: side of the pictures that are drawn, in pixels.
-        shape: height and width of the largest that is trained on; None for a square of that side.
-        prompts: how many are encoded, `prompts_at_once` of them together, of at most `prompt_tokens` each (None: as
-            many as the model reads).
-        batch: samples in a forward and backward pass, those of the prior included.
-        micro_batches: such passes in an update, so many of them `side_by_side`.
-        class_pictures: to be drawn before the training.
-        pictures: drawn at once, in previews and class pictures, with this `guidance` and so many `steps`.
-        trained: weights that are trained.
-        adapter: whether they are an adapter's, beside those of the denoiser.
-        text_encoder: whether some of them are the text encoder's, which then is there throughout.
-        state_bytes: what the optimizer keeps for each of them.
+        resolution: side of generated images in pixels.
+        trained: number of trained weights.
+        shape: height and width of the largest training image; None for a square of `resolution`.
+        adapter: whether the trained weights are an adapter.
+        state_bytes: optimizer state per trained weight.
+        batch: samples in a forward and backward pass, prior samples included.
+        micro_batches: passes in an update; `concurrent_micro_batches` of them run at the same time.
+        prompts: number of prompts to encode, `prompts_per_batch` at a time.
+        prompt_tokens: tokens per prompt at most; None for as many as the model reads.
+        class_images: number of class images to generate before training.
+        images: generated at once, in previews and class images, with this `guidance` and number of `steps`.
         quantize: bits of the frozen weights; None for the pipeline's precision.
-        recompute: whether activations are computed again (`Recomputes`).
+        gradient_checkpointing: whether activations are computed again in the backward pass.
+        text_encoder: whether a text encoder is trained, and stays loaded.
     """
 
     resolution: int
@@ -35,33 +35,33 @@ class Workload:
     state_bytes: float = 8
     batch: int = 1
     micro_batches: int = 1
-    side_by_side: int = 1
+    concurrent_micro_batches: int = 1
     prompts: int = 4
-    prompts_at_once: int = 16
+    prompts_per_batch: int = 16
     prompt_tokens: int | None = None
-    class_pictures: int = 0
-    pictures: int = 1
+    class_images: int = 0
+    images: int = 1
     guidance: float = 1.0
     steps: int = 4
     quantize: int | None = None
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     text_encoder: bool = False
 
     @property
     def trained_shape(self) -> tuple[int, int]:
-        """Height and width of the largest picture that is trained on."""
+        """Height and width of the largest training image."""
         return self.shape or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, at its peak.
+    """One phase of a run.
 
     Attributes:
         name: such as "training".
-        weights: bytes of what is held throughout.
-        work: bytes that come and go.
-        operations: multiplications and additions; those of one update where it is training. 0 where nobody counted.
+        weights: bytes held throughout.
+        work: further bytes at the peak.
+        operations: multiplications and additions, in training those of one update; 0 if unknown.
     """
 
     name: str
@@ -76,11 +76,12 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a run takes.
+    """Estimate for a run.
 
     Attributes:
-        phases: in their order.
-        download: bytes that are not on this machine yet, and `cache`, the folder that they go to.
+        phases: in the order of the run.
+        download: bytes to download.
+        cache: folder of downloads.
     """
 
     phases: Sequence[Phase]

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-def recomputed(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
+def checkpointed(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
     """`block(*arrays, **constants)`, an array or a tuple of arrays, differentiable in `arrays` and what is trainable.
 
     A layer of the block may read what was set for one forward pass, such as the keys of a dropout. It then has a method

@@ -76,7 +76,7 @@ class FakePipeline:
         self.images_sampled = 0
         self.images_encoded = 0
 
-    def encoder_identity(self, use: Use) -> str:
+    def encoder_fingerprint(self, use: Use) -> str:
         return f"fake {use} {POOL} {WORDS}"
 
     def encode_images(self, pixels: mx.array) -> mx.array:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.capabilities import Identifies, SupportsPrediction
+from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsPrediction
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
@@ -165,11 +165,11 @@ class PipelineContract:
         assert mx.array_equal(again.sigma, found.sigma), "the recommended scheme is not the default"
 
     def test_what_encodes_has_an_identity_of_its_own(self, pipeline):
-        if not isinstance(pipeline, Identifies):
+        if not isinstance(pipeline, SupportsEncodingCache):
             return
-        images, prompts = (pipeline.encoder_identity(use) for use in ("images", "prompts"))
+        images, prompts = (pipeline.encoder_fingerprint(use) for use in ("images", "prompts"))
         assert images and prompts and images != prompts
-        assert (images, prompts) == tuple(pipeline.encoder_identity(use) for use in ("images", "prompts"))
+        assert (images, prompts) == tuple(pipeline.encoder_fingerprint(use) for use in ("images", "prompts"))
 
     def test_samples_are_images_of_the_asked_size(self, pipeline, conditioning, sample):
         images = sample(conditioning, keys(0, 1, 2))

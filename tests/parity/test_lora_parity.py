@@ -112,7 +112,7 @@ def test_diffusers_converts_kohyas_naming_back(patterns: list[str]) -> None:
     utilities = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     net = full_width(patterns, num_layers=1, num_single_layers=1)
     expected = deltas(net)
-    modules = naming.kohya_naming(net.config, CLIP_L).modules
+    modules = naming.kohya_naming(net.config, CLIP_L).modules["transformer"]
     tensors = lora.kohya_tensors(net, modules)
     given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
     back = utilities._convert_kohya_flux_lora_to_diffusers(copy.copy(given))
@@ -134,8 +134,8 @@ def test_diffusers_finds_what_clip_has_learnt_in_kohyas_naming() -> None:
     clip = CLIPTextModel(replace(CLIP_L, num_hidden_layers=2, vocab_size=9, hidden_size=48))
     lora.add_lora(clip, naming.CLIP_ATTENTION, rank=3, alpha=6.0)
     clip.update(tree_map(lambda x: x + mx.sin(mx.arange(x.size)).reshape(x.shape), clip.trainable_parameters()))
-    names = naming.kohya_naming(net.config, clip.config)
-    tensors = lora.kohya_tensors(net, names.modules) | lora.kohya_tensors(clip, names.text_modules)
+    names = naming.kohya_naming(net.config, clip.config).modules
+    tensors = lora.kohya_tensors(net, names["transformer"]) | lora.kohya_tensors(clip, names["text_encoder"])
     given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
     back = utilities._convert_kohya_flux_lora_to_diffusers(given)
     for path, expected in deltas(clip).items():
@@ -162,7 +162,7 @@ def test_an_adapter_trained_by_kohyas_scripts_is_read_as_diffusers_reads_it(tmp_
     given = {key: torch.tensor(np.array(value)) for key, value in tensors.items()}
     theirs = utilities._convert_kohya_flux_lora_to_diffusers(given)
     write_safetensors(tmp_path / "a.safetensors", tensors, {"ss_network_dim": "4"})
-    names = {"transformer": naming.kohya_naming(net.config, CLIP_L).modules}
+    names = {"transformer": naming.kohya_naming(net.config, CLIP_L).modules["transformer"]}
     found = lora.load_adapter({"transformer": net}, tmp_path / "a.safetensors", names)
     assert len(found["transformer"]) == 3 + 1 + 4
     for path, layer in lora.layers(net).items():
@@ -189,7 +189,9 @@ def test_mflux_maps_every_key_of_a_file_of_full_size(kind: str, whole: FluxTrans
     if kind == "peft":
         lora.save_adapter({"transformer": whole}, path)
     else:
-        write_safetensors(path, lora.kohya_tensors(whole, naming.kohya_naming(whole.config, CLIP_L).modules), {})
+        write_safetensors(
+            path, lora.kohya_tensors(whole, naming.kohya_naming(whole.config, CLIP_L).modules["transformer"]), {}
+        )
     theirs = Transformer(ModelConfig.schnell())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))

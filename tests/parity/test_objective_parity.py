@@ -211,7 +211,8 @@ def ours(tmp_path: Path, request) -> FluxPipeline:
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=4)
     if request.param != "transformer":
         pipeline.encode_text_in_step(True)
-        lora.add_lora(pipeline.text_encoder_to_train(), pipeline.text_encoder_targets(), rank=4)
+        clip, targets = pipeline.text_encoders_to_train(), pipeline.text_encoder_targets()
+        lora.add_lora(clip["text_encoder"], targets["text_encoder"], rank=4)
     for number, layer in enumerate(lora.layers(together(pipeline)).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
     return pipeline

@@ -24,7 +24,7 @@ from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
 from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash, load_mask
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
-from mflux_vae_train.pipelines.capabilities import Identifies, Use
+from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Use
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
 PROMPTS_PER_BATCH = 16
@@ -68,7 +68,7 @@ class CroppedImage:
 
 def open_cache(pipeline: DiffusionPipeline, folder: Path) -> EncodingCache:
     """The cache of a pipeline's encodings. Nothing is kept if the pipeline cannot identify its encoders."""
-    return EncodingCache(folder if isinstance(pipeline, Identifies) else None)
+    return EncodingCache(folder if isinstance(pipeline, SupportsEncodingCache) else None)
 
 
 def images_per_batch(resolution: int) -> int:
@@ -266,4 +266,4 @@ def _masks(images: Sequence[InstanceImage], latents: Iterator[mx.array]) -> Iter
 
 
 def _encoder_identity(pipeline: DiffusionPipeline, use: Use) -> str:
-    return pipeline.encoder_identity(use) if isinstance(pipeline, Identifies) else ""
+    return pipeline.encoder_fingerprint(use) if isinstance(pipeline, SupportsEncodingCache) else ""

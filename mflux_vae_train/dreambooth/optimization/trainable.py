@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.pipeline_features import outline_of
+from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.lora import Names, Networks
-from mflux_vae_train.pipelines.capabilities import NamesForKohya, TrainsTextEncoder
+from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -24,17 +24,17 @@ def networks(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[
     """The networks by the prefix of their keys in an adapter file, the denoiser first."""
     found: dict[str, nn.Module] = {pipeline.adapter_prefix: pipeline.denoiser}
     if settings.train_text_encoder:
-        assert isinstance(pipeline, TrainsTextEncoder)  # see `pipeline_features.check`
-        found[pipeline.text_encoder_prefix] = pipeline.text_encoder_to_train()
+        assert isinstance(pipeline, SupportsTextEncoderTraining)  # see `pipeline_features.check`
+        found |= pipeline.text_encoders_to_train()
     return found
 
 
 def skeletons(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
     """The same networks for names and shapes of layers; their weights may not be loaded."""
-    found = {pipeline.adapter_prefix: outline_of(pipeline)}
+    found = {pipeline.adapter_prefix: skeleton_of(pipeline)}
     if settings.train_text_encoder:
-        assert isinstance(pipeline, TrainsTextEncoder)
-        found[pipeline.text_encoder_prefix] = pipeline.text_encoder_outline()
+        assert isinstance(pipeline, SupportsTextEncoderTraining)
+        found |= pipeline.text_encoder_skeletons()
     return found
 
 
@@ -45,10 +45,4 @@ def combined(networks: Networks) -> nn.Module:
 
 def kohya_names(pipeline: DiffusionPipeline) -> Names:
     """Names of the layers in kohya's scripts by prefix; empty if the pipeline does not know them."""
-    if not isinstance(pipeline, NamesForKohya):
-        return {}
-    naming = pipeline.kohya_naming()
-    names = {pipeline.adapter_prefix: naming.modules}
-    if isinstance(pipeline, TrainsTextEncoder):
-        names[pipeline.text_encoder_prefix] = naming.text_modules
-    return names
+    return pipeline.kohya_naming().modules if isinstance(pipeline, SupportsAdapterExport) else {}

@@ -14,7 +14,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_can_fuse
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
-from mflux_vae_train.pipelines.capabilities import NamesForKohya, PresetsForLora, TrainsTextEncoder
+from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 COMMON_PRESETS = ("attention", "attention+mlp")
@@ -76,8 +76,8 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     names = kohya_names(pipeline)
     targets = {pipeline.adapter_prefix: _denoiser_targets(pipeline, resolved.lora_layers)}
     if resolved.train_text_encoder:
-        assert isinstance(pipeline, TrainsTextEncoder)  # `pipeline_features.check` refuses others
-        targets[pipeline.text_encoder_prefix] = pipeline.text_encoder_targets()
+        assert isinstance(pipeline, SupportsTextEncoderTraining)  # `pipeline_features.check` refuses others
+        targets |= pipeline.text_encoder_targets()
     for name in filter(str.strip, (resolved.lora_layers or "").split(",")):  # each one alone: one may be mistyped
         lora.matching(denoiser, _denoiser_targets(pipeline, name))
     origin = f" ({', '.join(name for each in targets.values() for name in _preset_names(each, pipeline))})"
@@ -86,7 +86,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
         origin = f" from {resolved.lora_weights}"
     matched = {prefix: lora.matching(network, targets[prefix]) for prefix, network in networks.items()}
     if resolved.output_kohya_format:
-        if not isinstance(pipeline, NamesForKohya):
+        if not isinstance(pipeline, SupportsAdapterExport):
             raise SettingsError(f"--output_kohya_format: {pipeline.name} does not know the names")
         for prefix, paths in matched.items():
             lora.check_kohya(list(paths), names[prefix])
@@ -109,7 +109,7 @@ def _denoiser_targets(pipeline: DiffusionPipeline, lora_layers: str | None) -> S
 
 
 def _presets(pipeline: DiffusionPipeline) -> Mapping[str, Sequence[str]]:
-    return pipeline.lora_presets() if isinstance(pipeline, PresetsForLora) else {}
+    return pipeline.lora_presets() if isinstance(pipeline, SupportsAdapterExport) else {}
 
 
 def _preset_names(patterns: Sequence[str], pipeline: DiffusionPipeline) -> Sequence[str]:

@@ -19,10 +19,10 @@ from mflux_vae.utils.formatting import GB, size_text
 from mflux_vae_train.dreambooth.data.crops import Shape
 from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_per_batch
 from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
-from mflux_vae_train.dreambooth.pipeline_features import outline_of
+from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
-from mflux_vae_train.pipelines.capabilities import Estimates
+from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, Record
@@ -78,16 +78,16 @@ def workload(
             adapter=resolved.train_mode == "lora",
             state_bytes=_state_bytes(resolved),
             batch=1 if resolved.prior_preservation == "none" else 2,
-            side_by_side=concurrent_micro_batches(outline_of(pipeline)),
+            concurrent_micro_batches=concurrent_micro_batches(skeleton_of(pipeline)),
             prompts=prompts,
-            prompts_at_once=PROMPTS_PER_BATCH,
+            prompts_per_batch=PROMPTS_PER_BATCH,
             prompt_tokens=resolved.max_sequence_length,
-            class_pictures=class_images,
-            pictures=max(1, previews, min(resolved.sample_batch_size, class_images)),
+            class_images=class_images,
+            images=max(1, previews, min(resolved.sample_batch_size, class_images)),
             guidance=resolved.guidance,
             steps=pipeline.recommended.steps,
             quantize=resolved.quantize,
-            recompute=resolved.gradient_checkpointing,
+            gradient_checkpointing=resolved.gradient_checkpointing,
             text_encoder=resolved.train_text_encoder,
         ),
         resolved.train_batch_size,
@@ -96,7 +96,7 @@ def workload(
 
 
 def fit_batch_size(
-    pipeline: Estimates, resolved: ResolvedSettings, work: Workload
+    pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload
 ) -> tuple[ResolvedSettings, Workload]:
     """Raise the batch size from 1 to the largest that fits into memory, with as many fewer micro-batches."""
     images = resolved.gradient_accumulation_steps
@@ -110,7 +110,7 @@ def fit_batch_size(
     return resolved, work
 
 
-def estimate(pipeline: Estimates, resolved: ResolvedSettings, work: Workload) -> Estimate:
+def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload) -> Estimate:
     """Ask the pipeline what the run takes, and compare it with the available memory."""
     footprint, limit = pipeline.footprint(work), _limit(resolved)
     problem = None
@@ -163,8 +163,8 @@ def compare_first_update(estimate: Estimate | None) -> Hook:
 
 def _with_batch_size(work: Workload, size: int, micro_batches: int) -> Workload:
     """The workload of batch size 1 with another one."""
-    together = min(work.side_by_side, micro_batches)
-    return replace(work, batch=size * work.batch, micro_batches=micro_batches, side_by_side=together)
+    together = min(work.concurrent_micro_batches, micro_batches)
+    return replace(work, batch=size * work.batch, micro_batches=micro_batches, concurrent_micro_batches=together)
 
 
 def _limit(resolved: ResolvedSettings) -> int:
@@ -178,11 +178,11 @@ def _state_bytes(resolved: ResolvedSettings) -> float:
     return round(build_optimizer(resolved).state_bytes(weights) / weights.size, 2)
 
 
-def _fixes(pipeline: Estimates, resolved: ResolvedSettings, work: Workload, limit: int) -> Iterator[str]:
+def _fixes(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload, limit: int) -> Iterator[str]:
     """Flags under which the run would fit, the cheapest first."""
     height, width = work.trained_shape
     buckets = " and half the sides of --aspect_ratio_buckets" if resolved.aspect_ratio_buckets else ""
-    recompute: dict[str, Any] = {"recompute": True}
+    recompute: dict[str, Any] = {"gradient_checkpointing": True}
     eight, four = {"quantize": 8}, {"quantize": 4}
     smaller = {"resolution": work.resolution // 2, "shape": (height // 2, width // 2)}
     half = {"batch": max(1, work.batch // 2), "micro_batches": 2 * work.micro_batches}

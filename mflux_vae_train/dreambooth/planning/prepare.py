@@ -25,7 +25,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, read_status, run_identity
 from mflux_vae_train.fingerprint import weights_hash
-from mflux_vae_train.pipelines.capabilities import Estimates, Identifies, Use
+from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsMemoryControl, Use
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -126,7 +126,7 @@ def _estimate(
     trainable: Trainable,
 ) -> tuple[ResolvedSettings, Estimate | None]:
     """Settings with ``--train_batch_size auto`` decided, and the estimate if the pipeline can tell."""
-    if not isinstance(pipeline, Estimates):
+    if not isinstance(pipeline, SupportsMemoryControl):
         return resolved, None
     captions = {one.caption for one in dataset.images}
     work = workload(
@@ -148,9 +148,9 @@ def _identity(
     read_weights = not resolved.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
     base = weights_hash(pipeline.denoiser) if read_weights else ""
     identity = run_identity(resolved.to_settings(), base=base, images=dataset.fingerprint)
-    if read_weights and isinstance(pipeline, Identifies):
+    if read_weights and isinstance(pipeline, SupportsEncodingCache):
         uses: tuple[Use, ...] = ("prompts", "images")
-        identity["encoders"] = [pipeline.encoder_identity(use) for use in uses]
+        identity["encoders"] = [pipeline.encoder_fingerprint(use) for use in uses]
     if resolved.lora_weights is not None:
         identity["adapter to start from"] = file_hash(Path(resolved.lora_weights))
     return identity

@@ -10,7 +10,7 @@ from mflux_vae_train.dreambooth.export import FUSED, KOHYA
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.capabilities import Published
+from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 _SETTINGS = (
@@ -26,7 +26,7 @@ def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, fo
 
     The metadata declares no licence; the text refers to that of the base model.
     """
-    base = pipeline.base_model if isinstance(pipeline, Published) else None
+    base = pipeline.base_model if isinstance(pipeline, SupportsAdapterExport) else None
     previews = preview_grid.previews(folder.samples)
     preview = previews[-1][1].relative_to(folder.root).as_posix() if previews else None
     write_text(
@@ -68,7 +68,7 @@ def _body(
     parts = [f"# {folder.root.resolve().name}\n\nA {kind} for {link}, trained with DreamBooth on: {prompts}."]
     if preview is not None:
         parts.append(f"![images sampled after training]({preview})")
-    if adapter and isinstance(pipeline, Published):
+    if adapter and isinstance(pipeline, SupportsAdapterExport):
         usage = pipeline.usage(
             result.name, resolved.instance_prompt, dora=resolved.use_dora, text_encoder=resolved.train_text_encoder
         )

@@ -93,28 +93,28 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     learning = learning_bytes(work, here)
 
     autoencoder, encoding = _autoencoder(json.dumps(configs.vae), here.width, "encode", 16, work.trained_shape)
-    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", work.pictures, square))
+    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", work.images, square))
 
-    rows = work.pictures * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
+    rows = work.images * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
     wide = widened_bytes(config, here) if work.quantize else 0
     drawing = max(forward_bytes(config, tokens, rows, here) + wide, decoding)
     one, one_trained = forward_operations(config, tokens), forward_operations(config, trained_tokens)
     found = [_prompts(configs, work, text_tokens, here)]
     held = 0
-    if work.class_pictures:
+    if work.class_images:
         found.append(
-            Phase("class pictures", transformer, drawing, one * work.steps * work.class_pictures * rows / work.pictures)
+            Phase("class images", transformer, drawing, one * work.steps * work.class_images * rows / work.images)
         )
         held = transformer
-    together = work.batch * work.side_by_side
-    passes = 2 + work.recompute + (not work.adapter)  # forward, to the inputs, again, to the weights
+    together = work.batch * work.concurrent_micro_batches
+    passes = 2 + work.gradient_checkpointing + (not work.adapter)  # forward, to the inputs, again, to the weights
     return [
         *found,
         Phase("latents", held + autoencoder, encoding, 0.0),
         Phase(
             "training",
             transformer + learning,
-            training_bytes(config, trained_tokens, together, here, recompute=work.recompute)
+            training_bytes(config, trained_tokens, together, here, checkpointing=work.gradient_checkpointing)
             + (clip_bytes(configs.text_encoder, together) if work.text_encoder else 0)
             + wide,
             one_trained * passes * work.batch * work.micro_batches,
@@ -130,7 +130,7 @@ def learning_bytes(work: Workload, precision: Precision) -> int:
 
 
 def training_bytes(
-    config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision, *, recompute: bool
+    config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision, *, checkpointing: bool
 ) -> int:
     """Activations at the peak of a forward and backward pass.
 
@@ -144,10 +144,10 @@ def training_bytes(
     if not precision.fused:
         kept += (config.num_layers + config.num_single_layers) * SCORES_KEPT * precision.width * pairs
     blocks = config.num_layers + config.num_single_layers
-    if recompute and blocks:
+    if checkpointing and blocks:
         largest = max(KEPT_DOUBLE, KEPT_SINGLE) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
         kept = blocks * INPUTS * number + largest
-    working = WORKING[precision.width][recompute]
+    working = WORKING[precision.width][checkpointing]
     return int(kept + max(working * number, ATTENDING * number + SCORES * precision.width * pairs))
 
 
@@ -217,7 +217,7 @@ def _tokens(height: int, width: int) -> int:
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:
     t5, clip = configs.text_encoder_2, configs.text_encoder
     weights = _weights(T5Encoder, t5, here.width, work.quantize) + _weights(CLIPTextModel, clip, here.width, None)
-    rows = min(work.prompts, work.prompts_at_once) * length
+    rows = min(work.prompts, work.prompts_per_batch) * length
     bias = t5.num_heads * length**2 * here.width
     activations = int(T5_WORKING * _FULL * (t5.d_model + t5.d_ff) * rows) + 2 * bias
     inner = t5.num_heads * t5.d_kv

@@ -78,7 +78,7 @@ def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNa
         for i in range(clip.num_hidden_layers)
         for layer in (*(f"self_attn.{name}" for name in CLIP_PROJECTIONS), "mlp.fc1", "mlp.fc2")
     ]
-    text_modules = {f"lora_te1_{path.replace('.', '_')}": (path,) for path in layers}
+    clip_modules = {f"lora_te1_{path.replace('.', '_')}": (path,) for path in layers}
     kind = "dev" if config.guidance_embeds else "schnell"
     metadata = {
         "modelspec.architecture": f"flux-1-{kind}/lora",
@@ -86,4 +86,4 @@ def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNa
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
     }
-    return KohyaNaming(modules=modules, metadata=metadata, text_modules=text_modules)
+    return KohyaNaming(modules={"transformer": modules, "text_encoder": clip_modules}, metadata=metadata)

@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import SIZE_MULTIPLE, Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
-from mflux_vae_train.pipelines.flux1.prompts import EMBEDS, POOLED, FluxPrompts
+from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.lazy import Lazy
@@ -43,7 +43,6 @@ class FluxPipeline:
     """
 
     adapter_prefix = "transformer"
-    text_encoder_prefix = "text_encoder"
 
     def __init__(
         self,
@@ -218,11 +217,11 @@ class FluxPipeline:
         """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits from now on."""
         self.parts.quantize(bits)
 
-    def recompute_activations(self, on: bool) -> None:
-        """See `FluxTransformer.recompute`."""
-        self._transformer.apply(lambda module: setattr(module, "recompute", on))
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep only the inputs of the transformer's blocks for the backward pass, which runs the blocks again."""
+        self._transformer.apply(lambda module: setattr(module, "gradient_checkpointing", on))
 
-    def outline(self) -> nn.Module:
+    def skeleton(self) -> nn.Module:
         """The transformer if it is loaded; else its layers with random weights, which are lazy."""
         return self._transformer.loaded or FluxTransformer(self.configs.transformer)
 
@@ -235,7 +234,7 @@ class FluxPipeline:
         download = memory.published_bytes(self.configs, self._snapshot.parts)
         return Footprint(phases=phases, download=download, cache=cache_folder())
 
-    # capabilities.LimitsPrompts
+    # capabilities.SupportsPromptLimit
 
     @property
     def prompt_limit(self) -> int | None:
@@ -246,32 +245,32 @@ class FluxPipeline:
     def prompt_limit(self, tokens: int | None) -> None:
         self.prompts.limit = tokens
 
-    # capabilities.TrainsTextEncoder
+    # capabilities.SupportsTextEncoderTraining
 
     def encode_text_in_step(self, on: bool) -> None:
         """See `FluxPrompts.clip_in_step`."""
         self.prompts.clip_in_step = on
 
-    def text_encoder_to_train(self) -> CLIPTextModel:
+    def text_encoders_to_train(self) -> Mapping[str, nn.Module]:
         """CLIP, which stays loaded from now on. T5, forty times as large, is not trained."""
-        return self.prompts.clip.keep()
+        return {CLIP: self.prompts.clip.keep()}
 
-    def text_encoder_outline(self) -> nn.Module:
+    def text_encoder_skeletons(self) -> Mapping[str, nn.Module]:
         """CLIP if it is loaded; else its layers with random weights, which are lazy."""
-        return self.prompts.clip.loaded or CLIPTextModel(self.configs.text_encoder)
+        return {CLIP: self.prompts.clip.loaded or CLIPTextModel(self.configs.text_encoder)}
 
-    def text_encoder_targets(self) -> Sequence[str]:
-        """The four projections of attention, as in diffusers' scripts."""
-        return naming.CLIP_ATTENTION
+    def text_encoder_targets(self) -> Mapping[str, Sequence[str]]:
+        """The four projections of CLIP's attention, as in diffusers' scripts."""
+        return {CLIP: naming.CLIP_ATTENTION}
 
-    # capabilities.Identifies
+    # capabilities.SupportsEncodingCache
 
-    def encoder_identity(self, use: Use) -> str:
+    def encoder_fingerprint(self, use: Use) -> str:
         """Hash of weights and tokenizers, precision, and for prompts their length."""
         fingerprint = self.parts.encoder_fingerprint(use)
         return fingerprint if use == "images" else f"{fingerprint} {self.prompts.fingerprint()}"
 
-    # capabilities.PresetsForLora, NamesForKohya, Published
+    # capabilities.SupportsAdapterExport
 
     def lora_presets(self) -> Mapping[str, Sequence[str]]:
         return naming.PRESETS

@@ -12,6 +12,9 @@ from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
+CLIP = "text_encoder"
+"""CLIP's folder, and first component of its LoRA keys in PEFT files."""
+
 EMBEDS, POOLED, TOKENS = "prompt_embeds", "pooled", "clip_tokens"
 """Arrays of a conditioning: T5's output (B, L, D), CLIP's (B, P), or instead of the latter CLIP's input (B, N)."""
 
@@ -29,7 +32,7 @@ class FluxPrompts:
     """
 
     def __init__(self, parts: Parts, *, guidance_embeds: bool) -> None:
-        self.clip: Lazy[CLIPTextModel] = parts.networks["text_encoder"]
+        self.clip: Lazy[CLIPTextModel] = parts.networks[CLIP]
         self.t5: Lazy[T5Encoder] = parts.networks["text_encoder_2"]
         self._clip_tokenizer, self._t5_tokenizer = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
         self._longest = 512 if guidance_embeds else 256

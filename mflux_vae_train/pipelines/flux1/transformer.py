@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
-from mflux_vae_train.pipelines.gradient_checkpointing import recomputed
+from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6
@@ -221,10 +221,10 @@ class FluxTransformer(nn.Module):
     """The denoiser of FLUX.1: noisy packed latents, prompt and time -> velocity.
 
     Attributes:
-        recompute: whether blocks keep only their inputs for the backward pass, and compute themselves again there.
+        gradient_checkpointing: keep only the inputs of blocks for the backward pass, which runs the blocks again.
     """
 
-    recompute = False
+    gradient_checkpointing = False
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class FluxTransformer(nn.Module):
         )
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         rope = rotation(mx.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
-        run = recomputed if self.recompute else _at_once
+        run = checkpointed if self.gradient_checkpointing else _call
         for double_block in self.transformer_blocks:
             image, text = run(double_block, image, text, conditioning, rope=rope)
         # text stream + image stream -> one stream
@@ -284,7 +284,7 @@ class FluxTransformer(nn.Module):
         return self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
 
 
-def _at_once(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
+def _call(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
     return block(*arrays, **constants)
 
 

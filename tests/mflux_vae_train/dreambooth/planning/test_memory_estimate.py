@@ -35,15 +35,21 @@ class Weighed(FakePipeline):
         self.recomputes: bool | None = None
         self.asked: list[Workload] = []
 
-    def outline(self) -> nn.Module:
+    def release(self, *uses: str) -> None:
+        pass
+
+    def quantize(self, bits: int) -> None:
+        raise AssertionError("nothing to quantize")
+
+    def skeleton(self) -> nn.Module:
         return self.denoiser
 
-    def recompute_activations(self, on: bool) -> None:
+    def set_gradient_checkpointing(self, on: bool) -> None:
         self.recomputes = on
 
     def footprint(self, work: Workload) -> Footprint:
         self.asked.append(work)
-        passes = work.batch * (GB // 2 if work.recompute else GB)
+        passes = work.batch * (GB // 2 if work.gradient_checkpointing else GB)
         return Footprint(phases=[Phase("text encoding", GB, 0, 1e9), Phase("training", GB, passes, 2e9)])
 
 
@@ -147,7 +153,7 @@ def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
     DreamBooth(pipeline).train(settings(gradient_checkpointing=True, optimizer="lion", rank=3, memory_limit=10))
     assert pipeline.recomputes is True
     work = pipeline.asked[-1]
-    assert (work.recompute, work.state_bytes, work.batch, work.micro_batches) == (True, 4, 1, 4)
+    assert (work.gradient_checkpointing, work.state_bytes, work.batch, work.micro_batches) == (True, 4, 1, 4)
     assert work.trained == 3 * (14 + 24) + 3 * (24 + 24)
 
 
@@ -158,7 +164,7 @@ def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypat
     monkeypatch.setattr(optimizer, "is_cpu", lambda: True)
     pipeline = Weighed()
     DreamBooth(pipeline).train(settings(dry_run=True))
-    assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].side_by_side) == (4, together)
+    assert (pipeline.asked[-1].micro_batches, pipeline.asked[-1].concurrent_micro_batches) == (4, together)
     one_by_one = optimizer.pass_runner(pipeline.denoiser) is step.sequential
     assert one_by_one == (together == 1)
 

@@ -67,12 +67,12 @@ def drawn(pipeline: FluxPipeline) -> mx.array:
 def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
     latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
     early = pipeline.encode_prompts(PROMPTS)
-    identity = pipeline.encoder_identity("prompts")
+    identity = pipeline.encoder_fingerprint("prompts")
     expected = pipeline.loss(latents, early, key=keys, guidance=2.0), drawn(pipeline)
     pipeline.encode_text_in_step(True)
     late = pipeline.encode_prompts(PROMPTS)
     assert set(late) == {"prompt_embeds", "clip_tokens"} and late["clip_tokens"].dtype == mx.int32
-    assert pipeline.encoder_identity("prompts") != identity, "one kept on disk must not be taken for the other"
+    assert pipeline.encoder_fingerprint("prompts") != identity, "one kept on disk must not be taken for the other"
     assert mx.array_equal(pipeline.loss(latents, late, key=keys, guidance=2.0), expected[0])
     assert mx.array_equal(drawn(pipeline), expected[1])
 
@@ -80,10 +80,10 @@ def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recompute) -> None:
     pipeline.encode_text_in_step(True)
-    pipeline.recompute_activations(recompute)
-    networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
+    pipeline.set_gradient_checkpointing(recompute)
+    networks = {"transformer": pipeline.denoiser, **pipeline.text_encoders_to_train()}
     lora.add_lora(pipeline.denoiser, pipeline.lora_targets(), rank=2)
-    lora.add_lora(pipeline.prompts.clip.get(), pipeline.text_encoder_targets(), rank=2)
+    lora.add_lora(pipeline.prompts.clip.get(), pipeline.text_encoder_targets()["text_encoder"], rank=2)
     together = combined(networks)
     together.update(
         tree_map(lambda x: x + 0.05 * mx.sin(mx.arange(x.size)).reshape(x.shape), together.trainable_parameters())
@@ -122,9 +122,9 @@ def test_a_compiled_step_is_the_same(tmp_path) -> None:
     for compiled in (False, True):
         pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True)
         pipeline.encode_text_in_step(True)
-        networks = {"transformer": pipeline.denoiser, "text_encoder": pipeline.text_encoder_to_train()}
+        networks = {"transformer": pipeline.denoiser, **pipeline.text_encoders_to_train()}
         for network, targets in zip(
-            networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()), strict=True
+            networks.values(), (pipeline.lora_targets(), pipeline.text_encoder_targets()["text_encoder"]), strict=True
         ):
             lora.add_lora(network, targets, rank=2, dropout=0.1)
         together = combined(networks)

@@ -51,7 +51,7 @@ def measured(stack: Stack) -> int:
     if stack.bits:
         quantize(network, stack.bits, is_quantized_layer)
     lora.add_lora(network, naming.PRESETS["attention+mlp"], rank=RANK)
-    network.recompute = stack.recompute
+    network.gradient_checkpointing = stack.recompute
     tokens, batch, config = stack.side**2 // 4, stack.batch, stack.config
     arrays = {
         "latents": mx.random.normal((batch, tokens, config.in_channels)),
@@ -82,7 +82,7 @@ def estimated(stack: Stack) -> int:
     trained = RANK * sum(matched.values())
     weights = stored_bytes(network, here.width, stack.bits, is_quantized_layer)
     tokens = stack.side**2 // 4, stack.text
-    work = memory.training_bytes(stack.config, tokens, stack.batch, here, recompute=stack.recompute)
+    work = memory.training_bytes(stack.config, tokens, stack.batch, here, checkpointing=stack.recompute)
     if stack.bits:
         work += memory.widened_bytes(stack.config, here)
     return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work

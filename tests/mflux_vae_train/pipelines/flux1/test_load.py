@@ -59,7 +59,7 @@ def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, gui
     pipeline = registry.open_pipeline(name)
     assert (pipeline.name, pipeline.recommended.guidance) == (name, guidance)
     assert not pipeline._snapshot.is_cached()
-    layers = dict(pipeline.outline().named_modules())
+    layers = dict(pipeline.skeleton().named_modules())
     assert layers["single_transformer_blocks.37.proj_out"].weight.shape == (3072, 5 * 3072)
     assert not asked and mx.get_active_memory() < 1 << 30
 

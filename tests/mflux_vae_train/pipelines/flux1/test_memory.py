@@ -11,7 +11,7 @@ import pytest
 
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import flux1
-from mflux_vae_train.pipelines.capabilities import Estimates, Quantizes, Recomputes, SupportsRelease
+from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
@@ -56,8 +56,8 @@ def test_weights_are_counted_to_the_byte(bits: int | None) -> None:
     if bits:
         quantize(network, bits, is_quantized_layer)
     held = sum(array.nbytes for _, array in lora_free(network))
-    outline = FluxTransformer(small_config(num_attention_heads=4))
-    assert stored_bytes(outline, 4, bits, is_quantized_layer) == held
+    skeleton = FluxTransformer(small_config(num_attention_heads=4))
+    assert stored_bytes(skeleton, 4, bits, is_quantized_layer) == held
 
 
 def lora_free(network: FluxTransformer):
@@ -69,12 +69,12 @@ def lora_free(network: FluxTransformer):
 def training(**changes) -> Workload:
     """A LoRA of rank 16 on every block of the published models, at 512 pixels."""
     matched = lora.matching(FluxTransformer(published(True).transformer), naming.PRESETS["attention+mlp"])
-    return replace(Workload(resolution=512, trained=16 * sum(matched.values()), class_pictures=10), **changes)
+    return replace(Workload(resolution=512, trained=16 * sum(matched.values()), class_images=10), **changes)
 
 
 @pytest.mark.parametrize(("embeds", "tokens"), [(False, 256), (True, 512)], ids=["schnell", "dev"])
 def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: bool, tokens: int) -> None:
-    work = training(quantize=4, recompute=True, batch=2, pictures=4)
+    work = training(quantize=4, gradient_checkpointing=True, batch=2, images=4)
     phases = memory.phases(published(embeds), work, text_tokens=tokens, precision=HALF)
     assert [phase.name for phase in phases] == [*("text encoding", "class pictures", "latents", "training", "previews")]
     assert all(phase.peak <= 12e9 for phase in phases), {phase.name: phase.peak / 1e9 for phase in phases}
@@ -89,8 +89,12 @@ def test_every_saving_saves() -> None:
 
     whole = peak()
     assert whole > 30e9
-    assert peak(quantize=8) < whole and peak(recompute=True) < whole and peak(resolution=256) < whole
-    assert peak(quantize=4, recompute=True) < peak(quantize=8, recompute=True) < peak(recompute=True)
+    assert peak(quantize=8) < whole and peak(gradient_checkpointing=True) < whole and peak(resolution=256) < whole
+    assert (
+        peak(quantize=4, gradient_checkpointing=True)
+        < peak(quantize=8, gradient_checkpointing=True)
+        < peak(gradient_checkpointing=True)
+    )
     assert peak(batch=2) > whole and peak(state_bytes=2) < whole
     assert peak(adapter=False, trained=12_000_000_000) > 100e9
 
@@ -139,4 +143,4 @@ def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.Mo
 
 def test_the_pipeline_offers_all_of_it() -> None:
     pipeline = flux1.load("dev")
-    assert all(isinstance(pipeline, kind) for kind in (Estimates, Quantizes, Recomputes, SupportsRelease))
+    assert isinstance(pipeline, SupportsMemoryControl)

@@ -22,7 +22,7 @@ from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.prompts import FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.gradient_checkpointing import recomputed
+from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
 from mflux_vae_train.pipelines.quantization import QuantizedLinear, quantize
 from mflux_vae_train.pipelines.text.t5 import T5Config, T5Encoder
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -225,16 +225,16 @@ def test_the_empty_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.Monk
 
 def test_identities_are_found_without_quantising(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FluxPipeline.from_pretrained(folder)
-    plain = pipeline.encoder_identity("prompts")
+    plain = pipeline.encoder_fingerprint("prompts")
     with monkeypatch.context() as patch:
         patch.setattr(parts, "quantize", lambda *_: pytest.fail("quantised"))
         pipeline.quantize(4)
-        found = pipeline.encoder_identity("prompts")
+        found = pipeline.encoder_fingerprint("prompts")
         other = FluxPipeline.from_pretrained(folder)
         other.quantize(8)
-        assert len({plain, found, other.encoder_identity("prompts")}) == 3
+        assert len({plain, found, other.encoder_fingerprint("prompts")}) == 3
     assert isinstance(pipeline.prompts.t5.get().encoder.block[0].layer[1].DenseReluDense.wo, nn.QuantizedLinear)
-    assert pipeline.encoder_identity("prompts") == found, "it depends on what is loaded"
+    assert pipeline.encoder_fingerprint("prompts") == found, "it depends on what is loaded"
 
 
 def test_parts_that_are_loaded_to_be_saved_are_not_kept(folder: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_layers_that_no_group_divides_stay() -> None:
     assert kinds["encoder.block.0.layer.1.DenseReluDense.wi_0"] is nn.Linear
 
 
-# recomputed activations
+# checkpointed activations
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -322,7 +322,7 @@ def test_recomputed_gradients_are_the_same(mode: str, bits: int | None) -> None:
         adapted(network, dropout=0.5 if "dropout" in mode else 0.0)
     rows = sample_keys(0, Stream.LORA_DROPOUT, 0, range(2))
     results = []
-    for network.recompute in (False, True):
+    for network.gradient_checkpointing in (False, True):
         trained = network.trainable_parameters()
 
         def loss(parameters: dict) -> mx.array:
@@ -359,7 +359,7 @@ def test_recomputing_takes_a_fraction_of_the_memory() -> None:
         losses.append(value)
         return value, gradients
 
-    for network.recompute in (False, True):
+    for network.gradient_checkpointing in (False, True):
         peaks.append(peak_of(step))
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     assert peaks[1] < 0.4 * peaks[0], peaks
@@ -375,6 +375,6 @@ def test_a_recomputing_step_can_be_compiled() -> None:
 
     trained = block.trainable_parameters()
     plain = mx.grad(lambda parameters: loss(parameters, lambda one, value: one(value)))(trained)
-    found = mx.compile(mx.grad(lambda parameters: loss(parameters, recomputed)))(trained)
+    found = mx.compile(mx.grad(lambda parameters: loss(parameters, checkpointed)))(trained)
     for (name, one), (_, other) in zip(tree_flatten(plain), tree_flatten(found), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -159,11 +159,11 @@ def test_text_length_is_the_tokenizers_and_at_most_the_models(
 
 def test_prompts_can_be_cut_shorter_and_the_empty_one_with_them(tmp_path: Path) -> None:
     pipeline = small_pipeline(tmp_path)
-    whole, whole_id = pipeline.encode_prompts([*PROMPTS, ""]), pipeline.encoder_identity("prompts")
+    whole, whole_id = pipeline.encode_prompts([*PROMPTS, ""]), pipeline.encoder_fingerprint("prompts")
     pipeline.prompt_limit = 3
     cut = pipeline.encode_prompts(PROMPTS)
     assert cut["prompt_embeds"].shape == (3, 3, whole["prompt_embeds"].shape[-1])
-    assert pipeline.encoder_identity("prompts") != whole_id  # what was kept of whole ones is of no use
+    assert pipeline.encoder_fingerprint("prompts") != whole_id  # what was kept of whole ones is of no use
     pictures = pipeline.sample(cut, size=(32, 32), steps=1, guidance=2.0, key=keys(0, 1, 2))
     assert pictures.shape == (3, 32, 32, 3)  # guidance had an empty prompt of that length
     pipeline.prompt_limit = 10_000
@@ -255,7 +255,7 @@ def test_wrong_keys_are_one_error_that_lists_them(folder: Path, part: str) -> No
 
 def test_encoders_are_known_by_what_they_compute(schnell: FluxPipeline, folder: Path, tmp_path: Path) -> None:
     def identities(one: FluxPipeline) -> tuple[str, str]:
-        return one.encoder_identity("images"), one.encoder_identity("prompts")
+        return one.encoder_fingerprint("images"), one.encoder_fingerprint("prompts")
 
     mine = identities(schnell)
     assert identities(FluxPipeline.from_pretrained(folder)) == mine
