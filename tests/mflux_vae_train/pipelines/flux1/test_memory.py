@@ -76,7 +76,7 @@ def training(**changes) -> Workload:
 def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: bool, tokens: int) -> None:
     work = training(quantize=4, gradient_checkpointing=True, batch=2, images=4)
     phases = memory.phases(published(embeds), work, text_tokens=tokens, precision=HALF)
-    assert [phase.name for phase in phases] == [*("text encoding", "class pictures", "latents", "training", "previews")]
+    assert [phase.name for phase in phases] == [*("text encoding", "class images", "latents", "training", "previews")]
     assert all(phase.peak <= 12e9 for phase in phases), {phase.name: phase.peak / 1e9 for phase in phases}
     # and not by a mistake: six billion bytes of weights are there
     assert phases[3].weights > 6e9
@@ -109,7 +109,7 @@ def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more
     assert peaks(shape=(512, 512)) == plain
     wide = peaks(shape=(512, 1024))
     assert wide["training"] > plain["training"] and wide["latents"] >= plain["latents"]
-    assert wide["previews"] == plain["previews"] and wide["class pictures"] == plain["class pictures"]
+    assert wide["previews"] == plain["previews"] and wide["class images"] == plain["class pictures"]
     short = peaks(prompt_tokens=64)
     assert short["training"] < plain["training"] and short["text encoding"] < plain["text encoding"]
     assert peaks(prompt_tokens=4096) == plain, "no more than the model reads"
