@@ -18,7 +18,6 @@ from mflux_vae_train.dreambooth.data.encoding import (
     hash_files,
     open_cache,
 )
-from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -50,11 +49,7 @@ def precompute(
         processes: share the work. The main process reads and writes all files.
     """
     resolved = run.resolved
-    cache = (
-        open_cache(pipeline, Path(resolved.encodings_dir or default_folder))
-        if processes.is_main
-        else EncodingCache(None)
-    )
+    cache = open_cache(pipeline, Path(resolved.encodings_dir or default_folder), processes)
     captions = [one.caption for one in run.dataset.images]
     class_prompts = [one.class_prompt for one in resolved.subjects if one.class_prompt is not None]
     all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]

@@ -60,13 +60,13 @@ class Sample:
     Attributes:
         latents: indices into `EncodedDataset.latents`: a row per crop; in it the plain and the mirrored latent.
         prompt: row of its prompt in the conditioning.
-        class_prompt: row of its class prompt; None without prior preservation.
+        class_prompt: row of its class prompt; unused without prior preservation.
         concept: index of its concept.
     """
 
     latents: Sequence[Sequence[int]]
     prompt: int
-    class_prompt: int | None = None
+    class_prompt: int = 0
     concept: int = 0
 
 
@@ -122,63 +122,48 @@ def micro_batches(
 
     Randomness depends on the sample's slot in the update and not on its micro-batch. So four micro-batches of one
     sample equal one micro-batch of four.
-    """
-    positions = plan.positions(update)
-    by_shape: dict[tuple[int, ...], list[_Draw]] = {}
-    for slot, position in enumerate(positions):
-        draw = _draw(dataset, seed, position, slot)
-        by_shape.setdefault(dataset.latents[draw.latent].shape, []).append(draw)
-    return [
-        _micro_batch(
-            dataset, draws[start : start + plan.batch_size], update=update, seed=seed, caption_dropout=caption_dropout
-        )
-        for draws in by_shape.values()
-        for start in range(0, len(draws), plan.batch_size)
-    ]
-
-
-def _micro_batch(
-    dataset: EncodedDataset, draws: Sequence[_Draw], *, update: int, seed: int, caption_dropout: float
-) -> MicroBatch:
-    """Instance samples, followed by as many class samples if the prior is preserved.
 
     Returns:
-        a tree of arrays, batch first: `latents`, `conditioning` (by name), `key` for noise, `dropout_key` for
-        adapters, and `mask` if the data set has masks. The weight is the number of instance samples.
+        instance samples, followed by as many class samples if the prior is preserved. A tree of arrays, batch first:
+        `latents`, `conditioning` (by name), `key` for noise, `dropout_key` for adapters, and `mask` if the data set
+        has masks. The weight is the number of instance samples.
     """
-    latents = [dataset.latents[draw.latent] for draw in draws]
-    prompts = [draw.sample.prompt for draw in draws]
-    streams = [2 * draw.slot + INSTANCE for draw in draws]
-    noise = list(streams)
-    if dataset.class_latents is not None or dataset.preserves_output:
-        class_streams = [2 * draw.slot + CLASS for draw in draws]
-        prompts += [_class_prompt(draw.sample) for draw in draws]
-        streams += class_streams
-        # output preservation compares with the base model on the same latents and noise as the instance
-        noise += noise if dataset.class_latents is None else class_streams
-        latents += latents if dataset.class_latents is None else [_class_latent(dataset, one, seed) for one in draws]
-    rows = mx.array(
-        [
-            dataset.empty_prompt if caption_dropped(seed, update, stream, caption_dropout) else prompt
-            for stream, prompt in zip(streams, prompts, strict=True)
-        ]
-    )
-    arrays: dict[str, Any] = {
-        "latents": mx.stack(latents),
-        "key": sample_keys(seed, Stream.NOISE, update, noise),
-        "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, streams),
-        "conditioning": {name: array[rows] for name, array in dataset.conditioning.items()},
-    }
-    if dataset.masks is not None:
-        masks = [dataset.masks[draw.latent] for draw in draws]
-        arrays["mask"] = mx.stack(masks + [mx.ones_like(masks[0])] * (len(latents) - len(masks)))
-    return MicroBatch(arrays=arrays, weight=len(draws))
+    by_shape: dict[tuple[int, ...], list[_Draw]] = {}
+    for slot, position in enumerate(plan.positions(update)):
+        draw = _draw(dataset, seed, position, slot)
+        by_shape.setdefault(dataset.latents[draw.latent].shape, []).append(draw)
 
+    def prompt_row(stream: int, prompt: int) -> int:
+        random = rng(seed, Stream.CAPTION_DROPOUT, update, stream).random() if caption_dropout > 0 else 1.0
+        return dataset.empty_prompt if random < caption_dropout else prompt
 
-def _class_prompt(sample: Sample) -> int:
-    if sample.class_prompt is None:
-        raise ValueError("prior preservation: a sample has no class prompt")
-    return sample.class_prompt
+    def build(draws: Sequence[_Draw]) -> MicroBatch:
+        latents = [dataset.latents[draw.latent] for draw in draws]
+        prompts = [draw.sample.prompt for draw in draws]
+        streams = noise = [2 * draw.slot + INSTANCE for draw in draws]
+        if dataset.class_latents is not None or dataset.preserves_output:
+            class_streams = [2 * draw.slot + CLASS for draw in draws]
+            prompts += [draw.sample.class_prompt for draw in draws]
+            # output preservation compares with the base model on the same latents and noise as the instance
+            noise = streams + (streams if dataset.class_latents is None else class_streams)
+            streams = streams + class_streams
+            latents += (
+                latents if dataset.class_latents is None else [_class_latent(dataset, one, seed) for one in draws]
+            )
+        rows = mx.array(list(map(prompt_row, streams, prompts)))
+        arrays: dict[str, Any] = {
+            "latents": mx.stack(latents),
+            "key": sample_keys(seed, Stream.NOISE, update, noise),
+            "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, streams),
+            "conditioning": {name: array[rows] for name, array in dataset.conditioning.items()},
+        }
+        if dataset.masks is not None:
+            masks = [dataset.masks[draw.latent] for draw in draws]
+            arrays["mask"] = mx.stack(masks + [mx.ones_like(masks[0])] * (len(latents) - len(masks)))
+        return MicroBatch(arrays=arrays, weight=len(draws))
+
+    size = plan.batch_size
+    return [build(draws[i : i + size]) for draws in by_shape.values() for i in range(0, len(draws), size)]
 
 
 def _class_latent(dataset: EncodedDataset, draw: _Draw, seed: int) -> mx.array:
@@ -186,8 +171,3 @@ def _class_latent(dataset: EncodedDataset, draw: _Draw, seed: int) -> mx.array:
     concept = draw.sample.concept
     latents = dataset.class_latents[concept, dataset.latents[draw.latent].shape]
     return latents[shuffled_index(seed, CLASS + concept, len(latents), draw.position)]
-
-
-def caption_dropped(seed: int, update: int, stream: int, probability: float) -> bool:
-    """Whether the empty prompt replaces the caption of a sample."""
-    return probability > 0 and rng(seed, Stream.CAPTION_DROPOUT, update, stream).random() < probability

@@ -53,29 +53,22 @@ def scan_class_folders(
         ImageError: an image cannot be read.
         SettingsError: a folder is a file, or is used for two class prompts.
     """
-    found: Any = processes.broadcast(
-        lambda: [
-            [str(one.folder), one.prompt, one.present, list(one.missing)]
-            for one in _scan_class_folders(concepts, wanted)
-        ]
-    )
-    return [ClassFolder(folder=Path(f), prompt=p, present=n, missing=missing) for f, p, n, missing in found]
 
+    def scan() -> list[dict[str, Any]]:
+        found: dict[Path, dict[str, Any]] = {}
+        for concept in concepts:
+            if concept.class_data_dir is None or concept.class_prompt is None:
+                continue
+            folder, prompt = Path(concept.class_data_dir), concept.class_prompt
+            if folder.exists() and not folder.is_dir():
+                raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
+            if folder in found and found[folder]["prompt"] != prompt:
+                raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
+            images = check_class_images(folder, prompt)
+            found[folder] = {"prompt": prompt, "present": len(images), "missing": missing_indices(images, wanted)}
+        return [{"folder": str(folder), **options} for folder, options in found.items()]
 
-def _scan_class_folders(concepts: Sequence[Concept], wanted: int) -> list[ClassFolder]:
-    found: dict[Path, ClassFolder] = {}
-    for concept in concepts:
-        if concept.class_data_dir is None or concept.class_prompt is None:
-            continue
-        folder, prompt = Path(concept.class_data_dir), concept.class_prompt
-        if folder.exists() and not folder.is_dir():
-            raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
-        if folder in found and found[folder].prompt != prompt:
-            raise SettingsError(f"--class_data_dir {folder} is used for {found[folder].prompt!r} and for {prompt!r}")
-        present = check_class_images(folder, prompt)
-        missing = missing_indices(present, wanted)
-        found[folder] = ClassFolder(folder=folder, prompt=prompt, present=len(present), missing=missing)
-    return list(found.values())
+    return [ClassFolder(**{**one, "folder": Path(one["folder"])}) for one in processes.broadcast(scan)]
 
 
 def find_class_images(folder: Path) -> list[Path]:

@@ -66,9 +66,9 @@ class CroppedImage:
         return self.crop.apply(load_image(self.path)) if self.pixels is None else self.crop.mirror(self.pixels)
 
 
-def open_cache(pipeline: DiffusionPipeline, folder: Path) -> EncodingCache:
-    """The cache of a pipeline's encodings. Nothing is kept if the pipeline cannot identify its encoders."""
-    return EncodingCache(folder if isinstance(pipeline, SupportsEncodingCache) else None)
+def open_cache(pipeline: DiffusionPipeline, folder: Path, processes: ProcessGroup = SINGLE) -> EncodingCache:
+    """The cache of the first process, if the pipeline can identify its encoders. Otherwise nothing is kept."""
+    return EncodingCache(folder if processes.is_main and isinstance(pipeline, SupportsEncodingCache) else None)
 
 
 def images_per_batch(resolution: int) -> int:
@@ -227,7 +227,7 @@ def encode_dataset(
         Sample(
             latents=own,
             prompt=prompts.rows[image.caption],
-            class_prompt=None if (text := concepts[image.concept].class_prompt) is None else prompts.rows[text],
+            class_prompt=prompts.rows[concepts[image.concept].class_prompt or ""],
             concept=image.concept,
         )
         for image, own in zip(images, indices, strict=True)
