@@ -1,6 +1,6 @@
-"""What a host loads from the entry-point group ``mflux.plugins`` under the name ``dreambooth``.
+"""The entry point ``dreambooth`` of the group ``mflux.plugins``.
 
-A host, any program that owns a diffusion pipeline, trains its own object with three lines:
+A host is any program with a diffusion pipeline. It trains the pipeline object with three lines:
 
     (entry,) = importlib.metadata.entry_points(group="mflux.plugins", name="dreambooth")
     DreamBooth = entry.load()
@@ -8,14 +8,14 @@ A host, any program that owns a diffusion pipeline, trains its own object with t
 
 The contract:
 
-- `pipeline` has the members of `DiffusionPipeline`; nothing is inherited, `PluginError` says what lacks.
-- `DreamBooth.Settings` has a field for every flag of ``mflux-train-dreambooth``; what is None, the pipeline's
-  `recommended` decides. `model` is only a label here.
-- `train` returns an `TrainingResult` with the path of the adapter, in PEFT's naming under the pipeline's
+- `pipeline` has the members of `DiffusionPipeline`, without inheriting from it. `PluginError` lists missing ones.
+- `DreamBooth.Settings` has a field for every flag of ``mflux-train-dreambooth``. The pipeline's `recommended` provides
+  values for fields that are None. `model` is only a label here.
+- `train` returns a `TrainingResult` with the path of the adapter, in PEFT's naming under the pipeline's
   `adapter_prefix`. Called again with the same settings it continues an interrupted run.
-- Mistakes in what was given raise `InputError`, failures `RunError`; both are `DreamBooth.Error`, with
-  messages of one line. SIGINT and SIGTERM end a run with `Interrupted`, a KeyboardInterrupt, after a checkpoint.
-- What happens goes to the logger ``mflux_vae_train``; only a progress bar is printed, and on terminals only.
+- Wrong input raises `InputError`, a failure `RunError`; both are subclasses of `DreamBooth.Error`, with messages of one
+  line. SIGINT and SIGTERM save a checkpoint and raise `Interrupted`, a KeyboardInterrupt.
+- The logger ``mflux_vae_train`` receives all messages. Only a progress bar is printed, and only on a terminal.
 """
 
 from __future__ import annotations

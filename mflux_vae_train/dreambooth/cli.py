@@ -1,6 +1,6 @@
-"""``mflux-train-dreambooth``: a command line for `DreamBooth.train`.
+"""``mflux-train-dreambooth``: the command line of `DreamBooth.train`.
 
-Imports are late, so that ``--help`` and a mistyped flag are answered at once.
+Heavy imports are inside functions, so that ``--help`` and a mistyped flag are answered at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _run(argv: Sequence[str] | None) -> None:
         DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
     )
     import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
-    # transformers, which is here for tokenizers, would say at import that PyTorch is missing.
+    # transformers provides tokenizers; without this it warns at import that PyTorch is missing
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.distributed import interrupts, process_group
     from mflux_vae_train.dreambooth.data.dataset import check_files
@@ -49,12 +49,12 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _description() -> str:
-    # The registry would import MLX; names alone can be had from the metadata.
+    # from package metadata, as the registry imports MLX
     names = sorted({entry.name for entry in entry_points(group="mflux_vae_train.pipelines")})
     pipelines = ", ".join(name for name in names if not name.endswith("Pipeline"))
     return (
-        "Teach a diffusion pipeline a subject from a few pictures (DreamBooth). The same command continues an"
-        f" interrupted run. Pipelines installed: {pipelines or 'none'}."
+        "Teach a diffusion pipeline a subject from a few images (DreamBooth). The same command continues an"
+        f" interrupted run. Installed pipelines: {pipelines or 'none'}."
     )
 
 

@@ -1,14 +1,14 @@
-"""The class prompt of an instance prompt: "a photo of sks dog" -> "a photo of a dog".
+"""Derive the class prompt from an instance prompt: "a photo of sks dog" -> "a photo of a dog".
 
-The rule is narrow on purpose. The instance prompt holds exactly one *identifier*, a word without meaning
-that stands for the subject, and the word right after it has to be able to name a class. The class prompt is
-the instance prompt without the identifier, with an article where one is due. The rest is left to the user.
+The rule is narrow on purpose; other prompts need ``--class_prompt``. The instance prompt contains exactly one
+*identifier*, a meaningless word for the subject, directly before a *class word*. The class prompt is the instance
+prompt without the identifier, with an article if needed.
 
-- An identifier is a word of the list below, a word in brackets (``[V]``, ``<new>``), or three to five
-  lower-case letters without a vowel (y counts as one), digits at its end aside. Capitals (``BMW``) and the
-  well-known abbreviations below are none.
-- A class word has letters and hyphens only, stands in the same phrase (no comma in between), and is no
-  function word (``on``, ``is``, ``style``) and no participle (``running``).
+- An identifier is a word of `IDENTIFIERS`, a word in brackets (``[V]``, ``<new>``), or three to five lower-case letters
+  without a vowel (y is a vowel), optionally followed by digits. Words in capitals (``BMW``) and `ABBREVIATIONS` are not
+  identifiers.
+- A class word consists of letters and hyphens, is in the same phrase (no comma before it), and is neither a function
+  word (``on``, ``is``, ``style``) nor a participle (``running``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 IDENTIFIERS = frozenset({"sks", "ohwx", "zwx", "xyz", "xjy", "hta", "bnha", "olis", "ukj"})
-"""Rare tokens in common use for DreamBooth, with those that the vowel rule alone would miss."""
+"""Rare tokens that DreamBooth prompts commonly use, including those that the vowel rule misses."""
 
 ABBREVIATIONS = _words(
     "bmw brr cctv cgi dslr dvd fps gps hdr hmm html http jpg kbps lcd ltd mph mrs mtv nfl nhl nth pdf phd png"
@@ -43,23 +43,29 @@ PREPOSITIONS = _words("at beside by for from in like near of on under with")
 
 
 def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
-    """The class prompt, and how it came about; or None and why there is none.
+    """
+    Returns:
+        class prompt and how it was derived; or None and the reason.
 
     >>> derive_class_prompt("a photo of sks dog")[0]
     'a photo of a dog'
     """
     words = instance_prompt.split()
-    places = [index for index, word in enumerate(words) if is_identifier(word)]
-    if not places:
-        return None, f"no identifier such as 'sks' was recognised in {instance_prompt!r}"
-    if len(places) > 1:
-        found = ", ".join(words[index] for index in places)
-        return None, f"{instance_prompt!r} holds several words that may be the identifier ({found})"
-    place = places[0]
-    identifier = words[place]
-    if place + 1 == len(words) or not _names_a_class(*words[place + 1 : place + 3]) or identifier[-1] in ",.;:":
+    positions = [index for index, word in enumerate(words) if is_identifier(word)]
+    if not positions:
+        return None, f"no identifier such as 'sks' found in {instance_prompt!r}"
+    if len(positions) > 1:
+        found = ", ".join(words[index] for index in positions)
+        return None, f"{instance_prompt!r} contains several words that may be the identifier ({found})"
+    position = positions[0]
+    identifier = words[position]
+    if (
+        position + 1 == len(words)
+        or not _names_a_class(*words[position + 1 : position + 3])
+        or identifier[-1] in ",.;:"
+    ):
         return None, f"no class word follows the identifier {identifier!r} in {instance_prompt!r}"
-    before, after = words[:place], words[place + 1 :]
+    before, after = words[:position], words[position + 1 :]
     noun = after[0].rstrip(",.;:!?")
     if before and before[-1].lower() in DETERMINERS:
         before = [*before[:-1], *_article(noun)]
@@ -69,7 +75,7 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
 
 
 def is_identifier(word: str) -> bool:
-    """Whether a word of a prompt means nothing but the subject."""
+    """Whether a word of a prompt is an identifier of the subject."""
     if re.fullmatch(r"\[[\w*-]+\]|<[\w*-]+>", word.rstrip(",.;:!?")):
         return True
     bare = word.strip(".,;:!?\"'()")
@@ -81,7 +87,7 @@ def is_identifier(word: str) -> bool:
 
 def _names_a_class(word: str, after: str = "") -> bool:
     noun = word.rstrip(",.;:!?").lower()
-    if noun == "can":  # a tin, and no verb: "sks can", "sks can on a table"
+    if noun == "can":  # a noun at the end or before a preposition, else a verb
         return not after or noun != word.lower() or after.lower() in PREPOSITIONS
     if not re.fullmatch(r"[a-z]+(-[a-z]+)*", noun) or noun in FUNCTION_WORDS or is_identifier(noun):
         return False
@@ -97,7 +103,7 @@ def _article(noun: str) -> list[str]:
     }
     if plural:
         return []
-    sounds_like_a_consonant = noun.startswith(("uni", "use", "eu", "ewe", "one", "ukulele"))
-    sounds_like_a_vowel = noun.startswith(("hour", "heir", "honest", "honour", "honor"))
-    vowel = (noun[0] in "aeiou" and not sounds_like_a_consonant) or sounds_like_a_vowel
+    consonant_sound = noun.startswith(("uni", "use", "eu", "ewe", "one", "ukulele"))
+    vowel_sound = noun.startswith(("hour", "heir", "honest", "honour", "honor"))
+    vowel = (noun[0] in "aeiou" and not consonant_sound) or vowel_sound
     return ["an" if vowel else "a"]

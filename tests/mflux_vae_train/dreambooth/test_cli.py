@@ -152,7 +152,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
         "print(sorted({'numpy', 'transformers', 'torch', 'PIL', 'mlx_lm'} & sys.modules.keys()))"
     )
     said, seconds = answered([sys.executable, "-c", code])
-    assert "--instance_prompt" in said and "Pipelines installed" in said
+    assert "--instance_prompt" in said and "Installed pipelines" in said
     assert said.splitlines()[-1] == "[]"
     assert seconds < 0.5
 
