@@ -1,7 +1,7 @@
 """Checkpoints: folders ``checkpoint-N`` with named objects, written atomically and restored strictly.
 
-N counts optimizer updates. A folder holds ``state.safetensors`` (arrays) and ``state.json`` (plain values,
-the run's fingerprint, and a checksum of both files). What the objects mean is not known here.
+N counts optimizer updates. A folder holds ``state.safetensors`` (arrays) and ``state.json`` (plain values, the run's
+fingerprint, and checksums of both files).
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ def save(
     fingerprint: Mapping[str, Any] | None = None,
     total_limit: int | None = None,
 ) -> Path:
-    """Write ``output_dir/checkpoint-{step}``; then delete the oldest beyond `total_limit`.
+    """Write or replace ``output_dir/checkpoint-{step}``, then delete the oldest checkpoints beyond `total_limit`.
 
-    The final name appears only after everything has reached the disk, and goes before anything of it is deleted. A
-    checkpoint of the same step is replaced.
+    The folder gets its name after all of it has reached the disk, and loses it before any of it is deleted.
 
     Args:
-        step: optimizer updates made.
-        fingerprint: plain JSON that must be the same on resume (data, settings that shape the training).
+        step: number of optimizer updates made.
+        fingerprint: plain JSON that must be equal on resume (data, settings that shape the training).
 
     Returns:
         the folder.
 
     Raises:
-        TrainingError: it cannot be written; the checkpoints of before are as they were.
+        TrainingError: it cannot be written; earlier checkpoints are unchanged.
     """
     output_dir = Path(output_dir)
     arrays, values = flatten(objects)
@@ -75,25 +74,25 @@ def save(
             _sync(output_dir)
         finally:
             clean_up(output_dir)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what MLX says of a full disk
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError on a full disk
         raise TrainingError(
-            f"{final}: cannot be written ({error}); earlier checkpoints are untouched: make room and repeat the command"
+            f"{final}: cannot be written ({error}); free disk space and run the command again"
         ) from error
     if total_limit is not None:
-        others = [folder for _, folder in _found(output_dir) if folder != final]
+        others = [folder for _, folder in _list(output_dir) if folder != final]
         for old in others[total_limit - 1 :]:
-            with suppress(OSError):  # to be tried again after the next one
+            with suppress(OSError):  # tried again after the next checkpoint
                 old.rename(output_dir / f".{old.name}.removed")
         clean_up(output_dir)
     return final
 
 
 def latest(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is complete and whose checksums hold; None where there is none.
+    """The newest checkpoint that is complete and has correct checksums; None if there is none.
 
-    Broken ones are skipped with a warning in the log that names them.
+    Logs a warning for each broken one.
     """
-    for _, folder in _found(Path(output_dir)):
+    for _, folder in _list(Path(output_dir)):
         try:
             read(folder)
         except TrainingError as error:
@@ -104,23 +103,23 @@ def latest(output_dir: str | Path) -> Path | None:
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """Verify a checkpoint and return its plain part: `step`, `fingerprint`, `values`.
+    """Verify a checkpoint and return its JSON content: `step`, `fingerprint`, `values`.
 
     Raises:
-        TrainingError: incomplete, truncated or changed since it was written.
+        TrainingError: it is incomplete, truncated or was modified.
     """
     folder = Path(folder)
     try:
         content: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         checksums = content.pop("sha256")
-        whole = checksums == {ARRAYS: file_hash(folder / ARRAYS), VALUES: _digest(content)}
+        intact = checksums == {ARRAYS: file_hash(folder / ARRAYS), VALUES: _digest(content)}
         int(content["step"]), dict(content["fingerprint"]), dict(content["values"])
     except FileNotFoundError as error:
-        raise TrainingError(f"{folder}: no complete checkpoint: {Path(error.filename).name} is missing") from error
+        raise TrainingError(f"{folder}: incomplete checkpoint: {Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise TrainingError(f"{folder}: broken checkpoint: {VALUES} cannot be read ({error})") from error
-    if not whole:
-        raise TrainingError(f"{folder}: broken checkpoint: its checksum does not hold; resume from another one")
+    if not intact:
+        raise TrainingError(f"{folder}: broken checkpoint: wrong checksum; resume from another one")
     return content
 
 
@@ -134,38 +133,38 @@ def load(
     """Restore all objects from a checkpoint, or none.
 
     Args:
-        allow_changes: another fingerprint is a warning, no error.
+        allow_changes: log a warning instead of an error if the fingerprint differs.
 
     Returns:
-        optimizer updates made when it was written.
+        number of optimizer updates made.
 
     Raises:
-        TrainingError: the checkpoint is broken, or does not have exactly these objects' entries.
-        SettingsError: the run's fingerprint differs; the message names what.
+        TrainingError: the checkpoint is broken, or its entries are not exactly those of the objects.
+        SettingsError: the fingerprint differs; the message says in what.
     """
     content = read(folder)
     if changed := differences(content["fingerprint"], fingerprint or {}):
         if not allow_changes:
             raise SettingsError(
-                f"{folder}: belongs to another run: {'; '.join(changed)}; use the same, or a new --output_dir"
-                " (--allow_changes continues all the same)"
+                f"{folder}: belongs to another run: {'; '.join(changed)}; repeat the settings of that run, use a new"
+                " --output_dir, or continue with --allow_changes"
             )
-        logger.warning("%s: continued with changes: %s", folder, "; ".join(changed))
+        logger.warning("%s: continuing with changes: %s", folder, "; ".join(changed))
     arrays, _ = read_safetensors(Path(folder) / ARRAYS)
-    restore(objects, arrays, content["values"], where=str(folder))  # which drops the old arrays
-    mx.eval(arrays)  # reading is lazy, and the file may be pruned before the arrays are used
+    restore(objects, arrays, content["values"], where=str(folder))  # drops the old arrays
+    mx.eval(arrays)  # arrays are read lazily, and the file may be deleted before they are used
     return int(content["step"])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, one text each."""
-    now = json.loads(json.dumps(dict(now)))  # tuples are lists in a file
+    """One text for each difference between two fingerprints."""
+    now = json.loads(json.dumps(dict(now)))  # as in a file: tuples become lists
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
 
 
 def clean_up(output_dir: Path) -> None:
-    """End what was begun: checkpoints half written or half deleted go, one whose successor never came is back."""
+    """Finish interrupted operations: delete partial checkpoints, restore one whose replacement was not completed."""
     for leftover in output_dir.glob(".checkpoint-*"):
         replaced = _REPLACED.fullmatch(leftover.name)
         if replaced and not (output_dir / f"checkpoint-{replaced[1]}").exists():
@@ -174,17 +173,17 @@ def clean_up(output_dir: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _found(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first; one that waits for its successor under another name, too."""
+def _list(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, newest first, including one that is being replaced."""
     folders = {folder.name: folder for folder in output_dir.iterdir()} if output_dir.is_dir() else {}
-    found = []
+    checkpoints = []
     for name, folder in folders.items():
         replaced = _REPLACED.fullmatch(name)
         if replaced and f"checkpoint-{replaced[1]}" in folders:
             continue
         if (match := replaced or _NAME.fullmatch(name)) and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return sorted(found, reverse=True)
+            checkpoints.append((int(match[1]), folder))
+    return sorted(checkpoints, reverse=True)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -192,7 +191,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have a file or a folder's entries reach the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock on a folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 class Lock:
-    """Held within a `with` block, or from `acquire` on where the folder is made only then.
+    """Excludes other processes from a folder, within a `with` block or from `acquire` until the end of the block.
 
-    It is the system's lock on the folder itself: no file is written, and it is gone with the process that held it,
-    however that one ended. Where the file system knows no locks, nothing is locked.
+    Uses the operating system's lock on the folder itself: no file is written, and the lock ends with its process. Does
+    nothing on file systems without locks.
 
     Raises:
-        SettingsError: another process holds it.
+        SettingsError: another process holds the lock.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -27,7 +27,7 @@ class Lock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Lock the folder if it is there; once is enough."""
+        """Lock the folder if it exists; may be called again."""
         if self._handle is not None or not self.folder.is_dir():
             return
         try:
@@ -40,7 +40,7 @@ class Lock:
         except BlockingIOError as error:
             os.close(handle)
             raise SettingsError(
-                f"{self.folder}: another process is at work in this folder; wait for it, or give another --output_dir"
+                f"{self.folder}: another process is using this folder; wait for it or use another --output_dir"
             ) from error
         except OSError as error:
             os.close(handle)

@@ -1,4 +1,4 @@
-"""Named objects whose state can be taken out as a tree and put back, strictly.
+"""Named objects whose state is read as a tree and restored strictly.
 
 A tree is nested dicts and lists with arrays and plain JSON values (str, int, float, bool, None) as leaves.
 """
@@ -23,53 +23,38 @@ class Stateful:
     """One named object of a checkpoint.
 
     Attributes:
-        read: () -> its tree, now.
-        write: (tree of the same structure) -> None; puts it back.
+        read: returns the current tree.
+        write: restores a tree of the same structure.
     """
 
     read: Callable[[], Tree]
-    write: Callable[[Tree], None]
+    write: Callable[[Tree], object]
 
 
 def parameters(module: nn.Module) -> Stateful:
     """The trainable parameters of a module."""
-
-    def write(tree: Tree) -> None:
-        module.update(tree)
-
-    return Stateful(read=module.trainable_parameters, write=write)
+    return Stateful(read=module.trainable_parameters, write=module.update)
 
 
 def buffers(module: nn.Module) -> Stateful:
-    """The arrays of a module that are no trainable parameters, such as running statistics."""
-
-    def write(tree: Tree) -> None:
-        module.update(tree)
-
-    return Stateful(read=lambda: buffer_tree(module), write=write)
+    """The arrays of a module that are not trainable, such as running statistics."""
+    return Stateful(read=lambda: buffer_tree(module), write=module.update)
 
 
 def buffer_tree(module: nn.Module) -> Tree:
-    """Their tree."""
+    """Tree of the arrays of a module that are not trainable."""
     trained = dict(tree_flatten(module.trainable_parameters()))
-    own = [item for item in dict(tree_flatten(module.parameters())).items() if item[0] not in trained]
-    return tree_unflatten(own) if own else {}
+    buffers = [item for item in dict(tree_flatten(module.parameters())).items() if item[0] not in trained]
+    return tree_unflatten(buffers) if buffers else {}
 
 
 def tree_state(tree: Tree) -> Stateful:
-    """A dict or list that is changed in place, such as `optimizer.state` or `ema.state`.
-
-    In place, because a compiled function has captured these very containers.
-    """
-
-    def write(new: Tree) -> None:
-        _assign(tree, new)
-
-    return Stateful(read=lambda: tree, write=write)
+    """A dict or list that is restored in place, such as `optimizer.state`: compiled functions capture the container."""
+    return Stateful(read=lambda: tree, write=lambda new: _assign(tree, new))
 
 
 def flatten(objects: Mapping[str, Stateful]) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Named objects -> (arrays, plain values), both by path such as ``optimizer/layers/0/weight/m``."""
+    """Named objects -> (arrays, plain values), by paths such as ``optimizer/layers/0/weight/m``."""
     leaves: dict[str, Any] = {}
     for name, one in objects.items():
         _collect(name, one.read(), leaves)
@@ -80,17 +65,20 @@ def flatten(objects: Mapping[str, Stateful]) -> tuple[dict[str, mx.array], dict[
 def restore(
     objects: Mapping[str, Stateful], arrays: Mapping[str, mx.array], values: Mapping[str, Any], where: str
 ) -> None:
-    """Put back what `flatten` returned. Nothing is changed unless everything fits.
+    """Restore the result of `flatten`. Changes nothing unless all entries fit.
+
+    Args:
+        where: begins error messages.
 
     Raises:
         TrainingError: missing, unknown, misshapen or wrongly typed entries, all listed.
     """
-    own_arrays, own_values = flatten(objects)
-    expected, stored = own_arrays | own_values, dict(arrays) | dict(values)
+    current_arrays, current_values = flatten(objects)
+    expected, stored = current_arrays | current_values, dict(arrays) | dict(values)
     faults = [f"missing {path}" for path in expected if path not in stored]
     faults += [f"unknown {path}" for path in stored if path not in expected]
     for path in expected.keys() & stored.keys():
-        want, have = _form(expected[path]), _form(stored[path])
+        want, have = _describe(expected[path]), _describe(stored[path])
         if want != have:
             faults.append(f"{path} is {have}, expected {want}")
     if faults:
@@ -99,7 +87,7 @@ def restore(
         one.write(_rebuild(name, one.read(), stored))
 
 
-def _form(leaf: Any) -> str:
+def _describe(leaf: Any) -> str:
     if isinstance(leaf, mx.array):
         return f"{str(leaf.dtype).removeprefix('mlx.core.')}{tuple(leaf.shape)}"
     return "a plain value"
@@ -115,7 +103,7 @@ def _collect(path: str, tree: Tree, leaves: dict[str, Any]) -> None:
     elif tree is None or isinstance(tree, (mx.array, str, int, float, bool)):
         leaves[path] = tree
     else:
-        raise TypeError(f"{path} is a {type(tree).__name__}: neither an array nor plain JSON")
+        raise TypeError(f"{path} is a {type(tree).__name__}; expected an array or plain JSON")
 
 
 def _rebuild(path: str, like: Tree, leaves: Mapping[str, Any]) -> Tree:

@@ -1,4 +1,4 @@
-"""Fields of dataclasses of settings: each is a flag, a key of a YAML file and a line of the help, and is checked."""
+"""Fields of settings dataclasses: each is a flag, a YAML key and a line of ``--help``, with its limits."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def flag(
     group: str | None = None,
     **limits: Any,
 ) -> Any:
-    """A field that is also a flag.
+    """A dataclass field that is also a flag.
 
     Args:
-        help: one line for ``--help``; the default is appended there.
-        default: left out, the flag is required.
-        choices: the allowed strings, where only some are.
+        help: one line for ``--help``; the default is appended.
+        default: without one the flag is required.
+        choices: allowed strings; empty means any.
         least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
-        aliases: other names of the flag and of the key.
-        group: heading in ``--help`` for this flag and those after it, up to the next that has one.
+        aliases: other names of the flag and the key.
+        group: heading in ``--help`` for this flag and the following ones.
     """
     metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, "group": group, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def field_type(hint: Any) -> tuple[type, bool]:
-    """(the type without None, of a tuple that of its members, whether None is allowed) of a field's type hint."""
+    """Type hint of a field -> (type of the value or, for a tuple, of its members; whether None is allowed)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         kinds = [k for k in typing.get_args(hint) if k is not type(None)]
         return field_type(kinds[0])[0], True
@@ -48,17 +48,17 @@ def field_type(hint: Any) -> tuple[type, bool]:
 
 
 def is_tuple(hint: Any) -> bool:
-    """Whether a field takes any number of values, at least one."""
+    """Whether a field takes one or more values."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(is_tuple(member) for member in typing.get_args(hint))
     return typing.get_origin(hint) is tuple
 
 
 def check_fields(settings: Any) -> None:
-    """Check every field's type, choices and limits. Whole numbers become floats, paths become text, lists tuples.
+    """Check type, choices and limits of every field. Converts integers to floats, paths to text and lists to tuples.
 
     Raises:
-        SettingsError: naming the flag, the value and what is allowed.
+        SettingsError: names the flag, its value and the allowed ones.
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -70,14 +70,14 @@ def check_fields(settings: Any) -> None:
             value = tuple(value) if isinstance(value, list | tuple) else (value,)
             fits = bool(value) and all(_fits(field, kind, member) for member in value)
         else:
-            if isinstance(value, str) and redacted(value) != value:  # settings are written into files and cards
-                raise SettingsError(f"--{field.name} holds an access token; log in instead: hf auth login, or HF_TOKEN")
+            if isinstance(value, str) and redacted(value) != value:  # settings are written to files
+                raise SettingsError(f"--{field.name} contains an access token; use `hf auth login` or HF_TOKEN instead")
             if kind is float and type(value) is int:
                 value = float(value) if abs(value) < 10**300 else math.inf
             elif kind is str and isinstance(value, os.PathLike):
                 value = os.fspath(value)
             fits = _fits(field, kind, value)
-        object.__setattr__(settings, field.name, value)  # frozen for everyone else
+        object.__setattr__(settings, field.name, value)  # the dataclass is frozen
         if not fits:
             raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
 
@@ -85,14 +85,14 @@ def check_fields(settings: Any) -> None:
 def ignored_settings(
     settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]], reasons: Mapping[str, str]
 ) -> list[str]:
-    """One line for each setting that was given and that others leave without effect.
+    """One line for each setting that differs from its default and has no effect.
 
     Args:
-        used_by: by name of a setting those that only some of its values look at, and these values.
-        reasons: by name why others have no effect.
+        used_by: for each choosing setting, such as `optimizer`: setting -> the choices that use it.
+        reasons: for other settings without effect: setting -> why.
     """
     unused = {
-        name: f"it is for --{chosen} {', '.join(values)}, and this run's is {getattr(settings, chosen)}"
+        name: f"only for --{chosen} {', '.join(values)}, not {getattr(settings, chosen)}"
         for chosen, names in used_by.items()
         for name, values in names.items()
         if getattr(settings, chosen) not in values
@@ -106,7 +106,7 @@ def ignored_settings(
 
 
 def is_valid_text(value: str) -> bool:
-    """Whether it can be written, to a file or as a name of one: some of what JSON and YAML can say cannot."""
+    """Whether a text has no NUL and no lone surrogates, which JSON and YAML allow but files do not."""
     try:
         return "\0" not in value and bool(value.encode() or True)
     except UnicodeEncodeError:
@@ -117,7 +117,7 @@ def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
     choices = field.metadata.get("choices")
     if type(value) is not kind or (choices and value not in choices):
         return False
-    limits = [(holds, field.metadata[name]) for name, (_, holds) in LIMITS.items() if name in field.metadata]
+    limits = [(holds, field.metadata[name]) for name, (_, holds) in _LIMITS.items() if name in field.metadata]
     number: Any = value
     if kind is str:
         return is_valid_text(number)
@@ -126,7 +126,7 @@ def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
     return kind not in (int, float) or all(limit is None or holds(number, limit) for holds, limit in limits)
 
 
-LIMITS = {
+_LIMITS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
     "most": ("at most", operator.le),
@@ -141,6 +141,6 @@ def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
         kind, f"a {kind.__name__}"
     )
     limits = [
-        f"{word} {field.metadata[name]}" for name, (word, _) in LIMITS.items() if field.metadata.get(name) is not None
+        f"{word} {field.metadata[name]}" for name, (word, _) in _LIMITS.items() if field.metadata.get(name) is not None
     ]
     return " ".join([noun, " and ".join(limits)]).strip() + " is allowed"

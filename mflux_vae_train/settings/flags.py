@@ -1,7 +1,7 @@
-"""A dataclass of settings as a command line and as YAML. The dataclass is the only place where a setting is named.
+"""A settings dataclass as a command line and as YAML. The dataclass is the only definition of a setting.
 
-Flags are spelled as the fields, ``--train_batch_size``, or with hyphens. A flag on the command line wins over
-``--config run.yaml``, which wins over ``--preset name`` where there are presets, which wins over the default.
+Flags are spelled like fields, ``--train_batch_size``, or with hyphens. A flag on the command line overrides
+``--config run.yaml``, which overrides ``--preset name``, which overrides the default.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""By name: values of fields that replace the defaults."""
+"""Preset name -> values of fields that replace the defaults."""
 
 IgnoredFlags: TypeAlias = Mapping[str, str]
-"""Flags of other programs that are accepted, alone or with one value, and do nothing here: by name, why."""
+"""Flags of other programs that are accepted, with or without a value, and ignored: name -> reason."""
 
 Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
-"""A settings file's content, and what begins messages about it -> the content by our names."""
+"""(content of a settings file, beginning of error messages) -> content with the names of this program."""
 
 SHORT_USAGE = "%(prog)s [--flag value ...]"
-"""All flags would fill a screen before the first one is explained."""
+"""Short, as a list of all flags would fill the screen."""
 
 METAVARS = {str: "TEXT", int: "N", float: "X", bool: None}
-"""Of settings within settings it is YAML."""
-
+"""Nested settings are given as YAML."""
 
 IGNORED = "ignored_flags"
-"""Where a namespace lists those that were given."""
+"""Attribute of a namespace that lists the ignored flags on the command line."""
 
 
-class _Note(argparse.Action):
+class _AppendIgnored(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, word: str | None = None) -> None:
         setattr(namespace, IGNORED, [*getattr(namespace, IGNORED, ()), self.dest])
 
@@ -60,30 +59,30 @@ def parser_from(
     description: str | None = None,
     ignored_flags: IgnoredFlags | None = None,
 ) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of `cls`, and ``--config``; ``--help`` ends with `ignored_flags`.
+    """An argument parser with ``--config`` and one flag per field of `cls`; ``--help`` ends with `ignored_flags`.
 
-    Fields that were not given are absent from the namespace. A boolean field ``x`` gives ``--x``, which may be
-    followed by true or false, and ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
+    Flags that are not given are absent from the namespace. A boolean field ``x`` gives ``--x``, optionally followed by
+    true or false, and ``--no_x``. Numbers that may be None accept ``none`` and ``auto``.
 
     Raises (when parsing):
-        SettingsError: an unknown flag or a value that cannot be read; nothing is printed and nothing exits.
+        SettingsError: an unknown flag or an invalid value; nothing is printed.
     """
     names = ", ".join(f"--{name}" for name in ignored_flags or {})
-    epilog = f"Accepted without effect, and the log says why: {names}." if names else None
+    epilog = f"Accepted and ignored, with a log line that says why: {names}." if names else None
     parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
     for name in ignored_flags or {}:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
-        parser.add_argument(*spellings, action=_Note, nargs="?", default=hidden, help=hidden)
+        parser.add_argument(*spellings, action=_AppendIgnored, nargs="?", default=hidden, help=hidden)
     return parser
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | None = None) -> None:
-    """Adds what `parser_from` has to any parser, and ``--preset`` where there are presets."""
+    """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets."""
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--config", metavar="FILE", help="YAML file of settings; flags given here win over it")
+    add("--config", metavar="FILE", help="YAML file of settings; flags override it")
     if presets:
-        add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags win over it")
+        add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags override it")
     hints = typing.get_type_hints(cls)
     for field in _fields(cls):
         if heading := field.metadata.get("group"):
@@ -117,13 +116,13 @@ def settings_from(
     ignored_flags: IgnoredFlags | None = None,
     **parser_options: Any,
 ) -> T:
-    """Settings from a command line (``sys.argv`` where None), with ``--config`` underneath.
+    """Settings from a command line (None: ``sys.argv``), which overrides ``--config``.
 
-    What is given of `ignored_flags`, as a flag or in the file, is said in the log.
+    Logs a warning for each of `ignored_flags` on the command line or in the file.
 
     Raises:
-        SettingsError: an unknown flag or key (with the nearest known one), a missing required flag, or what
-            the dataclass itself refuses.
+        SettingsError: an unknown flag or key (with the closest known one), a missing required flag, or a value that the
+            dataclass refuses.
     """
     parser = parser_from(cls, ignored_flags=ignored_flags, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
@@ -133,7 +132,7 @@ def settings_from(
             flag = word.split("=")[0]
             hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
             raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
-        raise SettingsError(f"{word!r} belongs to no flag; quote a value that contains spaces")
+        raise SettingsError(f"{word!r} follows no flag; quote a value that contains spaces")
     return settings_of(cls, vars(namespace), ignored_flags=ignored_flags)
 
 
@@ -144,41 +143,41 @@ def settings_of(
     ignored_flags: IgnoredFlags | None = None,
     translate: Translate | None = None,
 ) -> T:
-    """Settings from what a parser with `add_flags` found; `translate` reads files of other programs.
+    """Settings from the namespace of a parser with `add_flags`; `translate` reads files of other programs.
 
     Raises:
-        SettingsError: as `settings_from`, and an unknown preset.
+        SettingsError: as `settings_from`, or an unknown preset.
     """
     given = dict(given)
-    config, preset, noted = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
-    below = _read_yaml(cls, Path(config), presets, ignored_flags or {}, translate) if config else {}
-    for name in [*below.pop(IGNORED, []), *noted]:
+    config, preset, ignored = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
+    in_file = _read_yaml(cls, Path(config), presets, ignored_flags or {}, translate) if config else {}
+    for name in [*in_file.pop(IGNORED, []), *ignored]:
         logger.warning("--%s has no effect: %s", name, (ignored_flags or {})[name])
-    written = below.pop("preset", None)
-    preset = written if preset is None else preset
-    values = {**_of_preset(preset, presets or {}), **below}
+    preset_in_file = in_file.pop("preset", None)
+    preset = preset_in_file if preset is None else preset
+    values = {**_preset(preset, presets or {}), **in_file}
     values |= {name: _convert(cls, name, value) for name, value in given.items()}
     return _build(cls, values, "--")
 
 
 def from_yaml(cls: type[T], path: str | Path) -> T:
-    """Settings from a YAML file that names every required field.
+    """Settings from a YAML file with every required field.
 
     Raises:
-        SettingsError: the file cannot be read, has an unknown or a missing key, or a value is refused.
+        SettingsError: the file cannot be read, has an unknown or a missing key, or an invalid value.
     """
     return _build(cls, _read_yaml(cls, Path(path)), f"{path}: ")
 
 
 def to_yaml(settings: Any) -> str:
-    """All settings as YAML; `from_yaml` reads them back equal."""
+    """All settings as YAML, the inverse of `from_yaml`."""
     import yaml
 
     text: str = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True, width=1000)
     return text
 
 
-def _of_preset(name: Any, presets: Presets) -> Mapping[str, Any]:
+def _preset(name: Any, presets: Presets) -> Mapping[str, Any]:
     if name is not None and name not in presets:
         raise SettingsError(f"--preset is {name!r}; allowed are {', '.join(presets)}")
     return {} if name is None else presets[name]
@@ -195,20 +194,20 @@ def _read_yaml(
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: holds a {type(content).__name__}; lines of 'name: value' are expected")
+        raise SettingsError(f"{path}: contains a {type(content).__name__}; expected 'name: value' lines")
     if translate is not None:
         content = translate(content, f"{path}: ")
-    return _named(cls, content, f"{path}: ", presets, ignored_flags)
+    return _by_field(cls, content, f"{path}: ", presets, ignored_flags)
 
 
-def _named(
+def _by_field(
     cls: type,
     content: Mapping[Any, Any],
     where: str,
     presets: Presets | None = None,
     ignored_flags: IgnoredFlags | None = None,
 ) -> dict[str, Any]:
-    """Values by field of what a file holds; `where` begins the messages."""
+    """Content of a file by field name; `where` begins error messages."""
     known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -222,20 +221,20 @@ def _named(
         if name not in known:
             raise SettingsError(f"{where}unknown setting {key!r}{did_you_mean(name, known)}")
         name = known[name]
-        # YAML 1.1 reads 5e-6 as text, so text is read again as the field's type.
+        # YAML 1.1 reads 5e-6 as text, which is converted to the type of the field
         values[name] = _convert(cls, name, value)
     return values
 
 
 def _convert(cls: type, name: str, value: Any) -> Any:
-    """Text -> the field's type; what is no text stays. The dataclass checks limits afterwards."""
+    """Convert text to the type of a field. The dataclass checks the limits later."""
     hint = typing.get_type_hints(cls)[name]
     kind, optional = field_type(hint)
     if is_tuple(hint):
         if value is None:
             return None
         members = value if isinstance(value, list | tuple) else [value]
-        if kind in (int, float):  # numbers stand in a row, "32 64" or "32,64"; a text is one, whatever is in it
+        if kind in (int, float):  # numbers may be given as "32 64" or "32,64"; text is not split
             members = [part for member in members for part in _numbers(member)]
         return tuple(_member(kind, name, member) for member in members)
     if not isinstance(value, str) or kind is str:
@@ -262,16 +261,16 @@ def _member(kind: type, name: str, value: Any) -> Any:
 
 
 def _nested(cls: Any, name: str, value: Any) -> Any:
-    """Settings within settings, of a mapping or its YAML."""
+    """Nested settings from a mapping or its YAML."""
     import yaml
 
     try:
         content = yaml.safe_load(value) if isinstance(value, str) else value
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"--{name}: is no YAML: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"--{name}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"--{name}: holds {content!r}; 'name: value' pairs are expected")
-    return _build(cls, _named(cls, content, f"--{name}: "), f"--{name}: ")
+        raise SettingsError(f"--{name}: contains {content!r}; expected 'name: value' pairs")
+    return _build(cls, _by_field(cls, content, f"--{name}: "), f"--{name}: ")
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock on a folder: one holder at a time, gone with its process."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HOLDING = (
 )
 
 
-def test_another_holder_is_told_and_nothing_stays_behind(tmp_path: Path) -> None:
+def test_a_second_holder_is_refused_and_no_file_is_left(tmp_path: Path) -> None:
     with Lock(tmp_path) as lock:
-        lock.acquire()  # once is enough
-        with pytest.raises(SettingsError, match="another process is at work"), Lock(tmp_path):
+        lock.acquire()  # again is allowed
+        with pytest.raises(SettingsError, match="another process"), Lock(tmp_path):
             pass
     with Lock(tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_comes_later_can_be_locked_then(tmp_path: Path) -> None:
+def test_a_folder_created_later_can_be_locked(tmp_path: Path) -> None:
     with Lock(tmp_path / "new") as lock:
         (tmp_path / "new").mkdir()
         with Lock(tmp_path / "new"):
@@ -38,7 +38,7 @@ def test_a_folder_that_comes_later_can_be_locked_then(tmp_path: Path) -> None:
             Lock(tmp_path / "new").acquire()
 
 
-def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", f"{HOLDING}; time.sleep(60)", str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
