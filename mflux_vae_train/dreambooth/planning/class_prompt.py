@@ -58,14 +58,9 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
         found = ", ".join(words[index] for index in positions)
         return None, f"{instance_prompt!r} contains several words that may be the identifier ({found})"
     position = positions[0]
-    identifier = words[position]
-    if (
-        position + 1 == len(words)
-        or not _names_a_class(*words[position + 1 : position + 3])
-        or identifier[-1] in ",.;:"
-    ):
+    before, identifier, after = words[:position], words[position], words[position + 1 :]
+    if not after or not _names_a_class(*after[:2]) or identifier[-1] in ",.;:":
         return None, f"no class word follows the identifier {identifier!r} in {instance_prompt!r}"
-    before, after = words[:position], words[position + 1 :]
     noun = after[0].rstrip(",.;:!?")
     if before and before[-1].lower() in DETERMINERS:
         before = [*before[:-1], *_article(noun)]
