@@ -8,11 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
+from mflux_vae.weights.formats.files import convert_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
-from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1 import memory, naming, weights
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
@@ -50,20 +52,35 @@ def test_a_stack_of_full_width_takes_what_is_estimated(stack: Stack) -> None:
     assert expected == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_stored_stack_of_full_width_is_quantised_within_two_blocks(tmp_path: Path) -> None:
+    config = Stack(double=3, single=3).config
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    convert_safetensors(file, dict(tree_flatten(FluxTransformer(config).parameters())), mx.float32)
+    opened = []
+
+    def quantised() -> dict:
+        opened.append(weights.transformer(tmp_path, config))
+        quantize(opened[0], 4, is_quantized_layer)
+        return opened[0].parameters()
+
+    peak = peak_of(quantised)
+    held = sum(array.nbytes for _, array in tree_flatten(opened[0].parameters()))
+    outline = FluxTransformer(config).transformer_blocks[0]
+    block = sum(array.nbytes for _, array in tree_flatten(outline.parameters()))
+    print(f"{file.stat().st_size / 1e9:.2f} GB stored, {held / 1e9:.2f} GB quantised, peak {peak / 1e9:.2f} GB")
+    assert peak < held + 2 * block
+
+
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_weights_are_counted_to_the_byte(bits: int | None) -> None:
     network = drawn(FluxTransformer(small_config(num_attention_heads=4)), 0)
     if bits:
         quantize(network, bits, is_quantized_layer)
-    held = sum(array.nbytes for _, array in lora_free(network))
+    held = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
     skeleton = FluxTransformer(small_config(num_attention_heads=4))
     assert stored_bytes(skeleton, 4, bits, is_quantized_layer) == held
-
-
-def lora_free(network: FluxTransformer):
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(network.parameters())
 
 
 def training(**changes) -> Workload:
