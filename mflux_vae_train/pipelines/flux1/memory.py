@@ -3,6 +3,10 @@
 Weights are counted to the byte. Activations are counted in numbers per token, in units of the width D: what a block
 keeps for its backward pass, and what comes and goes while one block is differentiated. The counts are of arrays that
 MLX holds, found by reading the blocks and by measuring stacks of blocks at full width (a test repeats that).
+
+Measured at full size (random weights, MLX 0.32.4 on a CPU, float32): schnell with `--quantize 4
+--gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1` took 9.58 GB at the peak of a
+whole run, which is its update; the estimate was 9.7 GB. The process held 11.6 GB, MLX's cache of freed memory included.
 """
 
 from __future__ import annotations
