@@ -41,13 +41,13 @@ class ClassFolder:
 
 
 def scan_class_folders(
-    concepts: Sequence[Concept], *, wanted: int, processes: ProcessGroup = SINGLE
+    concepts: Sequence[Concept], *, count: int, processes: ProcessGroup = SINGLE
 ) -> list[ClassFolder]:
     """The class images of each folder, as the first process finds them.
 
     Args:
         concepts: with class prompt and folder resolved.
-        wanted: number of images per folder.
+        count: number of images per folder.
 
     Raises:
         ImageError: an image cannot be read.
@@ -65,7 +65,7 @@ def scan_class_folders(
             if folder in found and found[folder]["prompt"] != prompt:
                 raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
             images = check_class_images(folder, prompt)
-            found[folder] = {"prompt": prompt, "present": len(images), "missing": missing_indices(images, wanted)}
+            found[folder] = {"prompt": prompt, "present": len(images), "missing": missing_indices(images, count)}
         return [{"folder": str(folder), **options} for folder, options in found.items()]
 
     return [ClassFolder(**{**one, "folder": Path(one["folder"])}) for one in processes.broadcast(scan)]
@@ -98,11 +98,11 @@ def _read_prompt(path: Path) -> str | None:
     return image_text(path).get(PROMPT_KEY)
 
 
-def missing_indices(present: Sequence[Path], wanted: int) -> list[int]:
+def missing_indices(present: Sequence[Path], count: int) -> list[int]:
     """The lowest free indices, as many as images are missing."""
     names = {path.name for path in present}
-    free = [index for index in range(wanted) if file_name(index) not in names]
-    return free[: max(wanted - len(present), 0)]
+    free = [index for index in range(count) if file_name(index) not in names]
+    return free[: max(count - len(present), 0)]
 
 
 def file_name(index: int) -> str:
@@ -132,10 +132,10 @@ def generate_class_images(
         indices: missing elements of range(count).
         batch_size: images sampled together; None for `images_per_batch`.
     """
-    wanted = set(indices)
+    missing = set(indices)
     # Rounding may depend on the batch, so batches do not depend on which images exist.
     size = batch_size or images_per_batch(resolution)
-    batches = [range(i * size, min((i + 1) * size, count)) for i in sorted({index // size for index in wanted})]
+    batches = [range(i * size, min((i + 1) * size, count)) for i in sorted({index // size for index in missing})]
 
     def sample(batch: range) -> list[mx.array]:
         keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, batch)
@@ -143,10 +143,10 @@ def generate_class_images(
         return [mx.array(image) for image in images]
 
     disable = None if processes.is_main else True
-    with tqdm(total=len(wanted), desc="class images", unit="image", disable=disable) as bar:
+    with tqdm(total=len(missing), desc="class images", unit="image", disable=disable) as bar:
         for batch, images in processes.map_in_rounds(batches, sample):
             for index, image in zip(batch, images, strict=True):
-                if processes.is_main and index in wanted:
+                if processes.is_main and index in missing:
                     save_image(folder / file_name(index), np.array(image), text={PROMPT_KEY: class_prompt})
                     bar.update()
 

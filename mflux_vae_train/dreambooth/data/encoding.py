@@ -173,7 +173,7 @@ def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, 
     contents = {image.path: image.content for image in images}
     unknown = [path for path, content in contents.items() if content is None]
     contents |= dict(zip(unknown, prefetch(file_hash, unknown), strict=True))
-    return [{"picture": contents[one.path], "view": astuple(one.crop), "encoder": encoder} for one in images]
+    return [{"image": contents[one.path], "crop": astuple(one.crop), "encoder": encoder} for one in images]
 
 
 def _batches(images: Sequence[CroppedImage]) -> list[list[int]]:
@@ -225,19 +225,21 @@ def encode_dataset(
     indices = [[[next(next_index) for _ in row] for row in image.crops] for image in images]
     samples = [
         Sample(
-            latents=own,
+            latents=rows,
             prompt=prompts.rows[image.caption],
             class_prompt=prompts.rows[concepts[image.concept].class_prompt or ""],
             concept=image.concept,
         )
-        for image, own in zip(images, indices, strict=True)
+        for image, rows in zip(images, indices, strict=True)
         for _ in range(concepts[image.concept].repeats or 1)
     ]
 
     # class images are cropped to each shape of their concept's instance images
     class_latents: dict[tuple[int, tuple[int, ...]], Sequence[mx.array]] | None = None
     if class_images is not None:
-        shapes = {(one.concept, one.shape): latents[own[0][0]].shape for one, own in zip(images, indices, strict=True)}
+        shapes = {
+            (one.concept, one.shape): latents[rows[0][0]].shape for one, rows in zip(images, indices, strict=True)
+        }
         class_latents = {
             (concept, shape): encode([CroppedImage(path, Crop(shape=pixels)) for path in class_images[concept]])
             for (concept, pixels), shape in shapes.items()

@@ -11,15 +11,6 @@ from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, Suppor
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
-class Combined(nn.Module):
-    """Several networks as one module. The children are named by their prefixes."""
-
-    def __init__(self, networks: Networks) -> None:
-        super().__init__()
-        for prefix, network in networks.items():
-            setattr(self, prefix, network)
-
-
 def networks(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
     """The networks by the prefix of their keys in an adapter file, the denoiser first."""
     found: dict[str, nn.Module] = {pipeline.adapter_prefix: pipeline.denoiser}
@@ -39,8 +30,13 @@ def skeletons(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict
 
 
 def combined(networks: Networks) -> nn.Module:
-    """One module for all networks; a single network is returned unchanged."""
-    return next(iter(networks.values())) if len(networks) == 1 else Combined(networks)
+    """One module for all networks, with children named by prefix; a single network is returned unchanged."""
+    if len(networks) == 1:
+        return next(iter(networks.values()))
+    module = nn.Module()
+    for prefix, network in networks.items():
+        setattr(module, prefix, network)
+    return module
 
 
 def kohya_names(pipeline: DiffusionPipeline) -> Names:

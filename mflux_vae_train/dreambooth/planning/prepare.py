@@ -76,7 +76,7 @@ def prepare(
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
     resolved = resolve(settings, recommended, dataset)
     trainable = plan_trainable(pipeline, resolved)
-    folders = scan_class_folders(resolved.subjects, wanted=resolved.num_class_images, processes=processes)
+    folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
     if memory is not None and not resolved.dry_run:
         log(memory.lines)

@@ -22,45 +22,13 @@ _SETTINGS = (
 
 
 def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder, result: Path) -> None:
-    """Write base model, prompts, tags, the last preview, how to load the result, and the main resolved.
+    """Write base model, prompts, tags, the last preview, how to load the result, and the main settings.
 
     The metadata declares no licence; the text refers to that of the base model.
     """
     base = pipeline.base_model if isinstance(pipeline, SupportsAdapterExport) else None
     previews = preview_grid.previews(folder.samples)
     preview = previews[-1][1].relative_to(folder.root).as_posix() if previews else None
-    write_text(
-        folder.card, _metadata(resolved, base, preview) + _body(pipeline, resolved, folder, result, base, preview)
-    )
-
-
-def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None) -> str:
-    """The YAML block that the Hub reads."""
-    import yaml
-
-    adapter = resolved.train_mode == "lora"
-    kinds = ["lora", "template:sd-lora", *(["dora"] if resolved.use_dora else [])] if adapter else []
-    metadata: dict[str, Any] = {
-        "library_name": "diffusers",
-        "tags": ["text-to-image", "diffusers", "diffusers-training", "dreambooth", *kinds],
-        "instance_prompt": resolved.instance_prompt,
-    }
-    if base is not None:
-        metadata |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    if preview is not None:
-        prompts = resolved.validation_prompt or (resolved.instance_prompt,)
-        metadata["widget"] = [{"text": "; ".join(prompts), "output": {"url": preview}}]
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
-
-
-def _body(
-    pipeline: DiffusionPipeline,
-    resolved: ResolvedSettings,
-    folder: RunFolder,
-    result: Path,
-    base: str | None,
-    preview: str | None,
-) -> str:
     link = f"[{base}](https://huggingface.co/{base})" if base else f"`{pipeline.name}`"
     adapter = resolved.train_mode == "lora"
     kind = ("DoRA adapter" if resolved.use_dora else "LoRA adapter") if adapter else "fine-tuned model"
@@ -81,4 +49,22 @@ def _body(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
     parts.append(f"## Licence\n\nThis is a derivative of {link}; the licence of the base model applies.")
-    return "\n\n".join(parts) + "\n"
+    write_text(folder.card, _metadata(resolved, base, preview) + "\n\n".join(parts) + "\n")
+
+
+def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None) -> str:
+    """The YAML block that the Hub reads."""
+    import yaml
+
+    adapter = resolved.train_mode == "lora"
+    kinds = ["lora", "template:sd-lora", *(["dora"] if resolved.use_dora else [])] if adapter else []
+    metadata: dict[str, Any] = {
+        "library_name": "diffusers",
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "dreambooth", *kinds],
+        "instance_prompt": resolved.instance_prompt,
+    }
+    if base is not None:
+        metadata |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    if preview is not None:
+        metadata["widget"] = [{"text": "; ".join(resolved.validation_prompt), "output": {"url": preview}}]
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"

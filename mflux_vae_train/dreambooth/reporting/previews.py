@@ -64,7 +64,7 @@ class Previews:
                 self._write(update, rows)
         except ProcessLost:
             raise
-        except Exception as error:  # whatever fails in a pipeline or on disk must not end hours of training
+        except Exception as error:  # a failing pipeline or disk must not end hours of training
             logger.warning("preview after update %d failed (%s: %s)", update, type(error).__name__, error)
         release(self._pipeline, "images")
         mx.clear_cache()

@@ -163,15 +163,15 @@ def test_interrupted_run_keeps_finished_batches(instance_dir, tmp_path):
 
 def test_prompts_are_encoded_once(tmp_path):
     pipeline = FakePipeline()
-    asked = ["a dog", "", "a dog", "a cat"]
-    first = encode_prompts(pipeline, asked, open_cache(pipeline, tmp_path))
+    texts = ["a dog", "", "a dog", "a cat"]
+    first = encode_prompts(pipeline, texts, open_cache(pipeline, tmp_path))
     again = encode_prompts(pipeline, ["a cat", ""], open_cache(pipeline, tmp_path))
     assert pipeline.prompts_encoded == ["a dog", "", "a cat"]
     for prompt in ("a cat", ""):
         expected = FakePipeline().encode_prompts([prompt])["embedding"]
         for prompts in (first, again):
             assert mx.array_equal(prompts.get(prompt)["embedding"], expected)
-    assert set(first.rows) == set(asked)
+    assert set(first.rows) == set(texts)
 
 
 def test_pipeline_without_identity_has_no_cache(tmp_path):
@@ -221,7 +221,7 @@ def test_masks_are_averaged_to_latent_positions(instance_dir, tmp_path):
     mask[:, 8:] = 255
     mask[:, 4:8] = 128
     save_image(instance_dir / "picture-0-mask.png", mask)
-    cache = cache_of(instance_dir, FakePipeline(), tmp_path, masked_loss=True, random_flip=True)
+    cache = cache_of(instance_dir, FakePipeline(), tmp_path, mtexts_loss=True, random_flip=True)
     plain, mirrored = (np.array(cache.masks[entry])[..., 0] for entry in cache.samples[0].latents[0])
     assert plain.shape == cache.latents[0].shape[:2] == (4, 4)
     np.testing.assert_allclose(plain, [[0, 0.5, 1, 1]] * 4, atol=0.1)
@@ -236,4 +236,4 @@ def test_masks_need_spatial_latents(instance_dir, tmp_path):
 
     save_image(instance_dir / "picture-0-mask.png", np.full((20, 16, 1), 255, np.uint8))
     with pytest.raises(SettingsError, match="spatial"):
-        cache_of(instance_dir, Flat(), tmp_path, masked_loss=True)
+        cache_of(instance_dir, Flat(), tmp_path, mtexts_loss=True)

@@ -120,14 +120,14 @@ def test_no_gradient_flows_through_the_base_prediction(adapted):
     pipeline, batch = adapted
     batch = add_base_prediction(pipeline, pipeline.denoiser, batch, guidance=1.0)
     arrays = batch.arrays
-    asked = {"key": arrays["key"], "guidance": 1.0}
+    options = {"key": arrays["key"], "guidance": 1.0}
 
     def loss(_: nn.Module, arrays: Arrays):
         return dreambooth_loss(pipeline, arrays, guidance=1.0, prior_loss_weight=0.5)
 
     def by_hand(parameters):
         pipeline.denoiser.update(parameters)
-        predicted = pipeline.predict(arrays["latents"], arrays["conditioning"], **asked)
+        predicted = pipeline.predict(arrays["latents"], arrays["conditioning"], **options)
         instance = mx.square(predicted.prediction - predicted.target)[:3].mean()
         return instance + 0.5 * mx.square(predicted.prediction[3:] - arrays[BASE_PREDICTION]).mean()
 

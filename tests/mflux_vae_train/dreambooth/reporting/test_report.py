@@ -146,8 +146,8 @@ def test_new_run_shows_no_metrics_of_an_earlier_process(instance_dir, tmp_path, 
         start(folder, *given)
         folder.metrics.write_text('{"update": 1, "loss": 9, "learning_rate": 1, "grad_norm": 1, "seconds": 1}\n')
 
-    def write(self, state, **told):
-        written(self, state, **told)
+    def write(self, state, **options):
+        written(self, state, **options)
         pages.append(page_of(tmp_path / "out").text())
 
     monkeypatch.setattr(train_module.run_folder, "start", started)
@@ -165,7 +165,7 @@ def test_page_that_cannot_be_written_does_not_end_the_run(instance_dir, tmp_path
     assert "no space left" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore")  # TensorBoard's own
+@pytest.mark.filterwarnings("ignore")  # warnings of TensorBoard
 def test_tracker_receives_the_same_numbers_and_images(instance_dir, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -216,8 +216,8 @@ def test_a_browser_shows_values_under_the_pointer(out, tmp_path, width):
         [CHROMIUM, *options, f"--window-size={width},900", "--dump-dom", looked.as_uri()],
         capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
-    (told,) = [text for tag, text in Page(done.stdout).texts if tag == "title"]
-    seen = json.loads(told)
+    (title,) = [text for tag, text in Page(done.stdout).texts if tag == "title"]
+    seen = json.loads(title)
     assert seen["tip"].startswith("update 3") and "instance" in seen["tip"] and "prior" in seen["tip"]
     assert seen["cursors"] == seen["plots"] > 5 and seen["outside"] == 0
     assert seen["scene"].startswith("untrained") and seen["wide"] <= 0
