@@ -19,6 +19,8 @@ from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
+from mflux_vae.runtime.device import eval_each
+from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles as pieces
 from mflux_vae.tiling.plan import TilingOption
@@ -41,6 +43,9 @@ class VAE(nn.Module):
     Vector latents (`FlatAutoencoder`) are (B, latent_channels) everywhere. Such a network takes images of one size,
     `spatial_scale`: smaller ones are padded and cropped, larger ones are refused, and it is never tiled.
 
+    Any thread may use a VAE, and several may at once: their calls run one after the other and return arrays that every
+    thread may use. Evaluate weights that you change or pass as `network` before another thread uses them.
+
     Args:
         latent_channels: latent channels of the network that is built.
         network: network to wrap instead; `latent_channels` is ignored.
@@ -50,6 +55,7 @@ class VAE(nn.Module):
         super().__init__()
         if network is None:
             network = PlainAutoencoder(PlainConfig(latent_channels=latent_channels))
+            mx.eval(network.parameters())
         self.network = network
 
     @property
@@ -96,6 +102,8 @@ class VAE(nn.Module):
         Arguments and errors as in `loading.open_network`.
         """
         vae = cls(network=loading.open_network(source, dtype, config=config))
+        with exclusive():
+            eval_each(vae.network.parameters())
         count = sum(weight.size for weight in _weights(vae.network))
         kind, precision = type(vae.network).__name__, str(vae.dtype).removeprefix("mlx.core.")
         log.info("%s: %s with %.1f million parameters, computing in %s", source, kind, count / 1e6, precision)
@@ -114,6 +122,7 @@ class VAE(nn.Module):
         """
         loading.save_network(self.network, folder, dtype)
 
+    @thread_safe
     def encode(
         self,
         image: mx.array | np.ndarray,
@@ -144,6 +153,7 @@ class VAE(nn.Module):
         log.debug("raw latents %s -> latents %s", shape(raw), shape(latents))
         return latents
 
+    @thread_safe
     def posterior(self, image: mx.array | np.ndarray, *, tiling: TilingOption = None) -> DiagonalGaussian:
         """Encode to the posterior over unscaled latents, NHWC. Arguments and errors as in `encode`."""
         image = _mlx(image)
@@ -153,6 +163,7 @@ class VAE(nn.Module):
         log.debug("image %s -> pixels %s", shape(image), shape(pixels))
         return self._encode(pixels, tiling)
 
+    @thread_safe
     def decode(
         self, latent: mx.array | np.ndarray, *, size: tuple[int, int] | None = None, tiling: TilingOption = None
     ) -> mx.array:
@@ -204,10 +215,12 @@ class VAE(nn.Module):
         """
         loaded = images.load_images(pictures, channels=self.config.in_channels)
         keys = [None] * len(loaded) if key is None else list(mx.random.split(key, len(loaded)))
-        return [
-            self.encode(mx.array(picture.transpose(2, 0, 1)[None]), sample=sample, key=each_key, tiling=tiling)[0]
-            for picture, each_key in zip(loaded, keys, strict=True)
-        ]
+
+        @thread_safe
+        def encoded(picture: np.ndarray, key: mx.array | None) -> mx.array:
+            return self.encode(mx.array(picture.transpose(2, 0, 1)[None]), sample=sample, key=key, tiling=tiling)[0]
+
+        return [encoded(*each) for each in zip(loaded, keys, strict=True)]
 
     def decode_images(
         self,
@@ -234,6 +247,7 @@ class VAE(nn.Module):
             decoded.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
         return decoded
 
+    @thread_safe
     def __call__(
         self, image: mx.array | np.ndarray, *, tiling: TilingOption = None
     ) -> tuple[mx.array, DiagonalGaussian]:
@@ -241,10 +255,12 @@ class VAE(nn.Module):
         posterior = self.posterior(image, tiling=tiling)
         return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
 
+    @thread_safe
     def encode_nhwc(self, pixels: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent_channels), the mode; for MLX pipelines."""
         return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
+    @thread_safe
     def decode_nhwc(self, latents: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """Scaled latents (B, h, w, latent_channels) -> (B, H, W, C), about [-1, 1], not clipped; for MLX pipelines."""
         return self._decode(self.network.from_scaled(latents), tiling)

@@ -214,7 +214,7 @@ def test_what_parts_of_the_component_do_not_know(module: str, unknown: set[str])
 
 @pytest.mark.parametrize("module", ["training.loop", "training.step"])
 def test_the_loop_knows_no_image_model_or_adapter(module: str) -> None:
-    known = {f"{COMPONENT}.errors", f"{COMPONENT}.runtime.device"}
+    known = {f"{COMPONENT}.errors", f"{COMPONENT}.runtime.device", f"{COMPONENT}.runtime.threads"}
     found = ours(imports(f"{TRAINING}.{module}"))
     assert {name for name in found if room(name) == "component"} <= known
     assert f"{TRAINING}.lora" not in found

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import ImageError
+from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.tiling.plan import TilingOption
 
 
@@ -53,11 +54,13 @@ class MfluxVAE(nn.Module):
         self.scaling_factor = vae.scaling_factor
         self.shift_factor = vae.shift_factor
 
+    @thread_safe
     def encode(self, image: mx.array) -> mx.array:
         """(B, C, H, W) or (B, C, 1, H, W) in [-1, 1] -> scaled latents (B, latent_channels, 1, h, w), the mode."""
         pixels = _without_time(image).transpose(0, 2, 3, 1)
         return self.vae.encode_nhwc(pixels, tiling=self.tiling).transpose(0, 3, 1, 2)[:, :, None]
 
+    @thread_safe
     def decode(self, latents: mx.array) -> mx.array:
         """Scaled latents (B, C, h, w) or (B, C, 1, h, w) -> (B, C, 1, H, W), about [-1, 1], not clipped."""
         pixels = self.vae.decode_nhwc(_without_time(latents).transpose(0, 2, 3, 1), tiling=self.tiling)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import ImageError, WeightsError
 from mflux_vae.networks.layers import Conv2d
+from mflux_vae.runtime.device import eval_each
 from mflux_vae.weights.formats.files import open_weights
 from mflux_vae.weights.keymaps.rules import Rule, conv_from_mlx, conv_to_mlx, load_strict, to_mlx
 
@@ -72,6 +73,7 @@ class LPIPS(nn.Module):
         load_strict(network, tensors, where=" and ".join(map(str, files)), dtype=mx.float32)
         if any((weight < 0).any() for weight in network.linear):
             raise WeightsError(f"{files[-1]} has negative channel weights; give the VGG16 file of the `lpips` package")
+        eval_each(network.parameters())
         return network
 
     def taps(self, pixels: mx.array) -> list[mx.array]:

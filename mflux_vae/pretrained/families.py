@@ -16,6 +16,7 @@ from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae.weights.keymaps.compvis import bfl, compvis
 from mflux_vae.weights.keymaps.diffusers import AUTOENCODER_KL, SAME_NAMES
 from mflux_vae.weights.keymaps.lapa import LAPA
@@ -63,7 +64,8 @@ class Family:
             raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
         finally:
             # else the draws of many networks that nobody computes pile up, deeper than MLX can follow
-            mx.eval(mx.random.state)
+            with exclusive():
+                mx.eval(mx.random.state)
 
     def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
         """The key table for a network with these keys."""

@@ -30,6 +30,7 @@ from mflux_vae.pretrained.locate import (
     settings_of,
 )
 from mflux_vae.runtime.device import compute_dtype
+from mflux_vae.runtime.threads import portable
 from mflux_vae.weights.formats.files import DTYPES, write_json, write_safetensors
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import from_mlx, load_strict, to_mlx
@@ -64,6 +65,7 @@ class Description:
     assumed: str | None
 
 
+@portable()
 def open_network(
     source: Source, dtype: mx.Dtype | None = None, *, config: Config | None = None, pairs: bool = False
 ) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from mflux_vae.runtime.threads import exclusive, portable
+
 T = TypeVar("T")
 
 
@@ -35,14 +37,21 @@ class Lazy(Generic[T]):
         return self._load is not None
 
     def get(self) -> T:
-        """The object, loaded now if necessary."""
-        if self.loaded is None:
+        """The object, loaded now if necessary. Any thread may compute its weights."""
+        loaded = self.loaded
+        return self._open() if loaded is None else loaded
+
+    @exclusive()
+    @portable()
+    def _open(self) -> T:
+        loaded = self.loaded
+        if loaded is None:  # no other thread was faster
             assert self._load is not None
             loaded = self._load()
             for change, _ in self._changes:
                 change(loaded)
             self.loaded = loaded
-        return self.loaded
+        return loaded
 
     def borrow(self) -> T:
         """The object for one use: if it has to be loaded for it, it is not kept."""
@@ -51,6 +60,8 @@ class Lazy(Generic[T]):
             self.release()
         return borrowed
 
+    @exclusive()
+    @portable()
     def apply(self, change: Callable[[T], object], name: str = "") -> None:
         """Change the object in place: now if it is loaded, and again after every load.
 

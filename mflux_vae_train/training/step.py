@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mflux_vae.errors import TrainingError
 from mflux_vae.runtime.device import eval_each, is_cpu
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae_train.checkpointing.state import buffer_tree
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.optimizers.base import Optimizer
@@ -109,7 +110,8 @@ class Step:
         for single in getattr(optimizer, "optimizers", [optimizer]):
             single.donates_gradients = True
         # unevaluated arrays would be computed again in every compiled call
-        eval_each([model.parameters(), optimizer.state])
+        with exclusive():
+            eval_each([model.parameters(), optimizer.state])
 
         def objective(parameters: Any, buffers: Any, arrays: Arrays, weight: mx.array) -> tuple[mx.array, Any]:
             model.update(parameters)
@@ -152,6 +154,7 @@ class Step:
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
                 self._apply = mx.compile(apply, inputs=state, outputs=state)
 
+    @exclusive()
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """Make update `update` (0-based, for messages) from `batches` and those of the other processes.
 

@@ -18,12 +18,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from mflux_vae.runtime import device
+from mflux_vae.runtime import device, threads
 
 Band: TypeAlias = Callable[[], mx.array]
 """What computes one."""
 
-MAX_STREAMS = 8
 PIECE = 1 << 20
 """Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
 _KEPT_FOR_REUSE = 32 << 20
@@ -34,9 +33,9 @@ _ROWS = 512
 
 
 class _Local(threading.local):
-    """MLX's streams belong to the thread that made them, and so does what it is doing."""
+    """What this thread is doing, and its default stream."""
 
-    streams: list[mx.Stream] | None = None
+    stream: mx.Stream | None = None
     deferred = False
     within = False
     overlapping = False
@@ -100,6 +99,7 @@ def _compute(*arrays: mx.array) -> None:
     (mx.async_eval if soon else mx.eval)(*arrays)
 
 
+@threads.exclusive()
 def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
     """`y` with each band written where its index says.
 
@@ -118,6 +118,7 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
     return y
 
 
+@threads.exclusive()
 def added(bands: Iterable[Band]) -> mx.array:
     """The sum of what bands make; each core adds up its own.
 
@@ -134,6 +135,7 @@ def added(bands: Iterable[Band]) -> mx.array:
     return sum(others, first)
 
 
+@threads.exclusive()
 def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
     """function(*arrays), a few samples at a time on each core where results are computed at once.
 
@@ -174,11 +176,12 @@ def side_by_side(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
         tasks: each describes arrays, in any nesting, that take nothing from another's.
     """
     for together in _side_by_side(tasks):
-        answers = []
-        for stream, task in together:
-            with mx.stream(stream):
-                answers.append(task())
-        mx.eval(answers)
+        with threads.exclusive():
+            answers = []
+            for stream, task in together:
+                with mx.stream(stream):
+                    answers.append(task())
+            mx.eval(answers)
         yield from answers
 
 
@@ -221,12 +224,11 @@ def cut(length: int, at_once: int) -> list[slice]:
 
 def streams() -> int:
     """How many bands are computed side by side."""
-    return min(device.cores(), MAX_STREAMS)
+    return threads.stream_count()
 
 
 def _streams() -> list[mx.Stream]:
-    """One for each core, the default one first; this thread's."""
-    if _local.streams is None:
-        more = streams() - 1
-        _local.streams = [mx.default_stream(mx.cpu), *(mx.new_stream(mx.cpu) for _ in range(more))]
-    return _local.streams
+    """One for each core: this thread's default one, then those that all threads share."""
+    if _local.stream is None:
+        _local.stream = mx.default_stream(mx.cpu)
+    return [_local.stream, *threads.parallel_streams(streams() - 1)]

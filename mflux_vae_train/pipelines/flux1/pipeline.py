@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.pretrained.hub import cache_folder
+from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
 from mflux_vae_train.pipelines.flow.predict import normal, predict
@@ -102,6 +103,7 @@ class FluxPipeline:
         embedder: Any = self.denoiser.x_embedder
         return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
 
+    @thread_safe
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
         return self.vae.encode_nhwc(pixels)
@@ -144,6 +146,7 @@ class FluxPipeline:
             image_tokens=height * width // PATCH**2,
         )
 
+    @thread_safe
     def sample(
         self,
         conditioning: Conditioning,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mflux_vae.runtime.threads import thread_safe
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
@@ -73,6 +74,7 @@ class FluxPrompts:
         """`tokens`, without opening the tokenizer for it."""
         return self.longest if self._t5_tokenizer.loaded is None else self.tokens
 
+    @thread_safe
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Prompts -> `prompt_embeds` (B, L, D) from T5, and `pooled` (B, P) from CLIP or its input `clip_tokens`."""
         clip_tokens = self._clip_tokenizer.get().encode(prompts)
@@ -83,6 +85,7 @@ class FluxPrompts:
         if "" in prompts:
             index = list(prompts).index("")
             self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
+            mx.eval(self._empty)  # another thread may need it
         return encoded
 
     def finish(self, conditioning: Conditioning) -> dict[str, mx.array]:

@@ -20,7 +20,6 @@ WIDTH = 24
 @pytest.fixture(params=[1, 2, 3])
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(device, "cores", lambda: request.param)
-    monkeypatch.setattr(parallel._local, "streams", None)
     monkeypatch.setattr(parallel, "_ROWS", 40)
     yield request.param
 
