@@ -221,7 +221,7 @@ def test_masks_are_averaged_to_latent_positions(instance_dir, tmp_path):
     mask[:, 8:] = 255
     mask[:, 4:8] = 128
     save_image(instance_dir / "picture-0-mask.png", mask)
-    cache = cache_of(instance_dir, FakePipeline(), tmp_path, mtexts_loss=True, random_flip=True)
+    cache = cache_of(instance_dir, FakePipeline(), tmp_path, masked_loss=True, random_flip=True)
     plain, mirrored = (np.array(cache.masks[entry])[..., 0] for entry in cache.samples[0].latents[0])
     assert plain.shape == cache.latents[0].shape[:2] == (4, 4)
     np.testing.assert_allclose(plain, [[0, 0.5, 1, 1]] * 4, atol=0.1)
@@ -236,4 +236,4 @@ def test_masks_need_spatial_latents(instance_dir, tmp_path):
 
     save_image(instance_dir / "picture-0-mask.png", np.full((20, 16, 1), 255, np.uint8))
     with pytest.raises(SettingsError, match="spatial"):
-        cache_of(instance_dir, Flat(), tmp_path, mtexts_loss=True)
+        cache_of(instance_dir, Flat(), tmp_path, masked_loss=True)
