@@ -1,1 +1,1 @@
-"""Images and captions of a run, and micro-batches from them."""
+"""Images and captions of a run, their encodings, and micro-batches."""

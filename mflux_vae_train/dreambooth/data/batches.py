@@ -14,7 +14,7 @@ from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.training.step import MicroBatch
 
 INSTANCE, CLASS = 0, 1
-"""The set that a sample is drawn from, a part of the names of random draws. Concept i draws from CLASS + i."""
+"""The source of a sample, a part of the keys of its random draws. Class images of concept i have CLASS + i."""
 
 
 @lru_cache(maxsize=8)

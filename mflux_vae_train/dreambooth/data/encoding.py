@@ -101,7 +101,7 @@ def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: En
         batch = slice(start, start + PROMPTS_PER_BATCH)
         if None not in rows[batch]:
             continue
-        # Rounding may depend on the batch, so batches do not depend on what the cache holds.
+        # Rounding may depend on the batch, so batches do not depend on the cache.
         encoded = pipeline.encode_prompts(prompts[batch])
         mx.eval(encoded)
         for index, row in enumerate(rows[batch]):
@@ -177,7 +177,7 @@ def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, 
 
 
 def _batches(images: Sequence[CroppedImage]) -> list[list[int]]:
-    """Indices of the images that are encoded together. Rounding may depend on the batch, so cached images count."""
+    """Indices of the images of each batch, cached ones included, as rounding may depend on the batch."""
     by_shape: dict[Shape, list[int]] = {}
     for index, image in enumerate(images):
         by_shape.setdefault(image.crop.shape, []).append(index)

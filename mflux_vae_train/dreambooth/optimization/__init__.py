@@ -1,1 +1,1 @@
-"""What is trained, on which loss, with which optimizer."""
+"""Trainable networks, objective, optimizer and learning checks."""

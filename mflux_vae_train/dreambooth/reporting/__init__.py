@@ -1,1 +1,1 @@
-"""What a run shows: previews, charts, report, model card."""
+"""Previews, charts, report and model card of a run."""

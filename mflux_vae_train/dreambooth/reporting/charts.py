@@ -24,7 +24,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     metrics = list(dict.fromkeys(name for record in records for name in record))
     losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
     bins = {name: name.removeprefix(loss_by_noise.PREFIX) for name in metrics if name.startswith(loss_by_noise.PREFIX)}
-    # an optimizer that finds its own rate has the scheduled one as a factor
+    # an optimizer that finds its own rate multiplies it by the scheduled one
     rate = ("effective_rate", "found by the optimizer") if "effective_rate" in metrics else ("learning_rate", "rate")
     known = {*losses, *bins, *_NOT_CHARTED, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
     others = [name for name in metrics if name not in {*known, "memory_gb"}]
@@ -38,7 +38,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
         Chart(
             title="Loss",
             curves=[_curve(records, name, name.removesuffix("_loss")) for name in losses],
-            note="Light: each update, with new noise. Dark: running average over a twentieth of the run.",
+            note="Faint: each update, with new noise. Solid: running average over a twentieth of the run.",
             logarithmic=False,
             wide=True,
         ),

@@ -102,7 +102,7 @@ class Report:
                 f'<h3 class="prompt">{escape(prompt)}</h3><div style="--columns:{columns}">'
                 f'<div class="scene" data-of="{index}">'
                 f'<div class="row">{"".join(rows[last][1])}</div><div class="scrub" hidden>'
-                f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="time of the preview">'
+                f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="update of the preview">'
                 f"<output>{escape(rows[last][0])}</output></div></div>"
                 f'<div class="times" data-prompt="{index}">{_row("subject", subject, css_class="time subject")}'
                 f"{''.join(_row(label, row) for label, row in rows)}</div></div>"
