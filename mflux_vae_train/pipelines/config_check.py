@@ -1,4 +1,4 @@
-"""Configurations from files: dataclasses whose fields have the types that they say."""
+"""Check that a configuration read from a file has values of the declared types."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from mflux_vae.errors import WeightsError
 T = TypeVar("T")
 
 _LARGEST, _MOST_LAYERS = 2**31 - 1, 1000
-"""A number of anything, and one of layers, above it is a mistake that would fill the memory."""
+"""Larger numbers, and more layers, are mistakes in a file and would fill the memory."""
 
 
-def typed(make: Callable[[], T], where: object) -> T:
-    """What `make` makes, a dataclass, if every field is of its type; text for a number is not.
+def check_config(build: Callable[[], T], file: object) -> T:
+    """The dataclass that `build` returns, if each field has its declared type. Numbers as text are refused.
 
     Args:
-        where: the file, for messages.
+        file: for messages.
 
     Raises:
-        WeightsError: it cannot be made, or a field is something else.
+        WeightsError: `build` fails, or a field has another type or an excessive value.
     """
     try:
-        made = make()
+        config = build()
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise WeightsError(f"{where}: its values do not fit ({str(error)[:200]})") from error
-    for name, hint in typing.get_type_hints(type(made)).items():
-        value = getattr(made, name)
+        raise WeightsError(f"{file}: its values do not fit ({str(error)[:200]})") from error
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
         excessive = name.endswith("layers") and type(value) is int and value > _MOST_LAYERS
         if typing.get_origin(hint) is not typing.ClassVar and (excessive or not _fits(value, hint)):
-            raise WeightsError(f"{where}: {name} is {repr(value)[:100]}, which it cannot be")
-    return made
+            raise WeightsError(f"{file}: {name} is {repr(value)[:100]}, which it cannot be")
+    return config
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -31,11 +31,11 @@ from mflux_vae.weights.formats.files import (
     write_json,
 )
 from mflux_vae.weights.keymaps.rules import Tensors, load_strict
-from mflux_vae_train.pipelines.config_check import typed
+from mflux_vae_train.pipelines.config_check import check_config
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
-from mflux_vae_train.pipelines.quantization import prepared
+from mflux_vae_train.pipelines.quantization import adopt_quantization
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -88,7 +88,7 @@ def fill(network: N, tensors: Tensors, source: Path, dtype: mx.Dtype | None) -> 
     Raises:
         WeightsError: names or shapes differ; all differences are listed.
     """
-    ready = prepared(network, tensors, str(source))
+    ready = adopt_quantization(network, tensors, str(source))
     load_strict(network, ready, where=str(source), dtype=compute_dtype(dtype))
     return network
 
@@ -131,7 +131,7 @@ def read_recommended(folder: Path) -> Recommended | None:
         return None
     fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()}
     try:
-        recommended = typed(lambda: Recommended(**fields), path)
+        recommended = check_config(lambda: Recommended(**fields), path)
         NoiseSampling(scheme=recommended.weighting_scheme or "uniform")
         return recommended
     except (TypeError, SettingsError) as error:

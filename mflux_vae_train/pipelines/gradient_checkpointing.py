@@ -1,9 +1,9 @@
-"""Gradient checkpointing (arXiv:1604.06174): a block keeps its inputs alone, and computes again in the backward pass.
+"""Gradient checkpointing (arXiv:1604.06174): keep a block's inputs, and run the block again in the backward pass.
 
-MLX evaluates a graph in an order of its own, and with `mx.checkpoint` nothing keeps it from computing all blocks again
-before the first of them is done with its gradients. Here the graph itself says the order: a block's second forward pass
-depends on the gradient of its output, and the gradient of its input, for which the block before it waits, on those of
-its weights. So one block's activations are there at a time, last block first, whoever evaluates what.
+MLX chooses the order in which a graph is evaluated; with `mx.checkpoint` it may run all blocks again before the first
+of them has its gradients. Here dependencies in the graph fix the order: the second forward pass of a block depends on
+the gradient of its output, and the gradient of its input, which the previous block waits for, on the gradients of its
+weights. So only one block's activations exist at a time, the last block's first.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 def checkpointed(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
-    """`block(*arrays, **constants)`, an array or a tuple of arrays, differentiable in `arrays` and what is trainable.
+    """`block(*arrays, **constants)`: an array or tuple of arrays, differentiable in `arrays` and trainable weights.
 
-    A layer of the block may read what was set for one forward pass, such as the keys of a dropout. It then has a method
-    `capture_keys()`, which gives a context manager factory: within the context the layer reads what it would read now.
+    A layer that reads state of one forward pass, such as the keys of a dropout, has a method `capture_keys()`. It
+    returns a function whose context managers make the layer read the present state again.
     """
-    own = dict(tree_flatten(block.trainable_parameters()))
-    names = list(own)
-    settings = [layer.capture_keys() for layer in block.modules() if hasattr(layer, "capture_keys")]
+    weights = dict(tree_flatten(block.trainable_parameters()))
+    names = list(weights)
+    contexts = [layer.capture_keys() for layer in block.modules() if hasattr(layer, "capture_keys")]
 
     def forward(*values: mx.array) -> Any:
         block.update(tree_unflatten(list(zip(names, values[: len(names)], strict=True))))
         with ExitStack() as stack:
-            for setting in settings:
-                stack.enter_context(setting())
+            for context in contexts:
+                stack.enter_context(context())
             return block(*values[len(names) :], **constants)
 
     run: Any = mx.custom_function(forward)
 
     @run.vjp
     def backward(primals: Sequence[mx.array], cotangents: Any, _: Any) -> list[mx.array]:
-        given = list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
-        # first the gradient of the output is there, then the block is computed again ...
-        _, slopes = mx.vjp(forward, mx.depends(list(primals), given), given)
-        block.update(tree_unflatten(list(own.items())))
-        weights, inputs = slopes[: len(names)], slopes[len(names) :]
-        # ... then the gradients of its weights, and with them its activations are done for
-        return [*weights, *(mx.depends([slope], weights)[0] for slope in inputs)] if weights else slopes
+        output_gradients = list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
+        # wait for the output's gradient, then run the block again ...
+        _, gradients = mx.vjp(forward, mx.depends(list(primals), output_gradients), output_gradients)
+        block.update(tree_unflatten(list(weights.items())))
+        of_weights, of_inputs = gradients[: len(names)], gradients[len(names) :]
+        # ... and finish the gradients of its weights, which frees its activations, before passing gradients on
+        if not of_weights:
+            return gradients
+        return [*of_weights, *(mx.depends([gradient], of_weights)[0] for gradient in of_inputs)]
 
-    result = run(*own.values(), *arrays)
-    block.update(tree_unflatten(list(own.items())))  # tracing leaves its placeholders
+    result = run(*weights.values(), *arrays)
+    block.update(tree_unflatten(list(weights.items())))  # tracing leaves placeholders
     return result

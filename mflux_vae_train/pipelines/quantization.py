@@ -1,6 +1,6 @@
-"""Weights of 4 or 8 bits: modules built for what a file holds, and quantised while they are loaded.
+"""Weights of 4 or 8 bits: quantize linear layers, and load weights that are stored quantized.
 
-The scheme is MLX's (`mx.quantize`, affine): groups of inputs share a scale and a bias.
+The scheme is MLX's affine one (`mx.quantize`): a group of inputs shares a scale and a bias.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mflux_vae.runtime import device
 from mflux_vae.utils.modules import replace_layers
 
 GROUP_SIZES = (64, 32)
-"""Inputs that share a scale: the first of these that divides a layer's inputs."""
+"""Inputs per scale: the first of these that divides the number of inputs."""
 
 _STORED_BITS = (2, 3, 4, 5, 6, 8)
 _STORED_GROUPS = (32, 64, 128)
-"""What files may hold; `--quantize` offers 4 and 8 bits."""
+"""Schemes that are read from files; `--quantize` offers 4 and 8 bits."""
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's. On a CPU, whose own product of quantised matrices is slow, weights are widened for each product anew."""
+    """MLX's layer. CPUs multiply quantized matrices slowly: there, each product dequantizes the weights first."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if not device.is_cpu():
@@ -35,32 +35,33 @@ class QuantizedLinear(nn.QuantizedLinear):
         return y + self["bias"] if "bias" in self else y
 
     def _product(self, x: mx.array) -> mx.array:
-        def widened(needed_for: mx.array) -> mx.array:
-            (packed,) = mx.depends([self.weight], [needed_for])  # not before: all layers' weights would lie there
+        def dequantized(needed_for: mx.array) -> mx.array:
+            # depend on the input, or the weights of all layers are dequantized at the same time
+            (packed,) = mx.depends([self.weight], [needed_for])
             return mx.dequantize(packed, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
 
-        run: Any = mx.custom_function(lambda x: x @ widened(x).T)
+        run: Any = mx.custom_function(lambda x: x @ dequantized(x).T)
 
         @run.vjp
-        def slope(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-            return cotangent @ widened(cotangent)
+        def gradient(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+            return cotangent @ dequantized(cotangent)
 
         return run(x)
 
 
 def group_size(inputs: int) -> int | None:
-    """Of a layer with so many inputs; None where it cannot be quantised."""
+    """Group size of a layer; None if it cannot be quantized."""
     return next((size for size in GROUP_SIZES if inputs % size == 0), None)
 
 
-def quantize(module: nn.Module, bits: int, wanted: Callable[[str], bool]) -> None:
-    """Replace linear layers by quantised ones, one after the other: no more than one is held in both forms.
+def quantize(module: nn.Module, bits: int, selects: Callable[[str], bool]) -> None:
+    """Replace linear layers by quantized ones, one at a time: at most one layer exists in both forms.
 
     Args:
         bits: 4 or 8.
-        wanted: which of them, by their path. Those whose inputs no group size divides stay.
+        selects: whether to quantize the layer at a path. Layers whose inputs no group size divides are kept.
     """
-    paths = [path for path, layer in module.named_modules() if wanted(path) and _group_size_of(layer) is not None]
+    paths = [path for path, layer in module.named_modules() if selects(path) and _group_size_of(layer) is not None]
     replace_layers(module, paths, partial(_quantized, bits=bits))
 
 
@@ -76,28 +77,25 @@ def _quantized(layer: nn.Linear, bits: int) -> QuantizedLinear:
 
 
 def _group_size_of(layer: nn.Module) -> int | None:
-    """Group size of a plain linear layer; None where it cannot be quantised."""
+    """Group size of a plain linear layer; None for other layers."""
     return group_size(layer.weight.shape[1]) if type(layer) is nn.Linear else None
 
 
-def prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str) -> dict[str, mx.array]:
-    """Make a module's linear layers what a file holds, as it can hold some or all quantised.
+def adopt_quantization(
+    module: nn.Module, tensors: Mapping[str, mx.array], source: str, *, keep: bool = True
+) -> dict[str, mx.array]:
+    """Prepare a module for the tensors of a file, of which any may be quantized.
+
+    Args:
+        source: for messages.
+        keep: replace the module's linear layers by quantized ones; False dequantizes their weights instead.
 
     Returns:
-        the tensors for `load_strict`. What is quantised and no linear layer, such as an embedding, is widened.
+        the tensors for `load_strict`. Quantized weights of other layers, such as embeddings, are dequantized.
 
     Raises:
         WeightsError: scales that do not fit the layer, or another scheme than MLX's affine one.
     """
-    return _prepared(module, tensors, where, keep=True)
-
-
-def widened(module: nn.Module, tensors: Mapping[str, mx.array], where: str) -> dict[str, mx.array]:
-    """As `prepared`, with every layer widened: the module stays as it is."""
-    return _prepared(module, tensors, where, keep=False)
-
-
-def _prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str, *, keep: bool) -> dict[str, mx.array]:
     ready = dict(tensors)
     layers = dict(module.named_modules())
     for key, scales in tensors.items():
@@ -107,8 +105,8 @@ def _prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str, *,
         layer: Any = layers[path]
         weight, biases = tensors.get(f"{path}.weight"), tensors.get(f"{path}.biases")
         if weight is None or biases is None:
-            raise WeightsError(f"{where}: {path} has scales, and no weight or no biases; affine quantisation is read")
-        bits, size = _scheme(layer, weight, scales, f"{where}: {path}")
+            raise WeightsError(f"{source}: {path} has scales, and no weight or no biases; affine quantization is read")
+        bits, size = _scheme(layer.weight.shape[-1], weight, scales, f"{source}: {path}")
         if keep and isinstance(layer, nn.Linear):
             outputs, inputs = layer.weight.shape
             smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
@@ -119,9 +117,8 @@ def _prepared(module: nn.Module, tensors: Mapping[str, mx.array], where: str, *,
     return ready
 
 
-def _scheme(layer: Any, weight: mx.array, scales: mx.array, where: str) -> tuple[int, int]:
-    """Bits and group size, which a file need not say: they follow from its shapes."""
-    inputs = layer.weight.shape[-1]
+def _scheme(inputs: int, weight: mx.array, scales: mx.array, where: str) -> tuple[int, int]:
+    """Bits and group size, which follow from the shapes."""
     bits, size = weight.shape[-1] * 32 / inputs, inputs / scales.shape[-1]
     if bits not in _STORED_BITS or size not in _STORED_GROUPS or weight.dtype != mx.uint32:
         raise WeightsError(
@@ -130,20 +127,20 @@ def _scheme(layer: Any, weight: mx.array, scales: mx.array, where: str) -> tuple
     return int(bits), int(size)
 
 
-def stored_bytes(module: nn.Module, width: int, bits: int | None = None, wanted: Callable[[str], bool] = bool) -> int:
-    """What a module's weights take, with those layers quantised that `quantize` would take; nothing is computed.
+def stored_bytes(module: nn.Module, width: int, bits: int | None = None, selects: Callable[[str], bool] = bool) -> int:
+    """Bytes of a module's weights, also as `quantize` would leave them; nothing is computed.
 
     Args:
-        width: bytes of a number that is not quantised.
-        bits: None for no quantisation.
+        width: bytes of a number that is not quantized.
+        bits: None for no quantization.
     """
     total = 0
     for path, layer in module.named_modules():
-        own = [value for value in layer.values() if isinstance(value, mx.array)]
+        arrays = [value for value in layer.values() if isinstance(value, mx.array)]
         size = _group_size_of(layer)
-        if bits is None or size is None or not wanted(path):
-            total += sum(value.size * (width if mx.issubdtype(value.dtype, mx.floating) else 4) for value in own)
+        if bits is None or size is None or not selects(path):
+            total += sum(value.size * (width if mx.issubdtype(value.dtype, mx.floating) else 4) for value in arrays)
         else:
             packed = layer.weight.size * bits // 8 + 2 * width * layer.weight.size // size
-            total += packed + sum(value.size * width for value in own if value.ndim == 1)
+            total += packed + sum(value.size * width for value in arrays if value.ndim == 1)
     return total

@@ -1,4 +1,4 @@
-"""FLUX.1: transformer, schedule and pipeline, driven by the configurations in a diffusers folder."""
+"""FLUX.1 [schnell] and [dev]."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 
 
 def load(model: str, *, revision: str | None = None, variant: str | None = None) -> FluxPipeline:
-    """Open a published model by name, a folder, or a repository on the hub: what the entry points name.
+    """Open a published model by name, a folder, a file, or a repository on the hub.
 
-    Nothing large is downloaded or read before it is needed; of a published model, nothing at all.
+    Weights are downloaded and read when they are first used, and for published models configurations, too.
 
     Args:
-        model: `schnell`, `dev`, a folder in diffusers' layout or saved by mflux, `owner/name`, or a file of the
-            transformer alone: the other parts are then those of the published model.
+        model: `schnell`, `dev`, `owner/name`, a folder in diffusers' layout or saved by mflux, or a file of the
+            transformer; the other parts are then those of the published model.
         revision: of the repository: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
 
     Raises:
-        SettingsError: a revision of a folder.
-        WeightsError: the folder is incomplete, or its weights are not FLUX.1's; or the repository cannot be reached.
+        SettingsError: a configuration needs an unsupported option.
+        WeightsError: the folder is incomplete, its weights are not FLUX.1's, or the repository cannot be reached.
     """
     from mflux_vae_train.pipelines.flux1 import hub
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -36,7 +36,7 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
 
 
 def opens(place: Path) -> bool:
-    """Whether a folder without `model_index.json` is FLUX.1's all the same (mflux's saves have none), or a file is."""
+    """Whether a file, or a folder that mflux saved without `model_index.json`, holds FLUX.1."""
     from mflux_vae_train.pipelines.flux1 import folder, weights
 
     return weights.is_transformer(place) if place.is_file() else folder.opens(place)

@@ -18,7 +18,7 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import read_json, write_json
-from mflux_vae_train.pipelines.config_check import typed
+from mflux_vae_train.pipelines.config_check import check_config
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.configs import Configs, published
@@ -61,7 +61,7 @@ def read_configs(folder: Path) -> Configs:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     schedule = known.schedule
     if scheduler.is_file() or not of_mflux:
-        schedule = typed(lambda: FlowMatchSchedule.from_dict(read_json(scheduler)), scheduler)
+        schedule = check_config(lambda: FlowMatchSchedule.from_dict(read_json(scheduler)), scheduler)
     configs = Configs(
         transformer=transformer,
         text_encoder=_read(folder, "text_encoder", clip.CLIPTextConfig.from_dict) or known.text_encoder,
@@ -129,7 +129,7 @@ def _config_json(folder: Path, part: str) -> dict[str, Any] | None:
 
 def _read(folder: Path, part: str, from_dict: Callable[[Mapping[str, Any]], C]) -> C | None:
     config = _config_json(folder, part)
-    return None if config is None else typed(partial(from_dict, config), folder / part / "config.json")
+    return None if config is None else check_config(partial(from_dict, config), folder / part / "config.json")
 
 
 def _check_that_they_fit(configs: Configs, folder: Path) -> None:

@@ -1,13 +1,12 @@
-"""Key tables of FLUX.1's weights as others store them: Black Forest Labs' single file, and mflux's saves.
+"""Key tables of FLUX.1's weights in Black Forest Labs' single files and in folders saved by mflux.
 
-Our names are diffusers'. Theirs fuse queries, keys and values, in single blocks with the MLP's input, and order the
-last modulation as shift, scale, where diffusers has scale, shift. mflux keeps diffusers' layout under names of its own.
+Names here are diffusers'. Black Forest Labs fuse queries, keys and values, in single blocks also the MLP's input, and
+order the last modulation as shift, scale; in diffusers it is scale, shift. mflux renames layers and fuses nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import mlx.core as mx
 
@@ -15,13 +14,13 @@ from mflux_vae.weights.keymaps.rules import Rule, Tensors, from_mlx, to_mlx
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO
 
 _PREFIX = "model.diffusion_model."
-"""In front of every key where a file was made for ComfyUI."""
+"""Prefix of every key in files for ComfyUI."""
 
 _SHARES: Mapping[str, Mapping[str, int]] = {
     "qkv": {"q": 1, "k": 1, "v": 1},
     "linear1": {"q": 1, "k": 1, "v": 1, "mlp": MLP_RATIO},
 }
-"""Fused layers: what stands in one below the other, and how many times the width each takes."""
+"""Layers fused along the outputs: their parts in order, and sizes in units of the width."""
 
 
 def _halves_swapped(tensor: mx.array) -> mx.array:
@@ -91,7 +90,7 @@ BFL = (
     Rule(f"{_SINGLE}.norm.key_norm.scale", f"{_OUR_SINGLE}.attn.norm_k.weight"),
     Rule("final_layer.adaLN_modulation.1.{kind}", "norm_out.linear.{kind}", _halves_swapped, _halves_swapped),
 )
-"""Black Forest Labs' names with fused layers taken apart, see `from_bfl`."""
+"""Black Forest Labs' names with fused layers split, see `from_bfl`."""
 
 MFLUX_TRANSFORMER = (
     Rule("{path}.linear1.{kind}", "{path}.net.0.proj.{kind}"),
@@ -100,7 +99,7 @@ MFLUX_TRANSFORMER = (
 MFLUX_T5 = (
     Rule("final_layer_norm.weight", "encoder.final_layer_norm.weight"),
     Rule("t5_blocks.0.attention.{rest}", "encoder.block.0.layer.0.{rest}"),
-    # every block of mflux holds the first one's bias
+    # mflux copies the first block's bias into every block
     Rule("t5_blocks.{b}.attention.SelfAttention.relative_attention_bias.{kind}", None),
     Rule("t5_blocks.{b}.attention.{rest}", "encoder.block.{b}.layer.0.{rest}"),
     Rule("t5_blocks.{b}.ff.{rest}", "encoder.block.{b}.layer.1.{rest}"),
@@ -109,7 +108,7 @@ MFLUX_VAE = (
     Rule("{path}.conv2d.{kind}", "{path}.{kind}"),
     Rule("{half}.conv_norm_out.norm.{kind}", "{half}.conv_norm_out.{kind}"),
 )
-"""mflux stores convolutions as MLX has them: no change of layout."""
+"""mflux stores convolution weights in MLX's layout."""
 
 
 def is_bfl(keys: Iterable[str]) -> bool:
@@ -118,25 +117,25 @@ def is_bfl(keys: Iterable[str]) -> bool:
 
 
 def from_bfl(tensors: Tensors) -> dict[str, mx.array]:
-    """Black Forest Labs' tensors under our names. Keys that are not theirs keep their names."""
-    apart: dict[str, mx.array] = {}
+    """Black Forest Labs' tensors under diffusers' names. Unknown keys are kept."""
+    split: dict[str, mx.array] = {}
     for key, tensor in tensors.items():
         path, _, kind = key.removeprefix(_PREFIX).rpartition(".")
         shares = _SHARES.get(path.rpartition(".")[2])
         if shares is None or tensor.shape[0] % sum(shares.values()):
-            apart[f"{path}.{kind}"] = tensor
+            split[f"{path}.{kind}"] = tensor
             continue
         width = tensor.shape[0] // sum(shares.values())
         ends = [width * sum(list(shares.values())[:count]) for count in range(1, len(shares))]
         for part, values in zip(shares, mx.split(tensor, ends), strict=True):
-            apart[f"{path}.{part}.{kind}"] = values
-    return to_mlx(apart, BFL)
+            split[f"{path}.{part}.{kind}"] = values
+    return to_mlx(split, BFL)
 
 
 def to_bfl(tensors: Tensors) -> dict[str, mx.array]:
     """The inverse of `from_bfl`."""
     fused: dict[str, mx.array] = {}
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, mx.array]] = {}
     for key, tensor in from_mlx(tensors, BFL).items():
         path, _, kind = key.rpartition(".")
         layer, _, part = path.rpartition(".")

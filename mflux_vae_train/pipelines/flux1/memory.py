@@ -1,12 +1,12 @@
-"""What FLUX.1 takes of a machine, from its configurations alone.
+"""Estimates of FLUX.1's memory and operations, from its configurations alone.
 
-Weights are counted to the byte. Activations are counted in numbers per token, in units of the width D: what a block
-keeps for its backward pass, and what comes and goes while one block is differentiated. The counts are of arrays that
-MLX holds, found by reading the blocks and by measuring stacks of blocks at full width (a test repeats that).
+Bytes of weights are exact. Activations are counted in numbers per token, in units of the width D: those that a block
+keeps for its backward pass, and those that exist while one block is differentiated. The constants come from reading
+the blocks and from measuring stacks of blocks at full width; a test repeats the measurement.
 
 Measured at full size (random weights, MLX 0.32.4 on a CPU, float32): schnell with `--quantize 4
---gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1` took 9.58 GB at the peak of a
-whole run, which is its update; the estimate was 9.7 GB. The process held 11.6 GB, MLX's cache of freed memory included.
+--gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1` had its peak of 9.58 GB in the
+update; the estimate was 9.7 GB. The process held 11.6 GB with MLX's cache of freed memory.
 """
 
 from __future__ import annotations
@@ -31,45 +31,44 @@ from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
-"""Numbers per token and D that a block keeps: inputs of norms and of layers with an adapter, queries, keys, values."""
+"""Kept by a block, per token and D: inputs of norms and of layers with an adapter, queries, keys, values."""
 
 WORKING = {4: (52.5, 52.5), 2: (142.0, 90.0)}
-"""The same, of what comes and goes while a block's feed-forward layers are differentiated: by bytes of a number, where
-blocks keep their activations, and where they compute them again. Beside networks in half precision the products of
-adapters are float32, which counts twice."""
+"""Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
+with gradient checkpointing. In half precision the products of adapters are float32, which counts twice."""
 
 ATTENDING, SCORES = 20.0, 4.0
-"""The same, while its attention is, which makes scores then on every device; and numbers for each of these."""
+"""Temporary while attention is differentiated: per token and D, and per score. All devices compute scores then."""
 
 FORWARD = 26.0
-"""The same, while a block is computed and not differentiated."""
+"""Temporary, per token and D, while a block is computed without gradients."""
 
 INPUTS = 1.0
-"""The same, that a block keeps which computes itself again."""
+"""Kept by a checkpointed block, per token and D."""
 
 SCORES_KEPT = 1.0
-"""Numbers per score, which is one for each head and pair of tokens: kept where attention is not MLX's fused one."""
+"""Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
 
-WIDENED = 3.2
-"""Sizes of a quantised matrix in full width, while MLX makes that out of it on a CPU: by way of two more as large."""
+DEQUANTIZED = 3.2
+"""Temporary while MLX dequantizes a matrix on a CPU, in units of its unquantized size."""
 
 CLIP_KEPT = 12.0
-"""Numbers per token and CLIP's width that a layer of it with adapters keeps for the backward pass."""
+"""Kept by a layer of CLIP with adapters, per token and CLIP's width."""
 
 T5_WORKING = 6.0
-"""Numbers per token, in units of T5's width and that of its feed-forward layers together."""
+"""Temporary in T5, per token, in units of its width plus that of its feed-forward layers."""
 
 _FULL = 4
-"""Bytes of a number in float32, in which residuals of T5, adapters, gradients and moments are kept."""
+"""Bytes of a float32 number: T5's residuals, adapters, gradients and moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a device computes in, and how.
+    """How a device computes.
 
     Attributes:
         width: bytes of a number in the networks.
-        fused: whether attention is MLX's own, on Metal and CUDA, which keeps no scores for the backward pass.
+        fused: whether attention is MLX's fused kernel (Metal, CUDA), which keeps no scores for the backward pass.
     """
 
     width: int
@@ -81,7 +80,7 @@ class Precision:
 
 
 def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
-    """The parts of a run, in their order.
+    """The phases of a run in order.
 
     Args:
         text_tokens: per prompt, for T5.
@@ -100,20 +99,21 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", work.images, square))
 
     rows = work.images * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
-    wide = widened_bytes(config, here) if work.quantize else 0
+    wide = dequantized_bytes(config, here) if work.quantize else 0
     drawing = max(forward_bytes(config, tokens, rows, here) + wide, decoding)
     one, one_trained = forward_operations(config, tokens), forward_operations(config, trained_tokens)
-    found = [_prompts(configs, work, text_tokens, here)]
+    phases = [_prompts(configs, work, text_tokens, here)]
     held = 0
     if work.class_images:
-        found.append(
+        phases.append(
             Phase("class images", transformer, drawing, one * work.steps * work.class_images * rows / work.images)
         )
         held = transformer
     together = work.batch * work.concurrent_micro_batches
-    passes = 2 + work.gradient_checkpointing + (not work.adapter)  # forward, to the inputs, again, to the weights
+    # forward pass, gradients of inputs; and recomputation, gradients of all weights
+    passes = 2 + work.gradient_checkpointing + (not work.adapter)
     return [
-        *found,
+        *phases,
         Phase("latents", held + autoencoder, encoding, 0.0),
         Phase(
             "training",
@@ -128,7 +128,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
 
 
 def learning_bytes(work: Workload, precision: Precision) -> int:
-    """Of an adapter's weights, of gradients, which are there twice while they are summed up, and of the optimizer."""
+    """Trained weights, gradients (twice, while they are accumulated) and optimizer state."""
     trained = work.trained * (_FULL if work.adapter else precision.width)
     return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
 
@@ -156,31 +156,31 @@ def training_bytes(
 
 
 def clip_bytes(config: CLIPTextConfig, batch: int) -> int:
-    """Activations that CLIP keeps until the transformer's backward pass has come to it."""
+    """Activations that CLIP keeps until the transformer's backward pass is done."""
     numbers = CLIP_KEPT * config.num_hidden_layers * config.hidden_size
     return int(_FULL * numbers * batch * config.max_position_embeddings)
 
 
-def widened_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
-    """Of the largest quantised layer while it is multiplied with, where that is not done packed: on a CPU."""
-    return 0 if precision.fused else int(WIDENED * (1 + MLP_RATIO) * config.width**2 * precision.width)
+def dequantized_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
+    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
+    return 0 if precision.fused else int(DEQUANTIZED * (1 + MLP_RATIO) * config.width**2 * precision.width)
 
 
 def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
-    """Activations at the peak of a forward pass that nothing differentiates; attention then takes bands of scores."""
+    """Activations at the peak of a forward pass without gradients, in which attention computes scores in blocks."""
     return int(FORWARD * precision.width * config.width * batch * sum(tokens))
 
 
 def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -> float:
-    """Of a forward pass with one sample: multiplications and additions of its matrix products."""
+    """Multiplications and additions of the matrix products in a forward pass with one sample."""
     width, length = config.width, sum(tokens)
     blocks = config.num_layers + config.num_single_layers
-    layers = (4 + 2 * MLP_RATIO) * width**2 * length  # the same in both kinds of blocks
+    layers = (4 + 2 * MLP_RATIO) * width**2 * length  # equal in both kinds of blocks
     return 2.0 * blocks * (layers + 2 * length**2 * width)
 
 
 def published_bytes(configs: Configs, parts: Collection[str]) -> int:
-    """Of the weights of some parts as they are published, in bfloat16."""
+    """Bytes of some parts as they are published, in bfloat16."""
     networks: dict[str, Callable[[], int]] = {
         "transformer": lambda: _weights(FluxTransformer, configs.transformer, 2, None),
         "text_encoder_2": lambda: _weights(T5Encoder, configs.text_encoder_2, 2, None),
@@ -199,22 +199,22 @@ _QUANTIZED: dict[Any, Callable[[str], bool]] = {
 
 @cache
 def _weights(kind: Any, config: Any, width: int, bits: int | None) -> int:
-    """Bytes of a network's weights, which are described and never computed."""
+    """Bytes of a network's weights, which are lazy and never computed."""
     return stored_bytes(kind(config), width, bits, _QUANTIZED[kind])
 
 
 @cache
 def _autoencoder(
-    config: str, width: int, what: Literal["encode", "decode"], pictures: int, shape: tuple[int, int]
+    config: str, width: int, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Bytes of the weights, and of a call with as many of these pictures as it is given at once besides."""
+    """Bytes of the weights, and of a call with one batch of images."""
     network, (height, wide) = new_network(json.loads(config)), shape
-    batch = max(1, min(pictures, DECODED_AT_ONCE // (height * wide)))
+    batch = max(1, min(images, DECODED_AT_ONCE // (height * wide)))
     return stored_bytes(network, width), tiling_plan.peak_bytes(network, what, batch, height, wide)
 
 
 def _tokens(height: int, width: int) -> int:
-    """Of a picture."""
+    """Tokens of an image."""
     return (height // (VAE_FACTOR * PATCH)) * (width // (VAE_FACTOR * PATCH))
 
 

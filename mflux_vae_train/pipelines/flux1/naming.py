@@ -1,4 +1,4 @@
-"""Which layers of FLUX.1 are for what, and what Black Forest Labs' code and kohya's scripts call them."""
+"""Groups of FLUX.1's layers, their names in kohya's scripts, and instructions for using an adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTION = (
 MLP = (
     *(f"*.{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")),
     "*.proj_mlp",
-    "*.proj_out",  # of the single blocks; the transformer's own has nothing before its dot
+    "*.proj_out",  # of single blocks; the transformer's last layer is just "proj_out"
 )
 PRESETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
 
@@ -40,11 +40,11 @@ _SINGLE = {
     "linear2": ("proj_out",),
     "modulation_lin": ("norm.linear",),
 }
-"""Of a block: the original's layers and this network's. Those outside the blocks have no LoRA in kohya's scripts."""
+"""Layers of a block: original name, and names here. kohya's scripts adapt no layers outside the blocks."""
 
 
 def usage(base: str | None, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> dict[str, str]:
-    """Program -> how an adapter in PEFT's naming is used there, as Markdown."""
+    """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
     base = base or "path/to/the/base/model"
     python = f"""```python
 import torch
@@ -57,14 +57,14 @@ image = pipeline({prompt!r}).images[0]
     shell = f"""```bash
 mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
-    without = "mflux reads no DoRA. `--fuse` leaves a whole pipeline instead."
+    no_dora = "mflux reads no DoRA. Train with `--fuse` to get a whole pipeline instead."
     if text_encoder:
-        shell += "\n\nmflux passes over what CLIP has learnt, and takes the rest. `--fuse` keeps both."
-    return {"diffusers": python, "mflux": without if dora else shell}
+        shell += "\n\nmflux ignores the part for CLIP. Train with `--fuse` to keep both parts."
+    return {"diffusers": python, "mflux": no_dora if dora else shell}
 
 
 def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNaming:
-    """Of a transformer and a text encoder of so many blocks."""
+    """Names for the blocks of the transformer and of CLIP."""
     modules = {}
     for kind, blocks, count, names in (
         ("double_blocks", "transformer_blocks", config.num_layers, _DOUBLE),

@@ -1,4 +1,4 @@
-"""Latents as FLUX.1's transformer sees them: one token per 2x2 patch, with a position on three axes."""
+"""Latents <-> tokens of FLUX.1's transformer: one token per 2x2 patch, with a position on three axes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pack(latents: mx.array) -> mx.array:
 
 
 def unpack(tokens: mx.array, height: int, width: int) -> mx.array:
-    """Undo `pack`: (B, H/2 * W/2, 4 C) -> (B, H, W, C), sizes in latents."""
+    """The inverse of `pack`: (B, H/2 * W/2, 4 C) -> (B, H, W, C), sizes in latents."""
     patches = tokens.reshape(tokens.shape[0], height // PATCH, width // PATCH, -1, PATCH, PATCH)
     return patches.transpose(0, 1, 4, 2, 5, 3).reshape(tokens.shape[0], height, width, -1)
 
@@ -41,5 +41,5 @@ def image_ids(height: int, width: int) -> mx.array:
 
 
 def text_ids(length: int) -> mx.array:
-    """Positions of text tokens, all at the origin: (L, 3) float32. T5 has put order into the embeddings."""
+    """Positions of text tokens, all at the origin: (L, 3) float32. T5's embeddings contain the order."""
     return mx.zeros((length, 3))

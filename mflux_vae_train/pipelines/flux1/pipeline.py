@@ -190,7 +190,7 @@ class FluxPipeline:
         return mx.clip(decode(self.vae, drawn), -1, 1)
 
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
-        """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in its own dtype."""
+        """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in `dtype`."""
         height, width = latents.shape[1:3]
         prompt, pooled = (conditioning[name].astype(self.dtype) for name in (EMBEDS, POOLED))
         velocity = self.denoiser(

@@ -1,6 +1,6 @@
-"""FLUX.1's transformer (Black Forest Labs 2024), driven by its configuration.
+"""FLUX.1's transformer (Black Forest Labs 2024).
 
-Modules carry the names of diffusers' FluxTransformer2DModel, so its weights load without a key table. Shapes:
+Modules carry the names of diffusers' FluxTransformer2DModel, so that its weights load without a key table. Shapes:
 B batch, L text tokens, N image tokens, D width (heads * head_dim).
 """
 
@@ -65,9 +65,8 @@ class FluxTransformerConfig:
 
 
 class Modulation(nn.Module):
-    """Scale, shift and gate of a block from the conditioning vector (adaLN-Zero, Peebles & Xie 2023).
-
-    Calling it gives `parts` arrays (B, 1, D) out of the already activated conditioning (B, D).
+    """Shift, scale and gate of a block (adaLN-Zero, Peebles & Xie 2023): activated conditioning (B, D) -> `parts`
+    arrays (B, 1, D).
     """
 
     def __init__(self, width: int, parts: int) -> None:
@@ -80,7 +79,7 @@ class Modulation(nn.Module):
 
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """Layer norm without weights of its own, then scale and shift by (B, 1, D)."""
+    """Layer norm without weights, then scale and shift by (B, 1, D)."""
     return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
 
 
@@ -107,7 +106,7 @@ class GeluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> 4 D -> D; the second entry of `net` holds the place of diffusers' dropout."""
+    """D -> 4 D -> D; the second entry of `net` stands for diffusers' dropout."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -151,7 +150,7 @@ class SingleAttention(nn.Module):
 
 
 class JointAttention(SingleAttention):
-    """Attention over text and image tokens together, each with projections of its own."""
+    """Attention over text and image tokens together, with separate projections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -164,7 +163,7 @@ class JointAttention(SingleAttention):
         self.to_add_out = nn.Linear(width, width)
 
     def joint(self, image: mx.array, text: mx.array, rope: Rotation) -> tuple[mx.array, mx.array]:
-        """Image (B, N, D) and text (B, L, D) -> what attention adds to each."""
+        """Image (B, N, D) and text (B, L, D) -> updates of both."""
         q, k, v = (self._heads_of(layer(image)) for layer in (self.to_q, self.to_k, self.to_v))
         tq, tk, tv = (self._heads_of(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         q = mx.concatenate([self.norm_added_q(tq), self.norm_q(q)], axis=1)
@@ -175,7 +174,7 @@ class JointAttention(SingleAttention):
 
 
 class DoubleBlock(nn.Module):
-    """Text and image streams with weights of their own that meet in attention."""
+    """Text and image streams with separate weights and joint attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -201,7 +200,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """One stream; attention and MLP side by side, joined by one output projection."""
+    """One stream; attention and MLP in parallel, with one output projection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -256,7 +255,7 @@ class FluxTransformer(nn.Module):
             pooled_projections: (B, pooled_projection_dim) CLIP's pooled embedding.
             timestep: (B,) in [0, 1], the noise level sigma; times 1000 inside.
             img_ids: (N, 3) and txt_ids: (L, 3): positions of the tokens.
-            guidance: (B,) guidance scale; exactly where the configuration has `guidance_embeds`.
+            guidance: (B,) guidance scale; required if the configuration has `guidance_embeds`, else not allowed.
 
         Returns:
             (B, N, patch_size^2 * out_channels).
@@ -289,7 +288,7 @@ def _call(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
 
 
 def init_weights(model: FluxTransformer, key: mx.array) -> None:
-    """Weights to start training from, all from `key`: each block an identity, the velocity zero.
+    """Set initial weights, random by `key`: each block is the identity, the velocity zero.
 
     Linear layers are Xavier-uniform; time, guidance and text embedders normal with standard deviation 0.02;
     modulations, the last projection and all biases zero; norm weights one.

@@ -23,7 +23,7 @@ from mflux_vae.weights.keymaps.rules import load_strict, to_mlx
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.folder import TEXT_STEM, fill, read_file, read_tensors, saved_by_mflux
-from mflux_vae_train.pipelines.quantization import widened
+from mflux_vae_train.pipelines.quantization import adopt_quantization
 from mflux_vae_train.pipelines.text import clip, t5
 
 STEMS = {"transformer": STEM, "text_encoder": TEXT_STEM, "text_encoder_2": TEXT_STEM, "vae": STEM}
@@ -38,7 +38,7 @@ _BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\..*"
 def transformer(
     place: Path, config: FluxTransformerConfig, dtype: mx.Dtype | None = None, variant: str | None = None
 ) -> FluxTransformer:
-    """Open the transformer of a pipeline's folder, or in a file of its own.
+    """Open the transformer in a pipeline's folder, or in a file.
 
     Args:
         place: the folder or the file.
@@ -77,7 +77,7 @@ def autoencoder(
     place = folder / "vae"
     if saved_by_mflux(place):
         network = new_network(config)
-        tensors = widened(network, to_mlx(read_tensors(place, STEM), keys.MFLUX_VAE), str(place))
+        tensors = adopt_quantization(network, to_mlx(read_tensors(place, STEM), keys.MFLUX_VAE), str(place), keep=False)
         load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype))
         return VAE(network=network.eval())
     of_variant = place / f"{STEM}.{variant}.safetensors"
@@ -109,7 +109,7 @@ def config_from_weights(place: Path) -> FluxTransformerConfig:
 
 
 def single_file(folder: Path, part: str) -> Path | None:
-    """Black Forest Labs' file of a part that has no weights in a folder of its own."""
+    """Black Forest Labs' file of a part whose folder has no weights."""
     if part not in SINGLE_FILES or any(any((folder / part).glob(f"*{kind}")) for kind in (".safetensors", ".bin")):
         return None
     return min(folder.glob(SINGLE_FILES[part]), default=None)

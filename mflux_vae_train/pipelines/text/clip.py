@@ -33,9 +33,9 @@ class CLIPTextConfig:
 
     Attributes:
         hidden_act: "quick_gelu" or "gelu".
-        eos_token_id: where the pooled output is taken; 2 stands for "the highest id" (see `CLIPTextModel`).
+        eos_token_id: token of the pooled output; 2 means the highest id, see `CLIPTextModel`.
         projection_dim, attention_dropout, initializer_range, pad_token_id, bos_token_id: part of the file
-            format; they change nothing here.
+            format; unused here.
         initializer_factor: scales every standard deviation of `init_weights`.
     """
 
@@ -160,7 +160,7 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
-    """What the published files call `text_model`."""
+    """The module that the published files call `text_model`."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -183,8 +183,8 @@ class CLIPTextModel(nn.Module):
     """CLIP text encoder without projection, as FLUX.1 uses it.
 
     The pooled output is the final state at the first end-of-text token. Configurations older than the
-    `eos_token_id` they were trained with say 2; there the highest id of the row marks the place, which for
-    OpenAI's vocabulary is the same token (and the first token of a row that has none).
+    `eos_token_id` they were trained with say 2; then the position of the highest id is used, which for
+    OpenAI's vocabulary is the same token (and the first token of a row without one).
     """
 
     def __init__(self, config: CLIPTextConfig):
@@ -208,8 +208,8 @@ class CLIPTextModel(nn.Module):
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors of any CLIP text encoder file under the names FLUX.1 publishes, which are `CLIPTextModel`'s.
 
-    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 carry `position_ids`,
-    which are 0, 1, 2, ... and dropped on purpose.
+    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 contain `position_ids`,
+    which are 0, 1, 2, ... and dropped.
     """
     named = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in tensors.items()}
     named.pop(_POSITION_IDS, None)
@@ -217,7 +217,7 @@ def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def init_weights(model: CLIPTextModel, key: mx.array, *, embedding_std: float | None = None) -> None:
-    """Give `model` fresh weights, by the scheme of transformers' `CLIPPreTrainedModel._init_weights`.
+    """Set random initial weights as transformers' `CLIPPreTrainedModel._init_weights` does.
 
     Args:
         key: MLX random key; the same key gives the same weights.

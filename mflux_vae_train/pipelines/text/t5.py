@@ -30,8 +30,8 @@ class T5Config:
     Attributes:
         d_kv: width of one head; heads x d_kv need not be d_model.
         feed_forward_proj: "relu" (T5) or "gated-gelu" (T5 1.1 and later).
-        dropout_rate, pad_token_id, eos_token_id: part of the file format; they change nothing here: the
-            encoder is deterministic, in training too.
+        dropout_rate, pad_token_id, eos_token_id: part of the file format; unused, as the encoder is
+            deterministic, also in training.
         initializer_factor: scales every standard deviation of `init_weights`.
     """
 
@@ -85,14 +85,14 @@ class T5LayerNorm(nn.RMSNorm):
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
     """Bucket of every (query, key) pair, int32 (L, L): bidirectional scheme of Raffel et al., section 2.1.
 
-    Half of the buckets are for keys after the query. Of each half, one half is for exact distances, the rest
-    grows logarithmically up to `max_distance` and holds all that is farther.
+    Half of the buckets are for keys after the query. In each half, one half is for exact distances; the rest
+    grows logarithmically up to `max_distance`, and the last bucket holds all larger distances.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     side = num_buckets // 2
     exact = side // 2
     distance = np.abs(offset)
-    # float32 on purpose: at a power of two the logarithms meet a bucket's edge, and rounding decides
+    # float32 as in transformers: powers of two lie on the edges of buckets, where rounding decides
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     step = ratio / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
     grown = exact + step.astype(np.int32)
@@ -101,7 +101,7 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
 
 
 class T5Attention(nn.Module):
-    """Self-attention of unscaled dot products; block 0 owns the position bias of all blocks."""
+    """Self-attention of unscaled dot products; block 0 holds the position bias of all blocks."""
 
     def __init__(self, config: T5Config, *, has_bias: bool):
         super().__init__()
@@ -134,7 +134,7 @@ class T5Attention(nn.Module):
 
 
 def _widened(x: mx.array) -> mx.array:
-    """float16 -> float32, the rest unchanged: T5-XXL's feed-forward leaves the range of float16 alone."""
+    """float16 -> float32: T5-XXL's feed-forward layers overflow float16. Other dtypes are unchanged."""
     return x.astype(mx.float32) if x.dtype == mx.float16 else x
 
 
@@ -224,7 +224,7 @@ class T5Encoder(nn.Module):
         """Token ids (B, L) -> last hidden state (B, L, d_model), in the dtype of the weights.
 
         Args:
-            attention_mask: (B, L), 0 where a token must not be seen; None: all are seen, as FLUX.1 has it.
+            attention_mask: (B, L), 0 where a token must not be seen; None: all are seen, as in FLUX.1.
         """
         return self.encoder(self.shared(input_ids), attention_mask)
 
@@ -232,8 +232,7 @@ class T5Encoder(nn.Module):
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors of any T5 encoder file under the names FLUX.1 publishes, which are `T5Encoder`'s.
 
-    `encoder.embed_tokens.weight` is a second copy of `shared.weight`: dropped on purpose, or taken where it
-    is the only one.
+    `encoder.embed_tokens.weight` is a copy of `shared.weight`: it is dropped, or used if `shared.weight` is missing.
     """
     named = dict(tensors)
     copy = named.pop("encoder.embed_tokens.weight", None)
@@ -241,7 +240,7 @@ def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def init_weights(model: T5Encoder, key: mx.array, *, relative_bias_std: float | None = None) -> None:
-    """Give `model` fresh weights, by the scheme of transformers' `T5PreTrainedModel._init_weights`.
+    """Set random initial weights as transformers' `T5PreTrainedModel._init_weights` does.
 
     Args:
         key: MLX random key; the same key gives the same weights.

@@ -1,7 +1,6 @@
-"""Prompts -> token ids, from the tokenizer folders that pipelines are published with.
+"""Prompts -> token ids, by the tokenizer folders of published pipelines.
 
-The ids are those of transformers; the `tokenizers` library underneath is used directly, because it imports in
-a fiftieth of the time.
+The ids are those of transformers. The `tokenizers` library is used directly, as it imports in a fiftieth of the time.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ if TYPE_CHECKING:
 END_OF_WORD = "</w>"
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _LONGEST = 1_000_000
-"""A `model_max_length` beyond this is transformers' way to say that the folder names none."""
+"""transformers writes a larger `model_max_length` if there is none."""
 
 
 class Tokenizer:
-    """A tokenizer whose rows are padded, and cut before their end token, to one length.
+    """A tokenizer whose rows are padded or truncated to one length; truncation keeps the end token.
 
     Attributes:
         vocab_size: number of ids, special tokens included.
-        max_length: the folder's `model_max_length`; None where it names none.
+        max_length: the folder's `model_max_length`; None if it has none.
         pad_id: id that fills short rows.
     """
 
@@ -49,14 +48,14 @@ class Tokenizer:
 
         Args:
             prompts: any text, the empty one included; a single string is a batch of one.
-            max_length: tokens per row, special tokens included; None: the folder's own.
+            max_length: tokens per row, special tokens included; None for the folder's.
 
         Raises:
             SettingsError: `max_length` leaves no room for the special tokens, or is needed and missing.
         """
         length = self.max_length if max_length is None else max_length
         if length is None:
-            raise SettingsError("the tokenizer names no model_max_length: say max_length")
+            raise SettingsError("the tokenizer has no model_max_length: give max_length")
         if length < max(self._fixed, 1):
             raise SettingsError(f"max_length is {length}; the special tokens alone take {self._fixed}")
         self._backend.enable_truncation(length)
@@ -128,7 +127,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: str, eos: str, unk: str) -> Backend:
-    """CLIP's byte-pair encoding: lower case, words apart from digits and punctuation, `</w>` at a word's end.
+    """CLIP's byte-pair encoding: lower case, words separate from digits and punctuation, `</w>` at a word's end.
 
     The regular expression is OpenAI's (Radford et al., 2021, `simple_tokenizer.py`), the normalization that
     of transformers' CLIPTokenizer.
@@ -187,10 +186,9 @@ def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
 
 
 def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
-    """Find the special tokens in text, too, as `tokenizer_config.json` describes them.
+    """Let the backend recognise special tokens in text, as `tokenizer_config.json` describes them.
 
-    With `normalized` a token is also found where it stands in capitals; transformers honours that above what
-    `tokenizer.json` says.
+    With `normalized` a token is also recognised in capitals. As in transformers, this file overrides `tokenizer.json`.
     """
     from tokenizers import AddedToken
 
@@ -202,13 +200,13 @@ def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
         if text is not None and text not in marked and backend.token_to_id(text) is not None:
             tokens[text] = {"normalized": False}
     described = settings.get("added_tokens_decoder") or {}
-    for index in sorted(described, key=int):  # tokens that are new to the vocabulary get their ids in this order
+    for index in sorted(described, key=int):  # tokens new to the vocabulary get ids in this order
         tokens[described[index]["content"]] = {name: bool(described[index].get(name)) for name in flags}
     backend.add_special_tokens([AddedToken(text, **kind) for text, kind in tokens.items()])
 
 
 def _content(token: object) -> str | None:
-    """A special token, which files hold as text or as a table with its text."""
+    """Text of a special token, which files store as text or as a table."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 

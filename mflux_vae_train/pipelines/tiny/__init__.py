@@ -1,4 +1,4 @@
-"""The embedded pipeline: FLUX.1's classes with small numbers, trained on a procedural world of captioned scenes."""
+"""The embedded pipeline: a small FLUX.1, trained on captioned scenes of a procedural world (see `tiny_world`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The pipeline's folder, in diffusers' layout."""
 
 VAE_WEIGHTS = WEIGHTS / "vae"
-"""Its autoencoder's folder: what the preset `tiny` of `mflux_vae` names."""
+"""Folder of its autoencoder, the preset `tiny` of `mflux_vae`."""
 
 
 def load(model: str = "tiny") -> FluxPipeline:
-    """Open the embedded pipeline: what the entry point `tiny` names."""
+    """Open the embedded pipeline."""
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
     pipeline = FluxPipeline.from_pretrained(WEIGHTS)

@@ -84,7 +84,7 @@ def estimated(stack: Stack) -> int:
     tokens = stack.side**2 // 4, stack.text
     work = memory.training_bytes(stack.config, tokens, stack.batch, here, checkpointing=stack.recompute)
     if stack.bits:
-        work += memory.widened_bytes(stack.config, here)
+        work += memory.dequantized_bytes(stack.config, here)
     return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 

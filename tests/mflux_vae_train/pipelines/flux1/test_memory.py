@@ -126,7 +126,7 @@ def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more
     assert peaks(shape=(512, 512)) == plain
     wide = peaks(shape=(512, 1024))
     assert wide["training"] > plain["training"] and wide["latents"] >= plain["latents"]
-    assert wide["previews"] == plain["previews"] and wide["class images"] == plain["class pictures"]
+    assert wide["previews"] == plain["previews"] and wide["class images"] == plain["class images"]
     short = peaks(prompt_tokens=64)
     assert short["training"] < plain["training"] and short["text encoding"] < plain["text encoding"]
     assert peaks(prompt_tokens=4096) == plain, "no more than the model reads"
