@@ -16,7 +16,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.lora.files import adapter_config
+from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
@@ -170,6 +173,29 @@ def test_an_adapter_trained_by_kohyas_scripts_is_read_as_diffusers_reads_it(tmp_
         x = draws.standard_normal((2, a.shape[1]), np.float32)
         found = layer.scale * (x @ np.array(layer.lora_a)) @ np.array(layer.lora_b)
         np.testing.assert_allclose(found, x @ a.T @ b.T, rtol=1e-3, atol=1e-2)  # of numbers near a hundred
+
+
+def test_pefts_adapter_on_all_linear_layers_is_where_training_begins(tmp_path: Path) -> None:
+    peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+    theirs = diffusers.FluxTransformer2DModel.from_pretrained(tiny.WEIGHTS / "transformer")
+    theirs.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
+    layers = peft.get_peft_model_state_dict(theirs)
+    diffusers.FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    given = tmp_path / "pytorch_lora_weights.safetensors"
+    settings = DreamBoothSettings(
+        model="tiny",
+        instance_data_dir=str(tiny.WEIGHTS.parent / "example"),
+        instance_prompt="a photo of xyz star",
+        output_dir=str(tmp_path / "out"),
+        lora_weights=str(given),
+        resolution=32,
+        prior_preservation="none",
+        num_validation_images=0,
+        max_train_steps=2,
+    )
+    DreamBooth(tiny.load()).train(settings)
+    before, after = (mx.load(str(folder / given.name)) for folder in (tmp_path, tmp_path / "out"))
+    assert before.keys() == after.keys() and "transformer.x_embedder.lora_A.weight" in before
 
 
 @pytest.fixture(scope="module")
