@@ -230,7 +230,7 @@ def test_bad_distributions_are_refused():
     one.update(np.zeros((1, 3)))
     with pytest.raises(ImageError, match="got 1"):
         one.covariance()
-    with pytest.raises(ImageError, match=r"\(2, 4\), expected \(N, 3\)"):
+    with pytest.raises(ImageError, match="expected"):
         one.update(np.zeros((2, 4)))
     with pytest.raises(ImageError, match="not a number"):
         one.update(np.full((2, 3), np.nan))
