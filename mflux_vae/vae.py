@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from mflux_vae.call_log import evaluated, log, logged, shape
 from mflux_vae.errors import ImageError
 from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
+from mflux_vae.networks.protocol import AutoencoderConfig
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import eval_each
@@ -30,8 +31,7 @@ class VAE(nn.Module):
     """An image autoencoder.
 
     `VAE(latent_channels=4)` builds an untrained one with LeakyReLU residual blocks (64-128-256-512 channels),
-    `VAE.from_pretrained` opens a trained one, and `VAE(network=...)` wraps a network with `config`, `encode`, `decode`,
-    `to_scaled` and `from_scaled`, such as `AutoencoderKL`.
+    `VAE.from_pretrained` opens a trained one, and `VAE(network=...)` wraps any `networks.protocol.Autoencoder`.
 
     Sizes need not be multiples of `spatial_scale`: edge pixels are repeated at the right and bottom up to the next
     multiple. `__call__` crops the reconstruction to the size of its image, `decode` to `size`.
@@ -59,7 +59,7 @@ class VAE(nn.Module):
         self.network = network
 
     @property
-    def config(self) -> Any:
+    def config(self) -> AutoencoderConfig:
         """The network's configuration."""
         return self.network.config
 
@@ -76,17 +76,17 @@ class VAE(nn.Module):
     @property
     def scaling_factor(self) -> float:
         """Scaled latents are (latents - shift_factor) * scaling_factor, unless per-channel statistics scale them."""
-        return getattr(self.config, "scaling_factor", None) or 1.0
+        return self.config.scaling_factor
 
     @property
     def shift_factor(self) -> float:
         """See `scaling_factor`."""
-        return getattr(self.config, "shift_factor", None) or 0.0
+        return self.config.shift_factor or 0.0
 
     @property
     def _vectors(self) -> bool:
         """Whether latents are vectors."""
-        return getattr(self.config, "vectors", False)
+        return self.config.vectors
 
     @property
     def dtype(self) -> mx.Dtype:

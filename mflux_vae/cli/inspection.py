@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
+from mflux_vae.networks.laq import LAQConfig
 from mflux_vae.pretrained import loading, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.presets import PRESETS
@@ -63,17 +65,16 @@ def _list_presets(as_json: bool) -> None:
 
 def _latents(config: Any) -> dict[str, Any]:
     """Latents as the denoiser sees them; or the size of vector latents; or of codes for a pair of frames."""
-    if getattr(config, "pairs", False):
+    if isinstance(config, LAQConfig):
         return {"codes": config.code_seq_len, "of": config.codebook_size, "frame": config.image_size}
-    if getattr(config, "vectors", False):
+    if config.vectors:
         return {"numbers": config.latent_dim, "image": config.image_size}
-    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
-    if hasattr(config, "batch_norm_eps"):
+    if isinstance(config, AutoencoderKLFlux2Config):
         scaling = "scaled by running statistics"
     elif getattr(config, "latents_mean", None):
         scaling = "scaled by mean and std per channel"
     else:
-        scaling = f"(raw - {shift or 0}) * {factor}"
+        scaling = f"(raw - {config.shift_factor or 0}) * {config.scaling_factor}"
     return {"channels": config.scaled_channels, "downsampling": config.scaled_downsampling, "scaling": scaling}
 
 

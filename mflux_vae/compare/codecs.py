@@ -61,7 +61,7 @@ class ImageCodec:
 
     def __init__(self, network: Any, tiling: TilingOption = None):
         self.network: Any = network
-        self.side: int | None = network.config.image_size if getattr(network.config, "vectors", False) else None
+        self.side: int | None = network.config.downsampling if network.config.vectors else None
         self.channels: int = network.config.in_channels
         self._vae, self._tiling = VAE(network=network), tiling
 

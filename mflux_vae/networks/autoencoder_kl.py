@@ -29,7 +29,7 @@ from mflux_vae.posterior import DiagonalGaussian
 
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-"""diffusers' names of a level without and with attention."""
+"""Names in diffusers of a level without and with attention."""
 
 ATTENTION_TYPES = ("vanilla", "linear")
 
@@ -38,33 +38,32 @@ C = TypeVar("C", bound="AutoencoderKLConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig(ScaledConfig):
-    """Field names are those of the config.json of diffusers' `AutoencoderKL`; defaults are Stable Diffusion's.
+    """Fields of the config.json of diffusers' `AutoencoderKL`; defaults are those of Stable Diffusion.
 
-    Levels are counted from the full resolution, 0, downwards, in encoder and decoder alike. The fields from
-    `decoder_block_out_channels` on are beyond diffusers' `AutoencoderKL`: `to_dict` leaves them out where they have
-    their defaults.
+    Level 0 has the full resolution, in encoder and decoder. diffusers lacks the fields from
+    `decoder_block_out_channels` on: `to_dict` omits them if they have their defaults.
 
     Attributes:
         in_channels, out_channels: channels of an image.
         latent_channels: channels of a latent.
         block_out_channels: channels of each level; every level but the last halves the resolution.
         layers_per_block: residual blocks of an encoder level; the decoder has one more.
-        norm_num_groups: groups of every group norm; divides every number of channels.
-        scaling_factor, shift_factor: the denoiser sees (latents - shift) * scale.
-        latents_mean, latents_std: per channel; where both are given, the denoiser sees (latents - mean) * scale / std.
+        norm_num_groups: groups of every group norm; divides all channel counts.
+        scaling_factor, shift_factor: scaled latents are (latents - shift) * scale.
+        latents_mean, latents_std: per channel; with both, scaled latents are (latents - mean) * scale / std.
         use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents.
         mid_block_add_attention: attention at the lowest resolution.
         force_upcast: whether the network overflows in float16.
-        sample_size: side of the images it was trained on, pixels.
-        encoder_attention, decoder_attention: levels with attention after each residual block. diffusers spells them as
-            kinds of blocks (`down_block_types`, `up_block_types`), and so do `from_dict` and `to_dict`.
-        decoder_block_out_channels: the decoder's channels where they are not the encoder's.
-        attention_type: of all attention: "vanilla", or "linear" (latent-diffusion's: no norm, no skip connection).
-        dropout: share of values that residual blocks drop in training; changes nothing in evaluation mode.
-        resample_with_conv: False for average pooling and repeated pixels in place of convolutions.
-        double_z: False for an encoder without variances: its posterior is a point.
-        z_channels: channels inside of the quant convolutions where they are not `latent_channels`.
-        stem_channels: channels before the first level where they are not that level's.
+        sample_size: side of the training images, pixels.
+        encoder_attention, decoder_attention: levels with attention after each residual block; `down_block_types` and
+            `up_block_types` in a config.json.
+        decoder_block_out_channels: channels of the decoder, if different.
+        attention_type: "vanilla", or "linear" (latent-diffusion: no norm, no skip connection).
+        dropout: dropout rate of residual blocks in training.
+        resample_with_conv: False: average pooling and nearest neighbour instead of convolutions.
+        double_z: False: an encoder without variances, with a point posterior.
+        z_channels: channels inside the quant convolutions, if not `latent_channels`.
+        stem_channels: channels before the first level, if different.
     """
 
     in_channels: int = 3
@@ -94,7 +93,7 @@ class AutoencoderKLConfig(ScaledConfig):
 
     NAME: ClassVar[str] = "AutoencoderKL"
     ABSENT: ClassVar[Mapping[str, Any]] = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-    """What diffusers takes where a config.json is silent, as far as it is not what published autoencoders have."""
+    """Defaults of diffusers for keys missing in a config.json, where they differ from ours."""
     UNKNOWN_TO_DIFFUSERS: ClassVar[tuple[str, ...]] = (
         "decoder_block_out_channels",
         "attention_type",
@@ -111,7 +110,7 @@ class AutoencoderKLConfig(ScaledConfig):
                 object.__setattr__(self, name, tuple(value))
         for name in ("encoder_attention", "decoder_attention"):
             object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
-        # one network, one configuration
+        # Normalise, so that equal networks have equal configurations.
         for name, same in (
             ("decoder_block_out_channels", self.block_out_channels),
             ("z_channels", self.latent_channels),
@@ -164,7 +163,7 @@ class AutoencoderKLConfig(ScaledConfig):
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
-        """Channels of each of the decoder's levels."""
+        """Channels of each level of the decoder."""
         return self.decoder_block_out_channels or self.block_out_channels
 
     @classmethod
@@ -172,7 +171,7 @@ class AutoencoderKLConfig(ScaledConfig):
         """Read a config.json of diffusers or of `to_dict`.
 
         Raises:
-            SettingsError: the configuration asks for what this network does not have, or is no configuration.
+            SettingsError: an unsupported or invalid configuration.
         """
         if config.get("act_fn", "silu") not in ("silu", "swish"):
             raise SettingsError(f"{cls.NAME}: act_fn {config['act_fn']!r} not supported; only 'silu'")
@@ -185,31 +184,30 @@ class AutoencoderKLConfig(ScaledConfig):
             given["decoder_attention"] = tuple(sorted(levels - 1 - block for block in turned))
             return cls(**given)
         except TypeError as error:
-            raise SettingsError(f"{cls.NAME}: a value of the wrong type in its configuration ({error})") from error
+            raise SettingsError(f"{cls.NAME}: invalid configuration ({error})") from error
 
     @classmethod
     def from_ddconfig(cls: type[C], ddconfig: Mapping[str, Any], embed_dim: int | None = None, **settings: Any) -> C:
-        """Read latent-diffusion's `ddconfig`, or a whole configuration of its YAML files that holds one.
+        """Read a `ddconfig` of latent-diffusion, or a whole configuration that contains one.
 
         Args:
             ddconfig: see `networks.ddconfig.kl_settings`.
-            embed_dim: channels of a latent; None for what the configuration says beside its `ddconfig`, or z_channels.
-            settings: fields that latent-diffusion does not have, such as `scaling_factor`, 1 where nothing says more.
+            embed_dim: latent channels; None: `embed_dim` beside the ddconfig, else z_channels.
+            settings: further fields, such as `scaling_factor` (default 1).
 
         Raises:
-            SettingsError: something is missing, unknown or not supported.
+            SettingsError: a key is missing, unknown or not supported.
         """
         try:
             return cls(**{"scaling_factor": 1.0, **kl_settings(ddconfig, embed_dim), **settings})
         except TypeError as error:
-            raise SettingsError(f"{cls.NAME}: a value of the wrong type in its ddconfig ({error})") from error
+            raise SettingsError(f"{cls.NAME}: invalid ddconfig ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What diffusers reads, where it has such a network.
+        """Return a config.json for diffusers.
 
-        Where it has not, `_class_name` is `AutoencoderKLExtended`, which diffusers refuses by its name instead of
-        building another network, and `_not_in_diffusers` lists why. `dropout` alone is no such case: diffusers ignores
-        it, with a warning.
+        For a network that diffusers lacks, `_class_name` is `AutoencoderKLExtended`, which diffusers refuses, and
+        `_not_in_diffusers` lists the reasons. `dropout` is not one: diffusers ignores it with a warning.
         """
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         beyond = [
@@ -234,7 +232,7 @@ class AutoencoderKLConfig(ScaledConfig):
 def _attention_levels(
     network: str, config: Mapping[str, Any], key: str, kinds: Sequence[str], levels: int
 ) -> tuple[int, ...]:
-    """Which of diffusers' blocks have attention, by their place in its list."""
+    """Indices of the blocks with attention in a list of diffusers' block names."""
     blocks = config.get(key) or [kinds[0]] * levels
     if unknown := set(blocks) - set(kinds):
         raise SettingsError(f"{network}: {key} {sorted(unknown)} not supported; only {', '.join(kinds)}")
@@ -250,7 +248,7 @@ def _attention(config: AutoencoderKLConfig, width: int) -> nn.Module:
 
 
 def _stage(config: AutoencoderKLConfig, widths: Sequence[int], attention: bool, **resample: Any) -> Stage:
-    """A level: residual blocks from each width to the next, attention after each where asked for."""
+    """A level: residual blocks from each width to the next, each followed by optional attention."""
     resnets = [ResnetBlock(a, b, config.norm_num_groups, dropout=config.dropout) for a, b in pairwise(widths)]
     attentions = [_attention(config, width) for width in widths[1:]] if attention else []
     return Stage(resnets, attentions, **resample)
@@ -262,7 +260,7 @@ def _mid_block(config: AutoencoderKLConfig, width: int) -> MidBlock:
 
 
 class Encoder(nn.Module):
-    """Pixels to latent moments: (B, H, W, in) -> (B, H/f, W/f, 2 * z), or z without variances."""
+    """Pixels to latent moments: (B, H, W, in) -> (B, H/f, W/f, 2 * z); z channels without variances."""
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
@@ -315,9 +313,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(ScaledLatents):
-    """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled.
+    """Encoder and decoder with a diagonal Gaussian posterior; images in [-1, 1], latents unscaled.
 
-    A new network is in evaluation mode: `train()` turns its dropout on, where it has any.
+    A new network is in evaluation mode; `train()` enables dropout.
     """
 
     def __init__(self, config: AutoencoderKLConfig | None = None):
@@ -344,14 +342,14 @@ class AutoencoderKL(ScaledLatents):
         return self.decoder(self.post_quant_conv(latents) if "post_quant_conv" in self else latents)
 
     def to_scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents (B, h, w, latent) -> what a denoiser sees: see `AutoencoderKLConfig`."""
+        """Scale raw latents (B, h, w, latent) for a denoiser, see `AutoencoderKLConfig`."""
         if self.config.latents_mean is None or self.config.latents_std is None:
             return super().to_scaled(latents)
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return (latents - mean) * (self.config.scaling_factor / std)
 
     def from_scaled(self, latents: mx.array) -> mx.array:
-        """The inverse of `to_scaled`."""
+        """Inverse of `to_scaled`."""
         if self.config.latents_mean is None or self.config.latents_std is None:
             return super().from_scaled(latents)
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)

@@ -1,4 +1,4 @@
-"""Configurations of networks that are this project's own: a config.json has their fields and nothing else."""
+"""Base class of the configurations of networks that diffusers lacks."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any, ClassVar, TypeVar
 
 from mflux_vae.errors import SettingsError
 
-C = TypeVar("C", bound="OwnConfig")
+C = TypeVar("C", bound="NetworkConfig")
 
 
-class OwnConfig:
-    """A dataclass is made of it; `NAME` is its network's class."""
+class NetworkConfig:
+    """Base of frozen dataclasses; `NAME` is the class name of the network."""
 
     NAME: ClassVar[str]
 
     @classmethod
     def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:
-        """Read config.json; keys that start with an underscore are bookkeeping.
+        """Read a config.json; keys that start with an underscore are ignored.
 
         Raises:
-            SettingsError: an unknown key, or a value that does not go.
+            SettingsError: an unknown key or an invalid value.
         """
         try:
             return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
         except TypeError as error:
-            raise SettingsError(f"{cls.NAME}: not its configuration ({error})") from error
+            raise SettingsError(f"{cls.NAME}: invalid configuration ({error})") from error
 
     def to_dict(self: Any) -> dict[str, Any]:
-        """What `from_dict` reads, as JSON has it."""
+        """Return JSON values for `from_dict`."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"_class_name": self.NAME, **values}

@@ -1,4 +1,4 @@
-"""FLUX.2's autoencoder: Stable Diffusion's network, its latents in 2x2 patches and normalised by running statistics."""
+"""FLUX.2's autoencoder: `AutoencoderKL` with latents in 2x2 patches, normalised by running statistics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLFlux2Config(AutoencoderKLConfig):
-    """Field names are those of the config.json of diffusers' `AutoencoderKLFlux2`; defaults are FLUX.2's.
+    """Fields of the config.json of diffusers' `AutoencoderKLFlux2`; defaults are those of FLUX.2.
 
-    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` have no part in it.
+    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` are not used.
 
     Attributes:
         batch_norm_eps: added to the running variance.
-        batch_norm_momentum: of the statistics' training; kept for what continues it.
-        patch_size: latents in a patch, down and across.
+        batch_norm_momentum: momentum of the running statistics in training; not used here.
+        patch_size: latents per patch (rows, columns), equal.
     """
 
     latent_channels: int = 32
@@ -48,13 +48,13 @@ class AutoencoderKLFlux2Config(AutoencoderKLConfig):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         super()._check()
         if len(self.patch_size) != 2 or self.patch_size[0] != self.patch_size[1] or self.patch_size[0] < 1:
-            raise SettingsError(f"{self.NAME}: patch_size {self.patch_size} is not the side of a square, twice")
+            raise SettingsError(f"{self.NAME}: patch_size {self.patch_size} must be two equal positive numbers")
         if given := [name for name, idle in self._SCALING.items() if getattr(self, name) != idle]:
-            raise SettingsError(f"{self.NAME}: {', '.join(given)} have no part in it; its statistics scale latents")
+            raise SettingsError(f"{self.NAME}: {', '.join(given)} not supported; running statistics scale the latents")
 
     @property
     def scaled_channels(self) -> int:
-        """Channels of a scaled latent: those of a patch."""
+        """Channels of a scaled latent (a patch)."""
         return self.latent_channels * self.patch_size[0] * self.patch_size[1]
 
     @property
@@ -68,13 +68,13 @@ class AutoencoderKLFlux2Config(AutoencoderKLConfig):
         return super().from_dict({key: value for key, value in config.items() if key not in cls._SCALING})
 
     def to_dict(self) -> dict[str, Any]:
-        """As `AutoencoderKLConfig.to_dict`; diffusers takes no `force_upcast` here: only one that differs is kept."""
+        """As `AutoencoderKLConfig.to_dict`, without `force_upcast` if it is the default: diffusers lacks it here."""
         idle = {*self._SCALING, "force_upcast"} if self.force_upcast else {*self._SCALING}
         return {key: value for key, value in super().to_dict().items() if key not in idle}
 
 
 class RunningStatistics(nn.Module):
-    """What a batch norm without scale and shift has seen: mean and variance per channel. Never trained by gradients."""
+    """Running mean and variance of a batch norm without scale and shift. Always frozen."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -84,7 +84,7 @@ class RunningStatistics(nn.Module):
 
     @property
     def _no_grad(self) -> set[str]:
-        """Where MLX looks for what is frozen: all of it, whatever `unfreeze` of a module around it says."""
+        """Names of frozen parameters, read by MLX: all, even after `unfreeze`."""
         return {*self}
 
     @_no_grad.setter
@@ -93,7 +93,7 @@ class RunningStatistics(nn.Module):
 
 
 class AutoencoderKLFlux2(AutoencoderKL):
-    """`AutoencoderKL` whose scaled latents are patches, normalised: (B, h, w, C) -> (B, h/2, w/2, 4C)."""
+    """`AutoencoderKL` with scaled latents in normalised patches: (B, h, w, C) -> (B, h/2, w/2, 4C)."""
 
     config: AutoencoderKLFlux2Config
 
@@ -102,35 +102,35 @@ class AutoencoderKLFlux2(AutoencoderKL):
         self.bn = RunningStatistics(self.config.scaled_channels)
 
     def to_scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents (B, h, w, C) -> (B, h/p, w/p, p*p*C), what a denoiser sees.
+        """Scale raw latents for a denoiser: (B, h, w, C) -> (B, h/p, w/p, p*p*C).
 
         Raises:
-            ImageError: the sides are no multiples of the patches'.
+            ImageError: sides are not multiples of the patch size.
         """
         mean, std = self._statistics()
-        return (patchified(latents, self.config.patch_size[0]) - mean) / std
+        return (patchify(latents, self.config.patch_size[0]) - mean) / std
 
     def from_scaled(self, latents: mx.array) -> mx.array:
-        """The inverse of `to_scaled`."""
+        """Inverse of `to_scaled`."""
         mean, std = self._statistics()
-        return unpatchified(latents * std + mean, self.config.patch_size[0])
+        return unpatchify(latents * std + mean, self.config.patch_size[0])
 
     def _statistics(self) -> tuple[mx.array, mx.array]:
         variance = self.bn.running_var.astype(mx.float32)
         return self.bn.running_mean.astype(mx.float32), mx.sqrt(variance + self.config.batch_norm_eps)
 
 
-def patchified(x: mx.array, side: int) -> mx.array:
+def patchify(x: mx.array, side: int) -> mx.array:
     """(B, side * h, side * w, C) -> (B, h, w, C * side * side): channels in the order (channel, row, column)."""
     batch, height, width, channels = x.shape
     if height % side or width % side:
-        raise ImageError(f"latents of {height} x {width} are no patches of {side} x {side}: pad the image")
+        raise ImageError(f"latents of {height} x {width} do not split into patches of {side} x {side}; pad the image")
     x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(batch, height // side, width // side, channels * side * side)
 
 
-def unpatchified(x: mx.array, side: int) -> mx.array:
-    """The inverse of `patchified`."""
+def unpatchify(x: mx.array, side: int) -> mx.array:
+    """Inverse of `patchify`."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, channels // side**2, side, side).transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(batch, side * height, side * width, channels // side**2)

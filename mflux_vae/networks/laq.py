@@ -1,7 +1,6 @@
-"""LAPA's latent action quantizer: what changes from one frame to the next, in a few codes (Ye et al. 2024, 2410.11758).
+"""LAPA's latent action quantizer (Ye et al. 2024, arXiv 2410.11758).
 
-Encoding sees both frames and says in codes how they differ. Decoding sees the first frame, whole, and the codes, and
-paints the second.
+Encodes the change between two frames as a few codes; decodes the second frame from the first frame and the codes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
-from mflux_vae.networks.config import OwnConfig
+from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.laq_transformer import PositionBias, Transformer
 from mflux_vae.networks.layers import Conv2d
 
@@ -27,24 +26,24 @@ _CONVOLUTIONS = {
     64: ((3, 2, 1),),
     256: ((3, 2, 1),),
 }
-"""By the number of codes: kernel, stride and padding of each convolution on the way to it, with ReLU in between."""
+"""By number of codes: kernel, stride and padding of each convolution, with ReLU between."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAQConfig(OwnConfig):
-    """What a `LatentActionQuantizer` is made of; names are LAPA's, defaults what it published.
+class LAQConfig(NetworkConfig):
+    """Configuration of `LatentActionQuantizer`, with the names and defaults of LAPA.
 
     Attributes:
         dim: length of a token.
-        quant_dim: length of a code's vector.
-        codebook_size: codes to choose from.
-        image_size: height and width of the frames, in pixels.
-        patch_size: pixels that a token stands for, in each direction.
-        spatial_depth: layers of the encoder over each frame's patches, and of the decoder.
-        temporal_depth: layers of the encoder over the frames.
-        dim_head, heads: of attention.
-        channels: of a frame.
-        code_seq_len: codes for a pair of frames: 1, 4, 16, 64 or 256, as the number of patches allows.
+        quant_dim: length of a codebook vector.
+        codebook_size: number of codes.
+        image_size: side of the frames, pixels.
+        patch_size: side of a patch (token), pixels.
+        spatial_depth: encoder layers over the patches of a frame, and decoder layers.
+        temporal_depth: encoder layers over frames.
+        dim_head, heads: attention heads.
+        channels: channels of a frame.
+        code_seq_len: codes per pair of frames: 1, 4, 16, 64 or 256, if the number of patches allows it.
     """
 
     dim: int = 1024
@@ -60,8 +59,7 @@ class LAQConfig(OwnConfig):
     code_seq_len: int = 4
 
     NAME: ClassVar[str] = "LatentActionQuantizer"
-    pairs: ClassVar[bool] = True
-    """It takes two frames, not one image."""
+    force_upcast: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -69,14 +67,14 @@ class LAQConfig(OwnConfig):
                 raise SettingsError(f"LatentActionQuantizer: {name} must be a positive number, not {value!r}")
         if self.image_size % self.patch_size:
             raise SettingsError(
-                f"LatentActionQuantizer: patches of {self.patch_size} do not fill images of {self.image_size} pixels"
+                f"LatentActionQuantizer: patch_size {self.patch_size} does not divide image_size {self.image_size}"
             )
         possible = code_counts(self.grid)
         if self.code_seq_len not in possible:
-            told = " or ".join(map(str, possible)) or "no number"
+            known = " or ".join(map(str, possible)) or "none"
             raise SettingsError(
-                f"LatentActionQuantizer: {self.grid} x {self.grid} patches make {told} of codes,"
-                f" not code_seq_len {self.code_seq_len}"
+                f"LatentActionQuantizer: code_seq_len {self.code_seq_len} is impossible with {self.grid} x {self.grid}"
+                f" patches; possible: {known}"
             )
 
     @property
@@ -86,12 +84,12 @@ class LAQConfig(OwnConfig):
 
     @property
     def bits(self) -> float:
-        """What the codes of a pair of frames can tell at most."""
+        """Information in the codes of a pair, at most."""
         return self.code_seq_len * math.log2(self.codebook_size)
 
 
 def code_counts(grid: int, kernels: Sequence[int] | None = None) -> list[int]:
-    """How many codes a grid of patches can make; with the sides of the convolutions' kernels, those that they can."""
+    """Possible numbers of codes for a grid of patches, and for given kernel sizes of the convolutions."""
     found = []
     for codes, convolutions in _CONVOLUTIONS.items():
         side = grid
@@ -103,7 +101,7 @@ def code_counts(grid: int, kernels: Sequence[int] | None = None) -> list[int]:
 
 
 class Patches(nn.Module):
-    """Frames to tokens."""
+    """Split frames into tokens."""
 
     def __init__(self, config: LAQConfig):
         super().__init__()
@@ -121,10 +119,9 @@ class Patches(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Tokens of two frames to codes, and codes to tokens.
+    """Vector quantisation: tokens of two frames to codes, and codes to tokens.
 
-    Trained with noise in place of the rounding error (NSVQ: Vali and Bäckström 2022, IEEE Access 10); in use, as here,
-    each vector is the nearest of the codebook.
+    Published weights were trained with NSVQ (Vali and Bäckström 2022, IEEE Access 10); inference uses the nearest code.
     """
 
     def __init__(self, config: LAQConfig):
@@ -138,25 +135,25 @@ class Quantizer(nn.Module):
         self.project_out = nn.Linear(config.quant_dim, config.dim)
 
     def summary(self, tokens: mx.array) -> mx.array:
-        """One frame's tokens (B, h, w, dim) -> (B, n, quant)."""
+        """Tokens of a frame (B, h, w, dim) -> (B, n, quant)."""
         x = self.convolutions[0](self.project_in(tokens))
         for convolution in self.convolutions[1:]:
             x = convolution(kernels.relu(x))
         return x.flatten(1, 2)
 
     def nearest(self, vectors: mx.array) -> mx.array:
-        """(B, n, quant) -> numbers of the nearest codes, (B, n)."""
+        """(B, n, quant) -> indices of the nearest codes (B, n)."""
         return mx.square(vectors[:, :, None] - self.codebook).sum(axis=-1).argmin(axis=-1)
 
     def tokens(self, codes: mx.array) -> mx.array:
-        """Numbers of codes (B, n) -> (B, n, dim)."""
+        """Codes (B, n) -> tokens (B, n, dim)."""
         vectors = self.codebook[codes]
-        # published weights were trained with the numbers of all vectors dealt out anew, in turns
+        # published weights were trained with this interleaved order of the values
         return self.project_out(vectors.reshape(len(codes), vectors.shape[2], -1).swapaxes(1, 2))
 
 
 class LatentActionQuantizer(nn.Module):
-    """Two frames to codes; the first frame and codes to the second. Frames are (B, S, S, C) in [-1, 1]."""
+    """Encode two frames to codes; decode the second from the first and the codes. Frames: (B, S, S, C) in [-1, 1]."""
 
     def __init__(self, config: LAQConfig | None = None):
         super().__init__()
@@ -171,40 +168,40 @@ class LatentActionQuantizer(nn.Module):
         self.to_pixels = nn.Linear(config.dim, config.channels * config.patch_size**2)
 
     def encode(self, first: mx.array, last: mx.array) -> mx.array:
-        """What changes from one frame to the other, as numbers of codes: (B, code_seq_len).
+        """Encode the change between two frames: codes (B, code_seq_len).
 
         Raises:
-            ImageError: frames of another size or number than the network's, or than each other; as in all that follow.
+            ImageError: frames of another size, or of different shapes; also in the methods below.
         """
         return self.quantizer.nearest(self.difference(first, last))
 
     def difference(self, first: mx.array, last: mx.array) -> mx.array:
-        """The same before it is rounded to codes: (B, code_seq_len, quant_dim), float32."""
+        """The change before quantisation: (B, code_seq_len, quant_dim), float32."""
         if first.shape != last.shape:
-            raise ImageError(f"frames of a pair are {tuple(first.shape)} and {tuple(last.shape)}, expected one shape")
+            raise ImageError(f"frames of a pair differ in shape: {tuple(first.shape)} and {tuple(last.shape)}")
         batch, grid, dim = first.shape[0], self.config.grid, self.config.dim
         video = batch, 2, grid, grid
         x = mx.stack([self._tokens(first), self._tokens(last)], axis=1)
         x = x.reshape(2 * batch, grid * grid, dim)
         x = self.enc_spatial(x, video, bias=self.position_bias(grid, grid)).reshape(*video, dim)
         x = x.transpose(0, 2, 3, 1, 4).reshape(-1, 2, dim)
-        # the convolution over positions takes these for the tokens of `video`, too, though they now stand in
-        # another order: published weights were trained so
+        # The position convolution treats these tokens as ordered like `video`, although they are transposed: published
+        # weights were trained this way.
         x = self.enc_temporal(x, video).reshape(batch, grid, grid, 2, dim)
         before, after = (self.quantizer.summary(x[:, :, :, frame]) for frame in range(2))
         return (after - before).astype(mx.float32)
 
     def decode(self, first: mx.array, codes: mx.array) -> mx.array:
-        """The first frame and what changes, (B, code_seq_len) -> the second, about [-1, 1].
+        """First frame and codes (B, code_seq_len) -> second frame, about [-1, 1].
 
         Raises:
-            ImageError: also for codes that are not `encode`'s.
+            ImageError: also for invalid codes.
         """
         expected = (first.shape[0], self.config.code_seq_len)
         if codes.shape != expected or mx.issubdtype(codes.dtype, mx.floating):
-            raise ImageError(f"codes are {codes.dtype} {tuple(codes.shape)}, expected whole numbers {expected}")
+            raise ImageError(f"codes are {codes.dtype} {tuple(codes.shape)}; expected integers {expected}")
         if not ((codes >= 0) & (codes < self.config.codebook_size)).all():
-            raise ImageError(f"codes are numbers from 0 to {self.config.codebook_size - 1}")
+            raise ImageError(f"codes must be from 0 to {self.config.codebook_size - 1}")
         grid, patch, channels = self.config.grid, self.config.patch_size, self.config.channels
         x = self._tokens(first).reshape(-1, grid * grid, self.config.dim)
         bias, context = self.position_bias(grid, grid), self.quantizer.tokens(codes)
@@ -215,5 +212,5 @@ class LatentActionQuantizer(nn.Module):
     def _tokens(self, frame: mx.array) -> mx.array:
         size, channels = self.config.image_size, self.config.channels
         if frame.shape[1:] != (size, size, channels):
-            raise ImageError(f"frames are {tuple(frame.shape)}, expected (B, {size}, {size}, {channels})")
+            raise ImageError(f"frames are {tuple(frame.shape)}; expected (B, {size}, {size}, {channels})")
         return self.patches(frame.astype(self.to_pixels.weight.dtype) * 0.5 + 0.5)

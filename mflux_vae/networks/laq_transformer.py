@@ -1,7 +1,7 @@
-"""The transformer of phenaki's kind over frames cut into patches, as LAPA's quantizer has it. Tokens are (N, L, dim).
+"""Transformer over patches of frames, used by LAPA's quantizer. Tokens are (N, L, dim).
 
-The formulas are those of phenaki (Villegas et al. 2022, arXiv 2210.02399) as its public implementations, and with them
-the published weights, have them; where they differ from what one would expect, a comment says so.
+Follows the public implementations of phenaki (Villegas et al. 2022, arXiv 2210.02399), with which the weights were
+trained. Comments mark unusual details.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import numpy as np
 from mflux_vae import kernels
 
 SCORE_SCALE = 8.0
-"""Factor on the scores of queries and keys of length one."""
+"""Scale of attention scores; queries and keys are normalised."""
 
-_NULLS = 2
-"""Keys and values that are learned, beside those of what is attended to."""
+_NUM_NULL_KV = 2
+"""Learned additional keys and values of cross-attention."""
 
-_SEEN = 3
-"""Side of the convolution over positions, and how many frames it sees: the present one and those before."""
+_KERNEL = 3
+"""Kernel size of the position convolution, over frames (causal), rows and columns."""
 
 _EPS = 1e-5
 _SLOPE = 0.1
 
 
 class GainNorm(nn.Module):
-    """Layer normalisation with a gain and no shift."""
+    """Layer normalisation without shift."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -39,7 +39,7 @@ class GainNorm(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """What is added to the scores of two patches, by how far they are apart (Liu et al. 2021, 2111.09883)."""
+    """Relative position bias of attention scores (Liu et al. 2021, arXiv 2111.09883)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -47,7 +47,7 @@ class PositionBias(nn.Module):
         self.out = nn.Linear(dim, heads)
 
     def __call__(self, height: int, width: int) -> mx.array:
-        """(heads, height * width, height * width), queries before keys."""
+        """(heads, height * width queries, height * width keys)."""
         steps = np.meshgrid(np.arange(1 - height, height), np.arange(1 - width, width), indexing="ij")
         offsets = np.stack(steps, axis=-1).reshape(-1, 2)
         x = mx.array((np.sign(offsets) * np.log1p(np.abs(offsets))).astype(np.float32)).astype(self.out.weight.dtype)
@@ -60,50 +60,47 @@ class PositionBias(nn.Module):
 
 
 class PositionConvolution(nn.Module):
-    """Tells tokens where they are: every channel of (B, T, H, W, dim) is convolved by itself over frames and patches.
-
-    Each frame sees itself and the two before, not those that follow; beyond the edges is zero.
-    """
+    """Depthwise 3-D convolution of (B, T, H, W, dim), causal over frames, zero-padded."""
 
     def __init__(self, dim: int):
         super().__init__()
-        bound = _SEEN**-1.5
-        self.weight = mx.random.uniform(-bound, bound, (_SEEN, _SEEN, _SEEN, dim))
+        bound = _KERNEL**-1.5
+        self.weight = mx.random.uniform(-bound, bound, (_KERNEL, _KERNEL, _KERNEL, dim))
         self.bias = mx.random.uniform(-bound, bound, (dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
         frames, height, width = x.shape[1:4]
-        edge = _SEEN // 2
-        padded = mx.pad(x, [(0, 0), (_SEEN - 1, 0), (edge, edge), (edge, edge), (0, 0)])
+        edge = _KERNEL // 2
+        padded = mx.pad(x, [(0, 0), (_KERNEL - 1, 0), (edge, edge), (edge, edge), (0, 0)])
         total = mx.broadcast_to(self.bias, x.shape)
-        # further back than there are frames is nothing but zeros
-        for t, i, j in product(range(max(_SEEN - frames, 0), _SEEN), range(_SEEN), range(_SEEN)):
+        # skip taps that only see padding
+        for t, i, j in product(range(max(_KERNEL - frames, 0), _KERNEL), range(_KERNEL), range(_KERNEL)):
             total = total + padded[:, t : t + frames, i : i + height, j : j + width] * self.weight[t, i, j]
         return total
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens to each other or (`cross`) to others; queries and keys have length one."""
+    """Multi-head self- or cross-attention with normalised queries and keys."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, *, cross: bool = False):
         super().__init__()
         inner = heads * dim_head
         self.norm = GainNorm(dim)
-        self.context_norm = GainNorm(dim)  # published weights have it everywhere; without `cross` nothing uses it
+        self.context_norm = GainNorm(dim)  # in all published weights; unused without `cross`
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
         self.q_scale = mx.ones((dim_head,))
         self.k_scale = mx.ones((dim_head,))
         if cross:
-            self.null_kv = mx.random.normal((heads, 2 * _NULLS, dim_head))
+            self.null_kv = mx.random.normal((heads, 2 * _NUM_NULL_KV, dim_head))
         self._heads = heads
 
     def __call__(self, x: mx.array, context: mx.array | None = None, *, bias: mx.array | None = None) -> mx.array:
-        """Tokens (N, L, dim) -> the same; `context` (N, M, dim); `bias` (heads, L, L) on the scores."""
-        # keys and values of the tokens themselves are made before the norm
-        seen = x if context is None else self.context_norm(context)
-        k, v = (self._by_head(part) for part in mx.split(self.to_kv(seen), 2, axis=-1))
+        """Tokens (N, L, dim) -> (N, L, dim); `context` (N, M, dim); `bias` (heads, L, L) added to the scores."""
+        # in self-attention, keys and values are computed before the norm
+        source = x if context is None else self.context_norm(context)
+        k, v = (self._by_head(part) for part in mx.split(self.to_kv(source), 2, axis=-1))
         q = self._by_head(self.to_q(self.norm(x)))
         if "null_kv" in self:
             k, v = (mx.concatenate([self._nulls(first, k), part], axis=2) for first, part in ((0, k), (1, v)))
@@ -116,13 +113,13 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:2], self._heads, -1).transpose(0, 2, 1, 3)
 
     def _nulls(self, first: int, like: mx.array) -> mx.array:
-        """Learned keys (0) or values (1), which stand in turns: (N, heads, nulls, d)."""
+        """Learned keys (0) or values (1), stored interleaved: (N, heads, nulls, d)."""
         learned = self.null_kv[:, first::2]
         return mx.broadcast_to(learned, (like.shape[0], *learned.shape))
 
 
 class FeedForward(nn.Module):
-    """Norm, and a linear layer on each side of a gate (GEGLU: Shazeer 2020, arXiv 2002.05202)."""
+    """Norm and GEGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -137,7 +134,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Positions, attention, attention to others where there is any, and a feed-forward network, each beside a skip."""
+    """Position convolution, self-attention, optional cross-attention and feed-forward, each with a skip connection."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, *, cross: bool):
         super().__init__()
@@ -158,7 +155,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, and a norm."""
+    """Blocks and a final norm."""
 
     def __init__(self, depth: int, dim: int, heads: int, dim_head: int, *, cross: bool = False):
         super().__init__()
@@ -173,12 +170,12 @@ class Transformer(nn.Module):
         bias: mx.array | None = None,
         context: mx.array | None = None,
     ) -> mx.array:
-        """Tokens (N, L, dim) -> the same.
+        """Tokens (N, L, dim) -> (N, L, dim).
 
         Args:
-            video: (B, T, H, W), which is what the convolution over positions takes the tokens for, in their order.
-            bias: on the scores, (heads, L, L).
-            context: (N, M, dim), which `cross` attends to.
+            video: shape (B, T, H, W) of the tokens for the position convolution.
+            bias: added to the scores, (heads, L, L).
+            context: (N, M, dim) for cross-attention.
         """
         for block in self.blocks:
             x = block(x, video, bias, context)
@@ -186,5 +183,5 @@ class Transformer(nn.Module):
 
 
 def _unit(x: mx.array) -> mx.array:
-    """At length one over the last axis; zeros stay zeros."""
+    """Normalise the last axis to length 1; zeros stay zeros."""
     return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

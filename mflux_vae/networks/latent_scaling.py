@@ -1,15 +1,17 @@
-"""What autoencoders share: the way from their own latents, the raw ones, to those that a denoiser sees, and back."""
+"""Scaling between the raw latents of a network and those of a denoiser."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
 class ScaledConfig:
-    """Of configurations whose scaled latents have the shape of the raw ones."""
+    """Mixin for configurations whose scaled latents have the shape of the raw ones."""
+
+    vectors: ClassVar[bool] = False
 
     @property
     def scaled_channels(self: Any) -> int:
@@ -23,14 +25,14 @@ class ScaledConfig:
 
 
 class ScaledLatents(nn.Module):
-    """Of networks whose scaled latents are (latents - shift_factor) * scaling_factor."""
+    """Base of networks whose scaled latents are (latents - shift_factor) * scaling_factor."""
 
     config: Any
 
     def to_scaled(self, latents: mx.array) -> mx.array:
-        """Raw latents (B, h, w, latent) -> what a denoiser sees."""
+        """Scale raw latents (B, h, w, latent) for a denoiser."""
         return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def from_scaled(self, latents: mx.array) -> mx.array:
-        """The inverse of `to_scaled`."""
+        """Inverse of `to_scaled`."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)

@@ -1,7 +1,4 @@
-"""The parts of autoencoders: convolution, group norm, residual block, attention, down- and upsampling. NHWC.
-
-Attribute names are those of diffusers, so that parameter paths and checkpoint keys are the same.
-"""
+"""Layers of autoencoders, NHWC. Attribute names are those of diffusers, so parameter paths equal checkpoint keys."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from mflux_vae.kernels.overrides import overridable
 
 
 class Conv2d(nn.Module):
-    """Convolution, in the dtype of its weight, whatever that of its input.
+    """Convolution. The input is cast to the dtype of the weight.
 
-    The weight is (O, kh, kw, C), initialised as torch does (uniform, Kaiming with a = sqrt 5).
+    The weight is (O, kh, kw, C), initialised as in torch (Kaiming uniform with a = sqrt 5).
     """
 
     def __init__(
@@ -59,9 +56,9 @@ class GroupNorm(nn.Module):
 
 
 class TransposedConv2d(nn.Module):
-    """Transposed 3x3 convolution with stride 2 and padding 1, which doubles the resolution, or doubles it less one.
+    """Transposed 3x3 convolution with stride 2 and padding 1: output side 2n, or 2n - 1 with `size`.
 
-    The weight is (O, 3, 3, C), initialised as torch does.
+    The weight is (O, 3, 3, C), initialised as in torch.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -75,12 +72,11 @@ class TransposedConv2d(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, as torch computes it (Ioffe and Szegedy 2015).
+    """Batch normalisation over all axes but the last, as in torch (Ioffe and Szegedy 2015).
 
-    In evaluation it uses the running statistics, in training the batch's. It then does not change the running ones,
-    so that a training step remains a function of arrays: `batch_statistics` takes out what was seen, inside the
-    function that is differentiated or compiled, and `fold_statistics` moves the running ones towards it afterwards.
-    No gradient trains them, and `unfreeze` does not either.
+    Evaluation uses the running statistics, training those of the batch. Training does not change the running
+    statistics, so that a step stays a function of arrays: call `batch_statistics` inside the differentiated or compiled
+    function, and `fold_statistics` afterwards. Running statistics get no gradients, even after `unfreeze`.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
@@ -93,7 +89,7 @@ class BatchNorm(nn.Module):
 
     @property
     def _no_grad(self) -> set[str]:
-        """Where MLX looks for what is frozen."""
+        """Names of frozen parameters, read by MLX."""
         frozen: set[str] = self.__dict__.setdefault("_frozen", set())
         frozen |= {"running_mean", "running_var"}
         return frozen
@@ -112,11 +108,11 @@ class BatchNorm(nn.Module):
 
 
 def batch_statistics(module: nn.Module) -> dict[str, mx.array]:
-    """What the batch norms of a module saw in its last call in training, and forget now.
+    """Pop the batch statistics of the last training call of a module.
 
     Returns:
-        mean and (unbiased) variance by the names of the running ones in `module.parameters()`, (C,) each; empty without
-        batch norms or in evaluation. Of several micro-batches the averages may be folded in.
+        mean and unbiased variance (C,) under the parameter names of the running ones; empty without batch norms or in
+        evaluation. Averages over micro-batches may be folded.
     """
     seen: dict[str, mx.array] = {}
     for name, part in module.named_modules():
@@ -128,7 +124,7 @@ def batch_statistics(module: nn.Module) -> dict[str, mx.array]:
 
 
 def fold_statistics(module: nn.Module, seen: Mapping[str, mx.array]) -> None:
-    """Move the running statistics of a module's batch norms towards `seen`, by each norm's momentum."""
+    """Update running statistics with those of `batch_statistics`, by each norm's momentum."""
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(part, BatchNorm) and f"{prefix}running_mean" in seen:
@@ -138,7 +134,7 @@ def fold_statistics(module: nn.Module, seen: Mapping[str, mx.array]) -> None:
 
 
 def norm_silu_conv(norm: GroupNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:
-    """conv(silu(norm(x))), plus `residual`."""
+    """conv(silu(norm(x))) + residual."""
     settings = norm._groups, norm.weight, norm.bias, norm._eps
     return kernels.norm_silu_conv2d(
         x, settings, conv.weight, conv.get("bias"), padding=conv._padding, residual=residual
@@ -146,7 +142,7 @@ def norm_silu_conv(norm: GroupNorm, conv: Conv2d, x: mx.array, residual: mx.arra
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, beside a skip connection; in training with dropout before the second convolution."""
+    """Twice norm, SiLU, conv, with a skip connection; dropout before the second convolution in training."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, *, dropout: float = 0.0):
         super().__init__()
@@ -168,7 +164,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, beside a skip connection."""
+    """Single-head self-attention over all pixels, with a skip connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -187,9 +183,9 @@ class Attention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """latent-diffusion's linear attention: one head, keys normalised over pixels; no norm, no skip connection.
+    """Linear attention of latent-diffusion (Katharopoulos et al. 2020): one head, no norm, no skip connection.
 
-    Its cost grows with the number of pixels, not with its square (Katharopoulos et al. 2020).
+    Cost is linear in the number of pixels.
     """
 
     def __init__(self, channels: int):
@@ -206,10 +202,10 @@ class LinearAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width; pads at the right and the bottom only, as the published autoencoders do.
+    """Halve height and width with padding at the right and bottom, as in the published autoencoders.
 
     Args:
-        conv: False for the mean of every four pixels.
+        conv: False: average 2x2 pixels.
     """
 
     def __init__(self, channels: int, *, conv: bool = True):
@@ -222,7 +218,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then a convolution, unless `conv` is False."""
+    """Double height and width by nearest neighbour, followed by a convolution unless `conv` is False."""
 
     def __init__(self, channels: int, *, conv: bool = True):
         super().__init__()
@@ -239,7 +235,7 @@ class Upsample(nn.Module):
 
 @overridable
 def avg_pool_2x(x: mx.array) -> mx.array:
-    """Mean of every 2x2 pixels; an odd last row or column is left out. (B, H, W, C) -> (B, H // 2, W // 2, C)."""
+    """Average 2x2 pixels: (B, H, W, C) -> (B, H // 2, W // 2, C). An odd last row or column is dropped."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
@@ -249,7 +245,7 @@ Layer: TypeAlias = Callable[[mx.array], mx.array]
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, attention after each where given, then down- or upsampling where given."""
+    """Residual blocks at one resolution, each followed by optional attention; then optional down- or upsampling."""
 
     def __init__(
         self,
@@ -269,7 +265,7 @@ class Stage(nn.Module):
             self.upsamplers = [up]
 
     def steps(self) -> Sequence[Layer]:
-        """What makes up the stage, one after the other: whoever goes through them himself holds no stage's input."""
+        """Layers of the stage in order. A caller that iterates over them need not hold the input of the stage."""
         pairs = zip_longest(self.resnets, self.get("attentions", []))
         resamplers = [*self.get("downsamplers", []), *self.get("upsamplers", [])]
         return [*(step for pair in pairs for step in pair if step is not None), *resamplers]
@@ -281,7 +277,7 @@ class Stage(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention where given, residual block, at the lowest resolution."""
+    """Residual block, optional attention, residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int, *, attention: nn.Module | None, dropout: float = 0.0):
         super().__init__()

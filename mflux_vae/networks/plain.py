@@ -1,4 +1,4 @@
-"""A plain convolutional autoencoder: LeakyReLU residual blocks, strided convolutions, no normalisation layers."""
+"""A convolutional autoencoder with LeakyReLU residual blocks and strided convolutions, without normalisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.kernels import leaky_relu
 from mflux_vae.kernels.overrides import pointwise
-from mflux_vae.networks.config import OwnConfig
+from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
 from mflux_vae.networks.layers import Conv2d
 from mflux_vae.posterior import DiagonalGaussian
@@ -22,18 +22,19 @@ NEGATIVE_SLOPE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainConfig(OwnConfig, ScaledConfig):
-    """What a `PlainAutoencoder` is made of.
+class PlainConfig(NetworkConfig, ScaledConfig):
+    """Configuration of `PlainAutoencoder`.
 
     Attributes:
         in_channels, out_channels: channels of an image.
         latent_channels: channels of a latent.
         channels: width of each level; every level but the first halves the resolution.
         bottleneck_blocks: residual blocks at the lowest resolution, in encoder and decoder each.
-        scaling_factor, shift_factor: a denoiser sees (latents - shift) * scale.
+        scaling_factor, shift_factor: scaled latents are (latents - shift) * scale.
     """
 
     NAME: ClassVar[str] = "PlainAutoencoder"
+    force_upcast: ClassVar[bool] = False
 
     in_channels: int = 3
     out_channels: int = 3
@@ -62,18 +63,18 @@ def _leaky(x: mx.array) -> mx.array:
 
 
 @pointwise
-def _beside(a: mx.array, b: mx.array) -> mx.array:
+def _concatenate(a: mx.array, b: mx.array) -> mx.array:
     return mx.concatenate([a, b], axis=-1)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with LeakyReLU beside a skip connection; starts as the identity."""
+    """Two convolutions with LeakyReLU and a skip connection; initially the identity."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = _convolution(channels, channels)
-        self.conv2 = _convolution(channels, channels)
-        # A branch that starts at zero keeps the signal's scale through any depth, without normalisation layers.
+        self.conv1 = _conv3x3(channels, channels)
+        self.conv2 = _conv3x3(channels, channels)
+        # A residual branch that starts at zero preserves the scale through any depth without normalisation.
         self.conv2.weight = mx.zeros_like(self.conv2.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -85,7 +86,7 @@ class Down(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = _convolution(in_channels, out_channels, stride=2)
+        self.conv = _conv3x3(in_channels, out_channels, stride=2)
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -97,7 +98,7 @@ class Up(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = _convolution(in_channels, out_channels)
+        self.conv = _conv3x3(in_channels, out_channels)
         self.res = ResBlock(out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -110,7 +111,7 @@ class Encoder(nn.Module):
     def __init__(self, config: PlainConfig):
         super().__init__()
         top = config.channels[-1]
-        self.conv_in = _convolution(config.in_channels, config.channels[0])
+        self.conv_in = _conv3x3(config.in_channels, config.channels[0])
         self.down = [Down(a, b) for a, b in pairwise(config.channels)]
         self.bottleneck = [ResBlock(top) for _ in range(config.bottleneck_blocks)]
         self.mu = Conv2d(top, config.latent_channels, 3, padding=1)
@@ -121,7 +122,7 @@ class Encoder(nn.Module):
         for block in [*self.down, *self.bottleneck]:
             x = block(x)
         x = _leaky(x)
-        return _beside(self.mu(x), self.logvar(x))
+        return _concatenate(self.mu(x), self.logvar(x))
 
 
 class Decoder(nn.Module):
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
     def __init__(self, config: PlainConfig):
         super().__init__()
         top = config.channels[-1]
-        self.conv_in = _convolution(config.latent_channels, top)
+        self.conv_in = _conv3x3(config.latent_channels, top)
         self.bottleneck = [ResBlock(top) for _ in range(config.bottleneck_blocks)]
         self.up = [Up(a, b) for a, b in pairwise(reversed(config.channels))]
         self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
@@ -143,7 +144,7 @@ class Decoder(nn.Module):
 
 
 class PlainAutoencoder(ScaledLatents):
-    """Encoder and decoder around a diagonal Gaussian; images in [-1, 1], latents unscaled."""
+    """Encoder and decoder with a diagonal Gaussian posterior; images in [-1, 1], latents unscaled."""
 
     def __init__(self, config: PlainConfig | None = None):
         super().__init__()
@@ -160,8 +161,8 @@ class PlainAutoencoder(ScaledLatents):
         return self.decoder(latents)
 
 
-def _convolution(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv2d:
-    """3x3, its initial gain that of LeakyReLU (He et al. 2015), halving where even."""
+def _conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> Conv2d:
+    """3x3 convolution with He initialisation for LeakyReLU (He et al. 2015)."""
     padding = 1 if stride == 1 else ((0, 1), (0, 1))
     conv = Conv2d(in_channels, out_channels, 3, stride=stride, padding=padding)
     std = (2 / ((1 + NEGATIVE_SLOPE**2) * 9 * in_channels)) ** 0.5

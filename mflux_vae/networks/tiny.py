@@ -1,4 +1,4 @@
-"""TAESD and its family: small autoencoders for the latents of Stable Diffusion, SDXL, SD3 and FLUX (Bohan 2023)."""
+"""TAESD (Bohan 2023): small autoencoders for the latents of Stable Diffusion, SDXL, SD3 and FLUX."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mflux_vae.networks.layers import Conv2d
 from mflux_vae.posterior import DiagonalGaussian
 
 _FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
-"""What diffusers' configuration can say and every published network says so."""
+"""Fields of diffusers' configuration with the same value in every published network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTinyConfig(ScaledConfig):
-    """Field names are those of the config.json of diffusers' `AutoencoderTiny`; defaults are TAESD's.
+    """Fields of the config.json of diffusers' `AutoencoderTiny`; defaults are those of TAESD.
 
     Attributes:
         in_channels, out_channels: channels of an image.
         latent_channels: channels of a latent.
-        encoder_block_out_channels, decoder_block_out_channels: channels of each level, all the same in each half.
-        num_encoder_blocks, num_decoder_blocks: residual blocks of each level, in the order of the computation.
-        latent_magnitude, latent_shift: latents / (2 * magnitude) + shift are about [0, 1], for storing them in bytes.
-        scaling_factor, shift_factor: the denoiser sees (latents - shift) * scale; its latents are the network's own.
+        encoder_block_out_channels, decoder_block_out_channels: channels per level, equal within each.
+        num_encoder_blocks, num_decoder_blocks: residual blocks per level, in order of computation.
+        latent_magnitude, latent_shift: latents / (2 * magnitude) + shift is about [0, 1], to store latents in bytes.
+        scaling_factor, shift_factor: scaled latents are (latents - shift) * scale.
         force_upcast: whether the network overflows in float16.
     """
 
@@ -78,7 +78,7 @@ class AutoencoderTinyConfig(ScaledConfig):
         """Read diffusers' config.json.
 
         Raises:
-            SettingsError: the configuration asks for what this network does not have, or is no configuration.
+            SettingsError: an unsupported or invalid configuration.
         """
         for key, fixed in _FIXED.items():
             if config.get(key, fixed) != fixed:
@@ -87,30 +87,30 @@ class AutoencoderTinyConfig(ScaledConfig):
         try:
             return cls(**given)
         except TypeError as error:
-            raise SettingsError(f"AutoencoderTiny: a value of the wrong type in its configuration ({error})") from error
+            raise SettingsError(f"AutoencoderTiny: invalid configuration ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What diffusers reads."""
+        """Return a config.json for diffusers."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"_class_name": "AutoencoderTiny", **_FIXED, **values}
 
 
 class Relu(nn.Module):
-    """A module, because it counts in the numbers that layers have in files."""
+    """A module, so that layer numbers match those in files."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return kernels.relu(x)
 
 
-class RepeatPixels(nn.Module):
-    """As `Relu`."""
+class UpsampleNearest(nn.Module):
+    """A module, so that layer numbers match those in files."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return kernels.upsample_nearest_2x(x)
 
 
 class Block(nn.Module):
-    """Three convolutions beside a skip connection."""
+    """Three convolutions with a skip connection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -124,8 +124,8 @@ class Block(nn.Module):
         return kernels.relu(h + x)
 
 
-class Layers(nn.Module):
-    """One after the other, numbered."""
+class Sequential(nn.Module):
+    """Layers in sequence, numbered as in files."""
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__()
@@ -137,32 +137,32 @@ class Layers(nn.Module):
         return x
 
 
-def _convolution(channels: int, *, stride: int = 1) -> Conv2d:
+def _conv3x3(channels: int, *, stride: int = 1) -> Conv2d:
     return Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
 
 
-def _encoder(config: AutoencoderTinyConfig) -> Layers:
+def _encoder(config: AutoencoderTinyConfig) -> Sequential:
     """Pixels in [0, 1] to latents: (B, H, W, in) -> (B, H/f, W/f, latent)."""
     width = config.encoder_block_out_channels[0]
     layers: list[nn.Module] = []
     for level, blocks in enumerate(config.num_encoder_blocks):
-        layers.append(_convolution(width, stride=2) if level else Conv2d(config.in_channels, width, 3, padding=1))
+        layers.append(_conv3x3(width, stride=2) if level else Conv2d(config.in_channels, width, 3, padding=1))
         layers += [Block(width) for _ in range(blocks)]
-    return Layers([*layers, Conv2d(width, config.latent_channels, 3, padding=1)])
+    return Sequential([*layers, Conv2d(width, config.latent_channels, 3, padding=1)])
 
 
-def _decoder(config: AutoencoderTinyConfig) -> Layers:
+def _decoder(config: AutoencoderTinyConfig) -> Sequential:
     """Latents to pixels in about [0, 1]: (B, h, w, latent) -> (B, f*h, f*w, out)."""
     width = config.decoder_block_out_channels[0]
     layers: list[nn.Module] = [Conv2d(config.latent_channels, width, 3, padding=1), Relu()]
     for blocks in config.num_decoder_blocks[:-1]:
-        layers += [*(Block(width) for _ in range(blocks)), RepeatPixels(), _convolution(width)]
+        layers += [*(Block(width) for _ in range(blocks)), UpsampleNearest(), _conv3x3(width)]
     layers += [Block(width) for _ in range(config.num_decoder_blocks[-1])]
-    return Layers([*layers, Conv2d(width, config.out_channels, 3, padding=1)])
+    return Sequential([*layers, Conv2d(width, config.out_channels, 3, padding=1)])
 
 
 class AutoencoderTiny(ScaledLatents):
-    """Convolutions and ReLU, no norms, no attention, no variances; images in [-1, 1], latents a denoiser's own."""
+    """Convolutions and ReLU, no variances; images in [-1, 1], latents as a denoiser sees them."""
 
     def __init__(self, config: AutoencoderTinyConfig | None = None):
         super().__init__()
@@ -171,7 +171,7 @@ class AutoencoderTiny(ScaledLatents):
         self.decoder = _decoder(self.config)
 
     def encode(self, pixels: mx.array) -> DiagonalGaussian:
-        """(B, H, W, C) in [-1, 1] -> (B, H/f, W/f, latent), a posterior that is a point."""
+        """(B, H, W, C) in [-1, 1] -> (B, H/f, W/f, latent), a point posterior."""
         return DiagonalGaussian.point(self.encoder(pixels * 0.5 + 0.5))
 
     def decode(self, latents: mx.array) -> mx.array:

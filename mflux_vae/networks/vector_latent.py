@@ -1,4 +1,4 @@
-"""A convolutional autoencoder whose latents are vectors: strided convolutions, two linear heads, and the way back."""
+"""A convolutional autoencoder with vector latents: strided convolutions, two linear heads, and the reverse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.kernels import leaky_relu
 from mflux_vae.kernels.overrides import overridable
-from mflux_vae.networks.config import OwnConfig
+from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.latent_scaling import ScaledConfig
 from mflux_vae.networks.layers import BatchNorm, Conv2d, TransposedConv2d
 from mflux_vae.posterior import DiagonalGaussian
@@ -22,23 +22,21 @@ NEGATIVE_SLOPE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatConfig(OwnConfig, ScaledConfig):
-    """What a `FlatAutoencoder` is made of.
+class FlatConfig(NetworkConfig, ScaledConfig):
+    """Configuration of `FlatAutoencoder`.
 
-    Every level halves the resolution, rounding up, and the decoder gives each size back: images of any size return in
-    that size, and nothing is padded or cropped.
+    Every level halves the resolution, rounding up; the decoder restores each size without padding or cropping.
 
     Attributes:
         in_channels, out_channels: channels of an image.
         hidden_dims: width of each level.
         latent_dim: length of a latent vector.
-        image_size: height and width of the images, in pixels; the linear layers know no other.
+        image_size: side of the images (pixels); fixed by the linear layers.
         batch_norm: whether convolutions are followed by batch normalisation.
-        upsampling: of the decoder: "transposed" convolutions, or "repeat"ed pixels and then a convolution.
-        last_conv: True: the decoder's last level keeps its width, and one more convolution makes the image. False: the
-            last level makes it.
-        output: what follows at last. With "sigmoid" the network's own range is [0, 1], inwards as outwards, otherwise
-            [-1, 1], which "tanh" keeps and "linear" does not; from outside it is always [-1, 1].
+        upsampling: "transposed" convolutions, or "repeat" (nearest neighbour) and convolutions.
+        last_conv: True: a further convolution after the last level outputs the image. False: the last level does.
+        output: output activation. With "sigmoid" the network works in [0, 1] internally, else in [-1, 1]; "linear" may
+            leave the range. `encode` and `decode` always use [-1, 1].
     """
 
     in_channels: int = 1
@@ -64,21 +62,23 @@ class FlatConfig(OwnConfig, ScaledConfig):
 
     NAME: ClassVar[str] = "FlatAutoencoder"
     vectors: ClassVar[bool] = True
-    """Latents have no height and width."""
+    scaling_factor: ClassVar[float] = 1.0
+    shift_factor: ClassVar[float | None] = None
+    force_upcast: ClassVar[bool] = False
 
     @property
     def latent_channels(self) -> int:
-        """Numbers in a latent."""
+        """Length of a latent."""
         return self.latent_dim
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent in each direction: all of the image's."""
+        """Pixels per latent in each direction: the image side."""
         return self.image_size
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Side of the image at every level, from the pixels' down to the lowest."""
+        """Side at every level, from full resolution to the lowest."""
         sizes = [self.image_size]
         for _ in self.hidden_dims:
             sizes.append((sizes[-1] + 1) // 2)
@@ -100,7 +100,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the resolution, or double it less one; `plain` without norm and activation."""
+    """Double the resolution to 2n or 2n - 1; `plain` omits norm and activation."""
 
     def __init__(self, in_channels: int, out_channels: int, *, transposed: bool, norm: bool, plain: bool = False):
         super().__init__()
@@ -127,12 +127,12 @@ class Up(nn.Module):
 @overridable
 def _heads(x: mx.array, mean: nn.Linear, logvar: nn.Linear) -> mx.array:
     """(B, s, s, C) -> latent moments, (B, 2 * latent)."""
-    x = x.transpose(0, 3, 1, 2).flatten(1)  # channels first, as torch flattens: weights are then the same
+    x = x.transpose(0, 3, 1, 2).flatten(1)  # channels first, as torch flattens
     return mx.concatenate([mean(x), logvar(x)], axis=-1)
 
 
 @overridable
-def _lowest_image(z: mx.array, linear: nn.Linear, channels: int, side: int) -> mx.array:
+def _unflatten(z: mx.array, linear: nn.Linear, channels: int, side: int) -> mx.array:
     """Latents (B, latent) -> (B, side, side, channels)."""
     x = linear(z.astype(linear.weight.dtype))
     return x.reshape(-1, channels, side, side).transpose(0, 2, 3, 1)
@@ -173,14 +173,14 @@ class Decoder(nn.Module):
             self.up.append(Up(widths[-1], config.out_channels, **settings, plain=True))
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = _lowest_image(z, self.linear, self._top, self._sizes[-1])
+        x = _unflatten(z, self.linear, self._top, self._sizes[-1])
         for level, size in zip(self.up, self._sizes[-2::-1], strict=True):
             x = level(x, size)
         return self.conv_out(x) if "conv_out" in self else x
 
 
 class FlatAutoencoder(nn.Module):
-    """Encoder and decoder around a diagonal Gaussian over vectors; images in [-1, 1], latents unscaled."""
+    """Encoder and decoder with a diagonal Gaussian posterior over vectors; images in [-1, 1], latents unscaled."""
 
     def __init__(self, config: FlatConfig | None = None):
         super().__init__()
@@ -197,30 +197,27 @@ class FlatAutoencoder(nn.Module):
         """(B, S, S, C) in [-1, 1] -> posterior over (B, latent).
 
         Raises:
-            ImageError: images of another size than the network's.
+            ImageError: images of another size.
         """
         size = self.config.image_size
         if pixels.shape[1:3] != (size, size):
-            raise ImageError(f"this autoencoder is for images of {size} x {size}, not {_x(pixels)}: resize them")
+            height, width = pixels.shape[1:3]
+            raise ImageError(f"this autoencoder takes images of {size} x {size}, not {height} x {width}; resize them")
         if self.config.output == "sigmoid":
             pixels = pixels * 0.5 + 0.5
         return DiagonalGaussian.from_moments(self.encoder(pixels))
 
     def decode(self, latents: mx.array) -> mx.array:
-        """(B, latent) -> (B, S, S, C) in [-1, 1], about so where the output is linear."""
+        """(B, latent) -> (B, S, S, C) in [-1, 1]; about that range with linear output."""
         x = self.decoder(latents)
         if self.config.output == "sigmoid":
             return kernels.sigmoid(x) * 2 - 1
         return kernels.tanh(x) if self.config.output == "tanh" else x
 
     def to_scaled(self, latents: mx.array) -> mx.array:
-        """Latents as they are: (B, latent)."""
+        """Return latents (B, latent) unchanged."""
         return latents
 
     def from_scaled(self, latents: mx.array) -> mx.array:
-        """Latents as they are: (B, latent)."""
+        """Return latents (B, latent) unchanged."""
         return latents
-
-
-def _x(pixels: mx.array) -> str:
-    return f"{pixels.shape[1]} x {pixels.shape[2]}"

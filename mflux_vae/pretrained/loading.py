@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.call_log import log
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.networks.laq import LatentActionQuantizer
 from mflux_vae.pretrained import detect
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.locate import (
@@ -95,7 +96,7 @@ def open_network(
     if opened.assumed:
         log.warning("%s", opened.assumed)
     network: Any = _built(opened)
-    if getattr(network.config, "pairs", False) and not pairs:
+    if isinstance(network, LatentActionQuantizer) and not pairs:
         what = f"a {opened.family}, which takes pairs of frames and not images"
         raise WeightsError(f"{opened.where}: {what}; mflux-vae compare takes it")
     tensors = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
@@ -246,5 +247,5 @@ def _complete(tensors: Mapping[str, mx.array], network: nn.Module) -> dict[str, 
 
 def _dtype(network: Any, asked: mx.Dtype | None) -> mx.Dtype:
     dtype = compute_dtype(asked)
-    overflows = dtype == mx.float16 and getattr(network.config, "force_upcast", False)
+    overflows = dtype == mx.float16 and network.config.force_upcast
     return mx.float32 if overflows else dtype

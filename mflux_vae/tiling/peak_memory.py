@@ -53,7 +53,7 @@ def peak_bytes(
     height, width = max(height // factor, 1), max(width // factor, 1)
     function = function_of(network, what)
     cell, channels = (factor, network.config.in_channels) if what == "encode" else (1, network.config.latent_channels)
-    if getattr(network.config, "vectors", False):
+    if network.config.vectors:
         if tiling is not None:
             raise SettingsError(WHOLE)
         return _in_one_piece(function, (batch, *(cell, cell) * (what == "encode"), channels))[0]

@@ -44,7 +44,7 @@ def plan(
     Raises:
         SettingsError: asked for something else, or for tiles of a network whose latents are vectors.
     """
-    if getattr(network.config, "vectors", False):
+    if network.config.vectors:
         if asked:
             raise SettingsError(WHOLE)
         return None

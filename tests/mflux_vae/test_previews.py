@@ -24,7 +24,7 @@ class Linear:
 
     def __init__(self, channels: int = 3):
         self.latent_channels = 4 * channels
-        self.config = SimpleNamespace(in_channels=channels, to_dict=dict)
+        self.config = SimpleNamespace(in_channels=channels, to_dict=dict, vectors=False)
         self.network = small_kl()
         self.decoded = 0
         rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(self.latent_channels,) * 2))[0]

@@ -80,8 +80,8 @@ def test_the_second_frame_depends_on_codes_and_on_the_first(network: Any) -> Non
     assert mx.abs(network.decode(frames(1, 1), mx.array([[0, 0, 0, 0]])) - made[0]).max() > 1e-2
 
 
-def test_what_is_no_pair_is_refused(network: Any) -> None:
-    with pytest.raises(ImageError, match=r"are \(1, 32, 32, 3\) and \(2, 32, 32, 3\)"):
+def test_mismatched_frames_are_refused(network: Any) -> None:
+    with pytest.raises(ImageError, match=r"frames of a pair"):
         network.encode(frames(0, 1), frames(1, 2))
     with pytest.raises(ImageError, match=r"expected \(B, 32, 32, 3\)"):
         network.encode(frames(0, size=40), frames(1, size=40))
@@ -93,7 +93,7 @@ def test_what_is_no_pair_is_refused(network: Any) -> None:
 def test_numbers_of_codes_follow_from_patches() -> None:
     assert (code_counts(8), code_counts(16), code_counts(32), code_counts(5)) == ([1, 4], [16, 64], [256], [])
     assert code_counts(8, [3, 3]) == [4] and code_counts(8, [3, 4]) == [1] and code_counts(16, [3]) == [64]
-    with pytest.raises(SettingsError, match="8 x 8 patches make 1 or 4 of codes, not code_seq_len 2"):
+    with pytest.raises(SettingsError, match="code_seq_len"):
         LAQConfig(code_seq_len=2)
     with pytest.raises(SettingsError, match="do not fill"):
         LAQConfig(patch_size=48)

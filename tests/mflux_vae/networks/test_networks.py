@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, ImageError, PlainAutoencoder, PlainConfig, SettingsError
 from mflux_vae.networks import plain
-from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchified, unpatchified
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify, unpatchify
 from mflux_vae.networks.layers import LinearAttention, avg_pool_2x
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.pretrained.families import FAMILIES
@@ -164,9 +164,9 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
         ({"latents_mean": [0.0] * 3}, "latents_mean has 3 values for 4 channels"),
         ({"norm_num_groups": 3}, "multiples of norm_num_groups"),
         ({"block_out_channels": []}, "block_out_channels"),
-        ({"block_out_channels": 128}, "wrong type"),
-        ({"block_out_channels": ["128"] * 4}, "wrong type"),
-        ({"latent_channels": "4"}, "wrong type"),
+        ({"block_out_channels": 128}, "invalid"),
+        ({"block_out_channels": ["128"] * 4}, "invalid"),
+        ({"latent_channels": "4"}, "invalid"),
         ({"down_block_types": ["DownEncoderBlock2D"]}, "1 down_block_types for 4"),
         ({"decoder_block_out_channels": [128, 256]}, "differ in length, 4 and 2"),
         ({"decoder_block_out_channels": [96, 192, 384, 100]}, "decoder_block_out_channels"),
@@ -180,7 +180,7 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
         ({"layers_per_block": 0}, "layers_per_block must be positive"),
     ],
 )
-def test_what_the_network_has_not_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_unsupported_configurations_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         AutoencoderKLConfig.from_dict({**AutoencoderKLConfig().to_dict(), **changes})
 
@@ -210,7 +210,7 @@ def test_attention_beyond_the_levels_is_refused(name: str) -> None:
         ({"num_encoder_blocks": [1, 3]}, "not one per level"),
         ({"num_decoder_blocks": [3, 1], "decoder_block_out_channels": [64, 64]}, "differ in length"),
         ({"latent_channels": 0}, "latent_channels must be positive"),
-        ({"num_encoder_blocks": 3}, "wrong type"),
+        ({"num_encoder_blocks": 3}, "invalid"),
         ({"scaling_factor": 0}, "scaling_factor"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_tiny_configuration_is_checked(changes: dict[str, Any], told: str) -> 
     [
         ({"patch_size": [2, 3]}, "patch_size"),
         ({"patch_size": [2]}, "patch_size"),
-        ({"block_out_channels": 128}, "wrong type"),
+        ({"block_out_channels": 128}, "invalid"),
     ],
 )
 def test_a_flux2_configuration_is_checked(changes: dict[str, Any], told: str) -> None:
@@ -232,8 +232,8 @@ def test_a_flux2_configuration_is_checked(changes: dict[str, Any], told: str) ->
         AutoencoderKLFlux2Config.from_dict({**AutoencoderKLFlux2Config().to_dict(), **changes})
 
 
-def test_flux2_is_not_scaled_by_a_factor() -> None:
-    with pytest.raises(SettingsError, match="scaling_factor, latents_mean have no part"):
+def test_flux2_refuses_scaling_factors() -> None:
+    with pytest.raises(SettingsError, match="latents_mean"):
         AutoencoderKLFlux2Config(scaling_factor=0.3, latents_mean=(0.0,) * 32)
     hub = {"_class_name": "AutoencoderKLFlux2", "force_upcast": True, "scaling_factor": 0.18215, "shift_factor": None}
     assert AutoencoderKLFlux2Config.from_dict(hub) == AutoencoderKLFlux2Config()
@@ -243,7 +243,7 @@ def test_flux2_is_not_scaled_by_a_factor() -> None:
     ("changes", "told"),
     [
         ({"depth": 3}, "depth"),
-        ({"channels": 64}, "not its configuration"),
+        ({"channels": 64}, "invalid"),
         ({"channels": [64, 0]}, "positive"),
         ({"channels": []}, "positive"),
         ({"in_channels": 0}, "in_channels must be positive"),
@@ -373,13 +373,13 @@ def test_pooling_averages_every_four_pixels(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(avg_pool_2x(x), expected, rtol=0, atol=1e-6)
 
 
-def test_patches_there_and_back() -> None:
+def test_patchify_round_trip() -> None:
     x = mx.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    patches = patchified(x, 2)
-    assert mx.array_equal(unpatchified(patches, 2), x)
+    patches = patchify(x, 2)
+    assert mx.array_equal(unpatchify(patches, 2), x)
     assert patches[1, 1, 2].tolist() == [x[1, 2 + i, 4 + j, c].item() for c in range(3) for i in (0, 1) for j in (0, 1)]
-    with pytest.raises(ImageError, match="3 x 4 are no patches of 2 x 2"):
-        patchified(mx.zeros((1, 3, 4, 2)), 2)
+    with pytest.raises(ImageError, match="3 x 4"):
+        patchify(mx.zeros((1, 3, 4, 2)), 2)
 
 
 def test_running_statistics_are_no_weights() -> None:
@@ -457,12 +457,12 @@ def test_a_ddconfig_inside_of_others(wrapped: dict[str, Any], changes: dict[str,
     ("ddconfig", "told"),
     [
         ({"ch": 128}, "out_ch, num_res_blocks, in_channels, resolution, z_channels missing"),
-        ({**SEED, "n_embed": 8192}, "n_embed not known"),
+        ({**SEED, "n_embed": 8192}, "n_embed"),
         ({**SEED, "tanh_out": True}, "tanh_out not supported"),
         ({**SEED, "attn_type": "local"}, "attn_type 'local' not supported"),
-        ({**SEED, "ch": "128"}, "wrong type"),
+        ({**SEED, "ch": "128"}, "invalid"),
         ({**SEED, "ch": 100}, "multiples of norm_num_groups"),
-        ({"model": None}, "expected a mapping, not None"),
+        ({"model": None}, "mapping"),
         ({"model": {"params": {}}}, "missing"),
     ],
 )

@@ -244,7 +244,7 @@ def test_smaller_images_are_padded_and_cropped_and_larger_ones_refused():
     padded = mx.pad(image, [(0, 0), (0, 0), (0, 2), (0, 1)], mode="edge")
     np.testing.assert_allclose(vae.encode(image), vae.encode(padded), atol=1e-6)
     assert vae(image)[0].shape == (1, 1, 5, 6)
-    with pytest.raises(ImageError, match="7 x 7, not 8 x 8: resize"):
+    with pytest.raises(ImageError, match="7 x 7"):
         vae.encode(mx.zeros((1, 1, 8, 8)))
     with pytest.raises(ImageError, match=r"expected \(B, 3\)"):
         vae.decode(mx.zeros((1, 3, 1, 1)))

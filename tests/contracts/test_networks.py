@@ -1,0 +1,31 @@
+"""Every network of the component keeps the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.nn as nn
+import pytest
+
+from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
+from mflux_vae.pretrained.families import FAMILIES
+from tests.contracts.network_contract import check_network
+from tests.mflux_vae.small_models import drawn, small_flux2, small_kl, small_plain, small_tiny
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "AutoencoderKL": small_kl,
+    "AutoencoderKLFlux2": small_flux2,
+    "AutoencoderTiny": small_tiny,
+    "PlainAutoencoder": small_plain,
+    "FlatAutoencoder": lambda: drawn(FlatAutoencoder(FlatConfig(hidden_dims=(8, 16), image_size=32, latent_dim=3))),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name: str) -> None:
+    check_network(NETWORKS[name](), side=32)
+
+
+def test_every_autoencoder_is_covered() -> None:
+    """LatentActionQuantizer encodes pairs of frames and is not an autoencoder of images."""
+    assert set(NETWORKS) == set(FAMILIES) - {"LatentActionQuantizer"}
