@@ -389,7 +389,7 @@ def test_a_broken_picture(settings, instance_dir):
 def test_a_broken_class_picture(settings, tmp_path):
     (tmp_path / "dogs").mkdir()
     (tmp_path / "dogs" / "one.jpg").write_bytes(b"not a picture")
-    refused(settings(class_data_dir=str(tmp_path / "dogs")), r"one\.jpg is not a picture", ImageError)
+    refused(settings(class_data_dir=str(tmp_path / "dogs")), r"one\.jpg", ImageError)
 
 
 def test_a_resolution_that_does_not_fit(settings):
