@@ -40,51 +40,21 @@ RESUMABLE_CHANGES = frozenset(
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths in an output folder."""
 
-    root: Path
-
-    @property
-    def adapter(self) -> Path:
-        return self.root / "pytorch_lora_weights.safetensors"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "samples"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def loss_curve(self) -> Path:
-        return self.root / "loss.png"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "train.log"
-
-    @property
-    def settings(self) -> Path:
-        return self.root / "settings.yaml"
-
-    @property
-    def card(self) -> Path:
-        return self.root / "README.md"
-
-    @property
-    def encodings(self) -> Path:
-        return self.root / "encodings"
-
-    @property
-    def identity(self) -> Path:
-        return self.root / "run.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.adapter = root / "pytorch_lora_weights.safetensors"
+        self.samples = root / "samples"
+        self.metrics = root / "metrics.jsonl"
+        self.loss_curve = root / "loss.png"
+        self.report = root / "report.html"
+        self.log = root / "train.log"
+        self.settings = root / "settings.yaml"
+        self.card = root / "README.md"
+        self.encodings = root / "encodings"
+        self.identity = root / "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 
 
 def subject(index: int) -> np.ndarray:
-    """A 16 px picture: orange above purple, a little different each time."""
+    """A 16 px wide image, orange above purple; slightly different for each index."""
     picture = np.zeros((20, 16, 3), dtype=np.uint8)
     picture[:10], picture[10:] = (255, 140 + index, 0), (128, 0, 120 + index)
     return picture
@@ -16,7 +16,7 @@ def subject(index: int) -> np.ndarray:
 
 @pytest.fixture
 def instance_dir(tmp_path):
-    """Five pictures of a subject, and a file that is none."""
+    """A folder with five images and another file."""
     folder = tmp_path / "instance"
     for index in range(5):
         save_image(folder / f"picture-{index}.png", subject(index))
@@ -26,7 +26,7 @@ def instance_dir(tmp_path):
 
 @pytest.fixture
 def short_run(instance_dir, tmp_path):
-    """Makes settings of a few updates on the fake pipeline."""
+    """Makes settings of a short run on the fake pipeline."""
 
     def make(**changes) -> DreamBoothSettings:
         given = {

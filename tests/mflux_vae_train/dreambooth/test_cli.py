@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it exits, and that it answers at once."""
+"""The command line: output, exit status, start-up time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.program import answered
 
 @pytest.fixture
 def run(instance_dir, tmp_path, monkeypatch, capsys):
-    """Runs the command line on the fake pipeline; gives back exit status, standard output, standard error."""
+    """Run the command on the fake pipeline; returns exit status, standard output and standard error."""
     monkeypatch.setattr(registry, "open_pipeline", lambda model, **_: FakePipeline())
 
     def main(*flags: str, instance=instance_dir, prompt="a photo of sks dog"):
@@ -45,7 +45,7 @@ def run(instance_dir, tmp_path, monkeypatch, capsys):
     return main
 
 
-def test_it_trains_and_says_what_it_does(run, tmp_path):
+def test_trains_and_logs_the_settings(run, tmp_path):
     status, out, err = run()
     assert status == 0, err
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
@@ -65,7 +65,7 @@ def test_it_trains_and_says_what_it_does(run, tmp_path):
         (["--with_prior_preservation", "--instance_prompt=a photo of xyz"], "needs --class_prompt"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(run, tmp_path, flags, message):
+def test_bad_input_prints_one_line_and_exits_2(run, tmp_path, flags, message):
     status, _, err = run(*flags)
     assert status == 2
     (line,) = err.splitlines()
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_are_checked_before_weights_are_read(run, monkeypatch, instance_dir):
+def test_files_are_checked_before_a_pipeline_is_opened(run, monkeypatch, instance_dir):
     def opens(model, **_):
         raise AssertionError("the pipeline was opened")
 
@@ -109,7 +109,7 @@ def test_exit_codes(run, monkeypatch, error, expected, words):
     assert status == expected and line.startswith(f"mflux-train-dreambooth: {words}")
 
 
-def test_warnings_are_one_line(run, monkeypatch):
+def test_warnings_print_one_line(run, monkeypatch):
     def opens(model, **_):
         warnings.warn("a plugin is broken", stacklevel=1)
         return FakePipeline()
@@ -122,13 +122,13 @@ def test_warnings_are_one_line(run, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fast BLAS is opened on Linux only")
-def test_a_missing_blas_is_one_line():
+def test_a_missing_blas_prints_one_line():
     code = "import sys; from mflux_vae_train.dreambooth import cli; sys.exit(cli.main(['--no_such_flag']))"
     environment = {**os.environ, "MFLUX_VAE_BLAS": "none"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     *before, mistake = result.stderr.splitlines()
     assert result.returncode == 2 and "unknown flag --no_such_flag" in mistake
-    assert len(before) == (1 if device.is_cpu() else 0)  # CUDA computes without it
+    assert len(before) == (1 if device.is_cpu() else 0)  # CUDA needs none
     assert all(line.startswith("warning: MLX has no fast BLAS") for line in before)
 
 
@@ -144,7 +144,7 @@ def test_settings_written_by_a_run_are_a_config(run, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-def test_help_answers_at_once_and_imports_nothing_heavy():
+def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys; from mflux_vae_train.dreambooth.cli import main\n"
         "try: main(['--help'])\n"
@@ -170,11 +170,11 @@ sys.exit(cli.main())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path):
+def test_a_signal_saves_a_checkpoint(instance_dir, tmp_path):
     out = tmp_path / "out"
     flags = ["--model=fake", f"--instance_data_dir={instance_dir}", "--instance_prompt=a photo of sks dog"]
     flags += [f"--output_dir={out}", "--max_train_steps=1000000", "--num_class_images=1"]
-    flags += ["--checkpointing_steps=1000000"]  # however many it makes before the signal comes
+    flags += ["--checkpointing_steps=1000000"]  # none before the signal
     process = subprocess.Popen([sys.executable, "-c", SLOW, *flags], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
@@ -190,7 +190,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(instance_dir, tmp_path):
     assert len(list(out.glob("checkpoint-*"))) == 1
 
 
-def test_a_missing_tracker_is_said_before_weights_are_read(run, monkeypatch, tmp_path):
+def test_a_missing_tracker_is_refused_before_a_pipeline_is_opened(run, monkeypatch, tmp_path):
     def opens(model, **_):
         raise AssertionError("the pipeline was opened")
 
@@ -201,7 +201,7 @@ def test_a_missing_tracker_is_said_before_weights_are_read(run, monkeypatch, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flag_of_other_scripts_without_effect_is_said_and_the_run_goes_on(run):
+def test_ignored_flags_are_logged_and_the_run_continues(run):
     status, _, err = run("--dry_run", "--allow_tf32", "--local_rank", "0", "--mixed-precision=bf16")
     assert status == 0
     said = [line.split(": ")[1] for line in err.splitlines() if "has no effect" in line]

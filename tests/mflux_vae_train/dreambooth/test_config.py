@@ -1,4 +1,4 @@
-"""Settings: what is refused, and what is made of what is given."""
+"""Validation and conversion of settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEEDED = {"model": "tiny", "instance_data_dir": "pictures", "instance_prompt": "
         ("rank", 0, "at least 1"),
     ],
 )
-def test_a_wrong_value_is_refused_with_flag_value_and_what_is_allowed(name: str, value: object, allowed: str) -> None:
+def test_errors_name_flag_value_and_allowed_values(name: str, value: object, allowed: str) -> None:
     with pytest.raises(SettingsError) as caught:
         DreamBoothSettings(**(NEEDED | {name: value}))
     assert f"--{name}" in str(caught.value)
@@ -38,7 +38,7 @@ def test_a_wrong_value_is_refused_with_flag_value_and_what_is_allowed(name: str,
     assert "\n" not in str(caught.value)
 
 
-def test_empty_texts_and_adapter_flags_in_full_mode_are_refused() -> None:
+def test_empty_prompts_and_adapter_flags_in_full_mode_are_refused() -> None:
     with pytest.raises(SettingsError, match="instance_prompt is empty"):
         DreamBoothSettings(**(NEEDED | {"instance_prompt": "  "}))
     with pytest.raises(SettingsError, match="class_prompt is empty"):
@@ -55,27 +55,27 @@ def test_empty_texts_and_adapter_flags_in_full_mode_are_refused() -> None:
         {"output_dir": "out", "class_data_dir": Path("out")},
     ],
 )
-def test_folders_that_would_take_each_others_pictures_are_refused(folders: dict) -> None:
+def test_one_folder_for_two_purposes_is_refused(folders: dict) -> None:
     with pytest.raises(SettingsError, match="are the same folder") as caught:
         DreamBoothSettings(**(NEEDED | folders))
     assert all(f"--{name}" in str(caught.value) for name in list(folders)[-1:])
     DreamBoothSettings(**NEEDED, output_dir="pictures/out", class_data_dir="pictures/out/class")
 
 
-def test_whole_numbers_become_floats_and_paths_text() -> None:
+def test_integers_become_floats_and_paths_become_strings() -> None:
     settings = DreamBoothSettings(**(NEEDED | {"instance_data_dir": Path("a/b"), "guidance": 7}))
     assert settings.instance_data_dir == "a/b"
     assert isinstance(settings.guidance, float)
 
 
-def test_settings_are_frozen_and_every_one_has_help() -> None:
+def test_settings_are_frozen_and_have_help() -> None:
     settings = DreamBoothSettings(**NEEDED)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1  # type: ignore[misc]
     assert all(field.metadata["help"] for field in dataclasses.fields(settings))
 
 
-def test_an_optimizer_may_be_written_as_in_other_programs() -> None:
+def test_optimizer_names_ignore_case() -> None:
     assert DreamBoothSettings(**NEEDED, optimizer="AdamW").optimizer == "adamw"
     for given in ({"use_8bit_adam": True}, {"optimizer": "AdamW8bit"}):
         assert DreamBoothSettings(**(NEEDED | given)).optimizer == "adamw8bit"

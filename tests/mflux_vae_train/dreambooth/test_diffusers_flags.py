@@ -1,4 +1,4 @@
-"""Flags that users of diffusers' DreamBooth scripts know: each is a setting under its name, or said to do nothing."""
+"""Each flag of diffusers' DreamBooth scripts is a setting of the same name, or is ignored with a reason."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ FLUX = {
     "image_interpolation_mode": "lanczos", "max_sequence_length": "512", "prior_generation_precision": "bf16",
     "push_to_hub": True, "text_encoder_lr": "5e-6", "train_text_encoder": True, "upcast_before_saving": True,
     "caption_dropout": "0.1", "use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "64,64;64,48",
-    # of the scripts for Stable Diffusion
+    # scripts for Stable Diffusion
     "noise_offset": "0.1", "offset_noise": True, "output_kohya_format": True, "pre_compute_text_embeddings": True,
     "set_grads_to_none": True, "snr_gamma": "5", "text_encoder_use_attention_mask": True, "tokenizer_max_length": "77",
     "tokenizer_name": "x", "use_dora": True, "validation_steps": "9", "class_labels_conditioning": "x",
     "validation_scheduler": "x", "skip_save_text_encoder": True, "validation_images": "x",
     "num_dataloader_workers": "1",
 }  # fmt: skip
-"""What a user might give; True where the flag takes no value."""
+"""Example values; True for flags without a value."""
 
 FIELDS = {
     name: field for field in dataclasses.fields(DreamBoothSettings) for name in (field.name, *field.metadata["aliases"])
@@ -53,7 +53,7 @@ HINTS = typing.get_type_hints(DreamBoothSettings)
 
 
 @pytest.mark.parametrize("name", FLUX)
-def test_every_flag_is_a_setting_or_does_nothing_and_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_diffusers_flag_is_a_setting_or_ignored(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     value = FLUX[name]
     words = [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -78,6 +78,6 @@ def test_every_flag_is_a_setting_or_does_nothing_and_says_so(name: str, caplog: 
         assert found == kind(value)
 
 
-def test_reasons_are_one_line_and_say_something() -> None:
+def test_reasons_are_one_line() -> None:
     for name, reason in IGNORED_FLAGS.items():
         assert len(reason) > 15 and "\n" not in reason and not reason.endswith("."), name

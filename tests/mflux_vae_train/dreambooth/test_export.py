@@ -1,4 +1,4 @@
-"""What a run is told about its adapter, and what it leaves: files for other programs, a whole pipeline, a card."""
+"""Adapter options, and exports: kohya's naming, fused pipeline, model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture
 def settings(instance_dir, tmp_path):
-    """Settings of a run of four updates without pictures; keyword arguments change them."""
+    """Settings of a run of four updates without previews; keyword arguments change them."""
 
     def make(out="out", **changes) -> DreamBoothSettings:
         given = {
@@ -50,7 +50,7 @@ def adapted(pipeline):
     return sorted(lora.layers(pipeline.denoiser))
 
 
-def test_layers_can_be_named(settings):
+def test_lora_layers_accepts_names_and_patterns(settings):
     DreamBooth(named := FakePipeline()).train(settings("named", lora_layers="to_out"))
     assert adapted(named) == ["blocks.0.to_out"]
     DreamBooth(every := FakePipeline()).train(settings("every", lora_layers="all"))
@@ -63,13 +63,13 @@ def test_layers_can_be_named(settings):
         DreamBooth(FakePipeline()).train(settings("preset", lora_layers="attention"))
 
 
-def test_a_preset_is_the_pipelines(settings, tmp_path):
+def test_lora_layers_accepts_presets_of_the_pipeline(settings, tmp_path):
     pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
     DreamBooth(pipeline).train(settings(lora_layers="attention", max_train_steps=1))
     assert adapted(pipeline) and all(".attn." in path for path in adapted(pipeline))
 
 
-def test_training_goes_on_from_an_adapter(settings, tmp_path):
+def test_training_starts_from_an_adapter(settings, tmp_path):
     first = DreamBooth(before := FakePipeline()).train(settings("first", rank=3, lora_alpha=6.0)).result
     start = str(first)
     DreamBooth(after := FakePipeline()).train(settings("second", lora_weights=start, learning_rate=1e-6))
@@ -84,7 +84,7 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
         settings("third", lora_weights=start, lora_layers="all")
     with pytest.raises(WeightsError, match="no such"):
         DreamBooth(FakePipeline()).train(settings("third", lora_weights=str(tmp_path / "none.safetensors")))
-    # another adapter under the same name is another run
+    # another adapter in the same file is another run
     assert DreamBooth(FakePipeline()).train(settings("second", lora_weights=start, learning_rate=1e-6)).updates == 0
     DreamBooth(FakePipeline()).train(settings("other", rank=3, lora_alpha=6.0, seed=1))
     shutil.copy(tmp_path / "other" / ADAPTER, first)
@@ -93,7 +93,7 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"use_dora": True}])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, settings, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(changes, settings, tmp_path, monkeypatch):
     given = {"checkpointing_steps": 2, "lora_dropout": 0.2, **changes}
     DreamBooth(FakePipeline()).train(settings("whole", **given))
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -103,13 +103,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(changes, settings, tmp_
     assert_equal_adapters(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_all_is_left_for_other_programs(settings, tmp_path):
+def test_exports_for_other_programs(settings, tmp_path):
     given = {"output_kohya_format": True, "fuse": True, "num_validation_images": 1, "resolution": 32}
     pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED)
     base = dict(tree_flatten(small_pipeline(tmp_path / "parts").denoiser.parameters()))
     out = DreamBooth(pipeline).train(settings(**given, learning_rate=3e-2)).result.parent
 
-    # the fused pipeline: what the adapter says, added to the base
+    # fused pipeline: base weights plus adapter
     tensors, _ = read_safetensors(out / ADAPTER)
     fused = dict(tree_flatten(FluxPipeline.from_pretrained(out / FUSED).denoiser.parameters()))
     moved = {}
@@ -129,7 +129,7 @@ def test_all_is_left_for_other_programs(settings, tmp_path):
     assert metadata["modelspec.architecture"] == "flux-1-schnell/lora" and metadata["ss_network_dim"] == "4"
     assert metadata["modelspec.trigger_phrase"] == "a photo of sks dog"
 
-    # the card
+    # model card
     text = (out / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["instance_prompt"] == "a photo of sks dog" and {"lora", "text-to-image"} <= set(front["tags"])
@@ -140,7 +140,7 @@ def test_all_is_left_for_other_programs(settings, tmp_path):
         assert words in text
 
 
-def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
+def test_model_card_names_base_model_and_programs(settings, tmp_path):
     base_model = "black-forest-labs/FLUX.1-schnell"
     pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, base_model=base_model)
     out = DreamBooth(pipeline).train(settings(max_train_steps=1, use_dora=True)).result.parent
@@ -151,7 +151,7 @@ def test_a_published_base_model_is_named_and_who_reads_dora(settings, tmp_path):
     assert f"https://huggingface.co/{base_model}" in text
 
 
-def test_the_adapter_is_there_before_the_last_preview(settings, tmp_path, monkeypatch):
+def test_adapter_is_saved_before_the_last_preview(settings, tmp_path, monkeypatch):
     there = {}
 
     def look(self, updates):
@@ -162,7 +162,7 @@ def test_the_adapter_is_there_before_the_last_preview(settings, tmp_path, monkey
     assert there == {0: False, 4: True}
 
 
-def test_what_the_pipeline_cannot_leave_is_refused_before_anything_begins(settings):
+def test_unsupported_exports_are_refused_early(settings):
     with pytest.raises(SettingsError, match="cannot save itself"):
         DreamBooth(FakePipeline()).train(settings(fuse=True))
     with pytest.raises(SettingsError, match="does not know the names"):
@@ -172,14 +172,14 @@ def test_what_the_pipeline_cannot_leave_is_refused_before_anything_begins(settin
             settings(train_mode="full", **given)
 
 
-def test_a_quantised_base_is_not_fused(settings, tmp_path):
+def test_fusing_into_a_quantized_model_is_refused(settings, tmp_path):
     pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
     pipeline.quantize(8)
     with pytest.raises(SettingsError, match="quantized"):
         DreamBooth(pipeline).train(settings(fuse=True))
 
 
-def test_names_that_kohya_has_not_are_refused(settings, tmp_path):
+def test_layers_without_a_kohya_name_are_refused(settings, tmp_path):
     pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
     with pytest.raises(SettingsError, match="no names for context_embedder"):
         DreamBooth(pipeline).train(settings(output_kohya_format=True, lora_layers="all"))

@@ -1,4 +1,4 @@
-"""A host in thirty lines: a program that owns a pipeline and trains it through the entry point."""
+"""A host of thirty lines: a program that trains its pipeline through the entry point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.contracts.fake import FakePipeline
 
 
 def host(own_pipeline, pictures, output):
-    """Discovers the plugin, trains its own object, and gives back the path of the adapter."""
+    """Find the plugin, train a pipeline object, and return the path of the adapter."""
     (entry,) = entry_points(group="mflux.plugins", name="dreambooth")
     DreamBooth = entry.load()
     settings = DreamBooth.Settings(
@@ -30,7 +30,7 @@ def host(own_pipeline, pictures, output):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The entry point of this package; where it runs from a checkout, as its installer would register it."""
+    """The entry point of this package; registered by hand if it runs from a checkout."""
     if not entry_points(group="mflux.plugins", name="dreambooth"):
         metadata = tmp_path / "site" / "mflux_vae-0.dist-info"
         metadata.mkdir(parents=True)
@@ -45,12 +45,12 @@ def test_a_host_finds_the_plugin_and_trains_its_own_pipeline(installed, instance
     assert adapter.stat().st_size > 0
 
 
-def test_a_host_gets_one_line_for_a_mistake(installed, tmp_path):
+def test_a_host_gets_a_one_line_error(installed, tmp_path):
     with pytest.raises(SystemExit, match=r"training failed: .*nowhere does not exist"):
         host(FakePipeline(), tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_what_the_entry_point_offers_is_pinned():
+def test_public_names_of_the_plugin():
     assert plugin_module.__all__ == [
         "Conditioning",
         "DiffusionPipeline",
@@ -59,9 +59,9 @@ def test_what_the_entry_point_offers_is_pinned():
         "InputError",
         "Interrupted",
         "MfluxVaeError",
-        "TrainingResult",
         "PluginError",
         "Recommended",
         "RunError",
+        "TrainingResult",
     ]
     assert all(hasattr(plugin_module, name) for name in plugin_module.__all__)

@@ -32,7 +32,7 @@ from mflux_vae_train.dreambooth.planning.class_prompt import derive_class_prompt
         ("a dslr photo of xyz dog", "a dslr photo of a dog"),
     ],
 )
-def test_where_it_is_unambiguous(instance, expected):
+def test_unambiguous_prompts(instance, expected):
     assert derive_class_prompt(instance)[0] == expected
 
 
@@ -55,7 +55,7 @@ def test_where_it_is_unambiguous(instance, expected):
         ("", "no identifier"),
     ],
 )
-def test_where_it_is_not(instance, reason):
+def test_ambiguous_prompts(instance, reason):
     derived, why = derive_class_prompt(instance)
     assert derived is None
     assert reason in why

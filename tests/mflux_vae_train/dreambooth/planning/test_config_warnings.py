@@ -1,4 +1,4 @@
-"""What is remarked on in settings, and forbids nothing."""
+"""Warnings about settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved
 
 
-def test_documented_ranges_draw_advice_and_forbid_nothing():
+def test_settings_outside_usual_ranges_are_warnings():
     def drawn(**given):
         settings = DreamBoothSettings(
             model="fake", instance_data_dir="pictures", instance_prompt="a photo of sks dog", **given
@@ -33,7 +33,7 @@ def test_documented_ranges_draw_advice_and_forbid_nothing():
     assert sorted(line.split()[0] for line in drawn(**unusual)) == sorted(f"--{name}" for name in unusual)
 
 
-def test_settings_that_others_leave_without_effect_are_named():
+def test_settings_without_effect_are_warnings():
     def named(**given):
         return [line.split()[0] for line in resolved(**given).warnings if "no effect" in line]
 
@@ -55,12 +55,12 @@ def test_settings_that_others_leave_without_effect_are_named():
         ("prodigy_decouple", False, {"optimizer": "prodigy"}),
     ],
 )
-def test_what_one_schedule_or_optimizer_alone_looks_at(name, other, chosen_by):
+def test_settings_of_another_schedule_or_optimizer_are_warnings(name, other, chosen_by):
     assert not any(name in line for line in resolved(**{name: other}, **chosen_by).warnings)
     assert sum(line.startswith(f"--{name} has no effect") for line in resolved(**{name: other}).warnings) == 1
 
 
-def test_every_optimizer_looks_at_what_is_not_said_to_have_no_effect():
+def test_warnings_agree_with_the_options_of_each_optimizer():
     names = ("adam_beta1", "adam_beta2", "adam_epsilon")
     for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
         run = resolved(optimizer=optimizer, **dict.fromkeys(names, 0.5))

@@ -1,4 +1,4 @@
-"""What a run says that it will take, what it refuses, and how micro-batches are found; runs over quantised bases."""
+"""Memory estimate, memory limit, automatic batch size; runs on quantized models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLE = WEIGHTS.parent / "example"
 
 
 class Weighed(FakePipeline):
-    """A pipeline that says what it takes: 1 GB, and for each sample in a pass 1 GB; half of it where it recomputes."""
+    """A pipeline that estimates 1 GB plus 1 GB per sample in a pass, or 0.5 GB with gradient checkpointing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ def told(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
-# what is said
+# estimates
 
 
-def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, monkeypatch) -> None:
+def test_the_estimate_is_logged_before_weights_are_read(settings, caplog, monkeypatch) -> None:
     looked = []
     monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e7)
     monkeypatch.setattr(
@@ -79,14 +79,14 @@ def test_a_run_says_its_estimate_before_weights_are_looked_at(settings, caplog, 
     assert "time: at least 8 min, of which 100 s before the first update and 3 min per update" in looked[0]
 
 
-def test_a_bound_of_seconds_is_not_worth_telling(settings, caplog, monkeypatch) -> None:
+def test_short_times_are_not_logged(settings, caplog, monkeypatch) -> None:
     monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda: 1e9)
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings(dry_run=True))
     assert "estimated peak memory" in told(caplog) and "time:" not in told(caplog)
 
 
-def test_after_the_first_update_it_is_compared_with_what_that_took(settings, caplog, monkeypatch) -> None:
+def test_the_first_update_is_compared_with_the_estimate(settings, caplog, monkeypatch) -> None:
     peaks = iter([2 * GB, 5 * GB, 7 * GB])
     monkeypatch.setattr(memory_estimate.mx, "get_peak_memory", lambda: next(peaks))
     made = memory_estimate.Estimate(
@@ -108,13 +108,13 @@ def test_after_the_first_update_it_is_compared_with_what_that_took(settings, cap
     assert "used at most 6.0 GB of memory at its peak (estimated: 4.0 GB)" in told(caplog) and len(caplog.records) == 1
 
 
-def test_a_run_says_what_its_first_update_took(settings, caplog) -> None:
+def test_a_run_logs_the_memory_of_its_first_update(settings, caplog) -> None:
     with caplog.at_level(logging.INFO):
         DreamBooth(Weighed()).train(settings())
     assert told(caplog).count("the first update used") == 1
 
 
-def test_a_dry_run_says_it_and_looks_at_nothing(settings, caplog, tmp_path) -> None:
+def test_a_dry_run_logs_the_estimate_and_reads_no_weights(settings, caplog, tmp_path) -> None:
     pipeline = Weighed()
     with caplog.at_level(logging.INFO):
         DreamBooth(pipeline).train(settings(dry_run=True, memory_limit=1.6))
@@ -135,12 +135,12 @@ def test_a_published_model_is_estimated_without_a_download(settings, caplog, mon
     assert "--guidance 7.5: this model was distilled" in said
 
 
-def test_guidance_is_no_matter_where_a_model_has_it(settings) -> None:
+def test_guidance_is_no_warning_for_a_guided_model(settings) -> None:
     made = resolved_from(settings(guidance=7.5), flux1.load("dev").recommended)
     assert not any("distilled" in line for line in made.warnings)
 
 
-def test_a_run_beyond_its_limit_is_refused_with_what_would_help(settings, tmp_path) -> None:
+def test_a_run_beyond_the_limit_is_refused_with_flags_that_help(settings, tmp_path) -> None:
     with pytest.raises(SettingsError, match=r"--memory_limit 1\.6: training takes .*--gradient_checkpointing \(1\.5"):
         DreamBooth(Weighed()).train(settings(memory_limit=1.6))
     with pytest.raises(SettingsError, match="no flag"):
@@ -148,7 +148,7 @@ def test_a_run_beyond_its_limit_is_refused_with_what_would_help(settings, tmp_pa
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
+def test_the_estimated_workload_is_the_run(settings) -> None:
     pipeline = Weighed()
     DreamBooth(pipeline).train(settings(gradient_checkpointing=True, optimizer="lion", rank=3, memory_limit=10))
     assert pipeline.recomputes is True
@@ -158,7 +158,7 @@ def test_what_is_asked_for_is_what_is_estimated_and_done(settings) -> None:
 
 
 @pytest.mark.parametrize(("small", "cores", "together"), [(10**6, 2, 2), (10**6, 16, 4), (1, 2, 1)])
-def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypatch, small, cores, together) -> None:
+def test_concurrent_micro_batches_are_estimated(settings, monkeypatch, small, cores, together) -> None:
     monkeypatch.setattr(optimizer, "SMALL", small)
     monkeypatch.setattr(optimizer.kernels, "streams", lambda: cores)
     monkeypatch.setattr(optimizer, "is_cpu", lambda: True)
@@ -172,16 +172,16 @@ def test_micro_batches_side_by_side_take_memory_side_by_side(settings, monkeypat
 @pytest.mark.parametrize(
     "changes", [{"quantize": 4}, {"gradient_checkpointing": True}, {"memory_limit": 5}, {"train_batch_size": None}]
 )
-def test_what_a_pipeline_does_not_offer_is_refused(settings, changes) -> None:
+def test_flags_without_the_capability_are_refused(settings, changes) -> None:
     with pytest.raises(SettingsError, match=r"pipeline fake does not offer it \(capabilities\."):
         DreamBooth(FakePipeline()).train(settings(**changes))
 
 
-def test_the_largest_picture_and_the_longest_prompt_are_what_counts(settings) -> None:
+def test_the_largest_image_and_prompt_limit_are_estimated(settings) -> None:
     pipeline = Weighed()
     pipeline.prompt_limit = None
     DreamBooth(pipeline).train(settings(aspect_ratio_buckets="16,16;8,40;24,24", dry_run=True, max_sequence_length=7))
-    # the pictures are 20 x 16: nearest to the first of the squares
+    # images are 20 x 16; the nearest shape is the first square
     assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].prompt_tokens) == ((16, 16), 7)
     DreamBooth(pipeline).train(settings(aspect_ratio_buckets="40,32;8,48", dry_run=True))
     assert (pipeline.asked[-1].trained_shape, pipeline.asked[-1].resolution) == ((40, 32), 16)
@@ -190,7 +190,7 @@ def test_the_largest_picture_and_the_longest_prompt_are_what_counts(settings) ->
 
 
 @pytest.mark.parametrize("changes", [{"quantize": 5}, {"quantize": 4, "train_mode": "full"}])
-def test_impossible_quantisations_are_refused(settings, changes) -> None:
+def test_invalid_quantizations_are_refused(settings, changes) -> None:
     with pytest.raises(SettingsError, match="--quantize"):
         settings(**changes)
 
@@ -201,7 +201,7 @@ def test_impossible_quantisations_are_refused(settings, changes) -> None:
 @pytest.mark.parametrize(
     ("limit", "prior", "size"), [(2.1, False, 1), (3.1, False, 2), (6, False, 4), (13.1, False, 12), (6, True, 2)]
 )
-def test_the_largest_micro_batch_that_fits_keeps_the_pictures_of_an_update(settings, limit, prior, size) -> None:
+def test_auto_batch_size_is_the_largest_that_fits(settings, limit, prior, size) -> None:
     given = settings(
         train_batch_size=None,
         gradient_accumulation_steps=12,
@@ -217,19 +217,19 @@ def test_the_largest_micro_batch_that_fits_keeps_the_pictures_of_an_update(setti
     assert f"micro-batches of {size}" in found.notes[-1]
 
 
-def test_auto_is_how_it_is_written(instance_dir) -> None:
+def test_auto_is_a_value_of_the_flag(instance_dir) -> None:
     flags = ["--model", "x", "--instance_data_dir", str(instance_dir), "--instance_prompt", "a"]
     assert settings_from(DreamBoothSettings, [*flags, "--train_batch_size", "auto"]).train_batch_size is None
     assert settings_from(DreamBoothSettings, flags).train_batch_size == 1
 
 
-def test_a_limit_that_not_one_picture_fits_is_refused(settings) -> None:
+def test_a_limit_below_batch_size_one_is_refused(settings) -> None:
     with pytest.raises(SettingsError, match=r"--memory_limit 1\.2: training takes 2\.0 GB"):
         DreamBooth(Weighed()).train(settings(train_batch_size=None, memory_limit=1.2))
 
 
-def test_the_same_update_whatever_the_micro_batch(settings, tmp_path) -> None:
-    """Auto with room for all four, and one at a time: the same losses."""
+def test_losses_do_not_depend_on_the_batch_size(settings, tmp_path) -> None:
+    """With memory for all four images at once, and for one."""
     losses = []
     for limit, out in ((100, "all"), (2.1, "one")):
         DreamBooth(Weighed()).train(
@@ -242,7 +242,7 @@ def test_the_same_update_whatever_the_micro_batch(settings, tmp_path) -> None:
 # on the embedded pipeline
 
 
-def test_an_adapter_over_a_quantised_base_learns(settings, tmp_path) -> None:
+def test_an_adapter_on_a_quantized_model_learns(settings, tmp_path) -> None:
     pipeline = tiny.load()
     run = settings(
         model="tiny",
@@ -261,7 +261,7 @@ def test_an_adapter_over_a_quantised_base_learns(settings, tmp_path) -> None:
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), losses
 
 
-def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) -> None:
+def test_encoders_are_released_during_training(settings, monkeypatch) -> None:
     pipeline = tiny.load()
     seen = []
     whole = type(pipeline).predict
@@ -277,6 +277,6 @@ def test_encoders_are_gone_while_the_denoiser_is_trained(settings, monkeypatch) 
     assert seen and all(gone == [True, True, True] for gone in seen)
 
 
-def test_times_and_sizes_are_said_in_words() -> None:
+def test_times_are_formatted() -> None:
     said = [memory_estimate._seconds_text(seconds) for seconds in (0.031, 60, 600, 7200)]
     assert said == ["0.031 s", "60 s", "10 min", "2 h 00 min"]

@@ -32,7 +32,7 @@ def assert_resolves_to_itself(run: ResolvedSettings) -> None:
     assert resolved_from(run.to_settings()).to_settings() == run.to_settings()
 
 
-def test_the_pipeline_decides_what_is_left_open_and_it_is_said():
+def test_the_pipeline_provides_defaults_and_they_are_noted():
     settings = resolved()
     assert settings.resolution == RECOMMENDED.resolution
     assert settings.learning_rate == RECOMMENDED.learning_rate
@@ -47,7 +47,7 @@ def test_the_pipeline_decides_what_is_left_open_and_it_is_said():
         assert words in said
 
 
-def test_what_the_user_gives_stands():
+def test_given_settings_are_kept():
     given = {
         "learning_rate": 1e-5,
         "resolution": 32,
@@ -67,34 +67,34 @@ def test_what_the_user_gives_stands():
     assert not any(note.startswith("chosen") for note in run.notes)
 
 
-def test_what_was_chosen_chooses_the_same_again():
+def test_resolved_settings_resolve_to_themselves():
     assert_resolves_to_itself(resolved(num_train_epochs=3))
 
 
-def test_full_training_has_its_own_rate_and_no_rank():
+def test_full_training_has_another_rate_and_no_rank():
     settings = resolved(train_mode="full")
     assert settings.learning_rate == RECOMMENDED.learning_rate_full
     assert settings.rank is None and settings.lora_alpha is None
 
 
 @pytest.mark.parametrize(("given", "near"), [(18, "16 or 20"), (9, "8 or 12")])
-def test_a_resolution_the_pipeline_cannot_do_is_refused(given, near):
+def test_an_unsupported_resolution_is_refused(given, near):
     with pytest.raises(SettingsError, match=f"--resolution is {given}; a multiple of 4 is needed, such as {near}"):
         resolved(resolution=given)
 
 
-def test_prior_preservation_is_on_where_a_class_prompt_is_known():
+def test_prior_preservation_is_on_with_a_class_prompt():
     assert resolved().with_prior_preservation
     assert resolved("a photo of xyz", class_prompt="a dog").with_prior_preservation
 
 
-def test_prior_preservation_is_off_where_none_is_known_and_it_is_said_why():
+def test_prior_preservation_is_off_without_a_class_prompt():
     run = resolved("a photo of xyz")
     assert run.with_prior_preservation is False and run.class_prompt is None
     assert any("prior preservation is off: no class word follows" in note for note in run.notes)
 
 
-def test_prior_preservation_asked_for_without_a_class_prompt_is_an_error():
+def test_prior_preservation_needs_a_class_prompt():
     with pytest.raises(SettingsError, match="needs --class_prompt: no class word follows"):
         resolved("a photo of xyz", with_prior_preservation=True)
 
@@ -114,7 +114,7 @@ def test_prior_preservation_can_be_turned_off():
         ({"prior_preservation": "none"}, "none"),
     ],
 )
-def test_what_preserves_the_prior(given, kind):
+def test_kinds_of_prior_preservation(given, kind):
     run = resolved(**given)
     assert run.prior_preservation == kind
     assert run.with_prior_preservation is (kind == "class_images")
@@ -124,7 +124,7 @@ def test_what_preserves_the_prior(given, kind):
     assert_resolves_to_itself(run)
 
 
-def test_output_preservation_needs_a_class_prompt_and_an_adapter():
+def test_dop_needs_a_class_prompt_and_an_adapter():
     with pytest.raises(SettingsError, match="--prior_preservation needs --class_prompt"):
         resolved("a photo of xyz", prior_preservation="dop")
     with pytest.raises(SettingsError, match="--train_mode full"):
@@ -133,7 +133,7 @@ def test_output_preservation_needs_a_class_prompt_and_an_adapter():
         resolved(prior_preservation="dop", with_prior_preservation=True)
 
 
-def test_concepts_are_decided_one_by_one():
+def test_concepts_are_resolved_one_by_one():
     concepts = [
         Concept(instance_data_dir="a", instance_prompt="a photo of sks dog"),
         Concept(instance_data_dir="b", instance_prompt="a photo of xyz cat", class_data_dir="cats", repeats=3),
@@ -153,7 +153,7 @@ def test_concepts_are_decided_one_by_one():
     assert_resolves_to_itself(run)
 
 
-def test_noise_levels_are_the_pipelines_unless_it_is_told():
+def test_noise_levels_default_to_the_pipelines():
     assert resolved().weighting_scheme == "uniform" and resolved().sampling is None
     asked = resolved(weighting_scheme="logit_normal", logit_mean=0.5)
     assert asked.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
@@ -171,14 +171,14 @@ def test_epochs_replace_updates():
     assert run.max_train_steps == 4
 
 
-def test_epochs_between_previews_become_updates():
+def test_validation_epochs_become_updates():
     settings = resolved(validation_epochs=4, gradient_accumulation_steps=2)
-    assert (settings.validation_steps, settings.validation_epochs) == (10, None)  # 4 x 5 pictures, two in an update
+    assert (settings.validation_steps, settings.validation_epochs) == (10, None)  # 4 epochs of 5 images, two per update
     assert resolved(validation_epochs=1, gradient_accumulation_steps=100).validation_steps == 1
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, RECOMMENDED.learning_rate * 6), (1e-3, 6e-3)])
-def test_a_scaled_learning_rate_is_said_and_scaled_once(given, expected):
+def test_scale_lr_applies_once(given, expected):
     run = resolved(scale_lr=True, learning_rate=given, train_batch_size=2, gradient_accumulation_steps=3)
     assert run.learning_rate == pytest.approx(expected)
     assert any(f"x 6 images per update: {expected:g}" in note for note in run.notes)
@@ -194,8 +194,8 @@ def test_prodigy_in_a_short_run_is_a_warning():
     assert not resolved(max_train_steps=200).warnings
 
 
-def test_what_is_unusual_is_a_warning():
-    # what the pipeline itself recommends, 1.5, is as usual as the recipe's 5 to 10
+def test_unusual_guidance_is_a_warning():
+    # the pipeline's recommendation of 1.5 extends the usual range of 5 to 10
     assert resolved(guidance=12).warnings == ("--guidance is 12; usual is 1.5 to 10",)
     assert resolved(guidance=1).warnings == ("--guidance is 1; usual is 1.5 to 10",)
     assert not resolved().warnings and not resolved(guidance=7.5).warnings
@@ -211,7 +211,7 @@ def test_what_is_unusual_is_a_warning():
         ("dev", 3.5, None),
     ],
 )
-def test_what_guidance_is_usual_depends_on_the_model(model, guidance, said):
+def test_usual_guidance_depends_on_the_model(model, guidance, said):
     settings = DreamBoothSettings(
         model=model, instance_data_dir="pictures", instance_prompt="a photo of sks dog", guidance=guidance
     )
@@ -220,7 +220,7 @@ def test_what_guidance_is_usual_depends_on_the_model(model, guidance, said):
     assert said is None or said in warnings[0]
 
 
-def test_seed_000s_example_is_understood():
+def test_the_example_of_seed_000():
     run = resolved(
         "a photo of xyz",
         guidance=7.5,

@@ -1,4 +1,4 @@
-"""Runs that end at any moment, and what they find when they go on: the same files, to the bit."""
+"""Runs that are killed, interrupted or out of disk space resume to the same files, bit for bit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train(settings: DreamBoothSettings, pipeline: Any = None) -> Any:
 
 @contextmanager
 def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
-    """This process gets a signal when the loss of a micro-batch is computed for the n-th time."""
+    """Send a signal to this process at the n-th micro-batch."""
     calls = 0
     own = train_module.dreambooth_loss
 
@@ -70,7 +70,7 @@ def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
         calls += 1
         if calls == call:
             os.kill(os.getpid(), number)
-            time.sleep(0.01)  # Python calls handlers between its own instructions
+            time.sleep(0.01)  # lets Python call the signal handler
         return own(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
@@ -82,7 +82,7 @@ def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
 # killed
 
 
-def test_a_run_killed_before_any_change_of_a_file_goes_on_to_the_same_result(settings: Make, tmp_path: Path) -> None:
+def test_a_run_killed_before_any_file_operation_resumes_to_the_same_result(settings: Make, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     taken = states(out, tmp_path / "states", lambda: train(settings()), every=29)
     expected = left(Path(shutil.move(out, whole)))
@@ -94,7 +94,7 @@ def test_a_run_killed_before_any_change_of_a_file_goes_on_to_the_same_result(set
         same(out, expected)
 
 
-def test_a_preview_that_was_due_is_made_up_for(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_preview_is_made_later(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -114,12 +114,12 @@ def test_a_preview_that_was_due_is_made_up_for(settings: Make, tmp_path: Path, m
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-# in the middle of a window, whatever is trained and however
+# within an update, in all training modes
 
 
 @contextmanager
 def crash(micro_batch: int) -> Iterator[None]:
-    """The process ends within the n-th micro-batch."""
+    """Kill the process within the n-th micro-batch."""
 
     class Killed(BaseException):
         pass
@@ -152,7 +152,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_within_a_window_whatever_is_trained(name: str, settings: Make, tmp_path: Path, instance_dir: Path) -> None:
+def test_resuming_within_an_update(name: str, settings: Make, tmp_path: Path, instance_dir: Path) -> None:
     if "buckets" in name:
         save_image(instance_dir / "wide.png", np.full((16, 48, 3), 90, np.uint8))
     train(settings(output_dir=str(tmp_path / "whole"), **COMBINATIONS[name]))
@@ -163,10 +163,8 @@ def test_within_a_window_whatever_is_trained(name: str, settings: Make, tmp_path
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_within_a_window_of_all_at_once_over_quantised_weights(
-    settings: Make, tmp_path: Path, instance_dir: Path
-) -> None:
-    """Prior preservation, dropout of captions and in the adapter, buckets, Prodigy, over a base of 8 bits."""
+def test_resuming_within_an_update_with_quantized_weights(settings: Make, tmp_path: Path, instance_dir: Path) -> None:
+    """Prior preservation, caption and adapter dropout, buckets and Prodigy on an 8-bit model."""
     changes: dict[str, Any] = {"quantize": 8, "resolution": 32, "num_class_images": 1, "max_train_steps": 3}
     changes |= {"optimizer": "prodigy", "learning_rate": 1.0, "use_aspect_ratio_buckets": True, "random_flip": True}
     save_image(instance_dir / "wide.png", np.full((32, 64, 3), 90, np.uint8))
@@ -185,7 +183,7 @@ def test_within_a_window_of_all_at_once_over_quantised_weights(
 
 
 @pytest.mark.parametrize(("call", "number"), [(1, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGTERM), (20, 2)])
-def test_a_signal_within_a_window_saves_after_it(settings: Make, tmp_path: Path, call: int, number: int) -> None:
+def test_a_signal_within_an_update_saves_after_it(settings: Make, tmp_path: Path, call: int, number: int) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
     made = -(-call // 4)  # four micro-batches make an update
     with signalled(call, number):
@@ -195,7 +193,7 @@ def test_a_signal_within_a_window_saves_after_it(settings: Make, tmp_path: Path,
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_signals_again_and_again(settings: Make, tmp_path: Path) -> None:
+def test_repeated_signals(settings: Make, tmp_path: Path) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
     for made in range(1, 6):
         with signalled(2):
@@ -205,7 +203,7 @@ def test_signals_again_and_again(settings: Make, tmp_path: Path) -> None:
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-# two at once
+# concurrent runs
 
 
 def test_a_second_run_into_the_same_folder_is_refused(settings: Make, tmp_path: Path) -> None:
@@ -220,10 +218,10 @@ def test_a_second_run_into_the_same_folder_is_refused(settings: Make, tmp_path: 
 
     train(settings(), Meanwhile())
     assert told and all(f"{out}: another process" in text for text in told)
-    assert train(settings()).updates == 0  # nothing is left of the lock
+    assert train(settings()).updates == 0  # the lock is released
 
 
-def test_of_many_at_once_one_trains(settings: Make, tmp_path: Path) -> None:
+def test_one_of_many_concurrent_runs_trains(settings: Make, tmp_path: Path) -> None:
     outcomes: list[Any] = []
 
     def one() -> None:
@@ -242,7 +240,7 @@ def test_of_many_at_once_one_trains(settings: Make, tmp_path: Path) -> None:
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_where_there_are_no_locks_it_trains(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_without_file_locks(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -253,7 +251,7 @@ def test_where_there_are_no_locks_it_trains(settings: Make, monkeypatch: pytest.
 # disks, clocks
 
 
-def test_a_full_disk_costs_no_more_than_the_updates_since_the_last_checkpoint(
+def test_a_full_disk_loses_only_updates_since_the_last_checkpoint(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
@@ -274,9 +272,7 @@ def test_a_full_disk_costs_no_more_than_the_updates_since_the_last_checkpoint(
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_a_disk_that_is_full_among_the_class_pictures(
-    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_during_class_images(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
 
     def full(source: Path, target: Path) -> None:
@@ -293,9 +289,7 @@ def test_a_disk_that_is_full_among_the_class_pictures(
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_a_disk_that_is_full_among_the_encodings(
-    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_during_encoding(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
     kept, own = 0, os.replace
 
@@ -332,7 +326,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_clock_that_goes_back(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_goes_backwards(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
     with signalled(8):
         train(settings())
@@ -345,10 +339,10 @@ def test_a_clock_that_goes_back(settings: Make, tmp_path: Path, monkeypatch: pyt
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-# what changed meanwhile
+# changes between runs
 
 
-def test_pictures_that_go_during_the_run_do_not_matter_to_it_and_are_missed_afterwards(
+def test_images_deleted_during_a_run_matter_only_afterwards(
     settings: Make, tmp_path: Path, instance_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
@@ -372,7 +366,7 @@ def test_pictures_that_go_during_the_run_do_not_matter_to_it_and_are_missed_afte
     assert train(settings()).updates == 0
 
 
-def test_another_model_is_refused_and_the_same_under_another_name_is_not(settings: Make, tmp_path: Path) -> None:
+def test_another_model_is_refused_but_another_name_is_not(settings: Make, tmp_path: Path) -> None:
     with signalled(8):
         train(settings())
     with pytest.raises(SettingsError, match=r"base weights was '\w+', is now '\w+'\)"):
@@ -384,9 +378,7 @@ def test_another_model_is_refused_and_the_same_under_another_name_is_not(setting
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_changes_are_allowed_when_asked_for_and_said(
-    settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_allow_changes_continues_and_warns(settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with signalled(8):
         train(settings())
     changed = {"learning_rate": 1e-3, "max_train_steps": 7}
@@ -396,14 +388,14 @@ def test_changes_are_allowed_when_asked_for_and_said(
     assert "learning_rate was 0.02, is now 0.001" in caplog.text
     metrics = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [line["update"] for line in metrics] == [*range(1, 8)] and metrics[2]["learning_rate"] < 1e-3
-    assert train(settings(**changed)).updates == 0  # it is that run now
+    assert train(settings(**changed)).updates == 0  # the folder holds the changed run
     with pytest.raises(TrainingError, match="cannot be restored"):
         train(settings(allow_changes=True, rank=3, **changed))
-    with pytest.raises(SettingsError, match="beyond the 3 that are asked for"):
+    with pytest.raises(SettingsError, match="ends after 3"):
         train(settings(allow_changes=True, max_train_steps=3))
 
 
-def test_a_lost_run_file_is_made_up_for_by_a_checkpoint(settings: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_replaces_a_lost_run_file(settings: Make, tmp_path: Path) -> None:
     with signalled(8):
         train(settings())
     (tmp_path / "out" / "run.json").unlink()

@@ -1,4 +1,4 @@
-"""Whole runs on a small FLUX pipeline with everything on: resumed, and accumulated otherwise, they end alike."""
+"""Runs on a small FLUX pipeline with all options: resuming and other micro-batches do not change the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains on pictures of two shapes and gives the adapter's folder."""
+    """Train on images of two shapes; return the adapter's folder."""
     draws = np.random.default_rng(0)
     for index, size in enumerate([(32, 96), (32, 90), (40, 40), (32, 40)]):
         save_image(tmp_path / "dogs" / f"{index}.png", draws.integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -73,14 +73,14 @@ def test_resumed_equals_uninterrupted_bitwise(train, monkeypatch, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True, "text_encoder_lr": 1e-3}])
-def test_accumulating_four_ones_equals_one_four(train, changes):
+def test_four_micro_batches_equal_one(train, changes):
     ones = load_file(train("ones", train_batch_size=1, gradient_accumulation_steps=4, **changes))
     fours = load_file(train("fours", train_batch_size=4, gradient_accumulation_steps=1, **changes))
     for name, array in ones.items():
         assert np.linalg.norm(array - fours[name]) <= 1e-3 * np.linalg.norm(array), name
 
 
-def test_what_an_earlier_run_encoded_needs_no_encoder(train, tmp_path, monkeypatch):
+def test_cached_encodings_need_no_encoder(train, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED).save_pretrained(folder, "float32")
     given = {"prior_preservation": "none", "encodings_dir": tmp_path / "shared", "max_train_steps": 1}

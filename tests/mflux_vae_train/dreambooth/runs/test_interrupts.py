@@ -1,4 +1,4 @@
-"""Signals in the middle of what takes long: it is left at once, made when the run goes on, and all ends the same."""
+"""A signal ends long work at once. The resumed run does it again and gives the same result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Train = Callable[[str], Any]
 
 @pytest.fixture
 def train(instance_dir: Path, tmp_path: Path) -> Train:
-    """Into a folder of this name."""
+    """Settings of a run into a folder of this name."""
 
     def run(name: str) -> Any:
         settings = {**GIVEN, "instance_data_dir": str(instance_dir), "output_dir": str(tmp_path / name)}
@@ -49,7 +49,7 @@ def train(instance_dir: Path, tmp_path: Path) -> Train:
     return run
 
 
-# What FakePipeline is asked for: three class pictures one by one, then previews at once: of updates 0, 2 and 4.
+# FakePipeline samples three class images one by one, then the previews of updates 0, 2 and 4, each at once.
 MOMENTS = {
     "prompts": ("encode_prompts", 1, None),
     "the second class picture": ("sample", 2, None),
@@ -58,14 +58,12 @@ MOMENTS = {
     "a preview": ("sample", 5, 2),
     "the last preview": ("sample", 6, 4),
 }
-"""Method, which call of it, and the update that the checkpoint is of."""
+"""Method, number of its call, and update of the checkpoint."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_what_a_signal_broke_off_is_made_when_the_run_goes_on(
-    moment: str, number: int, train: Train, tmp_path: Path
-) -> None:
+def test_interrupted_work_is_done_after_resuming(moment: str, number: int, train: Train, tmp_path: Path) -> None:
     out, (method, call, update) = tmp_path / "out", MOMENTS[moment]
     train("whole")
     with signalled_within(FakePipeline, method, call, number):
@@ -80,7 +78,7 @@ def test_what_a_signal_broke_off_is_made_when_the_run_goes_on(
     same(out, left(tmp_path / "whole"))
 
 
-def test_again_and_again_in_the_same_preview(train: Train, tmp_path: Path) -> None:
+def test_repeated_signals_in_one_preview(train: Train, tmp_path: Path) -> None:
     train("whole")
     for call in (5, 1, 1):
         with signalled_within(FakePipeline, "sample", call, signal.SIGTERM):
@@ -89,7 +87,7 @@ def test_again_and_again_in_the_same_preview(train: Train, tmp_path: Path) -> No
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-def test_at_the_end_of_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_at_the_end_of_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train("whole")
     module = sys.modules[DreamBooth.__module__]
     with signalled_within(module, "write_model_card", 1, signal.SIGINT):
@@ -98,7 +96,7 @@ def test_at_the_end_of_the_run(train: Train, tmp_path: Path, monkeypatch: pytest
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-# as a command, in a process of its own
+# as a command in another process
 
 HELD = """
 import sys, time
@@ -128,10 +126,10 @@ sys.exit(cli.main())
         ("update", [signal.SIGINT, signal.SIGINT], -signal.SIGINT),
     ],
 )
-def test_a_command_ends_with_the_status_of_the_signal(
+def test_the_exit_status_is_that_of_the_signal(
     where: str, sent: list[int], status: int, instance_dir: Path, tmp_path: Path
 ) -> None:
-    """In an update the first one waits for its end, and the second does not."""
+    """The first signal waits for the end of the update; the second ends it at once."""
     flags = [f"--{name}={value}" for name, value in GIVEN.items()]
     flags += [f"--instance_data_dir={instance_dir}", f"--output_dir={tmp_path / 'out'}"]
     if where == "update":

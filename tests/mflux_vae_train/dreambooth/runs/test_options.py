@@ -1,4 +1,4 @@
-"""Whole runs in all the ways that samples are drawn and weighted: the same result, however it is come by."""
+"""Runs with all options of crops, captions, masks, concepts and prior preservation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.contracts.fake import FakePipeline
 
 @pytest.fixture
 def settings(short_run, instance_dir):
-    """A short run on pictures of three shapes, one of them masked, one with a prompt of its own."""
+    """A short run on images of three shapes, one with a mask, one with a caption."""
     rng = np.random.default_rng(0)
     for index, size in enumerate([(16, 40), (16, 40), (40, 16), (24, 20)]):
         save_image(instance_dir / f"other-{index}.png", rng.integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -53,7 +53,7 @@ def adapter(folder):
 
 
 class Stop(Exception):
-    """Ends a run in the middle, as a crash would."""
+    """Ends a run like a crash."""
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,7 +78,7 @@ def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path, monkeypatch, w
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_accumulating_four_ones_equals_one_four(settings, tmp_path, way):
+def test_four_micro_batches_equal_one(settings, tmp_path, way):
     for name, batch_size, accumulation in (("ones", 1, 4), ("fours", 4, 1)):
         changes = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, **WAYS[way]}
         DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / name), **changes))
@@ -87,7 +87,7 @@ def test_accumulating_four_ones_equals_one_four(settings, tmp_path, way):
         assert np.linalg.norm(array - fours[name]) <= 1e-4 * np.linalg.norm(array)
 
 
-def test_another_run_finds_what_is_encoded_in_a_shared_folder(settings, tmp_path, caplog):
+def test_runs_share_an_encodings_folder(settings, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     shared = {"encodings_dir": str(tmp_path / "shared"), "prior_preservation": "none", "random_flip": True}
     first, second = FakePipeline(), FakePipeline()
@@ -106,7 +106,7 @@ def test_every_crop_is_encoded_once(settings):
     assert pipeline.images_sampled == 0, "output preservation needs no class pictures"
 
 
-def test_several_concepts_have_their_own_prompts_and_class_pictures(settings, instance_dir, tmp_path, caplog):
+def test_concepts_have_separate_prompts_and_class_images(settings, instance_dir, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     save_image(tmp_path / "cats" / "cat.png", np.full((16, 16, 3), 99, np.uint8))
     concepts = [
@@ -128,13 +128,13 @@ def test_several_concepts_have_their_own_prompts_and_class_pictures(settings, in
     }
     assert "9 instance images in" in caplog.text and "1 instance image in" in caplog.text
     assert "2 epochs" in caplog.text
-    # the pictures count, not where they lie
+    # contents of the images count, not their paths
     (tmp_path / "cats").rename(tmp_path / "elsewhere")
     moved = [replace(one, instance_data_dir=one.instance_data_dir.replace("cats", "elsewhere")) for one in concepts]
     assert DreamBooth(FakePipeline()).train(settings(concepts=moved, num_train_epochs=2)).updates == 0
 
 
-def test_output_preservation_begins_at_zero_and_holds_the_class(settings, tmp_path):
+def test_dop_starts_at_zero_and_preserves_the_class(settings, tmp_path):
     common = {"caption_dropout": 0.0, "max_train_steps": 40, "train_batch_size": 2, "rank": 8}
     drift = {}
     for kind in ("dop", "none"):
@@ -162,7 +162,7 @@ def test_output_preservation_begins_at_zero_and_holds_the_class(settings, tmp_pa
         ({"prior_preservation": "dop"}, "--prior_preservation dop: pipeline"),
     ],
 )
-def test_what_a_pipeline_cannot_do_is_refused(settings, changes, said):
+def test_unsupported_settings_are_refused(settings, changes, said):
     members = {name: value for name, value in vars(FakePipeline).items() if not name.startswith("__dict")}
     del members["predict"]
     silent = type("Silent", (), {**members, "__weakref__": None})
@@ -170,12 +170,12 @@ def test_what_a_pipeline_cannot_do_is_refused(settings, changes, said):
         DreamBooth(silent()).train(settings(**changes))
 
 
-def test_a_scheme_that_the_pipeline_has_not_is_refused(settings):
+def test_an_unsupported_weighting_scheme_is_refused(settings):
     with pytest.raises(SettingsError, match="no weighting scheme cosmap"):
         DreamBooth(FakePipeline()).train(settings(weighting_scheme="cosmap"))
 
 
-def test_a_mask_that_is_missing_everywhere_is_refused(settings, instance_dir):
+def test_masked_loss_without_masks_is_refused(settings, instance_dir):
     (instance_dir / "other-2-mask.png").unlink()
     with pytest.raises(ImageError, match="--masked_loss"):
         DreamBooth(FakePipeline()).train(settings(masked_loss=True))

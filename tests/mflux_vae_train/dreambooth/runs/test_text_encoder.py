@@ -1,4 +1,4 @@
-"""CLIP learns beside the transformer: gradients reach it, its rate is its own, its adapter is saved and drawn with."""
+"""Training of CLIP beside the transformer: gradients, learning rate, saved adapter, sampling."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def drawn(pipeline: FluxPipeline) -> mx.array:
     return pipeline.sample(pipeline.encode_prompts(PROMPTS), size=(32, 32), steps=2, guidance=2.0, key=keys)
 
 
-def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
+def test_encoding_in_the_step_equals_encoding_before(pipeline) -> None:
     latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
     early = pipeline.encode_prompts(PROMPTS)
     identity = pipeline.encoder_fingerprint("prompts")
@@ -78,7 +78,7 @@ def test_prompts_read_late_are_prompts_read_early(pipeline) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recompute) -> None:
+def test_text_encoder_gradients_match_finite_differences(pipeline, recompute) -> None:
     pipeline.encode_text_in_step(True)
     pipeline.set_gradient_checkpointing(recompute)
     networks = {"transformer": pipeline.denoiser, **pipeline.text_encoders_to_train()}
@@ -101,7 +101,7 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
     in_clip = [name for name in flat if name.startswith("text_encoder.")]
     assert len(in_clip) == 2 * 4 * 2  # layers, projections, A and B
     for name in in_clip:
-        # along the gradient, where the slope is its norm
+        # along the gradient the slope is its norm
         size = mx.linalg.norm(gradients[name]).item()
         assert size > 0, name
         ends = []
@@ -116,8 +116,8 @@ def test_gradients_in_the_text_encoder_are_slopes_of_the_loss(pipeline, recomput
         assert (ends[0] - ends[1]) / 0.04 == pytest.approx(size, rel=0.05, abs=2e-5), name
 
 
-@pytest.mark.slow  # a C++ compiler is called
-def test_a_compiled_step_is_the_same(tmp_path) -> None:
+@pytest.mark.slow  # calls a C++ compiler
+def test_a_compiled_step_equals_an_uncompiled_one(tmp_path) -> None:
     losses = []
     for compiled in (False, True):
         pipeline = small_pipeline(tmp_path / "parts", guidance_embeds=True)
@@ -145,15 +145,15 @@ def test_a_compiled_step_is_the_same(tmp_path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != pytest.approx(losses[0][2], rel=1e-2)
 
 
-def test_the_first_update_goes_as_far_as_the_rates_say(pipeline, settings) -> None:
+def test_the_first_update_follows_both_learning_rates(pipeline, settings) -> None:
     DreamBooth(pipeline).train(settings(max_train_steps=1))
     for layers, rate in zip(adapters(pipeline), (RATE, TEXT_RATE), strict=True):
-        # Adam's first step is its rate for every number that has a gradient
+        # Adam's first step has the size of its learning rate wherever there is a gradient
         furthest = [mx.abs(layer.lora_b).max().item() for layer in layers.values()]
         assert furthest == pytest.approx([rate] * len(layers), rel=1e-2)
 
 
-def test_a_rate_left_open_is_a_twentieth(pipeline, settings, tmp_path) -> None:
+def test_text_encoder_lr_defaults_to_a_twentieth(pipeline, settings, tmp_path) -> None:
     DreamBooth(pipeline).train(settings(text_encoder_lr=None, max_train_steps=1))
     assert f"text_encoder_lr: {RATE / 20}" in (tmp_path / "out" / "settings.yaml").read_text()
 
@@ -176,7 +176,7 @@ def test_every_optimizer_trains_both(pipeline, settings, optimizer) -> None:
     assert all(mx.any(layer.lora_b != 0) for layers in adapters(pipeline) for layer in layers.values())
 
 
-def test_what_was_learnt_is_saved_in_both_namings_and_read_back(pipeline, settings, tmp_path) -> None:
+def test_both_adapters_are_saved_in_both_namings(pipeline, settings, tmp_path) -> None:
     before = drawn(pipeline)
     out = DreamBooth(pipeline).train(settings(output_kohya_format=True)).result.parent
     after = drawn(pipeline)
@@ -200,7 +200,7 @@ def test_what_was_learnt_is_saved_in_both_namings_and_read_back(pipeline, settin
         DreamBooth(other).train(settings("alone", lora_weights=str(out / "pytorch_lora_weights.safetensors"), **alone))
 
 
-def test_a_text_encoder_may_begin_anew_beside_an_adapter_that_goes_on(pipeline, settings, tmp_path) -> None:
+def test_a_new_text_encoder_adapter_beside_a_loaded_one(pipeline, settings, tmp_path) -> None:
     alone = {"train_text_encoder": False, "text_encoder_lr": None}
     first = DreamBooth(pipeline).train(settings("first", **alone)).result
     again = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
@@ -208,7 +208,7 @@ def test_a_text_encoder_may_begin_anew_beside_an_adapter_that_goes_on(pipeline, 
     assert [len(layers) for layers in adapters(again)][1] == 8
 
 
-def test_it_is_part_of_a_fused_pipeline(pipeline, settings) -> None:
+def test_the_text_encoder_adapter_is_fused(pipeline, settings) -> None:
     out = DreamBooth(pipeline).train(settings(fuse=True)).result.parent
     assert not any(adapters(pipeline))
     whole = FluxPipeline.from_pretrained(out / FUSED)
@@ -217,7 +217,7 @@ def test_it_is_part_of_a_fused_pipeline(pipeline, settings) -> None:
     assert mx.abs(whole.encode_prompts(PROMPTS)["pooled"] - base.encode_prompts(PROMPTS)["pooled"]).max() > 5e-3
 
 
-def test_clip_stays_and_t5_goes(pipeline, settings, tmp_path, monkeypatch) -> None:
+def test_clip_stays_loaded_and_t5_is_released(pipeline, settings, tmp_path, monkeypatch) -> None:
     pipeline.save_pretrained(tmp_path / "model", "float32")
     opened = FluxPipeline.from_pretrained(tmp_path / "model")
     seen = []
@@ -234,14 +234,14 @@ def test_clip_stays_and_t5_goes(pipeline, settings, tmp_path, monkeypatch) -> No
     assert any(lora.layers(opened.prompts.clip.get())), "what was learnt is not forgotten"
 
 
-def test_it_is_refused_where_it_cannot_be(settings) -> None:
+def test_training_an_unsupported_text_encoder_is_refused(settings) -> None:
     with pytest.raises(SettingsError, match=r"--train_text_encoder: pipeline fake does not offer it"):
         DreamBooth(FakePipeline()).train(settings())
     with pytest.raises(SettingsError, match=r"--train_text_encoder: only with --train_mode lora"):
         settings(train_mode="full")
 
 
-def test_a_rate_without_it_has_no_effect_and_that_is_said(pipeline, settings, caplog) -> None:
+def test_text_encoder_lr_without_text_encoder_is_a_warning(pipeline, settings, caplog) -> None:
     with caplog.at_level("WARNING"):
         DreamBooth(pipeline).train(settings(train_text_encoder=False, max_train_steps=1))
     assert "--text_encoder_lr has no effect: it is for --train_text_encoder" in caplog.text

@@ -1,4 +1,4 @@
-"""DreamBooth on the embedded pipeline: what holds of the fake holds of FLUX.1's classes."""
+"""Runs on the embedded pipeline, which consists of FLUX.1's classes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.pipelines import tiny
-from mflux_vae_train.pipelines.flux1 import parts
+from mflux_vae_train.pipelines import parts, tiny
 from mflux_vae_train.pipelines.quantization import quantize
 from mflux_vae_train.training.hooks import NONDETERMINISTIC
 
@@ -20,7 +19,7 @@ EXAMPLE = Path(tiny.__file__).parent / "example"
 
 
 def train(output: Path, **changes) -> list[dict[str, float]]:
-    """A short run; its metrics."""
+    """Metrics of a short run."""
     settings = {
         "model": "tiny",
         "instance_data_dir": str(EXAMPLE),
@@ -38,8 +37,8 @@ def train(output: Path, **changes) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_four_micro_batches_of_one_are_one_of_four(tmp_path):
-    """Loss and gradient of the same samples; weights after AdamW's first step follow the gradient's signs."""
+def test_four_micro_batches_of_one_equal_one_of_four(tmp_path):
+    """Compares loss and gradient; weights after AdamW's first step only follow the signs of the gradient."""
     one = train(tmp_path / "one", gradient_accumulation_steps=4, max_train_steps=1, lora_dropout=0.0)
     four = train(
         tmp_path / "four", gradient_accumulation_steps=1, train_batch_size=4, max_train_steps=1, lora_dropout=0.0
@@ -52,7 +51,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     whole = train(tmp_path / "whole")
     parts = tmp_path / "parts"
     train(parts)
-    # as if the process had died after update 3: the newest checkpoint is the one of update 2
+    # a process killed after update 3 leaves the checkpoint of update 2
     (parts / "run.json").write_text((parts / "run.json").read_text().replace('"finished": true', '"finished": false'))
     for path in (parts / "checkpoint-4").iterdir():
         path.unlink()
@@ -83,7 +82,7 @@ def test_every_layer_preset_trains(tmp_path, layers, how):
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_an_adapter_of_every_layer_is_where_another_run_begins(tmp_path):
+def test_a_run_starts_from_an_adapter_of_every_layer(tmp_path):
     train(tmp_path / "first", **SMALL, lora_layers="all")
     file = tmp_path / "first" / "pytorch_lora_weights.safetensors"
     train(tmp_path / "second", **SMALL, lora_weights=str(file), quantize=4)
@@ -91,7 +90,7 @@ def test_an_adapter_of_every_layer_is_where_another_run_begins(tmp_path):
     assert before.keys() == after.keys() and "transformer.x_embedder.lora_A.weight" in before
 
 
-def test_each_network_is_quantised_once(tmp_path, monkeypatch):
+def test_each_network_is_quantized_once(tmp_path, monkeypatch):
     given = []
 
     def counted(module, *arguments):
