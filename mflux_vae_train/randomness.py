@@ -1,8 +1,6 @@
-"""Randomness as a function of (seed, stream, step, sample): nothing to save, nothing to restore.
+"""Randomness as a function of (seed, stream, step, sample), without state to save or restore.
 
-A generator with state would have to be stored in every checkpoint and would differ between one process and
-several. Here every draw is named by integers, so a resumed run, a run split over micro-batches and a run on
-several ranks all see the same noise for the same sample.
+Resumed runs, any division into micro-batches and any number of processes get the same noise for the same sample.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for. Values are part of a run's identity: never renumber, only append."""
+    """Purpose of a draw. Never renumber, only append: the values determine the results of a run."""
 
     INIT = 0
     DATA_ORDER = 1
@@ -34,12 +32,12 @@ def sample_keys(seed: int, stream: Stream, step: int, samples: Iterable[int]) ->
     """One MLX random key per sample.
 
     Returns:
-        uint32 array (B, 2); row i depends on (seed, stream, step, samples[i]) alone.
+        uint32 array (B, 2); row i depends only on (seed, stream, step, samples[i]).
     """
     rows = [np.random.SeedSequence([seed, int(stream), step, sample]).generate_state(2) for sample in samples]
     return mx.array(np.stack(rows))
 
 
 def rng(seed: int, stream: Stream, *path: int) -> np.random.Generator:
-    """A numpy generator that depends on the given integers alone."""
+    """A numpy generator that depends only on the given integers."""
     return np.random.default_rng(np.random.SeedSequence([seed, int(stream), *path]))

@@ -92,7 +92,7 @@ def test_a_whole_run_writes_none(
 
 
 def test_the_run_log_leaves_out_what_a_traceback_says(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), run_folder.logged(tmp_path / "train.log"):
+    with pytest.raises(RuntimeError), run_folder.log_to_file(tmp_path / "train.log"):
         raise RuntimeError(f"GET https://x:{TOKEN}@huggingface.co failed")
     assert HIDDEN in (text := (tmp_path / "train.log").read_text()) and TOKEN not in text
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: layers that are trained, and the files they come from and go to."""
+"""Low-rank adapters: trainable layers, and their files."""
 
 from mflux_vae_train.lora.files import (
     METADATA_KEY,

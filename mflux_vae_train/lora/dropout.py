@@ -1,4 +1,4 @@
-"""Dropout in front of adapters, as a function of keys that a micro-batch brings."""
+"""Dropout in front of adapters, a function of the random keys in a micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 
 class DropoutKeys:
-    """Where the adapted layers of one module look for this micro-batch's keys."""
+    """The keys of the current micro-batch, shared by the adapted layers of one module."""
 
     rows: mx.array | None = None
 
@@ -25,10 +25,10 @@ class DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose mask for sample i depends on (its key, this layer) alone; the identity where no keys are set.
+    """Dropout whose mask for sample i depends only on its key and this layer; the identity if no keys are set.
 
-    mlx.nn's Dropout draws from the global generator: a mask would depend on what else is in the batch and on
-    all draws before, and a resumed run or one that accumulates differently would not be the same run.
+    mlx.nn's Dropout draws from the global generator: masks would depend on the other samples and on earlier draws, and
+    change when a run is resumed or accumulates differently.
     """
 
     def __init__(self, p: float, salt: int, keys: DropoutKeys) -> None:
@@ -40,10 +40,10 @@ class KeyedDropout(nn.Module):
         if self.p == 0 or rows is None:
             return x
         keep = 1 - self.p
-        own = rows ^ mx.array([self.salt, 0], mx.uint32)
-        masks = mx.vmap(lambda key: mx.random.bernoulli(keep, x.shape[1:], key))(own)
+        keys = rows ^ mx.array([self.salt, 0], mx.uint32)
+        masks = mx.vmap(lambda key: mx.random.bernoulli(keep, x.shape[1:], key))(keys)
         return x * masks.astype(x.dtype) * (1 / keep)
 
     def capture_keys(self) -> Callable[[], AbstractContextManager[None]]:
-        """For a layer that computes itself again later: a context with the keys that are set now."""
+        """For gradient checkpointing: returns a factory of contexts with the current keys."""
         return partial(self._keys.using, self._keys.rows)

@@ -1,8 +1,8 @@
-"""Adapters in PEFT's file format, which diffusers loads, of one network or several in a file.
+"""Adapter files in PEFT's format, as diffusers loads them, for one network or several.
 
 Keys are ``{prefix}.{path}.lora_A.weight`` (rank, in), ``.lora_B.weight`` (out, rank) and, with DoRA,
-``.lora_magnitude_vector`` (out,); the prefix says which network. Alpha lives in the metadata alone. Files in kohya's
-naming are read as if they were in this one.
+``.lora_magnitude_vector`` (out,); the prefix names the network. Alpha is in the metadata. Files in kohya's naming can
+be read, too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ METADATA_KEY = "lora_adapter_metadata"
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 Networks: TypeAlias = Mapping[str, nn.Module]
-"""By the prefix of their keys, such as "transformer"."""
+"""Networks by the prefix of their keys, such as "transformer"."""
 
 Names: TypeAlias = Mapping[str, Modules]
-"""Of each network's layers in kohya's naming, by the same prefix."""
+"""Layers of each network in kohya's naming, by the same prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What a file has for one network.
+    """The adapter of one network in a file.
 
     Attributes:
-        tensors: by the path and the ending of their keys.
+        tensors: by key without the prefix.
         dora: whether there are magnitudes.
     """
 
@@ -48,7 +48,7 @@ class Adapter:
 
 
 def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
-    """Every adapted layer's, under their keys."""
+    """Tensors of all adapted layers, by key."""
     tensors = {}
     for path, layer in layers(module).items():
         tensors[f"{prefix}.{path}{_A}"] = layer.lora_a.T
@@ -59,7 +59,7 @@ def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
 
 
 def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
-    """The PEFT configuration, keys prefixed."""
+    """The PEFT configuration, with prefixed keys."""
     adapted = layers(module)
     if not adapted:
         raise ValueError(f"{prefix} has no adapters to save")
@@ -78,18 +78,18 @@ def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
 
 
 def _targets(module: nn.Module) -> list[str]:
-    """The adapted layers by their last names where these mean no other module, else by their paths.
+    """Last components of the adapted layers' paths if they match no other module, otherwise the paths.
 
-    Releases of transformers differ in what stands in front of CLIP's layers, and PEFT takes names for endings.
+    PEFT matches names with the ends of paths, and versions of transformers differ in the prefix of CLIP's layers.
     """
     paths, names = list(layers(module)), {path.rpartition(".")[2] for path in layers(module)}
-    meant = [path for path, _ in module.named_modules() if path.rpartition(".")[2] in names]
-    clear = sorted(meant) == paths and not any(map(str.isdigit, names))
-    return sorted(names) if clear else paths
+    matched = [path for path, _ in module.named_modules() if path.rpartition(".")[2] in names]
+    unique = sorted(matched) == paths and not any(map(str.isdigit, names))
+    return sorted(names) if unique else paths
 
 
 def adapter_metadata(networks: Networks) -> dict[str, str]:
-    """Metadata of the safetensors file: the PEFT configurations as JSON."""
+    """Metadata of the safetensors file: PEFT configurations as JSON."""
     config: dict[str, object] = {}
     for prefix, module in networks.items():
         config |= adapter_config(module, prefix)
@@ -97,7 +97,7 @@ def adapter_metadata(networks: Networks) -> dict[str, str]:
 
 
 def save_adapter(networks: Networks, path: str | Path) -> None:
-    """Write the adapters as a PEFT/diffusers safetensors file."""
+    """Write adapters as a safetensors file for PEFT and diffusers."""
     from mflux_vae.weights.formats.files import write_safetensors
 
     tensors: dict[str, mx.array] = {}
@@ -107,15 +107,15 @@ def save_adapter(networks: Networks, path: str | Path) -> None:
 
 
 def read_adapter(path: str | Path, networks: Networks, names: Names | None = None) -> dict[str, Adapter]:
-    """What a file has for these networks, by their prefixes; of some there may be nothing.
+    """The adapters of these networks in a file, by prefix; networks may be missing.
 
     Args:
-        networks: only their layers count.
-        names: for files in kohya's naming; None where none is known.
+        networks: only the paths and shapes of their layers are used.
+        names: for files in kohya's naming; None if unknown.
 
     Raises:
-        WeightsError: nothing in it for any of them, something for others; ranks or alphas that differ by layer;
-            metadata that cannot be read.
+        WeightsError: there is no adapter for any network, or one for another network; ranks or alphas differ between
+            layers; or the metadata cannot be read.
     """
     from mflux_vae.weights.formats.files import read_safetensors
 
@@ -125,71 +125,71 @@ def read_adapter(path: str | Path, networks: Networks, names: Names | None = Non
         tensors, config = from_kohya(tensors, metadata, networks, names or {}, str(path))
     present = {prefix for prefix in networks if any(key.startswith(f"{prefix}.") for key in tensors)}
     if not present:
-        asked = " or ".join(map(repr, networks))
-        raise WeightsError(f"{path}: holds no adapter for {asked}: no key {next(iter(networks))}.*{_A}")
+        prefixes = " or ".join(map(repr, networks))
+        raise WeightsError(f"{path}: contains no adapter for {prefixes}: no key {next(iter(networks))}.*{_A}")
     if foreign := sorted({key.partition(".")[0] for key in tensors} - present):
-        also = f"holds an adapter for {', '.join(map(repr, foreign))}, too"
-        raise WeightsError(f"{path}: {also}, and {' and '.join(networks)} alone is to be adapted")
-    return {prefix: _of_one(prefix, tensors, config, path) for prefix in networks if prefix in present}
+        others = ", ".join(map(repr, foreign))
+        raise WeightsError(f"{path}: also contains an adapter for {others}; expected only {' and '.join(networks)}")
+    return {prefix: _adapter(prefix, tensors, config, path) for prefix in networks if prefix in present}
 
 
 def check_adapter_fits(networks: Networks, path: str | Path, names: Names | None = None) -> dict[str, list[str]]:
-    """The paths that a file adapts in each network, or the network's adapted ones, which are then the same.
+    """Paths that a file adapts, by prefix. If a network already has adapters, the paths must be equal.
 
     Raises:
-        WeightsError: missing, unknown and misshapen keys, all listed; and as `read_adapter`.
+        WeightsError: missing, unknown or misshapen keys, all listed; or as `read_adapter`.
     """
-    return _fitting(networks, read_adapter(path, networks, names), path)
+    return _check(networks, read_adapter(path, networks, names), path)
 
 
 def load_adapter(
     networks: Networks, path: str | Path, names: Names | None = None, *, dropout: float = 0.0, seed: int = 0
 ) -> dict[str, list[str]]:
-    """Read such a file into networks: adds the layers where there are none yet; rank and alpha are the file's.
+    """Load a file into networks, with its rank and alpha; adds adapters to networks that have none.
 
-    A network without adapted layers that the file has nothing for stays as it is.
+    A network without adapters and without tensors in the file is not changed.
 
     Args:
-        dropout, seed: as `add_lora` takes them, where it adds layers.
+        dropout, seed: for `add_lora`.
 
     Returns:
-        the adapted paths of each network that there is something for.
+        adapted paths of each network in the file, by prefix.
 
     Raises:
         WeightsError: as `check_adapter_fits`.
     """
     files = read_adapter(path, networks, names)
-    fitting = _fitting(networks, files, path)
+    paths = _check(networks, files, path)
     for prefix, file in files.items():
         module = networks[prefix]
         if not layers(module):
-            add_lora(module, fitting[prefix], rank=file.rank, dropout=dropout, dora=file.dora, seed=seed)
+            add_lora(module, paths[prefix], rank=file.rank, dropout=dropout, dora=file.dora, seed=seed)
         for name, layer in layers(module).items():
-            # contiguous as trained: a transposed view would go another way through BLAS and round differently
+            # contiguous, as in training: BLAS rounds differently for a transposed view
             layer.lora_a, layer.lora_b = (
                 mx.contiguous(file.tensors[f"{name}{end}"].T.astype(mx.float32)) for end in (_A, _B)
             )
             layer.scale = file.alpha / file.rank
             if file.dora:
                 layer.m = file.tensors[f"{name}{_M}"].astype(mx.float32)
-    return fitting
+    return paths
 
 
-def _fitting(networks: Networks, files: Mapping[str, Adapter], path: str | Path) -> dict[str, list[str]]:
-    found, faults = {}, []
+def _check(networks: Networks, files: Mapping[str, Adapter], path: str | Path) -> dict[str, list[str]]:
+    paths, faults = {}, []
     for prefix, module in networks.items():
         if prefix in files:
-            found[prefix], wrong = _compared(module, files[prefix], prefix)
+            paths[prefix], wrong = _compare(module, files[prefix], prefix)
             faults += wrong
         elif layers(module):
             faults.append(f"missing {prefix}.*{_A}")
     if faults:
         raise WeightsError(f"{path}: does not fit this model: " + "; ".join(sorted(faults)))
-    return found
+    return paths
 
 
-def _compared(module: nn.Module, file: Adapter, prefix: str) -> tuple[list[str], list[str]]:
-    """Paths that are adapted, and what is wrong with the file."""
+def _compare(module: nn.Module, file: Adapter, prefix: str) -> tuple[list[str], list[str]]:
+    """(adapted paths, faults of the file)."""
     adapted = layers(module)
     bases = {name: layer.linear for name, layer in adapted.items()} or linears(module)
     in_file = {key.removesuffix(end) for key in file.tensors for end in (_A, _B) if key.endswith(end)}
@@ -212,24 +212,24 @@ def _compared(module: nn.Module, file: Adapter, prefix: str) -> tuple[list[str],
 
 
 def _config(metadata: Mapping[str, str], path: str | Path) -> Mapping[str, object]:
-    """The PEFT configurations, keys prefixed."""
+    """The PEFT configurations, with prefixed keys."""
     try:
         config = json.loads(metadata.get(METADATA_KEY, "{}"))
         if not isinstance(config, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
         return config
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: its {METADATA_KEY} cannot be read ({error})") from error
 
 
-def _of_one(prefix: str, tensors: Mapping[str, mx.array], config: Mapping[str, object], path: str | Path) -> Adapter:
-    own = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
-    ranks = {value.shape[0] for key, value in own.items() if key.endswith(_A) and value.ndim}
+def _adapter(prefix: str, tensors: Mapping[str, mx.array], config: Mapping[str, object], path: str | Path) -> Adapter:
+    tensors = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
+    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(_A) and value.ndim}
     if not ranks:
-        raise WeightsError(f"{path}: holds no adapter for {prefix!r}: no key {prefix}.*{_A}")
+        raise WeightsError(f"{path}: contains no adapter for {prefix!r}: no key {prefix}.*{_A}")
     try:
         alpha = float(config.get(f"{prefix}.lora_alpha", min(ranks)))  # type: ignore[arg-type]
-        if config.get(f"{prefix}.use_rslora"):  # scaled by alpha / sqrt(rank) there (arXiv:2312.03732)
+        if config.get(f"{prefix}.use_rslora"):  # scale alpha / sqrt(rank), arXiv:2312.03732
             alpha *= math.sqrt(min(ranks))
         if not math.isfinite(alpha):
             raise ValueError(f"alpha is {alpha}")
@@ -237,5 +237,7 @@ def _of_one(prefix: str, tensors: Mapping[str, mx.array], config: Mapping[str, o
         raise WeightsError(f"{path}: its {METADATA_KEY} cannot be read ({error})") from error
     several = config.get(f"{prefix}.rank_pattern") or config.get(f"{prefix}.alpha_pattern")
     if len(ranks) > 1 or several:
-        raise WeightsError(f"{path}: its layers differ in rank or alpha (ranks {sorted(ranks)}); one of each is read")
-    return Adapter(tensors=own, rank=ranks.pop(), alpha=alpha, dora=any(key.endswith(_M) for key in own))
+        raise WeightsError(
+            f"{path}: layers differ in rank or alpha (ranks {sorted(ranks)}); only equal ones are supported"
+        )
+    return Adapter(tensors=tensors, rank=ranks.pop(), alpha=alpha, dora=any(key.endswith(_M) for key in tensors))

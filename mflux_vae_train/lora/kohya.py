@@ -1,8 +1,8 @@
-"""Adapters as kohya's scripts name them, and ComfyUI and others read them.
+"""Adapters in the naming of kohya's scripts, which ComfyUI and others read.
 
-A layer of the original network may be several here, as when queries, keys and values have one projection there. Its
-adapter is then all of theirs side by side: A one below the other, B block by block on the diagonal. Adapters that were
-trained on the one layer are read, too: its parts then share A.
+One layer of the original network may correspond to several layers here, such as queries, keys and values with one
+projection. Its adapter then combines theirs: A stacked, B block diagonal. Adapters trained on the single layer can be
+read, too: its parts then share A.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from mflux_vae_train.lora.layers import is_dora, layers
 from mflux_vae_train.lora.targets import dimensions, linears
 
 Modules = Mapping[str, Sequence[str]]
-"""Layers of the original network by name: the paths of the layers here, its outputs in this order."""
+"""Name of a layer of the original network -> paths of its parts here, in the order of its outputs."""
 
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 
 RANK = "ss_network_dim"
-"""In a file's metadata: the rank of one layer's adapter."""
+"""Metadata key: the rank of a layer's adapter."""
 
 
 def check_kohya(paths: Sequence[str], modules: Modules) -> None:
-    """Whether all of these layers have a name there.
+    """Check that all layers have a name in kohya's naming.
 
     Raises:
-        SettingsError: some have none; they are named.
+        SettingsError: names the layers that have none.
     """
     known = {member for members in modules.values() for member in members}
     if without := [path for path in paths if path not in known]:
         some = ", ".join(without[:4]) + (f" and {len(without) - 4} more" if len(without) > 4 else "")
-        raise SettingsError(f"--output_kohya_format has no names for {some}: give fewer --lora_layers")
+        raise SettingsError(f"--output_kohya_format has no names for {some}; use fewer --lora_layers")
 
 
 def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
-    """``{name}.lora_down.weight`` (rank, in), ``.lora_up.weight`` (out, rank) and ``.alpha``, which is the rank.
+    """``{name}.lora_down.weight`` (rank, in), ``.lora_up.weight`` (out, rank) and ``.alpha``, equal to the rank.
 
-    What scale there is is part of the numbers: some readers pass over the alpha of some layers.
+    The scale is multiplied into the weights, as some readers ignore the alpha of some layers.
 
     Raises:
-        SettingsError: see `check_kohya`; or there are magnitudes, for which FLUX files have no place.
+        SettingsError: see `check_kohya`; or there are DoRA magnitudes, which the format cannot store.
     """
     adapted, bases = layers(module), linears(module)
     check_kohya(list(adapted), modules)
     if any(map(is_dora, adapted.values())):
-        raise SettingsError("--output_kohya_format cannot hold what --use_dora trains")
+        raise SettingsError("--output_kohya_format cannot store the magnitudes of --use_dora")
     tensors = {}
     for name, members in modules.items():
         present = [path for path in members if path in adapted]
         if not present:
             continue
         down = mx.concatenate([adapted[path].lora_a.T for path in present])
-        rows, before = [], 0
+        rows, offset = [], 0
         for path in members:
             layer = adapted.get(path)
             outputs, _ = dimensions(bases[path] if layer is None else layer.linear)
             up = mx.zeros((outputs, 0)) if layer is None else layer.scale * layer.lora_b.T
-            rows.append(mx.pad(up, [(0, 0), (before, down.shape[0] - before - up.shape[1])]))
-            before += up.shape[1]
+            rows.append(mx.pad(up, [(0, 0), (offset, down.shape[0] - offset - up.shape[1])]))
+            offset += up.shape[1]
         tensors[f"{name}{_DOWN}"] = down
         tensors[f"{name}{_UP}"] = mx.concatenate(rows)
         tensors[f"{name}{_ALPHA}"] = mx.array(float(down.shape[0]))
@@ -72,7 +72,7 @@ def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
 
 
 def is_kohya(tensors: Mapping[str, mx.array]) -> bool:
-    """Whether a file's keys are in this naming."""
+    """Whether the keys of a file are in kohya's naming."""
     return any(key.endswith(_DOWN) for key in tensors)
 
 
@@ -83,22 +83,24 @@ def from_kohya(
     names: Mapping[str, Modules],
     where: str,
 ) -> tuple[dict[str, mx.array], dict[str, object]]:
-    """The inverse of `kohya_tensors`, for the networks of one file: tensors and configuration as PEFT has them.
+    """The inverse of `kohya_tensors`: (tensors, configuration) in PEFT's naming, for all networks of a file.
 
     Args:
         networks, names: by the prefix of PEFT's keys.
 
     Raises:
-        WeightsError: layers that are unknown, lack something or do not fit, all listed; or scales that differ.
+        WeightsError: unknown, incomplete or misshapen layers, all listed; or scales that differ.
     """
     known = {name: (prefix, members) for prefix, modules in names.items() for name, members in modules.items()}
     present = {key.removesuffix(end) for key in tensors for end in (_DOWN, _UP, _ALPHA) if key.endswith(end)}
     layers_of = {name: _Layer.of(name, tensors) for name in known if name in present}
     faults = [f"unknown {key}" for key in tensors if not key.endswith((_DOWN, _UP, _ALPHA))]
     faults += [f"unknown {name}" for name in present - known.keys()]
-    faults += [f"{name} is no adapter: {layer}" for name, layer in layers_of.items() if isinstance(layer, str)]
+    faults += [f"{name} is not an adapter: {layer}" for name, layer in layers_of.items() if isinstance(layer, str)]
     faults += [
-        f"{name} is of {known[name][0]}, which is not adapted" for name in layers_of if known[name][0] not in networks
+        f"{name} belongs to {known[name][0]}, which is not adapted"
+        for name in layers_of
+        if known[name][0] not in networks
     ]
     if faults:
         raise WeightsError(f"{where}: does not fit this model: " + "; ".join(sorted(faults)))
@@ -106,25 +108,25 @@ def from_kohya(
     found: dict[str, mx.array] = {}
     scales: dict[str, set[float]] = {}
     bases = {prefix: linears(module) for prefix, module in networks.items()}
-    several = [layer for layer in layers_of.values() if isinstance(layer, _Layer)]
-    rank = min((layer.rank for layer in several), key=lambda one: (str(one) != metadata.get(RANK), one))
-    for name, layer in zip(layers_of, several, strict=True):
+    adapters = [layer for layer in layers_of.values() if isinstance(layer, _Layer)]
+    rank = min((layer.rank for layer in adapters), key=lambda one: (str(one) != metadata.get(RANK), one))
+    for name, layer in zip(layers_of, adapters, strict=True):
         prefix, members = known[name]
         scales.setdefault(prefix, set()).add(layer.scale)
         try:
-            parts = layer.apart([dimensions(bases[prefix][path])[0] for path in members], rank)
+            parts = layer.split([dimensions(bases[prefix][path])[0] for path in members], rank)
         except ValueError as error:
             raise WeightsError(f"{where}: {name}: {error}") from error
         for path, part in zip(members, parts, strict=True):
             if part is not None:
                 found[f"{prefix}.{path}.lora_A.weight"], found[f"{prefix}.{path}.lora_B.weight"] = part
     if differing := [prefix for prefix, own in scales.items() if len(own) > 1]:
-        raise WeightsError(f"{where}: layers of {differing[0]} differ in alpha / rank; one of each is read")
+        raise WeightsError(f"{where}: layers of {differing[0]} differ in alpha / rank; only equal ones are supported")
     return found, {f"{prefix}.lora_alpha": own.pop() * rank for prefix, own in scales.items()}
 
 
 class _Layer(NamedTuple):
-    """A layer's adapter: A (rank, in), B (out, rank), and what its product counts."""
+    """The adapter of one layer: A (rank, in), B (out, rank), and the scale of B A."""
 
     down: mx.array
     up: mx.array
@@ -132,7 +134,7 @@ class _Layer(NamedTuple):
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, mx.array]) -> _Layer | str:
-        """One from a file, or what is wrong with it."""
+        """The adapter of this name in a file, or a text that says what is wrong with it."""
         down, up, alpha = (tensors.get(f"{name}{end}") for end in (_DOWN, _UP, _ALPHA))
         if down is None or up is None:
             return f"{_UP if up is None else _DOWN} is missing"
@@ -146,11 +148,15 @@ class _Layer(NamedTuple):
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def apart(self, outputs: Sequence[int], rank: int) -> list[tuple[mx.array, mx.array] | None]:
-        """A and B of each part of the layer, which has so many outputs; None for those that have no adapter.
+    def split(self, outputs: Sequence[int], rank: int) -> list[tuple[mx.array, mx.array] | None]:
+        """(A, B) of each part of the layer; None for parts without an adapter.
+
+        Args:
+            outputs: number of outputs of each part.
+            rank: of one part.
 
         Raises:
-            ValueError: it is neither one adapter of this rank for all parts nor one for each.
+            ValueError: it is neither one adapter of this rank for all parts nor one for each part.
         """
         if self.up.shape[0] != sum(outputs):
             raise ValueError(f"{_UP[1:]} has {self.up.shape[0]} rows, expected {sum(outputs)}")
@@ -159,17 +165,17 @@ class _Layer(NamedTuple):
             return [(self.down, part) for part in rows]
         count, rest = divmod(self.rank, rank)
         if rest or count > len(outputs):
-            raise ValueError(f"its rank is {self.rank}, and that of others {rank}")
+            raise ValueError(f"its rank is {self.rank}, that of other layers {rank}")
         columns = [slice(rank * block, rank * (block + 1)) for block in range(count)]
-        used = [[bool(mx.any(part[:, own])) for own in columns] for part in rows]
-        # as many blocks as parts: which is whose is clear, also of one that is zero
-        whose = list(range(count)) if count == len(rows) else [place for place, own in enumerate(used) if any(own)]
-        clear = len(whose) == count and not any(
-            used[place][block] for place in range(len(rows)) for block in range(count) if whose[block] != place
+        used = [[bool(mx.any(part[:, block])) for block in columns] for part in rows]
+        # with as many blocks as parts the assignment is known, even for blocks of zeros
+        owners = list(range(count)) if count == len(rows) else [i for i, blocks in enumerate(used) if any(blocks)]
+        unique = len(owners) == count and not any(
+            used[i][block] for i in range(len(rows)) for block in range(count) if owners[block] != i
         )
-        if not clear:
-            raise ValueError(f"it has {count} times the rank of others, and its blocks belong to no one part each")
+        if not unique:
+            raise ValueError(f"it has {count} times the rank of other layers, but its blocks are not one for each part")
         parts: list[tuple[mx.array, mx.array] | None] = [None] * len(rows)
-        for place, own in zip(whose, columns, strict=True):
-            parts[place] = self.down[own], rows[place][:, own]
+        for i, block in zip(owners, columns, strict=True):
+            parts[i] = self.down[block], rows[i][:, block]
         return parts

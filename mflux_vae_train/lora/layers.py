@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on the linear layers of any module.
 
-y = W x + b + (alpha / rank) B A x, with A (rank, in) uniform in +-1/sqrt(in) and B (out, rank) zero at the start.
-DoRA scales each row of W + (alpha / rank) B A, whatever its norm, to a trained magnitude, which starts as the norm of
-W's row. The layers are mlx-lm's; it keeps lora_a = A^T, lora_b = B^T and the magnitudes m. W may be quantised.
+y = W x + b + (alpha / rank) B A x. Initially A (rank, in) is uniform in +-1/sqrt(in) and B (out, rank) is zero. DoRA
+scales each row of W + (alpha / rank) B A to a trained magnitude, initially the norm of W's row. The layers are
+mlx-lm's, with lora_a = A^T, lora_b = B^T and magnitudes m. W may be quantized.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def add_lora(
     dora: bool = False,
     seed: int = 0,
 ) -> list[str]:
-    """Adapt every `nn.Linear` whose path matches a pattern; freeze all else.
+    """Adapt every `nn.Linear` whose path matches a pattern; freeze everything else.
 
     Args:
         patterns: fnmatch patterns over module paths, e.g. ``transformer_blocks.*.attn.to_q``.
-        alpha: None means `rank`, a scale of 1.
-        dropout: share of A's inputs dropped; takes effect only inside `dropout_keys`.
-        dora: train magnitudes, too.
-        seed: A depends on (seed, path of the layer) alone.
+        alpha: None means `rank`, which is a scale of 1.
+        dropout: probability of dropping an input of A; has an effect only within `dropout_keys`.
+        dora: also train magnitudes.
+        seed: A depends only on the seed and the path of the layer.
 
     Returns:
         the adapted paths, sorted.
 
     Raises:
-        SettingsError: no linear layer matches; some that are there are named.
+        SettingsError: no linear layer matches; names some existing layers.
     """
     from mlx_lm.tuner.lora import LoRALinear  # imports transformers: seconds
 
     from mflux_vae_train.lora.dora import DoRALinear
 
     if layers(module):
-        raise ValueError("the module has adapters already; fuse them first")
+        raise ValueError("the module already has adapters; fuse them first")
     bases = linears(module)
     targets = list(matching(module, patterns))
     module.freeze()
@@ -75,7 +75,7 @@ def add_lora(
 
 
 def layers(module: nn.Module) -> dict[str, Any]:
-    """The layers that `add_lora` adapted, by path: they carry its dropout. (No import of mlx-lm just to look.)"""
+    """The layers that `add_lora` adapted, by path. Recognized by their dropout, without importing mlx-lm."""
     modules = sorted(module.named_modules(), key=lambda item: item[0])
     return {path: layer for path, layer in modules if isinstance(layer.get("dropout"), KeyedDropout)}
 
@@ -87,7 +87,7 @@ def is_dora(layer: Any) -> bool:
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
-    """Within the block the module is the base model, bit by bit: the adapted layers are taken out."""
+    """Within the block the module is the base model, bit for bit: the adapted layers are replaced by the original."""
     adapted = layers(module)
     module.update_modules(tree_unflatten([(path, layer.linear) for path, layer in adapted.items()]))
     try:
@@ -110,7 +110,7 @@ def _fused(layer: Any) -> nn.Module:
 
 @contextmanager
 def dropout_keys(module: nn.Module, rows: mx.array) -> Iterator[None]:
-    """Within the block the adapters drop inputs, sample i of a batch by rows[i].
+    """Within the block the adapters apply dropout, to sample i of a batch by rows[i].
 
     Args:
         rows: one key per sample, (B, 2) uint32; may be traced by `mx.compile`.

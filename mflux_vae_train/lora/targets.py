@@ -1,4 +1,4 @@
-"""Which layers an adapter is for: patterns over the paths of linear layers."""
+"""The layers to adapt: patterns over the paths of linear layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ALL_LAYERS = "all"
 
 
 def patterns_of(choice: str, presets: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """A preset's patterns, those of `ALL_LAYERS`, or a comma-separated list of patterns and names.
+    """Patterns of a preset, of `ALL_LAYERS`, or of a comma-separated list of patterns and names.
 
-    A name such as ``to_q`` or ``attn.to_q`` means every layer whose path is that or ends in it, as in PEFT.
+    A name such as ``to_q`` or ``attn.to_q`` matches each layer whose path equals it or ends with it, as in PEFT.
 
     Raises:
-        SettingsError: nothing in the list.
+        SettingsError: the list is empty.
     """
     if choice == ALL_LAYERS:
         return ("*",)
@@ -28,30 +28,30 @@ def patterns_of(choice: str, presets: Mapping[str, Sequence[str]]) -> Sequence[s
     names = [name for part in choice.split(",") if (name := part.strip())]
     if not names:
         known = ", ".join([*presets, ALL_LAYERS])
-        raise SettingsError(f"--lora_layers is {choice!r}; {known}, or names and patterns with commas between")
+        raise SettingsError(f"--lora_layers is {choice!r}; expected {known}, or names and patterns separated by commas")
     return [pattern for name in names for pattern in ([name] if "*" in name else [name, f"*.{name}"])]
 
 
 def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
-    """Paths of the linear layers that match a pattern, sorted, each with (inputs + outputs): weights per rank.
+    """Sorted paths of the linear layers that match a pattern -> inputs + outputs: adapter weights per rank.
 
     Raises:
-        SettingsError: none matches; some that are there are named.
+        SettingsError: none matches; names some existing layers.
     """
-    found = linears(module)
-    matched = sorted(path for path in found if any(fnmatchcase(path, pattern) for pattern in patterns))
+    layers = linears(module)
+    matched = sorted(path for path in layers if any(fnmatchcase(path, pattern) for pattern in patterns))
     if not matched:
-        some = ", ".join(sorted(found)[:8]) or "none at all"
+        some = ", ".join(sorted(layers)[:8]) or "none"
         raise SettingsError(f"no linear layer matches {', '.join(patterns)}; the module has {some}")
-    return {path: sum(dimensions(found[path])) for path in matched}
+    return {path: sum(dimensions(layers[path])) for path in matched}
 
 
 def linears(module: nn.Module) -> dict[str, Any]:
-    """Linear layers, plain and quantised, by path."""
+    """Linear layers, plain and quantized, by path."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
 
 
 def dimensions(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a plain or quantised linear layer."""
+    """(outputs, inputs) of a plain or quantized linear layer."""
     outputs, inputs = layer.weight.shape
     return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs

@@ -1,1 +1,1 @@
-"""Console, progress, trackers and the HTML report."""
+"""Progress, trackers and the HTML report."""

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: a progress bar, and how long the rest takes."""
+"""A progress bar and the remaining time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mflux_vae_train.training.hooks import Hook, Record, every
 logger = logging.getLogger(__name__)
 
 RECENT = 64
-"""Updates whose median is the pace: the first ones, which compile, and single slow ones do not count."""
+"""Number of updates in the median duration, which the first ones (compilation) and single slow ones hardly change."""
 
 
 class Pace:
-    """An observer that learns what an update takes, and through `timed_every` what hooks take.
+    """An observer that measures updates and, through `timed_every`, hooks.
 
     Args:
         total: updates of the whole run.
@@ -28,21 +28,21 @@ class Pace:
     def __init__(self, total: int) -> None:
         self._total = total
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._beside: list[Callable[[int], float]] = []
+        self._hooks_left: list[Callable[[int], float]] = []
 
     def __call__(self, record: Record) -> None:
         self._recent.append(record.seconds)
 
     @property
     def per_update(self) -> float:
-        """Seconds; 0 before the first update."""
+        """Median seconds; 0 before the first update."""
         return statistics.median(self._recent) if self._recent else 0.0
 
     def timed_every(self, interval: int | None, hook: Hook, *, seconds: float = 0.0) -> Hook:
-        """As `every`, and what the hook takes is counted.
+        """`every` with a measurement of the hook's duration.
 
         Args:
-            seconds: what it is expected to take, until it was called for the first time.
+            seconds: expected duration until the first call.
         """
         took = seconds
 
@@ -57,15 +57,15 @@ class Pace:
             last = update < self._total and not (interval and self._total % interval == 0)
             return took * (times + last)
 
-        self._beside.append(rest)
+        self._hooks_left.append(rest)
         return every(interval, timed)
 
     def left(self, update: int) -> float:
-        """Seconds from the end of this update to the end of the last, hooks included."""
-        return self.per_update * (self._total - update) + sum(rest(update) for rest in self._beside)
+        """Seconds from the end of this update to the end of the run, including hooks."""
+        return self.per_update * (self._total - update) + sum(rest(update) for rest in self._hooks_left)
 
     def eta_text(self, update: int) -> str:
-        """The time left and, where that is worth looking at a clock, when the run will be ready."""
+        """The remaining time and, from two minutes on, when the run will be ready."""
         seconds = self.left(update)
         if seconds < 120:
             return f"{duration(seconds)} left"
@@ -87,17 +87,17 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """A bar with time left, loss (smoothed) and rate, and a log line now and then.
+    """A bar with remaining time, smoothed loss and learning rate, and a log line every `interval` seconds.
 
-    On a terminal the line is for log files only (see `ConsoleHandler`), and the bar is what is seen: the time left
-    first, as a narrow terminal shows no more than its beginning.
+    On a terminal the log line goes to log files only, see `ConsoleHandler`. The remaining time comes first, as a narrow
+    terminal cuts off the end.
 
     Args:
         total: updates of the whole run.
         start: updates made before this process began.
         interval: seconds between log lines.
-        extra: more of an update to show, by name.
-        pace: knows how long the rest takes; an observer that comes before the bar. None: the bar's own.
+        extra: record -> more texts to show, by name.
+        pace: an observer that comes before the bar; None: the bar has its own.
     """
 
     FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
@@ -119,7 +119,7 @@ class ProgressBar:
         )  # fmt: skip
         self._pace, self._own_pace = pace or Pace(total), pace is None
         self._loss: float | None = None
-        self._extra, self._interval, self._said = extra, interval, time.monotonic()
+        self._extra, self._interval, self._last_logged = extra, interval, time.monotonic()
 
     def __call__(self, record: Record) -> None:
         if self._own_pace:
@@ -131,8 +131,8 @@ class ProgressBar:
         self._bar.set_postfix_str(", ".join([left, *(f"{name} {text}" for name, text in shown.items())]), refresh=False)
         self._bar.update(1)
         now = time.monotonic()
-        if now - self._said >= self._interval or record.update == record.total:
-            self._said = now
+        if now - self._last_logged >= self._interval or record.update == record.total:
+            self._last_logged = now
             more = "".join(f", {name} {text}" for name, text in extra.items())
             logger.info(
                 "update %d of %d, loss %.4f%s, rate %.2e, %.2f s per update, %s",

@@ -1,7 +1,6 @@
-"""Other programs' places for curves and pictures: TensorBoard and Weights & Biases, each an extra.
+"""Trackers for curves and images: TensorBoard and Weights & Biases, optional packages that are imported on use.
 
-They are imported when they are asked for. A tracker is an observer of the loop that can also take pictures; it is
-opened with the update that the run goes on from, and closed with it.
+A tracker is an observer of the training loop and also takes images.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.training.hooks import Record
 
 NAMES = ("tensorboard", "wandb")
-"""Each is the name of a package, and of the extra that brings it."""
+"""Names of the packages and of the extras that install them."""
 
 
 class Tracker(Protocol):
-    """What `TensorBoard` and `WandB` have in common."""
+    """Interface of `TensorBoard` and `WandB`."""
 
     def __call__(self, record: Record) -> None:
-        """Every metric of an update."""
+        """Log all metrics of an update."""
 
     def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
-        """Numbers as of the model after that update."""
+        """Log measurements of the model after an update."""
 
-    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
-        """A picture, uint8 (H, W, 3), of the model after that update."""
+    def image(self, name: str, update: int, pixels: np.ndarray, caption: str) -> None:
+        """Log an image, uint8 (H, W, 3), by the model after an update."""
 
     def __enter__(self) -> Tracker: ...
 
@@ -45,33 +44,33 @@ class Tracker(Protocol):
 
 
 def requested_trackers(report_to: str | None) -> Sequence[str]:
-    """Names of the trackers that ``--report_to`` asks for; `all` means those that are installed.
+    """Names of the trackers in ``--report_to``; `all` means all installed ones.
 
     Raises:
-        SettingsError: one of them, or with `all` every one, is not installed.
+        SettingsError: a requested tracker is not installed, or none is with `all`.
     """
     if report_to in (None, "none"):
         return ()
     names = [name for name in NAMES if _installed(name)]
     if report_to == "all":
         if not names:
-            raise SettingsError(f"--report_to all: install one of them: {', '.join(map(_install, NAMES))}")
+            raise SettingsError(f"--report_to all: no tracker is installed; {', '.join(map(_install, NAMES))}")
         return names
     if report_to not in names:
-        raise SettingsError(f"--report_to {report_to}: it is not installed: {_install(str(report_to))}")
+        raise SettingsError(f"--report_to {report_to}: not installed; {_install(str(report_to))}")
     return (str(report_to),)
 
 
 def open_tracker(name: str, folder: Path, *, run: str, settings: Mapping[str, Any], start: int) -> Tracker:
-    """One of `NAMES`, writing into a folder of its own below `folder`.
+    """One of `NAMES`, which writes to a subfolder of `folder`.
 
     Args:
-        run: what the run is called.
-        settings: what is shown of it.
-        start: updates made before; what was reported of later ones is replaced where the tracker can.
+        run: name of the run.
+        settings: shown with the run.
+        start: updates made before; reports of later updates are replaced if the tracker can do so.
 
     Raises:
-        SettingsError: it cannot be opened: not installed, not logged in.
+        SettingsError: it is not installed, or refuses to start.
     """
     kinds: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
     return kinds[name](folder / name, run=run, settings=settings, start=start)
@@ -81,8 +80,8 @@ class TensorBoard:
     """Event files for TensorBoard.
 
     Args:
-        folder: for the files; a resumed run adds one, which replaces what the earlier ones have after `start`.
-        run, settings: shown as a text, where there are settings.
+        folder: for the files; a resumed run adds one, which replaces values after `start` in earlier ones.
+        run, settings: shown as a text if there are settings.
 
     Raises:
         SettingsError: TensorBoard is not installed.
@@ -95,12 +94,12 @@ class TensorBoard:
             from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise SettingsError(f"TensorBoard is not installed: {_install('tensorboard')} ({error})") from error
+            raise SettingsError(f"TensorBoard is not installed; {_install('tensorboard')} ({error})") from error
         folder.mkdir(parents=True, exist_ok=True)
         self._event, self._summary, self._writer = event_pb2, summary_pb2.Summary, EventFileWriter(str(folder))
-        # readers drop what other files of the folder hold from this step on
-        begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=begun))
+        # readers drop values of earlier files from this step on
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=session))
         if settings:
             shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
             text = tensor_pb2.TensorProto(dtype="DT_STRING", string_val=[_table(run, settings)], tensor_shape=shape)
@@ -114,9 +113,9 @@ class TensorBoard:
     def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
         self._add(update, [self._summary.Value(tag=f"{group}/{name}", simple_value=x) for name, x in metrics.items()])
 
-    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
-        height, width, _ = picture.shape
-        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_png(picture))
+    def image(self, name: str, update: int, pixels: np.ndarray, caption: str) -> None:
+        height, width, _ = pixels.shape
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_png(pixels))
         self._add(update, [self._summary.Value(tag=f"{name}: {caption}", image=image)])
 
     def _add(self, update: int, values: Sequence[Any]) -> None:
@@ -134,14 +133,14 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; ``WANDB_PROJECT``, ``WANDB_MODE=offline`` and its other variables hold.
+    """A run of Weights & Biases; respects ``WANDB_PROJECT``, ``WANDB_MODE=offline`` and its other variables.
 
     Args:
-        folder: named wandb; where it keeps its files, and the id under which a resumed run goes on.
-        run: the run's name there.
+        folder: named wandb; for its files and the id of the run.
+        run: name of the run.
 
     Raises:
-        SettingsError: wandb is not installed, or refuses to begin.
+        SettingsError: wandb is not installed, or refuses to start.
     """
 
     PROJECT = "dreambooth"
@@ -152,25 +151,25 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise SettingsError(f"wandb is not installed: {_install('wandb')} ({error})") from error
+            raise SettingsError(f"wandb is not installed; {_install('wandb')} ({error})") from error
         folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "run-id"
-        if start == 0 or not known.exists():
-            known.write_text(secrets.token_hex(4), encoding="utf-8")
+        id_file = folder / "run-id"
+        if start == 0 or not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         options: dict[str, Any] = {} if os.environ.get("WANDB_PROJECT") else {"project": self.PROJECT}
         try:
             self._run = wandb.init(
-                id=known.read_text(encoding="utf-8"),
+                id=id_file.read_text(encoding="utf-8"),
                 resume="allow",
                 name=run or None,
-                dir=str(folder.parent),  # where it makes a folder of its name
+                dir=str(folder.parent),  # wandb creates a folder named wandb in it
                 config=dict(settings or {}),
                 **options,
             )
-        except Exception as error:  # its own errors; which ones changes from version to version
-            said = " ".join(str(error).split()).rstrip(".")
+        except Exception as error:  # wandb's exceptions differ between versions
+            message = " ".join(str(error).split()).rstrip(".")
             raise SettingsError(
-                f"--report_to wandb: {said}; run `wandb login`, or set WANDB_MODE=offline in the environment"
+                f"--report_to wandb: {message}; run `wandb login`, or set WANDB_MODE=offline in the environment"
             ) from error
         self._image = wandb.Image
 
@@ -180,8 +179,8 @@ class WandB:
     def scalars(self, group: str, update: int, metrics: Mapping[str, float]) -> None:
         self._run.log({f"{group}/{name}": value for name, value in metrics.items()}, step=update)
 
-    def image(self, name: str, update: int, picture: np.ndarray, caption: str) -> None:
-        self._run.log({name: self._image(picture, caption=caption)}, step=update)
+    def image(self, name: str, update: int, pixels: np.ndarray, caption: str) -> None:
+        self._run.log({name: self._image(pixels, caption=caption)}, step=update)
 
     def __enter__(self) -> WandB:
         return self
@@ -195,7 +194,7 @@ class WandB:
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ValueError:  # a module that was put there by hand has no spec
+    except ValueError:  # a module without a spec, inserted into sys.modules
         return True
 
 
@@ -203,15 +202,15 @@ def _install(name: str) -> str:
     return f"pip install 'mflux-vae[{name}]'"
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _table(run: str, settings: Mapping[str, Any]) -> bytes:
-    """Markdown; a bar in a text would end its cell."""
+    """A Markdown table; a bar in a value would end its cell."""
     rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items()]
     return "\n".join([f"**{run}**", "", "| setting | value |", "|---|---|", *rows]).encode()

@@ -197,7 +197,7 @@ def test_a_missing_tracker_is_refused_before_a_pipeline_is_opened(run, monkeypat
     monkeypatch.setattr(registry, "open_pipeline", opens)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     status, _, err = run("--report_to=wandb")
-    assert status == 2 and "--report_to wandb: it is not installed: pip install" in err
+    assert status == 2 and "--report_to wandb" in err and "pip install" in err
     assert not (tmp_path / "out").exists()
 
 

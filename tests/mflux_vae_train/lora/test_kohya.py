@@ -1,4 +1,4 @@
-"""Adapters in kohya's naming: the same deltas, where layers here are parts of one there."""
+"""Adapters in kohya's naming: equal weight changes, where one layer there is several here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.mflux_vae_train.training.tiny_model import Net
 MODULES = {"lora_first": ["blocks.0", "blocks.1"], "lora_last": ["out"]}
 
 
-def test_kohyas_names_hold_the_same_deltas_side_by_side() -> None:
+def test_a_kohya_file_has_the_same_weight_changes_in_stacked_layers() -> None:
     net = Net()
-    # two layers of equal inputs, as queries and keys have them, of which one original layer made both
+    # two layers with equal inputs, such as queries and keys, which one original layer computes
     net.blocks = [nn.Linear(4, 8), nn.Linear(4, 6)]
     lora.add_lora(net, ["blocks.*", "out"], rank=2, alpha=6.0)
     net.update(tree_map(lambda x: x + mx.sin(mx.arange(x.size)).reshape(x.shape), net.trainable_parameters()))
@@ -34,7 +34,7 @@ def test_kohyas_names_hold_the_same_deltas_side_by_side() -> None:
         np.testing.assert_allclose(up @ down, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_kohyas_names_leave_rows_of_layers_without_adapter_at_zero() -> None:
+def test_rows_of_parts_without_an_adapter_are_zero() -> None:
     net = Net()
     net.blocks = [nn.Linear(4, 8), nn.Linear(4, 6)]
     lora.add_lora(net, ["blocks.1"], rank=2)
@@ -51,14 +51,14 @@ def file_of(tmp_path, tensors, metadata=None):
 
 
 def fused_net() -> nn.Module:
-    """Two layers that are one in the original, and one that is one there, too."""
+    """Two layers that are one layer in the original network, and one layer that is one layer there, too."""
     net = Net()
     net.blocks = [nn.Linear(4, 8), nn.Linear(4, 6)]
     return net
 
 
 @pytest.mark.parametrize("patterns", [["blocks.*", "out"], ["blocks.1", "out"], ["blocks.0"]])
-def test_a_file_in_kohyas_naming_is_read_back(patterns, tmp_path) -> None:
+def test_a_kohya_file_is_read_back(patterns, tmp_path) -> None:
     net = fused_net()
     lora.add_lora(net, patterns, rank=2, alpha=6.0)
     net.update(tree_map(lambda x: x + mx.sin(mx.arange(x.size) + 1).reshape(x.shape), net.trainable_parameters()))
@@ -68,13 +68,13 @@ def test_a_file_in_kohyas_naming_is_read_back(patterns, tmp_path) -> None:
     was, now = lora.layers(net), lora.layers(again)
     assert found["transformer"] == sorted(now) and was.keys() <= now.keys()
     for name, layer in now.items():
-        assert layer.lora_a.shape[1] == 2, "each part has its own rank again"
+        assert layer.lora_a.shape[1] == 2, "each part has its rank again"
         delta = layer.scale * (layer.lora_a @ layer.lora_b)
         expected = was[name].scale * (was[name].lora_a @ was[name].lora_b) if name in was else mx.zeros_like(delta)
         np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_of_the_original_layer_is_shared_by_its_parts(tmp_path) -> None:
+def test_the_parts_of_a_layer_share_its_adapter(tmp_path) -> None:
     """As kohya's scripts train it, with an alpha that is not the rank."""
     down, up = mx.random.normal((3, 4), key=mx.random.key(0)), mx.random.normal((14, 3), key=mx.random.key(1))
     tensors = {"lora_first.lora_down.weight": down, "lora_first.lora_up.weight": up, "lora_first.alpha": mx.array(1.5)}
@@ -90,22 +90,22 @@ DOWN, UP = "lora_first.lora_down.weight", "lora_first.lora_up.weight"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "word"),
     [
-        ({"lora_nowhere.lora_down.weight": mx.ones((2, 4))}, "unknown lora_nowhere"),
-        ({"lora_first.dora_scale": mx.ones((14, 1))}, "unknown lora_first.dora_scale"),
-        ({UP: None}, "lora_first is no adapter: .lora_up.weight is missing"),
-        ({UP: mx.ones((13, 2))}, "lora_first: lora_up.weight has 13 rows, expected 14"),
+        ({"lora_nowhere.lora_down.weight": mx.ones((2, 4))}, "lora_nowhere"),
+        ({"lora_first.dora_scale": mx.ones((14, 1))}, "dora_scale"),
+        ({UP: None}, "lora_up"),
+        ({UP: mx.ones((13, 2))}, "13 rows"),
         ({DOWN: mx.ones((2, 5))}, r"is \(2, 5\), expected \(2, 4\)"),
-        ({DOWN: mx.ones((0, 4)), UP: mx.ones((14, 0))}, "its shapes are"),
+        ({DOWN: mx.ones((0, 4)), UP: mx.ones((14, 0))}, "shapes"),
         ({"lora_first.alpha": mx.ones(3)}, r"\.alpha is \(3,\)"),
-        ({"lora_first.alpha": mx.array(9.0)}, "layers of t differ in alpha / rank"),
+        ({"lora_first.alpha": mx.array(9.0)}, "alpha"),
         ({"lora_first.alpha": mx.array(float("nan"))}, "alpha"),
-        ({DOWN: mx.ones((4, 4)), UP: mx.ones((14, 4))}, "2 times the rank of others, and its blocks belong to no one"),
-        ({DOWN: mx.ones((3, 4)), UP: mx.ones((14, 3))}, "its rank is 3, and that of others 2"),
+        ({DOWN: mx.ones((4, 4)), UP: mx.ones((14, 4))}, "2 times the rank"),
+        ({DOWN: mx.ones((3, 4)), UP: mx.ones((14, 3))}, "rank is 3"),
     ],
 )
-def test_what_is_wrong_with_a_file_in_kohyas_naming_is_said(changes, said, tmp_path) -> None:
+def test_faults_of_a_kohya_file_are_named(changes, word, tmp_path) -> None:
     tensors = {
         DOWN: mx.ones((2, 4)),
         UP: mx.ones((14, 2)),
@@ -113,12 +113,12 @@ def test_what_is_wrong_with_a_file_in_kohyas_naming_is_said(changes, said, tmp_p
         "lora_last.lora_up.weight": mx.ones((3, 2)),
     }
     tensors = {name: value for name, value in (tensors | changes).items() if value is not None}
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=word):
         lora.load_adapter({"t": fused_net()}, file_of(tmp_path, tensors), {"t": MODULES})
 
 
-def test_what_kohyas_names_cannot_say_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"no names for blocks\.0, blocks\.1"):
+def test_adapters_that_the_format_cannot_store_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"blocks\.0, blocks\.1"):
         lora.kohya_tensors(adapted(), {"lora_last": ["out"]})
     with pytest.raises(SettingsError, match="use_dora"):
         lora.kohya_tensors(with_dora(), MODULES)

@@ -1,4 +1,4 @@
-"""Adapters: what is adapted, that they start as the base, that files carry everything."""
+"""Adapters: which layers are adapted, that they start as the base model, that files are complete."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_matching_layers_are_adapted_and_nothing_else_is_trainable() -> None:
         lora.add_lora(net, ["out"], rank=2)
 
 
-def test_no_match_is_an_error_that_names_layers() -> None:
+def test_an_error_without_a_match_names_layers() -> None:
     with pytest.raises(SettingsError, match=r"to_q.*blocks\.0"):
         lora.add_lora(Net(), ["*.to_q"], rank=2)
 
 
-def test_untrained_equals_the_base_and_disabled_does_always() -> None:
+def test_untrained_and_disabled_adapters_equal_the_base() -> None:
     base = Net()(X)
     assert mx.array_equal(adapted(trained=False)(X), base)
     net = adapted()
@@ -57,7 +57,7 @@ def test_untrained_equals_the_base_and_disabled_does_always() -> None:
     assert mx.array_equal(net(X), with_adapter)
 
 
-def test_start_is_a_function_of_seed_and_path() -> None:
+def test_initial_weights_are_a_function_of_seed_and_path() -> None:
     one, same, other = (lora.layers(adapted(seed=seed)) for seed in (1, 1, 2))
     assert mx.array_equal(one["blocks.0"].lora_a, same["blocks.0"].lora_a)
     assert not mx.array_equal(one["blocks.0"].lora_a, other["blocks.0"].lora_a)
@@ -75,7 +75,7 @@ def test_fused_equals_adapted() -> None:
     assert mx.allclose(net(X), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_of_a_sample_depends_on_its_key_alone() -> None:
+def test_dropout_of_a_sample_depends_only_on_its_key() -> None:
     net = adapted(dropout=0.5)
     keys = sample_keys(0, Stream.LORA_DROPOUT, 0, [0, 1, 2])
     whole = net(X)
@@ -163,17 +163,17 @@ def test_a_file_of_several_ranks_is_refused(tmp_path: Path) -> None:
         {"t.blocks.0.lora_A.weight": mx.zeros((2, 4)), "t.blocks.1.lora_A.weight": mx.zeros((3, 8))},
         {},
     )
-    with pytest.raises(WeightsError, match=r"ranks \[2, 3\]"):
+    with pytest.raises(WeightsError, match="rank"):
         lora.load_adapter({"t": Net()}, tmp_path / "a.safetensors")
 
 
 def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     lora.save_adapter({"unet": adapted()}, path)
-    with pytest.raises(WeightsError, match="no adapter for 'transformer'"):
+    with pytest.raises(WeightsError, match="transformer"):
         lora.load_adapter({"transformer": Net()}, path)
     write_safetensors(path, lora.adapter_tensors(adapted(), "unet"), {lora.METADATA_KEY: "{"})
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="lora_adapter_metadata"):
         lora.load_adapter({"unet": Net()}, path)
 
 
@@ -212,7 +212,7 @@ def test_dora_scales_every_row_to_its_magnitude(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_a_quantised_layer_is_adapted_and_stays_as_it_is(bits: int, dora: bool, tmp_path: Path) -> None:
+def test_a_quantized_layer_is_adapted_and_unchanged(bits: int, dora: bool, tmp_path: Path) -> None:
     def net() -> nn.Module:
         module = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
         module.update(tree_map(lambda x: mx.sin(mx.arange(x.size).reshape(x.shape) * 0.7), module.parameters()))
@@ -284,5 +284,5 @@ def test_layers_are_named_as_in_peft_by_pattern_or_by_preset() -> None:
     assert chosen("*.to_q*") == ["a.attn.to_q", "b.to_qk"]
     assert chosen("attention") == ["a.attn.to_q", "a.attn.to_k"]
     assert chosen("all") == paths
-    with pytest.raises(SettingsError, match="attention, all, or names"):
+    with pytest.raises(SettingsError, match="lora_layers"):
         lora.patterns_of(" , ", {"attention": []})

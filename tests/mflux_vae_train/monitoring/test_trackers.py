@@ -1,4 +1,4 @@
-"""TensorBoard, read back by its own reader; Weights & Biases, against a module that notes what it is told."""
+"""TensorBoard, read back by its own reader; Weights & Biases, against a fake module that records calls."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def opened(name: str, folder: Path, start: int = 0) -> trackers.Tracker:
     return open_tracker(name, folder, run="a | b", settings={"prompt": "x | y", "rank": 4}, start=start)
 
 
-def test_what_is_wanted_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"tensorboard"}
     monkeypatch.setattr(trackers, "find_spec", lambda name: name if name in there else None)
     assert requested_trackers(None) == requested_trackers("none") == ()
     assert list(requested_trackers("tensorboard")) == list(requested_trackers("all")) == ["tensorboard"]
-    with pytest.raises(SettingsError, match=r"--report_to wandb: .*'mflux-vae\[wandb\]'"):
+    with pytest.raises(SettingsError, match=r"mflux-vae\[wandb\]"):
         requested_trackers("wandb")
     there.clear()
-    with pytest.raises(SettingsError, match=r"--report_to all: install one of them"):
+    with pytest.raises(SettingsError, match="--report_to all"):
         requested_trackers("all")
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
-def test_tensorboard_holds_every_number_once_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_has_each_value_once_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,23 +65,23 @@ def test_tensorboard_holds_every_number_once_after_a_resume(tmp_path: Path) -> N
 
 
 class Board(types.ModuleType):
-    """As much of wandb as is used."""
+    """The part of wandb that is used."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.begun: list[dict[str, Any]] = []
-        self.told: list[tuple[int, dict[str, Any]]] = []
+        self.runs: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
         self.ended: list[int] = []
         self.error: Exception | None = None
 
     def init(self, **given: Any) -> Board:
         if self.error:
             raise self.error
-        self.begun.append(given)
+        self.runs.append(given)
         return self
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
-        self.told.append((step, values))
+        self.logged.append((step, values))
 
     def finish(self, *, exit_code: int) -> None:
         self.ended.append(exit_code)
@@ -98,27 +98,27 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Board:
     return board
 
 
-def test_wandb_is_told_settings_numbers_and_pictures(wandb: Board, tmp_path: Path) -> None:
+def test_wandb_gets_settings_metrics_and_images(wandb: Board, tmp_path: Path) -> None:
     assert list(requested_trackers("wandb")) == ["wandb"]
     with opened("wandb", tmp_path) as tracker:
         tracker(record(1, loss=0.5))
         tracker.image("preview", 1, PICTURE, "a dog")
-    (begun,) = wandb.begun
-    assert begun["config"] == {"prompt": "x | y", "rank": 4} and begun["name"] == "a | b"
-    assert begun["project"] == "dreambooth" and Path(begun["dir"]) == tmp_path
-    assert wandb.told == [(1, {"train/loss": 0.5}), (1, {"preview": ("a dog", (4, 6, 3))})]
+    (run,) = wandb.runs
+    assert run["config"] == {"prompt": "x | y", "rank": 4} and run["name"] == "a | b"
+    assert run["project"] == "dreambooth" and Path(run["dir"]) == tmp_path
+    assert wandb.logged == [(1, {"train/loss": 0.5}), (1, {"preview": ("a dog", (4, 6, 3))})]
     assert wandb.ended == [0]
 
 
-def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_has_another(wandb: Board, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(wandb: Board, tmp_path: Path) -> None:
     for start in (0, 4, 0):
         with opened("wandb", tmp_path, start=start):
             pass
-    first, resumed, other = (begun["id"] for begun in wandb.begun)
+    first, resumed, other = (run["id"] for run in wandb.runs)
     assert first == resumed != other
 
 
-def test_a_run_that_fails_fails_there_too(wandb: Board, tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_as_failed(wandb: Board, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), opened("wandb", tmp_path):
         raise ZeroDivisionError
     assert wandb.ended == [1]
@@ -127,10 +127,10 @@ def test_a_run_that_fails_fails_there_too(wandb: Board, tmp_path: Path) -> None:
 def test_the_environment_names_the_project(wandb: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     opened("wandb", tmp_path)
-    assert "project" not in wandb.begun[0]
+    assert "project" not in wandb.runs[0]
 
 
-def test_what_wandb_refuses_is_one_line_that_says_what_to_do(wandb: Board, tmp_path: Path) -> None:
+def test_an_error_of_wandb_is_one_line(wandb: Board, tmp_path: Path) -> None:
     wandb.error = RuntimeError("api_key not configured\n(no-tty)")
-    with pytest.raises(SettingsError, match=r"api_key not configured \(no-tty\); run `wandb login`, or set WANDB_MODE"):
+    with pytest.raises(SettingsError, match=r"api_key not configured \(no-tty\).*wandb login"):
         opened("wandb", tmp_path)

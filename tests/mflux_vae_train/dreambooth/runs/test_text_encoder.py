@@ -194,7 +194,7 @@ def test_both_adapters_are_saved_in_both_namings(pipeline, settings, tmp_path) -
         start = settings(f"from {name}", lora_weights=str(out / name), learning_rate=1e-9, text_encoder_lr=1e-9)
         DreamBooth(again).train(start)
         assert mx.abs(drawn(again) - after).max() < 1e-4 < mx.abs(before - after).max(), name
-    with pytest.raises(WeightsError, match="holds an adapter for 'text_encoder', too, and transformer alone"):
+    with pytest.raises(WeightsError, match="adapter for 'text_encoder'"):
         other = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
         alone = {"train_text_encoder": False, "text_encoder_lr": None}
         DreamBooth(other).train(settings("alone", lora_weights=str(out / "pytorch_lora_weights.safetensors"), **alone))
