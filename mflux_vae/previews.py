@@ -145,7 +145,8 @@ def _fit(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None) -> mx.ar
         products, targets = products + x.T @ x, targets + x.T @ y
     # Regularise, so that constant channels get no weight.
     products = products + _RIDGE * np.trace(products) / len(products) * np.eye(len(products))
-    return mx.array(np.linalg.solve(products, targets).T.astype(np.float32))
+    # MLX keeps the strides of NumPy's arrays; a projection from the cache is contiguous.
+    return mx.contiguous(mx.array(np.linalg.solve(products, targets).T.astype(np.float32)))
 
 
 def _cached(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None, path: Path) -> mx.array:

@@ -14,6 +14,7 @@ from mflux_vae import VAE, ImageError, SettingsError
 from mflux_vae.metrics import image as metrics
 from mflux_vae.previews import Previewer, synthetic_images
 from mflux_vae.weights.formats.files import write_safetensors
+from tests.helpers.memory_order import views
 from tests.mflux_vae.small_models import small_flux2, small_kl, small_tiny
 
 
@@ -105,6 +106,7 @@ def test_projection_is_cached_until_vae_detail_or_images_change(tmp_path: Path, 
     again, decodes = previews_and_decodes()
     assert decodes == 0
     np.testing.assert_array_equal(first, again)
+    assert not views({"projection": Previewer(vae, pictures=made)._projection})  # as the one from the cache
     assert previews_and_decodes(detail=2)[1] == 1
     assert previews_and_decodes(pictures=made[:3])[1] == 1
     vae.network = small_kl(seed=9)
