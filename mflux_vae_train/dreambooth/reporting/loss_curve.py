@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mflux_vae.images import save_image
-from mflux_vae_train.monitoring.report.charts import number
+from mflux_vae_train.monitoring.report.charts import format_number
 from mflux_vae_train.monitoring.report.curves import Curve, Scale, points, round_numbers, scale
 
 _LOSSES = ("instance_loss", "prior_loss")
@@ -41,9 +41,9 @@ def write_loss_curve(records: Sequence[Mapping[str, float]], path: Path) -> None
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_FONT)
     for tick in y.ticks:
         draw.line(line(0, tick) + line(last, tick), fill=_GRID, width=2)
-        draw.text((_LEFT - 12, line(0, tick)[0][1]), number(tick), fill="black", font=font, anchor="rm")
+        draw.text((_LEFT - 12, line(0, tick)[0][1]), format_number(tick), fill="black", font=font, anchor="rm")
     for tick in x.ticks:
-        draw.text((line(tick, 0)[0][0], _BOTTOM + 12), number(tick), fill="black", font=font, anchor="mt")
+        draw.text((line(tick, 0)[0][0], _BOTTOM + 12), format_number(tick), fill="black", font=font, anchor="mt")
     draw.text(((_LEFT + _RIGHT) / 2, _HEIGHT - 12), "updates", fill="black", font=font, anchor="mb")
     for index, (name, curve) in enumerate(curves.items()):
         draw.line(line(curve.updates, curve.values), fill=_LIGHT[index], width=2)

@@ -26,9 +26,9 @@ from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import duration
-from mflux_vae_train.monitoring.report.charts import number
+from mflux_vae_train.monitoring.report.charts import format_number
 from mflux_vae_train.monitoring.report.curves import smoothed
-from mflux_vae_train.monitoring.report.page import PageHeader, Section, page, picture, table
+from mflux_vae_train.monitoring.report.page import PageHeader, Section, image_element, page, table
 from mflux_vae_train.training.hooks import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Report:
             title=" · ".join(concept.instance_prompt for concept in resolved.subjects),
             about=f"{trained}, {len(run.dataset.images)} images, in {folder.root} · written {written}",
             state=(state, note or f"after update {update} of {total}"),
-            share=update / total,
-            figures=_figures(records, update, total),
+            progress=update / total,
+            stats=_figures(records, update, total),
         )
         sections = [
             ("previews", "Previews", self._preview_section(), "Each row starts from the same noise."),
@@ -115,7 +115,10 @@ class Report:
         if key not in self._previews:
             label = preview_grid.label(int(path.stem.removeprefix("step-")))
             self._previews[key] = [
-                [picture(one, largest=PREVIEW_SIDE, caption=f"{label}, {i}") for i, one in enumerate(row, start=1)]
+                [
+                    image_element(one, largest=PREVIEW_SIDE, caption=f"{label}, {i}")
+                    for i, one in enumerate(row, start=1)
+                ]
                 for row in preview_grid.split_preview(path, columns=columns)
             ]
         return self._previews[key]
@@ -142,7 +145,7 @@ class Report:
         path = image if isinstance(image, Path) else image.path
         if path not in self._thumbnails:
             pixels = load_image(image) if isinstance(image, Path) else image.read(image.square)
-            self._thumbnails[path] = picture(pixels, largest=THUMBNAIL_SIDE, caption=path.name)
+            self._thumbnails[path] = image_element(pixels, largest=THUMBNAIL_SIDE, caption=path.name)
         return self._thumbnails[path]
 
     def _settings_section(self) -> str:
@@ -178,9 +181,9 @@ def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> l
     speed = sum(record.get("samples", 0) for record in records) / max(spent, 1e-9)
     return [
         *figures,
-        ("Loss", number(loss[-1]), f"{number(start)} in the first tenth"),
-        ("Learning rate", number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "current"),
-        ("Images", number(speed), "per second"),
+        ("Loss", format_number(loss[-1]), f"{format_number(start)} in the first tenth"),
+        ("Learning rate", format_number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "current"),
+        ("Images", format_number(speed), "per second"),
         ("Memory", f"{max(record.get('memory_gb', 0.0) for record in records):.2f} GB", "peak"),
     ]
 
@@ -203,7 +206,7 @@ def _value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return number(value)
+        return format_number(value)
     if isinstance(value, tuple):
         return " · ".join(str(getattr(one, "instance_prompt", one)) for one in value)
     return str(value)

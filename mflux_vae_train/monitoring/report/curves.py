@@ -1,4 +1,4 @@
-"""Curves over updates -> what a chart draws: thinned, smoothed, on a scale with round numbers. No HTML."""
+"""Curves for charts: thinning, smoothing, scales with round numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
-MOST_POINTS = 400
-"""Points that a curve is thinned to, about as many as a chart is wide on a telephone."""
+MAX_POINTS = 400
+"""Number of points that a curve is thinned to, about the width of a chart on a phone."""
 
-WIDE = 30.0
-"""Ratio of largest to smallest value from which a scale is logarithmic by itself."""
+LOG_SCALE_RATIO = 30.0
+"""Ratio of the largest to the smallest value above which a scale is logarithmic by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,10 @@ class Curve:
     """One number over updates.
 
     Attributes:
-        updates: rising; where nothing was measured, an update is left out.
-        values: one for each; not finite ones are left out of the drawing.
-        smooth: whether an average is drawn, too.
-        faint: whether the values themselves are, beside their average.
+        updates: increasing; updates without a measurement are left out.
+        values: one for each update; values that are not finite are not drawn.
+        smooth: whether to draw an average.
+        faint: whether to draw the values beside their average.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """What is drawn of a curve, at most `MOST_POINTS`.
+    """A thinned curve of at most `MAX_POINTS` points; each represents a group of updates.
 
     Attributes:
-        updates: last one of each point's updates.
-        values: their mean.
-        lowest, highest: of them.
-        smoothed: the average up to there; the values themselves where nothing is to be smoothed.
+        updates: last update of each group.
+        values: mean value.
+        lowest, highest: extreme values.
+        smoothed: average up to the update; the values themselves without smoothing.
     """
 
     updates: np.ndarray
@@ -53,7 +53,7 @@ class Points:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponential average over about a twentieth of the run, started without bias."""
+    """Bias-corrected exponential average over about a twentieth of the run."""
     keep = 1 - 1 / max(2.0, len(values) / 20)
     total, weight, averaged = 0.0, 0.0, []
     for value in values:
@@ -63,13 +63,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def points(curve: Curve) -> Points:
-    """Groups of neighbouring updates become a point each."""
+    """Thin a curve: each group of neighbouring updates becomes one point."""
     updates, values = np.asarray(curve.updates, int), np.asarray(curve.values, float)
     finite = np.isfinite(values)
     updates, values = updates[finite], values[finite]
     average = smoothed(values) if curve.smooth else values
     count = len(values)
-    ends = np.unique(np.linspace(0, count, min(count, MOST_POINTS) + 1).round().astype(int))
+    ends = np.unique(np.linspace(0, count, min(count, MAX_POINTS) + 1).round().astype(int))
     groups = [slice(first, end) for first, end in pairwise(ends)]
     return Points(
         updates=np.array([updates[group][-1] for group in groups], int),
@@ -82,10 +82,10 @@ def points(curve: Curve) -> Points:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Numbers -> 0 (bottom, left) to 1.
+    """Maps numbers to [0, 1], from the bottom or left.
 
     Attributes:
-        low, high: at 0 and 1.
+        low, high: mapped to 0 and 1.
         ticks: round numbers between them.
     """
 
@@ -95,7 +95,7 @@ class Scale:
     logarithmic: bool = False
 
     def at(self, values: np.ndarray | float) -> np.ndarray:
-        """Places; what lies outside is moved to a little outside of 0 or 1."""
+        """Positions, clipped to [-0.5, 1.5]."""
         given = np.asarray(values, float)
         low, high = self.low, self.high
         if self.logarithmic:
@@ -104,22 +104,22 @@ class Scale:
 
 
 def scale(drawn: Sequence[Points], *, also: Sequence[float] = (), logarithmic: bool | None = None) -> Scale:
-    """A scale on which single outliers do not squeeze all else.
+    """A scale for the 1st to 99th percentile, so that single outliers do not compress the curves.
 
     Args:
-        also: numbers that must be on it.
-        logarithmic: None decides by how far the values are apart.
+        also: more values to include.
+        logarithmic: None decides by the range of the values.
     """
     seen = [np.concatenate([one.lowest, one.highest, one.smoothed]) for one in drawn if len(one.values)]
     numbers = np.concatenate([*seen, np.asarray(also, float)]) if seen or also else np.array([0.0, 1.0])
     low, high = np.percentile(numbers, [1, 99])
-    for one in drawn:  # the averages are on it in any case
+    for one in drawn:  # averages are always included
         if len(one.smoothed):
             low, high = min(low, one.smoothed.min()), max(high, one.smoothed.max())
     low, high = min([low, *also]), max([high, *also])
     positive = numbers[numbers > 0]
     if logarithmic is None:
-        logarithmic = len(positive) == len(numbers) and high / low > WIDE
+        logarithmic = len(positive) == len(numbers) and high / low > LOG_SCALE_RATIO
     if logarithmic and len(positive):
         low = max(low, positive.min())
         return _decades(low / 1.15, max(high, low) * 1.15)
@@ -132,9 +132,9 @@ def scale(drawn: Sequence[Points], *, also: Sequence[float] = (), logarithmic: b
     return Scale(low=low, high=high, ticks=round_numbers(low, high))
 
 
-def round_numbers(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, about as many as wanted."""
-    rough = (high - low) / wanted
+def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten between `low` and `high`, about `count`."""
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

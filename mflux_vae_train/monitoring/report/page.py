@@ -1,4 +1,4 @@
-"""A report as one HTML file: nothing is loaded, and its policy forbids to. All that comes from outside is escaped."""
+"""A report as one HTML file that loads nothing, which its content security policy enforces. All texts are escaped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Section:
     """A part of a page.
 
     Attributes:
-        name: in the navigation and as its place in the page; one word.
-        title: its heading.
-        body: HTML.
+        name: one word for the navigation and the anchor.
+        title: heading.
+        body: HTML; a section without any is omitted.
         note: a sentence below the heading.
     """
 
@@ -33,34 +33,34 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class PageHeader:
-    """What stands above all sections.
+    """The top of the page.
 
     Attributes:
-        kind: what the page is about, in a few words.
+        kind: subject of the page, in a few words.
         title: its name.
-        about: a line below it.
-        state: one of running, finished, stopped; and what is said of it.
-        share: how much is done, in [0, 1].
-        figures: (name, value, remark) of the most important numbers.
+        about: a line below the title.
+        state: running, finished or stopped; and a note on it.
+        progress: in [0, 1].
+        stats: (name, value, remark) of the most important numbers.
     """
 
     kind: str
     title: str
     about: str
     state: tuple[str, str]
-    share: float
-    figures: Sequence[tuple[str, str, str]]
+    progress: float
+    stats: Sequence[tuple[str, str, str]]
 
 
-def page(head: PageHeader, sections: Sequence[Section]) -> str:
-    """The whole file."""
+def page(header: PageHeader, sections: Sequence[Section]) -> str:
+    """The HTML of the page."""
     shown = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.name}">{escape(section.name.capitalize())}</a>' for section in shown)
-    figures = "".join(
+    stats = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
-        for name, value, remark in head.figures
+        for name, value, remark in header.stats
     )
-    state, said = head.state
+    state, state_note = header.state
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -68,34 +68,34 @@ def page(head: PageHeader, sections: Sequence[Section]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="color-scheme" content="light dark">
-<title>{escape(head.title)} · {escape(head.kind)}</title>
+<title>{escape(header.title)} · {escape(header.kind)}</title>
 <style>
-{_own("page.css")}</style>
+{_asset("page.css")}</style>
 </head>
 <body>
 <header>
-<p class="kind">{escape(head.kind)}</p>
-<h1>{escape(head.title)}</h1>
-<p class="about">{escape(head.about)}</p>
-<p class="state {state}"><b>{state}</b> {escape(said)}</p>
-<div class="done"><div style="width:{100 * min(max(head.share, 0), 1):.1f}%"></div></div>
-<dl class="figures">{figures}</dl>
+<p class="kind">{escape(header.kind)}</p>
+<h1>{escape(header.title)}</h1>
+<p class="about">{escape(header.about)}</p>
+<p class="state {state}"><b>{state}</b> {escape(state_note)}</p>
+<div class="done"><div style="width:{100 * min(max(header.progress, 0), 1):.1f}%"></div></div>
+<dl class="figures">{stats}</dl>
 </header>
 <nav>{links}</nav>
 <main>
 {"".join(map(_section, shown))}</main>
 <dialog><img alt=""><p></p></dialog>
 <script>
-{_own("page.js")}</script>
+{_asset("page.js")}</script>
 </body>
 </html>
 """
 
 
-def picture(pixels: np.ndarray, *, largest: int, caption: str) -> str:
-    """uint8 (H, W, 3) -> an img element that holds its pixels; larger pictures are shrunk.
+def image_element(pixels: np.ndarray, *, largest: int, caption: str) -> str:
+    """uint8 (H, W, 3) -> an img element with the image embedded, scaled down to `largest` pixels.
 
-    Small ones keep every pixel, and show it; photographs of usual size become JPEG.
+    Images of up to 128 pixels are PNG and shown with visible pixels; larger ones are JPEG.
     """
     from PIL import Image
 
@@ -106,22 +106,22 @@ def picture(pixels: np.ndarray, *, largest: int, caption: str) -> str:
     image.save(buffer, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 88}))
     kind = "png" if small else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    named = escape(caption)
-    grown = ' class="pixels"' if small else ""
+    text = escape(caption)
+    css_class = ' class="pixels"' if small else ""
     return (
-        f'<img{grown} src="data:image/{kind};base64,{data}" width="{image.width}" height="{image.height}"'
-        f' alt="{named}" title="{named}">'
+        f'<img{css_class} src="data:image/{kind};base64,{data}" width="{image.width}" height="{image.height}"'
+        f' alt="{text}" title="{text}">'
     )
 
 
 def table(rows: Sequence[tuple[str, str, str, bool]]) -> str:
-    """(name, value, explanation, whether it is to be seen at once) -> two columns."""
+    """(name, value, explanation, whether the value is not the default) -> a table of two columns."""
     return (
         "<table>"
         + "".join(
-            f'<tr{" class=told" if told else ""} title="{escape(explanation)}"><th scope="row">{escape(name)}</th>'
+            f'<tr{" class=set" if changed else ""} title="{escape(explanation)}"><th scope="row">{escape(name)}</th>'
             f"<td>{escape(value)}</td></tr>"
-            for name, value, explanation, told in rows
+            for name, value, explanation, changed in rows
         )
         + "</table>"
     )
@@ -132,5 +132,5 @@ def _section(section: Section) -> str:
     return f'<section id="{section.name}">\n<h2>{escape(section.title)}</h2>{note}\n{section.body}\n</section>\n'
 
 
-def _own(name: str) -> str:
+def _asset(name: str) -> str:
     return (files(__package__) / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Charts: round numbers, scales on which outliers squeeze nothing, paths that go where the numbers are."""
+"""Charts: round ticks, scales without outliers, paths at the positions of the values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mflux_vae_train.monitoring.report.charts import SIZE, Chart, draw, number
-from mflux_vae_train.monitoring.report.curves import MOST_POINTS, Curve, points, round_numbers, scale, smoothed
+from mflux_vae_train.monitoring.report.charts import SIZE, Chart, draw, format_number
+from mflux_vae_train.monitoring.report.curves import MAX_POINTS, Curve, points, round_numbers, scale, smoothed
 from tests.helpers.html import Page
 
 
@@ -36,7 +36,7 @@ def test_ticks_are_round_few_and_inside(low: float, width: float) -> None:
      (123456, "123,456"), (-0.25, "-0.25"), (2e9, "2e9"), (float("nan"), "nan")],
 )  # fmt: skip
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_smoothing_keeps_constants_and_follows_trends() -> None:
@@ -46,26 +46,26 @@ def test_smoothing_keeps_constants_and_follows_trends() -> None:
 
 
 def test_thinning_keeps_extremes_means_and_the_end() -> None:
-    values = np.random.default_rng(0).normal(size=10 * MOST_POINTS + 7)
+    values = np.random.default_rng(0).normal(size=10 * MAX_POINTS + 7)
     values[1234] = 50.0
     thinned = points(curve(values))
-    assert len(thinned.updates) == MOST_POINTS and thinned.updates[-1] == len(values)
+    assert len(thinned.updates) == MAX_POINTS and thinned.updates[-1] == len(values)
     assert thinned.highest.max() == 50.0 and thinned.lowest.min() == values.min()
     assert thinned.values.mean() == pytest.approx(values.mean(), abs=0.01)
 
 
-def test_what_is_not_finite_is_left_out() -> None:
+def test_values_that_are_not_finite_are_left_out() -> None:
     assert points(curve([1.0, float("nan"), 3.0, float("inf")])).updates.tolist() == [1, 3]
 
 
-def test_one_outlier_squeezes_nothing() -> None:
+def test_one_outlier_does_not_compress_the_scale() -> None:
     usual = np.abs(np.random.default_rng(0).normal(1, 0.1, 400))
     shown = scale([points(curve(usual))], logarithmic=False)
     with_one = scale([points(curve([*usual, 1000.0]))], logarithmic=False)
-    assert shown.high < 2 and with_one.high < 100  # its average is shown, it itself lies above
+    assert shown.high < 2 and with_one.high < 100  # the average is shown, the outlier lies above
 
 
-def test_a_scale_becomes_logarithmic_where_values_are_far_apart() -> None:
+def test_a_scale_is_logarithmic_for_a_wide_range() -> None:
     assert scale([points(curve(np.logspace(-6, 0, 50), smooth=False))]).logarithmic
     assert not scale([points(curve(np.linspace(1, 2, 50)))]).logarithmic
     assert not scale([points(curve(np.linspace(-1, 100, 50)))]).logarithmic
@@ -78,7 +78,7 @@ def test_odd_curves_are_drawn(values: list[float]) -> None:
     Page(html)
 
 
-def test_paths_go_where_the_numbers_are() -> None:
+def test_paths_have_the_positions_of_the_values() -> None:
     values = [0.0, 1.0, 4.0, 2.0]
     html = draw(Chart(title="a < b", curves=[curve(values, name="<x>", smooth=False)], line=(3.0, "limit")), total=4)
     page = Page(html)
@@ -88,7 +88,7 @@ def test_paths_go_where_the_numbers_are() -> None:
     heights = SIZE - places[:, 1]
     np.testing.assert_allclose(heights / heights[2], np.array(values) / 4, atol=1e-3)  # from zero
     labels = {text: each for each, text in spans(html)}
-    np.testing.assert_allclose(labels["4"] * SIZE / 100, heights[2], atol=0.2)  # the axis says the same
+    np.testing.assert_allclose(labels["4"] * SIZE / 100, heights[2], atol=0.2)  # equal to the tick of the axis
     (data,) = [json.loads(text) for tag, text in page.texts if tag == "script"]
     assert data[0]["values"] == values and data[0]["name"] == "<x>" and "<x>" not in html
 

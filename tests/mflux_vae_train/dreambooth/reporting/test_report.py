@@ -118,7 +118,7 @@ def test_curves_equal_the_metrics(out):
 def test_page_marks_changed_settings_and_has_the_log(out):
     page = page_of(out)
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert '<tr class=told title="updates between previews' in html and '<tr title="micro-batches in an update' in html
+    assert '<tr class=set title="updates between previews' in html and '<tr title="micro-batches in an update' in html
     text = page.text()
     assert all(words in text for words in ("finished", "validation_steps", "6 instance images", "saved"))
 
