@@ -31,7 +31,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.settings.flags import settings_from
-from mflux_vae_train.tiny_world.evaluate import pictures
+from mflux_vae_train.tiny_world.evaluate import sample_images
 
 PICTURES = 16
 SHRUNK = 16
@@ -62,9 +62,9 @@ def run(folder: Path, noun: str, given: DreamBoothSettings, output: Path) -> dic
     side = pipeline.recommended.resolution
     photographs = np.stack([load_image(path, resolution=side) for path in find_images(folder)[0]])
     prompts = [settings.instance_prompt] * PICTURES
-    before = nearest(pictures(pipeline, prompts, seed=SEED), photographs)
+    before = nearest(sample_images(pipeline, prompts, seed=SEED), photographs)
     DreamBooth(pipeline).train(settings)
-    after = nearest(pictures(pipeline, prompts, seed=SEED), photographs)
+    after = nearest(sample_images(pipeline, prompts, seed=SEED), photographs)
     return {"photographs": folder.name, "before": before, "after": after, "ratio": after / before}
 
 

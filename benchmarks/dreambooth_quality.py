@@ -65,8 +65,9 @@ from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.settings.flags import settings_from
 from mflux_vae_train.tiny_world.checker import is_subject, shows_class
-from mflux_vae_train.tiny_world.evaluate import accuracy, pictures
-from mflux_vae_train.tiny_world.world import SUBJECTS, Subject, article, evaluation_prompts, subject_images
+from mflux_vae_train.tiny_world.evaluate import accuracy, sample_images
+from mflux_vae_train.tiny_world.words import article
+from mflux_vae_train.tiny_world.world import SUBJECTS, Subject, evaluation_prompts, subject_images
 
 INSTANCE_IMAGES = 5
 PICTURES = 32
@@ -108,7 +109,7 @@ def measure(
     Args:
         sheet: a picture to write: some pictures of the subject, and below them some of its class.
     """
-    named = pictures(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
+    named = sample_images(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
     plain = _class_pictures(pipeline, subject)
     if sheet is not None:
         save_image(sheet, grid([*named[:SHOWN], *plain[:SHOWN]], SHOWN))
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _class_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
     prompt = f"a photo of {article(subject.shape)} {subject.shape}"
-    return pictures(pipeline, [prompt] * PICTURES, seed=EVALUATION_SEED + 1)
+    return sample_images(pipeline, [prompt] * PICTURES, seed=EVALUATION_SEED + 1)
 
 
 def _other_prompts(pipeline: DiffusionPipeline, subject: Subject) -> float:
@@ -226,7 +227,7 @@ def _other_prompts(pipeline: DiffusionPipeline, subject: Subject) -> float:
     others = [(prompt, truth) for prompt, truth in evaluation_prompts(True) if truth.shape != subject.shape]
     chosen = np.random.default_rng(EVALUATION_SEED).choice(len(others), PROMPTS, replace=False)
     prompts, truths = zip(*(others[index] for index in chosen), strict=True)
-    return accuracy(pictures(pipeline, prompts, seed=EVALUATION_SEED + 2), truths).all
+    return accuracy(sample_images(pipeline, prompts, seed=EVALUATION_SEED + 2), truths).all
 
 
 if __name__ == "__main__":

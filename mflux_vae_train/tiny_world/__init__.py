@@ -1,1 +1,1 @@
-"""Programs that make the embedded pipeline."""
+"""Programs that train the embedded pipeline: its world, recipe and checker."""

@@ -1,7 +1,7 @@
-"""Make the embedded pipeline from nothing: `python -m mflux_vae_train.tiny_world.build --work DIR`.
+"""Train the embedded pipeline from scratch: `python -m mflux_vae_train.tiny_world.build --work DIR`.
 
-The autoencoder first, then transformer and text encoders on its latents. Every stage goes on where an interrupted
-run stopped. Two CPU cores need an hour or two. Numbers are in `recipe.py` and `vae.yaml`.
+The autoencoder is trained first, then transformer and text encoders on its latents. An interrupted build continues when
+it is started again. Two CPU cores need an hour or two. All numbers are in `recipe.py` and `vae.yaml`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from mflux_vae.networks.autoencoder_kl import AutoencoderKL
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.settings.flags import from_yaml
 from mflux_vae_train.tiny_world import corpus, recipe, train_flux
-from mflux_vae_train.tiny_world.evaluate import accuracy, pictures
+from mflux_vae_train.tiny_world.evaluate import accuracy, sample_images
 from mflux_vae_train.tiny_world.world import evaluation_prompts
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.train import VAETrainer
 
 logger = logging.getLogger(__name__)
 
-MEASURED_ON = 512
-"""Scenes that scale and shift of the latents are measured on."""
+SCALING_SCENES = 512
+"""Number of scenes that scale and shift of the latents are measured on."""
 
 
 def autoencoder(work: Path, settings: VAETrainingSettings, photos: Sequence[Path]) -> VAE:
-    """The trained autoencoder, its latents scaled to zero mean and unit deviation over scenes; kept in `work`."""
+    """Train the autoencoder, with latents of zero mean and unit deviation over scenes; stored in `work`."""
     folder = work / "autoencoder"
     if not (folder / "config.json").is_file():
         shape = {"size": settings.image_size, "channels": settings.in_channels}
-        source = corpus.Pictures(corpus.photographs(photos), seed=settings.seed, count=settings.data_count, **shape)
+        source = corpus.TrainingImages(
+            corpus.photographs(photos), seed=settings.seed, count=settings.data_count, **shape
+        )
         trainer = VAETrainer(replace(settings, output_dir=str(work)), source=source)
         trainer.train()
         network = trainer.network
-        pixels = mx.array(corpus.scenes(settings.seed, MEASURED_ON, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
+        pixels = mx.array(corpus.scenes(settings.seed, SCALING_SCENES, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
         latents = np.concatenate([np.array(network.encode(part).mode()) for part in mx.split(pixels, 8)])
         shift, scale = round(float(latents.mean()), 4), round(float(1 / latents.std()), 4)
         scaled = AutoencoderKL(replace(recipe.VAE, shift_factor=shift, scaling_factor=scale))
@@ -51,7 +53,7 @@ def autoencoder(work: Path, settings: VAETrainingSettings, photos: Sequence[Path
 
 
 def build(work: Path, output: Path, settings: recipe.Recipe, photos: Sequence[Path]) -> dict[str, object]:
-    """Train everything that `work` does not have yet, write the pipeline to `output`, and measure it."""
+    """Train what is missing in `work`, write the pipeline to `output`, and measure its accuracy."""
     work.mkdir(parents=True, exist_ok=True)
     vae = autoencoder(work, from_yaml(VAETrainingSettings, recipe.VAE_SETTINGS), photos)
     pipeline = train_flux.train(work, vae, settings.flux)
@@ -59,7 +61,7 @@ def build(work: Path, output: Path, settings: recipe.Recipe, photos: Sequence[Pa
     figures: dict[str, object] = {}
     for name, seen in (("seen", True), ("unseen", False)):
         prompts, truths = zip(*evaluation_prompts(seen), strict=True)
-        measured = accuracy(pictures(pipeline, prompts, seed=0), truths)
+        measured = accuracy(sample_images(pipeline, prompts, seed=0), truths)
         logger.info("%s combinations: %s", name, measured)
         figures[name] = measured.all
     return figures
@@ -68,7 +70,7 @@ def build(work: Path, output: Path, settings: recipe.Recipe, photos: Sequence[Pa
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; the same one resumes")
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; use the same one to resume")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: this package's)")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="more photographs for the autoencoder")
     arguments = parser.parse_args(argv)

@@ -1,12 +1,11 @@
-"""What does a picture of the world show? Read from its pixels alone.
+"""Read from an image's pixels which scene of the world it shows.
 
-1. The background is the texture whose palette the border, which no shape reaches, matches best.
-2. Foreground is what is nearer to the picture's most frequent colour than to the background's palette and the
-   outline; and any colour near its centre, where a core may be.
-3. The shape is the template with the highest intersection over union with the foreground, over positions and
-   radii (correlations by FFT). A best match below `MIN_OVERLAP` is no shape at all: what a generative model
-   distorts beyond that must not be counted as right.
-4. Body and core colour are those of the medians of the pixels that the template says are body and core.
+1. The background is the texture whose palette matches the border best; no shape reaches the border.
+2. The foreground is nearer to the image's most frequent colour than to the background's palette and the outline. Near
+   its centre, where a core may be, any colour belongs to it.
+3. The shape is the template with the highest intersection over union with the foreground, over positions and radii
+   (correlations by FFT). Below `MIN_OVERLAP` there is no shape, so that distorted shapes are not counted as right.
+4. The colours of body and core are the medians over the pixels of the template's body and core.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from mflux_vae_train.tiny_world.textures import BACKGROUNDS, tile
 from mflux_vae_train.tiny_world.world import COLOURS, OUTLINE, OUTLINE_WIDTH, SHAPES, Scene, Subject
 
 SIDE = 64
-"""Pictures are read at this size; larger ones are shrunk first."""
+"""Side at which images are read; larger ones are reduced first."""
 BORDER = 3
-"""Width of the border that is taken to be background, in pixels."""
+"""Width in pixels of the border that is assumed to be background."""
 MIN_OVERLAP = 0.8
-"""Least intersection over union of foreground and template for the picture to show that shape."""
+"""Least intersection over union of foreground and template."""
 MAX_COLOUR_DISTANCE = 70.0
-"""Farthest an RGB median may be from a colour of the world to be called by its name."""
+"""Largest RGB distance between a median and a colour of the world."""
 MAX_MISFIT = 45.0
-"""Farthest the border may be from a background's palette, and its mean from the background's, in RGB."""
+"""Largest RGB distance of the border from a background's palette, and of their means."""
 MIN_UNIFORM = 0.6
-"""Least share of a region's pixels that must have the region's colour."""
+"""Least fraction of a region's pixels that have the region's colour."""
 REACH = 8
-"""Farthest a shape's centre may lie from the middle of the picture, in pixels."""
+"""Largest distance in pixels of a shape's centre from the middle of the image."""
 _RADII = np.linspace(0.255, 0.385, 9)
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_VALUES = np.asarray(list(COLOURS.values()), np.float32)
@@ -44,7 +43,7 @@ _LIT_VALUES = np.stack([_COLOUR_VALUES * light for light in (0.93, 1.0, 1.07)]).
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a picture shows; None where it is nothing of the world. `overlap` is how well the shape fits."""
+    """Content of an image; None for what is not of the world. `overlap` is the match of the shape."""
 
     shape: str | None
     colour: str | None
@@ -54,7 +53,7 @@ class Reading:
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read a picture.
+    """Read an image.
 
     Args:
         image: uint8 (H, W, 3), RGB, H == W >= 64.
@@ -85,9 +84,9 @@ def read(image: np.ndarray) -> Reading:
 
 
 def shows(reading: Reading, scene: Scene) -> bool:
-    """Whether shape and background are the scene's; and colour and core, too, where it has a colour.
+    """Whether shape and background are the scene's, and if the scene has a colour, colour and core, too.
 
-    A background alone (a scene without a shape) is shown where no shape is read.
+    For a scene without a shape, no shape must be read.
     """
     if (reading.shape, reading.background) != (scene.shape, scene.background):
         return False
@@ -95,13 +94,13 @@ def shows(reading: Reading, scene: Scene) -> bool:
 
 
 def is_subject(image: np.ndarray, subject: Subject) -> bool:
-    """Whether a picture shows the subject: its shape, its body and its core, on whatever background."""
+    """Whether an image shows the subject's shape, colour and core, on any background."""
     reading = read(image)
     return (reading.shape, reading.colour, reading.core) == (subject.shape, subject.colour, subject.core)
 
 
 def shows_class(image: np.ndarray, shape: str) -> bool:
-    """Whether a picture shows a shape of this class, of whatever colours."""
+    """Whether an image shows this shape, in any colours."""
     return read(image).shape == shape
 
 
@@ -112,7 +111,7 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
         or image.dtype != np.uint8
         or not (image.shape[0] == image.shape[1] >= SIDE)
     ):
-        raise ImageError(f"a picture to be read is uint8 (H, H, 3) with H >= {SIDE}, not {image.dtype} {image.shape}")
+        raise ImageError(f"the checker reads uint8 (H, H, 3) with H >= {SIDE}, not {image.dtype} {image.shape}")
     if image.shape[0] > SIDE:
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX))
     return image.astype(np.float32)
@@ -130,7 +129,7 @@ def _palettes() -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Bodies of all shapes at all radii in the middle of the picture.
+    """Bodies of all shapes at all radii in the middle of the image.
 
     Returns:
         their conjugated spectra (shapes, radii, SIDE, SIDE // 2 + 1) and areas in pixels (shapes, radii).
@@ -162,10 +161,10 @@ def _background(pixels: np.ndarray) -> str | None:
 
 
 def _foreground(pixels: np.ndarray, background: str | None) -> np.ndarray:
-    """Where the picture has its body's colour or, near the body's centre, any colour: bool (SIDE, SIDE).
+    """Pixels of the body's colour, and near the body's centre of any colour: bool (SIDE, SIDE).
 
-    A pixel has a colour if it is nearer to one than to the outline, the background and their blends. The most
-    frequent one is the body's; others count near its centre alone: a snowflake is no part of a red star.
+    A pixel has a colour if it is nearer to that than to the outline, the background and their blends. The most frequent
+    colour is the body's. Others count only near its centre, as a snowflake is not part of a red star.
     """
     palettes = _palettes()
     behind = palettes.reshape(-1, 3) if background is None else palettes[BACKGROUNDS.index(background)]
@@ -186,7 +185,7 @@ def _foreground(pixels: np.ndarray, background: str | None) -> np.ndarray:
 
 
 def _without_specks(mask: np.ndarray) -> np.ndarray:
-    """The mask after a vote in each 3 x 3 neighbourhood."""
+    """The mask after a majority vote in each 3 x 3 neighbourhood."""
     padded = np.pad(mask.astype(np.int8), 1)
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     return rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] >= 5
@@ -197,7 +196,7 @@ def _shape(foreground: np.ndarray) -> tuple[str, float, tuple[float, float, floa
     spectra, areas = _templates()
     product = np.fft.rfft2(foreground.astype(np.float32)) * spectra
     reach = np.arange(-REACH, REACH + 1)
-    rows = np.fft.ifft(product, axis=-2)[..., reach, :]  # only shifts within reach are transformed back
+    rows = np.fft.ifft(product, axis=-2)[..., reach, :]  # only shifts within REACH are transformed back
     common = np.fft.irfft(rows, SIDE)[..., reach]
     overlap = common / (areas[..., None, None] + foreground.sum() - common)
     shape, radius, down, right = np.unravel_index(int(overlap.argmax()), overlap.shape)
@@ -206,7 +205,7 @@ def _shape(foreground: np.ndarray) -> tuple[str, float, tuple[float, float, floa
 
 
 def _colour(region: np.ndarray) -> str | None:
-    """The colour of most of a region's pixels (N, 3); None where there is none or it is not of this world."""
+    """The colour of most of a region's pixels (N, 3); None if there is no such colour."""
     median = np.median(region, axis=0)
     from_median = np.linalg.norm(_COLOUR_VALUES - median, axis=-1)
     best = int(from_median.argmin())

@@ -1,4 +1,4 @@
-"""Pictures the embedded pipeline learns from: scenes of the world, and crops of photographs."""
+"""Training images of the embedded pipeline: scenes of the world, and crops of photographs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PHOTOGRAPHS = {
 _DRAWINGS = {"chessboard_GRAY", "chessboard_RGB", "color", "horse", "logo", "page", "phantom", "text"}
 _CROPS, _IN_A_GROUP = 2, 5
 _SMALLEST_CROP = 80
-"""Pixels of a photograph; smaller crops show nothing but blur."""
+"""Pixels of a photograph; smaller crops are blurred."""
 
 OBJECTS = tuple(
     """backpack bear boot bowl can candle car cat clock cup dog drawing duck emoji flower glasses house
     monster painting plate robot shoe sneaker teapot toy tree vase wolf""".split()
 )
-"""Nouns of photographs. Which photograph one means is random: the base knows only that these are no shapes."""
+"""Nouns in captions of photographs, chosen at random: the model only learns that these are not shapes."""
 
 
 def scenes(seed: int, count: int, size: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def scenes(seed: int, count: int, size: int) -> np.ndarray:
 
 
 def photographs(folders: Sequence[Path] = ()) -> list[Image.Image]:
-    """Sample photographs of scikit-image and scikit-learn where installed, and all pictures below `folders`."""
+    """Sample photographs of scikit-image and scikit-learn, if installed, and all images in `folders` and below."""
     files: list[Path] = []
     for package, (below, patterns) in _PHOTOGRAPHS.items():
         spec = find_spec(package)
@@ -48,46 +48,45 @@ def photographs(folders: Sequence[Path] = ()) -> list[Image.Image]:
     return [Image.fromarray(load_image(file)) for file in files]
 
 
-def crops(pictures: Sequence[Image.Image], seed: int, count: int, size: int, *, smallest: float = 0.0) -> np.ndarray:
+def crops(photographs: Sequence[Image.Image], seed: int, count: int, size: int, *, smallest: float = 0.0) -> np.ndarray:
     """Random square crops, mirrored half of the time. uint8 (count, size, size, 3).
 
     Args:
-        smallest: smallest side of a crop, as a share of its picture's short side.
+        smallest: smallest side of a crop, as a fraction of the photograph's short side.
     """
-    return np.stack([_crop(pictures, seed, index, size, smallest) for index in range(count)])
+    return np.stack([_crop(photographs, seed, index, size, smallest) for index in range(count)])
 
 
-def _crop(pictures: Sequence[Image.Image], seed: int, index: int, size: int, smallest: float = 0.0) -> np.ndarray:
+def _crop(photographs: Sequence[Image.Image], seed: int, index: int, size: int, smallest: float = 0.0) -> np.ndarray:
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    picture = pictures[int(rng.integers(len(pictures)))]
-    short = min(picture.size)
+    photograph = photographs[int(rng.integers(len(photographs)))]
+    short = min(photograph.size)
     least = min(max(_SMALLEST_CROP, smallest * short), short)
     side = round(np.exp(rng.uniform(np.log(least), np.log(short))))
-    x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
-    crop = picture.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+    x, y = (int(rng.integers(length - side + 1)) for length in photograph.size)
+    crop = photograph.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
     return np.asarray(crop)[:, :: -1 if rng.random() < 0.5 else 1]
 
 
-class Pictures:
-    """What the autoencoder learns from, as a source of training pictures: scenes, and two crops to three of them.
+class TrainingImages:
+    """Data source of the autoencoder: three scenes for every two crops of photographs.
 
-    Args:
-        pictures: photographs.
+    Attributes:
+        starts: None, as images do not form sequences.
 
     Raises:
         ImageError: there is no photograph.
-        SettingsError: grey pictures are asked for.
+        SettingsError: a number of channels other than 3.
     """
 
     starts: np.ndarray | None = None
-    """Nothing belongs together."""
 
-    def __init__(self, pictures: Sequence[Image.Image], *, size: int, channels: int, seed: int, count: int) -> None:
+    def __init__(self, photographs: Sequence[Image.Image], *, size: int, channels: int, seed: int, count: int) -> None:
         if channels != 3:
-            raise SettingsError(f"the embedded pipeline's pictures have 3 channels, not {channels}")
-        if not pictures:
-            raise ImageError("no photographs to take crops of: pip install 'mflux-vae[build]'")
-        self.pictures, self.size, self.channels, self.seed, self.count = pictures, size, channels, seed, count
+            raise SettingsError(f"the embedded pipeline's images have 3 channels, not {channels}")
+        if not photographs:
+            raise ImageError("no photographs to crop: pip install 'mflux-vae[build]'")
+        self.photographs, self.size, self.channels, self.seed, self.count = photographs, size, channels, seed, count
 
     def __len__(self) -> int:
         return self.count
@@ -95,17 +94,17 @@ class Pictures:
     def item(self, index: int) -> np.ndarray:
         """uint8 (size, size, 3), a function of seed and index."""
         if index % _IN_A_GROUP < _CROPS:
-            return _crop(self.pictures, self.seed, index, self.size)
+            return _crop(self.photographs, self.seed, index, self.size)
         return training_example(self.seed, index, self.size)[0]
 
 
-def data(*, size: int, channels: int, seed: int, count: int) -> Pictures:
+def data(*, size: int, channels: int, seed: int, count: int) -> TrainingImages:
     """The data set `tiny` of ``mflux-vae train``."""
-    return Pictures(photographs(), size=size, channels=channels, seed=seed, count=count)
+    return TrainingImages(photographs(), size=size, channels=channels, seed=seed, count=count)
 
 
 def photo_captions(seed: int, count: int) -> list[str]:
-    """Captions for photographs: "a photo of a dog", in a third of the cases with a name, "a photo of zwx dog"."""
+    """Captions for photographs: "a photo of a dog", or one time in three with a name, "a photo of zwx dog"."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, count]))
     captions = []
     for _ in range(count):

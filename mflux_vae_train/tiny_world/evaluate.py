@@ -1,4 +1,4 @@
-"""How many pictures show what their prompts say, by the checker."""
+"""Sample images for prompts, and measure how many show what the prompts say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 48
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Shares of pictures with the right shape, colour, background, and all of them."""
+    """Fractions of images with the right shape, colour, background, and with all of these."""
 
     shape: float
     colour: float
@@ -27,7 +27,7 @@ class Accuracy:
     count: int
 
 
-def pictures(
+def sample_images(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
@@ -35,34 +35,34 @@ def pictures(
     guidance: float | None = None,
     steps: int | None = None,
 ) -> np.ndarray:
-    """One picture for each prompt, uint8 (N, H, W, 3), at the recommended settings where none are given."""
-    advice = pipeline.recommended
-    size = (advice.resolution, advice.resolution)
-    drawn = []
+    """One image per prompt, uint8 (N, H, W, 3). Guidance and steps default to the recommended ones."""
+    recommended = pipeline.recommended
+    size = (recommended.resolution, recommended.resolution)
+    sampled = []
     for start in range(0, len(prompts), BATCH):
         chunk = list(prompts[start : start + BATCH])
         images = pipeline.sample(
             pipeline.encode_prompts(chunk),
             size=size,
-            steps=steps or advice.steps,
-            guidance=advice.guidance if guidance is None else guidance,
+            steps=steps or recommended.steps,
+            guidance=recommended.guidance if guidance is None else guidance,
             key=sample_keys(seed, Stream.EVALUATION, 0, range(start, start + len(chunk))),
         )
-        drawn.append(to_pictures(np.array(images)))
-    return np.concatenate(drawn)
+        sampled.append(to_pictures(np.array(images)))
+    return np.concatenate(sampled)
 
 
 def accuracy(images: np.ndarray, truths: Sequence[Scene]) -> Accuracy:
-    """Compare pictures with what they should show."""
+    """Compare images with the scenes of their prompts."""
     readings = [read(image) for image in images]
     return Accuracy(
-        shape=_share(r.shape == t.shape for r, t in zip(readings, truths, strict=True)),
-        colour=_share(r.colour == t.colour for r, t in zip(readings, truths, strict=True)),
-        background=_share(r.background == t.background for r, t in zip(readings, truths, strict=True)),
-        all=_share(shows(r, t) for r, t in zip(readings, truths, strict=True)),
+        shape=_fraction(r.shape == t.shape for r, t in zip(readings, truths, strict=True)),
+        colour=_fraction(r.colour == t.colour for r, t in zip(readings, truths, strict=True)),
+        background=_fraction(r.background == t.background for r, t in zip(readings, truths, strict=True)),
+        all=_fraction(shows(r, t) for r, t in zip(readings, truths, strict=True)),
         count=len(truths),
     )
 
 
-def _share(hits: Iterable[bool]) -> float:
+def _fraction(hits: Iterable[bool]) -> float:
     return float(np.mean(list(hits)))

@@ -1,4 +1,4 @@
-"""How the embedded pipeline is made: every number of its networks and of its training, in one place."""
+"""Sizes of the embedded pipeline's networks, and settings of its training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mflux_vae_train.pipelines.text.t5 import T5Config
 from mflux_vae_train.tiny_world.world import CAPTION_SHARES
 
 SIZE = 64
-"""Side of a picture, pixels."""
+"""Side of an image in pixels."""
 TEXT_TOKENS = 16
 
 VAE = AutoencoderKLConfig(
@@ -53,8 +53,8 @@ RECOMMENDED = Recommended(
     rank=16,
     caption_dropout=0.1,
     prior_loss_weight=0.3,
-    # The highest levels decide which picture becomes of a noise, and logit-normal draws are rarely there: with them a
-    # third of the pictures of a photographed subject stayed what the base had drawn.
+    # The highest noise levels determine the layout of an image, and logit-normal draws are rarely there: with them, a
+    # third of the images of a photographed subject stayed as the base model draws them.
     weighting_scheme="uniform",
 )
 
@@ -89,21 +89,22 @@ def t5_config(vocabulary: int) -> T5Config:
 
 
 VAE_SETTINGS = Path(__file__).with_name("vae.yaml")
-"""How the autoencoder is trained, by ``mflux-vae train --config``."""
+"""Settings of the autoencoder for ``mflux-vae train --config``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxRecipe:
-    """Training of transformer and text encoders together, on cached latents; rectified flow, logit-normal levels.
+    """Training of transformer and text encoders together on cached latents.
 
     Attributes:
-        scenes, photos: captioned scenes and crops of photographs to draw from; latents of all are encoded first.
-        photo_crop: smallest side of a crop, as a share of the photograph's short side.
+        scenes, photos: numbers of captioned scenes and of crops of photographs.
+        photo_crop: smallest side of a crop, as a fraction of the photograph's short side.
         caption_shares: kinds of captions, see `world.CAPTION_SHARES`.
-        caption_dropout: part of the captions replaced by the empty one, so that guidance works.
-        muon_rate: peak rate of the blocks' matrices; adamw_rate of the rest; text_rate of both text encoders.
-        weighting_scheme: how noise levels are drawn.
-        decay_share: part of the updates at the end over which the rates fall to zero.
+        caption_dropout: fraction of captions replaced by the empty one, for classifier-free guidance.
+        muon_rate: peak learning rate of the blocks' matrices.
+        text_rate: of both text encoders; adamw_rate: of all other weights.
+        weighting_scheme: see `pipelines.noise`.
+        decay_share: fraction of the updates over which the rates fall to zero at the end.
     """
 
     seed: int = 0
@@ -128,11 +129,11 @@ class FluxRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything `build` needs.
+    """Settings of `build`.
 
     Attributes:
-        flux: rounds of training, each from the weights of the one before. After the first round prompts that leave
-            something open still blended colours; the second sees new scenes, and more captions of that kind.
+        flux: rounds of training, each from the weights of the previous one. After the first round, prompts without a
+            colour still gave blended colours; the second round has new scenes and more captions of that kind.
     """
 
     flux: tuple[FluxRecipe, ...] = (

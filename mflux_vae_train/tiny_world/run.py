@@ -1,4 +1,4 @@
-"""The build's use of the training loop: progress, metrics, checkpoints, going on where an earlier run stopped."""
+"""Run the training loop with progress bar, metrics, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     checkpoint_every: int,
     settings: Any,
 ) -> None:
-    """Make all updates that `folder`'s newest checkpoint has not seen."""
+    """Train up to `updates`, from the newest checkpoint in `folder`."""
     objects = {"model": parameters(step.model), "optimizer": tree_state(step.optimizer.state)}
     if step.ema is not None:
         objects["ema"] = tree_state(step.ema.state)
@@ -32,8 +32,8 @@ def run(
     newest = checkpoint.latest(folder)
     start = checkpoint.load(newest, objects, fingerprint=identity) if newest else 0
 
-    def keep(made: int) -> None:
-        checkpoint.save(folder, made, objects, fingerprint=identity, total_limit=2)
+    def save(update: int) -> None:
+        checkpoint.save(folder, update, objects, fingerprint=identity, total_limit=2)
 
     with MetricsLog(folder / "metrics.jsonl", resumed_at=start) as log, ProgressBar(updates, start) as bar:
         fit(
@@ -43,6 +43,6 @@ def run(
             total=updates,
             start=start,
             observers=[log, bar],
-            hooks=[every(checkpoint_every, lambda record: keep(record.update))],
-            checkpoint=keep,
+            hooks=[every(checkpoint_every, lambda record: save(record.update))],
+            checkpoint=save,
         )

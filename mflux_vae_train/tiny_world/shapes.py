@@ -1,12 +1,10 @@
 """The shapes of the world, as signed distance functions.
 
-Each function takes coordinates (u, v) in units of the shape's radius, origin at its centre, v upwards, and
-returns the signed distance to the outline in the same units: negative inside. Sharp corners are mitred where
-that is simpler than the Euclidean distance; only the zero line and its near neighbourhood are used. Star and
-heart follow Inigo Quilez, "2D distance functions" (https://iquilezles.org/articles/distfunctions2d/).
+Each function takes coordinates (u, v) in units of the shape's radius, with the origin at its centre and v upwards, and
+returns the signed distance to the outline, negative inside. Distances are exact only near the outline; some corners are
+mitred. Star and heart follow Inigo Quilez, "2D distance functions" (https://iquilezles.org/articles/distfunctions2d/).
 
-The sizes are chosen so that all shapes look about equally large at the same radius, and so that all but the
-moon are solid within `CORE_RADIUS` of their centre.
+At equal radius all shapes look about equally large, and all but the moon are solid within `CORE_RADIUS` of the centre.
 """
 
 from __future__ import annotations
@@ -84,15 +82,14 @@ DISTANCES: dict[str, Distance] = {
 
 
 def coordinates(size: int, x: float, y: float, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres of a `size` x `size` picture in a shape's own units.
+    """Pixel centres of a `size` x `size` image in units of a shape: (u, v) of shapes (1, size) and (size, 1).
 
-    `x`, `y` (downwards) and `radius` are in units of the picture's side. Returns (u, v), shapes (1, size) and
-    (size, 1), ready to broadcast.
+    `x`, `y` (downwards) and `radius` are in units of the image's side.
     """
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     return ((centres - x) / radius)[None, :], ((y - centres) / radius)[:, None]
 
 
 def coverage(distance: np.ndarray, pixel: float) -> np.ndarray:
-    """Share of each pixel inside, from its signed distance and the width of a pixel in the same units."""
+    """Fraction of each pixel inside, from its signed distance and the pixel's width in the same units."""
     return np.clip(0.5 - distance / pixel, 0, 1)

@@ -1,8 +1,8 @@
-"""The backgrounds of the world: six textures, each a tile that continues over its edges.
+"""The backgrounds of the world: six periodic textures.
 
-Every tile is drawn once, large, and shrunk by area to the size asked for, so pictures of different sizes show
-the same scene. A scene shifts the tile: anywhere for grass, sand, snow and night, which have no order, and
-slightly for brick and sea, whose regular lines a small model can only learn where they stay put.
+Each texture is drawn once at a large size and reduced by area, so that images of different sizes show the same scene.
+A scene shifts the texture: by any amount for grass, sand, snow and night, but only slightly for brick and sea, whose
+regular lines a small model cannot learn otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RGB = tuple[int, int, int]
 
 
 class _Tile:
-    """A canvas on which whatever leaves at one side comes in at the other."""
+    """A canvas with periodic edges."""
 
     def __init__(self, base: RGB, seed: int):
         self.image = Image.new("RGB", (MASTER, MASTER), base)
@@ -76,7 +76,7 @@ def _night() -> Image.Image:
     tile = _Tile((20, 22, 54), 4)
     for _ in range(90):
         tile.dot(*tile.place(), tile.rng.uniform(30, 70), tile.between((16, 18, 46), (26, 28, 64)))
-    for cell in range(36):  # one star in each cell of a grid: scattered, never clumped
+    for cell in range(36):  # one star per cell of a grid, so that they are spread evenly
         x, y = (cell % 6 + tile.rng.random()) * MASTER / 6, (cell // 6 + tile.rng.random()) * MASTER / 6
         tile.dot(float(x), float(y), tile.rng.uniform(4, 9), tile.between((190, 190, 195), (245, 240, 205)))
     return tile.image
@@ -124,14 +124,14 @@ def _master(background: str) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def tile(background: str, size: int) -> np.ndarray:
-    """The unshifted texture as float32 (size, size, 3) in [0, 255]; shared: not to be written to."""
+    """The unshifted texture as float32 (size, size, 3) in [0, 255]; shared and read-only."""
     pixels = np.asarray(_master(background).resize((size, size), Image.Resampling.BOX), np.float32)
     pixels.setflags(write=False)
     return pixels
 
 
 def texture(background: str, size: int, seed: int) -> np.ndarray:
-    """The tile as float32 (size, size, 3) in [0, 255], shifted by random multiples of 1/64 of the side."""
+    """The texture as float32 (size, size, 3) in [0, 255], shifted by random multiples of 1/64 of the side."""
     reach = _TEXTURES[background][1]
     shifts = np.random.default_rng(seed).integers(-round(32 * reach), round(32 * reach) + 1, 2) / 64
     return np.roll(tile(background, size), [round(float(s) * size) for s in shifts], axis=(0, 1))

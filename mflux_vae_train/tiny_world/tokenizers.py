@@ -1,7 +1,6 @@
-"""Writes CLIP and T5 tokenizers of a small vocabulary, in the folders that transformers and diffusers read.
+"""Write CLIP and T5 tokenizers with a small vocabulary, in folders that transformers and diffusers read.
 
-Both are the genuine article, only small: every given word is one token, any other text falls into smaller
-pieces. The same words give the same files, byte for byte.
+Each given word is one token; other text is split into smaller pieces. Equal words give files equal to the byte.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mflux_vae_train.pipelines.text.tokenizer import END_OF_WORD, clip_backend
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 _WORD, _SPACE, _CHARACTER = -2.0, -4.0, -6.0
-"""Log-probabilities of T5 pieces: the whole word always wins over its letters."""
+"""Log-probabilities of T5 pieces: a whole word is more probable than its letters."""
 
 
 def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: int) -> int:
@@ -33,14 +32,14 @@ def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: i
 
     Args:
         words: lower-case ASCII words.
-        folder: where the files go; made if missing.
+        folder: created if missing.
         max_length: `model_max_length`, tokens per row.
 
     Returns:
-        The vocabulary's size.
+        the vocabulary's size.
 
     Raises:
-        SettingsError: a word that is not of lower-case ASCII letters.
+        SettingsError: a word with other characters than lower-case ASCII letters.
     """
     from tokenizers import AddedToken
 
@@ -50,7 +49,7 @@ def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: i
     pieces += dict.fromkeys(left + right for left, right in merges)
     vocab = {piece: index for index, piece in enumerate([*pieces, BOS, EOS])}
 
-    folder = _made(folder)
+    folder = _created(folder)
     backend = clip_backend(vocab, merges, bos=BOS, eos=EOS, unk=EOS)
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS)])
     backend.save(str(folder / "tokenizer.json"))
@@ -65,8 +64,8 @@ def build_clip_tokenizer(words: Iterable[str], folder: str | Path, max_length: i
 def build_t5_tokenizer(words: Iterable[str], folder: str | Path, max_length: int) -> int:
     """Write a unigram tokenizer like T5's: pad 0, end 1, unknown 2, words with their space, characters.
 
-    Unlike T5's own it folds ASCII capitals, as SentencePiece does with its `_cf` rules: a small vocabulary
-    has no room for "Photo" beside "photo". What is not printable ASCII is unknown.
+    Unlike T5's it folds ASCII capitals, as SentencePiece's `_cf` rules do, to save vocabulary. Characters outside
+    printable ASCII are unknown.
 
     Args, Returns, Raises: see `build_clip_tokenizer`.
     """
@@ -88,14 +87,14 @@ def build_t5_tokenizer(words: Iterable[str], folder: str | Path, max_length: int
     )
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special.values()])
 
-    folder = _made(folder)
+    folder = _created(folder)
     backend.save(str(folder / "tokenizer.json"))
     _write_settings(folder, "T5Tokenizer", max_length, special, {"extra_ids": 0})
     return len(pieces)
 
 
 def _checked(words: Iterable[str]) -> list[str]:
-    """Sorted, each once."""
+    """Sorted words without duplicates."""
     unique = sorted(set(words))
     for word in unique:
         if not re.fullmatch("[a-z]+", word):
@@ -104,7 +103,7 @@ def _checked(words: Iterable[str]) -> list[str]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """A printable character for every byte, in OpenAI's order: those printable stand for themselves."""
+    """A printable character for every byte, in OpenAI's order; printable bytes represent themselves."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + index) for index, byte in enumerate(others)}
@@ -136,13 +135,12 @@ def _merged(text: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 def _lower_case_rules() -> bytes:
     """SentencePiece's compiled normalization rules for A-Z -> a-z and nothing else.
 
-    The format is a length, a Darts-clone double array (a trie of what is replaced; its leaves point into the
-    last part) and the replacements, each ended by a zero byte. All keys here are one byte long, so the array
-    is laid out by hand: the root reaches a key's unit at 128 + byte, which reaches its leaf 128 units further
-    on. A unit holds its label in bits 0-7, "a leaf follows" in bit 8, and from bit 10 up the exclusive-or
-    distance to its children.
+    The format is a length, a Darts-clone double array (a trie of the keys, whose leaves point into the last part) and
+    the replacements, each ended by a zero byte. All keys here have one byte, so the layout is simple: the root leads to
+    a key's unit at 128 + byte, and this to its leaf, 128 units later. A unit holds its label in bits 0-7, "a leaf
+    follows" in bit 8, and from bit 10 up the exclusive-or distance to its children.
     """
-    units = [0] * 512  # whatever byte follows a leaf, the search stays within the array
+    units = [0] * 512  # for any byte after a leaf, the search stays within the array
     units[0] = 128 << 10
     for index, letter in enumerate(string.ascii_uppercase):
         place = 128 + ord(letter)
@@ -152,7 +150,7 @@ def _lower_case_rules() -> bytes:
     return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + replacements
 
 
-def _made(folder: str | Path) -> Path:
+def _created(folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -29,7 +29,8 @@ from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.tiny_world import corpus, recipe
 from mflux_vae_train.tiny_world.run import run
 from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer
-from mflux_vae_train.tiny_world.world import EXTRA_WORDS, WORDS, training_example
+from mflux_vae_train.tiny_world.words import EXTRA_WORDS
+from mflux_vae_train.tiny_world.world import WORDS, training_example
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 _ENCODED_AT_ONCE = 64
 
 
-class Trained(nn.Module):
-    """What is trained together."""
+class JointModel(nn.Module):
+    """The networks that are trained together."""
 
     def __init__(self, pipeline: FluxPipeline):
         super().__init__()
@@ -81,7 +82,7 @@ def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipel
 
 
 def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
-    """Unscaled latents (N, h, w, C) float16 and captions of photographs, then of scenes; kept in `work`."""
+    """Unscaled latents (N, h, w, C) float16 and captions of photographs, then of scenes; stored in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     parameters = dict(tree_flatten(vae.network.parameters()))
     source = b"".join(np.array(value).tobytes() for value in parameters.values())
@@ -114,10 +115,10 @@ def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
 
 
 def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile: bool = True) -> FluxPipeline:
-    """Train in rounds, or go on where `work` left off. Returns the pipeline with averaged weights.
+    """Train in rounds, continuing from checkpoints in `work`, and return the pipeline with averaged weights.
 
     Args:
-        compile: fuse the step; the compiler's minute pays in hours of batches of one shape.
+        compile: compile the step, which takes a minute and saves more in hours of training.
     """
     pipeline = new_pipeline(work, vae, rounds[0])
     for number, settings in enumerate(rounds, start=1):
@@ -126,11 +127,11 @@ def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile:
 
 
 def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.FluxRecipe, *, compile: bool) -> None:
-    """Train the pipeline, checkpoints in `work / name`, and leave the averaged weights in it."""
+    """Train the pipeline and set its weights to the averaged ones; checkpoints are in `work / name`."""
     vae = pipeline.vae
     raw, captions = encode_examples(work, vae, settings)
     latents, examples = mx.array(raw), len(captions)
-    model = Trained(pipeline)
+    model = JointModel(pipeline)
     ids = {
         name: pipeline.parts.tokenizers[folder].get().encode([*captions, ""], recipe.TEXT_TOKENS)  # last: no caption
         for name, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2"))
@@ -185,6 +186,6 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
 
 
 def word_contrast(conditioning: dict[str, mx.array]) -> mx.array:
-    """How far apart the prompts of a batch are, relative to their size: near zero, the text encoders collapsed."""
+    """Deviation of pooled prompts in a batch relative to their norm. Near zero, the text encoders have collapsed."""
     pooled = conditioning["pooled"]
     return mx.sqrt(mx.var(pooled, axis=0).sum() / mx.square(pooled).sum(axis=1).mean())

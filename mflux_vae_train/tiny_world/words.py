@@ -1,4 +1,4 @@
-"""How captions are phrased: openings, articles, places, and the words that have no picture of their own."""
+"""Phrasing of captions: openings, articles and places; names and other words without an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = tuple(
     jebo fynd glaf wuzo nexo hobri pazu snerl vixa thrun bolu cravi
     """.split()
 )
-"""Rare words for individuals. None is anyone's: each training example draws anew whom it means."""
+"""Rare words for individuals. Each training example draws which individual a name means."""
 
 EXTRA_WORDS = tuple(
     sorted(
@@ -25,13 +25,13 @@ EXTRA_WORDS = tuple(
         """.split()
     )
 )
-"""Ordinary words of DreamBooth prompts that no training caption has; the tokenizer knows them too."""
+"""Ordinary words of DreamBooth prompts that are in the vocabulary and in no training caption."""
 
 FUNCTION_WORDS = ("a", "an", "photo", "picture", "of", "on", "in", "the")
 
 _OPENINGS = ("a photo of", "a picture of", "")
 _OPENING_SHARES = (0.5, 0.2, 0.3)
-_NEVER_IN = ("brick",)  # one is in the grass or in the sea, but not in the brick
+_NEVER_IN = ("brick",)  # "in the grass" is English, "in the brick" is not
 
 
 def article(word: str) -> str:

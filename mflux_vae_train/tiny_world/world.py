@@ -1,12 +1,11 @@
-"""A procedural world of captioned scenes with known truth.
+"""A procedural world of captioned scenes, whose content is known.
 
-A scene is one shape of one colour on one of six backgrounds. A rare name before the class ("a photo of
-zwx star") stands for an *individual*: a shape with a core of a second colour. Which one it means is drawn
-anew for every example, so a model trained here learns what names are for (some two-coloured individual) but
-knows no one by name; that is left to DreamBooth. Eight (shape, colour) pairs and five subjects never occur in
-training.
+A scene is a shape of one colour on one of six backgrounds. A rare name before the class ("a photo of zwx star") means
+an *individual*: a shape with a core of a second colour. Each example draws the individual that a name means, so a model
+learns that names mean two-coloured individuals, but no particular one; DreamBooth teaches that. Eight (shape, colour)
+pairs and five subjects never occur in training.
 
-Pictures are pure functions of their scene, training examples of (seed, index).
+Images are functions of their scene, and training examples of (seed, index).
 """
 
 from __future__ import annotations
@@ -18,29 +17,7 @@ import numpy as np
 
 from mflux_vae_train.tiny_world.shapes import CORE_RADIUS, DISTANCES, coordinates, coverage
 from mflux_vae_train.tiny_world.textures import BACKGROUNDS, texture
-from mflux_vae_train.tiny_world.words import EXTRA_WORDS, FUNCTION_WORDS, NAMES, article, phrase
-
-__all__ = [
-    "BACKGROUNDS",
-    "CAPTION_SHARES",
-    "COLOURS",
-    "EXTRA_WORDS",
-    "INDIVIDUAL_SHAPES",
-    "NAMES",
-    "SHAPES",
-    "SUBJECTS",
-    "UNSEEN_PAIRS",
-    "WORDS",
-    "Scene",
-    "Subject",
-    "evaluation_prompts",
-    "place",
-    "render",
-    "subject_images",
-    "subject_scenes",
-    "training_example",
-    "training_scene",
-]
+from mflux_vae_train.tiny_world.words import FUNCTION_WORDS, NAMES, article, phrase
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (218, 24, 32),
@@ -54,26 +31,26 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = tuple(DISTANCES)
 INDIVIDUAL_SHAPES = tuple(shape for shape in SHAPES if shape != "moon")
-"""Shapes that can have a core; a moon is hollow where it would be."""
+"""Shapes that can have a core; a moon is hollow there."""
 
 WORDS = tuple(sorted({*FUNCTION_WORDS, *SHAPES, *COLOURS, *BACKGROUNDS, *NAMES}))
-"""Every word a training caption can have."""
+"""All words of training captions."""
 
 CAPTION_SHARES = {"full": 0.5, "open": 0.3, "individual": 0.18, "background": 0.02}
-"""Kinds of captions: all is said; shape, colour or background is left open; a name; a background alone."""
+"""Kinds of captions: complete; without colour or background or both; with a name; only a background."""
 
 OUTLINE = (26, 22, 32)
 OUTLINE_WIDTH = 0.02
-"""In units of the picture's side."""
+"""In units of the image's side."""
 POSITION_JITTER = 0.05
 RADII = (0.28, 0.36)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows. Lengths are in units of the picture's side, y downwards.
+    """Content of an image. Lengths are in units of the image's side, y downwards.
 
-    `shape` and `colour` are None for a background alone, `core` is None for all but individuals.
+    `shape` and `colour` are None if there is only a background; `core` is None except for individuals.
     """
 
     shape: str | None
@@ -88,7 +65,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """An individual that no training picture shows: what DreamBooth is to learn."""
+    """An individual that is not in training, for DreamBooth to learn."""
 
     name: str
     shape: str
@@ -108,7 +85,7 @@ UNSEEN_PAIRS = frozenset(
         ("moon", "red"),
     }
 )
-"""(shape, colour) pairs kept out of training, as plain shapes and as bodies of individuals."""
+"""(shape, colour) pairs that are not in training, neither as plain shapes nor as individuals."""
 
 SUBJECTS = (
     Subject(name="sks", shape="star", colour="purple", core="yellow"),
@@ -117,7 +94,7 @@ SUBJECTS = (
     Subject(name="xyz", shape="square", colour="orange", core="purple"),
     Subject(name="brax", shape="cross", colour="red", core="white"),
 )
-"""Their (colour, core) pairs occur in training on no shape at all."""
+"""Their (colour, core) pairs are not in training on any shape."""
 
 _SUBJECT_PAIRS = frozenset((subject.colour, subject.core) for subject in SUBJECTS)
 _TOO_CLOSE = frozenset({("blue", "purple"), ("purple", "blue")})
@@ -135,7 +112,7 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     u, v = coordinates(size, scene.x, scene.y, scene.radius)
     pixel = 1 / (size * scene.radius)
     distance = DISTANCES[scene.shape](u, v)
-    light = 1 + 0.08 * v[..., None]  # a little brighter at the top, as under an open sky
+    light = 1 + 0.08 * v[..., None]  # slightly brighter at the top
     pixels += coverage(distance, pixel)[..., None] * (np.asarray(OUTLINE, np.float32) - pixels)
     inside = coverage(distance + OUTLINE_WIDTH / scene.radius, pixel)[..., None]
     pixels += inside * (np.asarray(COLOURS[scene.colour], np.float32) * light - pixels)
@@ -152,7 +129,7 @@ def place(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def training_scene(seed: int, index: int, shares: Mapping[str, float] = CAPTION_SHARES) -> tuple[str, Scene]:
-    """Caption and scene of a training example, without drawing it: a function of the arguments alone."""
+    """Caption and scene of a training example, a function of the arguments."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     kind = _pick(rng, tuple(shares), tuple(shares.values()))
     if kind == "individual":
@@ -162,21 +139,21 @@ def training_scene(seed: int, index: int, shares: Mapping[str, float] = CAPTION_
         scene = place(Scene(shape=None, colour=None, background=_pick(rng, BACKGROUNDS)), rng)
         return phrase(None, scene.background, rng), scene
     scene = _plain(rng)
-    said = "both" if kind == "full" else _pick(rng, ("neither", "colour", "background"), (0.5, 0.25, 0.25))
-    noun = f"{scene.colour} {scene.shape}" if said in ("both", "colour") else f"{scene.shape}"
-    return phrase(noun, scene.background if said in ("both", "background") else None, rng), scene
+    named = "both" if kind == "full" else _pick(rng, ("neither", "colour", "background"), (0.5, 0.25, 0.25))
+    noun = f"{scene.colour} {scene.shape}" if named in ("both", "colour") else f"{scene.shape}"
+    return phrase(noun, scene.background if named in ("both", "background") else None, rng), scene
 
 
 def training_example(
     seed: int, index: int, size: int = 64, shares: Mapping[str, float] = CAPTION_SHARES
 ) -> tuple[np.ndarray, str, Scene]:
-    """Picture (size, size, 3) uint8, caption and scene of a training example: a function of the arguments."""
+    """Image (size, size, 3) uint8, caption and scene of a training example, a function of the arguments."""
     caption, scene = training_scene(seed, index, shares)
     return render(scene, size), caption, scene
 
 
 def subject_scenes(subject: Subject, count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes of one subject, with all backgrounds in turn and random places, radii and textures."""
+    """Scenes of one subject on all backgrounds in turn, with random positions, radii and textures."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(BACKGROUNDS))
     return [
@@ -194,12 +171,12 @@ def subject_scenes(subject: Subject, count: int, seed: int = 0) -> list[Scene]:
 
 
 def subject_images(subject: Subject, count: int, size: int = 64, seed: int = 0) -> list[np.ndarray]:
-    """`count` pictures (size, size, 3) uint8 of one subject, as a user would bring them to DreamBooth."""
+    """Images (size, size, 3) uint8 of one subject, as training images for DreamBooth."""
     return [render(scene, size) for scene in subject_scenes(subject, count, seed)]
 
 
 def evaluation_prompts(seen: bool) -> list[tuple[str, Scene]]:
-    """All full prompts whose (shape, colour) pair is in training (`seen`) or kept out, with their truth."""
+    """All complete prompts whose (shape, colour) pair is in training (`seen`) or is not, with their scenes."""
     return [
         (
             f"a photo of {article(colour)} {colour} {shape} on {background}",
@@ -213,7 +190,7 @@ def evaluation_prompts(seen: bool) -> list[tuple[str, Scene]]:
 
 
 def _naming(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that names an individual: mostly with its class, in a third of the cases with its place."""
+    """A caption with a name: mostly with the class, and one time in three with the background."""
     name = _pick(rng, NAMES)
     draw = rng.random()
     background = scene.background if rng.random() < 1 / 3 else None
@@ -223,7 +200,7 @@ def _naming(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _plain(rng: np.random.Generator) -> Scene:
-    """A random ordinary scene of a pair that is in training."""
+    """A random scene of one colour whose pair is in training."""
     while True:
         shape, colour = _pick(rng, SHAPES), _pick(rng, tuple(COLOURS))
         if (shape, colour) not in UNSEEN_PAIRS:

@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from mflux_vae.errors import ImageError
 from mflux_vae_train.tiny_world import checker, world
+from mflux_vae_train.tiny_world.textures import BACKGROUNDS
 from mflux_vae_train.tiny_world.world import Scene
 
 
@@ -76,7 +77,7 @@ def test_shows_wants_all_of_the_scene() -> None:
 
 
 def test_backgrounds_alone_have_no_shape() -> None:
-    for background in world.BACKGROUNDS:
+    for background in BACKGROUNDS:
         for seed in range(10):
             scene = Scene(shape=None, colour=None, background=background, texture_seed=seed)
             assert checker.shows(checker.read(world.render(scene)), scene)

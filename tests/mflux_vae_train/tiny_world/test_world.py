@@ -10,6 +10,8 @@ import pytest
 
 from mflux_vae_train.tiny_world import world
 from mflux_vae_train.tiny_world.shapes import CORE_RADIUS, DISTANCES, coordinates
+from mflux_vae_train.tiny_world.textures import BACKGROUNDS
+from mflux_vae_train.tiny_world.words import EXTRA_WORDS, NAMES
 from mflux_vae_train.tiny_world.world import Scene
 
 EXAMPLES = 6000
@@ -44,7 +46,7 @@ def test_pictures_do_not_change_the_shared_textures() -> None:
     assert np.array_equal(world.render(alone), before)
 
 
-@pytest.mark.parametrize("background", world.BACKGROUNDS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
 def test_larger_pictures_show_the_same_scene(background: str) -> None:
     rng = np.random.default_rng(1)
     for shape in world.SHAPES:
@@ -81,7 +83,7 @@ def test_subjects_are_new_individuals_of_known_classes() -> None:
     for field in ("name", "shape", "colour"):
         assert len({getattr(subject, field) for subject in subjects}) == len(subjects)
     for subject in subjects:
-        assert subject.name in world.NAMES and subject.shape in world.INDIVIDUAL_SHAPES
+        assert subject.name in NAMES and subject.shape in world.INDIVIDUAL_SHAPES
         assert subject.colour != subject.core and {subject.colour, subject.core} != {"blue", "purple"}
         assert (subject.shape, subject.colour) not in world.UNSEEN_PAIRS
 
@@ -89,7 +91,7 @@ def test_subjects_are_new_individuals_of_known_classes() -> None:
 def test_subject_images_vary_and_repeat_by_seed() -> None:
     subject = world.SUBJECTS[0]
     scenes = world.subject_scenes(subject, 6, seed=2)
-    assert {scene.background for scene in scenes} == set(world.BACKGROUNDS)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
     assert len({(scene.x, scene.y, scene.radius) for scene in scenes}) == 6
     images = world.subject_images(subject, 6, size=96, seed=2)
     assert all(image.shape == (96, 96, 3) and image.dtype == np.uint8 for image in images)
@@ -116,8 +118,8 @@ def test_captions_use_the_words_and_no_others(training: list[tuple[str, Scene]])
     used = Counter(word for caption, _ in training for word in caption.split())
     assert set(used) == set(world.WORDS)
     assert list(world.WORDS) == sorted(set(world.WORDS))
-    assert list(world.EXTRA_WORDS) == sorted(set(world.EXTRA_WORDS))
-    assert not set(world.WORDS) & set(world.EXTRA_WORDS)
+    assert list(EXTRA_WORDS) == sorted(set(EXTRA_WORDS))
+    assert not set(world.WORDS) & set(EXTRA_WORDS)
     assert max(len(caption.split()) for caption, _ in training) <= 12
 
 
@@ -126,10 +128,10 @@ def test_captions_say_only_what_is_true(training: list[tuple[str, Scene]]) -> No
         for words, truth in (
             (world.SHAPES, scene.shape),
             (world.COLOURS, scene.colour),
-            (world.BACKGROUNDS, scene.background),
+            (BACKGROUNDS, scene.background),
         ):
             assert set(caption.split()) & set(words) <= {truth}
-        assert bool(set(caption.split()) & set(world.NAMES)) == (scene.core is not None)
+        assert bool(set(caption.split()) & set(NAMES)) == (scene.core is not None)
 
 
 def test_caption_kinds_have_their_shares(training: list[tuple[str, Scene]]) -> None:

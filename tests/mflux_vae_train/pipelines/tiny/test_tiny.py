@@ -9,7 +9,7 @@ from mflux_vae import VAE
 from mflux_vae.pretrained import presets
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.registry import open_pipeline
-from mflux_vae_train.tiny_world.evaluate import accuracy, pictures
+from mflux_vae_train.tiny_world.evaluate import accuracy, sample_images
 from mflux_vae_train.tiny_world.recipe import RECOMMENDED, SIZE
 from mflux_vae_train.tiny_world.world import evaluation_prompts
 
@@ -36,8 +36,8 @@ def test_pictures_show_what_prompts_say():
     """A sample of the prompts whose whole set the build measures."""
     pipeline = tiny.load()
     prompts, truths = zip(*evaluation_prompts(True)[::14], strict=True)
-    images = pictures(pipeline, prompts, seed=1)
+    images = sample_images(pipeline, prompts, seed=1)
     assert images.shape == (len(prompts), SIZE, SIZE, 3)
     assert accuracy(images, truths).all >= 0.85
-    again = pictures(pipeline, prompts[:3], seed=1)
+    again = sample_images(pipeline, prompts[:3], seed=1)
     assert np.abs(again.astype(int) - images[:3]).max() <= 1, "a picture does not depend on its batch mates"
