@@ -155,9 +155,7 @@ class DreamBoothSettings:
         group="objective",
     )
     weighting_scheme: str | None = flag(
-        "how noise levels are drawn and losses weighted (default: the pipeline's)",
-        None,
-        choices=tuple(SCHEMES),
+        "how noise levels are drawn and losses weighted (default: the pipeline's)", None, choices=tuple(SCHEMES)
     )
     logit_mean: float = flag(
         "mean of the schemes that draw from a normal distribution; above 0 trains lower noise levels, as in diffusers"
@@ -201,10 +199,7 @@ class DreamBoothSettings:
     adam_weight_decay_text_encoder: float = flag("weight decay of the text encoder (unused by prodigy)", 1e-3, least=0)
     adam_epsilon: float = flag("epsilon of adamw and prodigy", 1e-8, above=0)
     prodigy_beta3: float | None = flag(
-        "decay of prodigy's estimate of the learning rate (default: square root of --adam_beta2)",
-        None,
-        above=0,
-        below=1,
+        "decay of prodigy's rate estimate (default: square root of --adam_beta2)", None, above=0, below=1
     )
     prodigy_decouple: bool = flag("decoupled weight decay in prodigy", True)
     prodigy_use_bias_correction: bool = flag("Adam's bias correction in prodigy", True)

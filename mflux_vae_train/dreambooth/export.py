@@ -23,6 +23,11 @@ from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
 """File and folder in the output folder."""
 
+_KOHYA_SETTINGS = (
+    *("learning_rate", "optimizer", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
+    *("gradient_accumulation_steps", "seed"),
+)
+
 
 def check_can_fuse(pipeline: DiffusionPipeline, resolved: ResolvedSettings, denoiser: nn.Module) -> None:
     """
@@ -101,14 +106,8 @@ def _kohya_metadata(resolved: ResolvedSettings) -> Mapping[str, str]:
         "ss_output_name": name,
         "ss_network_dim": resolved.rank,
         "ss_network_alpha": resolved.rank,  # the saved tensors contain the scale
-        "ss_learning_rate": resolved.learning_rate,
-        "ss_optimizer": resolved.optimizer,
-        "ss_lr_scheduler": resolved.lr_scheduler,
-        "ss_lr_warmup_steps": resolved.lr_warmup_steps,
-        "ss_max_train_steps": resolved.max_train_steps,
         "ss_batch_size_per_device": resolved.train_batch_size,
-        "ss_gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-        "ss_seed": resolved.seed,
+        **{f"ss_{name}": getattr(resolved, name) for name in _KOHYA_SETTINGS},
     }
     return {key: str(value) for key, value in metadata.items()}
 

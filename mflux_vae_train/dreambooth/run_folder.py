@@ -141,7 +141,7 @@ def log_to_file(path: Path) -> Iterator[None]:
     """Append the package's log to a file, and the error that ends the block early."""
     package = logging.getLogger("mflux_vae_train")
     handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)
     package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
@@ -160,7 +160,10 @@ def log_to_file(path: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Drops lines that cannot be written: a full disk does not end the run or fill the console with tracebacks."""
+    """Redacts secrets, and drops lines that cannot be written: a full disk does not end the run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -168,11 +171,6 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):
             super().close()
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
 
 
 def _read(folder: RunFolder) -> dict[str, Any] | None:

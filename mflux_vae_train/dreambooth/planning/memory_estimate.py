@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae.errors import SettingsError
 from mflux_vae.runtime.device import compute_dtype, is_cpu
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import GB, size_text
@@ -125,15 +124,6 @@ def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: 
     if problem is not None:
         lines.append(f"this run would not fit: {problem}")
     return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem)
-
-
-def check_limit(estimate: Estimate, resolved: ResolvedSettings) -> None:
-    """
-    Raises:
-        SettingsError: the run would exceed ``--memory_limit``.
-    """
-    if resolved.memory_limit is not None and estimate.problem is not None:
-        raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {estimate.problem}")
 
 
 def compare_first_update(estimate: Estimate | None) -> Hook:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mflux_vae.errors import SettingsError
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
@@ -15,13 +16,7 @@ from mflux_vae_train.dreambooth.data.class_images import ClassFolder, scan_class
 from mflux_vae_train.dreambooth.data.crops import training_resolution
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, file_hash, load_dataset
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
-from mflux_vae_train.dreambooth.planning.memory_estimate import (
-    Estimate,
-    check_limit,
-    estimate,
-    fit_batch_size,
-    workload,
-)
+from mflux_vae_train.dreambooth.planning.memory_estimate import Estimate, estimate, fit_batch_size, workload
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, read_status, run_identity
 from mflux_vae_train.fingerprint import weights_hash
@@ -80,7 +75,8 @@ def prepare(
     resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
     if memory is not None and not resolved.dry_run:
         log(memory.lines)
-        check_limit(memory, resolved)
+        if resolved.memory_limit is not None and memory.problem is not None:
+            raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {memory.problem}")
     identity = _identity(pipeline, resolved, dataset, folder)
     processes.assert_equal(identity)
     return Preparation(
