@@ -1,4 +1,4 @@
-"""Both training commands below MLX's launcher: what two processes leave is what one leaves."""
+"""Both training commands with MLX's launcher: two processes write the same files as one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(tiny.__file__).parent / "example"
 
 
-# Both settings keep the rounding of gradients from becoming steps as large as the learning rate, as AdamW makes them of
-# gradients near zero (here a larger epsilon), and of those that are zero but for rounding, of biases in front of a norm
-# or of attention's keys (here a network that has none).
+# AdamW turns the rounding of gradients near zero into steps as large as the learning rate. Hence a larger epsilon, or
+# a network without biases in front of a norm or of attention's keys, whose gradients are zero except for rounding.
 
 
 def dreambooth(output: Path, *options: object) -> list[object]:
@@ -47,13 +46,13 @@ def autoencoder(output: Path, *more: object, batch: int, accumulation: int, epoc
 
 
 def alone(command: list[object]) -> None:
-    """As many threads as the others have: matrix products round by their number, and so would class pictures."""
+    """With the number of threads of the other runs, on which the rounding of matrix products depends."""
     arguments = [str(part) for part in command]
     subprocess.run(arguments, check=True, capture_output=True, timeout=TIMEOUT, cwd=ROOT, env={**os.environ, **THREADS})
 
 
 def near(one: Path, other: Path) -> None:
-    """Weights, to a relative 1e-5 of each array's norm."""
+    """Weights within 1e-5 of the norm of each array."""
     ours, theirs = (mx.load(str(path)) for path in (one, other))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
@@ -74,9 +73,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dreambooth(one: Path, tmp_path: Path) -> None:
-    told = launch(2, dreambooth(tmp_path / "out"))
-    assert "exited with code" not in told.stderr, told.stderr
-    assert told.stdout.count("continuing") == 0 and told.stdout.count("generated 3 class") == 1
+    done = launch(2, dreambooth(tmp_path / "out"))
+    assert "exited with code" not in done.stderr, done.stderr
+    assert done.stdout.count("continuing") == 0 and done.stdout.count("generated 3 class") == 1
     near(tmp_path / "out" / "pytorch_lora_weights.safetensors", one / "pytorch_lora_weights.safetensors")
     assert files(tmp_path / "out") == files(one)
     for index in range(3):
@@ -84,8 +83,8 @@ def test_dreambooth(one: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (one / name).read_bytes()
 
 
-def test_dreambooth_goes_on_alone_after_a_process_was_killed(one: Path, tmp_path: Path) -> None:
-    """The last of three, in the update after a checkpoint."""
+def test_dreambooth_resumes_with_one_process_after_another_was_killed(one: Path, tmp_path: Path) -> None:
+    """The last of three is killed in the update after a checkpoint."""
     killed = (
         "import os, signal, sys\nfrom mflux_vae_train.training import step\n"
         "from mflux_vae_train.dreambooth import cli\n"
@@ -114,7 +113,7 @@ FAKE = (
 
 
 def fake(output: Path) -> list[object]:
-    """DreamBooth on a pipeline that is started in no time: class pictures, latents, previews in five groups each."""
+    """DreamBooth on a fast pipeline with five class images and previews."""
     more = {"resolution": 16, "num_class_images": 5, "num_validation_images": 5, "sample_batch_size": 1}
     more |= {"gradient_accumulation_steps": 4, "adam_epsilon": 1e-3}
     command = dreambooth(output, *(part for name, value in more.items() for part in (f"--{name}", value)))
@@ -130,7 +129,7 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_pictures_latents_and_previews_are_those_of_one_process(count: int, faked: Path, tmp_path: Path) -> None:
+def test_images_latents_and_previews_equal_those_of_one_process(count: int, faked: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for status, said in ring(count, fake(out)):
         assert status == 0, said
@@ -143,8 +142,8 @@ def test_pictures_latents_and_previews_are_those_of_one_process(count: int, fake
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])
-def test_a_run_goes_on_with_more_or_fewer_processes(before: int, after: int, faked: Path, tmp_path: Path) -> None:
-    """After the checkpoint of the second update; all that was written later is lost."""
+def test_a_run_resumes_with_more_or_fewer_processes(before: int, after: int, faked: Path, tmp_path: Path) -> None:
+    """From the checkpoint of the second update, without any later file."""
     out = tmp_path / "out"
     if before == 1:
         shutil.copytree(faked, out)
@@ -160,23 +159,23 @@ def test_a_run_goes_on_with_more_or_fewer_processes(before: int, after: int, fak
     near(out / "pytorch_lora_weights.safetensors", faked / "pytorch_lora_weights.safetensors")
 
 
-def test_a_mistake_is_said_by_all_and_ends_all(tmp_path: Path) -> None:
+def test_invalid_input_ends_all_processes(tmp_path: Path) -> None:
     results = ring(2, dreambooth(tmp_path / "out", "--resume_from_checkpoint", "nowhere"))
     assert [status for status, _ in results] == [2, 1]
     assert "nowhere is not a folder" in results[0][1] and "process 1 of 2 stopped" in results[1][1]
 
 
 def test_an_autoencoder(tmp_path: Path) -> None:
-    """Two processes, and one with the same update in one batch of twice the size."""
-    told = launch(2, autoencoder(tmp_path / "two", batch=8, accumulation=2))
-    assert "exited with code" not in told.stderr, told.stderr
+    """Two processes, and one with batches of twice the size."""
+    done = launch(2, autoencoder(tmp_path / "two", batch=8, accumulation=2))
+    assert "exited with code" not in done.stderr, done.stderr
     alone(autoencoder(tmp_path / "one", batch=16, accumulation=1))
     two, one = (tmp_path / name / "checkpoints" / "few" for name in ("two", "one"))
     near(two / "last_model.safetensors", one / "last_model.safetensors")
-    assert files(two) == files(one) and told.stdout.count("best loss") == 1
+    assert files(two) == files(one) and done.stdout.count("best loss") == 1
 
 
-def test_an_autoencoder_and_its_critic_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+def test_an_autoencoder_and_its_discriminator_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     critic = ("--disc_start", 2)
     for status, said in ring(2, autoencoder(tmp_path / "more", *critic, batch=8, accumulation=2, epochs=1)):
         assert status == 0, said

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import accumulate, chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -235,9 +234,7 @@ class ProcessGroup:
     def __enter__(self) -> ProcessGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Tell the other processes about an error that leaves the block."""
         if error is not None:
             self._watchdog.fail(error)

@@ -109,6 +109,10 @@ class Tape:
         return mx.zeros_like(array) if gradient is None else gradient
 
 
+def _operator(function: Callable[[Any, Any], Any]) -> Callable[[Variable, Any], Any]:
+    return lambda self, other: self.__mlx_function__(function, (self, other), {})
+
+
 class Variable:
     """An array on a tape.
 
@@ -127,33 +131,16 @@ class Variable:
     def astype(self, dtype: mx.Dtype) -> Any:
         return self if dtype == self.dtype else self.__mlx_function__(_astype, (self, dtype), {})
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.__mlx_function__(_getitem, (self, index), {})
-
-    def __add__(self, other: Any) -> Any:
-        return self.__mlx_function__(operator.add, (self, other), {})
-
-    def __sub__(self, other: Any) -> Any:
-        return self.__mlx_function__(operator.sub, (self, other), {})
-
-    def __rsub__(self, other: Any) -> Any:
-        return self.__mlx_function__(operator.sub, (other, self), {})
-
-    def __mul__(self, other: Any) -> Any:
-        return self.__mlx_function__(operator.mul, (self, other), {})
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.__mlx_function__(operator.truediv, (self, other), {})
-
-    __radd__, __rmul__ = __add__, __mul__
+    __getitem__ = _operator(operator.getitem)
+    __add__ = __radd__ = _operator(operator.add)
+    __sub__ = _operator(operator.sub)
+    __rsub__ = _operator(lambda x, y: y - x)
+    __mul__ = __rmul__ = _operator(operator.mul)
+    __truediv__ = _operator(operator.truediv)
 
 
 def _astype(x: mx.array, dtype: mx.Dtype) -> mx.array:
     return x.astype(dtype)
-
-
-def _getitem(x: mx.array, index: Any) -> mx.array:
-    return x[index]
 
 
 def value_of(argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a process would leave if it were killed: copies of a folder, taken before each change of a file in it."""
+"""Simulates crashes: copies of a folder, taken before each change of a file in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.faults.inject import changes
 
 
 class _Watch(threading.local):
-    """An audit hook of this process. It cannot be taken out again, so that there is one, mostly idle."""
+    """An audit hook of this process. Hooks cannot be removed, so there is one, mostly idle."""
 
     folder: Path | None = None
     copy: Callable[[], None] | None = None
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.copy is not None and changes(event, arguments, str(self.folder)):
-            copy, self.copy = self.copy, None  # copying changes files, too
+            copy, self.copy = self.copy, None  # copying changes files itself
             copy()
             self.copy = copy
 
@@ -31,7 +31,7 @@ _watching = False
 
 
 def states(folder: Path, into: Path, work: Callable[[], object], *, every: int) -> list[Path]:
-    """Do the work; return copies of `folder` as it was before every n-th change that this thread made, in order."""
+    """Run `work`; return copies of `folder` before every n-th change by this thread, in order."""
     global _watching
     if not _watching:
         sys.addaudithook(_watch)

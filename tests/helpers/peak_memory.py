@@ -1,4 +1,4 @@
-"""The memory that a call takes."""
+"""Peak memory of a call."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import mlx.core as mx
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes at the most, besides those that are there before, until what a call returns is computed.
+    """Peak bytes beyond those allocated before, while a call runs and its result is evaluated.
 
-    What others left behind goes first: were it collected meanwhile, the call would seem to take less.
+    Collects garbage first, which would otherwise be subtracted.
     """
     gc.collect()
     mx.clear_cache()

@@ -1,4 +1,4 @@
-"""A program that ought to answer at once."""
+"""Runs a program that should answer at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from collections.abc import Sequence
 
 
 def answered(command: Sequence[str]) -> tuple[str, float]:
-    """What it says, and the least that three runs of it took: seconds of the processor.
-
-    On a busy machine a clock would tell about others.
-    """
+    """Standard output, and the smallest CPU time (s) of three runs. Wall time would depend on other programs."""
     seconds = []
     for _ in range(3):
         before = os.times()

@@ -1,4 +1,4 @@
-"""Real signals, to this process or another, while it is at work that would take minutes."""
+"""Sends real signals to this process during work of minutes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 from mflux_vae_train.distributed.interrupts import Interrupted
 
 LONG = 300.0
-"""Seconds that the work takes unless something ends it."""
+"""Seconds of work without an interruption."""
 
 SOON = 45.0
-"""Seconds after a signal within which it must have ended, on a machine that is very busy."""
+"""Seconds after a signal within which the work must end, also on a very busy machine."""
 
 
 @contextmanager
 def signalled_within(owner: Any, name: str, call: int, number: int) -> Iterator[None]:
-    """This process gets the signal in the middle of the n-th call of a method, which ends the block soon."""
+    """This process receives the signal in the n-th call of a method, which must end the block soon."""
     own, calls, sent = getattr(owner, name), 0, 0.0
 
     def held(*arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The same weights are known again, and others are told apart, at little cost."""
+"""Equal weights have equal hashes, other weights have others, at little cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mflux_vae_train.fingerprint import weights_hash
 from tests.mflux_vae_train.training.tiny_model import Net
 
 
-def test_equal_weights_are_equal_whatever_they_are_held_in() -> None:
+def test_equal_weights_have_equal_hashes_in_any_dtype() -> None:
     one, other = Net(seed=1), Net(seed=1)
     halves = tree_map(lambda value: value.astype(mx.bfloat16), one.parameters())
     one.update(halves)
@@ -22,7 +22,7 @@ def test_equal_weights_are_equal_whatever_they_are_held_in() -> None:
 
 
 @pytest.mark.parametrize("what", ["another training", "an adapter fused into one layer", "a shape", "a layer more"])
-def test_other_weights_are_told_apart(what: str) -> None:
+def test_other_weights_have_other_hashes(what: str) -> None:
     one, other = Net(seed=1), Net(seed=2 if what == "another training" else 1)
     if what == "an adapter fused into one layer":
         rows, columns = other.out.weight.shape
@@ -34,7 +34,7 @@ def test_other_weights_are_told_apart(what: str) -> None:
     assert weights_hash(one) != weights_hash(other)
 
 
-def test_no_more_is_looked_into_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_the_budget_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net(seed=1)
     sizes = sorted(4 * value.size for _, value in tree_flatten(net.parameters()))
     monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", sizes[-1])

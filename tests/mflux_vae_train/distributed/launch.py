@@ -1,7 +1,7 @@
-"""Several processes for tests, in a ring on this machine.
+"""Starts several processes for tests, in a ring on this machine.
 
-`launch` starts them as users do, with MLX's launcher. `ring` gives them the launcher's environment without it: it keeps
-a core busy while it waits, and ends all where one has failed, before they can show that they notice by themselves.
+`launch` uses MLX's launcher, as users do. `ring` sets the launcher's environment without it: the launcher keeps a core
+busy while it waits, and ends all processes when one fails, before they can notice by themselves.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ TIMEOUT = 240.0
 
 
 def launch(processes: int, command: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    """Runs the command `processes` times at once; what all of them say comes together.
+    """Run the command in `processes` processes; their output is merged.
 
-    The launcher's own status says nothing; of processes that failed it says so in a line of standard error.
+    The exit status of the launcher is always 0; it prints a line for each failed process.
     """
     arguments = [LAUNCHER, "-n", processes, "--starting-port", _free_ports(processes), "--", *command]
     return subprocess.run(
@@ -37,22 +37,22 @@ def launch(processes: int, command: Sequence[object]) -> subprocess.CompletedPro
 
 
 def ring(processes: int, command: Sequence[object], *, wait_for_last: bool = True) -> list[tuple[int, str]]:
-    """Runs the command `processes` times at once.
+    """Run the command in `processes` processes.
 
     Args:
-        wait_for_last: otherwise the last one is killed when the others have ended.
+        wait_for_last: if False, the last one is killed when the others have ended.
 
     Returns:
-        of each its exit status and what it said on standard error.
+        exit status and output of each.
     """
     first = _free_ports(processes)
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(processes)]))
         environment = {**os.environ, **THREADS, "PYTHONPATH": str(ROOT), "MLX_HOSTFILE": str(hosts)}
-        said = [(Path(folder) / f"{rank}.txt") for rank in range(processes)]
+        outputs = [(Path(folder) / f"{rank}.txt") for rank in range(processes)]
         running = []
-        for rank, path in enumerate(said):
+        for rank, path in enumerate(outputs):
             with path.open("w") as file:
                 arguments = [str(argument) for argument in command]
                 own = {**environment, "MLX_RANK": str(rank)}
@@ -64,11 +64,11 @@ def ring(processes: int, command: Sequence[object], *, wait_for_last: bool = Tru
             for process in running:
                 process.kill()
                 process.wait()
-        return [(process.returncode, path.read_text()) for process, path in zip(running, said, strict=True)]
+        return [(process.returncode, path.read_text()) for process, path in zip(running, outputs, strict=True)]
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     while True:
         first = random.SystemRandom().randrange(20000, 32000)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Several processes: what they make together is what one makes; when one is gone, all end."""
+"""Several processes train as one does; when one is gone, all end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.mflux_vae_train.distributed.worker import TOTAL, WINDOWS, Run
 
 
 def processes(count: int, task: str, folder: Path, *options: str) -> None:
-    """Runs a task of `team`."""
+    """Run a task of `worker`."""
     for status, said in ring(count, command(task, folder, *options)):
         assert status == 0, said
 
@@ -36,7 +36,7 @@ def states(folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """To a relative 1e-5 of each array's largest element; what an optimizer keeps, to 1e-3, as sums cancel in it."""
+    """Within 1e-5 of the largest element of each array; optimizer state, where sums cancel, within 1e-3."""
     assert one.keys() == other.keys()
     for path, array in one.items():
         near = 1e-3 if path.startswith("optimizer") else 1e-5
@@ -45,7 +45,7 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, np.ndarray], list[dict[str, float]]]]:
-    """State and metrics of one process, by the kind of window."""
+    """State and metrics of a run of one process, by kind of window."""
     left = {}
     for name, windows in WINDOWS.items():
         run = Run(SINGLE, tmp_path_factory.mktemp(name), windows)
@@ -56,24 +56,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str,
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave of `team.together`."""
+    """The output folder of `worker.together` with two processes."""
     folder = tmp_path_factory.mktemp("two")
     processes(2, "together", folder)
     return folder
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_two_processes_make_the_weights_that_one_makes(name: str, two: Path, alone: Any) -> None:
+def test_two_processes_give_the_weights_of_one(name: str, two: Path, alone: Any) -> None:
     check(two / name, 2, *alone[name])
 
 
-def test_four_processes_make_the_weights_that_one_makes(tmp_path: Path, alone: Any) -> None:
+def test_four_processes_give_the_weights_of_one(tmp_path: Path, alone: Any) -> None:
     processes(4, "train", tmp_path, "ragged")
     check(tmp_path / "ragged", 4, *alone["ragged"])
 
 
 def check(folder: Path, count: int, expected: dict[str, np.ndarray], metrics: list[dict[str, float]]) -> None:
-    """All processes are equal to the bit, averages and running statistics too, and near to what one makes alone."""
+    """All processes have equal state, bit for bit, which is close to that of a single process."""
     left = states(folder)
     assert len(left) == count
     for other in left[1:]:
@@ -104,12 +104,12 @@ def test_exchange(two: Path) -> None:
         assert "process 2 of 2" in each["differs"] and "seed is 1, not 0" in each["differs"]
 
 
-def test_a_loss_that_is_no_number_stops_all(two: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_all(two: Path) -> None:
     told = notes(two / "broken")
     assert len(told) == 2 and told[0] == told[1] and "update 3" in told[0] and "nan" in told[0]
 
 
-def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_path: Path, alone: Any) -> None:
+def test_a_signal_to_one_stops_all_and_another_number_of_processes_resumes(tmp_path: Path, alone: Any) -> None:
     processes(2, "interrupted", tmp_path)
     assert notes(tmp_path) == {rank: {"exit code": 143, "update": 4} for rank in range(2)}
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-4"
@@ -119,8 +119,8 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_p
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_to_one_has_all_leave_long_work_together(tmp_path: Path) -> None:
-    processes(3, "left", tmp_path, "2")  # who tells the first one, who tells all
+def test_a_signal_to_one_interrupts_long_work_in_all(tmp_path: Path) -> None:
+    processes(3, "left", tmp_path, "2")  # the last one notifies the main process, which notifies all
     told = notes(tmp_path)
     assert len(told) == 3 and all((one["exit code"], one["update"]) == (143, 2) for one in told.values())
     assert all(one["seconds"] < 45 for one in told.values()), told
@@ -136,7 +136,7 @@ def test_a_signal_to_one_has_all_leave_long_work_together(tmp_path: Path) -> Non
         ("engine", "process 2 of 2 has been silent"),
     ],
 )
-def test_where_one_is_gone_the_others_keep_what_was_made_and_end(how: str, why: str, tmp_path: Path) -> None:
+def test_after_the_loss_of_one_process_the_others_save_and_end(how: str, why: str, tmp_path: Path) -> None:
     (status, said), _ = ring(2, command("lost", tmp_path, how), wait_for_last=False)
     assert status == 1 and f"ProcessLost: {why}" in said
     told = notes(tmp_path)
@@ -144,7 +144,7 @@ def test_where_one_is_gone_the_others_keep_what_was_made_and_end(how: str, why: 
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_processes_that_were_stopped_together_go_on(tmp_path: Path, alone: Any) -> None:
+def test_processes_stopped_together_continue(tmp_path: Path, alone: Any) -> None:
     processes(2, "paused", tmp_path)
     assert notes(tmp_path).keys() == {0, 1}
     together = read_metrics(tmp_path / "metrics.jsonl")
@@ -152,13 +152,13 @@ def test_processes_that_were_stopped_together_go_on(tmp_path: Path, alone: Any) 
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
 
 
-def test_who_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> None:
-    """As with RDMA, where waiting in vain is not an error."""
+def test_a_process_that_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> None:
+    """As with RDMA, where a collective operation without a peer does not fail."""
     (status, said), _ = ring(2, command("lost", tmp_path, "engine", "asleep"), wait_for_last=False)
     assert status == 1 and "error: process 2 of 2 has been silent" in said and not notes(tmp_path)
 
 
-def test_one_process_of_the_launcher_is_alone() -> None:
+def test_one_process_of_the_launcher_is_single() -> None:
     told = launch(
         1,
         [

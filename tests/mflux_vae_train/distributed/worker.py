@@ -1,4 +1,4 @@
-"""What the processes of `test_distributed` do, some of them in a ring.
+"""Tasks of the processes in `test_distributed`.
 
 ``python -m tests.mflux_vae_train.distributed.worker TASK FOLDER``."""
 
@@ -42,7 +42,7 @@ WINDOWS: dict[str, list[list[int]]] = {
     "ragged": [[0, 1], [2, 3], [4]],
     "one": [[0, 1, 2]],
 }
-"""Which samples the micro-batches of an update hold; of "one" all processes but the first have none."""
+"""Samples in the micro-batches of an update; with "one" only the main process has any."""
 
 
 class Normed(nn.Module):
@@ -63,11 +63,11 @@ def normed_loss(model: nn.Module, arrays: Any) -> Any:
 
 
 class Run:
-    """A training of some windows, with all that a run keeps.
+    """A training with all objects of a checkpoint.
 
     Args:
         folder: for checkpoints and metrics.
-        broken: update in which the last micro-batch's loss is no number.
+        broken: update in which the loss of the last micro-batch is not finite.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Run:
             checkpoint.save(self.folder, updates, self.objects)
 
     def train(self, *, hooks: list[Hook] | None = None) -> None:
-        """From the first process's newest checkpoint, if it has one."""
+        """From the newest checkpoint of the main process, if there is one."""
         found = self.processes.broadcast(lambda: str(checkpoint.latest(self.folder) or ""))
         start = self.processes.broadcast(lambda: checkpoint.load(found, self.objects) if found else 0)
         self.processes.broadcast_state(self.objects)
@@ -133,7 +133,7 @@ def note(processes: ProcessGroup, folder: Path, content: Any) -> None:
 
 
 def train(processes: ProcessGroup, folder: Path, *names: str) -> None:
-    """Some kinds of window; each process leaves its state."""
+    """Train with some kinds of window; each process writes its state."""
     process_group.BUCKET = 256  # several messages
     for name in names:
         (folder / name).mkdir(exist_ok=True)
@@ -143,7 +143,7 @@ def train(processes: ProcessGroup, folder: Path, *names: str) -> None:
 
 
 def exchange(processes: ProcessGroup, folder: Path) -> None:
-    """Everything that a team can exchange."""
+    """All exchanges of a process group."""
     own = [mx.full((processes.rank, 2), 7, mx.bfloat16), mx.arange(processes.rank, dtype=mx.uint8)]
     tree = {"x": mx.array([-0.0, 1.5]) if processes.is_main else mx.zeros(2), "n": 3 if processes.is_main else 0}
     made: list[str] = []
@@ -181,7 +181,7 @@ def exchange(processes: ProcessGroup, folder: Path) -> None:
 
 
 def together(processes: ProcessGroup, folder: Path) -> None:
-    """What can be tried in the same processes, one after the other."""
+    """Tasks that can run in the same processes."""
     train(processes, folder, *WINDOWS)
     exchange(processes, folder)
     (folder / "broken").mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ def together(processes: ProcessGroup, folder: Path) -> None:
 
 
 def interrupted(processes: ProcessGroup, folder: Path) -> None:
-    """The last process gets a signal after three updates."""
+    """The last process receives a signal after three updates."""
 
     def signalled() -> None:
         if processes.rank == processes.size - 1:
@@ -202,7 +202,7 @@ def interrupted(processes: ProcessGroup, folder: Path) -> None:
 
 
 def left(processes: ProcessGroup, folder: Path, rank: str) -> None:
-    """One process gets a signal while all are at work that would take minutes, and they leave it together."""
+    """One process receives a signal while all do work of minutes, which they then abandon together."""
     work: list[float] = []
 
     def long(record: Record) -> None:
@@ -223,7 +223,7 @@ def left(processes: ProcessGroup, folder: Path, rank: str) -> None:
 
 
 def broken(processes: ProcessGroup, folder: Path) -> None:
-    """A loss that is no number, in the micro-batch of one process."""
+    """A loss that is not finite in one process."""
     try:
         Run(processes, folder, WINDOWS["even"], broken=2).train()
     except TrainingError as error:
@@ -231,12 +231,12 @@ def broken(processes: ProcessGroup, folder: Path) -> None:
 
 
 def impatient() -> None:
-    """Silence is noticed soon; ten signs of life may stay away meanwhile, as on a machine that is busy."""
+    """Short timeouts; ten signs of life may still be missed, as on a busy machine."""
     heartbeat._POLL, heartbeat.INTERVAL, heartbeat.TIMEOUT, watchdog._GRACE = 0.1, 0.3, 3.0, 0.5
 
 
 def paused(processes: ProcessGroup, folder: Path) -> None:
-    """All processes are stopped for longer than one of them may be silent, as by Ctrl-Z, and go on."""
+    """All processes are stopped for longer than the timeout, as by Ctrl-Z, and continue."""
     impatient()
 
     def pause() -> None:
@@ -249,7 +249,7 @@ def paused(processes: ProcessGroup, folder: Path) -> None:
 
 
 def lost(processes: ProcessGroup, folder: Path, how: str, asleep: str = "") -> None:
-    """The last process is gone in one of several ways, after two updates; the others say when they noticed."""
+    """The last process ends in one of several ways after two updates; the others record when they notice."""
     impatient()
     began = time.monotonic()
 
@@ -257,12 +257,12 @@ def lost(processes: ProcessGroup, folder: Path, how: str, asleep: str = "") -> N
         if processes.rank == processes.size - 1:
             if how == "raise":
                 raise ValueError("no such picture")
-            if how == "engine":  # the others are in the engine's hands, and wait for this one
+            if how == "engine":  # the others wait for this one in the collective operation
                 processes._watchdog._heartbeat.barrier()  # type: ignore[union-attr]
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
     if asleep:
-        processes._watchdog._sockets = []  # as of an engine that nothing wakes, over RDMA
+        processes._watchdog._sockets = []  # as with RDMA, where nothing can be shut down
     try:
         Run(processes, folder, WINDOWS["even"]).train(hooks=[at(2, go)])
     except ProcessLost as error:

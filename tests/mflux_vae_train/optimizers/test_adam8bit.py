@@ -1,4 +1,4 @@
-"""Moments in a byte each: close to float32's, free of drift, the same again."""
+"""8-bit moments: close to float32, without drift, reproducible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noisy(count: int, scale: np.ndarray | float = 1.0) -> list[np.ndarray]:
     return [scale * (0.3 + draws.normal(size=SHAPE)) for _ in range(count)]
 
 
-def test_weights_go_where_float32_moments_take_them() -> None:
+def test_weights_are_close_to_those_with_float32_moments() -> None:
     # gradients of very different sizes within a block
     gradients = noisy(60, 10.0 ** np.random.default_rng(1).uniform(-2, 0, SHAPE))
     exact, coded = updates(AdamW(), gradients), updates(AdamW8bit(), gradients)
@@ -36,8 +36,8 @@ def test_weights_go_where_float32_moments_take_them() -> None:
     assert np.corrcoef(coded.flat, exact.flat)[0, 1] > 0.995
 
 
-def test_second_moments_fall_as_slowly_as_they_should() -> None:
-    """A thousandth per update is less than the distance of two codes: rounded to the nearest, nothing would fall."""
+def test_second_moments_decay_at_the_right_rate() -> None:
+    """A change of a thousandth per update is less than the distance of two codes; rounding to nearest would lose it."""
     loud, quiet = np.ones(SHAPE), np.full(SHAPE, 0.01)
     quiet[:, :2] = 1.0  # the block's scale stays what it is
     optimizers = AdamW(), AdamW8bit()

@@ -1,4 +1,4 @@
-"""Each optimizer against its published formula, and what all of them promise."""
+"""Each optimizer against its published formula, and properties of all of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def series(*shape: int, length: int = 6) -> tuple[np.ndarray, list[np.ndarray], 
     return draw.normal(size=shape), gradients, [1e-2 / (i + 1) for i in range(length)]
 
 
-def test_adamw_is_the_bias_corrected_decoupled_formula() -> None:
+def test_adamw_equals_the_formula() -> None:
     start, gradients, rates = series(5, 3)
     w, m, v = start.copy(), 0.0, 0.0
     for n, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
@@ -56,7 +56,7 @@ def test_adam_decays_through_the_gradient() -> None:
 
 
 @pytest.mark.parity
-def test_adamw_is_torchs() -> None:
+def test_adamw_equals_torchs() -> None:
     torch = pytest.importorskip("torch")
     start, gradients, rates = series(5, 3)
     parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
@@ -123,7 +123,7 @@ def test_groups_split_the_parameters_and_all_learn() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_group_s_rate_is_its_share_of_the_schedule() -> None:
+def test_the_rate_of_a_group_is_a_factor_on_the_schedule() -> None:
     optimizer = Grouped([(Muon(), 0.5, lambda _, weight: weight.ndim >= 2), (AdamW(), 2.0, None)])
     optimizer.learning_rate = 0.2
     assert [one.learning_rate.item() for one in optimizer.optimizers] == pytest.approx([0.1, 0.4])
@@ -153,10 +153,10 @@ def test_adafactor_keeps_row_and_column_means_of_the_squares() -> None:
     assert optimizer.state_bytes(mx.zeros((4, 2, 3, 5))) == 4 * (4 + 30)
 
 
-def test_adafactor_leaves_alone_what_has_no_gradient() -> None:
+def test_adafactor_does_not_move_weights_without_a_gradient() -> None:
     start = np.ones((3, 4))
     gradient = np.zeros((3, 4))
-    gradient[0] = 1e-9  # and scales what has one, however small it is
+    gradient[0] = 1e-9  # moves at the full rate, however small
     moved = run(Adafactor(), start, [gradient], [1e-2]) - start
     assert np.array_equal(moved[1:], np.zeros((2, 4)))
     np.testing.assert_allclose(moved[0], -1e-2, rtol=0.1)
@@ -174,7 +174,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_small_updates_of_half_precision_weights_are_not_lost(name: str) -> None:
-    """Each is less than half of bfloat16's spacing below 1, 0.004: without master weights nothing would ever move."""
+    """Each is less than half of bfloat16's spacing below 1, 0.004; without master weights none would have an effect."""
     shape = (64, 80)
     gradient = mx.array(np.random.default_rng(0).normal(size=shape) + 1.0).astype(mx.bfloat16)
     options = {"d0": 1e-4} if name == "prodigy" else {}
@@ -197,7 +197,7 @@ def test_small_updates_of_half_precision_weights_are_not_lost(name: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(EVERY.keys() - {"muon"}))
-def test_each_learns_in_a_step_with_accumulation_and_goes_on_bit_for_bit(name: str) -> None:
+def test_each_trains_with_accumulation_and_resumes_bit_for_bit(name: str) -> None:
     rate = {"prodigy": 1.0, "lion": 1e-3}.get(name, 1e-2)
 
     def fresh() -> tuple[Net, Step, dict[str, state.Stateful]]:
@@ -208,7 +208,7 @@ def test_each_learns_in_a_step_with_accumulation_and_goes_on_bit_for_bit(name: s
         return net, step, {"net": state.parameters(net), "optimizer": state.tree_state(optimizer.state)}
 
     net, step, objects = fresh()
-    assert not any("blocks.0" in path for path, _ in tree_flatten(step.optimizer.state)), "state for what is frozen"
+    assert not any("blocks.0" in path for path, _ in tree_flatten(step.optimizer.state)), "state for frozen parameters"
     losses = [step(update, window(0), rate)["loss"] for update in range(30)]
     assert losses[-1] < 0.9 * losses[0]
     arrays, values = (copy.copy(one) for one in state.flatten(objects))
@@ -223,7 +223,7 @@ def test_each_learns_in_a_step_with_accumulation_and_goes_on_bit_for_bit(name: s
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_bytes_of_state_are_those_that_are_kept(name: str) -> None:
+def test_state_bytes_is_the_size_of_the_state(name: str) -> None:
     for parameter in (mx.zeros((70, 100)), mx.zeros((70, 100), mx.bfloat16)):
         optimizer = EVERY[name]()
         optimizer.init({"w": parameter})

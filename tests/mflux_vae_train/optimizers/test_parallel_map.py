@@ -1,4 +1,4 @@
-"""Work on a tree's arrays is `tree_map`, wherever it is computed."""
+"""The parallel map equals `tree_map`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def equal(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("at_once", [1, 24, 1 << 20])
-def test_results_are_those_of_tree_map(at_once: int, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_equal_those_of_tree_map(at_once: int, donate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_map, "_CHUNK_BYTES", at_once)
     given, others = tree(), tree_map(lambda x: x + 1, tree())
     states: Any = tree_map(lambda _: {}, given)
@@ -49,7 +49,7 @@ def test_donated_arrays_give_their_memory() -> None:
     assert mx.get_peak_memory() - before < 2 * 4 << 20
 
 
-def test_traced_as_tree_map_is() -> None:
+def test_it_can_be_traced() -> None:
     twice = mx.compile(lambda x: parallel_tree_map(lambda x: x * 2, {"x": x})["x"])
     assert twice(mx.ones(3)).tolist() == [2, 2, 2]
     assert mx.grad(lambda x: parallel_tree_map(mx.square, {"x": x})["x"].sum())(mx.ones(3)).tolist() == [2, 2, 2]

@@ -1,4 +1,4 @@
-"""Prodigy against its formula in numpy, and that it finds a rate by itself."""
+"""Prodigy against its formula in numpy, and on problems of different scales."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def reference(
         {"safeguard_warmup": True, "beta3": 0.95},
     ],
 )
-def test_it_is_the_formula(options: dict[str, Any]) -> None:
+def test_it_equals_the_formula(options: dict[str, Any]) -> None:
     draws = np.random.default_rng(0)
     goal = [draws.normal(size=(4, 3)), draws.normal(size=5)]
     weights = [np.zeros_like(one) for one in goal]  # the first steps, of 1e-6, would be lost in float32 beside a 1
@@ -87,7 +87,7 @@ def test_it_is_the_formula(options: dict[str, Any]) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_without_a_gradient_nothing_happens() -> None:
+def test_without_a_gradient_nothing_changes() -> None:
     optimizer = Prodigy()
     parameters = {"w": mx.ones(3)}
     after = optimizer.apply_gradients({"w": mx.zeros(3)}, parameters)

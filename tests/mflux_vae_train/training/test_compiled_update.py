@@ -1,4 +1,4 @@
-"""The update as a GPU has it, compiled with all that it changes: tried on a CPU, which computes it as it is written."""
+"""The compiled update of a GPU, tested on a CPU, whose default is the plain one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_compiled_it_is_the_plain_update(kind: str, dtype: mx.Dtype, as_on_a_gpu: Callable[[], None]) -> None:
+def test_the_compiled_update_equals_the_plain_one(kind: str, dtype: mx.Dtype, as_on_a_gpu: Callable[[], None]) -> None:
     plain = Run(kind, dtype).updates(0, 1, 2)
     as_on_a_gpu()
     compiled = Run(kind, dtype).updates(0, 1, 2)
@@ -67,7 +67,7 @@ def test_compiled_it_is_the_plain_update(kind: str, dtype: mx.Dtype, as_on_a_gpu
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_compiled_it_goes_on_from_a_checkpoint_to_the_bit(kind: str, as_on_a_gpu: Callable[[], None]) -> None:
+def test_the_compiled_update_resumes_bit_for_bit(kind: str, as_on_a_gpu: Callable[[], None]) -> None:
     as_on_a_gpu()
     whole = Run(kind)
     whole.updates(0, 1)

@@ -1,4 +1,4 @@
-"""The moving average follows the parameters, with a warm-up, and can stand in for them."""
+"""The moving average: its recursion with warm-up, and as parameters of a module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mflux_vae_train.training.step import Step
 from tests.mflux_vae_train.training.tiny_model import Net, loss, window
 
 
-def test_average_is_the_recursion_with_warm_up() -> None:
+def test_the_average_equals_the_recursion_with_warm_up() -> None:
     values = [3.0, -1.0, 2.0, 5.0]
     ema = EMA({"w": mx.array([1.0])}, decay=0.2)
     expected = 1.0
@@ -26,7 +26,7 @@ def test_average_is_the_recursion_with_warm_up() -> None:
     assert ema.state["updates"].item() == len(values)
 
 
-def test_a_step_keeps_it_and_it_can_be_swapped_in() -> None:
+def test_a_step_updates_it_and_it_can_be_swapped_in() -> None:
     net = Net()
     ema = EMA(net.trainable_parameters(), decay=0.9)
     step = Step(net, AdamW(), loss, ema=ema)

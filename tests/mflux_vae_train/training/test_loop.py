@@ -1,4 +1,4 @@
-"""The loop: order, interruption, and that a resumed run is the uninterrupted one."""
+"""The loop: order of hooks, interruption, and resumed runs that equal uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.mflux_vae_train.training.tiny_model import Net, loss, window
 
 
 class Run:
-    """A training that keeps everything a run keeps."""
+    """A training with all objects of a checkpoint."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Run:
 
 
 def send(number: int, at: int) -> Any:
-    """A hook that signals this process in the middle of the run."""
+    """A hook that sends a signal to this process."""
     return lambda record: os.kill(os.getpid(), number) if record.update == at else None
 
 
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted_bitwise(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_a_checkpoint_and_it_can_go_on(number: int, tmp_path: Path) -> None:
+def test_a_signal_stops_the_run_after_a_checkpoint_and_it_resumes(number: int, tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", "full")
     whole.train(0, [])
 
@@ -122,7 +122,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_and_it_can_go_on(number: int, 
     assert caught.value.exit_code == 128 + number
     assert caught.value.update == 4
     assert isinstance(caught.value, KeyboardInterrupt)
-    assert later == [1, 2, 3]  # what is costly is left out once the signal is there
+    assert later == [1, 2, 3]  # later hooks are not called after the signal
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert len(first.metrics()) == 4
 
@@ -174,7 +174,7 @@ def test_hooks_run_when_due_after_the_observers() -> None:
     ]
 
 
-def test_a_metrics_log_starts_anew_unless_resumed(tmp_path: Path) -> None:
+def test_a_metrics_log_starts_empty_unless_resumed(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "metrics.jsonl"
     for _ in range(2):
         with MetricsLog(path) as log:
@@ -183,7 +183,7 @@ def test_a_metrics_log_starts_anew_unless_resumed(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
 
 
-def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remaining_time_includes_updates_and_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("mflux_vae_train.monitoring.progress.time.monotonic", lambda: now[0])
 
@@ -201,12 +201,12 @@ def test_the_time_left_counts_updates_and_what_is_done_beside_them(monkeypatch: 
         for hook in hooks:
             hook(Record(update=update, total=10, metrics={}, seconds=100.0 if update == 1 else 1.0))
         left.append(pace.left(update))
-    assert left[2] == 7 * 1.0 + 20  # nothing is known of the previews yet
+    assert left[2] == 7 * 1.0 + 20  # the duration of a preview is not known yet
     assert left[3:] == [6 + 2 * 60 + 20, 5 + 2 * 60 + 20, 4 + 2 * 60 + 20, 3 + 2 * 60 + 20, 2 + 60 + 20, 1 + 60 + 20, 0]
     assert now[0] == 3 * 60 + 7
 
 
-def test_the_time_when_a_run_is_ready_is_told() -> None:
+def test_the_time_when_a_run_is_ready() -> None:
     pace = Pace(1000)
     pace(Record(update=1, total=1000, metrics={}, seconds=6.0))
     assert pace.eta_text(990) == "60 s left"
@@ -216,7 +216,7 @@ def test_the_time_when_a_run_is_ready_is_told() -> None:
     assert re.fullmatch(r"6 d 22 h left, ready at \d\d:\d\d on \d{4}-\d\d-\d\d", pace.eta_text(1))
 
 
-def test_times_are_to_the_minute() -> None:
+def test_durations_are_rounded_to_minutes() -> None:
     assert [duration(seconds) for seconds in (3, 119, 121, 3599, 4800, 90000)] == [
         *("3 s", "119 s", "2 min", "1 h 00 min", "1 h 20 min", "1 d 1 h"),
     ]
@@ -232,7 +232,7 @@ def test_without_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture)
     assert lines[0].startswith("update 3 of 3, loss 1.0000, rate 1.00e-04")
 
 
-def test_on_a_terminal_the_time_left_is_what_is_cut_off_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_begins_with_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

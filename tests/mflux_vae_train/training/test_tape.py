@@ -1,4 +1,4 @@
-"""A tape's gradients are those of `mx.grad`, for whatever functions stand on it."""
+"""Gradients of a tape equal those of `mx.grad` for all kinds of functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mflux_vae_train.training.tape import Tape, Variable, value_of
 
 
 class Network(nn.Module):
-    """A bit of everything: closed gradients, functions left to MLX, a parameter used twice, one not at all."""
+    """Functions with closed-form gradients and others, a parameter used twice, an unused one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_all_parameters(x: mx.array) -> None:
     mx.eval(parameters)  # no placeholders of a trace
 
 
-def test_what_is_frozen_needs_nothing(x: mx.array) -> None:
+def test_frozen_parameters_need_no_gradient(x: mx.array) -> None:
     network = Network()
     network.freeze()
     network.last.unfreeze()
@@ -109,7 +109,7 @@ def test_what_is_frozen_needs_nothing(x: mx.array) -> None:
     agree(taped(network, x), traced(network, x))
 
 
-def test_a_part_is_computed_again(x: mx.array) -> None:
+def test_a_checkpointed_part_is_computed_again(x: mx.array) -> None:
     network = Network()
     network.eval()
     calls = []

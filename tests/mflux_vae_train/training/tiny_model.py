@@ -1,4 +1,4 @@
-"""A network of two layers and its data: all that the training core needs to be tested with."""
+"""A small network and its data for tests of the training core."""
 
 from __future__ import annotations
 
