@@ -151,9 +151,9 @@ def test_help_is_fast_and_imports_nothing_heavy():
         "except SystemExit: pass\n"
         "print(sorted({'numpy', 'transformers', 'torch', 'PIL', 'mlx_lm'} & sys.modules.keys()))"
     )
-    said, seconds = answered([sys.executable, "-c", code])
-    assert "--instance_prompt" in said and "Installed pipelines" in said
-    assert said.splitlines()[-1] == "[]"
+    output, seconds = answered([sys.executable, "-c", code])
+    assert "--instance_prompt" in output and "Installed pipelines" in output
+    assert output.splitlines()[-1] == "[]"
     assert seconds < 0.5
 
 
@@ -204,5 +204,5 @@ def test_a_missing_tracker_is_refused_before_a_pipeline_is_opened(run, monkeypat
 def test_ignored_flags_are_logged_and_the_run_continues(run):
     status, _, err = run("--dry_run", "--allow_tf32", "--local_rank", "0", "--mixed-precision=bf16")
     assert status == 0
-    said = [line.split(": ")[1] for line in err.splitlines() if "has no effect" in line]
-    assert said == [f"--{name} has no effect" for name in ("allow_tf32", "local_rank", "mixed_precision")]
+    ignored = [line.split(": ")[1] for line in err.splitlines() if "has no effect" in line]
+    assert ignored == [f"--{name} has no effect" for name in ("allow_tf32", "local_rank", "mixed_precision")]

@@ -61,14 +61,14 @@ def test_every_diffusers_flag_is_a_setting_or_ignored(name: str, caplog: pytest.
     if name == "pretrained_model_name_or_path":
         needed = NEEDED[1:]
     given = settings_from(DreamBoothSettings, [*needed, *words], ignored_flags=IGNORED_FLAGS)
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     if name in IGNORED_FLAGS:
         assert name not in FIELDS, "a setting does something"
-        assert said == [f"--{name} has no effect: {IGNORED_FLAGS[name]}"]
+        assert messages == [f"--{name} has no effect: {IGNORED_FLAGS[name]}"]
         return
     field = FIELDS[name]
     found = getattr(given, field.name)
-    assert not said
+    assert not messages
     kind, _ = field_type(HINTS[field.name])
     if is_tuple(HINTS[field.name]):
         assert found == (value,)

@@ -14,23 +14,23 @@ from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved
 
 
 def test_settings_outside_usual_ranges_are_warnings():
-    def drawn(**given):
+    def warnings_for(**given):
         settings = DreamBoothSettings(
             model="fake", instance_data_dir="pictures", instance_prompt="a photo of sks dog", **given
         )
         recommended = replace(FakePipeline.recommended, guidance=7.5)
         return config_warnings(settings, recommended, preservation="class_images", updates=800)
 
-    assert drawn() == []
-    assert drawn(train_batch_size=4, gradient_accumulation_steps=8) == []
-    assert drawn(train_mode="full", learning_rate=5e-6) == []
-    (slow,) = drawn(learning_rate=5e-6)
+    assert warnings_for() == []
+    assert warnings_for(train_batch_size=4, gradient_accumulation_steps=8) == []
+    assert warnings_for(train_mode="full", learning_rate=5e-6) == []
+    (slow,) = warnings_for(learning_rate=5e-6)
     assert slow == "--learning_rate is 5e-06; usual with --train_mode lora is 1e-05 to 0.001"
-    assert drawn(optimizer="prodigy", learning_rate=1.0) == []
-    (low,) = drawn(optimizer="prodigy", learning_rate=1e-4)
+    assert warnings_for(optimizer="prodigy", learning_rate=1.0) == []
+    (low,) = warnings_for(optimizer="prodigy", learning_rate=1e-4)
     assert "usual with --optimizer prodigy is 0.1 to 2" in low
     unusual = {"train_batch_size": 5, "gradient_accumulation_steps": 9, "guidance": 4, "num_class_images": 200}
-    assert sorted(line.split()[0] for line in drawn(**unusual)) == sorted(f"--{name}" for name in unusual)
+    assert sorted(line.split()[0] for line in warnings_for(**unusual)) == sorted(f"--{name}" for name in unusual)
 
 
 def test_settings_without_effect_are_warnings():
@@ -64,6 +64,6 @@ def test_warnings_agree_with_the_options_of_each_optimizer():
     names = ("adam_beta1", "adam_beta2", "adam_epsilon")
     for optimizer in ("adamw", "adamw8bit", "adafactor", "lion", "prodigy"):
         run = resolved(optimizer=optimizer, **dict.fromkeys(names, 0.5))
-        own = vars(build_optimizer(run))
+        options = vars(build_optimizer(run))
         unused = {name for name in names if any(line.startswith(f"--{name} has") for line in run.warnings)}
-        assert unused == {name for name in names if name.removeprefix("adam_") not in own}
+        assert unused == {name for name in names if name.removeprefix("adam_") not in options}

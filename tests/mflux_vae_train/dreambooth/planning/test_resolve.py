@@ -42,9 +42,9 @@ def test_the_pipeline_provides_defaults_and_they_are_noted():
     assert (settings.rank, settings.lora_alpha) == (RECOMMENDED.rank, RECOMMENDED.rank)
     assert settings.validation_prompt == ("a photo of sks dog",)
     assert settings.validation_steps == 100
-    said = " ".join(settings.notes)
+    notes = " ".join(settings.notes)
     for words in ("learning_rate 0.02", "resolution 16", "guidance 1.5", "rank 2", "'a photo of a dog'"):
-        assert words in said
+        assert words in notes
 
 
 def test_given_settings_are_kept():
@@ -95,7 +95,7 @@ def test_prior_preservation_is_off_without_a_class_prompt():
 
 
 def test_prior_preservation_needs_a_class_prompt():
-    with pytest.raises(SettingsError, match="needs --class_prompt: no class word follows"):
+    with pytest.raises(SettingsError, match="--class_prompt"):
         resolved("a photo of xyz", with_prior_preservation=True)
 
 
@@ -125,11 +125,11 @@ def test_kinds_of_prior_preservation(given, kind):
 
 
 def test_dop_needs_a_class_prompt_and_an_adapter():
-    with pytest.raises(SettingsError, match="--prior_preservation needs --class_prompt"):
+    with pytest.raises(SettingsError, match="--class_prompt"):
         resolved("a photo of xyz", prior_preservation="dop")
     with pytest.raises(SettingsError, match="--train_mode full"):
         resolved(prior_preservation="dop", train_mode="full")
-    with pytest.raises(SettingsError, match="contradicts --prior_preservation dop"):
+    with pytest.raises(SettingsError, match="contradicts"):
         resolved(prior_preservation="dop", with_prior_preservation=True)
 
 
@@ -155,9 +155,9 @@ def test_concepts_are_resolved_one_by_one():
 
 def test_noise_levels_default_to_the_pipelines():
     assert resolved().weighting_scheme == "uniform" and resolved().sampling is None
-    asked = resolved(weighting_scheme="logit_normal", logit_mean=0.5)
-    assert asked.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
-    assert not any("logit" in line for line in asked.warnings)
+    run = resolved(weighting_scheme="logit_normal", logit_mean=0.5)
+    assert run.sampling == NoiseSampling(scheme="logit_normal", logit_mean=0.5)
+    assert not any("logit" in line for line in run.warnings)
 
 
 def test_every_weighting_scheme_is_a_choice():
@@ -202,7 +202,7 @@ def test_unusual_guidance_is_a_warning():
 
 
 @pytest.mark.parametrize(
-    ("model", "guidance", "said"),
+    ("model", "guidance", "expected"),
     [
         ("schnell", 7.5, "distilled"),
         ("schnell", 1.0, None),
@@ -211,13 +211,13 @@ def test_unusual_guidance_is_a_warning():
         ("dev", 3.5, None),
     ],
 )
-def test_usual_guidance_depends_on_the_model(model, guidance, said):
+def test_usual_guidance_depends_on_the_model(model, guidance, expected):
     settings = DreamBoothSettings(
         model=model, instance_data_dir="pictures", instance_prompt="a photo of sks dog", guidance=guidance
     )
     warnings = resolved_from(settings, flux1.load(model).recommended).warnings
-    assert len(warnings) == (said is not None)
-    assert said is None or said in warnings[0]
+    assert len(warnings) == (expected is not None)
+    assert expected is None or expected in warnings[0]
 
 
 def test_the_example_of_seed_000():

@@ -63,7 +63,7 @@ def train(settings: DreamBoothSettings, pipeline: Any = None) -> Any:
 def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
     """Send a signal to this process at the n-th micro-batch."""
     calls = 0
-    own = train_module.dreambooth_loss
+    original = train_module.dreambooth_loss
 
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
@@ -71,7 +71,7 @@ def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
         if calls == call:
             os.kill(os.getpid(), number)
             time.sleep(0.01)  # lets Python call the signal handler
-        return own(*arguments, **named)
+        return original(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
         patch.setattr(train_module, "dreambooth_loss", counted)
@@ -98,13 +98,13 @@ def test_a_missed_preview_is_made_later(settings: Make, tmp_path: Path, monkeypa
     class Killed(BaseException):
         pass
 
-    own = FakePipeline.sample
+    original = FakePipeline.sample
     train(settings(output_dir=str(tmp_path / "whole")))
 
     def dies(self: FakePipeline, *arguments: Any, **named: Any) -> mx.array:
         if (tmp_path / "out" / "checkpoint-2").exists():
             raise Killed
-        return own(self, *arguments, **named)
+        return original(self, *arguments, **named)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(FakePipeline, "sample", dies)
@@ -124,14 +124,14 @@ def crash(micro_batch: int) -> Iterator[None]:
     class Killed(BaseException):
         pass
 
-    calls, own = 0, train_module.dreambooth_loss
+    calls, original = 0, train_module.dreambooth_loss
 
     def dies(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == micro_batch:
             raise Killed
-        return own(*arguments, **named)
+        return original(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_module, "dreambooth_loss", dies)
@@ -185,20 +185,20 @@ def test_resuming_within_an_update_with_quantized_weights(settings: Make, tmp_pa
 @pytest.mark.parametrize(("call", "number"), [(1, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGTERM), (20, 2)])
 def test_a_signal_within_an_update_saves_after_it(settings: Make, tmp_path: Path, call: int, number: int) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
-    made = -(-call // 4)  # four micro-batches make an update
+    done = -(-call // 4)  # four micro-batches make an update
     with signalled(call, number):
         train(settings())
-    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{made}"
-    assert train(settings()).updates == 5 - made
+    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{done}"
+    assert train(settings()).updates == 5 - done
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
 def test_repeated_signals(settings: Make, tmp_path: Path) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
-    for made in range(1, 6):
+    for done in range(1, 6):
         with signalled(2):
             train(settings())
-        assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{made}"
+        assert checkpoint.latest(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{done}"
     train(settings())
     same(tmp_path / "out", left(tmp_path / "whole"))
 
@@ -207,17 +207,17 @@ def test_repeated_signals(settings: Make, tmp_path: Path) -> None:
 
 
 def test_a_second_run_into_the_same_folder_is_refused(settings: Make, tmp_path: Path) -> None:
-    out, told = tmp_path / "out", []
+    out, messages = tmp_path / "out", []
 
     class Meanwhile(FakePipeline):
         def encode_images(self, pixels: mx.array) -> mx.array:
             with pytest.raises(SettingsError) as caught:
                 train(settings())
-            told.append(str(caught.value))
+            messages.append(str(caught.value))
             return super().encode_images(pixels)
 
     train(settings(), Meanwhile())
-    assert told and all(f"{out}: another process" in text for text in told)
+    assert messages and all(f"{out}: another process" in text for text in messages)
     assert train(settings()).updates == 0  # the lock is released
 
 
@@ -255,18 +255,21 @@ def test_a_full_disk_loses_only_updates_since_the_last_checkpoint(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
-    own = mx.save_safetensors
+    original = mx.save_safetensors
 
     def full(file: str, arrays: dict[str, mx.array], *rest: Any) -> None:
-        own(file, arrays, *rest)
+        original(file, arrays, *rest)
         if "checkpoint-4" in file:
             os.truncate(file, 100)
             raise RuntimeError("[write] Unable to write 8 bytes to file.")
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="checkpoint-4: cannot be written") as told:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingError, match="checkpoint-4: cannot be written") as caught,
+    ):
         patch.setattr(mx, "save_safetensors", full)
         train(settings())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-2"]
     assert train(settings()).updates == 3
     same(tmp_path / "out", left(tmp_path / "whole"))
@@ -291,7 +294,7 @@ def test_a_full_disk_during_class_images(settings: Make, tmp_path: Path, monkeyp
 
 def test_a_full_disk_during_encoding(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings(output_dir=str(tmp_path / "whole")))
-    kept, own = 0, os.replace
+    kept, original = 0, os.replace
 
     def full(source: Path, target: Path) -> None:
         nonlocal kept
@@ -299,7 +302,7 @@ def test_a_full_disk_during_encoding(settings: Make, tmp_path: Path, monkeypatch
         kept += target.parent.name == "encodings" and not target.name.startswith(".")
         if kept == 3:
             raise OSError(28, "No space left on device", str(target))
-        own(source, target)
+        original(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(TrainingError, match="No space left"):
         patch.setattr(os, "replace", full)
@@ -348,12 +351,12 @@ def test_images_deleted_during_a_run_matter_only_afterwards(
     train(settings(output_dir=str(tmp_path / "whole")))
     kept = (instance_dir / "picture-1.png").read_bytes()
 
-    second, own = (instance_dir / "picture-2.png").read_bytes(), train_module.dreambooth_loss
+    second, original = (instance_dir / "picture-2.png").read_bytes(), train_module.dreambooth_loss
 
     def losing(*arguments: Any, **named: Any) -> Any:
         (instance_dir / "picture-1.png").unlink(missing_ok=True)
         save_image(instance_dir / "picture-2.png", np.zeros((16, 16, 3), np.uint8))
-        return own(*arguments, **named)
+        return original(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "dreambooth_loss", losing)

@@ -58,12 +58,12 @@ def test_resumed_equals_uninterrupted_bitwise(train, monkeypatch, changes):
     class Stop(Exception):
         pass
 
-    made = loop.Record
+    original = loop.Record
 
     def record(**values):
         if values["update"] == 3:
             raise Stop
-        return made(**values)
+        return original(**values)
 
     whole = train("whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Stop):

@@ -134,9 +134,9 @@ def test_the_exit_status_is_that_of_the_signal(
     flags += [f"--instance_data_dir={instance_dir}", f"--output_dir={tmp_path / 'out'}"]
     if where == "update":
         flags += ["--prior_preservation=none", "--num_validation_images=0"]
-    said, marker = tmp_path / "said", tmp_path / "marker"
+    output, marker = tmp_path / "output", tmp_path / "marker"
     code = HELD.replace("{LONG}", str(LONG))
-    with said.open("w") as file:
+    with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code, where, str(marker), *flags], cwd=ROOT, stdout=file, stderr=file
         )
@@ -144,14 +144,14 @@ def test_the_exit_status_is_that_of_the_signal(
         _wait(marker.exists)
         for number in sent[:-1]:
             process.send_signal(number)
-            _wait(lambda: "again to stop at once" in said.read_text())
+            _wait(lambda: "again to stop at once" in output.read_text())
         process.send_signal(sent[-1])
         assert process.wait(SOON) == status
     finally:
         process.kill()
         process.wait()
-    assert "Traceback" not in said.read_text()
-    assert (f"interrupted by {signal.Signals(sent[0]).name}; finished work is kept" in said.read_text()) == (
+    assert "Traceback" not in output.read_text()
+    assert (f"interrupted by {signal.Signals(sent[0]).name}; finished work is kept" in output.read_text()) == (
         where == "picture"
     )
 

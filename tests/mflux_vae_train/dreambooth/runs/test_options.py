@@ -60,12 +60,12 @@ class Stop(Exception):
 def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path, monkeypatch, way):
     changes = {"checkpointing_steps": 2, "train_batch_size": 2, **WAYS[way]}
     DreamBooth(FakePipeline()).train(settings(output_dir=str(tmp_path / "whole"), **changes))
-    made = loop.Record
+    original = loop.Record
 
     def record(**values):
         if values["update"] == 4:
             raise Stop
-        return made(**values)
+        return original(**values)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(loop, "Record", record)
@@ -121,8 +121,8 @@ def test_concepts_have_separate_prompts_and_class_images(settings, instance_dir,
     out = tmp_path / "out"
     assert len(list((out / "class_images").glob("*.png"))) == len(list((out / "class_images-2").glob("*.png"))) == 3
     assert not (out / "class_images-3").exists(), "one folder for one class"
-    asked = {prompt for prompt in pipeline.prompts_encoded if prompt}
-    assert asked == {
+    prompts = {prompt for prompt in pipeline.prompts_encoded if prompt}
+    assert prompts == {
         *("a photo of sks dog", "sks dog, small", "a photo of xyz cat", "a drawing of zwx dog"),
         *("a photo of a dog", "a photo of a cat"),
     }
@@ -146,27 +146,29 @@ def test_dop_starts_at_zero_and_preserves_the_class(settings, tmp_path):
         if kind == "dop":
             assert records[0]["prior_loss"] == pytest.approx(0, abs=1e-10)
             assert max(record["prior_loss"] for record in records[5:]) > 1e-4
-        said = base.encode_prompts(["a photo of a dog"] * 8)
+        conditioning = base.encode_prompts(["a photo of a dog"] * 8)
         keys = mx.arange(16).reshape(8, 2).astype(mx.uint32)
-        asked = {"key": keys, "guidance": 1.0}
-        drawn = [one.predict(mx.zeros((8, 4, 4, 3)), said, **asked).prediction for one in (pipeline, base)]
-        drift[kind] = float(mx.square(drawn[0] - drawn[1]).mean())
+        options = {"key": keys, "guidance": 1.0}
+        predictions = [
+            one.predict(mx.zeros((8, 4, 4, 3)), conditioning, **options).prediction for one in (pipeline, base)
+        ]
+        drift[kind] = float(mx.square(predictions[0] - predictions[1]).mean())
     assert drift["dop"] < 0.5 * drift["none"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"masked_loss": True}, "--masked_loss: pipeline fake does not offer it"),
         ({"weighting_scheme": "uniform"}, "--weighting_scheme: pipeline"),
         ({"prior_preservation": "dop"}, "--prior_preservation dop: pipeline"),
     ],
 )
-def test_unsupported_settings_are_refused(settings, changes, said):
+def test_unsupported_settings_are_refused(settings, changes, message):
     members = {name: value for name, value in vars(FakePipeline).items() if not name.startswith("__dict")}
     del members["predict"]
     silent = type("Silent", (), {**members, "__weakref__": None})
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         DreamBooth(silent()).train(settings(**changes))
 
 

@@ -59,7 +59,7 @@ def adapters(pipeline: FluxPipeline):
     return [lora.layers(network) for network in (pipeline.denoiser, pipeline.prompts.clip.get())]
 
 
-def drawn(pipeline: FluxPipeline) -> mx.array:
+def sampled(pipeline: FluxPipeline) -> mx.array:
     keys = mx.random.split(mx.random.key(3), 2)
     return pipeline.sample(pipeline.encode_prompts(PROMPTS), size=(32, 32), steps=2, guidance=2.0, key=keys)
 
@@ -68,13 +68,13 @@ def test_encoding_in_the_step_equals_encoding_before(pipeline) -> None:
     latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
     early = pipeline.encode_prompts(PROMPTS)
     identity = pipeline.encoder_fingerprint("prompts")
-    expected = pipeline.loss(latents, early, key=keys, guidance=2.0), drawn(pipeline)
+    expected = pipeline.loss(latents, early, key=keys, guidance=2.0), sampled(pipeline)
     pipeline.encode_text_in_step(True)
     late = pipeline.encode_prompts(PROMPTS)
     assert set(late) == {"prompt_embeds", "clip_tokens"} and late["clip_tokens"].dtype == mx.int32
     assert pipeline.encoder_fingerprint("prompts") != identity, "one kept on disk must not be taken for the other"
     assert mx.array_equal(pipeline.loss(latents, late, key=keys, guidance=2.0), expected[0])
-    assert mx.array_equal(drawn(pipeline), expected[1])
+    assert mx.array_equal(sampled(pipeline), expected[1])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -89,15 +89,15 @@ def test_text_encoder_gradients_match_finite_differences(pipeline, recompute) ->
         tree_map(lambda x: x + 0.05 * mx.sin(mx.arange(x.size)).reshape(x.shape), together.trainable_parameters())
     )
     latents, keys = mx.random.normal((2, 4, 4, 4), key=mx.random.key(0)), mx.random.split(mx.random.key(1), 2)
-    conditioning, own = pipeline.encode_prompts(PROMPTS), together.trainable_parameters()
+    conditioning, weights = pipeline.encode_prompts(PROMPTS), together.trainable_parameters()
 
     def loss(parameters) -> mx.array:
         together.update(parameters)
         return pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean()
 
-    gradients = dict(tree_flatten(mx.grad(loss)(own)))
-    together.update(own)
-    flat = dict(tree_flatten(own))
+    gradients = dict(tree_flatten(mx.grad(loss)(weights)))
+    together.update(weights)
+    flat = dict(tree_flatten(weights))
     in_clip = [name for name in flat if name.startswith("text_encoder.")]
     assert len(in_clip) == 2 * 4 * 2  # layers, projections, A and B
     for name in in_clip:
@@ -106,13 +106,13 @@ def test_text_encoder_gradients_match_finite_differences(pipeline, recompute) ->
         assert size > 0, name
         ends = []
         for sign in (1, -1):
-            changed = tree_map(lambda x: x, own)
+            changed = tree_map(lambda x: x, weights)
             together.update(changed)
             layer = lora.layers(pipeline.prompts.clip.get())[name.removeprefix("text_encoder.").rpartition(".")[0]]
             kind = name.rpartition(".")[2]
             layer[kind] = flat[name] + sign * 0.02 * gradients[name] / size
             ends.append(pipeline.loss(latents, conditioning, key=keys, guidance=2.0).mean().item())
-        together.update(own)
+        together.update(weights)
         assert (ends[0] - ends[1]) / 0.04 == pytest.approx(size, rel=0.05, abs=2e-5), name
 
 
@@ -177,15 +177,15 @@ def test_every_optimizer_trains_both(pipeline, settings, optimizer) -> None:
 
 
 def test_both_adapters_are_saved_in_both_namings(pipeline, settings, tmp_path) -> None:
-    before = drawn(pipeline)
+    before = sampled(pipeline)
     out = DreamBooth(pipeline).train(settings(output_kohya_format=True)).result.parent
-    after = drawn(pipeline)
+    after = sampled(pipeline)
     tensors, _ = read_safetensors(out / "pytorch_lora_weights.safetensors")
     key = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_B.weight"
     assert "mflux passes over what CLIP has learnt" in (out / "README.md").read_text()
     assert key in tensors and sum(name.startswith("text_encoder.") for name in tensors) == 16
     with lora.disabled(pipeline.prompts.clip.get()):
-        without = drawn(pipeline)
+        without = sampled(pipeline)
     assert mx.abs(after - without).max() > 1e-4, "previews must show what CLIP has learnt"
     assert "lora_te1_text_model_encoder_layers_1_self_attn_out_proj.lora_up.weight" in read_safetensors(out / KOHYA)[0]
 
@@ -193,7 +193,7 @@ def test_both_adapters_are_saved_in_both_namings(pipeline, settings, tmp_path) -
         again = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
         start = settings(f"from {name}", lora_weights=str(out / name), learning_rate=1e-9, text_encoder_lr=1e-9)
         DreamBooth(again).train(start)
-        assert mx.abs(drawn(again) - after).max() < 1e-4 < mx.abs(before - after).max(), name
+        assert mx.abs(sampled(again) - after).max() < 1e-4 < mx.abs(before - after).max(), name
     with pytest.raises(WeightsError, match="adapter for 'text_encoder'"):
         other = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
         alone = {"train_text_encoder": False, "text_encoder_lr": None}
@@ -212,7 +212,7 @@ def test_the_text_encoder_adapter_is_fused(pipeline, settings) -> None:
     out = DreamBooth(pipeline).train(settings(fuse=True)).result.parent
     assert not any(adapters(pipeline))
     whole = FluxPipeline.from_pretrained(out / FUSED)
-    np.testing.assert_allclose(drawn(whole), drawn(pipeline), atol=5e-2)  # half precision on disk
+    np.testing.assert_allclose(sampled(whole), sampled(pipeline), atol=5e-2)  # half precision on disk
     base = small_pipeline(out / "parts", guidance_embeds=True)
     assert mx.abs(whole.encode_prompts(PROMPTS)["pooled"] - base.encode_prompts(PROMPTS)["pooled"]).max() > 5e-3
 
@@ -235,9 +235,9 @@ def test_clip_stays_loaded_and_t5_is_released(pipeline, settings, tmp_path, monk
 
 
 def test_training_an_unsupported_text_encoder_is_refused(settings) -> None:
-    with pytest.raises(SettingsError, match=r"--train_text_encoder: pipeline fake does not offer it"):
+    with pytest.raises(SettingsError, match="--train_text_encoder"):
         DreamBooth(FakePipeline()).train(settings())
-    with pytest.raises(SettingsError, match=r"--train_text_encoder: only with --train_mode lora"):
+    with pytest.raises(SettingsError, match="--train_mode"):
         settings(train_mode="full")
 
 

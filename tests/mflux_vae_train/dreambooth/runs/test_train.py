@@ -53,12 +53,12 @@ class Stop(Exception):
 
 def interrupted_after(update, monkeypatch):
     """Make the next run crash after observers and hooks of an update."""
-    made = loop.Record
+    original = loop.Record
 
     def record(**values):
         if values["update"] == update + 1:
             raise Stop
-        return made(**values)
+        return original(**values)
 
     monkeypatch.setattr(loop, "Record", record)
 
@@ -444,7 +444,7 @@ def test_a_pipeline_with_an_adapter(settings, tmp_path):
 
 
 def test_an_object_that_is_not_a_pipeline():
-    with pytest.raises(PluginError, match="lacks adapter_prefix, denoiser"):
+    with pytest.raises(PluginError, match="adapter_prefix"):
         DreamBooth(object())
 
 
