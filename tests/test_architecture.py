@@ -47,7 +47,7 @@ MAX_FILES = 14
 
 PENDING_CYCLES: set[tuple[str, ...]] = set()
 PENDING_ORDER: set[str] = set()
-PENDING_CROWDED = {"mflux_vae_train/vae", "tests/parity"}
+PENDING_CROWDED = {"tests/parity"}
 """Violations that are still to be mended; each set only shrinks."""
 
 BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.labels": {"PIL"}, "mflux_vae.cli.commands": {"tqdm"}}

@@ -17,9 +17,9 @@ from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import eval_each
 from mflux_vae_train.randomness import Stream, rng
-from mflux_vae_train.vae import init_weights
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.losses.adversarial import PatchDiscriminator
+from mflux_vae_train.vae.network import init_weights
 
 _GROUPS = 32
 """Of group norms, where the widths allow it."""

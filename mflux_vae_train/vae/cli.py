@@ -86,7 +86,7 @@ def reconstruct(parser: ArgumentParser) -> Run:
 
             commands.reconstruct(pictures=pictures, **settings)
             return
-        from mflux_vae_train.vae.reconstruction import reconstruct_data
+        from mflux_vae_train.vae.evaluation.reconstruction import reconstruct_data
 
         given = {name: settings[name] for name in ("model", "output", "as_json")}
         reconstruct_data(**given, data=data, held_out=rec_testdata, count=num_images)

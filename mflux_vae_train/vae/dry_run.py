@@ -12,7 +12,7 @@ from mflux_vae_train.vae.build import latent_shape, parameter_count
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.config_warnings import advice
 from mflux_vae_train.vae.data.batches import Source
-from mflux_vae_train.vae.formatting import in_words
+from mflux_vae_train.vae.evaluation.formatting import in_words
 from mflux_vae_train.vae.objective import Objective
 from mflux_vae_train.vae.plan import Plan, images_of
 

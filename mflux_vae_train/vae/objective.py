@@ -21,9 +21,9 @@ from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 from mflux_vae_train.training.tape import Tape, value_of
 from mflux_vae_train.vae.build import before_last_layer, is_flat
 from mflux_vae_train.vae.config import VAETrainingSettings
-from mflux_vae_train.vae.dropout import by_keys
 from mflux_vae_train.vae.losses import adversarial
 from mflux_vae_train.vae.losses.elbo import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
+from mflux_vae_train.vae.network.dropout import by_keys
 
 
 class Objective:

@@ -40,12 +40,12 @@ from mflux_vae_train.vae.config import OPTIMIZER_FLAGS, VAETrainingSettings, set
 from mflux_vae_train.vae.config_warnings import advice
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.dry_run import tried
+from mflux_vae_train.vae.evaluation.formatting import Progress, in_words
+from mflux_vae_train.vae.evaluation.validation import Validation, collapse
 from mflux_vae_train.vae.fingerprint import identity
-from mflux_vae_train.vae.formatting import Progress, in_words
-from mflux_vae_train.vae.gradient_checkpointing import recompute_blocks
+from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import AdversarialStep, Objective, critic_loss
 from mflux_vae_train.vae.plan import Plan, images_of
-from mflux_vae_train.vae.validation import Validation, collapse
 
 logger = logging.getLogger(__name__)
 

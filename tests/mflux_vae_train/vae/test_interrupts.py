@@ -12,8 +12,8 @@ import pytest
 
 from mflux_vae.images import save_image
 from mflux_vae_train.checkpointing import checkpoint
-from mflux_vae_train.vae import validation
 from mflux_vae_train.vae.config import settings_from_dict
+from mflux_vae_train.vae.evaluation import validation
 from mflux_vae_train.vae.train import VAETrainer
 from tests.faults.runs import intact, left, same
 from tests.helpers.signals import signalled_within

@@ -32,8 +32,8 @@ from mflux_vae_train.vae.config import (
     settings_from_dict,
 )
 from mflux_vae_train.vae.config_warnings import advice
-from mflux_vae_train.vae.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.losses.adversarial import PatchDiscriminator
+from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.train import VAETrainer
 
 SMALL: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_a_longer_run_goes_on_and_another_one_is_refused(tmp_path: Path) -> None
 def test_the_best_is_kept_and_enough_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
 ) -> None:
-    from mflux_vae_train.vae.validation import Validation
+    from mflux_vae_train.vae.evaluation.validation import Validation
 
     losses = iter([3.0, 1.0, 2.0, 2.0])
     own = Validation.measured

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.networks.layers import batch_statistics
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae_train.vae.config import VAETrainingSettings
-from mflux_vae_train.vae.gradient_checkpointing import recompute_blocks
+from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import Objective
 from tests.mflux_vae.small_models import drawn, small_flux2, small_kl, small_plain, small_tiny
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.networks.layers import batch_statistics, fold_statistics
 from mflux_vae_train.training.tape import Variable
-from mflux_vae_train.vae.dropout import capture_keys
+from mflux_vae_train.vae.network.dropout import capture_keys
 
 
 def recompute_blocks(network: nn.Module) -> int:

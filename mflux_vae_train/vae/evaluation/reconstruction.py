@@ -14,9 +14,9 @@ from mflux_vae.images import save_image, to_pictures, to_pixels
 from mflux_vae.metrics import image as metrics
 from mflux_vae_train.settings.flags import from_yaml
 from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.evaluation.validation import pairs
 from mflux_vae_train.vae.plan import images_of
 from mflux_vae_train.vae.sampler import VAESampler
-from mflux_vae_train.vae.validation import pairs
 
 FILE = "reconstructions.png"
 
