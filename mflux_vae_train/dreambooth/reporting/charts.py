@@ -9,7 +9,10 @@ from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.monitoring.report.charts import Chart, draw
 from mflux_vae_train.monitoring.report.curves import Curve
 
-_NOT_CHARTED = ("update", "seconds", "samples")
+_KNOWN = {
+    *("update", "seconds", "samples", "memory_gb", "loss", "instance_loss", "prior_loss"),
+    *("learning_rate", "effective_rate", "grad_norm", "update_size"),
+}
 
 
 def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: int) -> str:
@@ -22,18 +25,13 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     if not records:
         return ""
     metrics = list(dict.fromkeys(name for record in records for name in record))
-    losses = [name for name in ("instance_loss", "prior_loss") if name in records[0]] or ["loss"]
+    losses = [name for name in ("instance_loss", "prior_loss") if name in metrics] or ["loss"]
     bins = {name: name.removeprefix(loss_by_noise.PREFIX) for name in metrics if name.startswith(loss_by_noise.PREFIX)}
     # an optimizer that finds its own rate multiplies it by the scheduled one
     rate = ("effective_rate", "found by the optimizer") if "effective_rate" in metrics else ("learning_rate", "rate")
-    known = {*losses, *bins, *_NOT_CHARTED, "loss", "learning_rate", "effective_rate", "grad_norm", "update_size"}
-    others = [name for name in metrics if name not in {*known, "memory_gb"}]
+    others = [name for name in metrics if name not in _KNOWN | bins.keys()]
     timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
-    speed = Curve(
-        name="speed",
-        updates=[record["update"] for record in timed],
-        values=[record["samples"] / record["seconds"] for record in timed],
-    )
+    speeds = [{"update": record["update"], "speed": record["samples"] / record["seconds"]} for record in timed]
     shown = [
         Chart(
             title="Loss",
@@ -66,7 +64,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
             note="Norm of the change divided by the norm of the trained weights.",
         ),
         *(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]) for name in others),
-        Chart(title="Images per second", curves=[speed]),
+        Chart(title="Images per second", curves=[_curve(speeds, "speed", "speed")]),
         Chart(
             title="Memory",
             curves=[_curve(records, "memory_gb", "GB", smooth=False)],
