@@ -1,19 +1,49 @@
-"""Check that a configuration read from a file has values of the declared types."""
+"""Configurations in JSON files of transformers and diffusers, as dataclasses with checked types."""
 
 from __future__ import annotations
 
 import math
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
-from mflux_vae.errors import WeightsError
+from mflux_vae.errors import SettingsError, WeightsError
 
 T = TypeVar("T")
+C = TypeVar("C", bound="JSONConfig")
 
 _LARGEST, _MOST_LAYERS = 2**31 - 1, 1000
 """Larger numbers, and more layers, are mistakes in a file and would fill the memory."""
+
+
+@dataclass(frozen=True)
+class JSONConfig:
+    """Base of dataclasses whose fields are keys of a config.json.
+
+    Attributes:
+        kinds: keys that name the kind of model and their values, the first of which `from_dict` checks.
+    """
+
+    kinds: ClassVar[Mapping[str, Any]]
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Read a parsed config.json. Keys without a field are ignored; lists become tuples.
+
+        Raises:
+            SettingsError: another kind of model, or an unsupported option.
+        """
+        key, expected = next(iter(cls.kinds.items()))
+        if (kind := values.get(key, expected)) != expected:
+            raise SettingsError(f"config of a {kind!r}, which is not supported; {expected} is")
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json that transformers or diffusers read."""
+        return {**self.kinds, **asdict(self)}
 
 
 def check_config(build: Callable[[], T], file: object) -> T:

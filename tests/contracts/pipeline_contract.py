@@ -73,14 +73,14 @@ class PipelineContract:
 
         return draw
 
-    def test_it_has_every_member(self, pipeline):
+    def test_has_every_member(self, pipeline):
         assert missing_members(pipeline) == []
         assert isinstance(pipeline, DiffusionPipeline)
         assert isinstance(pipeline.name, str) and pipeline.name
         assert isinstance(pipeline.denoiser, nn.Module)
         assert pipeline.adapter_prefix and "." not in pipeline.adapter_prefix
 
-    def test_what_it_recommends_can_be_used(self, pipeline):
+    def test_recommended_settings_are_valid(self, pipeline):
         recommended = pipeline.recommended
         assert recommended.resolution % recommended.size_multiple == 0
         assert 0 < recommended.learning_rate_full <= recommended.learning_rate
@@ -88,7 +88,7 @@ class PipelineContract:
         assert 0 <= recommended.caption_dropout < 1
         assert recommended.prior_loss_weight >= 0
 
-    def test_latents_are_finite_and_images_of_a_batch_do_not_mix(self, pipeline, latents):
+    def test_latents_are_finite_and_independent(self, pipeline, latents):
         assert latents.shape[0] == 3 and latents.ndim >= 2
         assert bool(mx.isfinite(latents).all())
         alone = pipeline.encode_images(pictures(pipeline, 3)[1:2])
@@ -115,7 +115,7 @@ class PipelineContract:
         assert loss.shape == (3,) and loss.dtype == mx.float32
         assert bool(mx.isfinite(loss).all()) and bool((loss >= 0).all())
 
-    def test_loss_of_a_sample_depends_on_its_own_key_alone(self, pipeline, latents, conditioning, guidance):
+    def test_loss_of_a_sample_depends_only_on_its_key(self, pipeline, latents, conditioning, guidance):
         together = pipeline.loss(latents, conditioning, key=keys(0, 1, 2), guidance=guidance)
         for index in range(3):
             alone = pipeline.loss(
@@ -136,7 +136,7 @@ class PipelineContract:
         assert all(bool(mx.isfinite(gradient).all()) for _, gradient in flat)
         assert any(float(mx.abs(gradient).max()) > 0 for _, gradient in flat)
 
-    def test_loss_uses_the_denoiser_that_is_there_now(self, pipeline, latents, conditioning, guidance):
+    def test_loss_uses_current_weights(self, pipeline, latents, conditioning, guidance):
         before = pipeline.loss(latents, conditioning, key=keys(0, 1, 2), guidance=guidance)
         saved = pipeline.denoiser.parameters()
         try:
@@ -147,7 +147,7 @@ class PipelineContract:
             pipeline.denoiser.update(saved)
         assert float(mx.abs(after - before).max()) > 0
 
-    def test_a_prediction_is_what_the_loss_is_made_of(self, pipeline, latents, conditioning, guidance):
+    def test_prediction_gives_the_loss(self, pipeline, latents, conditioning, guidance):
         if not isinstance(pipeline, SupportsPrediction):
             assert pipeline.recommended.weighting_scheme is None
             return
@@ -164,14 +164,14 @@ class PipelineContract:
         assert mx.array_equal(again.target, found.target), "the noise depends on more than the key"
         assert mx.array_equal(again.sigma, found.sigma), "the recommended scheme is not the default"
 
-    def test_what_encodes_has_an_identity_of_its_own(self, pipeline):
+    def test_encoder_fingerprints_differ_by_use(self, pipeline):
         if not isinstance(pipeline, SupportsEncodingCache):
             return
         images, prompts = (pipeline.encoder_fingerprint(use) for use in ("images", "prompts"))
         assert images and prompts and images != prompts
         assert (images, prompts) == tuple(pipeline.encoder_fingerprint(use) for use in ("images", "prompts"))
 
-    def test_samples_are_images_of_the_asked_size(self, pipeline, conditioning, sample):
+    def test_samples_have_the_requested_size(self, pipeline, conditioning, sample):
         images = sample(conditioning, keys(0, 1, 2))
         multiple = pipeline.recommended.size_multiple
         assert images.shape == (3, 2 * multiple, 3 * multiple, 3)
@@ -179,7 +179,7 @@ class PipelineContract:
         assert bool(mx.isfinite(images).all())
         assert float(mx.abs(images).max()) < 20, "images are not in [-1, 1], even roughly"
 
-    def test_a_sample_depends_on_its_own_key_alone(self, conditioning, sample):
+    def test_sample_depends_only_on_its_key(self, conditioning, sample):
         together = sample(conditioning, keys(0, 1, 2))
         alone = sample(rows(conditioning, 1), keys(1))
         np.testing.assert_allclose(alone[0], together[1], rtol=1e-3, atol=1e-3)

@@ -100,9 +100,9 @@ class Theirs:
         groups = [{"params": self._take(self.model, ours.denoiser), "weight_decay": 1e-4, "lr": RATE}]
         self.parameters = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         self.clip = None
-        if lora.layers(ours.text_encoder):
-            self.clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**ours.text_encoder.config.to_dict()))
-            own = self._take(self.clip, ours.text_encoder)
+        if lora.layers(clip := ours.prompts.clip.get()):
+            self.clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip.config.to_dict()))
+            own = self._take(self.clip, clip)
             groups.append({"params": own, "weight_decay": TEXT_DECAY, "lr": TEXT_RATE})
             self.parameters |= {name: one for name, one in self.clip.named_parameters() if one.requires_grad}
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.config_check import JSONConfig
 from mflux_vae_train.pipelines.noise import NoiseSampling, training_levels
 
 Levels = TypeVar("Levels", mx.array, np.ndarray)
@@ -32,7 +33,7 @@ _FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchSchedule:
+class FlowMatchSchedule(JSONConfig):
     """Noise levels, shifted towards noise by a fixed factor or by the number of image tokens.
 
     Attributes:
@@ -41,6 +42,8 @@ class FlowMatchSchedule:
         use_dynamic_shifting: shift by e^mu instead, mu linear in the number of image tokens: `base_shift` at
             `base_image_seq_len`, `max_shift` at `max_image_seq_len`.
     """
+
+    kinds: ClassVar = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -51,23 +54,12 @@ class FlowMatchSchedule:
     max_image_seq_len: int = 4096
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> FlowMatchSchedule:
-        """From scheduler_config.json.
-
-        Raises:
-            SettingsError: another kind of scheduler, or an unsupported option.
-        """
-        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if kind != "FlowMatchEulerDiscreteScheduler":
-            raise SettingsError(f"scheduler_config.json: {kind} is not supported, FlowMatchEulerDiscreteScheduler is")
+    def from_dict(cls, values: Mapping[str, Any]) -> FlowMatchSchedule:
+        """As `JSONConfig.from_dict`, from scheduler_config.json."""
         for name, value in _FIXED.items():
-            if config.get(name, value) != value:
-                raise SettingsError(f"scheduler_config.json: {name}={config[name]!r} is not supported, {value!r} is")
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
-    def to_dict(self) -> dict[str, Any]:
-        """What diffusers reads as scheduler_config.json."""
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **asdict(self)}
+            if values.get(name, value) != value:
+                raise SettingsError(f"scheduler_config.json: {name}={values[name]!r} is not supported, {value!r} is")
+        return super().from_dict(values)
 
     def shifted(self, sigma: Levels, image_tokens: int) -> Levels:
         """Shift noise levels towards noise as configured; 0 and 1 stay."""

@@ -6,9 +6,8 @@ B batch, L text tokens, N image tokens, D width (heads * head_dim).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
+from mflux_vae_train.pipelines.config_check import JSONConfig
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
 from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
 
@@ -24,8 +24,10 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxTransformerConfig:
+class FluxTransformerConfig(JSONConfig):
     """config.json of diffusers' FluxTransformer2DModel; the defaults are FLUX.1-schnell's."""
+
+    kinds: ClassVar = {"_class_name": "FluxTransformer2DModel"}
 
     patch_size: int = 1
     in_channels: int = 64
@@ -50,18 +52,6 @@ class FluxTransformerConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> FluxTransformerConfig:
-        """From config.json; keys that do not shape the network (`_class_name`, ...) are ignored."""
-        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        if "axes_dims_rope" in known:
-            known["axes_dims_rope"] = tuple(known["axes_dims_rope"])
-        return cls(**known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What diffusers reads as config.json."""
-        return {"_class_name": "FluxTransformer2DModel", **asdict(self)}
 
 
 class Modulation(nn.Module):

@@ -7,8 +7,8 @@ Parameter paths are the keys of the published `text_encoder/model.safetensors`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.config_check import JSONConfig
 
 _PREFIX = "text_model."
 _POSITION_IDS = "text_model.embeddings.position_ids"
@@ -28,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPTextConfig:
+class CLIPTextConfig(JSONConfig):
     """`config.json` of a CLIP text encoder; field names and defaults are those of transformers.
 
     Attributes:
@@ -38,6 +39,8 @@ class CLIPTextConfig:
             format; unused here.
         initializer_factor: scales every standard deviation of `init_weights`.
     """
+
+    kinds: ClassVar = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -64,23 +67,6 @@ class CLIPTextConfig:
                 f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
-        """Read a parsed `config.json`; keys that describe the file or generation are ignored.
-
-        Raises:
-            SettingsError: the file describes another kind of model, or numbers that do not fit together.
-        """
-        kind = values.get("model_type", "clip_text_model")
-        if kind != "clip_text_model":
-            raise SettingsError(f"config of a {kind!r} model, not of a CLIP text encoder (clip_text_model)")
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` that transformers reads."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(self)}
 
 
 class LayerNorm(nn.LayerNorm):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,12 +19,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.config_check import JSONConfig
 
 _FEED_FORWARDS = ("relu", "gated-gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5Config:
+class T5Config(JSONConfig):
     """`config.json` of a T5 encoder; field names and defaults are those of transformers.
 
     Attributes:
@@ -34,6 +35,8 @@ class T5Config:
             deterministic, also in training.
         initializer_factor: scales every standard deviation of `init_weights`.
     """
+
+    kinds: ClassVar = {"model_type": "t5", "architectures": ["T5EncoderModel"]}
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -56,23 +59,6 @@ class T5Config:
             raise SettingsError(
                 f"T5 config: feed_forward_proj {self.feed_forward_proj!r} is unknown; known are {known}"
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """Read a parsed `config.json`; keys of the decoder, of generation and about the file are ignored.
-
-        Raises:
-            SettingsError: the file describes another kind of model, or one that is not supported.
-        """
-        kind = values.get("model_type", "t5")
-        if kind != "t5":
-            raise SettingsError(f"config of a {kind!r} model, not of a T5 encoder (t5)")
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` that transformers reads."""
-        return {"architectures": ["T5EncoderModel"], "model_type": "t5", **asdict(self)}
 
 
 class T5LayerNorm(nn.RMSNorm):

@@ -34,23 +34,23 @@ def scenes() -> list[Scene]:
     return plain + subjects + mixed
 
 
-def test_reads_the_worlds_own_pictures(scenes: list[Scene]) -> None:
+def test_reads_rendered_scenes(scenes: list[Scene]) -> None:
     right = [checker.shows(checker.read(world.render(scene)), scene) for scene in scenes]
     assert np.mean(right) >= 0.99
 
 
-def test_reads_degraded_pictures(scenes: list[Scene]) -> None:
+def test_reads_degraded_images(scenes: list[Scene]) -> None:
     rng = np.random.default_rng(1)
     right = [checker.shows(checker.read(_degraded(world.render(scene), rng)), scene) for scene in scenes]
     assert np.mean(right) >= 0.98
 
 
-def test_reads_larger_pictures(scenes: list[Scene]) -> None:
+def test_reads_larger_images(scenes: list[Scene]) -> None:
     right = [checker.shows(checker.read(world.render(scene, 128)), scene) for scene in scenes[::4]]
     assert np.mean(right) >= 0.99
 
 
-def test_tells_the_subject_from_others_of_its_class() -> None:
+def test_distinguishes_the_subject_from_its_class() -> None:
     rng = np.random.default_rng(2)
     for subject in world.SUBJECTS:
         images = world.subject_images(subject, 6, seed=4)
@@ -62,7 +62,7 @@ def test_tells_the_subject_from_others_of_its_class() -> None:
             assert not checker.is_subject(image, subject) and checker.shows_class(image, subject.shape)
 
 
-def test_shows_wants_all_of_the_scene() -> None:
+def test_shows_checks_the_whole_scene() -> None:
     scene = Scene(shape="heart", colour="blue", background="sand")
     reading = checker.read(world.render(scene))
     assert checker.shows(reading, scene)
@@ -83,7 +83,7 @@ def test_backgrounds_alone_have_no_shape() -> None:
             assert checker.shows(checker.read(world.render(scene)), scene)
 
 
-def test_garbage_has_no_shape() -> None:
+def test_noise_has_no_shape() -> None:
     rng = np.random.default_rng(3)
     garbage: list[np.ndarray] = [rng.integers(0, 256, (64, 64, 3)) for _ in range(20)]
     garbage += [rng.normal(128, 20, (64, 64, 3)) for _ in range(20)]
@@ -95,7 +95,7 @@ def test_garbage_has_no_shape() -> None:
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
-def test_distorted_shapes_are_no_shapes_of_their_class(shape: str) -> None:
+def test_distorted_shapes_are_not_recognised(shape: str) -> None:
     scene = Scene(shape=shape, colour="white", background="brick")
     image = world.render(scene)
     empty = world.render(Scene(shape=None, colour=None, background="brick"))
@@ -124,6 +124,6 @@ def test_a_shape_of_many_colours_has_no_colour() -> None:
         np.zeros((64, 64), np.uint8),
     ],
 )
-def test_refuses_what_is_no_picture(image: np.ndarray) -> None:
+def test_invalid_images_raise(image: np.ndarray) -> None:
     with pytest.raises(ImageError, match="uint8"):
         checker.read(image)

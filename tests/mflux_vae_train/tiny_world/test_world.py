@@ -39,7 +39,7 @@ def test_an_example_is_a_function_of_seed_and_index() -> None:
     assert world.training_scene(5, 18)[1] != scene != world.training_scene(6, 17)[1]
 
 
-def test_pictures_do_not_change_the_shared_textures() -> None:
+def test_rendering_does_not_change_textures() -> None:
     alone = Scene(shape=None, colour=None, background="sand")
     before = world.render(alone)
     world.render(Scene(shape="star", colour="red", background="sand", core="white"))
@@ -47,7 +47,7 @@ def test_pictures_do_not_change_the_shared_textures() -> None:
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_larger_pictures_show_the_same_scene(background: str) -> None:
+def test_scene_is_independent_of_image_size(background: str) -> None:
     rng = np.random.default_rng(1)
     for shape in world.SHAPES:
         core = "white" if shape in world.INDIVIDUAL_SHAPES else None
@@ -57,14 +57,14 @@ def test_larger_pictures_show_the_same_scene(background: str) -> None:
         assert np.sqrt(np.mean((small - shrunk) ** 2)) < 5
 
 
-def test_pairs_and_subjects_kept_out_never_appear(training: list[tuple[str, Scene]]) -> None:
+def test_held_out_pairs_and_subjects_are_not_in_training(training: list[tuple[str, Scene]]) -> None:
     scenes = [scene for _, scene in training]
     assert not world.UNSEEN_PAIRS & {(scene.shape, scene.colour) for scene in scenes}
     pairs = {(scene.colour, scene.core) for scene in scenes if scene.core is not None}
     assert not pairs & {(subject.colour, subject.core) for subject in world.SUBJECTS}
 
 
-def test_everything_else_appears(training: list[tuple[str, Scene]]) -> None:
+def test_all_other_combinations_are_in_training(training: list[tuple[str, Scene]]) -> None:
     plain = {(s.shape, s.colour, s.background) for _, s in training if s.shape is not None and s.core is None}
     assert len(plain) == (8 * 8 - 8) * 6
     individuals = [scene for _, scene in training if scene.core is not None]
@@ -107,14 +107,14 @@ def test_cores_lie_inside_their_shapes(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
-def test_shapes_stay_in_the_picture(shape: str) -> None:
+def test_shapes_stay_in_the_image(shape: str) -> None:
     jitter, radius = world.POSITION_JITTER, max(world.RADII)
     for x in (0.5 - jitter, 0.5 + jitter):
         inside = DISTANCES[shape](*coordinates(128, x, x, radius)) < 0
         assert not (inside[[0, -1]].any() or inside[:, [0, -1]].any())
 
 
-def test_captions_use_the_words_and_no_others(training: list[tuple[str, Scene]]) -> None:
+def test_captions_use_exactly_the_vocabulary(training: list[tuple[str, Scene]]) -> None:
     used = Counter(word for caption, _ in training for word in caption.split())
     assert set(used) == set(world.WORDS)
     assert list(world.WORDS) == sorted(set(world.WORDS))
@@ -123,7 +123,7 @@ def test_captions_use_the_words_and_no_others(training: list[tuple[str, Scene]])
     assert max(len(caption.split()) for caption, _ in training) <= 12
 
 
-def test_captions_say_only_what_is_true(training: list[tuple[str, Scene]]) -> None:
+def test_captions_are_true(training: list[tuple[str, Scene]]) -> None:
     for caption, scene in training:
         for words, truth in (
             (world.SHAPES, scene.shape),

@@ -30,18 +30,18 @@ def keys(count: int, start: int = 0) -> mx.array:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28])
-def test_levels_fall_from_noise_to_image(schedule: FlowMatchSchedule, steps: int) -> None:
+def test_sampling_levels_decrease_from_1_to_0(schedule: FlowMatchSchedule, steps: int) -> None:
     levels = schedule.sigmas(steps, 1024)
     assert levels.shape == (steps + 1,) and levels.dtype == np.float32
     assert levels[0] == 1 and levels[-1] == 0
     assert (np.diff(levels) < 0).all()
 
 
-def test_unshifted_levels_are_even() -> None:
+def test_unshifted_levels_are_evenly_spaced() -> None:
     np.testing.assert_allclose(SCHEDULES["schnell"].sigmas(4, 256), [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
 
 
-def test_shift_moves_towards_noise_more_for_larger_images() -> None:
+def test_dynamic_shift_grows_with_image_size() -> None:
     plain, dev = SCHEDULES["schnell"].sigmas(10, 1), SCHEDULES["dev"]
     small, large = dev.sigmas(10, 256), dev.sigmas(10, 4096)
     assert (plain[1:-1] < small[1:-1]).all() and (small[1:-1] < large[1:-1]).all()
@@ -50,7 +50,7 @@ def test_shift_moves_towards_noise_more_for_larger_images() -> None:
         assert dev.shifted(np.float32(0.5), tokens) == pytest.approx(1 / (1 + np.exp(-mu)), rel=1e-6)
 
 
-def test_no_step_is_refused(schedule: FlowMatchSchedule) -> None:
+def test_zero_steps_raise(schedule: FlowMatchSchedule) -> None:
     with pytest.raises(SettingsError, match="at least 1 step"):
         schedule.sigmas(0, 256)
 
@@ -62,13 +62,13 @@ def test_config_round_trip(schedule: FlowMatchSchedule) -> None:
 @pytest.mark.parametrize(
     "change", [{"use_karras_sigmas": True}, {"shift_terminal": 0.02}, {"_class_name": "DDIMScheduler"}]
 )
-def test_other_schedulers_are_refused(change: dict) -> None:
+def test_unsupported_scheduler_configs_raise(change: dict) -> None:
     with pytest.raises(SettingsError, match="not supported"):
         FlowMatchSchedule.from_dict(FlowMatchSchedule().to_dict() | change)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, scheme: str) -> None:
+def test_training_level_depends_only_on_its_key(schedule: FlowMatchSchedule, scheme: str) -> None:
     def draw(key: mx.array) -> np.ndarray:
         return np.array(schedule.training_sigmas(key, NoiseSampling(scheme=scheme), image_tokens=16))
 
@@ -79,7 +79,7 @@ def test_a_training_level_depends_on_its_own_key(schedule: FlowMatchSchedule, sc
     assert np.isfinite(np.array(error_weight(mx.array(levels), NoiseSampling(scheme=scheme)))).all()
 
 
-def test_training_levels_are_spread_as_named() -> None:
+def test_training_levels_follow_the_scheme() -> None:
     def draw(scheme: str, **numbers: float) -> np.ndarray:
         sampling = NoiseSampling(scheme=scheme, **numbers)
         return np.array(SCHEDULES["schnell"].training_sigmas(keys(2000), sampling, image_tokens=16))
@@ -101,7 +101,7 @@ def test_training_levels_are_spread_as_named() -> None:
         assert count == pytest.approx(500, abs=100)
 
 
-def test_shifting_by_size_is_for_sampling_and_flux_shift_alone() -> None:
+def test_training_shifts_by_size_only_with_flux_shift() -> None:
     dev, static, plain = SCHEDULES["dev"], SCHEDULES["static"], SCHEDULES["schnell"]
 
     def draw(schedule: FlowMatchSchedule, scheme: str) -> mx.array:
@@ -112,12 +112,12 @@ def test_shifting_by_size_is_for_sampling_and_flux_shift_alone() -> None:
     assert mx.array_equal(draw(dev, "flux_shift"), draw(plain, "flux_shift"))
 
 
-def test_unknown_schemes_are_refused() -> None:
+def test_unknown_scheme_raises() -> None:
     with pytest.raises(SettingsError, match="logit_normal"):
         NoiseSampling(scheme="cosine")
 
 
-def test_the_true_velocity_leads_from_noise_to_the_image(schedule: FlowMatchSchedule) -> None:
+def test_euler_steps_with_true_velocity_reach_the_image(schedule: FlowMatchSchedule) -> None:
     image, noise = mx.random.normal((2, 3, 4, 5), key=mx.random.key(0))
     levels = schedule.sigmas(5, 256).tolist()
     x = noise

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("schnell", 1.0), ("dev", 3.5)])
-def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, guidance: float) -> None:
+def test_published_models_open_without_the_hub(hub, name: str, guidance: float) -> None:
     asked = hub(AssertionError("the hub was asked")).asked
     pipeline = registry.open_pipeline(name)
     assert (pipeline.name, pipeline.recommended.guidance) == (name, guidance)
@@ -64,18 +64,18 @@ def test_a_published_model_is_known_before_anything_is_asked(hub, name: str, gui
     assert not asked and mx.get_active_memory() < 1 << 30
 
 
-def test_the_first_part_that_is_needed_downloads_all_at_once(hub, folder: Path) -> None:
+def test_first_part_downloads_all_parts(hub, folder: Path) -> None:
     asked = hub(folder).asked
     pipeline = flux1.load("dev")
-    with pytest.raises(WeightsError, match="not this network's"):  # the repository of this test is a small one
+    with pytest.raises(WeightsError, match="text_encoder"):  # the repository of this test is a small one
         pipeline.prompts.clip.get()
-    with pytest.raises(WeightsError, match="not this network's"):
+    with pytest.raises(WeightsError, match="transformer"):
         _ = pipeline.denoiser
     assert [(repository, revision) for repository, revision, _ in asked] == [("black-forest-labs/FLUX.1-dev", None)]
     assert pipeline._snapshot.is_cached()
 
 
-def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -> None:
+def test_repository_downloads_its_configs_first(hub, folder: Path) -> None:
     asked = hub(folder).asked
     pipeline = registry.open_pipeline("owner/name", revision="main")
     small = [pattern for _, _, wanted in asked for pattern in wanted]
@@ -86,7 +86,7 @@ def test_a_repository_is_opened_from_its_own_configurations(hub, folder: Path) -
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_no_weights_are_asked_for_twice(variant: str | None) -> None:
+def test_no_weights_are_downloaded_twice(variant: str | None) -> None:
     """Of everything that such repositories hold."""
     stems = {"transformer": "diffusion_pytorch_model", "text_encoder_2": "model"}
     shards = [f"-0000{number}-of-00003" for number in (1, 2, 3)]
@@ -112,26 +112,26 @@ def http(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "word"),
     [
-        (http(errors.GatedRepoError), r"FLUX\.1-dev: is gated; accept its conditions on https://.*hf auth login"),
-        (http(errors.RepositoryNotFoundError), "no such repository on the hub"),
-        (http(errors.RevisionNotFoundError), "has no revision"),
-        (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached; go online once"),
-        (errors.OfflineModeIsEnabled("x"), "not in the cache, and the hub cannot be reached"),
-        (OSError(28, "No space left on device"), r"No space left.*the same command resumes it"),
-        (RuntimeError("of some other library\nmore"), r"failed \(of some other library\)"),
+        (http(errors.GatedRepoError), "hf auth login"),
+        (http(errors.RepositoryNotFoundError), "repository"),
+        (http(errors.RevisionNotFoundError), "revision"),
+        (errors.LocalEntryNotFoundError("x"), "cache"),
+        (errors.OfflineModeIsEnabled("x"), "cache"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (RuntimeError("of some other library\nmore"), "of some other library"),
     ],
 )
-def test_what_cannot_be_downloaded_is_one_clear_line(hub, error: Exception, told: str) -> None:
+def test_download_errors_are_one_line(hub, error: Exception, word: str) -> None:
     hub(error)
     pipeline = flux1.load("dev")
-    with pytest.raises(WeightsError, match=told) as caught:
+    with pytest.raises(WeightsError, match=word) as caught:
         pipeline.encode_prompts(["a dog"])
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_usual_with_a_model_is_kept_with_it(tmp_path: Path) -> None:
+def test_usual_guidance_round_trip(tmp_path: Path) -> None:
     usual = replace(RECOMMENDED, usual_guidance=(0.5, 2.0))
     small_pipeline(tmp_path / "parts", recommended=usual).save_pretrained(tmp_path / "saved")
     assert flux1.load(str(tmp_path / "saved")).recommended == usual
@@ -142,31 +142,31 @@ def test_what_is_usual_with_a_model_is_kept_with_it(tmp_path: Path) -> None:
             flux1.load(str(tmp_path / "saved"))
 
 
-def test_a_folder_has_no_revision(folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"--revision v1: .* is a folder"):
+def test_revision_of_a_folder_raises(folder: Path) -> None:
+    with pytest.raises(SettingsError, match="--revision"):
         registry.open_pipeline(str(folder), revision="v1")
 
 
-def test_a_repository_of_another_pipeline_is_refused(hub, tmp_path: Path) -> None:
+def test_repository_of_another_pipeline_raises(hub, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     hub(tmp_path)
-    with pytest.raises(SettingsError, match="owner/name holds a OtherPipeline"):
+    with pytest.raises(SettingsError, match="OtherPipeline"):
         registry.open_pipeline("owner/name")
 
 
-def test_a_folder_is_opened_as_it_is(tmp_path: Path) -> None:
+def test_empty_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=str(tmp_path)):
         flux1.load(str(tmp_path))
 
 
-def test_a_variant_is_what_is_read(folder: Path, tmp_path: Path) -> None:
+def test_variant_selects_the_weights(folder: Path, tmp_path: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         name = file.name.replace(".safetensors", ".bf16.safetensors")
         copy = tmp_path / file.relative_to(folder).with_name(name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    with pytest.raises(WeightsError, match="no such weights file"):
+    with pytest.raises(WeightsError, match="weights"):
         flux1.load(str(tmp_path))
     opened, plain = registry.open_pipeline(str(tmp_path), variant="bf16"), flux1.load(str(folder))
     assert mx.array_equal(opened.denoiser.proj_out.weight, plain.denoiser.proj_out.weight)
@@ -174,7 +174,7 @@ def test_a_variant_is_what_is_read(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("embeds", "repository"), [(False, "FLUX.1-schnell"), (True, "FLUX.1-dev")])
 @pytest.mark.parametrize("naming", ["bfl", "comfyui", "diffusers"])
-def test_of_a_transformer_in_a_file_all_else_is_the_published_models(
+def test_transformer_file_uses_parts_of_the_published_model(
     hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embeds: bool, repository: str, naming: str
 ) -> None:
     whole = small_pipeline(tmp_path / "parts", guidance_embeds=embeds)
@@ -206,7 +206,7 @@ def test_of_a_transformer_in_a_file_all_else_is_the_published_models(
 
 
 @pytest.mark.parametrize("kind", ["an autoencoder", "no safetensors", "an adapter"])
-def test_a_file_of_anything_else_is_refused_in_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_other_files_raise_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "mine.safetensors"
     if kind == "an autoencoder":
         file.write_bytes((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
@@ -214,7 +214,7 @@ def test_a_file_of_anything_else_is_refused_in_one_line(folder: Path, tmp_path: 
         mx.save_safetensors(str(file), {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((2, 2))})
     else:
         file.write_text("no safetensors")
-    with pytest.raises(SettingsError, match=r"mine\.safetensors: nothing installed opens this file; give a folder"):
+    with pytest.raises(SettingsError, match=r"mine\.safetensors"):
         registry.open_pipeline(str(file))
-    with pytest.raises(SettingsError, match=r"--revision: .* is a file"):
+    with pytest.raises(SettingsError, match="--revision"):
         registry.open_pipeline(str(file), revision="main")

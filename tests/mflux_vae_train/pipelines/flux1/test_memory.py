@@ -38,7 +38,7 @@ FULL = [
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_small_stack_takes_what_is_estimated(recompute: bool) -> None:
+def test_memory_of_a_small_stack_matches_the_estimate(recompute: bool) -> None:
     stack = Stack(**SMALL, double=1, single=2, recompute=recompute)
     assert estimated(stack) == pytest.approx(measured(stack), rel=0.15)
 
@@ -46,7 +46,7 @@ def test_a_small_stack_takes_what_is_estimated(recompute: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stack", FULL, ids=str)
-def test_a_stack_of_full_width_takes_what_is_estimated(stack: Stack) -> None:
+def test_memory_of_a_full_width_stack_matches_the_estimate(stack: Stack) -> None:
     found, expected = measured(stack), estimated(stack)
     print(f"{stack}: measured {found / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
     assert expected == pytest.approx(found, rel=0.15)
@@ -54,7 +54,7 @@ def test_a_stack_of_full_width_takes_what_is_estimated(stack: Stack) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_stored_stack_of_full_width_is_quantised_within_two_blocks(tmp_path: Path) -> None:
+def test_quantizing_a_stored_full_width_stack_needs_two_blocks_at_most(tmp_path: Path) -> None:
     config = Stack(double=3, single=3).config
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     convert_safetensors(file, dict(tree_flatten(FluxTransformer(config).parameters())), mx.float32)
@@ -74,7 +74,7 @@ def test_a_stored_stack_of_full_width_is_quantised_within_two_blocks(tmp_path: P
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_weights_are_counted_to_the_byte(bits: int | None) -> None:
+def test_estimated_weight_bytes_are_exact(bits: int | None) -> None:
     network = drawn(FluxTransformer(small_config(num_attention_heads=4)), 0)
     if bits:
         quantize(network, bits, is_quantized_layer)
@@ -90,7 +90,7 @@ def training(**changes) -> Workload:
 
 
 @pytest.mark.parametrize(("embeds", "tokens"), [(False, 256), (True, 512)], ids=["schnell", "dev"])
-def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: bool, tokens: int) -> None:
+def test_four_bit_flux_trains_within_12_gb(embeds: bool, tokens: int) -> None:
     work = training(quantize=4, gradient_checkpointing=True, batch=2, images=4)
     phases = memory.phases(published(embeds), work, text_tokens=tokens, precision=HALF)
     assert [phase.name for phase in phases] == [*("text encoding", "class images", "latents", "training", "previews")]
@@ -99,7 +99,7 @@ def test_quantised_to_four_bits_flux_is_trained_within_twelve_gigabytes(embeds: 
     assert phases[3].weights > 6e9
 
 
-def test_every_saving_saves() -> None:
+def test_each_memory_option_reduces_the_estimate() -> None:
     def peak(**changes) -> int:
         phases = memory.phases(published(True), training(**changes), text_tokens=512, precision=HALF)
         return max(phase.peak for phase in phases)
@@ -116,7 +116,7 @@ def test_every_saving_saves() -> None:
     assert peak(adapter=False, trained=12_000_000_000) > 100e9
 
 
-def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more() -> None:
+def test_estimate_grows_with_image_size_prompt_length_and_text_encoder_training() -> None:
     pipeline = flux1.load("dev")
 
     def peaks(**changes) -> dict[str, int]:
@@ -135,7 +135,7 @@ def test_larger_pictures_longer_prompts_and_a_text_encoder_that_learns_take_more
     assert learning["text encoding"] == plain["text encoding"]
 
 
-def test_what_clip_keeps_is_what_is_estimated() -> None:
+def test_memory_of_clip_matches_the_estimate() -> None:
     def peak(layers: int) -> int:
         network = CLIPTextModel(replace(CLIP_L, vocab_size=99, num_hidden_layers=layers))
         lora.add_lora(network, naming.CLIP_ATTENTION, rank=4)
@@ -147,7 +147,7 @@ def test_what_clip_keeps_is_what_is_estimated() -> None:
     assert peak(3) - peak(1) == pytest.approx(expected, rel=0.15)
 
 
-def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimating_a_published_model_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = flux1.load("schnell")
     monkeypatch.setattr(pipeline._snapshot, "is_cached", lambda: False)
     before = mx.get_active_memory()
@@ -158,6 +158,6 @@ def test_an_estimate_of_a_published_model_takes_no_memory(monkeypatch: pytest.Mo
     assert isinstance(footprint.cache, Path)
 
 
-def test_the_pipeline_offers_all_of_it() -> None:
+def test_flux_supports_memory_control() -> None:
     pipeline = flux1.load("dev")
     assert isinstance(pipeline, SupportsMemoryControl)

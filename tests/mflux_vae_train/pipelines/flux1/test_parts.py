@@ -58,7 +58,7 @@ def picture(pipeline: FluxPipeline) -> np.ndarray:
 # layouts
 
 
-def test_black_forest_labs_file_stands_for_the_transformers_folder(folder: Path) -> None:
+def test_bfl_file_replaces_the_transformer_folder(folder: Path) -> None:
     expected = picture(FluxPipeline.from_pretrained(folder))
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     mx.save_safetensors(str(folder / "flux1-schnell.safetensors"), keys.to_bfl(mx.load(str(file))))
@@ -66,12 +66,12 @@ def test_black_forest_labs_file_stands_for_the_transformers_folder(folder: Path)
     np.testing.assert_array_equal(picture(FluxPipeline.from_pretrained(folder)), expected)
 
 
-def test_beside_the_folders_weights_the_single_file_does_not_count(folder: Path) -> None:
+def test_bfl_file_is_ignored_beside_a_transformer_folder(folder: Path) -> None:
     (folder / "flux1-schnell.safetensors").write_bytes(b"")
     picture(FluxPipeline.from_pretrained(folder))
 
 
-def test_a_single_file_with_a_missing_tensor_names_it(folder: Path) -> None:
+def test_missing_tensor_in_a_bfl_file_is_named(folder: Path) -> None:
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     theirs = keys.to_bfl(mx.load(str(file)))
     del theirs["single_blocks.1.linear1.weight"]
@@ -114,7 +114,7 @@ def as_mflux(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_a_save_of_mflux_opens_quantised_as_it_is(folder: Path, indexed: bool) -> None:
+def test_folder_saved_by_mflux_opens_quantized(folder: Path, indexed: bool) -> None:
     expected = picture(FluxPipeline.from_pretrained(folder))
     as_mflux(folder)
     if not indexed:
@@ -127,7 +127,7 @@ def test_a_save_of_mflux_opens_quantised_as_it_is(folder: Path, indexed: bool) -
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "bfl", "mflux"])
-def test_weights_lie_in_their_own_memory_order(folder: Path, layout: str) -> None:
+def test_weights_are_in_memory_order(folder: Path, layout: str) -> None:
     if layout == "bfl":
         file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
         mx.save_safetensors(str(folder / "flux1-schnell.safetensors"), keys.to_bfl(mx.load(str(file))))
@@ -142,13 +142,13 @@ def test_weights_lie_in_their_own_memory_order(folder: Path, layout: str) -> Non
         assert not views(network.parameters())
 
 
-def test_a_folder_of_nothing_known_says_what_is_missing(tmp_path: Path) -> None:
+def test_unknown_folder_error_names_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"no model_index\.json"):
         registry.open_pipeline(str(tmp_path))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_mlx_quantised_is_saved_and_opened_to_the_bit(folder: Path, tmp_path: Path, bits: int) -> None:
+def test_quantized_weights_round_trip_bitwise(folder: Path, tmp_path: Path, bits: int) -> None:
     first = FluxPipeline.from_pretrained(folder)
     first.quantize(bits)
     first.save_pretrained(tmp_path / "smaller", "float32")
@@ -161,7 +161,7 @@ def test_what_mlx_quantised_is_saved_and_opened_to_the_bit(folder: Path, tmp_pat
     np.testing.assert_array_equal(picture(first), picture(second))
 
 
-def test_scales_that_do_not_fit_are_refused(folder: Path) -> None:
+def test_wrong_scales_raise(folder: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.quantize(8)
     pipeline.save_pretrained(folder, "float32")
@@ -169,7 +169,7 @@ def test_scales_that_do_not_fit_are_refused(folder: Path) -> None:
     tensors = {name: mx.array(np.array(value)) for name, value in mx.load(str(file)).items()}
     tensors["transformer_blocks.0.attn.to_q.scales"] = mx.zeros((32, 5))
     mx.save_safetensors(str(file), tensors)
-    with pytest.raises(WeightsError, match=r"to_q: its shapes .* do not fit a layer of 32 inputs"):
+    with pytest.raises(WeightsError, match="to_q"):
         FluxPipeline.from_pretrained(folder)
 
 
@@ -182,7 +182,7 @@ def held() -> int:
     return mx.get_active_memory()
 
 
-def test_parts_come_when_they_are_needed_and_go_when_they_are_released(folder: Path) -> None:
+def test_parts_load_on_demand_and_release_frees_them(folder: Path) -> None:
     start = held()
     pipeline = FluxPipeline.from_pretrained(folder)
     assert held() == start, "opening read weights"
@@ -223,7 +223,7 @@ def test_the_empty_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.Monk
         assert mx.array_equal(pipeline.sample(conditioning, **guided), expected)
 
 
-def test_identities_are_found_without_quantising(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprints_do_not_quantize(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FluxPipeline.from_pretrained(folder)
     plain = pipeline.encoder_fingerprint("prompts")
     with monkeypatch.context() as patch:
@@ -237,14 +237,14 @@ def test_identities_are_found_without_quantising(folder: Path, monkeypatch: pyte
     assert pipeline.encoder_fingerprint("prompts") == found, "it depends on what is loaded"
 
 
-def test_parts_that_are_loaded_to_be_saved_are_not_kept(folder: Path, tmp_path: Path) -> None:
+def test_saving_does_not_keep_parts_loaded(folder: Path, tmp_path: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(folder)
     transformer = pipeline.denoiser
     pipeline.save_pretrained(tmp_path / "again")
     assert [part.loaded for part in pipeline.parts.networks.values()] == [transformer, None, None]
 
 
-def test_given_networks_are_never_lost(tmp_path: Path) -> None:
+def test_release_keeps_given_networks(tmp_path: Path) -> None:
     pipeline = small_pipeline(tmp_path)
     expected = picture(pipeline)
     pipeline.release("prompts", "images")
@@ -280,7 +280,7 @@ def slopes(network: FluxTransformer) -> tuple[mx.array, dict[str, mx.array]]:
     return value, dict(tree_flatten(gradients))
 
 
-def test_an_adapter_over_eight_bits_learns_as_over_floats() -> None:
+def test_adapter_gradients_over_8_bits_match_full_precision() -> None:
     plain, small = (drawn(FluxTransformer(small_config()), 5) for _ in range(2))
     quantize(small, 8, lambda path: "transformer_blocks" in path)
     assert isinstance(small.transformer_blocks[0].norm1.linear, nn.QuantizedLinear)
@@ -292,7 +292,7 @@ def test_an_adapter_over_eight_bits_learns_as_over_floats() -> None:
     assert (error / size) ** 0.5 < 0.05
 
 
-def test_layers_that_no_group_divides_stay() -> None:
+def test_layers_without_a_group_size_are_kept() -> None:
     config = T5Config(
         vocab_size=9, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3, feed_forward_proj="gated-gelu"
     )
@@ -312,7 +312,7 @@ def test_layers_that_no_group_divides_stay() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("mode", ["adapter", "adapter with dropout", "all weights"])
-def test_recomputed_gradients_are_the_same(mode: str, bits: int | None) -> None:
+def test_checkpointed_gradients_are_equal(mode: str, bits: int | None) -> None:
     if bits and mode == "all weights":
         pytest.skip("quantised weights are not trained")
     network = drawn(FluxTransformer(small_config(num_layers=2)), 5)
@@ -339,7 +339,7 @@ def test_recomputed_gradients_are_the_same(mode: str, bits: int | None) -> None:
         np.testing.assert_allclose(found[name], gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_recomputing_takes_a_fraction_of_the_memory() -> None:
+def test_checkpointing_saves_memory() -> None:
     """A stack of twelve blocks: without, the activations of all lie in memory; with, those of one."""
     network = adapted(drawn(FluxTransformer(small_config(num_layers=4, num_single_layers=8)), 5))
     tokens = 256
@@ -365,7 +365,7 @@ def test_recomputing_takes_a_fraction_of_the_memory() -> None:
     assert peaks[1] < 0.4 * peaks[0], peaks
 
 
-def test_a_recomputing_step_can_be_compiled() -> None:
+def test_checkpointing_can_be_compiled() -> None:
     block = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
     x = mx.random.normal((3, 4), key=mx.random.key(0))
 

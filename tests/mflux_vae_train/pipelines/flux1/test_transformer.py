@@ -44,12 +44,12 @@ def test_config_round_trip() -> None:
 
 
 @pytest.mark.parametrize("axes", [(4, 6, 8), (5, 5, 6)])
-def test_axes_must_fill_a_head(axes: tuple[int, ...]) -> None:
+def test_rope_axes_must_sum_to_the_head_width(axes: tuple[int, ...]) -> None:
     with pytest.raises(WeightsError, match="axes_dims_rope"):
         small_config(axes_dims_rope=axes)
 
 
-def test_fresh_weights_are_a_function_of_the_key() -> None:
+def test_initial_weights_are_a_function_of_the_key() -> None:
     models = [FluxTransformer(small_config()) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         init_weights(model, mx.random.key(seed))
@@ -58,7 +58,7 @@ def test_fresh_weights_are_a_function_of_the_key() -> None:
     assert not mx.array_equal(first["x_embedder.weight"], other["x_embedder.weight"])
 
 
-def test_fresh_model_predicts_zero_and_learns_from_there() -> None:
+def test_initial_model_predicts_zero_and_learns() -> None:
     model = FluxTransformer(small_config(guidance_embeds=True))
     init_weights(model, mx.random.key(1))
     given = inputs(model.config)
@@ -81,7 +81,7 @@ def test_gradient_reaches_every_parameter(guidance_embeds: bool) -> None:
 
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
-def test_batch_mates_do_not_matter(guidance_embeds: bool) -> None:
+def test_samples_of_a_batch_are_independent(guidance_embeds: bool) -> None:
     model = drawn(FluxTransformer(small_config(guidance_embeds)), 3)
     given = inputs(model.config)
     together = model(**given)
@@ -90,7 +90,7 @@ def test_batch_mates_do_not_matter(guidance_embeds: bool) -> None:
     np.testing.assert_allclose(alone[0], together[1], rtol=1e-5, atol=1e-5)
 
 
-def test_guidance_is_asked_for_exactly_where_it_is_embedded() -> None:
+def test_guidance_is_required_only_if_embedded() -> None:
     for embeds in (False, True):
         model = FluxTransformer(small_config(embeds))
         given = inputs(model.config)
@@ -99,7 +99,7 @@ def test_guidance_is_asked_for_exactly_where_it_is_embedded() -> None:
             model(**given)
 
 
-def test_half_precision_stays_near() -> None:
+def test_half_precision_is_close() -> None:
     """Weights and inputs in bfloat16; sinusoids and rotations are float32 inside."""
     model = drawn(FluxTransformer(small_config(guidance_embeds=True)), 3)
     given = inputs(model.config)
@@ -111,7 +111,7 @@ def test_half_precision_stays_near() -> None:
     assert float(mx.abs(half - exact).max() / mx.abs(exact).max()) < 0.05
 
 
-def test_rotation_keeps_length_and_sees_only_distance() -> None:
+def test_rope_preserves_norm_and_depends_on_distance() -> None:
     rope = rotation(mx.array([[0.0, row, 3.0] for row in range(8)]), (4, 6, 6))
     x, y = mx.random.normal((2, 1, 1, 1, 16), key=mx.random.key(0))
     q, k = (rotate(mx.broadcast_to(a, (1, 8, 1, 16)), rope)[0, :, 0] for a in (x, y))
@@ -121,7 +121,7 @@ def test_rotation_keeps_length_and_sees_only_distance() -> None:
         np.testing.assert_allclose(np.diag(scores, distance), scores[0, distance], rtol=1e-4, atol=1e-4)
 
 
-def test_sinusoids_tell_close_times_apart() -> None:
+def test_timestep_embedding_resolves_close_times() -> None:
     rows = sinusoidal(mx.array([0.0, 1000.0, 999.0], mx.bfloat16))
     assert rows.shape == (3, 256) and rows.dtype == mx.float32
     np.testing.assert_array_equal(rows[0], [1.0] * 128 + [0.0] * 128)

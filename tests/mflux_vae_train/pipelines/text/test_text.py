@@ -35,7 +35,7 @@ def close(a, b, tolerance: float = 1e-5) -> bool:
     return bool(np.allclose(np.array(a), np.array(b), rtol=tolerance, atol=tolerance))
 
 
-def test_clip_sees_no_later_token() -> None:
+def test_clip_is_causal() -> None:
     model = fresh_clip()
     ids = tokens((1, 12))
     changed = ids.copy()
@@ -45,14 +45,14 @@ def test_clip_sees_no_later_token() -> None:
     assert (np.abs(before - after).max(axis=-1)[0, 7:] > 1e-3).all()
 
 
-def test_clip_pools_at_the_first_end() -> None:
+def test_clip_pools_at_the_first_end_token() -> None:
     ids = tokens((3, 12))
     ids[0, 4], ids[1, [6, 9]], ids[2, 11] = 50, 50, 50
     hidden, pooled = fresh_clip()(mx.array(ids))
     assert close(pooled, np.array(hidden)[[0, 1, 2], [4, 6, 11]], 0)
 
 
-def test_clip_of_the_old_configuration_pools_at_the_highest_id() -> None:
+def test_clip_with_old_config_pools_at_the_highest_id() -> None:
     ids = tokens((3, 12))
     ids[0, 4], ids[1, [6, 9]], ids[2, 0] = 59, 58, 57
     hidden, pooled = fresh_clip(eos_token_id=2)(mx.array(ids))
@@ -69,15 +69,15 @@ def test_clip_pooled_output_ignores_padding() -> None:
     assert close(padded, model(mx.array(ids))[1])
 
 
-def test_clip_refuses_more_tokens_than_positions() -> None:
+def test_too_many_tokens_for_clip_raise() -> None:
     model = fresh_clip(max_position_embeddings=10)
     assert model(mx.array(tokens((1, 10))))[0].shape == (1, 10, 32)
-    with pytest.raises(SettingsError, match="at most 10 tokens, not 11"):
+    with pytest.raises(SettingsError, match="tokens"):
         model(mx.array(tokens((1, 11))))
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
-def test_t5_with_a_mask_is_t5_without_the_padding(kind: str) -> None:
+def test_t5_mask_removes_padding(kind: str) -> None:
     model = fresh_t5(feed_forward_proj=kind)
     ids = tokens((2, 12))
     mask = (np.arange(12) < 7).astype(np.int32)[None].repeat(2, 0)
@@ -86,7 +86,7 @@ def test_t5_with_a_mask_is_t5_without_the_padding(kind: str) -> None:
     assert not close(masked[:, :7], np.array(model(mx.array(ids)))[:, :7], 1e-3)
 
 
-def test_t5_knows_order_by_its_bias_alone() -> None:
+def test_t5_order_depends_on_the_position_bias() -> None:
     model = fresh_t5()
     ids = tokens((1, 9))
     forward, backward = (np.array(model(mx.array(x))) for x in (ids, ids[:, ::-1].copy()))
@@ -108,7 +108,7 @@ def test_relative_position_buckets() -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("relu", mx.float16), ("relu", mx.bfloat16), ("gated-gelu", mx.float16)])
-def test_t5_outlives_the_range_of_half_precision(kind: str, dtype: mx.Dtype) -> None:
+def test_t5_does_not_overflow_in_half_precision(kind: str, dtype: mx.Dtype) -> None:
     model = fresh_t5(feed_forward_proj=kind)
     for block in model.encoder.block:
         feed_forward = block.layer[1].DenseReluDense
@@ -134,7 +134,7 @@ def test_clip_in_half_precision(dtype: mx.Dtype) -> None:
     assert close(hidden.astype(mx.float32), expected, 0.2 if dtype == mx.bfloat16 else 0.02)
 
 
-def test_every_weight_learns() -> None:
+def test_gradient_reaches_every_weight() -> None:
     """No parameter is cut off from the output: each has a gradient somewhere."""
     ids = mx.array(np.arange(3, 19)[None] % 16)
     target = mx.random.normal((16, 32), key=mx.random.key(1))
@@ -146,7 +146,7 @@ def test_every_weight_learns() -> None:
 
 
 @pytest.mark.parametrize("fresh", [fresh_clip, fresh_t5])
-def test_fresh_weights_depend_on_the_key_alone(fresh) -> None:
+def test_initial_weights_depend_only_on_the_key(fresh) -> None:
     module = clip if fresh is fresh_clip else t5
     first, second = (dict(tree_flatten(fresh().parameters())) for _ in range(2))
     assert all(mx.array_equal(first[path], second[path]) for path in first)
@@ -159,33 +159,33 @@ def test_fresh_weights_depend_on_the_key_alone(fresh) -> None:
     assert len({tuple(np.round(np.array(draw) / np.abs(draw[0]), 4)) for draw in draws}) == len(drawn)
 
 
-def test_initial_spread_can_be_chosen() -> None:
+def test_initial_standard_deviation_option() -> None:
     bias = fresh_t5().encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     assert float(mx.std(bias)) == pytest.approx(2.0, rel=0.2)
     embeddings = fresh_clip().text_model.embeddings
     assert float(mx.std(embeddings.token_embedding.weight)) == pytest.approx(1.0, rel=0.1)
 
 
-def test_configurations_survive_their_file() -> None:
+def test_config_file_round_trip() -> None:
     for config in (clip.CLIPTextConfig(**CLIP, hidden_act="gelu"), t5.T5Config(**T5)):
         bookkeeping = {"_name_or_path": "x", "torch_dtype": "bfloat16", "transformers_version": "4.43.3"}
         assert type(config).from_dict(config.to_dict() | bookkeeping) == config
 
 
-def test_configurations_refuse_what_they_cannot_be() -> None:
-    with pytest.raises(SettingsError, match="hidden_act 'tanh' is unknown"):
+def test_invalid_configs_raise() -> None:
+    with pytest.raises(SettingsError, match="hidden_act"):
         clip.CLIPTextConfig(hidden_act="tanh")
     with pytest.raises(SettingsError, match="not a multiple"):
         clip.CLIPTextConfig(hidden_size=100, num_attention_heads=12)
-    with pytest.raises(SettingsError, match="feed_forward_proj 'gated-silu' is unknown"):
+    with pytest.raises(SettingsError, match="feed_forward_proj"):
         t5.T5Config(feed_forward_proj="gated-silu")
-    with pytest.raises(SettingsError, match="'t5' model"):
+    with pytest.raises(SettingsError, match="t5"):
         clip.CLIPTextConfig.from_dict({"model_type": "t5"})
-    with pytest.raises(SettingsError, match="'umt5' model"):
+    with pytest.raises(SettingsError, match="umt5"):
         t5.T5Config.from_dict({"model_type": "umt5"})
 
 
-def test_published_names_of_every_kind_of_file() -> None:
+def test_published_names() -> None:
     one, two = mx.array([1.0]), mx.array([2.0])
     expected = {"text_model.final_layer_norm.bias": one}
     assert clip.published_names({"final_layer_norm.bias": one}) == expected

@@ -44,7 +44,7 @@ def ends(tokenizer: Tokenizer, kind: str) -> tuple[list[int], int]:
     return ([tokenizer.vocab_size - 2], tokenizer.vocab_size - 1) if kind == "clip" else ([], 1)
 
 
-def test_every_word_is_one_token_of_its_own(tokenizer: Tokenizer, kind: str) -> None:
+def test_each_word_is_one_token(tokenizer: Tokenizer, kind: str) -> None:
     before, after = ends(tokenizer, kind)
     place = len(before)
     found = {word: ids(tokenizer, word) for word in WORDS}
@@ -54,7 +54,7 @@ def test_every_word_is_one_token_of_its_own(tokenizer: Tokenizer, kind: str) -> 
     assert len({row[place] for row in found.values()}) == len(WORDS)
 
 
-def test_a_sentence_is_its_words(tokenizer: Tokenizer, kind: str) -> None:
+def test_sentence_tokens_are_its_words(tokenizer: Tokenizer, kind: str) -> None:
     place = len(ends(tokenizer, kind)[0])
     sentence = "a photo of a blue star"
     words = [ids(tokenizer, word)[place] for word in sentence.split()]
@@ -62,23 +62,23 @@ def test_a_sentence_is_its_words(tokenizer: Tokenizer, kind: str) -> None:
     assert ids(tokenizer, "  A Photo\tof a\nBLUE star ") == ids(tokenizer, sentence)
 
 
-def test_the_empty_prompt_is_ends_and_padding(tokenizer: Tokenizer, kind: str) -> None:
+def test_empty_prompt_is_special_tokens_and_padding(tokenizer: Tokenizer, kind: str) -> None:
     before, after = ends(tokenizer, kind)
     assert ids(tokenizer, "", 5) == (before + [after] + [tokenizer.pad_id] * 5)[:5]
 
 
-def test_long_prompts_keep_their_end(tokenizer: Tokenizer, kind: str) -> None:
+def test_truncated_prompts_keep_the_end_token(tokenizer: Tokenizer, kind: str) -> None:
     before, after = ends(tokenizer, kind)
     row = ids(tokenizer, "star " * 40)
     assert (row[: len(before)], row[-1], len(row)) == (before, after, 16)
     assert len(set(row[len(before) : -1])) == 1
 
 
-def test_padding_ids_are_the_published_ones(tokenizer: Tokenizer, kind: str) -> None:
+def test_padding_ids(tokenizer: Tokenizer, kind: str) -> None:
     assert tokenizer.pad_id == (tokenizer.vocab_size - 1 if kind == "clip" else 0)
 
 
-def test_any_text_has_ids_within_the_vocabulary(tokenizer: Tokenizer) -> None:
+def test_ids_of_any_text_are_in_the_vocabulary(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.integers(0, 0xD800, 3000), rng.integers(0xE000, 0x110000, 3000), np.arange(256)])
     rng.shuffle(points)
@@ -90,7 +90,7 @@ def test_any_text_has_ids_within_the_vocabulary(tokenizer: Tokenizer) -> None:
     assert rows.max() < tokenizer.vocab_size
 
 
-def test_every_printable_character_has_its_token(tokenizer: Tokenizer) -> None:
+def test_printable_characters_have_tokens(tokenizer: Tokenizer) -> None:
     rows = {tuple(ids(tokenizer, chr(point))) for point in range(33, 127)}
     assert len(rows) == 94 - 26  # capitals are small letters
 
@@ -104,7 +104,7 @@ def test_rows_do_not_depend_on_their_batch(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("build", BUILDERS.values())
-def test_files_depend_on_the_set_of_words_alone(tmp_path: Path, build: Callable) -> None:
+def test_files_depend_only_on_the_set_of_words(tmp_path: Path, build: Callable) -> None:
     sizes = [build(words, tmp_path / str(i), 16) for i, words in enumerate([WORDS, WORDS[::-1] + WORDS])]
     assert sizes[0] == sizes[1] == load_tokenizer(tmp_path / "0").vocab_size
     names = sorted(path.name for path in (tmp_path / "0").iterdir())

@@ -14,7 +14,7 @@ from mflux_vae_train.tiny_world.recipe import RECOMMENDED, SIZE
 from mflux_vae_train.tiny_world.world import evaluation_prompts
 
 
-def test_it_is_small_and_its_settings_are_the_recipe_s():
+def test_size_and_recommended_settings():
     files = [path for path in tiny.WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20_000_000
     pipeline = open_pipeline("tiny")
@@ -22,7 +22,7 @@ def test_it_is_small_and_its_settings_are_the_recipe_s():
     assert pipeline.recommended == RECOMMENDED
 
 
-def test_its_autoencoder_is_a_preset_by_the_same_name():
+def test_autoencoder_is_a_preset():
     vae = VAE.from_pretrained("tiny")
     assert (vae.latent_channels, vae.spatial_scale) == (16, 8)
     own = tiny.load().vae
@@ -32,7 +32,7 @@ def test_its_autoencoder_is_a_preset_by_the_same_name():
     assert presets.names()[-1] == "tiny"
 
 
-def test_pictures_show_what_prompts_say():
+def test_images_match_prompts():
     """A sample of the prompts whose whole set the build measures."""
     pipeline = tiny.load()
     prompts, truths = zip(*evaluation_prompts(True)[::14], strict=True)
