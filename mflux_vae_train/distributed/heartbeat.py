@@ -56,7 +56,7 @@ class PeerExit:
 
 
 class Heartbeat(threading.Thread):
-    """Sends and receives in a thread of its own until the process ends.
+    """Sends and receives in a separate thread until the process ends.
 
     Args:
         rank: of this process.
@@ -177,7 +177,7 @@ def connect(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> tuple[d
         gather: returns every process's JSON value by rank.
 
     Returns:
-        this process's connections by rank, without those that could not be made, and the main process's port.
+        this process's connections by rank, without failed ones, and the main process's port.
     """
     server = socket.create_server(("", 0)) if rank == 0 else None
     offer: dict[str, Any] = {}

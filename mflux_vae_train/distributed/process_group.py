@@ -169,10 +169,10 @@ class ProcessGroup:
         for start in range(0, len(items), self.size):
             members = items[start : start + self.size]
 
-            def own(members: Sequence[Item] = members) -> list[mx.array]:
+            def compute(members: Sequence[Item] = members) -> list[mx.array]:
                 return [array for item in members[self.rank : self.rank + 1] for array in function(item)]
 
-            yield from zip(members, self.gather_arrays(interrupts.interruptible(self, own)), strict=False)
+            yield from zip(members, self.gather_arrays(interrupts.interruptible(self, compute)), strict=False)
 
     def all_reduce_arrays(self, arrays: list[mx.array]) -> None:
         """Replace each array in the list by its sum over all processes, in a few large messages.

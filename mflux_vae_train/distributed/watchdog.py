@@ -20,7 +20,7 @@ _GRACE = 2.0
 """Grace period (s) before a waiting process is woken: an error that all share reaches each of them by itself."""
 
 _EXIT_TIMEOUT = 45.0
-"""Seconds after which a process ends that has lost another, whatever it is doing."""
+"""Seconds after which a process ends that lost another, unless it is saving."""
 
 
 class ProcessLost(TrainingError):

@@ -120,9 +120,9 @@ def from_kohya(
         for path, part in zip(members, parts, strict=True):
             if part is not None:
                 found[f"{prefix}.{path}.lora_A.weight"], found[f"{prefix}.{path}.lora_B.weight"] = part
-    if differing := [prefix for prefix, own in scales.items() if len(own) > 1]:
+    if differing := [prefix for prefix, values in scales.items() if len(values) > 1]:
         raise WeightsError(f"{where}: layers of {differing[0]} differ in alpha / rank; only equal ones are supported")
-    return found, {f"{prefix}.lora_alpha": own.pop() * rank for prefix, own in scales.items()}
+    return found, {f"{prefix}.lora_alpha": values.pop() * rank for prefix, values in scales.items()}
 
 
 class _Layer(NamedTuple):

@@ -29,6 +29,8 @@ Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 IgnoredFlags: TypeAlias = Mapping[str, str]
 """Flags of other programs that are accepted, with or without a value, and ignored: name -> reason."""
 
+_NONE: Mapping[str, Any] = {}
+
 Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
 """(content of a settings file, beginning of error messages) -> content with the names of this program."""
 
@@ -57,7 +59,7 @@ def parser_from(
     *,
     prog: str | None = None,
     description: str | None = None,
-    ignored_flags: IgnoredFlags | None = None,
+    ignored_flags: IgnoredFlags = _NONE,
 ) -> argparse.ArgumentParser:
     """An argument parser with ``--config`` and one flag per field of `cls`; ``--help`` ends with `ignored_flags`.
 
@@ -67,24 +69,24 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or an invalid value; nothing is printed.
     """
-    names = ", ".join(f"--{name}" for name in ignored_flags or {})
+    names = ", ".join(f"--{name}" for name in ignored_flags)
     epilog = f"Accepted and ignored, with a log line that says why: {names}." if names else None
     parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
-    for name in ignored_flags or {}:
+    for name in ignored_flags:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
         parser.add_argument(*spellings, action=_AppendIgnored, nargs="?", default=hidden, help=hidden)
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets | None = None) -> None:
+def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets = _NONE) -> None:
     """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets."""
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--config", metavar="FILE", help="YAML file of settings; flags override it")
     if presets:
         add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags override it")
     hints = typing.get_type_hints(cls)
-    for field in _fields(cls):
+    for field in dataclasses.fields(cls):
         if heading := field.metadata.get("group"):
             add = functools.partial(parser.add_argument_group(heading).add_argument, default=argparse.SUPPRESS)
         kind, _ = field_type(hints[field.name])
@@ -113,7 +115,7 @@ def settings_from(
     cls: type[T],
     argv: Sequence[str] | None = None,
     *,
-    ignored_flags: IgnoredFlags | None = None,
+    ignored_flags: IgnoredFlags = _NONE,
     **parser_options: Any,
 ) -> T:
     """Settings from a command line (None: ``sys.argv``), which overrides ``--config``.
@@ -126,7 +128,7 @@ def settings_from(
     """
     parser = parser_from(cls, ignored_flags=ignored_flags, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
-    known = {f.name for f in _fields(cls)}
+    known = set(typing.get_type_hints(cls))
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
@@ -139,8 +141,8 @@ def settings_from(
 def settings_of(
     cls: type[T],
     given: Mapping[str, Any],
-    presets: Presets | None = None,
-    ignored_flags: IgnoredFlags | None = None,
+    presets: Presets = _NONE,
+    ignored_flags: IgnoredFlags = _NONE,
     translate: Translate | None = None,
 ) -> T:
     """Settings from the namespace of a parser with `add_flags`; `translate` reads files of other programs.
@@ -150,12 +152,12 @@ def settings_of(
     """
     given = dict(given)
     config, preset, ignored = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
-    in_file = _read_yaml(cls, Path(config), presets, ignored_flags or {}, translate) if config else {}
+    in_file = _read_yaml(cls, Path(config), presets, ignored_flags, translate) if config else {}
     for name in [*in_file.pop(IGNORED, []), *ignored]:
-        logger.warning("--%s has no effect: %s", name, (ignored_flags or {})[name])
+        logger.warning("--%s has no effect: %s", name, ignored_flags[name])
     preset_in_file = in_file.pop("preset", None)
     preset = preset_in_file if preset is None else preset
-    values = {**_preset(preset, presets or {}), **in_file}
+    values = {**_preset(preset, presets), **in_file}
     values |= {name: _convert(cls, name, value) for name, value in given.items()}
     return _build(cls, values, "--")
 
@@ -186,8 +188,8 @@ def _preset(name: Any, presets: Presets) -> Mapping[str, Any]:
 def _read_yaml(
     cls: type,
     path: Path,
-    presets: Presets | None = None,
-    ignored_flags: IgnoredFlags | None = None,
+    presets: Presets = _NONE,
+    ignored_flags: IgnoredFlags = _NONE,
     translate: Translate | None = None,
 ) -> dict[str, Any]:
     content = read_yaml(path)
@@ -204,18 +206,18 @@ def _by_field(
     cls: type,
     content: Mapping[Any, Any],
     where: str,
-    presets: Presets | None = None,
-    ignored_flags: IgnoredFlags | None = None,
+    presets: Presets = _NONE,
+    ignored_flags: IgnoredFlags = _NONE,
 ) -> dict[str, Any]:
     """Content of a file by field name; `where` begins error messages."""
-    known = {name: f.name for f in _fields(cls) for name in (f.name, *f.metadata["aliases"])}
+    known = {name: f.name for f in dataclasses.fields(cls) for name in (f.name, *f.metadata["aliases"])}
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if presets and name == "preset":
             values[name] = value
             continue
-        if ignored_flags and name in ignored_flags:
+        if name in ignored_flags:
             values.setdefault(IGNORED, []).append(name)
             continue
         if name not in known:
@@ -274,18 +276,13 @@ def _nested(cls: Any, name: str, value: Any) -> Any:
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
-    missing = [f.name for f in _fields(cls) if f.default is dataclasses.MISSING]
-    missing = [name for name in missing if name not in values]
-    if missing:
-        dashes = "--" if prefix == "--" else ""
-        where = "" if prefix == "--" else prefix
-        cure = " (--help lists all flags)" if dashes else ""
-        raise SettingsError(f"{where}missing: {', '.join(dashes + name for name in missing)}{cure}")
+    required: Any = cls
+    fields = [field.name for field in dataclasses.fields(required) if field.default is dataclasses.MISSING]
+    if missing := [name for name in fields if name not in values]:
+        if prefix == "--":
+            raise SettingsError(f"missing: {', '.join(f'--{name}' for name in missing)} (--help lists all flags)")
+        raise SettingsError(f"{prefix}missing: {', '.join(missing)}")
     return cls(**values)
-
-
-def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)
 
 
 def _spellings(name: str) -> list[str]:

@@ -251,9 +251,9 @@ def _vjp_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     def rule(tape: Tape, *arguments: Any, **named: Any) -> Any:
         values = [value_of(argument) for argument in arguments]
         modules = {i: a for i, a in enumerate(arguments) if isinstance(a, nn.Module)}
-        held = {i: dict(tree_flatten(module.trainable_parameters())) for i, module in modules.items()}
-        inputs = [(i, "", a) for i, a in enumerate(arguments) if i not in held]
-        inputs += [(i, name, array) for i, arrays in held.items() for name, array in arrays.items()]
+        module_arrays = {i: dict(tree_flatten(module.trainable_parameters())) for i, module in modules.items()}
+        inputs = [(i, "", a) for i, a in enumerate(arguments) if i not in module_arrays]
+        inputs += [(i, name, array) for i, arrays in module_arrays.items() for name, array in arrays.items()]
         inputs = [given for given in inputs if tape.slot(given[2]) is not None]
 
         def call(*arrays: mx.array) -> mx.array:
@@ -271,7 +271,7 @@ def _vjp_rule(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 _, gradients = mx.vjp(call, before, [gradient])
             finally:  # differentiation leaves placeholders in modules
-                for i, arrays in held.items():
+                for i, arrays in module_arrays.items():
                     values[i].update(tree_unflatten(list(arrays.items())))
             _accumulate([tape.slot(array) for _, _, array in inputs], gradients)
 

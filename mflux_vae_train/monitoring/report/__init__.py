@@ -1,1 +1,1 @@
-"""Reports of trainings: one HTML file that needs nothing else, with curves, pictures and what was said."""
+"""Training reports as one self-contained HTML file with curves, images and the log."""

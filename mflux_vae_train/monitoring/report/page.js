@@ -3,11 +3,11 @@
 // values under the pointer, in every chart at the same update
 const charts = [...document.querySelectorAll(".plot")].map((plot) => {
   const make = (name, parent) => {
-    const made = document.createElement("div");
-    made.className = name;
-    made.hidden = true;
-    parent.append(made);
-    return made;
+    const element = document.createElement("div");
+    element.className = name;
+    element.hidden = true;
+    parent.append(element);
+    return element;
   };
   const curves = JSON.parse(plot.querySelector("script").textContent);
   const values = [...plot.parentElement.querySelectorAll(".legend b")];
@@ -39,11 +39,11 @@ const nearest = (updates, wanted) => {
 };
 
 const text = (parent, kind, words, name) => {
-  const made = document.createElement(kind);
-  if (words !== undefined) made.textContent = words;
-  if (name) made.className = name;
-  parent.append(made);
-  return made;
+  const element = document.createElement(kind);
+  if (words !== undefined) element.textContent = words;
+  if (name) element.className = name;
+  parent.append(element);
+  return element;
 };
 
 function show(wanted, where) {
