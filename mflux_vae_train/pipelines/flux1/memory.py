@@ -12,10 +12,12 @@ update; the estimate was 9.7 GB. The process held 11.6 GB with MLX's cache of fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal, TypeVar
+
+import mlx.nn as nn
 
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime import device
@@ -29,6 +31,8 @@ from mflux_vae_train.pipelines.footprint import Phase, Workload
 from mflux_vae_train.pipelines.quantization import stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
+
+C = TypeVar("C")
 
 KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
 """Kept by a block, per token and D: inputs of norms and of layers with an adapter, queries, keys, values."""
@@ -190,7 +194,7 @@ def published_bytes(configs: Configs, parts: Collection[str]) -> int:
     return sum(networks[part]() for part in parts)
 
 
-_QUANTIZED: dict[Any, Callable[[str], bool]] = {
+_QUANTIZED: Mapping[object, Callable[[str], bool]] = {
     FluxTransformer: is_quantized_layer,
     T5Encoder: is_quantized_text_layer,
     CLIPTextModel: lambda _: False,
@@ -198,9 +202,9 @@ _QUANTIZED: dict[Any, Callable[[str], bool]] = {
 
 
 @cache
-def _weights(kind: Any, config: Any, width: int, bits: int | None) -> int:
+def _weights(build: Callable[[C], nn.Module], config: C, width: int, bits: int | None) -> int:
     """Bytes of a network's weights, which are lazy and never computed."""
-    return stored_bytes(kind(config), width, bits, _QUANTIZED[kind])
+    return stored_bytes(build(config), width, bits, _QUANTIZED[build])
 
 
 @cache

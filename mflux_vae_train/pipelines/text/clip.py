@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
 _PREFIX = "text_model."
 _POSITION_IDS = "text_model.embeddings.position_ids"
@@ -218,16 +218,4 @@ def init_weights(model: CLIPTextModel, key: mx.array, *, embedding_std: float | 
         "out_proj": config.hidden_size**-0.5 * factor,
         "fc1": (2 * config.hidden_size) ** -0.5 * factor,
     } | dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), config.hidden_size**-0.5 * residual * factor)
-
-    parameters = dict(tree_flatten(model.parameters()))
-    fresh = []
-    for (path, value), one in zip(parameters.items(), mx.random.split(key, len(parameters)), strict=True):
-        layer, kind = path.split(".")[-2:]
-        if kind == "bias":
-            new = mx.zeros(value.shape)
-        elif layer in std:
-            new = std[layer] * mx.random.normal(value.shape, key=one)
-        else:
-            new = mx.ones(value.shape)
-        fresh.append((path, new))
-    model.update(tree_unflatten(fresh))
+    draw_weights(model, key, std)

@@ -15,11 +15,11 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
 _FEED_FORWARDS = ("relu", "gated-gelu")
 
@@ -242,14 +242,4 @@ def init_weights(model: T5Encoder, key: mx.array, *, relative_bias_std: float | 
         "o": factor * (config.num_heads * config.d_kv) ** -0.5,
         "wo": factor * config.d_ff**-0.5,
     } | dict.fromkeys(("k", "v", "wi", "wi_0", "wi_1"), width)
-
-    parameters = dict(tree_flatten(model.parameters()))
-    fresh = []
-    for (path, value), one in zip(parameters.items(), mx.random.split(key, len(parameters)), strict=True):
-        layer = path.split(".")[-2]
-        if layer in std:
-            new = std[layer] * mx.random.normal(value.shape, key=one)
-        else:
-            new = mx.full(value.shape, factor)
-        fresh.append((path, new))
-    model.update(tree_unflatten(fresh))
+    draw_weights(model, key, std, norm=factor)
