@@ -1,4 +1,4 @@
-"""DreamBooth: a pipeline learns a subject from a few pictures. `train.DreamBooth` is the way in from Python.
+"""DreamBooth: teach a diffusion pipeline a subject from a few images. Start reading at `train.DreamBooth.train`.
 
-Nothing is imported here, so that ``mflux-train-dreambooth --help`` answers at once.
+Imports nothing, so that ``mflux-train-dreambooth --help`` is fast.
 """
