@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_and_exit_2(run: Run, words: tuple[str, ...], said
     assert status == 2 and said in err and len(err.splitlines()) == 1
 
 
-def test_broken_and_doubled_commands_are_said_and_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_and_duplicate_commands_are_ignored_with_a_warning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         EntryPoint("info", "nowhere:info", cli.GROUP),
         EntryPoint("broken", "nowhere:run", cli.GROUP),
@@ -164,13 +164,12 @@ def test_broken_and_doubled_commands_are_said_and_left_out(run: Run, monkeypatch
     monkeypatch.setattr(cli, "entry_points", lambda group: entries)
     status, _, err = run("sample")
     assert status == 2 and "--model_path" in err
-    for said in ("command info is there already", "command broken is broken", "other:sample is left out"):
-        assert said in err
+    assert all(word in err for word in ("command info", "command broken", "other:sample"))
 
 
 def test_own_commands_do_not_look_for_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "entry_points", lambda group: pytest.fail("looked"))
-    for name in cli.OWN:
+    for name in cli.BUILTIN:
         assert run(name, "--no-such-flag")[0] == 2
 
 
