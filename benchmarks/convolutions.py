@@ -1,9 +1,9 @@
-"""Which form of a convolution is the fastest? On the CPU, for shapes of autoencoders.
+"""Compare the CPU convolution algorithms on shapes of autoencoders.
 
     python -m benchmarks.convolutions [--rounds 5]
 
-Milliseconds of each form (medians of alternating runs), and what `mflux_vae.kernels.cpu.conv_algorithms` chooses,
-starred. Its rule should be changed where the star is far from the least.
+Prints milliseconds per algorithm (medians of alternating runs) and stars the one that
+`mflux_vae.kernels.cpu.conv_algorithms` chooses. Change its rule if a starred time is far from the smallest.
 """
 
 from __future__ import annotations
@@ -45,39 +45,41 @@ SHAPES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each form (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each algorithm (default: 5)")
     rounds = parser.parse_args(argv).rounds
     if not device.is_cpu():
-        print("On a GPU all convolutions are MLX's own.")
+        print("GPU: all convolutions are MLX's own; nothing to compare")
         return 0
-    names = get_args(conv_algorithms.Form)
+    names = get_args(conv_algorithms.Algorithm)
     print(describe())
-    print(f"{'B side C O k s':24}" + "".join(f"{form:>13}" for form in names))
+    print(f"{'B side C O k s':24}" + "".join(f"{name:>17}" for name in names))
     for batch, side, channels, out, kernel, stride in SHAPES:
         x = mx.random.normal((batch, side, side, channels), key=mx.random.key(0))
         weight = mx.random.normal((out, kernel, kernel, channels), key=mx.random.key(1))
         mx.eval(x, weight)
-        chosen = conv_algorithms.form_of((kernel, kernel), stride, channels, out, batch * (side // stride) ** 2)
-        # Winograd's form and shifts are for stride 1
-        possible = [form for form in names if stride == 1 or form in ("patches", "own")]
-        runs = {form: partial(_forced, form, x, weight, stride) for form in possible}
+        chosen = conv_algorithms.choose_algorithm(
+            (kernel, kernel), stride, channels, out, batch * (side // stride) ** 2
+        )
+        # the other algorithms need stride 1
+        possible = [name for name in names if stride == 1 or name in ("im2col", "native")]
+        runs = {name: partial(_forced, name, x, weight, stride) for name in possible}
         taken = _in_turns(runs, rounds)
         marks = {name: "*" if name == chosen else " " for name in taken}
         cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in names]
-        print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>13}" for cell in cells))
+        print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>17}" for cell in cells))
     return 0
 
 
-def _forced(form: str, x: mx.array, weight: mx.array, stride: int) -> None:
+def _forced(algorithm: str, x: mx.array, weight: mx.array, stride: int) -> None:
     with (
-        patch.object(conv_algorithms, "form_of", lambda *_: form),
-        patch.object(conv_parallel, "form_of", lambda *_: form),
+        patch.object(conv_algorithms, "choose_algorithm", lambda *_: algorithm),
+        patch.object(conv_parallel, "choose_algorithm", lambda *_: algorithm),
     ):
         mx.eval(conv2d(x, weight, stride=stride, padding=1))
 
 
 def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, after a run that does not count."""
+    """Median milliseconds per algorithm; the first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():

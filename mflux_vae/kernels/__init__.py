@@ -12,7 +12,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.activations import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
-from mflux_vae.kernels.attention import SCORES_AT_ONCE, attention, softmax
+from mflux_vae.kernels.attention import MAX_SCORES, attention, softmax
 from mflux_vae.kernels.conv import (
     FUSED,
     Padding,
@@ -24,7 +24,7 @@ from mflux_vae.kernels.conv import (
 )
 from mflux_vae.kernels.conv_transpose import conv_transpose2d
 from mflux_vae.kernels.cpu.fusion import compiles
-from mflux_vae.kernels.cpu.parallel import deferred, map_batch, overlapping, side_by_side, streams
+from mflux_vae.kernels.cpu.parallel import deferred, map_batch, overlapping, run_parallel, streams
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -37,7 +37,7 @@ from mflux_vae.kernels.normalization import (
 
 __all__ = [
     "FUSED",
-    "SCORES_AT_ONCE",
+    "MAX_SCORES",
     "Padding",
     "attention",
     "batch_norm",
@@ -60,7 +60,7 @@ __all__ = [
     "relu",
     "repeat_conv2d",
     "rms_norm",
-    "side_by_side",
+    "run_parallel",
     "sigmoid",
     "silu",
     "softmax",

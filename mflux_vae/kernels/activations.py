@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import fuses
+from mflux_vae.kernels.cpu.parallel import can_fuse
 from mflux_vae.kernels.overrides import pointwise
 from mflux_vae.runtime import device
 
@@ -42,8 +42,8 @@ def quick_gelu(x: mx.array) -> mx.array:
 @pointwise
 def gelu(x: mx.array) -> mx.array:
     """Exact GELU, x * Phi(x)."""
-    wide = x.astype(mx.float32)
-    return (wide * (1 + mx.erf(wide * 0.7071067811865476)) * 0.5).astype(x.dtype)
+    x32 = x.astype(mx.float32)
+    return (x32 * (1 + mx.erf(x32 * 0.7071067811865476)) * 0.5).astype(x.dtype)
 
 
 @pointwise
@@ -66,18 +66,18 @@ def sigmoid(x: mx.array) -> mx.array:
 
 # tanh(x / 2) / 2 = x P(x^2) / Q(x^2), relative error 9e-9 up to 16.5, where it is 1/2 in float32: coefficients fitted
 # by iteratively reweighted least squares. All activations are this function; its halves save operations.
-_ALL = 16.5
+_SATURATION = 16.5
 _P = (0.249999998, 0.00839312709, 5.5514598e-05, 8.42691989e-08, 1.43986541e-11)
 _Q = (1.0, 0.116905822, 0.00163088454, 5.28156796e-06, 3.2550131e-09)
 
 # GELU's t = tanh(0.8 (x + 0.04 x^3)) / 2 in the same way, relative error 7e-9 up to 5.6.
-_GELU_ALL = 5.6
+_GELU_SATURATION = 5.6
 _GELU_P = (0.39894233, 0.0300579123, 0.00363138212, 0.000131906771, 7.18650784e-06, 2.53269119e-08)
 _GELU_Q = (1.0, 0.242836514, 0.0242021724, 0.00129227792, 7.59355263e-05, 1.36239927e-06)
 
-_QUICK = 1.702
-_QUICK_P = tuple(c * _QUICK ** (2 * i + 1) for i, c in enumerate(_P))
-_QUICK_Q = tuple(c * _QUICK ** (2 * i) for i, c in enumerate(_Q))
+_QUICK_SCALE = 1.702
+_QUICK_P = tuple(c * _QUICK_SCALE ** (2 * i + 1) for i, c in enumerate(_P))
+_QUICK_Q = tuple(c * _QUICK_SCALE ** (2 * i) for i, c in enumerate(_Q))
 
 _GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
 """sqrt(2 / pi) and the cubic coefficient of Hendrycks and Gimpel 2016."""
@@ -86,39 +86,39 @@ _GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
 Pointwise: TypeAlias = Callable[[mx.array], mx.array]
 
 
-def _sum(c: Sequence[float], square: mx.array, fourth: mx.array) -> mx.array:
+def _polynomial(c: Sequence[float], square: mx.array, fourth: mx.array) -> mx.array:
     """A polynomial of degree four or five in the square."""
     last = c[4] if len(c) == 5 else c[4] + c[5] * square
     return (c[0] + c[1] * square) + fourth * ((c[2] + c[3] * square) + fourth * last)
 
 
-def _fraction(x: mx.array) -> tuple[mx.array, mx.array]:
+def _rational(x: mx.array) -> tuple[mx.array, mx.array]:
     """P(x^2) and Q(x^2)."""
     square = x * x
     fourth = square * square
-    return _sum(_P, square, fourth), _sum(_Q, square, fourth)
+    return _polynomial(_P, square, fourth), _polynomial(_Q, square, fourth)
 
 
-def _fused_half(x: mx.array) -> mx.array:
+def _half_tanh_fused(x: mx.array) -> mx.array:
     """tanh(x / 2) / 2, for compiled formulas: comparisons are cheap there, `mx.clip` is not."""
-    p, q = _fraction(x)
-    t = mx.where(x > _ALL, 0.5, x * p / q)
-    return mx.where(x < -_ALL, -0.5, t)
+    p, q = _rational(x)
+    t = mx.where(x > _SATURATION, 0.5, x * p / q)
+    return mx.where(x < -_SATURATION, -0.5, t)
 
 
-def _stepwise_half(x: mx.array) -> mx.array:
+def _half_tanh(x: mx.array) -> mx.array:
     """The same operation by operation: there a comparison costs as much as fifteen products, `mx.clip` as two."""
-    x = mx.clip(x, -_ALL, _ALL)
-    p, q = _fraction(x)
+    x = mx.clip(x, -_SATURATION, _SATURATION)
+    p, q = _rational(x)
     return x * p / q
 
 
-def _gated(x: mx.array, p: Sequence[float], q: Sequence[float], all_from: float) -> mx.array:
+def _gated(x: mx.array, p: Sequence[float], q: Sequence[float], saturation: float) -> mx.array:
     """x (1/2 + t(x)) of an odd t = x P(x^2) / Q(x^2) that is 1/2 from some x on: one comparison, one pass."""
     square, size = x * x, mx.abs(x)
     fourth = square * square
-    t = square * _sum(p, square, fourth) / _sum(q, square, fourth)
-    return 0.5 * x + mx.where(size > all_from, 0.5 * size, t)
+    t = square * _polynomial(p, square, fourth) / _polynomial(q, square, fourth)
+    return 0.5 * x + mx.where(size > saturation, 0.5 * size, t)
 
 
 def _gelu_argument(x: mx.array) -> mx.array:
@@ -129,31 +129,31 @@ def _gelu_argument(x: mx.array) -> mx.array:
 
 
 def _silu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-    s = 0.5 + _stepwise_half(x)
+    s = 0.5 + _half_tanh(x)
     y = x * s
     return y, s + y * (1 - s)
 
 
 def _quick_gelu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-    y, slope = _silu_and_slope(_QUICK * x)
-    return (1 / _QUICK) * y, slope
+    y, slope = _silu_and_slope(_QUICK_SCALE * x)
+    return (1 / _QUICK_SCALE) * y, slope
 
 
 def _gelu_tanh_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
     near = mx.clip(x, -5.0, 5.0)  # t is 1/2 beyond, but for a rounding error that x^3 would magnify
     square = near * near
-    t = _stepwise_half((2 * _GELU_SCALE) * near * (1 + _GELU_CUBE * square))
+    t = _half_tanh((2 * _GELU_SCALE) * near * (1 + _GELU_CUBE * square))
     s = 0.5 + t
     return x * s, s + near * (1 - 4 * (t * t)) * (0.5 * _GELU_SCALE + (1.5 * _GELU_SCALE * _GELU_CUBE) * square)
 
 
 def _tanh_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-    y = 2 * _stepwise_half(2 * x)
+    y = 2 * _half_tanh(2 * x)
     return y, 1 - y * y
 
 
 def _sigmoid_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-    y = 0.5 + _stepwise_half(x)
+    y = 0.5 + _half_tanh(x)
     return y, y * (1 - y)
 
 
@@ -161,29 +161,29 @@ def _differentiable(value: Pointwise, value_and_slope: Callable[[mx.array], tupl
     """A function of each element, float32 inside whatever the dtype: compiled where it is computed at once."""
 
     @fused
-    def at_once(x: mx.array) -> mx.array:
+    def compiled(x: mx.array) -> mx.array:
         return value(x.astype(mx.float32)).astype(x.dtype)
 
     @_custom_function
-    def stepwise(x: mx.array) -> tuple[mx.array, mx.array]:
+    def unfused(x: mx.array) -> tuple[mx.array, mx.array]:
         y, slope = value_and_slope(x.astype(mx.float32))
         return y.astype(x.dtype), slope
 
-    @stepwise.vjp
-    def stepwise_vjp(
-        x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
-    ) -> mx.array:
+    @unfused.vjp
+    def unfused_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
         return (cotangents[0].astype(mx.float32) * outputs[1]).astype(x.dtype)
 
     def function(x: mx.array) -> mx.array:
-        y: mx.array = at_once(x) if fuses(x) else stepwise(x)[0]
+        y: mx.array = compiled(x) if can_fuse(x) else unfused(x)[0]
         return y
 
     return function
 
 
-_silu = _differentiable(lambda x: _gated(x, _P, _Q, _ALL), _silu_and_slope)
-_quick_gelu = _differentiable(lambda x: _gated(x, _QUICK_P, _QUICK_Q, _ALL / _QUICK), _quick_gelu_and_slope)
-_gelu_tanh = _differentiable(lambda x: _gated(x, _GELU_P, _GELU_Q, _GELU_ALL), _gelu_tanh_and_slope)
-_tanh = _differentiable(lambda x: 2 * _fused_half(2 * x), _tanh_and_slope)
-_sigmoid = _differentiable(lambda x: 0.5 + _fused_half(x), _sigmoid_and_slope)
+_silu = _differentiable(lambda x: _gated(x, _P, _Q, _SATURATION), _silu_and_slope)
+_quick_gelu = _differentiable(
+    lambda x: _gated(x, _QUICK_P, _QUICK_Q, _SATURATION / _QUICK_SCALE), _quick_gelu_and_slope
+)
+_gelu_tanh = _differentiable(lambda x: _gated(x, _GELU_P, _GELU_Q, _GELU_SATURATION), _gelu_tanh_and_slope)
+_tanh = _differentiable(lambda x: 2 * _half_tanh_fused(2 * x), _tanh_and_slope)
+_sigmoid = _differentiable(lambda x: 0.5 + _half_tanh_fused(x), _sigmoid_and_slope)

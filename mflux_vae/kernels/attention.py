@@ -14,15 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import filled, fuses, is_eager, streams
+from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, streams
 from mflux_vae.runtime import device
 
-BAND_SCORES = 1 << 20
+CHUNK_SCORES = 1 << 20
 """Of a band, on a CPU."""
-_SMALLEST = 1 << 15
+_MIN_SCORES = 1 << 15
 """Fewer scores are not worth a band."""
-SCORES_AT_ONCE = 1 << 23
-_AT_ONCE = 16
+MAX_SCORES = 1 << 23
+_MAX_SPLITS = 16
 """Rows are cut into so many pieces to find their largest values."""
 _FUSED_MAX_WIDTH = 128
 """MLX's attention on Metal and CUDA makes no scores up to this width of a head."""
@@ -30,10 +30,10 @@ _FUSED_MAX_WIDTH = 128
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
     """Softmax, summed in float32 whatever the dtype."""
-    if x.size >= _SMALLEST and is_eager(x):
+    if x.size >= _MIN_SCORES and is_eager(x):
         wide = x.astype(mx.float32)
-        powers = exp(wide - mx.max(wide, axis=axis, keepdims=True))
-        return (powers / mx.sum(powers, axis=axis, keepdims=True)).astype(x.dtype)
+        exps = exp(wide - mx.max(wide, axis=axis, keepdims=True))
+        return (exps / mx.sum(exps, axis=axis, keepdims=True)).astype(x.dtype)
     return mx.softmax(x, axis=axis, precise=True)
 
 
@@ -61,32 +61,32 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         (B, heads, N, d).
     """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if scores >= _SMALLEST and is_eager(q, k, v, *([] if mask is None else [mask])):
+    if scores >= _MIN_SCORES and is_eager(q, k, v, *([] if mask is None else [mask])):
         dtype = q.dtype
         q, k, v = (a.astype(mx.float32) for a in (q, k, v))
-        return _in_bands(q, k, v, scale, mask).astype(dtype)
-    queries = max(SCORES_AT_ONCE // (scores // q.shape[2]), 1)
+        return _chunked_attention(q, k, v, scale, mask).astype(dtype)
+    queries = max(MAX_SCORES // (scores // q.shape[2]), 1)
     if device.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
         return _attention(q, k, v, scale, mask)
-    parts = []
+    outputs = []
     for start in range(0, q.shape[2], queries):
-        here = slice(start, start + queries)
-        part = None if mask is None else _part(mask, (slice(None), slice(None), here))
-        parts.append(_attention(q[:, :, here], k, v, scale, part))
+        rows = slice(start, start + queries)
+        part = None if mask is None else _mask_part(mask, (slice(None), slice(None), rows))
+        outputs.append(_attention(q[:, :, rows], k, v, scale, part))
         try:
-            mx.eval(parts[-1])
+            mx.eval(outputs[-1])
         except ValueError:  # inside a trace nothing can be computed yet, and parts would save nothing
             return _attention(q, k, v, scale, mask)
-    return mx.concatenate(parts, axis=2)
+    return mx.concatenate(outputs, axis=2)
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     if not device.is_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     scores = _scores(q, k, scale, mask)
-    if not fuses(scores):
+    if not can_fuse(scores):
         return softmax(scores) @ v
-    return _weighted(scores.astype(mx.float32), v.astype(mx.float32)).astype(v.dtype)
+    return _softmax_matmul(scores.astype(mx.float32), v.astype(mx.float32)).astype(v.dtype)
 
 
 def _scores(q: mx.array, k: mx.array, scale: float, mask: mx.array | None) -> mx.array:
@@ -94,46 +94,46 @@ def _scores(q: mx.array, k: mx.array, scale: float, mask: mx.array | None) -> mx
     return scores if mask is None else scores + mask
 
 
-def _weighted(scores: mx.array, v: mx.array) -> mx.array:
+def _softmax_matmul(scores: mx.array, v: mx.array) -> mx.array:
     """softmax(scores) @ v, float32."""
-    powers = exp(scores - _largest(scores))
-    return (powers @ v) / (powers @ mx.ones((v.shape[-2], 1)))
+    exps = exp(scores - _row_max(scores))
+    return (exps @ v) / (exps @ mx.ones((v.shape[-2], 1)))
 
 
-def _largest(x: mx.array) -> mx.array:
+def _row_max(x: mx.array) -> mx.array:
     """Of each row, (..., M) -> (..., 1): in two steps, as MLX compares whole vectors along all axes but the last."""
-    if x.shape[-1] % _AT_ONCE == 0:
-        x = mx.max(mx.unflatten(x, -1, (_AT_ONCE, -1)), axis=-2)
+    if x.shape[-1] % _MAX_SPLITS == 0:
+        x = mx.max(mx.unflatten(x, -1, (_MAX_SPLITS, -1)), axis=-2)
     return mx.max(x, axis=-1, keepdims=True)
 
 
-def _in_bands(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+def _chunked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     batch, heads, queries, _ = q.shape
     per_head = queries * k.shape[2]
-    heads_at_once = max(1, min(-(-heads * batch // streams()), heads, BAND_SCORES // per_head))
-    at_once = queries if heads_at_once > 1 else max(1, min(queries, BAND_SCORES // k.shape[2]))
+    chunk_heads = max(1, min(-(-heads * batch // streams()), heads, CHUNK_SCORES // per_head))
+    chunk_queries = queries if chunk_heads > 1 else max(1, min(queries, CHUNK_SCORES // k.shape[2]))
     if batch * heads == 1:  # as autoencoders have
-        at_once = min(at_once, -(-queries // streams()))
-    if at_once < queries:  # or every band would copy its head's
+        chunk_queries = min(chunk_queries, -(-queries // streams()))
+    if chunk_queries < queries:  # or every band would copy its head's
         k, v = mx.contiguous(k), mx.contiguous(v)
     mx.eval(q, k, v)
 
-    def band(index: tuple[slice, slice, slice]) -> mx.array:
-        part = None if mask is None else _part(mask, index)
-        return _weighted(_scores(q[index], k[index[:2]], scale, part), v[index[:2]]).swapaxes(1, 2)
+    def chunk(index: tuple[slice, slice, slice]) -> mx.array:
+        part = None if mask is None else _mask_part(mask, index)
+        return _softmax_matmul(_scores(q[index], k[index[:2]], scale, part), v[index[:2]]).swapaxes(1, 2)
 
-    def bands() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
+    def chunks() -> Iterator[tuple[Any, Callable[[], mx.array]]]:
         for image in range(batch):
-            for head in range(0, heads, heads_at_once):
-                for query in range(0, queries, at_once):
-                    rows = slice(query, min(query + at_once, queries))
-                    of, some = slice(image, image + 1), slice(head, min(head + heads_at_once, heads))
-                    yield (of, rows, some), partial(band, (of, some, rows))
+            for head in range(0, heads, chunk_heads):
+                for query in range(0, queries, chunk_queries):
+                    rows = slice(query, min(query + chunk_queries, queries))
+                    sample, head_slice = slice(image, image + 1), slice(head, min(head + chunk_heads, heads))
+                    yield (sample, rows, head_slice), partial(chunk, (sample, head_slice, rows))
 
-    return filled(mx.zeros((batch, queries, heads, v.shape[3])), bands()).swapaxes(1, 2)
+    return fill_parallel(mx.zeros((batch, queries, heads, v.shape[3])), chunks()).swapaxes(1, 2)
 
 
-def _part(mask: mx.array, index: tuple[slice, slice, slice]) -> mx.array:
+def _mask_part(mask: mx.array, index: tuple[slice, slice, slice]) -> mx.array:
     """What a mask says of some images, heads and queries; its axes of length 1 are for all."""
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     return mask[tuple(slice(None) if n == 1 else i for n, i in zip(mask.shape, index, strict=False))]

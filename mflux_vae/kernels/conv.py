@@ -25,15 +25,15 @@ from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu import conv_parallel, winograd
 from mflux_vae.kernels.cpu.conv_algorithms import (
     Padding,
+    choose_algorithm,
+    convolve,
     flipped,
-    form_of,
-    in_one_piece,
-    padded,
-    repeated,
-    sides_of,
-    weight_to_depth,
+    normalize_padding,
+    repeat_2x,
+    weight_space_to_depth,
+    zero_pad,
 )
-from mflux_vae.kernels.cpu.im2col import windows
+from mflux_vae.kernels.cpu.im2col import im2col
 from mflux_vae.kernels.cpu.parallel import is_eager, streams
 from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.overrides import overridable
@@ -66,7 +66,7 @@ def conv2d(
     Raises:
         ValueError: the kernel is larger than the padded image, or their channels differ.
     """
-    (top, bottom), (left, right) = sides = sides_of(padding)
+    (top, bottom), (left, right) = sides = normalize_padding(padding)
     height, width = x.shape[1] + top + bottom, x.shape[2] + left + right
     if height < weight.shape[1] or width < weight.shape[2] or x.shape[3] != weight.shape[3]:
         raise ValueError(
@@ -78,14 +78,14 @@ def conv2d(
         if top == bottom < weight.shape[1] and left == right < weight.shape[2]:
             y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
         else:
-            y = mx.conv2d(padded(x, sides), weight, stride=stride)
+            y = mx.conv2d(zero_pad(x, sides), weight, stride=stride)
         return y if bias is None else y + bias
     if x.dtype != mx.float32:  # products of halves are thirty times slower
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
         return y if bias is None else y + bias
     if weight.shape[1:3] != (1, 1) and is_eager(x, weight):
-        return conv_parallel.convolution(conv_parallel.rows_of(x), x.shape, weight, bias, stride, sides)
-    x = padded(x, sides)
+        return conv_parallel.convolution(conv_parallel.array_rows(x), x.shape, weight, bias, stride, sides)
+    x = zero_pad(x, sides)
     y = _conv_valid(*(_space_to_depth(x, weight) if stride == 2 else (x, weight)))
     return y if bias is None else y + bias
 
@@ -106,35 +106,35 @@ def norm_silu_conv2d(
         norm: groups, weight, bias and eps, as of `group_norm`.
         residual: of the result's shape, or None.
     """
-    sides = sides_of(padding)
-    if not _fuses(x, weight, residual, *norm[1:3]):
+    sides = normalize_padding(padding)
+    if not _can_fuse(x, weight, residual, *norm[1:3]):
         y = conv2d(silu(group_norm(x, *norm)).astype(weight.dtype), weight, bias, padding=padding)
         return y if residual is None else residual + y
-    rows = conv_parallel.silu_rows_of(x, *group_norm_affine(x, *norm))
+    rows = conv_parallel.silu_rows(x, *group_norm_affine(x, *norm))
     return conv_parallel.convolution(rows, x.shape, weight, bias, 1, sides, residual)
 
 
 @overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
     """conv2d(upsample_nearest_2x(x), weight, bias), without the four times larger image in memory."""
-    if not _fuses(x, weight):
+    if not _can_fuse(x, weight):
         return conv2d(upsample_nearest_2x(x), weight, bias, padding=padding)
     batch, height, width, channels = x.shape
-    shape, rows = (batch, 2 * height, 2 * width, channels), conv_parallel.repeated_rows_of(x)
-    return conv_parallel.convolution(rows, shape, weight, bias, 1, sides_of(padding))
+    shape, rows = (batch, 2 * height, 2 * width, channels), conv_parallel.upsampled_rows(x)
+    return conv_parallel.convolution(rows, shape, weight, bias, 1, normalize_padding(padding))
 
 
 @overridable
 def upsample_nearest_2x(x: mx.array) -> mx.array:
     """Nearest-neighbour upsampling by two. (B, H, W, C) -> (B, 2H, 2W, C)."""
-    return repeated(x)
+    return repeat_2x(x)
 
 
 FUSED = (norm_silu_conv2d, repeat_conv2d)
 """Where a stand-in for an array is to be treated step by step, their `__wrapped__` does it."""
 
 
-def _fuses(x: Any, *others: mx.array | None) -> bool:
+def _can_fuse(x: Any, *others: mx.array | None) -> bool:
     """Whether bands can take their rows through other functions: x is an array, no stand-in, and computed at once."""
     arrays = [array for array in (x, *others) if array is not None]
     if any(not isinstance(array, mx.array) or array.dtype != mx.float32 for array in arrays):
@@ -142,7 +142,7 @@ def _fuses(x: Any, *others: mx.array | None) -> bool:
     return is_eager(*arrays)
 
 
-def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, made: int = 0) -> int:
+def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, intermediates: int = 0) -> int:
     """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
 
     Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
@@ -163,28 +163,28 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     if kh == kw == stride == 1:
         return 0
     taps, count = kh * kw, batch * -(-height // stride) * -(-width // stride)
-    form = form_of((kh, kw), stride, channels, out, count)
-    step = winograd.TILE if form == "winograd" else stride
+    algorithm = choose_algorithm((kh, kw), stride, channels, out, count)
+    step = winograd.TILE if algorithm == "winograd" else stride
     down, across = -(-height // step), -(-width // step)
-    images, rows = conv_parallel.band_of(form, (batch, down, across), channels, out, taps)
-    at_once = min(streams() * images * rows, batch * down) * across
-    if form == "winograd":
+    images, rows = conv_parallel.chunk_shape(algorithm, (batch, down, across), channels, out, taps)
+    chunk_cells = min(streams() * images * rows, batch * down) * across
+    if algorithm == "winograd":
         tiles, pixels = batch * down * across, winograd.TILE**2
-        if conv_parallel.shares_outputs(tiles, out):
-            places = streams() * conv_parallel.outputs_at_once(channels, out)
-            first = tiles * ((1 + made) * pixels + 72) * channels
-            return 4 * max(first, tiles * 36 * channels + places * (68 * tiles + 45 * channels))
+        if conv_parallel.splits_channels(tiles, out):
+            columns = streams() * conv_parallel.channels_per_chunk(channels, out)
+            input_bytes = tiles * ((1 + intermediates) * pixels + 72) * channels
+            return 4 * max(input_bytes, tiles * 36 * channels + columns * (68 * tiles + 45 * channels))
         pixels += -(-2 * winograd.TILE // rows)
-        return 4 * (at_once * (((1 + made) * pixels + 72) * channels + 68 * out) + 45 * channels * out)
-    below = stride**2 * channels  # numbers of the argument for each pixel of the result
-    each = {
-        "taps last": 2 * taps * out + out,
-        "shifts": below + 2 * out,
-        "own": 2 * below + taps * channels + out,
-        "patches": below + taps * channels + out,
+        return 4 * (chunk_cells * (((1 + intermediates) * pixels + 72) * channels + 68 * out) + 45 * channels * out)
+    input_values = stride**2 * channels  # numbers of the argument for each pixel of the result
+    values = {
+        "gemm_then_shift": 2 * taps * out + out,
+        "shifted_gemm": input_values + 2 * out,
+        "native": 2 * input_values + taps * channels + out,
+        "im2col": input_values + taps * channels + out,
     }
-    before = made * below // (2 if form == "shifts" else 1)
-    return 4 * at_once * (each[form] + before)
+    extra = intermediates * input_values // (2 if algorithm == "shifted_gemm" else 1)
+    return 4 * chunk_cells * (values[algorithm] + extra)
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -196,13 +196,13 @@ def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
     x = x[:, : 2 * blocks_h, : 2 * blocks_w]
     x = mx.pad(x, [(0, 0), (0, 2 * blocks_h - x.shape[1]), (0, 2 * blocks_w - x.shape[2]), (0, 0)])
     x = x.reshape(batch, blocks_h, 2, blocks_w, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, blocks_h, blocks_w, 4 * channels), weight_to_depth(weight)
+    return x.reshape(batch, blocks_h, blocks_w, 4 * channels), weight_space_to_depth(weight)
 
 
 @_custom_function
 def _conv_valid(x: mx.array, weight: mx.array) -> mx.array:
     """Convolution without padding, stride 1, with gradients."""
-    return in_one_piece(x, weight)
+    return convolve(x, weight)
 
 
 @_conv_valid.vjp
@@ -210,7 +210,7 @@ def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y:
     """The input's gradient is a convolution again, the weight's one product over patches."""
     x, weight = primals
     out, kh, kw, _ = weight.shape
-    margin = padded(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
-    grad_x = _conv_valid(margin, flipped(weight))
-    grad_w = cotangent.reshape(-1, out).T @ windows(x, (kh, kw), 1, (cotangent.shape[1], cotangent.shape[2]))
+    padded_dy = zero_pad(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))
+    grad_x = _conv_valid(padded_dy, flipped(weight))
+    grad_w = cotangent.reshape(-1, out).T @ im2col(x, (kh, kw), 1, (cotangent.shape[1], cotangent.shape[2]))
     return grad_x, grad_w.reshape(weight.shape)

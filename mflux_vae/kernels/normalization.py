@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import filled, fuses, is_eager, mapped, pieces
+from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, map_chunks, split_pixels
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
 
-_PIXELS_SUMMED_AT_ONCE = 4096
+_MAX_PIXELS_PER_SUM = 4096
 
 
 @overridable
@@ -34,10 +34,10 @@ def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]
     """
     batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
     if is_eager(x):
-        return _statistics_in_bands(x.reshape(batch, -1, channels), groups)
+        return _chunked_statistics(x.reshape(batch, -1, channels), groups)
     x = x.reshape(batch, -1, channels).astype(mx.float32)
-    mean = over_group(_over_pixels(x, width), groups)
-    return mean, over_group(_over_pixels(mx.square(x - mean[:, None]), width), groups)
+    mean = group_mean(_pixel_mean(x, width), groups)
+    return mean, group_mean(_pixel_mean(mx.square(x - mean[:, None]), width), groups)
 
 
 def group_norm_apply(
@@ -58,25 +58,25 @@ def group_norm_affine(
     return scale, bias - mean * scale
 
 
-def _statistics_in_bands(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
+def _chunked_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     """`group_norm_statistics` of x (B, N, C): those of each band's channels, merged (Chan et al. 1979)."""
     batch, pixels, channels = x.shape
-    images, parts = pieces(batch, pixels, channels)
+    images, parts = split_pixels(batch, pixels, channels)
     parts = [
-        slice(part.start + i, min(part.start + i + _PIXELS_SUMMED_AT_ONCE, part.stop))
+        slice(part.start + i, min(part.start + i + _MAX_PIXELS_PER_SUM, part.stop))
         for part in parts
-        for i in range(0, part.stop - part.start, _PIXELS_SUMMED_AT_ONCE)
+        for i in range(0, part.stop - part.start, _MAX_PIXELS_PER_SUM)
     ]
 
-    def band(these: slice, part: slice) -> mx.array:
+    def chunk(samples: slice, part: slice) -> mx.array:
         """Mean and variance of each channel, (b, 2, C); sums as products, which use every lane of a vector."""
-        given = x[these, part].astype(mx.float32)
-        ones, share = mx.ones((1, 1, given.shape[1])), 1 / given.shape[1]
-        mean = ones @ given * share
-        return mx.concatenate([mean, ones @ _squared_distance(given, mean) * share], axis=1)
+        block = x[samples, part].astype(mx.float32)
+        ones, share = mx.ones((1, 1, block.shape[1])), 1 / block.shape[1]
+        mean = ones @ block * share
+        return mx.concatenate([mean, ones @ _squared_distance(block, mean) * share], axis=1)
 
-    bands = (((these, i), partial(band, these, part)) for these in images for i, part in enumerate(parts))
-    y = filled(mx.zeros((batch, len(parts), 2, channels)), bands)
+    chunks = (((samples, i), partial(chunk, samples, part)) for samples in images for i, part in enumerate(parts))
+    y = fill_parallel(mx.zeros((batch, len(parts), 2, channels)), chunks)
     means, variances = mx.unflatten(y.swapaxes(1, 2), -1, (groups, -1)).swapaxes(0, 1)
     share = mx.array([(part.stop - part.start) / pixels for part in parts]).reshape(-1, 1, 1)
     share = share / (channels // groups)
@@ -98,15 +98,15 @@ def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
     return difference * difference
 
 
-def _over_pixels(x: mx.array, width: int) -> mx.array:
+def _pixel_mean(x: mx.array, width: int) -> mx.array:
     """Mean over axis 1, many pixels row by row: MLX's CPU adds one after the other, and rounds as often."""
     batch, pixels, channels = x.shape
-    if pixels > _PIXELS_SUMMED_AT_ONCE:
+    if pixels > _MAX_PIXELS_PER_SUM:
         x = mx.mean(x.reshape(batch, -1, width, channels), axis=2)
     return mx.mean(x, axis=1)
 
 
-def over_group(values: mx.array, groups: int) -> mx.array:
+def group_mean(values: mx.array, groups: int) -> mx.array:
     """Mean over each group's channels, spread back over them. (B, C) -> (B, C)."""
     batch, channels = values.shape
     mean = mx.mean(values.reshape(batch, groups, -1), axis=-1, keepdims=True)
@@ -140,7 +140,7 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
     mean, variance = (values[0] for values in group_norm_statistics(flat, x.shape[-1]))
     scale = mx.rsqrt(variance + eps) * weight
     shift = bias - mean * scale
-    y = mapped(lambda these, part: scale_and_shift(flat[these, part], scale, shift), flat.shape)
+    y = map_chunks(lambda samples, part: scale_and_shift(flat[samples, part], scale, shift), flat.shape)
     return y.reshape(x.shape), mean, variance
 
 
@@ -156,27 +156,27 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
     if not device.is_cpu():
         return mx.fast.rms_norm(x, weight, eps)
-    wide = x.astype(mx.float32)
-    y = (wide * mx.rsqrt(_mean(mx.square(wide)) + eps)).astype(x.dtype)
+    x32 = x.astype(mx.float32)
+    y = (x32 * mx.rsqrt(_mean(mx.square(x32)) + eps)).astype(x.dtype)
     return y if weight is None else y * weight
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
     """Layer normalisation over the last axis; weight and bias may be absent."""
-    if not fuses(x):
+    if not can_fuse(x):
         return mx.fast.layer_norm(x, weight, bias, eps)
-    wide = x.astype(mx.float32)
-    wide = wide - _mean(wide)
-    y = wide * mx.rsqrt(_mean(mx.square(wide)) + eps)
+    x32 = x.astype(mx.float32)
+    x32 = x32 - _mean(x32)
+    y = x32 * mx.rsqrt(_mean(mx.square(x32)) + eps)
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
 def _mean(x: mx.array) -> mx.array:
     """Mean over the last axis, which is kept: a product, that uses every lane of a vector."""
-    return x @ _shares(x.shape[-1])
+    return x @ _mean_weights(x.shape[-1])
 
 
 @cache
-def _shares(count: int) -> mx.array:
+def _mean_weights(count: int) -> mx.array:
     return mx.array(np.full((count, 1), 1 / count, np.float32))

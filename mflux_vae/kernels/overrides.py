@@ -19,11 +19,11 @@ def overridable(function: F) -> F:
     """Let an argument that stands in for an array answer the call."""
 
     @wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        for argument in arguments:
-            if hasattr(type(argument), "__mlx_function__"):
-                return argument.__mlx_function__(call, arguments, named)
-        return function(*arguments, **named)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for arg in args:
+            if hasattr(type(arg), "__mlx_function__"):
+                return arg.__mlx_function__(call, args, kwargs)
+        return function(*args, **kwargs)
 
     return cast(F, call)
 

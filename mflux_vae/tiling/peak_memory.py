@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.kernels.attention import BAND_SCORES
+from mflux_vae.kernels.attention import CHUNK_SCORES
 from mflux_vae.kernels.cpu.parallel import streams
 from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
@@ -175,12 +175,12 @@ class _Weighed(LazyArray):
             times = 2 if function is kernels.repeat_conv2d else 1
             shape = batch, times * height, times * width, channels
             weight = arguments[_WEIGHTS[function]]
-            transient += _convolution(shape, weight, named.get("stride", 1), _MADE.get(function, 0))
+            transient += _convolution(shape, weight, named.get("stride", 1), _INTERMEDIATES.get(function, 0))
         elif function is kernels.conv_transpose2d and is_cpu():
             phases = (*self.shape[:3], 4 * example.shape[3])  # which wait to be put in their order
             tally.take(_phases(self.shape, arguments[1]) + 4 * prod(phases))
-            made = _Weighed(tally, phases, example.dtype, 4 * prod(phases))
-            return _Weighed(tally, example.shape, example.dtype, 0, [made], apart=True)
+            phased = _Weighed(tally, phases, example.dtype, 4 * prod(phases))
+            return _Weighed(tally, example.shape, example.dtype, 0, [phased], apart=True)
         elif function in _ATTENTION:
             transient += _ATTENTION[function](example.shape)
         else:  # in another order
@@ -245,16 +245,20 @@ _WEIGHTS: dict[Callable[..., Any], int] = {
 }
 """Which argument of a convolution is the weight."""
 
-_MADE: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
+_INTERMEDIATES: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
 """Arrays that are made of a band's rows before they are convolved."""
 
 _APART = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 """What cannot be computed in its argument's memory."""
 
 
-def _convolution(shape: Sequence[int], weight: mx.array, stride: int, made: int = 0) -> int:
+def _convolution(shape: Sequence[int], weight: mx.array, stride: int, intermediates: int = 0) -> int:
     """Bytes of a convolution's own; on Metal and CUDA a copy of the padded image."""
-    return kernels.workspace_bytes(shape, weight.shape, stride, made=made) if is_cpu() else 4 * prod(shape)
+    return (
+        kernels.workspace_bytes(shape, weight.shape, stride, intermediates=intermediates)
+        if is_cpu()
+        else 4 * prod(shape)
+    )
 
 
 def _phases(shape: Sequence[int], weight: mx.array) -> int:
@@ -271,8 +275,8 @@ def _attention(shape: Sequence[int]) -> int:
     batch, height, width, _ = shape
     scores = batch * (height * width) ** 2
     if not is_cpu():
-        return 4 * (6 * prod(shape) + 3 * min(scores, kernels.SCORES_AT_ONCE))
-    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * BAND_SCORES), 3 * min(scores, BAND_SCORES)))
+        return 4 * (6 * prod(shape) + 3 * min(scores, kernels.MAX_SCORES))
+    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * CHUNK_SCORES), 3 * min(scores, CHUNK_SCORES)))
 
 
 def _linear_attention(shape: Sequence[int]) -> int:

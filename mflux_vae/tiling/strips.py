@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import kernels
-from mflux_vae.kernels.cpu.conv_algorithms import sides_of
+from mflux_vae.kernels.cpu.conv_algorithms import normalize_padding
 from mflux_vae.kernels.overrides import is_pointwise, pointwise
 from mflux_vae.networks.layers import avg_pool_2x
 
@@ -333,7 +333,7 @@ class Convolution(Buffered):
         stride: int = 1,
         padding: kernels.Padding = 0,
     ):
-        (top, _), self._sides = sides_of(padding)
+        (top, _), self._sides = normalize_padding(padding)
         example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
         self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
         self._hold(job, example.shape, example.dtype, [x], cost=stride**2)

@@ -38,7 +38,7 @@ def parallel_tree_map(function: Callable[..., Any], tree: Any, *others: Any, don
                 array[...] = 0  # a broadcast scalar: the buffer is left to the result
         return results
 
-    chunks = kernels.side_by_side(partial(run, chunk) for chunk in _chunks(leaves))
+    chunks = kernels.run_parallel(partial(run, chunk) for chunk in _chunks(leaves))
     results = iter([result for chunk in chunks for result, *_ in chunk])
     return tree_map(lambda _: next(results), tree)
 

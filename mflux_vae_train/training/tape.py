@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mflux_vae import kernels
 from mflux_vae.kernels.cpu import conv_gradients
-from mflux_vae.kernels.cpu.conv_algorithms import sides_of
+from mflux_vae.kernels.cpu.conv_algorithms import normalize_padding
 
 Backward: TypeAlias = Callable[[mx.array], None]
 """Takes the gradient of a function's result and adds the gradients of its arguments to their slots."""
@@ -171,7 +171,7 @@ def _conv2d(
     padding: kernels.Padding = 0,
 ) -> Any:
     kept, to_x, to_weight, to_bias = value_of(x), *(tape.slot(argument) for argument in (x, weight, bias))
-    (top, bottom), (left, right) = sides_of(padding)
+    (top, bottom), (left, right) = normalize_padding(padding)
     kh, kw = weight.shape[1:3]
     if stride > 2 or max(top, bottom) >= kh or max(left, right) >= kw:
         return _vjp_rule(kernels.conv2d)(tape, x, weight, bias, stride=stride, padding=padding)

@@ -7,64 +7,64 @@ from typing import Literal, TypeAlias
 import mlx.core as mx
 
 from mflux_vae.kernels.cpu import winograd
-from mflux_vae.kernels.cpu.im2col import windows
+from mflux_vae.kernels.cpu.im2col import im2col
 
 Padding: TypeAlias = int | tuple[tuple[int, int], tuple[int, int]]
 Sides: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """Zeros at ((top, bottom), (left, right))."""
 
 _WINOGRAD_MIN_CHANNELS = 32
-PATCHES_MAX_PIXELS = 512
+IM2COL_MAX_PIXELS = 512
 """Of all images together: Winograd's four times larger weights cost more than it saves with fewer pixels."""
-_SHIFTS_MIN_CHANNELS = 8
-_SHIFTS_MIN_WIDTH = 12
+_SHIFTED_GEMM_MIN_CHANNELS = 8
+_SHIFTED_GEMM_MIN_WIDTH = 12
 """Where rows are shorter, too much of what is multiplied runs over their ends."""
-_TAPS_LAST_SHARE = 4
+_GEMM_THEN_SHIFT_RATIO = 4
 """Taps last where input channels are so many times the output channels."""
 
 
-Form: TypeAlias = Literal["winograd", "taps last", "shifts", "own", "patches"]
+Algorithm: TypeAlias = Literal["winograd", "gemm_then_shift", "shifted_gemm", "native", "im2col"]
 
 
-def form_of(kernel: tuple[int, int], stride: int, channels: int, out: int, pixels: int) -> Form:
+def choose_algorithm(kernel: tuple[int, int], stride: int, channels: int, out: int, pixels: int) -> Algorithm:
     """The fastest form of a shape, measured with MKL on two cores of an AVX-512 server.
 
     Args:
         pixels: of the result, in all images.
     """
-    if stride == 1 and out * _TAPS_LAST_SHARE <= channels and out <= 32:
-        return "taps last"
+    if stride == 1 and out * _GEMM_THEN_SHIFT_RATIO <= channels and out <= 32:
+        return "gemm_then_shift"
     if stride == 1 and min(channels, out) >= _WINOGRAD_MIN_CHANNELS:
-        return "winograd" if kernel == (3, 3) and pixels > PATCHES_MAX_PIXELS else "patches"
+        return "winograd" if kernel == (3, 3) and pixels > IM2COL_MAX_PIXELS else "im2col"
     if stride == 1 and channels < _WINOGRAD_MIN_CHANNELS:
-        return "shifts" if channels >= _SHIFTS_MIN_CHANNELS else "own"
-    return "patches"
+        return "shifted_gemm" if channels >= _SHIFTED_GEMM_MIN_CHANNELS else "native"
+    return "im2col"
 
 
-def in_one_piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0), (0, 0))) -> mx.array:
+def convolve(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0), (0, 0))) -> mx.array:
     """Convolution, (B, H, W, C) by (O, kh, kw, C), which MLX differentiates as it is written here."""
     batch, height, width, channels = x.shape
     out, kh, kw, _ = weight.shape
     (top, bottom), (left, right) = sides
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
     if kh == kw == stride == 1:
-        return padded(x, sides) @ weight.reshape(out, channels).T
-    form = form_of((kh, kw), stride, channels, out, batch * out_h * out_w)
-    if form == "winograd":
-        count = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
-        y = winograd.convolve(winograd.tiles(x, count, (top, left)), winograd.transformed(weight), count)
-        return winograd.uncut(y)[:, :out_h, :out_w]
-    if form == "taps last":
+        return zero_pad(x, sides) @ weight.reshape(out, channels).T
+    algorithm = choose_algorithm((kh, kw), stride, channels, out, batch * out_h * out_w)
+    if algorithm == "winograd":
+        count = winograd.tile_count(out_h), winograd.tile_count(out_w)
+        y = winograd.convolve(winograd.transform_input(x, count, (top, left)), winograd.transform_weight(weight), count)
+        return winograd.join_tiles(y)[:, :out_h, :out_w]
+    if algorithm == "gemm_then_shift":
         # (B, H, W, taps * O), of which each tap's is read where the tap points
-        each = padded(x @ weight.transpose(3, 1, 2, 0).reshape(channels, -1), sides)
+        products = zero_pad(x @ weight.transpose(3, 1, 2, 0).reshape(channels, -1), sides)
         taps = [
-            each[:, i : i + out_h, j : j + out_w, (i * kw + j) * out : (i * kw + j + 1) * out]
+            products[:, i : i + out_h, j : j + out_w, (i * kw + j) * out : (i * kw + j + 1) * out]
             for i in range(kh)
             for j in range(kw)
         ]
         return sum(taps[1:], taps[0])
-    if form == "shifts" and out_w >= _SHIFTS_MIN_WIDTH:
-        x = padded(x, sides)
+    if algorithm == "shifted_gemm" and out_w >= _SHIFTED_GEMM_MIN_WIDTH:
+        x = zero_pad(x, sides)
         _, height, width, _ = x.shape
         flat = x.reshape(-1, channels)
         rows = flat.shape[0] - (kh - 1) * width - (kw - 1)
@@ -75,23 +75,23 @@ def in_one_piece(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = 
             y = mx.addmm(y, flat[start : start + rows], weight[:, i, j].T)
         # what runs over a row's end is never read
         return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
-    if form == "own":
-        return mx.conv2d(padded(x, sides), weight, stride=stride)
-    patches = windows(x, (kh, kw), stride, (out_h, out_w), (top, left))
+    if algorithm == "native":
+        return mx.conv2d(zero_pad(x, sides), weight, stride=stride)
+    patches = im2col(x, (kh, kw), stride, (out_h, out_w), (top, left))
     return (patches @ weight.reshape(out, -1).T).reshape(batch, out_h, out_w, out)
 
 
-def sides_of(padding: Padding) -> Sides:
+def normalize_padding(padding: Padding) -> Sides:
     """The same padding on all four sides where it is one number."""
     return ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
 
-def padded(x: mx.array, sides: Sides) -> mx.array:
+def zero_pad(x: mx.array, sides: Sides) -> mx.array:
     """With zeros around (B, H, W, C)."""
     return mx.pad(x, [(0, 0), *sides, (0, 0)]) if any(map(any, sides)) else x
 
 
-def repeated(x: mx.array) -> mx.array:
+def repeat_2x(x: mx.array) -> mx.array:
     """(B, H, W, C) -> (B, 2H, 2W, C), every pixel four times."""
     batch, height, width, channels = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
@@ -103,7 +103,7 @@ def flipped(weight: mx.array) -> mx.array:
     return weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 
 
-def weight_to_depth(weight: mx.array) -> mx.array:
+def weight_space_to_depth(weight: mx.array) -> mx.array:
     """A stride-2 weight (O, kh, kw, C) as that of a stride-1 convolution over 2x2 blocks, (O, kh / 2, kw / 2, 4C)."""
     out, kh, kw, channels = weight.shape
     weight = mx.pad(weight, [(0, 0), (0, kh % 2), (0, kw % 2), (0, 0)])

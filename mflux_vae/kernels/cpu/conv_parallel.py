@@ -15,43 +15,51 @@ import mlx.core as mx
 
 from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu import winograd
-from mflux_vae.kernels.cpu.conv_algorithms import Form, Sides, flipped, form_of, in_one_piece, padded, repeated
+from mflux_vae.kernels.cpu.conv_algorithms import (
+    Algorithm,
+    Sides,
+    choose_algorithm,
+    convolve,
+    flipped,
+    repeat_2x,
+    zero_pad,
+)
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.im2col import overlapped, windows
-from mflux_vae.kernels.cpu.parallel import Band, added, cut, filled, streams
+from mflux_vae.kernels.cpu.im2col import col2im, im2col
+from mflux_vae.kernels.cpu.parallel import Chunk, fill_parallel, slices, streams, sum_parallel
 from mflux_vae.kernels.normalization import scale_and_shift
 
-Rows: TypeAlias = Callable[[slice, int, int], mx.array]
+ReadRows: TypeAlias = Callable[[slice, int, int], mx.array]
 """(images, start, stop) -> those images' rows start to stop of what is convolved, (b, stop - start, W, C)."""
 
-BAND_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 21
 """Of the largest array that a band makes, so that it stays in the core's cache or near it."""
-BAND_TILES = (64, 256)
+CHUNK_TILES = (64, 256)
 """Winograd's tiles in a band: fewer make thin matrices, more do not make faster ones."""
-_BAND_WEIGHTS = 1 << 21
+_CHUNK_WEIGHTS = 1 << 21
 """Elements of the transformed weights of a band of output channels."""
-_GRADIENT_MIN_CHANNELS = 64
+_WINOGRAD_GRADIENT_MIN_CHANNELS = 64
 """Of Winograd's form of a weight's gradient."""
-_SHIFTS_CHANNELS = range(8, 128)
+_SHIFTED_GEMM_CHANNELS = range(8, 128)
 """Of the input, for a weight's gradient tap by tap."""
 
 
-def rows_of(x: mx.array) -> Rows:
+def array_rows(x: mx.array) -> ReadRows:
     """Those of an array."""
     return lambda images, start, stop: x[images, start:stop]
 
 
-def repeated_rows_of(x: mx.array) -> Rows:
+def upsampled_rows(x: mx.array) -> ReadRows:
     """Those of an image with every pixel four times."""
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
         first = start // 2
-        return repeated(x[images, first : (stop + 1) // 2])[:, start - 2 * first : stop - 2 * first]
+        return repeat_2x(x[images, first : (stop + 1) // 2])[:, start - 2 * first : stop - 2 * first]
 
     return rows
 
 
-def silu_rows_of(x: mx.array, scale: mx.array, shift: mx.array) -> Rows:
+def silu_rows(x: mx.array, scale: mx.array, shift: mx.array) -> ReadRows:
     """Those of silu(x scale + shift), by values (B, C) for each image and channel."""
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
@@ -61,7 +69,7 @@ def silu_rows_of(x: mx.array, scale: mx.array, shift: mx.array) -> Rows:
 
 
 def convolution(
-    rows: Rows,
+    rows: ReadRows,
     shape: tuple[int, ...],
     weight: mx.array,
     bias: mx.array | None,
@@ -69,7 +77,7 @@ def convolution(
     sides: Sides,
     residual: mx.array | None = None,
     *,
-    turned: bool = False,
+    flip: bool = False,
 ) -> mx.array:
     """Convolution of an image (B, H, W, C) that is made row by row, float32, computed at once.
 
@@ -81,91 +89,93 @@ def convolution(
     batch, height, width, channels = shape
     (top, bottom), (left, right) = sides
     kh, kw = weight.shape[1:3]
-    out = weight.shape[3 if turned else 0]
+    out = weight.shape[3 if flip else 0]
     out_h, out_w = (height + top + bottom - kh) // stride + 1, (width + left + right - kw) // stride + 1
-    form = form_of((kh, kw), stride, channels, out, batch * out_h * out_w)
-    every_image, every_row, every_output = slice(0, batch), slice(0, out_h), slice(0, out)
+    algorithm = choose_algorithm((kh, kw), stride, channels, out, batch * out_h * out_w)
+    all_images, all_rows, all_channels = slice(0, batch), slice(0, out_h), slice(0, out)
 
-    def read(these: slice, lines: slice, beyond: int = 0) -> tuple[mx.array, tuple[int, int]]:
+    def read(samples: slice, lines: slice, extra: int = 0) -> tuple[mx.array, tuple[int, int]]:
         """What some rows of the result see, and the rows of zeros above and below it."""
-        first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top + beyond
-        return rows(these, max(first, 0), max(min(end, height), 0)), (max(-first, 0), max(end - height, 0))
+        first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top + extra
+        return rows(samples, max(first, 0), max(min(end, height), 0)), (max(-first, 0), max(end - height, 0))
 
-    def in_tiles(these: slice, lines: slice) -> mx.array:
-        x, (above, _) = read(these, lines, beyond=-(lines.stop - lines.start) % winograd.TILE)
-        return winograd.tiles(x, (winograd.tiles_over(lines.stop - lines.start), across), (above, left))
+    def input_tiles(samples: slice, lines: slice) -> mx.array:
+        x, (above, _) = read(samples, lines, extra=-(lines.stop - lines.start) % winograd.TILE)
+        return winograd.transform_input(x, (winograd.tile_count(lines.stop - lines.start), across), (above, left))
 
-    def from_tiles(x: mx.array, kernel: mx.array, these: slice, lines: slice, places: slice) -> mx.array:
-        y = winograd.convolve(x, kernel, (winograd.tiles_over(lines.stop - lines.start), across))
-        y = mx.contiguous(y) if bias is None else _plus(y, bias[places])
-        y = winograd.uncut(y)[:, : lines.stop - lines.start, :out_w]
-        return y if residual is None else _plus(residual[these, lines, :, places], y)
+    def output_of_tiles(x: mx.array, kernel: mx.array, samples: slice, lines: slice, channel_slice: slice) -> mx.array:
+        y = winograd.convolve(x, kernel, (winograd.tile_count(lines.stop - lines.start), across))
+        y = mx.contiguous(y) if bias is None else _add(y, bias[channel_slice])
+        y = winograd.join_tiles(y)[:, : lines.stop - lines.start, :out_w]
+        return y if residual is None else _add(residual[samples, lines, :, channel_slice], y)
 
-    def from_rows(kernel: mx.array, these: slice, lines: slice) -> mx.array:
-        return from_tiles(in_tiles(these, lines), kernel, these, lines, every_output)
+    def chunk_of_rows(kernel: mx.array, samples: slice, lines: slice) -> mx.array:
+        return output_of_tiles(input_tiles(samples, lines), kernel, samples, lines, all_channels)
 
-    def from_outputs(x: mx.array, places: slice) -> mx.array:
-        return from_tiles(x, _transformed(weight, places, turned), every_image, every_row, places)
+    def chunk_of_channels(x: mx.array, channel_slice: slice) -> mx.array:
+        return output_of_tiles(x, _transform_weight(weight, channel_slice, flip), all_images, all_rows, channel_slice)
 
-    def in_a_piece(these: slice, lines: slice) -> mx.array:
-        x, zeros = read(these, lines)
-        y = in_one_piece(x, weight, stride, (zeros, (left, right)))
-        y = y if bias is None else _plus(y, bias)
-        return y if residual is None else _plus(residual[these, lines], y)
+    def chunk_untransformed(samples: slice, lines: slice) -> mx.array:
+        x, zeros = read(samples, lines)
+        y = convolve(x, weight, stride, (zeros, (left, right)))
+        y = y if bias is None else _add(y, bias)
+        return y if residual is None else _add(residual[samples, lines], y)
 
-    bands: Iterator[tuple[Any, Band]]
-    if form == "winograd":
-        down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
-        if shares_outputs(batch * down * across, out):
-            x = in_tiles(every_image, every_row)
+    chunks: Iterator[tuple[Any, Chunk]]
+    if algorithm == "winograd":
+        down, across = winograd.tile_count(out_h), winograd.tile_count(out_w)
+        if splits_channels(batch * down * across, out):
+            x = input_tiles(all_images, all_rows)
             mx.eval(x)
-            bands = (
-                ((every_image, every_row, slice(None), places), partial(from_outputs, x, places))
-                for places in cut(out, outputs_at_once(channels, out))
+            chunks = (
+                ((all_images, all_rows, slice(None), channel_slice), partial(chunk_of_channels, x, channel_slice))
+                for channel_slice in slices(out, channels_per_chunk(channels, out))
             )
         else:
-            kernel = _transformed(weight, every_output, turned)
-            images, tall = band_of(form, (batch, down, across), channels, out, kh * kw)
-            rows_of_tiles = _rows(batch, out_h, images, tall * winograd.TILE)
-            bands = ((index, partial(from_rows, kernel, *index)) for index in rows_of_tiles)
+            kernel = _transform_weight(weight, all_channels, flip)
+            images, chunk_rows = chunk_shape(algorithm, (batch, down, across), channels, out, kh * kw)
+            rows_of_tiles = _row_chunks(batch, out_h, images, chunk_rows * winograd.TILE)
+            chunks = ((index, partial(chunk_of_rows, kernel, *index)) for index in rows_of_tiles)
     else:
-        weight = mx.contiguous(flipped(weight)) if turned else weight
-        share = band_of(form, (batch, out_h, out_w), channels, out, kh * kw)
-        bands = ((index, partial(in_a_piece, *index)) for index in _rows(batch, out_h, *share))
-    return filled(mx.zeros((batch, out_h, out_w, out)), bands)
+        weight = mx.contiguous(flipped(weight)) if flip else weight
+        share = chunk_shape(algorithm, (batch, out_h, out_w), channels, out, kh * kw)
+        chunks = ((index, partial(chunk_untransformed, *index)) for index in _row_chunks(batch, out_h, *share))
+    return fill_parallel(mx.zeros((batch, out_h, out_w, out)), chunks)
 
 
-def _transformed(weight: mx.array, places: slice, turned: bool) -> mx.array:
+def _transform_weight(weight: mx.array, channel_slice: slice, flip: bool) -> mx.array:
     """The transformed weights of some output channels."""
-    return winograd.transformed(weight[..., places] if turned else weight[places], turned=turned)
+    return winograd.transform_weight(weight[..., channel_slice] if flip else weight[channel_slice], flip=flip)
 
 
-def band_of(form: Form, result: tuple[int, int, int], channels: int, out: int, taps: int) -> tuple[int, int]:
+def chunk_shape(
+    algorithm: Algorithm, result: tuple[int, int, int], channels: int, out: int, taps: int
+) -> tuple[int, int]:
     """Images of a band of a `convolution`, and rows of each.
 
     Args:
         result: images, rows and columns of the result, of which channels are `out`; of Winograd's form its tiles.
     """
     batch, height, width = result
-    if form == "winograd":
-        fit = max(BAND_TILES[0], min(BAND_TILES[1], BAND_ELEMENTS // (36 * max(channels, out))))
+    if algorithm == "winograd":
+        fit = max(CHUNK_TILES[0], min(CHUNK_TILES[1], CHUNK_ELEMENTS // (36 * max(channels, out))))
     else:
-        fit = BAND_ELEMENTS // max(taps * (out if form == "taps last" else channels), out)
-    return _share(batch, height, fit // width)
+        fit = CHUNK_ELEMENTS // max(taps * (out if algorithm == "gemm_then_shift" else channels), out)
+    return _images_and_rows(batch, height, fit // width)
 
 
-def shares_outputs(tiles: int, out: int) -> bool:
+def splits_channels(tiles: int, out: int) -> bool:
     """Whether bands are output channels and not rows: where Winograd's weights are the larger part."""
-    return tiles <= min(BAND_TILES[0], out // 2)
+    return tiles <= min(CHUNK_TILES[0], out // 2)
 
 
-def outputs_at_once(channels: int, out: int) -> int:
+def channels_per_chunk(channels: int, out: int) -> int:
     """Output channels of a band where bands are those."""
-    return _even(out, _BAND_WEIGHTS // (36 * channels))
+    return _even_size(out, _CHUNK_WEIGHTS // (36 * channels))
 
 
 def weight_gradient(
-    rows: Rows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], stride: int, sides: Sides
+    rows: ReadRows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], stride: int, sides: Sides
 ) -> mx.array:
     """Gradient for the weight of a `convolution`, (O, kh, kw, C).
 
@@ -176,31 +186,33 @@ def weight_gradient(
     (top, _), (left, right) = sides
     _, out_h, out_w, out = dy.shape
     kh, kw = kernel
-    everything = slice(0, batch)
+    all_images = slice(0, batch)
     if kernel == (1, 1) and stride == 1 and not any(map(any, sides)):
-        x = rows(everything, 0, height).reshape(-1, channels)
+        x = rows(all_images, 0, height).reshape(-1, channels)
         return (dy.reshape(-1, out).T @ x).reshape(out, 1, 1, channels)
-    form = form_of(kernel, stride, channels, out, batch * out_h * out_w)
-    if form == "winograd" and min(channels, out) >= _GRADIENT_MIN_CHANNELS:
+    algorithm = choose_algorithm(kernel, stride, channels, out, batch * out_h * out_w)
+    if algorithm == "winograd" and min(channels, out) >= _WINOGRAD_GRADIENT_MIN_CHANNELS:
         return _winograd_weight_gradient(rows, shape, dy, (top, left))
-    if form == "taps last":
+    if algorithm == "gemm_then_shift":
         return _few_outputs_weight_gradient(rows, shape, dy, kernel, sides)
-    if stride == 1 and channels in _SHIFTS_CHANNELS:
+    if stride == 1 and channels in _SHIFTED_GEMM_CHANNELS:
         # a product per tap of the flattened images, from where the tap points; zeros where rows run over their ends
-        x = padded(rows(everything, 0, height), sides).reshape(-1, channels)
-        wide = padded(dy, ((0, kh - 1), (0, kw - 1))).reshape(-1, out).T
+        x = zero_pad(rows(all_images, 0, height), sides).reshape(-1, channels)
+        wide = zero_pad(dy, ((0, kh - 1), (0, kw - 1))).reshape(-1, out).T
         starts = [i * (width + left + right) + j for i in range(kh) for j in range(kw)]
         taps = [wide[:, : x.shape[0] - start] @ x[start:] for start in starts]
         return mx.stack(taps, axis=1).reshape(out, kh, kw, channels)
 
-    def band(these: slice, lines: slice) -> mx.array:
+    def chunk(samples: slice, lines: slice) -> mx.array:
         first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top
-        x = rows(these, max(first, 0), max(min(end, height), 0))
-        gathered = windows(x, kernel, stride, (lines.stop - lines.start, out_w), (max(-first, 0), left))
-        return dy[these, lines].reshape(-1, out).T @ gathered
+        x = rows(samples, max(first, 0), max(min(end, height), 0))
+        gathered = im2col(x, kernel, stride, (lines.stop - lines.start, out_w), (max(-first, 0), left))
+        return dy[samples, lines].reshape(-1, out).T @ gathered
 
-    share = _share(batch, out_h, BAND_ELEMENTS // (out_w * kh * kw * channels))
-    return added(partial(band, *index) for index in _rows(batch, out_h, *share)).reshape(out, kh, kw, channels)
+    share = _images_and_rows(batch, out_h, CHUNK_ELEMENTS // (out_w * kh * kw * channels))
+    return sum_parallel(partial(chunk, *index) for index in _row_chunks(batch, out_h, *share)).reshape(
+        out, kh, kw, channels
+    )
 
 
 def input_gradient(dy: mx.array, weight: mx.array, shape: tuple[int, ...], stride: int, sides: Sides) -> mx.array:
@@ -215,91 +227,101 @@ def input_gradient(dy: mx.array, weight: mx.array, shape: tuple[int, ...], strid
     _, out_h, out_w, _ = dy.shape
     matrix = weight.reshape(out, -1)
 
-    def band(these: slice, lines: slice) -> mx.array:
+    def chunk(samples: slice, lines: slice) -> mx.array:
         first, end = max(-((kh - 1 - top - lines.start) // stride), 0), min((lines.stop - 1 + top) // stride + 1, out_h)
-        given = dy[these, first:end].reshape(-1, out)
-        x = mx.concatenate([given, mx.zeros((1, out))]) @ matrix
-        part = these.stop - these.start, lines.stop - lines.start, width
+        dy_rows = dy[samples, first:end].reshape(-1, out)
+        x = mx.concatenate([dy_rows, mx.zeros((1, out))]) @ matrix
+        part = samples.stop - samples.start, lines.stop - lines.start, width
         origin = top + lines.start - first * stride, left
-        return overlapped(x, (kh, kw), stride, (max(end - first, 0), out_w), part, origin)
+        return col2im(x, (kh, kw), stride, (max(end - first, 0), out_w), part, origin)
 
-    share = _share(batch, height, BAND_ELEMENTS // (width * kh * kw * channels))
-    return filled(mx.zeros(shape), ((index, partial(band, *index)) for index in _rows(batch, height, *share)))
+    share = _images_and_rows(batch, height, CHUNK_ELEMENTS // (width * kh * kw * channels))
+    return fill_parallel(
+        mx.zeros(shape), ((index, partial(chunk, *index)) for index in _row_chunks(batch, height, *share))
+    )
 
 
 def _few_outputs_weight_gradient(
-    rows: Rows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], sides: Sides
+    rows: ReadRows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], sides: Sides
 ) -> mx.array:
     """`weight_gradient` with stride 1 and few output channels: windows of the gradient, which are small, not of x."""
     (batch, height, width, channels), ((top, _), (left, right)) = shape, sides
     _, out_h, _, out = dy.shape
     kh, kw = kernel
 
-    def band(these: slice, lines: slice) -> mx.array:
+    def chunk(samples: slice, lines: slice) -> mx.array:
         """Of rows of x: what their pixels contribute to, tap by tap, the last tap first."""
         first, end = lines.start - (kh - 1 - top), lines.stop + top
-        given = dy[these, max(first, 0) : max(min(end, out_h), 0)]
-        beyond = (max(-first, 0), end - first - given.shape[1] - max(-first, 0)), (kw - 1 - left, kw - 1 - right)
-        seen = windows(padded(given, beyond), kernel, 1, (lines.stop - lines.start, width))
-        return seen.T @ rows(these, lines.start, lines.stop).reshape(-1, channels)
+        dy_rows = dy[samples, max(first, 0) : max(min(end, out_h), 0)]
+        extra = (max(-first, 0), end - first - dy_rows.shape[1] - max(-first, 0)), (kw - 1 - left, kw - 1 - right)
+        seen = im2col(zero_pad(dy_rows, extra), kernel, 1, (lines.stop - lines.start, width))
+        return seen.T @ rows(samples, lines.start, lines.stop).reshape(-1, channels)
 
-    share = _share(batch, height, BAND_ELEMENTS // (width * max(channels, kh * kw * out)))
-    taps = added(partial(band, *index) for index in _rows(batch, height, *share)).reshape(kh, kw, out, channels)
+    share = _images_and_rows(batch, height, CHUNK_ELEMENTS // (width * max(channels, kh * kw * out)))
+    taps = sum_parallel(partial(chunk, *index) for index in _row_chunks(batch, height, *share)).reshape(
+        kh, kw, out, channels
+    )
     return taps[::-1, ::-1].transpose(2, 0, 1, 3)
 
 
-def _winograd_weight_gradient(rows: Rows, shape: tuple[int, ...], dy: mx.array, origin: tuple[int, int]) -> mx.array:
+def _winograd_weight_gradient(
+    rows: ReadRows, shape: tuple[int, ...], dy: mx.array, origin: tuple[int, int]
+) -> mx.array:
     """`weight_gradient` of a 3x3 convolution, stride 1: Winograd's formula, read backwards."""
     (batch, height, _, channels), (top, left) = shape, origin
     _, out_h, out_w, out = dy.shape
-    down, across = winograd.tiles_over(out_h), winograd.tiles_over(out_w)
+    down, across = winograd.tile_count(out_h), winograd.tile_count(out_w)
 
-    def in_tiles(these: slice, lines: slice) -> mx.array:
-        tall, first = winograd.tiles_over(lines.stop - lines.start), lines.start - top
-        x = rows(these, max(first, 0), max(min(first + winograd.TILE * tall + 2, height), 0))
-        return winograd.tiles(x, (tall, across), (max(-first, 0), left))
+    def input_tiles(samples: slice, lines: slice) -> mx.array:
+        chunk_rows, first = winograd.tile_count(lines.stop - lines.start), lines.start - top
+        x = rows(samples, max(first, 0), max(min(first + winograd.TILE * chunk_rows + 2, height), 0))
+        return winograd.transform_input(x, (chunk_rows, across), (max(-first, 0), left))
 
-    def places(these: slice, lines: slice, channels: slice = slice(None)) -> mx.array:
-        count = winograd.tiles_over(lines.stop - lines.start), across
-        return winograd.result_tiles(dy[these, lines, :, channels], count)
+    def gradient_tiles(samples: slice, lines: slice, channels: slice = slice(None)) -> mx.array:
+        count = winograd.tile_count(lines.stop - lines.start), across
+        return winograd.transform_gradient(dy[samples, lines, :, channels], count)
 
-    if shares_outputs(batch * down * across, out):
-        whole = slice(0, batch), slice(0, out_h)
-        x = in_tiles(*whole)
+    if splits_channels(batch * down * across, out):
+        everything = slice(0, batch), slice(0, out_h)
+        x = input_tiles(*everything)
         mx.eval(x)
 
-        def of_channels(some: slice) -> mx.array:
-            return winograd.weight_from_places(winograd.weight_gradient(x, places(*whole, some)))
+        def chunk_of_channels(channel_slice: slice) -> mx.array:
+            return winograd.untransform_weight_gradient(
+                winograd.weight_gradient(x, gradient_tiles(*everything, channel_slice))
+            )
 
-        parts = cut(out, outputs_at_once(channels, out))
-        return filled(mx.zeros((out, 3, 3, channels)), ((part, partial(of_channels, part)) for part in parts))
+        parts = slices(out, channels_per_chunk(channels, out))
+        return fill_parallel(
+            mx.zeros((out, 3, 3, channels)), ((part, partial(chunk_of_channels, part)) for part in parts)
+        )
 
-    images, tall = _share(batch, down, BAND_TILES[1] // across)
-    bands = (
-        lambda index=index: winograd.weight_gradient(in_tiles(*index), places(*index))
-        for index in _rows(batch, out_h, images, tall * winograd.TILE)
+    images, chunk_rows = _images_and_rows(batch, down, CHUNK_TILES[1] // across)
+    chunks = (
+        lambda index=index: winograd.weight_gradient(input_tiles(*index), gradient_tiles(*index))
+        for index in _row_chunks(batch, out_h, images, chunk_rows * winograd.TILE)
     )
-    return winograd.weight_from_places(added(bands))
+    return winograd.untransform_weight_gradient(sum_parallel(chunks))
 
 
-def _rows(batch: int, rows: int, images: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+def _row_chunks(batch: int, rows: int, images: int, at_once: int) -> Iterator[tuple[slice, slice]]:
     """(images, rows) of each band."""
-    return product(cut(batch, images), cut(rows, at_once))
+    return product(slices(batch, images), slices(rows, at_once))
 
 
-def _share(batch: int, rows: int, fit: int) -> tuple[int, int]:
+def _images_and_rows(batch: int, rows: int, fit: int) -> tuple[int, int]:
     """Images and rows of a band where `fit` rows are the right number: several images, or a part of one."""
     if batch >= streams() and fit >= rows:
         return min(-(-batch // streams()), fit // rows), rows
-    return 1, _even(rows, fit)
+    return 1, _even_size(rows, fit)
 
 
-def _even(length: int, fit: int) -> int:
+def _even_size(length: int, fit: int) -> int:
     """About `fit`, so that all streams are busy to the end."""
     rounds = max(1, round(length / max(fit, 1) / streams()))
     return -(-length // (streams() * rounds))
 
 
 @fused
-def _plus(x: mx.array, y: mx.array) -> mx.array:
+def _add(x: mx.array, y: mx.array) -> mx.array:
     return x + y

@@ -43,8 +43,8 @@ def fused(formula: Formula) -> Formula:
     compiled: Formula = mx.compile(formula)
 
     @wraps(formula)
-    def call(*arguments: mx.array) -> Any:
-        return (compiled if compiles() else formula)(*arguments)
+    def call(*args: mx.array) -> Any:
+        return (compiled if compiles() else formula)(*args)
 
     return call
 
@@ -58,21 +58,21 @@ def compiles() -> bool:
     """
     if shutil.which("g++") is None:
         return False
-    problem = _folder_problem(_folder()) or _compiler_problem()
+    problem = _folder_problem(_cache_folder()) or _compiler_problem()
     if problem:
         mx.disable_compile()
         logger.info("formulas are not compiled, so activations take four times as long: %s", problem)
     return not problem
 
 
-_ROOT_VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
-_WRITTEN = bytes(1 << 16)
+_TEMP_VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+_PROBE = bytes(1 << 16)
 """About as much as a compiled formula."""
 
 
-def _folder() -> Path:
+def _cache_folder() -> Path:
     """Folder of MLX's compiled formulas: below C++'s `std::filesystem::temp_directory_path()`."""
-    root = next((os.environ[name] for name in _ROOT_VARIABLES if name in os.environ), "/tmp")
+    root = next((os.environ[name] for name in _TEMP_VARIABLES if name in os.environ), "/tmp")
     return Path(root or os.devnull, "mlx", mx.__version__, "cpu")  # type: ignore[attr-defined]
 
 
@@ -82,7 +82,7 @@ def _folder_problem(folder: Path) -> str | None:
     MLX loads libraries from there, so it must not belong to another user either.
     """
     root = folder.parents[2]
-    fix = f"set {_ROOT_VARIABLES[0]} to a folder of your own"
+    fix = f"set {_TEMP_VARIABLES[0]} to a folder of your own"
     try:
         if not root.is_dir():
             return f"{root} is not a folder; {fix}"
@@ -91,7 +91,7 @@ def _folder_problem(folder: Path) -> str | None:
             if place.stat().st_uid not in (0, os.geteuid()):
                 return f"{place} belongs to another user; {fix}"
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(_WRITTEN)
+            file.write(_PROBE)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}); {fix}"
     return None

@@ -11,18 +11,18 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-_FEW_CHANNELS = 64
+_STRIDED_COPY_MAX_CHANNELS = 64
 """With fewer, a copy of a window's rows is faster after all: its pixels lie side by side, too."""
 
 
-def windows(
+def im2col(
     x: mx.array,
     window: tuple[int, int],
     step: int,
     count: tuple[int, int],
     origin: tuple[int, int] = (0, 0),
     *,
-    by_place: bool = False,
+    position_first: bool = False,
 ) -> mx.array:
     """Every window's pixels.
 
@@ -41,25 +41,25 @@ def windows(
     inside = not any(origin) and all(
         step * (n - 1) + k <= size for n, k, size in zip(count, window, x.shape[1:3], strict=False)
     )
-    if inside and not by_place and channels < _FEW_CHANNELS:
+    if inside and not position_first and channels < _STRIDED_COPY_MAX_CHANNELS:
         row = width * channels
         strides = (height * row, step * row, step * channels, row, 1)
         shape = (batch, *count, window[0], window[1] * channels)
         return mx.as_strided(mx.contiguous(x), shape, strides).reshape(-1, window[0] * shape[-1])
     flat = mx.concatenate([x.reshape(-1, channels), mx.zeros((1, channels), x.dtype)])
-    pixels = mx.take(flat, _places((batch, height, width), window, step, count, origin, by_place), axis=0)
+    pixels = mx.take(flat, _pixel_indices((batch, height, width), window, step, count, origin, position_first), axis=0)
     size = window[0] * window[1]
-    return pixels.reshape(size, -1) if by_place else pixels.reshape(-1, size * channels)
+    return pixels.reshape(size, -1) if position_first else pixels.reshape(-1, size * channels)
 
 
 @lru_cache(maxsize=64)
-def _places(
+def _pixel_indices(
     shape: tuple[int, int, int],
     window: tuple[int, int],
     step: int,
     count: tuple[int, int],
     origin: tuple[int, int],
-    by_place: bool,
+    position_first: bool,
 ) -> mx.array:
     """Numbers of pixels in the flattened image."""
     batch, height, width = shape
@@ -68,11 +68,11 @@ def _places(
     )
     images, rows, columns = np.arange(batch)[:, None, None, None, None], rows[:, None, :, None], columns[:, None, :]
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    places = np.where(inside, (images * height + rows) * width + columns, batch * height * width)
-    return mx.array((places.transpose(3, 4, 0, 1, 2) if by_place else places).reshape(-1).astype(np.uint32))
+    indices = np.where(inside, (images * height + rows) * width + columns, batch * height * width)
+    return mx.array((indices.transpose(3, 4, 0, 1, 2) if position_first else indices).reshape(-1).astype(np.uint32))
 
 
-def overlapped(
+def col2im(
     x: mx.array,
     window: tuple[int, int],
     step: int,
@@ -91,12 +91,12 @@ def overlapped(
         (B, H, W, C).
     """
     pixels = x.reshape(-1, x.shape[1] // (window[0] * window[1]))
-    places = _seen_at(image, window, step, count, origin)
-    return mx.take(pixels, places, axis=0).sum(axis=0).reshape(*image, -1)
+    indices = _window_indices(image, window, step, count, origin)
+    return mx.take(pixels, indices, axis=0).sum(axis=0).reshape(*image, -1)
 
 
 @lru_cache(maxsize=64)
-def _seen_at(
+def _window_indices(
     image: tuple[int, int, int],
     window: tuple[int, int],
     step: int,
@@ -108,12 +108,12 @@ def _seen_at(
     axes = []
     for size, k, n, before in zip((height, width), window, count, origin, strict=True):
         positions = np.arange(before, before + size)
-        place = positions % step + step * np.arange(-(-k // step))[:, None]
-        number = (positions - place) // step
-        axes.append((place, number, (place < k) & (number >= 0) & (number < n)))
+        offset = positions % step + step * np.arange(-(-k // step))[:, None]
+        number = (positions - offset) // step
+        axes.append((offset, number, (offset < k) & (number >= 0) & (number < n)))
     rows, columns = ([part[:, None, None, :, None] for part in axes[0]], [part[:, None, None] for part in axes[1]])
-    (i, down, inside), (j, across, too) = rows, columns
+    (i, down, inside), (j, across, inside_across) = rows, columns
     images = np.arange(batch)[:, None, None]
-    places = (((images * count[0] + down) * count[1] + across) * window[0] + i) * window[1] + j
-    places = np.where(inside & too, places, batch * count[0] * count[1] * window[0] * window[1])
-    return mx.array(places.reshape(-1, batch * height * width).astype(np.uint32))
+    indices = (((images * count[0] + down) * count[1] + across) * window[0] + i) * window[1] + j
+    indices = np.where(inside & inside_across, indices, batch * count[0] * count[1] * window[0] * window[1])
+    return mx.array(indices.reshape(-1, batch * height * width).astype(np.uint32))

@@ -20,15 +20,15 @@ import mlx.core as mx
 
 from mflux_vae.runtime import device, threads
 
-Band: TypeAlias = Callable[[], mx.array]
+Chunk: TypeAlias = Callable[[], mx.array]
 """What computes one."""
 
-PIECE = 1 << 20
+CHUNK_ELEMENTS = 1 << 20
 """Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
-_KEPT_FOR_REUSE = 32 << 20
-_SMALL_BYTES = 4 << 20
+_MAX_CACHED_BYTES = 32 << 20
+_ASYNC_MAX_BYTES = 4 << 20
 """Of what is computed soon while `overlapping`: larger bands find each other's memory in the core's cache."""
-_ROWS = 512
+_MAP_BATCH_ROWS = 512
 """Of samples that are computed together: fewer make thin matrices, more take more memory."""
 
 
@@ -37,7 +37,7 @@ class _Local(threading.local):
 
     stream: mx.Stream | None = None
     deferred = False
-    within = False
+    in_map_batch = False
     overlapping = False
 
 
@@ -49,7 +49,7 @@ def is_eager(*arrays: mx.array) -> bool:
 
     The arguments' own computation begins. Not within a part of `map_batch`, which is computed as a whole.
     """
-    if _local.deferred or _local.within or not device.is_cpu():
+    if _local.deferred or _local.in_map_batch or not device.is_cpu():
         return False
     try:
         mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
@@ -58,25 +58,25 @@ def is_eager(*arrays: mx.array) -> bool:
     return True
 
 
-def fuses(*arrays: mx.array) -> bool:
+def can_fuse(*arrays: mx.array) -> bool:
     """Whether formulas are compiled: where results are computed at once, and within a part of `map_batch`."""
-    return _local.within or is_eager(*arrays)
+    return _local.in_map_batch or is_eager(*arrays)
 
 
 @contextmanager
-def _being(what: str) -> Iterator[None]:
+def _flag_set(flag: str) -> Iterator[None]:
     """This thread is `deferred`, `within` or `overlapping`."""
-    before = getattr(_local, what)
-    setattr(_local, what, True)
+    before = getattr(_local, flag)
+    setattr(_local, flag, True)
     try:
         yield
     finally:
-        setattr(_local, what, before)
+        setattr(_local, flag, before)
 
 
 def deferred() -> AbstractContextManager[None]:
     """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
-    return _being("deferred")
+    return _flag_set("deferred")
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def overlapping() -> Iterator[None]:
 
     The time between two of them is then not lost; products use one thread, as bands' do.
     """
-    with _being("overlapping"), device.one_blas_thread():
+    with _flag_set("overlapping"), device.one_blas_thread():
         try:
             yield
         finally:
@@ -93,14 +93,14 @@ def overlapping() -> Iterator[None]:
                 mx.synchronize(stream)
 
 
-def _compute(*arrays: mx.array) -> None:
+def _evaluate(*arrays: mx.array) -> None:
     """Now, or soon."""
-    soon = _local.overlapping and max(array.nbytes for array in arrays) <= _SMALL_BYTES
-    (mx.async_eval if soon else mx.eval)(*arrays)
+    asynchronous = _local.overlapping and max(array.nbytes for array in arrays) <= _ASYNC_MAX_BYTES
+    (mx.async_eval if asynchronous else mx.eval)(*arrays)
 
 
 @threads.exclusive()
-def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
+def fill_parallel(y: mx.array, chunks: Iterable[tuple[Any, Chunk]]) -> mx.array:
     """`y` with each band written where its index says.
 
     Args:
@@ -108,29 +108,29 @@ def filled(y: mx.array, bands: Iterable[tuple[Any, Band]]) -> mx.array:
         bands: (index into y, what to put there); the functions are called one after the other, their results
             computed side by side.
     """
-    _forget(y.nbytes)
-    _compute(y)
-    for together in _side_by_side(bands):
-        for stream, (index, band) in together:
+    _trim_cache(y.nbytes)
+    _evaluate(y)
+    for group in _stream_groups(chunks):
+        for stream, (index, chunk) in group:
             with mx.stream(stream):
-                y[index] = band()
-        _compute(y)
+                y[index] = chunk()
+        _evaluate(y)
     return y
 
 
 @threads.exclusive()
-def added(bands: Iterable[Band]) -> mx.array:
+def sum_parallel(chunks: Iterable[Chunk]) -> mx.array:
     """The sum of what bands make; each core adds up its own.
 
     Args:
         bands: at least one, with results of one shape; computed as those of `filled`.
     """
     sums: dict[int, mx.array] = {}
-    for together in _side_by_side(bands):
-        for place, (stream, band) in enumerate(together):
+    for group in _stream_groups(chunks):
+        for place, (stream, chunk) in enumerate(group):
             with mx.stream(stream):
-                sums[place] = sums[place] + band() if place in sums else band()
-        _compute(*sums.values())
+                sums[place] = sums[place] + chunk() if place in sums else chunk()
+        _evaluate(*sums.values())
     first, *others = sums.values()
     return sum(others, first)
 
@@ -149,25 +149,25 @@ def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
     if batch == 1 or streams() == 1 or not is_eager(*arrays):
         return function(*arrays)
     mx.eval(arrays)  # or one stream would wait for what another one computes besides
-    parts: list[mx.array] = []
+    outputs: list[mx.array] = []
     try:
-        for together in _side_by_side(cut(batch, max(1, min(-(-batch // streams()), _ROWS // length)))):
-            with _being("within"):
-                some = []
-                for stream, these in together:
+        for group in _stream_groups(slices(batch, max(1, min(-(-batch // streams()), _MAP_BATCH_ROWS // length)))):
+            with _flag_set("in_map_batch"):
+                results = []
+                for stream, samples in group:
                     with mx.stream(stream):
-                        some.append(function(*(a if a.shape[0] == 1 else a[these] for a in arrays)))
-            mx.eval(some)
-            parts += some
+                        results.append(function(*(a if a.shape[0] == 1 else a[samples] for a in arrays)))
+            mx.eval(results)
+            outputs += results
     except ValueError:  # what `function` uses besides is part of a trace
         return function(*arrays)
-    return mx.concatenate(parts)
+    return mx.concatenate(outputs)
 
 
 T = TypeVar("T")
 
 
-def side_by_side(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+def run_parallel(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
     """What tasks answer, in their order: as many computed at a time as there are cores, each on one of its own.
 
     For graphs of many small operations, on a CPU: their products are too small for several threads.
@@ -175,51 +175,53 @@ def side_by_side(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
     Args:
         tasks: each describes arrays, in any nesting, that take nothing from another's.
     """
-    for together in _side_by_side(tasks):
+    for group in _stream_groups(tasks):
         with threads.exclusive():
-            answers = []
-            for stream, task in together:
+            results = []
+            for stream, task in group:
                 with mx.stream(stream):
-                    answers.append(task())
-            mx.eval(answers)
-        yield from answers
+                    results.append(task())
+            mx.eval(results)
+        yield from results
 
 
-def _side_by_side(bands: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
+def _stream_groups(chunks: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
     """As many at a time as there are streams, each with its own."""
-    streams, remaining = _streams(), iter(bands)
-    has_one = _local.overlapping or len(streams) == 1
-    if not has_one:
+    streams, remaining = _streams(), iter(chunks)
+    single_threaded = _local.overlapping or len(streams) == 1
+    if not single_threaded:
         mx.synchronize()  # a product under way would have now these, now those threads, and other last digits
-    with nullcontext() if has_one else device.one_blas_thread():
-        while together := list(zip(streams, islice(remaining, len(streams)), strict=False)):
-            yield together
+    with nullcontext() if single_threaded else device.one_blas_thread():
+        while group := list(zip(streams, islice(remaining, len(streams)), strict=False)):
+            yield group
 
 
-def _forget(needed: int) -> None:
+def _trim_cache(needed: int) -> None:
     """MLX gives a buffer only to what is as large: those of other layers would just lie there."""
-    if mx.get_cache_memory() > needed + _KEPT_FOR_REUSE:
+    if mx.get_cache_memory() > needed + _MAX_CACHED_BYTES:
         mx.clear_cache()
 
 
-def pieces(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[slice]]:
+def split_pixels(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[slice]]:
     """How to cut (batch, pixels, channels) into bands of at most `PIECE` elements: images, and pixels of each."""
-    if batch >= streams() and pixels * channels <= PIECE:
-        images = min(-(-batch // streams()), PIECE // (pixels * channels))
-        return cut(batch, images), [slice(0, pixels)]
-    return cut(batch, 1), cut(pixels, min(-(-pixels // streams()), max(1, PIECE // channels)))
+    if batch >= streams() and pixels * channels <= CHUNK_ELEMENTS:
+        images = min(-(-batch // streams()), CHUNK_ELEMENTS // (pixels * channels))
+        return slices(batch, images), [slice(0, pixels)]
+    return slices(batch, 1), slices(pixels, min(-(-pixels // streams()), max(1, CHUNK_ELEMENTS // channels)))
 
 
-def mapped(band: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
+def map_chunks(chunk: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
     """An array (B, N, C) of what `band` makes of each piece: of which images, which of their pixels."""
     batch, pixels, channels = shape
-    images, parts = pieces(batch, pixels, channels)
-    return filled(mx.zeros(shape), (((these, part), partial(band, these, part)) for these in images for part in parts))
+    images, parts = split_pixels(batch, pixels, channels)
+    return fill_parallel(
+        mx.zeros(shape), (((samples, part), partial(chunk, samples, part)) for samples in images for part in parts)
+    )
 
 
-def cut(length: int, at_once: int) -> list[slice]:
+def slices(length: int, size: int) -> list[slice]:
     """Slices of so many each, the last one maybe of fewer."""
-    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def streams() -> int:

@@ -12,7 +12,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.kernels.cpu.im2col import windows
+from mflux_vae.kernels.cpu.im2col import im2col
 
 TILE = 4
 _WINDOW = TILE + 2
@@ -33,15 +33,15 @@ def _matrices() -> tuple[mx.array, mx.array, mx.array]:
     return pixels, weights, results
 
 
-def transformed(weight: mx.array, *, turned: bool = False) -> mx.array:
+def transform_weight(weight: mx.array, *, flip: bool = False) -> mx.array:
     """(O, 3, 3, C) -> (36, O, C): the weights at each of the 36 places; turned (36, C, O), of `flipped`'s."""
     out, _, _, channels = weight.shape
-    transform = _matrices()[1][:, ::-1] if turned else _matrices()[1]
+    transform = _matrices()[1][:, ::-1] if flip else _matrices()[1]
     places = (transform @ weight.transpose(1, 2, 0, 3).reshape(9, -1)).reshape(-1, out, channels)
-    return places.swapaxes(1, 2) if turned else places
+    return places.swapaxes(1, 2) if flip else places
 
 
-def tiles(x: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:
+def transform_input(x: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0)) -> mx.array:
     """An image's tiles, transformed.
 
     Args:
@@ -52,7 +52,7 @@ def tiles(x: mx.array, count: tuple[int, int], origin: tuple[int, int] = (0, 0))
     Returns:
         (36, B h w, C).
     """
-    pixels = windows(x, (_WINDOW, _WINDOW), TILE, count, origin, by_place=True)
+    pixels = im2col(x, (_WINDOW, _WINDOW), TILE, count, origin, position_first=True)
     return (_matrices()[0] @ pixels).reshape(_WINDOW * _WINDOW, -1, x.shape[3])
 
 
@@ -70,13 +70,13 @@ def convolve(x: mx.array, weight: mx.array, count: tuple[int, int]) -> mx.array:
     return y.reshape(TILE, TILE, -1, *count, weight.shape[1]).transpose(2, 3, 0, 4, 1, 5)
 
 
-def uncut(y: mx.array) -> mx.array:
+def join_tiles(y: mx.array) -> mx.array:
     """Tiles (B, h, 4, w, 4, O) -> (B, 4 h, 4 w, O)."""
     batch, down, tall, across, wide, out = y.shape
     return y.reshape(batch, down * tall, across * wide, out)
 
 
-def tiles_over(length: int) -> int:
+def tile_count(length: int) -> int:
     """How many tiles cover a length."""
     return -(-length // TILE)
 
@@ -94,13 +94,13 @@ def weight_gradient(x: mx.array, dy: mx.array) -> mx.array:
     return dy.swapaxes(1, 2) @ x
 
 
-def result_tiles(dy: mx.array, count: tuple[int, int]) -> mx.array:
+def transform_gradient(dy: mx.array, count: tuple[int, int]) -> mx.array:
     """A gradient for the result, (B, h, w, O) of at most `count` tiles, at the 36 places: (36, n, O)."""
-    pixels = windows(dy, (TILE, TILE), TILE, count, by_place=True)
+    pixels = im2col(dy, (TILE, TILE), TILE, count, position_first=True)
     return (_matrices()[2].T @ pixels).reshape(_WINDOW * _WINDOW, -1, dy.shape[3])
 
 
-def weight_from_places(places: mx.array) -> mx.array:
+def untransform_weight_gradient(places: mx.array) -> mx.array:
     """Gradient for the `transformed` weight, (36, O, C) -> for the weight, (O, 3, 3, C)."""
     _, out, channels = places.shape
     taps = _matrices()[1].T @ places.reshape(_WINDOW * _WINDOW, -1)

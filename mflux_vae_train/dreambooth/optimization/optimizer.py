@@ -45,7 +45,7 @@ def concurrent_micro_batches(denoiser: nn.Module) -> int:
 
 def pass_runner(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
     """The `run_passes` of `Step`."""
-    return kernels.side_by_side if concurrent_micro_batches(denoiser) > 1 else sequential
+    return kernels.run_parallel if concurrent_micro_batches(denoiser) > 1 else sequential
 
 
 def finds_rate(settings: DreamBoothSettings) -> bool:

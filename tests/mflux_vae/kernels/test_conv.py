@@ -93,7 +93,7 @@ def test_closed_gradients_of_any_shape(case: tuple[Any, ...]) -> None:
     compare_closed(shape, out, kernel, stride, padding)
 
 
-few_pixels = pytest.mark.parametrize("few", [0, conv_algorithms.PATCHES_MAX_PIXELS])
+few_pixels = pytest.mark.parametrize("few", [0, conv_algorithms.IM2COL_MAX_PIXELS])
 """In Winograd's form, and in the one that small images have."""
 
 
@@ -103,7 +103,7 @@ few_pixels = pytest.mark.parametrize("few", [0, conv_algorithms.PATCHES_MAX_PIXE
 def test_the_shapes_of_autoencoders(
     shape: tuple[int, ...], stride: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
+    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
     padding = 1 if stride == 1 else ((0, 1), (0, 1))
     compare(shape, 8, (3, 3), stride, padding, True)
     compare_closed(shape, 72, (3, 3), stride, padding)
@@ -165,17 +165,17 @@ def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
     out=st.sampled_from([1, 8, 32, 40]),
     tiles=st.sampled_from([(1, 1), (3, 3), (64, 256)]),
     elements=st.sampled_from([200, 5000, 1 << 21]),
-    few=st.sampled_from([0, conv_algorithms.PATCHES_MAX_PIXELS]),
+    few=st.sampled_from([0, conv_algorithms.IM2COL_MAX_PIXELS]),
     bias=st.booleans(),
 )
 def test_bands_of_any_size(
     shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, few: int, bias: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
-        patch.setattr(conv_parallel, "BAND_TILES", tiles)
-        patch.setattr(conv_parallel, "BAND_ELEMENTS", elements)
-        patch.setattr(conv_parallel, "_BAND_WEIGHTS", elements)
+        patch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
+        patch.setattr(conv_parallel, "CHUNK_TILES", tiles)
+        patch.setattr(conv_parallel, "CHUNK_ELEMENTS", elements)
+        patch.setattr(conv_parallel, "_CHUNK_WEIGHTS", elements)
         compare(shape, out, (3, 3), 1, 1, bias)
         compare_closed(shape, out, (3, 3), 1, 1)
         if min(shape[1:3]) > 1:
@@ -189,7 +189,7 @@ def test_bands_of_any_size(
 def test_what_goes_with_a_convolution_changes_nothing(
     shape: tuple[int, ...], residual: bool, traced: bool, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv_algorithms, "PATCHES_MAX_PIXELS", few)
+    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
     keys = mx.random.split(mx.random.key(5), 4)
     out, channels, norm = 36, shape[-1], norm_of(shape[-1])
     x, added = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])

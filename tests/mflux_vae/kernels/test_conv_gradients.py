@@ -34,7 +34,7 @@ def draws(*shapes: tuple[int, ...]) -> list[mx.array]:
 def test_norm_silu_convolution(
     shape: tuple[int, ...], out: int, groups: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "PIECE", elements)
+    monkeypatch.setattr(parallel, "CHUNK_ELEMENTS", elements)
     channels = shape[-1]
     x, gain, bias, weight, dy = draws(shape, (channels,), (channels,), (out, 3, 3, channels), (*shape[:3], out))
     x = x + 3  # a mean far from zero
@@ -71,7 +71,7 @@ def test_sums() -> None:
 
 
 def of_bands(*values: Any) -> mx.array:
-    return parallel.added(lambda value=value: mx.full((2,), value) for value in values)
+    return parallel.sum_parallel(lambda value=value: mx.full((2,), value) for value in values)
 
 
 def test_bands_are_added() -> None:

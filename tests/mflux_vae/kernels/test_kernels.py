@@ -190,8 +190,8 @@ def test_attention_in_bands_of_heads_or_queries(
     scores: int, mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = import_module("mflux_vae.kernels.attention")  # the package's `attention` is the function
-    monkeypatch.setattr(module, "_SMALLEST", 1)
-    monkeypatch.setattr(module, "BAND_SCORES", scores)
+    monkeypatch.setattr(module, "_MIN_SCORES", 1)
+    monkeypatch.setattr(module, "CHUNK_SCORES", scores)
     q, k, v = normal(2, 3, 50, 16), normal(2, 3, 60, 16, seed=1), normal(2, 3, 60, 8, seed=2)
     mask = None if mask_shape is None else mx.where(normal(*mask_shape, seed=3) < 0, -mx.inf, 0.0)
     scores_of_all = 0.3 * (q @ k.swapaxes(-1, -2))

@@ -20,7 +20,7 @@ WIDTH = 24
 @pytest.fixture(params=[1, 2, 3])
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(device, "cores", lambda: request.param)
-    monkeypatch.setattr(parallel, "_ROWS", 40)
+    monkeypatch.setattr(parallel, "_MAP_BATCH_ROWS", 40)
     yield request.param
 
 
@@ -88,4 +88,4 @@ def test_errors_of_the_function_are_the_callers(cores: int) -> None:
     with pytest.raises(ValueError, match="no 3 axes"):
         kernels.map_batch(broken, mx.zeros((4, 3, 2)))
     close(kernels.map_batch(mx.square, mx.ones((4, 3, 2))), mx.ones((4, 3, 2)), 0)
-    assert not parallel._local.within
+    assert not parallel._local.in_map_batch

@@ -169,7 +169,7 @@ def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = normal(2, 1, 50, 50, seed=3)
     whole = kernels.attention(q, k, v, scale=0.3, mask=mask)
     slope = mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q)
-    monkeypatch.setattr(import_module("mflux_vae.kernels.attention"), "SCORES_AT_ONCE", 700)
+    monkeypatch.setattr(import_module("mflux_vae.kernels.attention"), "MAX_SCORES", 700)
     close(kernels.attention(q, k, v, scale=0.3, mask=mask), whole)
     close(mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q), slope)
     close(mx.compile(lambda q: kernels.attention(q, k, v, scale=0.3, mask=mask))(q), whole)

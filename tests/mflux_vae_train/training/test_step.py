@@ -42,7 +42,7 @@ def test_accumulated_micro_batches_equal_one_batch(cut: list[list[int]]) -> None
 def test_parallel_micro_batches_equal_sequential_ones(compile: bool) -> None:
     updates = [[batch([0, 1], update), batch([2], update), batch([3], update)] for update in range(3)]
     sequential, metrics = after(updates, compile=compile)
-    parallel, other_metrics = after(updates, compile=compile, run_passes=kernels.side_by_side)
+    parallel, other_metrics = after(updates, compile=compile, run_passes=kernels.run_parallel)
     for path in sequential:
         np.testing.assert_allclose(parallel[path], sequential[path], rtol=1e-5, atol=1e-6)
     for one, other in zip(metrics, other_metrics, strict=True):
