@@ -86,7 +86,7 @@ def test_mismatched_frames_are_refused(network: Any) -> None:
     with pytest.raises(ImageError, match=r"expected \(B, 32, 32, 3\)"):
         network.encode(frames(0, size=40), frames(1, size=40))
     for codes in (mx.zeros((2, 4)), mx.zeros((2, 3), mx.int32), mx.full((2, 4), 8, mx.int32)):
-        with pytest.raises(ImageError, match="codes are"):
+        with pytest.raises(ImageError, match="codes"):
             network.decode(frames(0), codes)
 
 
@@ -95,5 +95,5 @@ def test_numbers_of_codes_follow_from_patches() -> None:
     assert code_counts(8, [3, 3]) == [4] and code_counts(8, [3, 4]) == [1] and code_counts(16, [3]) == [64]
     with pytest.raises(SettingsError, match="code_seq_len"):
         LAQConfig(code_seq_len=2)
-    with pytest.raises(SettingsError, match="do not fill"):
+    with pytest.raises(SettingsError, match="patch_size"):
         LAQConfig(patch_size=48)
