@@ -1,4 +1,4 @@
-"""Which autoencoder is in a file: its naming, its architecture and its scaling, from keys, shapes and hints."""
+"""Detect the autoencoder in a file: key naming and architecture from keys and shapes, scaling from hints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mflux_vae.weights.keymaps import mlx_examples
 Shapes = Mapping[str, Sequence[int]]
 
 GROUPS = 32
-"""Channel groups of normalisation, which leave no trace in a file: what every published autoencoder has."""
+"""Groups of group norm, not visible in a file: the value of every published autoencoder."""
 
 FRAME = 256
-"""Pixels of a side of LAPA's frames, which leave none either."""
+"""Side of LAPA's frames (pixels), not visible in a file either."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Where in a file an autoencoder is: all its keys begin with `prefix`."""
+    """Position of an autoencoder in a file: its keys start with `prefix`."""
 
     prefix: str
     family: str
@@ -42,23 +42,23 @@ SIGNATURES = {
     ("LatentActionQuantizer", "lapa"): r"vq\.codebooks",
     ("PlainAutoencoder", "diffusers"): r"encoder\.mu\.weight",
 }
-"""By family and naming: a key that no other has."""
+"""Unique key by family and naming."""
 
 _NESTED = ("encoder.quant_conv.weight", "decoder.post_quant_conv.weight")
 _STATISTICS = "bn.running_mean"
 _PREFERRED = ("ema.", "first_stage_model.", "vae.", "")
-"""Of several autoencoders in one file, the averaged one, then the one at the usual place."""
+"""Preference between several autoencoders in a file: EMA weights, then the usual prefix."""
 
-_BESIDE = {
+_MODEL_KEYS = {
     "sdxl": "conditioner.embedders.1.",
     "sd2": "cond_stage_model.model.",
     "sd1": "cond_stage_model.transformer.",
     "sd3": "joint_blocks.",
     "flux1": "double_blocks.",
 }
-"""By preset: a part of the keys of the rest of its model."""
+"""Part of the keys of the whole model, by preset."""
 
-_CALLED = {
+_NAME_PATTERNS = {
     "playground": r"playground",
     "sdxl-fp16-fix": r"fp16[-_.]?fix",
     "sdxl": r"(?:sd|diffusion)[-_. ]?xl",
@@ -69,21 +69,21 @@ _CALLED = {
     "sd2": r"(?:sd|diffusion)[-_. ]?v?2",
     "sd1": r"(?:sd|diffusion)[-_. ]?v?1|sd[-_]vae",
 }
-"""By preset: how files are called, and how their metadata call the architecture; the first that fits says it."""
+"""Pattern of file names and metadata, by preset; the first match counts."""
 
-_TELLING = ("modelspec.architecture", "modelspec.title", "ss_base_model_version")
+_METADATA_KEYS = ("modelspec.architecture", "modelspec.title", "ss_base_model_version")
 
 
 def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
-    """The autoencoder among a file's keys.
+    """Find the autoencoder among the keys of a file.
 
     Args:
-        keys: all of the file.
-        where: file or folder, for the message.
-        family: its class name, where it is known.
+        keys: all keys.
+        where: file or folder, for messages.
+        family: class name, if known.
 
     Raises:
-        WeightsError: there is none of a known kind.
+        WeightsError: no known autoencoder.
     """
     found = {
         (match[1], kind, naming)
@@ -92,11 +92,11 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
         if (match := re.fullmatch(rf"((?:.*\.)?){sign}", key))
     }
     if not found and family:
-        return Match("", family, "diffusers")  # what is missing is told by the one who loads it
+        return Match("", family, "diffusers")  # loading reports missing keys
     if not found:
-        heads = sorted({".".join(key.split(".")[:2]) for key in keys})
-        shown = ", ".join([*heads[:8], *(["..."] if len(heads) > 8 else [])]) or "nothing"
-        raise WeightsError(f"{where}: no autoencoder of a known kind; its {len(keys)} tensors begin with {shown}")
+        starts = sorted({".".join(key.split(".")[:2]) for key in keys})
+        shown = ", ".join([*starts[:8], *(["..."] if len(starts) > 8 else [])]) or "nothing"
+        raise WeightsError(f"{where}: no known autoencoder; its {len(keys)} tensors start with {shown}")
     prefix, kind, naming = min(found, key=_rank)
     if naming == "compvis" and any(prefix + key in keys for key in _NESTED):
         naming = "bfl"
@@ -112,31 +112,33 @@ def _rank(candidate: tuple[str, str, str]) -> tuple[int, int, tuple[str, str, st
 
 
 def narrow(names: Sequence[str], keys: Collection[str], metadata: Mapping[str, str], path: Path) -> Sequence[str]:
-    """The one preset that a file's other keys, its metadata or its name speak for; all of them where nothing does."""
-    called = f"{path.parent.name}/{path.name}".lower()
-    told = " ".join(metadata.get(key, "") for key in _TELLING).lower()
-    clues = [name for name, sign in _BESIDE.items() if any(sign in key for key in keys)]
-    clues += [name for text in (told, called) for name, sign in _CALLED.items() if re.search(sign, text)]
+    """Preset suggested by other keys of the file, its metadata or its name; all `names` without a hint."""
+    path_text = f"{path.parent.name}/{path.name}".lower()
+    metadata_text = " ".join(metadata.get(key, "") for key in _METADATA_KEYS).lower()
+    clues = [name for name, sign in _MODEL_KEYS.items() if any(sign in key for key in keys)]
+    clues += [
+        name for text in (metadata_text, path_text) for name, sign in _NAME_PATTERNS.items() if re.search(sign, text)
+    ]
     return next(([name] for name in clues if name in names), names)
 
 
 def settings(family: str, naming: str, shapes: Shapes, where: str) -> dict[str, Any]:
-    """The configuration, as in a config.json, of a network with these parameters; scaling is not in it.
+    """Derive the configuration of a network, without scaling, from its parameters.
 
     Args:
         family: class name.
-        naming: of the file's keys; some are of one network only.
-        shapes: of the parameters, by our names in our layout (kernels OHWI).
-        where: file, for the message.
+        naming: key naming of the file; some belong to a single network.
+        shapes: shapes by parameter name in MLX layout (kernels OHWI).
+        where: file, for messages.
 
     Raises:
-        WeightsError: shapes from which nothing follows.
+        WeightsError: the architecture cannot be derived.
     """
     try:
         return {"_class_name": family, **ONE_NETWORK.get(naming, _SETTINGS[family])(shapes)}
     except (KeyError, IndexError, ValueError) as error:
-        told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise WeightsError(f"{where}: its architecture is not recognised ({told}); give its configuration") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(f"{where}: unknown architecture ({reason}); pass its configuration") from error
 
 
 def _kl(shapes: Shapes) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def _kl(shapes: Shapes) -> dict[str, Any]:
     }
     down, up = levels["encoder.down_blocks"], levels["decoder.up_blocks"][::-1]
     if odd := {width for width in (*down, *up) if width % GROUPS}:
-        raise ValueError(f"{min(odd)} channels are no multiple of {GROUPS}, so that its norms have other groups")
+        raise ValueError(f"{min(odd)} channels are not a multiple of {GROUPS}, so the number of norm groups is unknown")
     inside = len(_numbers(shapes, "encoder.down_blocks.0.resnets"))
     deepest = _either(shapes, ("decoder.conv_in", -1), ("post_quant_conv", 0), ("quant_conv", -1, 2))
     latent = _either(shapes, ("post_quant_conv", -1), ("quant_conv", 0, 2), ("decoder.conv_in", -1))
@@ -195,14 +197,14 @@ def _plain(shapes: Shapes) -> dict[str, Any]:
 
 
 def _flat(shapes: Shapes) -> dict[str, Any]:
-    raise ValueError("nothing tells the size of its images, nor what its output is")
+    raise ValueError("image size and output activation are not stored")
 
 
 def _mlx_example(shapes: Shapes) -> dict[str, Any]:
     widths = [shapes[f"encoder.down.{level}.conv.weight"][0] for level in range(mlx_examples.LEVELS)]
     lengths, side = shapes["encoder.mean.weight"], mlx_examples.SIDE
     if lengths[1] * 4**mlx_examples.LEVELS != widths[-1] * side**2:
-        raise ValueError(f"its images are not of {side} x {side} pixels, as MLX's example has them")
+        raise ValueError(f"its images are not {side} x {side} pixels as in MLX's example")
     return {
         "in_channels": shapes["encoder.down.0.conv.weight"][-1],
         "out_channels": shapes[f"decoder.up.{mlx_examples.LEVELS - 1}.conv.weight"][0],
@@ -225,7 +227,7 @@ def _laq(shapes: Shapes) -> dict[str, Any]:
     kernels = [shapes[f"quantizer.convolutions.{layer}.weight"][1] for layer in layers]
     counts = code_counts(FRAME // patch, kernels) if FRAME % patch == 0 else []
     if not counts:
-        raise ValueError(f"its frames are not of {FRAME} pixels, as all that were published")
+        raise ValueError(f"its frames are not {FRAME} pixels as in the published models")
     return {
         "dim": dim,
         "quant_dim": quant,
@@ -251,20 +253,20 @@ _SETTINGS = {
 }
 
 ONE_NETWORK = {mlx_examples.NAMING: _mlx_example}
-"""Namings that one program has, for one network: what shapes leave open is as there."""
+"""Namings of a single network, which fixes what shapes do not show."""
 
 
 def _numbers(shapes: Shapes, path: str) -> list[int]:
-    """Indices of a list of layers, as far as they have parameters."""
+    """Indices of the layers in a list that have parameters."""
     return sorted({int(found[1]) for key in shapes if (found := re.match(rf"{re.escape(path)}\.(\d+)\.", key))})
 
 
-def _either(shapes: Shapes, *places: tuple[Any, ...]) -> int:
-    """A number of channels from the first layer that is there: its name, axis of its kernel, and divisor."""
-    for layer, axis, *divisor in places:
+def _either(shapes: Shapes, *candidates: tuple[Any, ...]) -> int:
+    """Channels from the first existing layer of (name, kernel axis, divisor)."""
+    for layer, axis, *divisor in candidates:
         if f"{layer}.weight" in shapes:
             return shapes[f"{layer}.weight"][axis] // (divisor[0] if divisor else 1)
-    raise KeyError(places[0][0])
+    raise KeyError(candidates[0][0])
 
 
 def _ends(shapes: Shapes, first: str, last: str) -> dict[str, int]:
@@ -275,7 +277,7 @@ def _ends(shapes: Shapes, first: str, last: str) -> dict[str, int]:
 
 
 def _kinds(shapes: Shapes, path: str, levels: int, plain: str) -> list[str]:
-    """diffusers' name of each level's block: with attention after every residual block, or without."""
+    """Block names of diffusers per level, with or without attention."""
     return [
         f"Attn{plain}" if any(key.startswith(f"{path}.{level}.attentions.") for key in shapes) else plain
         for level in range(levels)
@@ -283,7 +285,7 @@ def _kinds(shapes: Shapes, path: str, levels: int, plain: str) -> list[str]:
 
 
 def _between_convolutions(shapes: Shapes, path: str) -> list[int]:
-    """How many blocks stand between one convolution of a list of layers and the next."""
+    """Number of blocks between consecutive convolutions of a list of layers."""
     counts: list[int] = []
     for number in _numbers(shapes, path):
         if f"{path}.{number}.weight" in shapes:

@@ -1,4 +1,4 @@
-"""The kinds of autoencoders: how each is built from its configuration, and how its weights may be named on disk."""
+"""Families of autoencoders: configuration, network, and key tables by naming. A new network is one row here."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ from mflux_vae.weights.keymaps.taesd import taesd
 Table: TypeAlias = "Sequence[Rule] | Callable[[Iterable[str]], Sequence[Rule]]"
 
 
-_LARGEST = 2**16
-"""Of the whole numbers in a configuration."""
+_MAX_VALUE = 2**16
+"""Largest integer in a configuration."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of autoencoder.
+    """A family of autoencoders.
 
     Attributes:
-        config: its configuration's class: `from_dict` reads a config.json, `to_dict` writes one.
-        network: its class, built from a configuration.
-        tables: key tables by naming; `diffusers` is the one of folders. Some depend on the network's keys, by their
-            names or by ours.
+        config: configuration class with `from_dict` and `to_dict` for a config.json.
+        network: network class, constructed from a configuration.
+        tables: key tables by naming (`diffusers` for folders), or functions of the keys that return one.
     """
 
     config: Any
@@ -48,27 +47,27 @@ class Family:
     tables: Mapping[str, Table]
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """An untrained network as a config.json describes it.
+        """Build an untrained network from the content of a config.json.
 
         Raises:
-            SettingsError: it asks for what the network does not have, or its values are of the wrong kind or size.
+            SettingsError: an unsupported or invalid configuration.
         """
         name = self.network.__name__
         numbers = [n for value in config.values() for n in (value if isinstance(value, list) else [value])]
-        if huge := [n for n in numbers if isinstance(n, int) and n > _LARGEST]:
-            raise SettingsError(f"{name}: {huge[0]} in its configuration is more than any autoencoder has")
+        if huge := [n for n in numbers if isinstance(n, int) and n > _MAX_VALUE]:
+            raise SettingsError(f"{name}: {huge[0]} in its configuration is too large")
         try:
             return self.network(self.config.from_dict(config))
         except (TypeError, ValueError, ArithmeticError) as error:
             reason = str(error).partition("\n")[0]
-            raise SettingsError(f"{name}: a value of the wrong type in its configuration ({reason})") from error
+            raise SettingsError(f"{name}: invalid configuration ({reason})") from error
         finally:
-            # else the draws of many networks that nobody computes pile up, deeper than MLX can follow
+            # evaluate, or unevaluated draws of many networks exceed MLX's recursion limit
             with exclusive():
                 mx.eval(mx.random.state)
 
     def rules(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
-        """The key table for a network with these keys."""
+        """Key table for a network with these keys."""
         table = self.tables[naming]
         return table(keys) if callable(table) else table
 
@@ -84,4 +83,4 @@ FAMILIES = {
     "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
 }
-"""By the `_class_name` of config.json (`finding.family_of`)."""
+"""Families by the `_class_name` of a config.json (`locate.family_of`)."""

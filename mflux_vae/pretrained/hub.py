@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub: into its cache, once, resumed where a download broke off."""
+"""Download from the Hugging Face hub into its cache; resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLD_WEIGHTS = (f"{STEM}.bin",)
 
 
 def split(source: str) -> tuple[str, str] | None:
-    """`owner/name` and what is asked for inside, "" for anything; None where it is no name of a repository."""
+    """Split `owner/name/inside` into repository and path ("" if absent); None for other strings."""
     found = _ID.fullmatch(source)
     if found is None or source.startswith((".", "~")) or Path(found[1]).suffix in SUFFIXES:
         return None
@@ -25,19 +25,18 @@ def split(source: str) -> tuple[str, str] | None:
 
 
 def fetch(repository: str, inside: str = "") -> Path:
-    """Download an autoencoder, and nothing else of its repository.
+    """Download only the autoencoder of a repository.
 
     Args:
         repository: `owner/name`.
-        inside: a file or a folder of it; "" for its `vae` folder, or what lies at its top.
+        inside: file or folder in it; "": the folder `vae`, or the root.
 
     Returns:
-        the file, or the folder that has `config.json` and weights, in the hub's cache.
+        cached file, or cached folder with `config.json` and weights.
 
     Raises:
         SettingsError: huggingface_hub is not installed.
-        WeightsError: no such repository or nothing fitting in it, it is gated, or it cannot be reached and the cache
-            does not have it.
+        WeightsError: the repository does not exist, has no autoencoder, is gated, or is neither reachable nor cached.
     """
     if Path(inside).suffix in SUFFIXES:
         return download(repository, [inside]) / inside
@@ -45,25 +44,23 @@ def fetch(repository: str, inside: str = "") -> Path:
     root = download(repository, parts)
     folder = inside or ("vae" if (root / "vae" / "config.json").is_file() else "")
     if not (root / folder / "config.json").is_file():
-        raise WeightsError(
-            f"{repository}: has no {inside or 'vae'}/config.json; name one of its files: {repository}/FILE"
-        )
+        raise WeightsError(f"{repository}: no {inside or 'vae'}/config.json; name one of its files: {repository}/FILE")
     for names in (_WEIGHTS, _OLD_WEIGHTS):
         root = download(repository, [str(Path(folder) / name) for name in (*names, "config.json")])
         if any((root / folder).glob(f"{STEM}*")):
             return root / folder
-    raise WeightsError(f"{repository}: has no {Path(folder) / _WEIGHTS[0]}")
+    raise WeightsError(f"{repository}: no {Path(folder) / _WEIGHTS[0]}")
 
 
 def download(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """Download files of a repository into the hub's cache, those that it does not have; what broke off is resumed.
+    """Download missing files of a repository into the hub's cache; resumes.
 
     Args:
-        patterns: of their paths, as `fnmatch` has them.
-        revision: branch, tag or commit; None for the main branch.
+        patterns: `fnmatch` patterns of paths.
+        revision: branch, tag or commit; None: the main branch.
 
     Returns:
-        the folder of the snapshot.
+        folder of the snapshot.
 
     Raises:
         SettingsError, WeightsError: as `fetch`.
@@ -71,37 +68,37 @@ def download(repository: str, patterns: Sequence[str], revision: str | None = No
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
-        raise SettingsError(f"{repository}: to download it, pip install huggingface_hub") from error
+        raise SettingsError(f"{repository}: downloading needs huggingface_hub; pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
     except errors.GatedRepoError as error:
-        cure = f"accept its conditions on https://huggingface.co/{repository}, then log in: hf auth login"
-        raise WeightsError(f"{repository}: is gated; {cure}") from error
+        fix = f"accept its conditions on https://huggingface.co/{repository}, then log in: hf auth login"
+        raise WeightsError(f"{repository}: gated; {fix}") from error
     except errors.RevisionNotFoundError as error:
-        raise WeightsError(f"{repository}: has no revision {revision!r}; name a branch, a tag or a commit") from error
+        raise WeightsError(f"{repository}: no revision {revision!r}; give a branch, tag or commit") from error
     except errors.RepositoryNotFoundError as error:
-        raise WeightsError(f"{repository}: no such file or folder here, and no such repository on the hub") from error
+        raise WeightsError(f"{repository}: no such file, folder or hub repository") from error
     except errors.HFValidationError as error:
-        raise WeightsError(f"{repository}: no such file or folder, and no name of a repository") from error
+        raise WeightsError(f"{repository}: no such file or folder, and not a valid repository name") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise WeightsError(f"{repository}: not in the cache, and the hub cannot be reached; go online once") from error
-    except Exception as error:  # the hub's errors, the HTTP client's and the system's have no common base
+        raise WeightsError(f"{repository}: not cached and the hub cannot be reached; go online once") from error
+    except Exception as error:  # errors of the hub, the HTTP client and the system have no common base
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise WeightsError(f"{repository}: the download failed ({reason}); the same command resumes it") from error
+        raise WeightsError(f"{repository}: download failed ({reason}); run the command again to resume") from error
 
 
 def cached(repository: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository's snapshot in the hub's cache, whatever it holds; None where there is none."""
+    """Cached snapshot folder of a repository, complete or not; None if there is none."""
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repository, local_files_only=True, allow_patterns=[], revision=revision))
-    except Exception:  # not installed, not there, or no such name: `download` says which
+    except Exception:  # `download` reports the reason
         return None
 
 
 def cache_folder() -> Path:
-    """The hub's cache."""
+    """Folder of the hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

@@ -1,4 +1,4 @@
-"""Networks from what people have, and back: folders, pipelines, single files in any naming, presets, the hub."""
+"""Open, save and convert networks: folders, pipelines, single files in any key naming, presets, the hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mflux_vae.pretrained.locate import (
     Source,
     equal_preset,
     family_of,
-    find,
+    locate,
     settings_of,
 )
 from mflux_vae.runtime.device import compute_dtype
@@ -36,23 +36,23 @@ from mflux_vae.weights.formats.files import DTYPES, write_json, write_safetensor
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import from_mlx, load_strict, to_mlx
 
-_BESIDE = ("running_mean", "running_var", "num_batches_tracked", "beta", "kl_div")
-"""What is stored besides parameters, by norms for the most part."""
+_NOT_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked", "beta", "kl_div")
+"""LazyTensor tensors that are not parameters, such as the statistics of norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a file or folder holds.
+    """Content of a file or folder.
 
     Attributes:
         source: file or folder.
         family: class name of the network.
-        naming: of its keys: `diffusers`, `compvis`, `bfl` or `taesd`.
-        config: as in a config.json.
-        tensors, parameters: how many.
-        dtypes: of the tensors, as stored.
-        preset: the known autoencoder that it equals in architecture and scaling, or None.
-        assumed: what a file does not say and was taken for granted, as one sentence, or None.
+        naming: key naming: `diffusers`, `compvis`, `bfl`, `taesd`, ...
+        config: content of a config.json.
+        tensors, parameters: counts.
+        dtypes: stored dtypes.
+        preset: preset with the same architecture and scaling, or None.
+        assumed: a sentence about what the file does not specify, or None.
     """
 
     source: str
@@ -70,56 +70,57 @@ class Description:
 def open_network(
     source: Source, dtype: mx.Dtype | None = None, *, config: Config | None = None, pairs: bool = False
 ) -> nn.Module:
-    """Open an autoencoder, in evaluation: dropout is off, batch norms use what they stored.
+    """Open an autoencoder in evaluation mode.
 
     Args:
         source: one of
-            - a folder in diffusers' layout (`config.json`, `diffusion_pytorch_model.safetensors`), or a pipeline's,
-              which has one named `vae`;
-            - a .safetensors, .ckpt, .pt, .pth, .bin or .npz file in the naming of diffusers, CompVis, Black Forest
-              Labs, TAESD, LAPA or MLX's example, also a whole model's with the autoencoder in it; of TAESD, one half,
-              beside which the other lies;
-            - the name of a preset (see `opening.presets`), or `owner/name` on the hub, which is downloaded.
-        dtype: to compute in, if not on a CPU, which always takes float32; None for bfloat16. A network whose
-            configuration says that it overflows in float16 (`force_upcast`) takes float32 instead of that.
-        config: what to take the file for, where it does not say or says it wrong: a preset's name; a config.json; a
-            YAML file or dictionary with latent-diffusion's `ddconfig`. A single file leaves the scaling of latents open
-            and is otherwise recognised by its keys, shapes and name; what had to be assumed is logged as a warning.
-        pairs: take a network for pairs of frames (`LatentActionQuantizer`), too, and not only one for images.
+            - a folder in diffusers' layout (`config.json`, `diffusion_pytorch_model.safetensors`), or a pipeline folder
+              with a subfolder `vae`;
+            - a .safetensors, .ckpt, .pt, .pth, .bin or .npz file in the key naming of diffusers, CompVis, Black Forest
+              Labs, TAESD, LAPA or MLX's example, alone or inside a whole model; for TAESD either half, with the other
+              beside it;
+            - a preset (`pretrained.presets`), or `owner/name` on the hub, which is downloaded.
+        dtype: compute dtype on GPUs (None: bfloat16; float32 instead of float16 if the configuration has
+            `force_upcast`). CPUs always compute in float32.
+        config: configuration of a file that has none or a wrong one: a preset, a config.json, or a YAML file or
+            dictionary with a `ddconfig` of latent-diffusion. Without it a single file is detected by keys, shapes and
+            name; assumptions about its latent scaling are logged as a warning.
+        pairs: also open networks for pairs of frames (`LatentActionQuantizer`).
 
     Raises:
-        WeightsError: files are missing or broken, of an unknown kind, or do not fit the configuration; it is for pairs
-            of frames and was not asked for.
-        SettingsError: the configuration asks for what the network does not have.
+        WeightsError: files are missing, broken, of an unknown kind, or do not fit the configuration; a network for
+            pairs without `pairs`.
+        SettingsError: an unsupported configuration.
     """
-    opened = find(source, config)
+    opened = locate(source, config)
     if opened.assumed:
         log.warning("%s", opened.assumed)
-    network: Any = _built(opened)
+    network: Any = _build(opened)
     if isinstance(network, LatentActionQuantizer) and not pairs:
-        what = f"a {opened.family}, which takes pairs of frames and not images"
-        raise WeightsError(f"{opened.where}: {what}; mflux-vae compare takes it")
+        raise WeightsError(
+            f"{opened.where} is a {opened.family} for pairs of frames, not for images; use mflux-vae compare"
+        )
     tensors = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     load_strict(network, _complete(tensors, network), where=opened.where, dtype=_dtype(network, dtype))
     return network.eval()
 
 
 def new_network(config: Config) -> nn.Module:
-    """An untrained network, drawn from MLX's global random state.
+    """Build an untrained network, initialised from MLX's global random state.
 
     Args:
-        config: a preset's name; a config.json; a YAML file or dictionary with latent-diffusion's `ddconfig`.
+        config: a preset, a config.json, or a YAML file or dictionary with a `ddconfig` of latent-diffusion.
 
     Raises:
-        WeightsError: it is of an unknown kind.
-        SettingsError: it cannot be read, or asks for what the network does not have.
+        WeightsError: an unknown kind of network.
+        SettingsError: the configuration cannot be read or is not supported.
     """
-    told = settings_of(config)
-    return FAMILIES[family_of(told, str(config))].build(told)
+    settings = settings_of(config)
+    return FAMILIES[family_of(settings, str(config))].build(settings)
 
 
-def _built(opened: Located) -> nn.Module:
-    """Its network, untrained; errors say where the configuration is from."""
+def _build(opened: Located) -> nn.Module:
+    """Build the untrained network; errors name the file."""
     try:
         return FAMILIES[opened.family].build(opened.config)
     except SettingsError as error:
@@ -127,8 +128,8 @@ def _built(opened: Located) -> nn.Module:
 
 
 def describe(source: Source, *, config: Config | None = None) -> Description:
-    """What `open_network` would open, without reading its tensors. Arguments and errors as there."""
-    opened = find(source, config)
+    """Describe a source without reading its tensors. Arguments and errors as in `open_network`."""
+    opened = locate(source, config)
     stored = opened.tensors.values()
     return Description(
         source=opened.where,
@@ -137,7 +138,7 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
         config=opened.config,
         tensors=len(stored),
         parameters=sum(
-            prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _BESIDE
+            prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _NOT_PARAMETERS
         ),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored})),
         preset=opened.preset or equal_preset(opened),
@@ -146,21 +147,21 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Numbers that training finds; not the statistics of norms."""
+    """Number of trainable values; statistics of norms do not count."""
     tensors = dict(tree_flatten(network.parameters()))
-    return sum(tensor.size for name, tensor in tensors.items() if name.split(".")[-1] not in _BESIDE)
+    return sum(tensor.size for name, tensor in tensors.items() if name.split(".")[-1] not in _NOT_PARAMETERS)
 
 
 def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> None:
-    """Write the folder that `open_network` opens, and diffusers too where it has such a network.
+    """Write a folder for `open_network`; diffusers opens it if it has such a network.
 
     Args:
-        folder: made where it is missing; or a file that ends in .safetensors, which then knows its configuration.
-        dtype: of the stored weights: float32, float16 or bfloat16.
+        folder: created if missing; or a .safetensors file, with the configuration in its metadata.
+        dtype: float32, float16 or bfloat16.
 
     Raises:
-        SettingsError: another dtype, or another kind of file.
-        WeightsError: a network of a kind that `open_network` does not know.
+        SettingsError: another dtype or kind of file.
+        WeightsError: `open_network` does not know this kind of network.
     """
     config = network.config.to_dict()
     family = FAMILIES[family_of(config, str(folder))]
@@ -172,30 +173,29 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
 def convert(
     source: Source, target: Source, naming: str, dtype: str | None = None, *, config: Config | None = None
 ) -> list[Path]:
-    """Write an autoencoder's weights under other names and in other layouts; there and back is bitwise the same.
+    """Convert the weights of an autoencoder to another key naming. Converting back gives the same bits.
 
     Args:
         source, config: see `open_network`.
-        target: a file that ends in .safetensors, which then knows its configuration; or a folder: in diffusers' layout,
-            or with TAESD's two halves.
+        target: a .safetensors file, with the configuration in its metadata; or a folder, in diffusers' layout or with
+            the two halves of TAESD.
         naming: `diffusers`, `compvis`, `bfl` or `taesd`.
-        dtype: float32, float16 or bfloat16; None keeps what is stored.
+        dtype: float32, float16 or bfloat16; None: unchanged.
 
     Returns:
-        the files that were written.
+        written files.
 
     Raises:
-        SettingsError: the kind of network has no such naming, or that naming is not for such a network or not one of
-            folders; another dtype.
+        SettingsError: the naming does not exist for this network or for folders; another dtype.
         WeightsError: as `open_network`.
     """
-    opened, target = find(source, config), Path(target)
+    opened, target = locate(source, config), Path(target)
     family = FAMILIES[opened.family]
     if naming not in family.tables:
-        raise SettingsError(f"{opened.family} has the namings {', '.join(family.tables)}, not {naming!r}")
+        raise SettingsError(f"{opened.family} has no naming {naming!r}; known: {', '.join(family.tables)}")
     ours = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
-    network = _built(opened)
-    load_strict(network, _complete(ours, network), where=opened.where)  # what does not fit is told before it is written
+    network = _build(opened)
+    load_strict(network, _complete(ours, network), where=opened.where)  # checks the tensors before anything is written
     if naming in detect.ONE_NETWORK:
         _same_network(network.config.to_dict(), naming, ours, opened.where)
     tensors = from_mlx(ours, family.rules(naming, ours))
@@ -203,11 +203,11 @@ def convert(
 
 
 def _same_network(config: Mapping[str, Any], naming: str, tensors: Mapping[str, mx.array], where: str) -> None:
-    """Refuses a network that whoever reads this naming would take for another one."""
+    """Refuse a network that readers of this naming would mistake for another one."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     read = detect.settings(str(config["_class_name"]), naming, shapes, where)
     if wrong := [f"{name} {config[name]}" for name in read if read[name] != config[name]]:
-        raise SettingsError(f"{where}: {naming} naming is not for a network with {', '.join(wrong)}")
+        raise SettingsError(f"{where}: naming {naming} cannot express a network with {', '.join(wrong)}")
 
 
 def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any], naming: str) -> list[Path]:
@@ -215,14 +215,14 @@ def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any]
         write_safetensors(target, tensors, {CONFIG_KEY: json.dumps(config)})
         return [target]
     if target.is_file():
-        raise SettingsError(f"{target} is a file: give a folder, or a name that ends in .safetensors")
+        raise SettingsError(f"{target} is a file; give a folder or a .safetensors file")
     if naming == "diffusers":
         files = [target / f"{STEM}.safetensors", target / "config.json"]
         write_safetensors(files[0], tensors)
         write_json(files[1], config)
         return files
     if naming != "taesd":
-        raise SettingsError(f"{target}: files in {naming}'s naming are single ones; let its name end in .safetensors")
+        raise SettingsError(f"{target}: naming {naming} needs a single file; give a name that ends in .safetensors")
     files = [target / f"taesd_{half}.safetensors" for half in HALVES]
     for half, file in zip(HALVES, files, strict=True):
         part = {name.removeprefix(f"{half}."): tensor for name, tensor in tensors.items() if name.startswith(half)}
@@ -232,7 +232,7 @@ def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any]
 
 def _cast(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:
     if dtype not in DTYPES:
-        raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
+        raise SettingsError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     return {
         name: tensor.astype(DTYPES[dtype]) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
         for name, tensor in tensors.items()
@@ -240,12 +240,12 @@ def _cast(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:
 
 
 def _complete(tensors: Mapping[str, mx.array], network: nn.Module) -> dict[str, mx.array]:
-    """With FLUX.2's counter of batches, which not every file has and nothing uses."""
+    """Add FLUX.2's unused batch counter, which some files lack."""
     counted = COUNTER in dict(tree_flatten(network.parameters()))
     return {**({COUNTER: mx.array(0, mx.int64)} if counted else {}), **tensors}
 
 
-def _dtype(network: Any, asked: mx.Dtype | None) -> mx.Dtype:
-    dtype = compute_dtype(asked)
+def _dtype(network: Any, requested: mx.Dtype | None) -> mx.Dtype:
+    dtype = compute_dtype(requested)
     overflows = dtype == mx.float16 and network.config.force_upcast
     return mx.float32 if overflows else dtype

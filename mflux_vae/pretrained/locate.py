@@ -1,4 +1,4 @@
-"""Finding an autoencoder: folder, file, preset or repository -> its kind, its configuration and its tensors, unread."""
+"""Locate an autoencoder: folder, file, preset or repository -> family, configuration and lazy tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mflux_vae.pretrained import detect, hub, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import SUFFIXES, open_folder, open_weights, read_json
-from mflux_vae.weights.formats.lazy_tensor import Stored
+from mflux_vae.weights.formats.lazy_tensor import LazyTensor
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Rule, to_mlx
 
@@ -28,100 +28,99 @@ Source: TypeAlias = "str | Path"
 Config: TypeAlias = "str | Path | Mapping[str, Any]"
 
 CONFIG_KEY = "mflux_vae.config"
-"""In a single file's metadata: its configuration, so that nothing has to be guessed."""
+"""Metadata key of the configuration in single files."""
 
 HALVES = ("encoder", "decoder")
 
 COUNTER = "bn.num_batches_tracked"
-"""diffusers stores it beside FLUX.2's statistics; only training would use it."""
+"""LazyTensor by diffusers with FLUX.2's statistics; unused here."""
 
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """An autoencoder that was found, its tensors unread.
+    """A located autoencoder.
 
     Attributes:
         where: file or folder.
         family: class name of the network.
-        naming: of the keys.
-        config: as in a config.json.
-        tensors: by their names, without what stands before all of them in a whole model's file.
-        preset: the known autoencoder that it was taken for, or None.
-        assumed: what was taken for granted as nothing tells it, as one sentence; or None.
+        naming: key naming.
+        config: content of a config.json.
+        tensors: lazy tensors by key, without the prefix in a whole model's file.
+        preset: assumed preset, or None.
+        assumed: a sentence about what the file does not specify, or None.
     """
 
     where: str
     family: str
     naming: str
     config: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, LazyTensor]
     preset: str | None = None
     assumed: str | None = None
 
     @property
     def rules(self) -> Sequence[Rule]:
-        """The key table of its naming."""
+        """Key table of the naming."""
         return FAMILIES[self.family].rules(self.naming, self.tensors)
 
 
-def find(source: Source, config: Config | None = None) -> Located:
-    """See `loading.open_network` for arguments and errors."""
-    told = None if config is None else settings_of(config)
+def locate(source: Source, config: Config | None = None) -> Located:
+    """Locate an autoencoder; arguments and errors as in `loading.open_network`."""
+    settings = None if config is None else settings_of(config)
     path, preset = _local(source)
     if path.is_dir() and (path / "model_index.json").is_file():
         path = path / "vae"
     if path.is_dir() and not (path / "config.json").is_file():
         path = _only_file(path)
     if path.is_dir():
-        told = told or read_json(path / "config.json")
-        family_of(told, str(path))
+        settings = settings or read_json(path / "config.json")
+        family_of(settings, str(path))
         tensors = open_folder(path, STEM)
     else:
-        tensors, metadata = _of_file(path)
-        told = told or _written(metadata, str(path)) or (presets.PRESETS[preset].config.to_dict() if preset else None)
-    place = detect.find(tensors, str(path), family_of(told, str(path)) if told else None)
-    if place.naming not in FAMILIES[place.family].tables:  # told wrongly: what is missing and unknown will be listed
-        place = replace(place, naming="diffusers")
-    inside = {key[len(place.prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(place.prefix)}
-    opened = Located(where=str(path), family=place.family, naming=place.naming, config=told or {}, tensors=inside)
-    if told:
+        tensors, metadata = _open_file(path)
+        settings = settings or _stored_config(metadata, str(path))
+        settings = settings or (presets.PRESETS[preset].config.to_dict() if preset else None)
+    match = detect.find(tensors, str(path), family_of(settings, str(path)) if settings else None)
+    if match.naming not in FAMILIES[match.family].tables:  # a wrong config: loading lists missing and unknown keys
+        match = replace(match, naming="diffusers")
+    inside = {key[len(match.prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(match.prefix)}
+    opened = Located(where=str(path), family=match.family, naming=match.naming, config=settings or {}, tensors=inside)
+    if settings:
         return opened
     names = _presets(opened)
     if not names:
-        return _unknown(opened)
+        return _without_preset(opened)
     likely = detect.narrow(names, tensors, metadata, path)
-    told = presets.PRESETS[likely[0]].config.to_dict()
-    others = [name for name in likely if not _same_scaling(presets.PRESETS[name].config.to_dict(), told)]
+    settings = presets.PRESETS[likely[0]].config.to_dict()
+    others = [name for name in likely if not _same_scaling(presets.PRESETS[name].config.to_dict(), settings)]
+    assumed = None
     if others:
-        scaled = f"nothing tells how its latents are scaled; taken as those of {likely[0]}"
-        assumed = f"{path}: {scaled}; if they are not, say config={' or '.join(map(repr, others))}"
-        return replace(opened, config=told, preset=likely[0], assumed=assumed)
-    return replace(opened, config=told, preset=likely[0])
+        override = f"pass config={' or '.join(map(repr, others))} to override"
+        assumed = f"{path}: latent scaling unknown, assuming that of {likely[0]}; {override}"
+    return replace(opened, config=settings, preset=likely[0], assumed=assumed)
 
 
-def _unknown(opened: Located) -> Located:
-    """One that is no preset: its architecture follows from its shapes, its scaling from nothing."""
+def _without_preset(opened: Located) -> Located:
+    """Derive the architecture from shapes; the scaling is unknown."""
     config = FAMILIES[opened.family].config.from_dict(
         detect.settings(opened.family, opened.naming, _shapes(opened), opened.where)
     )
     factor, assumed = getattr(config, "scaling_factor", None), None
     if opened.family == "AutoencoderKL":
-        assumed = (
-            f"{opened.where}: nothing tells how its latents are scaled; taken times {factor}; give config= to say it"
-        )
+        assumed = f"{opened.where}: latent scaling unknown, assuming a factor of {factor}; pass config= to override"
     return replace(opened, config=config.to_dict(), assumed=assumed)
 
 
 def equal_preset(opened: Located) -> str | None:
-    """The first preset that it equals, in shapes and in scaling."""
+    """First preset with the same shapes and scaling."""
     names = _presets(opened)
     return next((name for name in names if _same_scaling(presets.PRESETS[name].config.to_dict(), opened.config)), None)
 
 
 def _presets(opened: Located) -> list[str]:
-    """Presets that have all these tensors, in these shapes."""
+    """Presets that have all these tensors with these shapes."""
     shapes = _shapes(opened).items()
     return [
         name
@@ -131,7 +130,7 @@ def _presets(opened: Located) -> list[str]:
 
 
 def _shapes(opened: Located) -> dict[str, tuple[int, ...]]:
-    """By our names in our layout; nothing is read."""
+    """Shapes by parameter name in MLX layout; tensors are not read."""
     blank = {name: mx.zeros(stored.shape) for name, stored in opened.tensors.items()}
     return {name: tensor.shape for name, tensor in to_mlx(blank, opened.rules).items() if name != COUNTER}
 
@@ -139,7 +138,7 @@ def _shapes(opened: Located) -> dict[str, tuple[int, ...]]:
 @cache
 def _preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
     preset = presets.PRESETS[name]
-    network = FAMILIES[preset.family].build(preset.config.to_dict())  # arrays are lazy: nothing is computed
+    network = FAMILIES[preset.family].build(preset.config.to_dict())  # lazy arrays: nothing is computed
     return {path: tensor.shape for path, tensor in dict(tree_flatten(network.parameters())).items()}
 
 
@@ -148,20 +147,22 @@ def _same_scaling(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
-    """The kind of network that a config.json is of; a WeightsError where there is no such kind.
+    """Family of a config.json. Networks that diffusers lacks have the suffix `Extended`
+    (`AutoencoderKLConfig.to_dict`).
 
-    What diffusers has no configuration for (see `AutoencoderKLConfig.to_dict`) has `Extended` at the end of its name.
+    Raises:
+        WeightsError: an unknown class.
     """
     name = str(config.get("_class_name", "AutoencoderKL"))
     if (family := name.removesuffix("Extended")) not in FAMILIES:
-        raise WeightsError(f"{where}: autoencoders of class {name!r} are not known; known: {', '.join(FAMILIES)}")
+        raise WeightsError(f"{where}: unknown autoencoder class {name!r}; known: {', '.join(FAMILIES)}")
     return family
 
 
 def _local(source: Source) -> tuple[Path, str | None]:
-    """The file or folder on this machine, downloaded where it has to be; and the preset that was named."""
+    """Local file or folder, downloaded if necessary; and the name of the preset, if any."""
     path = Path(source).expanduser()
-    with suppress(OSError):  # a name may be too long for one of a file
+    with suppress(OSError):  # the name may be too long for a file
         if path.exists():
             return path, None
     text = str(source)
@@ -176,18 +177,18 @@ def _local(source: Source) -> tuple[Path, str | None]:
 
 
 def _only_file(folder: Path) -> Path:
-    """The one weights file of a folder without config.json; of TAESD's two halves, the encoder."""
+    """The only weights file of a folder without config.json; the encoder of TAESD's two halves."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     halves = [file for file in files if "encoder" in file.stem]
     if len(files) == 1 or (len(files) == 2 and len(halves) == 1):
         return (halves or files)[0]
     if not files:
-        raise WeightsError(f"{folder}: no autoencoder is in it, neither config.json nor a weights file")
-    raise WeightsError(f"{folder}: has no config.json and {len(files)} weights files: name the one to open")
+        raise WeightsError(f"{folder}: no autoencoder: neither config.json nor a weights file")
+    raise WeightsError(f"{folder}: no config.json, but {len(files)} weights files; name one of them")
 
 
-def _of_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors and metadata of one file; of TAESD's two halves, of both."""
+def _open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors and metadata of a file; both halves for TAESD."""
     tensors, metadata = open_weights(path)
     if not tensors or not all(re.fullmatch(r"\d+\.(.*\.)?(weight|bias)", key) for key in tensors):
         return tensors, metadata
@@ -196,33 +197,33 @@ def _of_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     beside = [path.with_name(path.stem.replace(half, other) + suffix) for suffix in (path.suffix, *SUFFIXES)]
     found = next((file for file in beside if file.is_file() and file != path), None)
     if found is None:
-        raise WeightsError(f"{path}: is TAESD's {half}; put its {other} beside it, as {beside[0].name}")
+        raise WeightsError(f"{path}: this is the {half} of TAESD; put the {other} beside it as {beside[0].name}")
     both = {half: tensors, other: open_weights(found)[0]}
     return {f"{name}.{key}": tensor for name, part in both.items() for key, tensor in part.items()}, metadata
 
 
-def _written(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
-    """The configuration that this project wrote into a file."""
+def _stored_config(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    """Configuration stored in the metadata of a file, or None."""
     if CONFIG_KEY not in metadata:
         return None
     try:
         config = json.loads(metadata[CONFIG_KEY])
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{where}: its configuration in the metadata is not readable ({error})") from error
+        raise WeightsError(f"{where}: the configuration in its metadata is not readable ({error})") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"{where}: its configuration in the metadata is no JSON object")
+        raise WeightsError(f"{where}: the configuration in its metadata is not a JSON object")
     return config
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """A preset's name, a file or a dictionary, diffusers' or latent-diffusion's -> as in a config.json."""
+    """Content of a config.json from a preset, a file or a dictionary of diffusers or latent-diffusion."""
     if not isinstance(config, Mapping):
         if not (path := Path(config)).is_file():
             if preset := presets.find(str(config)):
                 return preset.config.to_dict()
             if folder := presets.registered(str(config)):
                 return read_json(folder / "config.json")
-            raise SettingsError(f"config {config}: no such file, nor a preset ({', '.join(presets.PRESETS)})")
+            raise SettingsError(f"config {config}: no such file or preset; known presets: {', '.join(presets.PRESETS)}")
         config = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if "_class_name" in config or "block_out_channels" in config:
         return dict(config)
@@ -232,5 +233,5 @@ def settings_of(config: Config) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: not a table of settings")
+        raise SettingsError(f"{path}: not a mapping of settings")
     return content

@@ -1,4 +1,4 @@
-"""The autoencoders in wide use, one row each: their names, where their weights lie, and their configurations."""
+"""Published autoencoders: names, repositories, configurations. A new preset is one row here."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Preset:
     """A published autoencoder.
 
     Attributes:
-        name: its key in `PRESETS`.
-        title: as people call it.
-        repository: on the Hugging Face hub.
-        inside: the file or folder in it; "" for its root.
+        name: key in `PRESETS`.
+        title: display name.
+        repository: hub repository.
+        inside: file or folder in it; "": its root.
         family: class of the network, a key of `families.FAMILIES`.
-        config: its configuration, as the published config.json means it, diffusers' defaults filled in.
-        aliases: other names that `find` knows.
+        config: configuration of the published config.json, with diffusers' defaults filled in.
+        aliases: other names.
     """
 
     name: str
@@ -197,39 +197,39 @@ _ROWS = (
 )
 
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
-"""By name."""
+"""Presets by name."""
 
 
 def find(name: str) -> Preset | None:
-    """The preset with this name, alias, title or repository; case, spaces, `_`, `.` and `-` do not matter."""
-    return _BY_NAME.get(_plain(name))
+    """Preset with this name, alias, title or repository, ignoring case, spaces, `_`, `.` and `-`; or None."""
+    return _BY_NAME.get(_normalized(name))
 
 
 GROUP = "mflux_vae.presets"
-"""Entry points by which another package gives an autoencoder of its own a name; each is the path of its folder."""
+"""Entry-point group of other packages' presets; each entry is the path of a folder."""
 
 
 def registered(name: str) -> Path | None:
-    """The folder that an installed package has registered under this name.
+    """Folder that an installed package registered under this name, or None.
 
     Raises:
-        PluginError: the package cannot be imported, or what it registered is no path.
+        PluginError: the package cannot be imported, or the entry is not a path.
     """
     for entry in entry_points(group=GROUP, name=name):
         try:
             return Path(entry.load())
-        except Exception as error:  # whatever a foreign module raises while it is imported
+        except Exception as error:  # any error of a plugin
             raise PluginError(f"preset {name!r} is broken ({entry.value}: {type(error).__name__}: {error})") from error
     return None
 
 
 def names() -> list[str]:
-    """Of all presets, registered ones too."""
+    """Names of all presets, including registered ones."""
     return [*PRESETS, *sorted({entry.name for entry in entry_points(group=GROUP)} - PRESETS.keys())]
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[\s._-]+", "", name.lower())
 
 
-_BY_NAME = {_plain(name): row for row in _ROWS for name in (row.name, row.title, row.repository, *row.aliases)}
+_BY_NAME = {_normalized(name): row for row in _ROWS for name in (row.name, row.title, row.repository, *row.aliases)}

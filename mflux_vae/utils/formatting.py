@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 GB = 10**9
 
 
@@ -13,3 +15,9 @@ def size_text(number: float) -> str:
 def count_text(count: int, noun: str) -> str:
     """Format a count: "1 image", "1,200 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_few(items: Sequence[str], count: int = 3) -> str:
+    """List the first items: "a, b, c and 263 more"."""
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f" and {more:,} more" if more > 0 else "")

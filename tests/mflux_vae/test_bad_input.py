@@ -200,12 +200,12 @@ BAD: dict[str, tuple[Make, str]] = {
         "no config.json and 2 weights files",
     ),
     "no weights": (without(WEIGHTS), "no such weights file"),
-    "empty weights": (text(WEIGHTS, b""), f"{WEIGHTS}: not a whole safetensors file"),
-    "weights cut in the middle": (cut(0.5), f"{WEIGHTS}: not a whole safetensors file"),
-    "weights cut in the header": (cut(0.01), f"{WEIGHTS}: not a whole safetensors file"),
+    "empty weights": (text(WEIGHTS, b""), f"{WEIGHTS}: not a complete safetensors file"),
+    "weights cut in the middle": (cut(0.5), f"{WEIGHTS}: not a complete safetensors file"),
+    "weights cut in the header": (cut(0.01), f"{WEIGHTS}: not a complete safetensors file"),
     "bytes behind the end": (
         lambda folder: text(WEIGHTS, (folder / WEIGHTS).read_bytes() + b"more")(folder),
-        f"{WEIGHTS}: not a whole safetensors file",
+        f"{WEIGHTS}: not a complete safetensors file",
     ),
     "a text called .safetensors": (text(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), WEIGHTS),
     "a page called .safetensors": (text(WEIGHTS, "<!DOCTYPE html><title>404</title>"), WEIGHTS),
@@ -234,10 +234,10 @@ BAD: dict[str, tuple[Make, str]] = {
     "a LoRA": (tensors(lambda held: (held.clear(), held.update({"lora_A.weight": mx.zeros((2, 2))}))), "lora_A"),
     "no tensors": (tensors(lambda held: held.clear()), "180 missing"),
     # config.json
-    "a config.json cut short": (text("config.json", '{"latent_channels": '), "config.json: not readable as JSON"),
+    "a config.json cut short": (text("config.json", '{"latent_channels": '), "config.json: not valid JSON"),
     "a config.json that is a list": (text("config.json", "[]"), "config.json: not a JSON object"),
-    "a config.json in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: not readable as JSON"),
-    "an unknown class": (config(_class_name="VQModel"), "'VQModel' are not known"),
+    "a config.json in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: not valid JSON"),
+    "an unknown class": (config(_class_name="VQModel"), "VQModel"),
     "negative channels": (config(latent_channels=-4), "latent_channels"),
     "a word for a number": (config(latent_channels="four"), "wrong type"),
     "no levels": (config(block_out_channels=[]), "block_out_channels"),
@@ -297,7 +297,7 @@ LATENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "of pictures without size": (damaged(pictures='{"a.png": {"crc32": 0}}'), "size"),
     "of another size": (damaged(pictures='{"a.png": {"size": [800, 8], "crc32": 0}}'), "cannot be an image of 800"),
     "elsewhere": (damaged(pictures='{"../a.png": {"size": [8, 8], "crc32": 0}}'), "../a.png"),
-    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "not a whole safetensors file"),
+    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "not a complete safetensors file"),
 }
 
 

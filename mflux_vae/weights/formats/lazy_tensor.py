@@ -1,4 +1,4 @@
-"""A tensor as it lies in a file: what is known before it is read, and reading it without MLX's own loader."""
+"""A tensor in a file that is loaded on demand."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 
-LARGEST_DIMENSION = 2**31 - 1
-"""MLX counts in 32 bits."""
+MAX_DIMENSION_SIZE = 2**31 - 1
+"""MLX uses 32-bit sizes."""
 
-MOST_DIMENSIONS = 64
-"""As numpy."""
+MAX_DIMENSIONS = 64
+"""Limit of numpy."""
 
 _HELD_AS = {"bfloat16": "uint16"}
-"""What holds the bits of a dtype that numpy does not have."""
+"""numpy dtype with the bits of a dtype that numpy lacks."""
 
 _READ_AS = {"float64": "float32", "bfloat16": "uint16"}
-"""What numbers become on their way to MLX."""
+"""dtype in which values are passed to MLX."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class LazyTensor:
     """A tensor in a file.
 
     Attributes:
-        shape: as stored.
-        dtype: as stored, by its name in numpy and MLX (`float32`, `bfloat16`, ...).
-        load: reads it, float64 as float32; a WeightsError where MLX has no such dtype.
+        shape: stored shape.
+        dtype: stored dtype, by its name in numpy and MLX (`float32`, `bfloat16`, ...).
+        load: reads it, float64 as float32; raises a WeightsError if MLX lacks the dtype.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Stored:
 
 
 def width(dtype: str) -> int | None:
-    """Bytes of one number; None where there is no such dtype."""
+    """Bytes per value; None for an unknown dtype."""
     try:
         return np.dtype(_HELD_AS.get(dtype, dtype)).itemsize
     except TypeError:
@@ -50,19 +50,19 @@ def width(dtype: str) -> int | None:
 def read_numbers(
     data: np.ndarray, name: str, dtype: str, shape: Sequence[int], strides: Sequence[int] | None = None
 ) -> mx.array:
-    """A tensor out of a file's bytes.
+    """Convert bytes of a file to an array.
 
     Args:
-        data: (n,) uint8, beginning with the tensor's first element and reaching at least to its last.
-        name: for the message.
-        dtype, shape: of the tensor.
-        strides: in elements; None for a contiguous one.
+        data: uint8 (n,), from the first element of the tensor to at least its last.
+        name: for messages.
+        dtype, shape: those of the tensor.
+        strides: in elements; None if contiguous.
 
     Raises:
-        WeightsError: numpy has no such dtype.
+        WeightsError: numpy lacks the dtype.
     """
     if (size := width(dtype)) is None:
-        raise WeightsError(f"{name} is stored as {dtype}, which is not read; save it as float32")
+        raise WeightsError(f"{name} is stored as {dtype}, which is not supported; save it as float32")
     kind = np.dtype(_HELD_AS.get(dtype, dtype))
     if not prod(shape):
         view = np.empty(shape, kind)

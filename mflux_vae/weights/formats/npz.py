@@ -1,7 +1,7 @@
-"""Arrays as MLX's `save_weights` and NumPy's `savez` store them (.npz), read without executing anything.
+"""Read .npz files of MLX's `save_weights` and NumPy's `savez` without executing code.
 
-An uncompressed zip archive of .npy files: magic and version, a header (dtype, order and shape as a Python literal),
-then the numbers (NumPy's NEP 1).
+An uncompressed zip archive of .npy files: magic and version, header (dtype, order and shape as a Python literal),
+values (NumPy's NEP 1).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mflux_vae.weights.formats.lazy_tensor import LARGEST_DIMENSION, MOST_DIMENSIONS, Stored, read_numbers
-from mflux_vae.weights.formats.safe_reading import BROKEN, Refused, told
+from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSION_SIZE, MAX_DIMENSIONS, LazyTensor, read_numbers
+from mflux_vae.weights.formats.safe_reading import BROKEN, Refused, reading
 from mflux_vae.weights.formats.zip_archive import MAGIC, Archive
 
 _SUFFIX = ".npy"
@@ -24,9 +24,9 @@ _HEADERS: dict[tuple[int, int], Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""By version. NumPy's readers take at most 10,000 characters, and literals only."""
+"""Header readers by version; NumPy limits headers to 10,000 characters of literals."""
 
-_MOST_HEADER = 2**14
+_MAX_HEADER = 2**14
 
 
 def is_npz(path: str | Path) -> bool:
@@ -36,41 +36,40 @@ def is_npz(path: str | Path) -> bool:
             if file.read(len(MAGIC)) != MAGIC:
                 return False
             names = Archive(file, "").names
-    except BROKEN:  # told by whoever reads it
+    except BROKEN:  # the reader reports it
         return False
     return bool(names) and all(name.endswith(_SUFFIX) for name in names)
 
 
-def read_npz(path: str | Path) -> dict[str, Stored]:
-    """The arrays of an .npz file by their names; loaded when asked for, float64 as float32.
+def read_npz(path: str | Path) -> dict[str, LazyTensor]:
+    """Open the arrays of an .npz file by name, lazily; float64 is read as float32.
 
     Raises:
-        WeightsError: no such file; not a whole .npz file; arrays that are compressed, of objects, or of another size
-            than their bytes.
+        WeightsError: the file is missing or incomplete, or has compressed arrays, objects or inconsistent sizes.
     """
     path = Path(path)
-    with told(path, "an .npz file"):
+    with reading(path, "an .npz file"):
         with path.open("rb") as file:
             archive = Archive(file, "mx.savez")
-            places = {name.removesuffix(_SUFFIX): archive.place(name) for name in archive.names}
+            ranges = {name.removesuffix(_SUFFIX): archive.byte_range(name) for name in archive.names}
         data = np.memmap(path, np.uint8, "r")
-        return {name: _stored(name, data[first : first + size]) for name, (first, size) in places.items()}
+        return {name: _lazy_tensor(name, data[first : first + size]) for name, (first, size) in ranges.items()}
 
 
-def _stored(name: str, data: np.ndarray) -> Stored:
-    """The array of one .npy file (n,) uint8."""
-    head = io.BytesIO(data[:_MOST_HEADER].tobytes())
+def _lazy_tensor(name: str, data: np.ndarray) -> LazyTensor:
+    """The array of an .npy file given as uint8 (n,)."""
+    head = io.BytesIO(data[:_MAX_HEADER].tobytes())
     if (version := np.lib.format.read_magic(head)) not in _HEADERS:
-        raise Refused(f"{name} is of version {version[0]}.{version[1]} of the format")
+        raise Refused(f"{name} has the unknown format version {version[0]}.{version[1]}")
     shape, columns_first, dtype = _HEADERS[version](head)
     numbers = data[head.tell() :]
-    bfloat16 = dtype == np.dtype("V2")  # NumPy has no such dtype, and MLX writes it so
+    bfloat16 = dtype == np.dtype("V2")  # MLX writes bfloat16 this way
     if not bfloat16 and (dtype.kind not in "biuf" or dtype != dtype.newbyteorder("<") or dtype.itemsize > 8):
-        raise Refused(f"{name} is of {dtype.str}; only plain little-endian numbers are read")
-    if len(shape) > MOST_DIMENSIONS or not all(0 <= n <= LARGEST_DIMENSION for n in shape):
+        raise Refused(f"{name} has dtype {dtype.str}; only little-endian numbers are supported")
+    if len(shape) > MAX_DIMENSIONS or not all(0 <= n <= MAX_DIMENSION_SIZE for n in shape):
         raise Refused(f"{name} has an impossible shape")
     if prod(shape) * dtype.itemsize != len(numbers):
-        raise Refused(f"{name} is {shape}, which {len(numbers)} bytes are stored for")
+        raise Refused(f"{name} has shape {shape} but {len(numbers)} bytes")
     kind = "bfloat16" if bfloat16 else dtype.name
     strides = list(accumulate(shape[:-1], lambda a, b: a * b, initial=1)) if columns_first and shape else None
-    return Stored(tuple(shape), kind, partial(read_numbers, numbers, name, kind, shape, strides))
+    return LazyTensor(tuple(shape), kind, partial(read_numbers, numbers, name, kind, shape, strides))

@@ -1,4 +1,4 @@
-"""Files that are not what they say: whatever reading one raises becomes one line."""
+"""Convert every exception while reading a damaged file to a one-line WeightsError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mflux_vae.errors import WeightsError
 
 
 class Refused(Exception):
-    """What is wrong with a file."""
+    """A file is not acceptable; the message says why."""
 
 
 BROKEN: tuple[type[Exception], ...] = (
@@ -22,15 +22,15 @@ BROKEN: tuple[type[Exception], ...] = (
     *(SyntaxError, TypeError, ValueError, Warning),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""What reading a file that is not what it says may raise."""
+"""Exceptions that damaged files cause in readers."""
 
 
 @contextmanager
-def told(path: Path, kind: str) -> Iterator[None]:
-    """While a file is read that should be of a kind, such as "a torch file".
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Context of reading a file of a kind, such as "a torch file".
 
     Raises:
-        WeightsError: for whatever is wrong with it.
+        WeightsError: the file is missing, damaged or refused.
     """
     try:
         yield
@@ -38,4 +38,4 @@ def told(path: Path, kind: str) -> Iterator[None]:
         raise WeightsError(f"{path}: no such weights file") from error
     except BROKEN as error:
         reason = str(error) if isinstance(error, Refused) else f"broken or truncated: {error or type(error).__name__}"
-        raise WeightsError(f"{path}: not usable as {kind} ({reason})".replace("\n", " ")) from error
+        raise WeightsError(f"{path}: not readable as {kind} ({reason})".replace("\n", " ")) from error

@@ -1,7 +1,7 @@
-"""A pickle interpreted without executing anything: dicts, lists, scalars and tensors come out.
+"""Interpret a pickle without executing code: dicts, lists, scalars and tensors.
 
-It goes opcode by opcode. No class is looked up and no function is called: a name is a pair of strings, and what a call
-would have made is a tensor, a container or a `Placeholder`. Names that torch and its trainers do not write are refused.
+Opcodes are interpreted one by one. No class is imported and no function called: names are pairs of strings, and calls
+become a tensor, a container or a `Placeholder`. Names that torch and its trainers do not write are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
-from mflux_vae.weights.formats.lazy_tensor import MOST_DIMENSIONS
+from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSIONS
 from mflux_vae.weights.formats.safe_reading import Refused
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
@@ -29,9 +29,9 @@ _DTYPES = {
     "Char": "int8",
     "Byte": "uint8",
     "Bool": "bool",
-    "Untyped": "",  # the tensor says it
+    "Untyped": "",  # given by the tensor
 }
-"""By the name of torch's storage class."""
+"""dtype by torch storage class."""
 
 _ALLOWED = {
     "torch": "*Storage Size device Tensor [b-u]*[0-9] float half double long short bool *_e*m*",
@@ -57,11 +57,11 @@ _ALLOWED = {
     **{package + deeper: "*" for package in ("lightning", "lightning_fabric", "omegaconf") for deeper in ("", ".*")},
     **{"pytorch_lightning": "*", "pytorch_lightning.*": "*"},
 }
-"""Patterns of modules, and of the names in them, that a pickle may mention: torch's, and what trainers leave beside."""
+"""Allowed names: patterns by module, for torch and for objects that trainers store."""
 
 
 class Name(NamedTuple):
-    """What the pickle calls `module.name`; only ever its two strings."""
+    """A reference `module.name` in a pickle; never imported."""
 
     module: str
     name: str
@@ -72,14 +72,14 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Where an object of another class was."""
+    """Stands for an object of another class."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers in the file: `dtype` (empty where the tensor says it), key, and its size in elements."""
+    """A storage in the file: dtype ("" if given by the tensor), key, size in elements."""
 
     dtype: str
     key: str
@@ -115,25 +115,25 @@ _MARK = object()
 
 
 def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
-    """Run one pickle's opcodes over dicts, lists, tuples, scalars, names and tensors.
+    """Interpret one pickle.
 
     Args:
-        source: the bytes, or a file that is read up to the pickle's end.
-        storages: filled with the storages that are mentioned, by key.
+        source: bytes, or a file, which is read to the end of the pickle.
+        storages: filled with the referenced storages, by key.
 
     Raises:
-        Refused: it mentions what it may not.
-        Exception: of many kinds (`torch_files` lists them), where it is no pickle.
+        Refused: a name or opcode is not allowed.
+        Exception: the data is not a pickle (see `safe_reading.BROKEN`).
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
         index = len(stack) - 1
-        while stack[index] is not _MARK:  # below the bottom: an IndexError, the pickle is broken
+        while stack[index] is not _MARK:  # an IndexError means a broken pickle
             index -= 1
             if index < 0:
-                raise Refused("a mark is missing")
+                raise Refused("missing mark")
         items = stack[index + 1 :]
         del stack[index:]
         return items
@@ -177,7 +177,7 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
             if isinstance(stack[-1], list):
                 stack[-1].extend(items)
             elif not isinstance(stack[-1], Placeholder):
-                raise Refused(f"{code} on what is no list")
+                raise Refused(f"{code} on an object that is not a list")
         elif code == "GLOBAL":
             stack.append(_name(*argument.split(" ", 1)))
         elif code == "STACK_GLOBAL":
@@ -185,18 +185,18 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
             stack.append(_name(str(module), str(name)))
         elif code in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_called(function, arguments))
+            stack.append(_call_result(function, arguments))
         elif code == "NEWOBJ_EX":
             _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-            stack.append(_called(function, arguments))
+            stack.append(_call_result(function, arguments))
         elif code == "BUILD":
-            stack.pop()  # attributes: of an OrderedDict, torch's bookkeeping; of a placeholder, nothing we need
+            stack.pop()  # attributes are not needed
             if not isinstance(stack[-1], dict | Placeholder | Tensor):
-                raise Refused("attributes for what is no object")
+                raise Refused("attributes of an object without attributes")
         elif code == "BINPERSID":
             storage = _storage(stack.pop())
             if storages is not None and storages.setdefault(storage.key, storage) != storage:
-                raise Refused(f"two storages are called {storage.key!r}")
+                raise Refused(f"duplicate storage {storage.key!r}")
             stack.append(storage)
         elif code == "POP":
             stack.pop()
@@ -207,8 +207,8 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
         elif code == "STOP":
             return stack.pop()
         else:
-            raise Refused(f"its opcode {code} is not one that torch writes")
-    raise Refused("its end is missing")
+            raise Refused(f"opcode {code}, which torch does not write")
+    raise Refused("missing end")
 
 
 @cache
@@ -220,15 +220,15 @@ def _name(module: str, name: str) -> Name:
     )
     if not known:
         raise Refused(
-            f"it wants to use {str(found)[:100]!r}; only tensors and containers are read: save its state_dict"
+            f"it refers to {str(found)[:100]!r}; only tensors and containers are supported: save its state_dict"
         )
     return found
 
 
-def _called(function: Any, arguments: Any) -> Any:
-    """What a call would have made, as far as it is a tensor or a container."""
+def _call_result(function: Any, arguments: Any) -> Any:
+    """Result of a call if it is a tensor or container, else a placeholder."""
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise Refused("a call of what is no name")
+        raise Refused("a call of an object that is not a name")
     match function:
         case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"):
             return _tensor(arguments)
@@ -237,7 +237,7 @@ def _called(function: Any, arguments: Any) -> Any:
         case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
             return arguments[0]
         case ("torch._tensor", "_rebuild_from_type_v2"):
-            return _called(arguments[0], arguments[2])
+            return _call_result(arguments[0], arguments[2])
         case ("collections", "OrderedDict"):
             return _ordered(*arguments)
         case ("collections", "defaultdict"):
@@ -249,7 +249,7 @@ def _called(function: Any, arguments: Any) -> Any:
 
 
 def _ordered(pairs: Any = ()) -> dict[Any, Any]:
-    """OrderedDict(pairs), as Python 2 writes it; the pairs are used up, so that no file makes much out of little."""
+    """OrderedDict(pairs), as Python 2 writes it; pairs are consumed, which bounds memory."""
     filled: dict[Any, Any] = {}
     for pair in pairs:
         key, value = pair
@@ -263,7 +263,7 @@ def _fill(target: Any, items: Sequence[Any]) -> Any:
     if isinstance(target, Placeholder):
         return target
     if not isinstance(target, dict) or len(items) % 2:
-        raise Refused("items for what is no dictionary")
+        raise Refused("items of an object that is not a dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, (*_SCALARS, Name)):  # a nested tuple can take forever to hash
             target[key] = value
@@ -272,26 +272,26 @@ def _fill(target: Any, items: Sequence[Any]) -> Any:
 
 def _storage(persistent: Any) -> Storage:
     if not isinstance(persistent, tuple) or len(persistent) < 5 or persistent[0] != "storage":
-        raise Refused("a reference to what is no storage")
+        raise Refused("a reference that is not a storage")
     kind, key, _, size, *view = persistent[1:]
     dtype = _DTYPES.get(kind.name.lstrip("_").removesuffix("Storage")) if isinstance(kind, Name) else None
     if dtype is None:
-        raise Refused(f"numbers of an unknown kind, {str(kind)[:60]}")
+        raise Refused(f"unknown dtype {str(kind)[:60]}")
     if any(part is not None for part in view):
-        raise Refused("a storage that is part of another")
+        raise Refused("a storage that is a view")
     if not isinstance(size, int) or not isinstance(key, str):
-        raise Refused("a storage without name or size")
+        raise Refused("a storage without key or size")
     return Storage(dtype, key, size)
 
 
 def _tensor(arguments: Sequence[Any], dtype: str = "") -> Tensor:
     storage, offset, shape, strides = arguments[:4]
-    if max(len(shape), len(strides)) > MOST_DIMENSIONS:
+    if max(len(shape), len(strides)) > MAX_DIMENSIONS:
         raise Refused(f"a tensor of {len(shape)} dimensions")
     numbers = (offset, *shape, *strides)
     whole = all(isinstance(number, int) and number >= 0 for number in numbers)
     if not isinstance(storage, Storage) or not whole or len(shape) != len(strides):
-        raise Refused("a tensor without storage, or with an impossible shape")
+        raise Refused("a tensor without storage or with an impossible shape")
     if not (dtype := dtype or storage.dtype):
         raise Refused("a tensor without a dtype")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))

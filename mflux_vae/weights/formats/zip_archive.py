@@ -1,4 +1,4 @@
-"""Zip archives of weights, whose entries are not compressed: where in the file the bytes of each one lie."""
+"""Uncompressed zip archives of weights: byte ranges of their entries."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mflux_vae.weights.formats.safe_reading import Refused
 MAGIC = b"PK\x03\x04"
 
 _HEADER = 30
-"""Bytes of an entry's own header before its name."""
+"""Bytes of an entry's header before its name."""
 
-_LARGEST_PART = 2**28
+_MAX_READ = 2**28
 
 
 class Archive:
-    """An open zip archive, of which nothing is unpacked.
+    """An open zip archive.
 
     Args:
-        file: open for reading, and as long as the archive is used.
-        writer: what should have written it, for messages.
+        file: open for reading while the archive is used.
+        writer: program that should have written it, for messages.
 
     Attributes:
-        names: of the entries.
+        names: entry names.
 
     Raises:
-        zipfile.BadZipFile: it is none.
+        zipfile.BadZipFile: not a zip archive.
     """
 
     def __init__(self, file: IO[bytes], writer: str):
@@ -36,11 +36,11 @@ class Archive:
         self.names = list(self._entries)
         self._file, self._writer, self._length = file, writer, file.seek(0, 2)
 
-    def place(self, name: str) -> tuple[int, int]:
-        """First byte and size of an entry; its own header is looked at, as the directory does not know its length.
+    def byte_range(self, name: str) -> tuple[int, int]:
+        """First byte and size of an entry, from the header before it.
 
         Raises:
-            Refused: there is no such entry, it is compressed, or not where the directory says.
+            Refused: the entry is missing, compressed, or not where the directory says.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -53,17 +53,17 @@ class Archive:
             raise Refused(f"{name} is not where the archive's directory says")
         first = entry.header_offset + _HEADER + sum(struct.unpack("<HH", header[26:]))
         if first + entry.file_size > self._length:
-            raise Refused(f"{name} reaches beyond the end of the file")
+            raise Refused(f"{name} exceeds the file")
         return first, entry.file_size
 
     def read(self, name: str) -> bytes:
-        """The bytes of an entry that is no array.
+        """Read a small entry.
 
         Raises:
-            Refused: as `place`, or it is larger than any such entry.
+            Refused: as `byte_range`, or it is too large.
         """
-        first, size = self.place(name)
-        if size > _LARGEST_PART:
-            raise Refused(f"{name} has {size} bytes, more than any list of tensors needs")
+        first, size = self.byte_range(name)
+        if size > _MAX_READ:
+            raise Refused(f"{name} has {size} bytes, too many")
         self._file.seek(first)
         return self._file.read(size)

@@ -1,7 +1,7 @@
-"""Key tables of single files: latent-diffusion's (CompVis), and Black Forest Labs', which nests the quant convolutions.
+"""Key tables of latent-diffusion (CompVis) and of Black Forest Labs, which nests the quant convolutions.
 
-They differ from ours, which is diffusers', in the decoder's levels, numbered from the highest resolution down, and in
-attention, whose projections are 1x1 convolutions. What only training needs is dropped.
+Differences to diffusers: decoder levels are numbered from the highest resolution, and attention projections are 1x1
+convolutions. Tensors for training only are dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEVEL = re.compile(r"(?:encoder|decoder)\.(?:down|up)(?:_blocks)?\.(\d+)\..*")
 
 
 def compvis(keys: Iterable[str]) -> tuple[Rule, ...]:
-    """The table for a network with these keys, theirs or ours: they tell how many levels it has."""
+    """Table for a network with these keys (of the file or ours), which give the number of levels."""
     return (*_TRAINING_ONLY, *_blocks(keys), _kernels("{path}", "{path}"))
 
 
@@ -35,9 +35,9 @@ def _blocks(keys: Iterable[str]) -> list[Rule]:
     levels = 1 + max((int(found[1]) for key in keys if (found := _LEVEL.fullmatch(key))), default=-1)
     rules = []
     for level in range(levels):
-        turned = levels - 1 - level
+        reverse = levels - 1 - level
         rules += _level(f"encoder.down.{level}", f"encoder.down_blocks.{level}", "downsample")
-        rules += _level(f"decoder.up.{turned}", f"decoder.up_blocks.{level}", "upsample")
+        rules += _level(f"decoder.up.{reverse}", f"decoder.up_blocks.{level}", "upsample")
     for half in ("encoder", "decoder"):
         for number in (1, 2):
             rules.append(

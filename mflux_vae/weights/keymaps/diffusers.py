@@ -1,16 +1,16 @@
-"""Key tables of diffusers' folders. Our names are diffusers' own; convolution kernels change their layout."""
+"""Key tables of diffusers' folders: same names, other kernel layout."""
 
 from __future__ import annotations
 
 from mflux_vae.weights.keymaps.rules import Rule, conv_from_mlx, conv_to_mlx, matrix_to_mlx
 
 STEM = "diffusion_pytorch_model"
-"""Name of the weights file in a folder of diffusers' layout."""
+"""Weights file in a folder of diffusers' layout, without extension."""
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 SAME_NAMES = (Rule("{path}", "{path}", conv_to_mlx, conv_from_mlx),)
-"""Names as they are; also for networks of this project that are stored beside diffusers' own."""
+"""Unchanged names."""
 
 AUTOENCODER_KL = (
     *(
@@ -25,4 +25,4 @@ AUTOENCODER_KL = (
     ),
     *SAME_NAMES,
 )
-"""diffusers' `AutoencoderKL`; attention also under the names of its first releases, and as 1x1 convolutions."""
+"""`AutoencoderKL`; also reads the attention names of early releases, and attention as 1x1 convolutions."""

@@ -1,4 +1,4 @@
-"""Key table of `LatentActionQuantizer`: the names of LAPA's own checkpoints, a flat state dictionary."""
+"""Key table of LAPA's checkpoints for `LatentActionQuantizer`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LAYER, _BLOCK = "{stack}_transformer.layers.{i}", "{stack}.blocks.{i}"
 
 
 def _taps_to_mlx(tensor: mx.array) -> mx.array:
-    """The kernel of a depthwise convolution (C, 1, T, H, W) -> (T, H, W, C); anything else as it is."""
+    """Depthwise kernel (C, 1, T, H, W) -> (T, H, W, C); other tensors unchanged."""
     return tensor[:, 0].transpose(1, 2, 3, 0) if tensor.ndim == 5 else tensor
 
 
@@ -19,8 +19,8 @@ def _taps_from_mlx(tensor: mx.array) -> mx.array:
 
 
 LAPA = (
-    Rule("{path}.beta", None),  # a shift that is not trained: zeros
-    Rule(f"{_LAYER}.1.null_kv", None),  # without attention to others there are none of these: it is empty
+    Rule("{path}.beta", None),  # an untrained shift: zeros
+    Rule(f"{_LAYER}.1.null_kv", None),  # empty without cross-attention
     Rule("to_patch_emb_first_frame.1.{kind}", "patches.norm.{kind}"),
     Rule("to_patch_emb_first_frame.2.{kind}", "patches.linear.{kind}"),
     Rule("to_patch_emb_first_frame.3.{kind}", "patches.norm_out.{kind}"),

@@ -1,8 +1,7 @@
-"""Key table of MLX's example of a convolutional autoencoder (ml-explore/mlx-examples, `cvae`), as it saves weights.
+"""Key table of MLX's convolutional VAE example (ml-explore/mlx-examples, `cvae`).
 
-Kernels have our layout already. Its linear layers number the 8 x 8 x C values between them and the convolutions place
-by place; ours number them channel by channel, as torch does. Early files hold the last divergence beside the weights,
-and statistics of norms as (1, 1, 1, C).
+Kernels have our layout. Its linear layers flatten 8 x 8 x C with channels last, ours with channels first as in torch.
+Early files also hold the last KL divergence, and norm statistics as (1, 1, 1, C).
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from mflux_vae.weights.keymaps.rules import Rule
 NAMING = "mlx-examples"
 
 LEVELS, SIDE = 3, 64
-"""How often the image is halved there, and its pixels on a side."""
+"""Number of levels, and side of the images (pixels)."""
 
 _LOWEST = SIDE // 2**LEVELS
 
 
-def _places_to_channels(tensor: mx.array, axis: int) -> mx.array:
-    """An axis of 8 x 8 x C numbers -> of C x 8 x 8; one of another length stays, and is then found misshapen."""
+def _channels_first(tensor: mx.array, axis: int) -> mx.array:
+    """Reorder an axis from 8 x 8 x C to C x 8 x 8; other lengths are unchanged and fail the shape check."""
     if tensor.shape[axis] % _LOWEST**2:
         return tensor
     apart = mx.moveaxis(tensor, axis, 0)
@@ -28,8 +27,8 @@ def _places_to_channels(tensor: mx.array, axis: int) -> mx.array:
     return mx.moveaxis(apart.reshape(-1, *apart.shape[2:]), 0, axis)
 
 
-def _channels_to_places(tensor: mx.array, axis: int) -> mx.array:
-    """The inverse."""
+def _channels_last(tensor: mx.array, axis: int) -> mx.array:
+    """Inverse of `_channels_first`."""
     if tensor.shape[axis] % _LOWEST**2:
         return tensor
     apart = mx.moveaxis(tensor, axis, 0)
@@ -38,7 +37,7 @@ def _channels_to_places(tensor: mx.array, axis: int) -> mx.array:
 
 
 def _numbered(theirs: str, ours: str, axis: int) -> Rule:
-    return Rule(theirs, ours, lambda x: _places_to_channels(x, axis), lambda x: _channels_to_places(x, axis))
+    return Rule(theirs, ours, lambda x: _channels_first(x, axis), lambda x: _channels_last(x, axis))
 
 
 def _norm(theirs: str, ours: str) -> Rule:

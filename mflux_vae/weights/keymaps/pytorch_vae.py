@@ -1,6 +1,6 @@
-"""Key tables of `FlatAutoencoder`: its own names, and those of PyTorch-VAE's `VanillaVAE` (AntixK/PyTorch-VAE).
+"""Key tables of `FlatAutoencoder`: unchanged names, and those of PyTorch-VAE's `VanillaVAE` (AntixK/PyTorch-VAE).
 
-Kernels of transposed convolutions are stored as torch has them, (C, O, 3, 3).
+Files hold kernels of transposed convolutions as in torch, (C, O, 3, 3).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FLAT = (
     _transposed("{path}.transposed.{kind}", "{path}.transposed.{kind}"),
     _kernels("{path}", "{path}"),
 )
-"""Names as they are."""
+"""Unchanged names."""
 
 
 def pytorch_vae(keys: Iterable[str]) -> tuple[Rule, ...]:
-    """The table for a network with these keys, theirs or ours: they tell how many levels it has."""
+    """Table for a network with these keys (of the file or ours), which give the number of levels."""
     last = max((int(found[1]) for key in keys if (found := _LEVEL.fullmatch(key))), default=0)
     return (
         _COUNTER,

@@ -1,14 +1,13 @@
-"""Two-way key tables between a checkpoint's naming and layout and this project's.
+"""Two-way key tables between the naming and layout of a checkpoint and of a network.
 
-A rule relates two patterns with the same wildcards: ``{name}`` stands for any text, or for digits where the name is
-one letter. The first rule that matches a key decides; a rule with `ours=None` drops its keys on purpose, one with
-`reads_only` is an old spelling that is understood and never written.
+A rule relates two patterns with the same wildcards: ``{name}`` matches any text, or digits if the name is one letter.
+The first matching rule counts. `ours=None` drops keys; `reads_only` marks old spellings that are never written.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -18,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.utils.formatting import first_few
 
 Transform: TypeAlias = Callable[[mx.array], mx.array]
 Tensors: TypeAlias = Mapping[str, mx.array]
@@ -29,8 +29,8 @@ class Rule:
     """One line of a key table.
 
     Attributes:
-        theirs, ours: patterns over keys; `ours` None drops what matches `theirs`.
-        to_mlx, from_mlx: what happens to the tensor on the way, and its inverse; None for nothing.
+        theirs, ours: key patterns; `ours` None drops matches of `theirs`.
+        to_mlx, from_mlx: transform of the tensor and its inverse; None: unchanged.
         reads_only: not used for writing.
     """
 
@@ -49,7 +49,7 @@ class Rule:
         return _compile(self.ours or "")
 
     def read(self, key: str, tensor: mx.array) -> tuple[str, mx.array] | None:
-        """Their key and tensor -> ours; a key of "" says: dropped. None where the rule does not apply."""
+        """Their key and tensor -> ours; key "" if dropped; None if the rule does not match."""
         if (match := self._theirs.fullmatch(key)) is None:
             return None
         if self.ours is None:
@@ -58,23 +58,23 @@ class Rule:
         return self.ours.format(**match.groupdict()), mx.contiguous(self.to_mlx(tensor)) if self.to_mlx else tensor
 
     def write(self, key: str, tensor: mx.array) -> tuple[str, mx.array] | None:
-        """The inverse of `read`."""
+        """Inverse of `read`."""
         if self.ours is None or self.reads_only or (match := self._ours.fullmatch(key)) is None:
             return None
         return self.theirs.format(**match.groupdict()), self.from_mlx(tensor) if self.from_mlx else tensor
 
 
 def to_mlx(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, mx.array]:
-    """A checkpoint's tensors under our names and layouts; keys that no rule knows keep their names.
+    """Convert tensors of a checkpoint to our names and layouts; unknown keys are unchanged.
 
     Raises:
-        WeightsError: two of the checkpoint's keys are names of the same tensor.
+        WeightsError: two keys name the same tensor.
     """
     return _apply(tensors, [rule.read for rule in rules])
 
 
 def from_mlx(tensors: Tensors, rules: Sequence[Rule]) -> dict[str, mx.array]:
-    """Our tensors under a checkpoint's names and layouts."""
+    """Convert our tensors to the names and layouts of a checkpoint."""
     return _apply(tensors, [rule.write for rule in rules])
 
 
@@ -84,7 +84,7 @@ def _apply(tensors: Tensors, steps: Sequence[Step]) -> dict[str, mx.array]:
     for key, tensor in tensors.items():
         new_key, new = next((done for step in steps if (done := step(key, tensor)) is not None), (key, tensor))
         if new_key in out:
-            raise WeightsError(f"{key} and {source[new_key]} are two names of one tensor, {new_key}; remove one")
+            raise WeightsError(f"{key} and {source[new_key]} name the same tensor, {new_key}; remove one")
         if new_key:
             out[new_key], source[new_key] = new, key
     return out
@@ -97,31 +97,32 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dtype | None = None) -> None:
-    """Put tensors into a module: all of them, each in its place, or none.
+    """Load tensors into a module: all or none.
 
     Args:
         tensors: by parameter path of `module`.
-        where: file or folder, for the message.
-        dtype: to convert floating-point tensors to; None keeps theirs.
+        where: file or folder, for messages.
+        dtype: dtype of floating-point tensors; None: unchanged.
 
     Raises:
-        WeightsError: names every missing, unknown and misshapen key, and every one with whole numbers for real ones.
+        WeightsError: keys are missing, unknown or misshapen, or have integers for floating-point parameters.
     """
-    own = dict(tree_flatten(module.parameters()))
-    faults = _listed("missing", sorted(own.keys() - tensors.keys()))
-    faults += _listed("unknown", sorted(tensors.keys() - own.keys()))
+    parameters = dict(tree_flatten(module.parameters()))
+    faults = _fault("missing", sorted(parameters.keys() - tensors.keys()))
+    faults += _fault("unknown", sorted(tensors.keys() - parameters.keys()))
     misshapen = [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & tensors.keys())
-        if tensors[key].shape != own[key].shape
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameters[key].shape)}"
+        for key in sorted(parameters.keys() & tensors.keys())
+        if tensors[key].shape != parameters[key].shape
     ]
     whole = [
         f"{key} is {tensor.dtype}"
         for key, tensor in sorted(tensors.items())
-        if key in own and mx.issubdtype(own[key].dtype, mx.floating) > mx.issubdtype(tensor.dtype, mx.floating)
+        if key in parameters
+        and mx.issubdtype(parameters[key].dtype, mx.floating) > mx.issubdtype(tensor.dtype, mx.floating)
     ]
-    if faults := faults + _listed("misshapen", misshapen) + _listed("of the wrong type", whole):
-        raise WeightsError(f"{where}: the weights are not this network's: {'; '.join(faults)}")
+    if faults := faults + _fault("misshapen", misshapen) + _fault("of the wrong type", whole):
+        raise WeightsError(f"{where}: weights do not fit this network: {'; '.join(faults)}")
     converted = {
         key: tensor.astype(dtype) if dtype is not None and mx.issubdtype(tensor.dtype, mx.floating) else tensor
         for key, tensor in tensors.items()
@@ -129,26 +130,25 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
     module.update(tree_unflatten(list(converted.items())))
 
 
-def _listed(what: str, keys: Iterable[str]) -> list[str]:
-    keys = list(keys)
-    return [f"{len(keys)} {what}: {', '.join(keys)}"] if keys else []
+def _fault(what: str, keys: Sequence[str]) -> list[str]:
+    return [f"{len(keys)} {what}: {first_few(keys)}"] if keys else []
 
 
 def conv_to_mlx(tensor: mx.array) -> mx.array:
-    """A convolution kernel OIHW -> OHWI; anything else as it is."""
+    """Kernel OIHW -> OHWI; other tensors unchanged."""
     return tensor.transpose(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 
 def conv_from_mlx(tensor: mx.array) -> mx.array:
-    """A convolution kernel OHWI -> OIHW; anything else as it is."""
+    """Kernel OHWI -> OIHW; other tensors unchanged."""
     return tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 
 
 def matrix_to_mlx(tensor: mx.array) -> mx.array:
-    """The kernel of a convolution over single pixels, (O, I, 1, 1) or (O, I, 1) -> (O, I); anything else as it is."""
+    """1x1 kernel (O, I, 1, 1) or (O, I, 1) -> matrix (O, I); other tensors unchanged."""
     return tensor.reshape(tensor.shape[:2]) if tensor.shape[2:] in ((1, 1), (1,)) else tensor
 
 
 def pointwise_from_mlx(tensor: mx.array) -> mx.array:
-    """A matrix (O, I) -> the kernel of a 1x1 convolution (O, I, 1, 1); anything else as it is."""
+    """Matrix (O, I) -> 1x1 kernel (O, I, 1, 1); other tensors unchanged."""
     return tensor[:, :, None, None] if tensor.ndim == 2 else tensor

@@ -80,12 +80,10 @@ def test_scaling_follows_from_what_lies_beside(
     ("like", "taken", "others"),
     [("sd1", "sd1", "'sdxl' or 'sdxl-fp16-fix' or 'playground'"), ("flux1", "sd3", "'flux1' or 'z-image'")],
 )
-def test_what_nothing_tells_is_assumed_and_said(like: str, taken: str, others: str, tmp_path: Path) -> None:
+def test_unknown_scaling_is_assumed_and_reported(like: str, taken: str, others: str, tmp_path: Path) -> None:
     told = loading.describe(lazily(tmp_path / "x.safetensors", like, "diffusers"))
     assert told.preset == taken
-    assert (
-        told.assumed is not None and f"taken as those of {taken}; if they are not, say config={others}" in told.assumed
-    )
+    assert told.assumed is not None and f"{taken}; pass config={others}" in told.assumed
     assert loading.describe(tmp_path / "x.safetensors", config="flux" if like == "flux1" else "sdxl").assumed is None
 
 
@@ -94,7 +92,7 @@ def test_an_assumption_is_logged_once_it_matters(tmp_path: Path, caplog: pytest.
     write_safetensors(tmp_path / "a.safetensors", named(network))
     with caplog.at_level(logging.INFO, "mflux_vae"):
         opened = loading.open_network(tmp_path / "a.safetensors")
-        assert "nothing tells how its latents are scaled; taken times 0.18215" in caplog.text
+        assert "latent scaling unknown" in caplog.text
         caplog.clear()
         assert opened.config.scaling_factor == 0.18215
         assert (

@@ -81,18 +81,18 @@ def test_the_hub_gives_the_autoencoder_and_nothing_else(
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("owner/nothing", "owner/nothing: no such file or folder here, and no such repository on the hub"),
-        ("owner/single", "has no vae/config.json; name one of its files: owner/single/FILE"),
-        ("owner/pipeline/unet", "has no unet/config.json"),
+        ("owner/nothing", "owner/nothing"),
+        ("owner/single", "vae/config.json"),
+        ("owner/pipeline/unet", "unet/config.json"),
         ("owner/empty", rf"has no {STEM}\.safetensors"),
         ("nothing", "nothing: no such file or folder; known presets: sd1, "),
         ("sdlx", r"sdlx: no such file or folder; did you mean sdxl\? known presets: sd1, "),
         ("./owner/pipeline", "no such file or folder; known presets"),
         ("models/vae.safetensors", "no such file or folder; known presets"),
-        ("a/b/c.txt", "no such repository"),
+        ("a/b/c.txt", "no such file"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(
+def test_missing_hub_files(
     source: str, told: str, fake_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,22 +107,22 @@ def http(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (lambda: http(huggingface_hub.errors.GatedRepoError), "a/b: is gated; accept its conditions.*hf auth login"),
+        (lambda: http(huggingface_hub.errors.GatedRepoError), "gated"),
         (
             lambda: http(huggingface_hub.errors.HfHubHTTPError),
-            r"the download failed \(Client error 403\); the same command",
+            r"403",
         ),
         (
             lambda: huggingface_hub.errors.LocalEntryNotFoundError("x"),
-            "not in the cache, and the hub cannot be reached",
+            "not cached",
         ),
-        (lambda: huggingface_hub.errors.OfflineModeIsEnabled("x"), "not in the cache, and the hub cannot be reached"),
-        (lambda: huggingface_hub.errors.HFValidationError("x"), "no name of a repository"),
-        (lambda: ConnectionResetError("reset by peer"), r"failed \(reset by peer\); the same command resumes it"),
+        (lambda: huggingface_hub.errors.OfflineModeIsEnabled("x"), "not cached"),
+        (lambda: huggingface_hub.errors.HFValidationError("x"), "repository name"),
+        (lambda: ConnectionResetError("reset by peer"), r"reset by peer"),
         (lambda: OSError(28, "No space left on device"), "No space left"),
     ],
 )
-def test_downloads_that_fail_say_why(error, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_downloads(error, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error()
 
