@@ -62,10 +62,10 @@ def test_aliases_that_stand_for_billions(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
-    with little_memory(), pytest.raises(SettingsError, match="aliases counted"):
+    with little_memory(), pytest.raises(SettingsError, match="aliases"):
         read_yaml(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("a: &a [*a]")
-    with pytest.raises(SettingsError, match="aliases counted"):
+    with pytest.raises(SettingsError, match="aliases"):
         flags.from_yaml(DreamBoothSettings, tmp_path / "b.yaml")
     (tmp_path / "c.yaml").write_text("a: &one {x: 1}\nb: *one\n")
     assert read_yaml(tmp_path / "c.yaml") == {"a": {"x": 1}, "b": {"x": 1}}
@@ -124,7 +124,7 @@ def test_shards_outside_of_the_folder(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(WeightsError, match="is not a file of this folder"):
+    with pytest.raises(WeightsError, match="not a file in this folder"):
         open_folder(folder, "model")
 
 
@@ -146,7 +146,7 @@ def test_links_of_the_hubs_cache_and_within_a_folder_are_followed(tmp_path: Path
 
 def test_prompts_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}')
-    with pytest.raises(SettingsError, match="line 1: the prompt has characters that are no text"):
+    with pytest.raises(SettingsError, match="UTF-8"):
         captions(tmp_path, [tmp_path / "a.png"], prompt="a")
     for prompt in ("a\0b", "\ud800"):
         with pytest.raises(SettingsError, match="--instance_prompt"):

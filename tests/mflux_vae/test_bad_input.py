@@ -193,7 +193,7 @@ FIRST = "decoder.conv_in.bias"
 BAD: dict[str, tuple[Make, str]] = {
     # files
     "no such path": (nowhere, "nowhere: no such file or folder"),
-    "an empty folder": (empty_folder, "no autoencoder is in it"),
+    "an empty folder": (empty_folder, "no autoencoder"),
     "a pipeline without autoencoder": (pipeline_without_autoencoder, "vae"),
     "no config.json and two weights files": (
         lambda folder: without("config.json")(text("b.safetensors", "")(folder)),

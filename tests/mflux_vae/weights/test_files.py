@@ -149,7 +149,7 @@ def test_dtypes_that_mlx_does_not_load_leave_the_others_readable(tmp_path: Path)
     assert double.tolist() == [0, 1] and half.tolist() == brain.tolist() == [1.5]
     with pytest.raises(WeightsError, match="f8_e5m2"):
         tensors["tiny"].load()
-    with pytest.raises(WeightsError, match="MLX does not read it"):
+    with pytest.raises(WeightsError, match="MLX"):
         files.read_safetensors(tmp_path / "a.safetensors")
 
 

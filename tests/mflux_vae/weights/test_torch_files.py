@@ -239,7 +239,7 @@ def test_old_files_count_their_storages(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="exceeds"):
         read_torch(path)
     write_old(path, content, {"7": bytes(16)})
-    with pytest.raises(WeightsError, match="'7' is of no tensor"):
+    with pytest.raises(WeightsError, match="'7'"):
         read_torch(path)
 
 
