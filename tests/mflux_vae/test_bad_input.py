@@ -210,7 +210,7 @@ BAD: dict[str, tuple[Make, str]] = {
     "a text called .safetensors": (text(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), WEIGHTS),
     "a page called .safetensors": (text(WEIGHTS, "<!DOCTYPE html><title>404</title>"), WEIGHTS),
     "a header longer than the file": (text(WEIGHTS, (1 << 40).to_bytes(8, "little") + b"{}"), "a header of"),
-    "a header that is no JSON": (text(WEIGHTS, (4).to_bytes(8, "little") + b"{{{{"), f"{WEIGHTS}: not a whole"),
+    "a header that is no JSON": (text(WEIGHTS, (4).to_bytes(8, "little") + b"{{{{"), WEIGHTS),
     "a header that is a list": (text(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), "not a JSON object"),
     "a header nested without end": (text(WEIGHTS, (9000).to_bytes(8, "little") + b"[" * 9000), f"{WEIGHTS}: not a"),
     "overlapping tensors": (header(lambda told: told[FIRST].update(data_offsets=[4, 68])), "byte"),
@@ -229,7 +229,7 @@ BAD: dict[str, tuple[Make, str]] = {
     "a misshapen tensor": (tensors(lambda held: held.update({FIRST: mx.zeros(3)})), f"misshapen: {FIRST}"),
     "whole numbers for weights": (
         tensors(lambda held: held.update({FIRST: mx.zeros(16, mx.int32)})),
-        f"1 of the invalid: {FIRST}",
+        FIRST,
     ),
     "a LoRA": (tensors(lambda held: (held.clear(), held.update({"lora_A.weight": mx.zeros((2, 2))}))), "lora_A"),
     "no tensors": (tensors(lambda held: held.clear()), "180 missing"),
