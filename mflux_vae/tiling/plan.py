@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.runtime.device import is_cpu
-from mflux_vae.tiling.peak_memory import WHOLE
+from mflux_vae.tiling.peak_memory import VECTORS_ERROR
 from mflux_vae.tiling.peak_memory import peak_bytes as peak_bytes
 from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import size_text
@@ -25,11 +25,11 @@ SMALLEST_TILE = 128
 
 def plan(
     network: nn.Module,
-    what: Literal["encode", "decode"],
+    operation: Literal["encode", "decode"],
     batch: int,
     height: int,
     width: int,
-    asked: TilingOption = None,
+    option: TilingOption = None,
 ) -> Tiling | None:
     """Decide how a call is tiled; None for not at all.
 
@@ -45,47 +45,48 @@ def plan(
         SettingsError: asked for something else, or for tiles of a network whose latents are vectors.
     """
     if network.config.vectors:
-        if asked:
-            raise SettingsError(WHOLE)
+        if option:
+            raise SettingsError(VECTORS_ERROR)
         return None
-    if isinstance(asked, Tiling):
-        return asked
-    if asked is None:
-        return _fitting(network, what, batch, height, width)
-    if asked is False:
+    if isinstance(option, Tiling):
+        return option
+    if option is None:
+        return _fit_to_memory(network, operation, batch, height, width)
+    if option is False:
         return None
-    if asked is True or asked == "exact":
+    if option is True or option == "exact":
         return Tiling("exact")
-    if asked == "blend":
+    if option == "blend":
         return Tiling("blend")
-    raise SettingsError(f"tiling is None, False, True, 'exact', 'blend' or a Tiling, not {asked!r}")
+    raise SettingsError(f"tiling is None, False, True, 'exact', 'blend' or a Tiling, not {option!r}")
 
 
-def _fitting(
-    network: nn.Module, what: Literal["encode", "decode"], batch: int, height: int, width: int
+def _fit_to_memory(
+    network: nn.Module, operation: Literal["encode", "decode"], batch: int, height: int, width: int
 ) -> Tiling | None:
-    available = limit()
+    available = available_bytes()
     try:
-        whole = peak_bytes(network, what, batch, height, width)
+        untiled = peak_bytes(network, operation, batch, height, width)
     except (AttributeError, TypeError, ValueError) as error:  # a network of others, of other operations
         logger.debug("the memory that %s takes cannot be estimated (%s)", type(network).__name__, error)
         return None
-    if whole <= available:
+    if untiled <= available:
         return None
     tiles = [512, 256, SMALLEST_TILE]
-    choices = [Tiling(mode, tile) for mode in ("exact", "blend") for tile in tiles]
-    for chosen in choices:
-        needed = peak_bytes(network, what, batch, height, width, chosen)
+    candidates = [Tiling(mode, tile) for mode in ("exact", "blend") for tile in tiles]
+    for chosen in candidates:
+        needed = peak_bytes(network, operation, batch, height, width, chosen)
         if needed <= available:
             break
     logger.info(
-        "%s of %d x %d x %d pixels would take %s of memory, %s are left: tiled (%s, %d pixels), %s",
-        what, batch, height, width, size_text(whole), size_text(available), chosen.mode, chosen.tile, size_text(needed),
+        "%s of %d x %d x %d pixels: %s needed, %s available; using %s tiling with tiles of %d pixels (%s)",
+        operation, batch, height, width, size_text(untiled), size_text(available),
+        chosen.mode, chosen.tile, size_text(needed),
     )  # fmt: skip
     return chosen
 
 
-def limit() -> int:
+def available_bytes() -> int:
     """Bytes that arrays may still take on the default device.
 
     Metal and CUDA: what the device recommends or has, less what MLX holds. CPU: memory that is available, or that
@@ -95,10 +96,10 @@ def limit() -> int:
         device = mx.device_info()
         total = device.get("max_recommended_working_set_size") or device.get("total_memory") or device["memory_size"]
         return max(int(total) - mx.get_active_memory(), 0)
-    return min(_available(), _granted()) + mx.get_cache_memory()
+    return min(_system_bytes(), _cgroup_bytes()) + mx.get_cache_memory()
 
 
-def _available() -> int:
+def _system_bytes() -> int:
     """What the system could give without swapping; physical memory where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -107,12 +108,12 @@ def _available() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _granted(folder: Path = Path("/sys/fs/cgroup")) -> int:
+def _cgroup_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
     """What a container's limit leaves; caches of files that it would drop count as free."""
     try:
-        most = int((folder / "memory.max").read_text(encoding="ascii"))
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
         used = int((folder / "memory.current").read_text(encoding="ascii"))
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):  # no such files, or "max"
         return 1 << 62
-    return max(most - used + int(statistics.get("inactive_file", 0)), 0)
+    return max(limit - used + int(statistics.get("inactive_file", 0)), 0)

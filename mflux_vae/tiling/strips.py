@@ -29,7 +29,7 @@ from mflux_vae.kernels.cpu.conv_algorithms import normalize_padding
 from mflux_vae.kernels.overrides import is_pointwise, pointwise
 from mflux_vae.networks.layers import avg_pool_2x
 
-_BELOW_ALL = 1 << 40
+_PAST_END = 1 << 40
 
 
 class StripRun:
@@ -43,28 +43,30 @@ class StripRun:
 
     def __init__(self, pixels: int | None):
         self.pixels = pixels
-        self.held = 0
-        self.made: list[Buffered] = []
+        self.held_bytes = 0
+        self.buffers: list[Buffered] = []
 
     def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
         """`function(x)`: (B, H, W, C) to any number of such arrays."""
         with kernels.deferred():  # arrays that only show a shape are not computed
             answers: Any = function(Source(self, x))  # type: ignore[arg-type]
-            results = [Buffered(self, _first, [answer]) for answer in answers]
-        finest = max(held.shape[1] * held.shape[2] for held in self.made)
-        for held in self.made:
-            normed_convolution = isinstance(held, Convolution) and held.groups is not None
-            held.kept = self.pixels is None or not normed_convolution or held.shape[1] * held.shape[2] < finest
-        for held in self.made:
-            held.announce()
-        for held in self.made:  # in their order, so that none has to call for the one before
-            if held.groups is not None:
-                held.statistics()
+            results = [Buffered(self, _identity, [answer]) for answer in answers]
+        finest = max(buffer.shape[1] * buffer.shape[2] for buffer in self.buffers)
+        for buffer in self.buffers:
+            normed_convolution = isinstance(buffer, Convolution) and buffer.groups is not None
+            buffer.retained = (
+                self.pixels is None or not normed_convolution or buffer.shape[1] * buffer.shape[2] < finest
+            )
+        for buffer in self.buffers:
+            buffer.register()
+        for buffer in self.buffers:  # in their order, so that none has to call for the one before
+            if buffer.groups is not None:
+                buffer.statistics()
         return [result.rows(0, result.shape[1]) for result in results]
 
-    def compute(self, held: Buffered, start: int, stop: int) -> mx.array:
+    def compute(self, buffer: Buffered, start: int, stop: int) -> mx.array:
         """Rows start to stop, computed now."""
-        strip = mx.contiguous(held.compute(start, stop))  # a copy where it would hold on to more memory than its own
+        strip = mx.contiguous(buffer.compute(start, stop))  # a copy where it would hold on to more memory than its own
         mx.eval(strip)
         return strip
 
@@ -80,37 +82,35 @@ class LazyArray:
 
     ndim = 4
 
-    def __init__(self, job: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray] = ()):
-        self.job, self.shape, self.dtype, self.inputs = job, tuple(shape), dtype, inputs
+    def __init__(self, strip_run: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray] = ()):
+        self.strip_run, self.shape, self.dtype, self.inputs = strip_run, tuple(shape), dtype, inputs
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Rows start to stop; what is passed through is left to MLX's next evaluation."""
         raise NotImplementedError
 
-    def reach(self, start: int, stop: int) -> None:
+    def prepare(self, start: int, stop: int) -> None:
         """Compute all that is held of what the rows start to stop need."""
-        for stand in self.inputs:
-            stand.reach(start, stop)
+        for array in self.inputs:
+            array.prepare(start, stop)
 
     def release(self, reader: int, start: int) -> None:
         """`reader` will not ask for rows above `start` any more; with 0, said first: it is going to ask."""
-        for stand in self.inputs:
-            stand.release(reader, start)
+        for array in self.inputs:
+            array.release(reader, start)
 
-    def __mlx_function__(
-        self, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]
-    ) -> LazyArray:
+    def __mlx_function__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
         if function is kernels.conv2d:
-            return Convolution(self.job, *arguments, **named)
+            return Convolution(self.strip_run, *args, **kwargs)
         if function is kernels.group_norm:
-            return GroupNorm(self.job, *arguments, **named)
+            return GroupNorm(self.strip_run, *args, **kwargs)
         if function is kernels.upsample_nearest_2x:
-            return Repeated(self)
+            return Upsampled(self)
         if function is avg_pool_2x:
-            return Averaged(self)
+            return Pooled(self)
         if function in kernels.FUSED:
-            return function.__wrapped__(*arguments, **named)  # type: ignore[attr-defined]  # step by step
-        return _applied(self.job, function, arguments, named)
+            return function.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]  # step by step
+        return _apply(self.strip_run, function, args, kwargs)
 
     def astype(self, dtype: mx.Dtype) -> LazyArray:
         return self if dtype == self.dtype else self.__mlx_function__(_astype, (self, dtype), {})
@@ -142,8 +142,8 @@ class LazyArray:
 class Source(LazyArray):
     """The image itself."""
 
-    def __init__(self, job: StripRun, x: mx.array):
-        super().__init__(job, x.shape, x.dtype)
+    def __init__(self, strip_run: StripRun, x: mx.array):
+        super().__init__(strip_run, x.shape, x.dtype)
         self._x = x
 
     def rows(self, start: int, stop: int) -> mx.array:
@@ -153,47 +153,47 @@ class Source(LazyArray):
 class Pointwise(LazyArray):
     """What a function makes of each pixel."""
 
-    def __init__(self, job: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
-        example = function(*(_example(stand, rows=1) for stand in inputs))
+    def __init__(self, strip_run: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
+        example = function(*(_example(array, rows=1) for array in inputs))
         batch, _, width, channels = example.shape
-        super().__init__(job, (batch, inputs[0].shape[1], width, channels), example.dtype, inputs)
+        super().__init__(strip_run, (batch, inputs[0].shape[1], width, channels), example.dtype, inputs)
         self._function = function
 
     def rows(self, start: int, stop: int) -> mx.array:
-        return self._function(*(stand.rows(start, stop) for stand in self.inputs))
+        return self._function(*(array.rows(start, stop) for array in self.inputs))
 
 
-class Repeated(LazyArray):
+class Upsampled(LazyArray):
     """Every pixel four times."""
 
     def __init__(self, x: LazyArray):
         batch, height, width, channels = x.shape
-        super().__init__(x.job, (batch, 2 * height, 2 * width, channels), x.dtype, [x])
+        super().__init__(x.strip_run, (batch, 2 * height, 2 * width, channels), x.dtype, [x])
 
     def rows(self, start: int, stop: int) -> mx.array:
         first = start // 2
         repeated = kernels.upsample_nearest_2x(self.inputs[0].rows(first, (stop + 1) // 2))
         return repeated[:, start - 2 * first : stop - 2 * first]
 
-    def reach(self, start: int, stop: int) -> None:
-        super().reach(start // 2, (stop + 1) // 2)
+    def prepare(self, start: int, stop: int) -> None:
+        super().prepare(start // 2, (stop + 1) // 2)
 
     def release(self, reader: int, start: int) -> None:
         super().release(reader, start // 2)
 
 
-class Averaged(LazyArray):
+class Pooled(LazyArray):
     """The mean of every four pixels."""
 
     def __init__(self, x: LazyArray):
         batch, height, width, channels = x.shape
-        super().__init__(x.job, (batch, height // 2, width // 2, channels), x.dtype, [x])
+        super().__init__(x.strip_run, (batch, height // 2, width // 2, channels), x.dtype, [x])
 
     def rows(self, start: int, stop: int) -> mx.array:
         return avg_pool_2x(self.inputs[0].rows(2 * start, 2 * stop))
 
-    def reach(self, start: int, stop: int) -> None:
-        super().reach(2 * start, 2 * stop)
+    def prepare(self, start: int, stop: int) -> None:
+        super().prepare(2 * start, 2 * stop)
 
     def release(self, reader: int, start: int) -> None:
         super().release(reader, 2 * start)
@@ -202,19 +202,19 @@ class Averaged(LazyArray):
 class GroupNorm(LazyArray):
     """`kernels.group_norm`, its statistics of all rows."""
 
-    def __init__(self, job: StripRun, x: LazyArray, groups: int, weight: mx.array, bias: mx.array, eps: float):
-        held = x if isinstance(x, Buffered) and x.groups is None else Buffered(job, _first, [x])
-        super().__init__(job, held.shape, held.dtype, [held])
-        held.groups = groups
-        self._held, self._weight, self._bias, self._eps = held, weight, bias, eps
+    def __init__(self, strip_run: StripRun, x: LazyArray, groups: int, weight: mx.array, bias: mx.array, eps: float):
+        buffer = x if isinstance(x, Buffered) and x.groups is None else Buffered(strip_run, _identity, [x])
+        super().__init__(strip_run, buffer.shape, buffer.dtype, [buffer])
+        buffer.groups = groups
+        self._buffer, self._weight, self._bias, self._eps = buffer, weight, bias, eps
 
     def rows(self, start: int, stop: int) -> mx.array:
-        x, statistics = self._held.rows(start, stop), self._held.statistics()
+        x, statistics = self._buffer.rows(start, stop), self._buffer.statistics()
         return kernels.group_norm_apply(x, *statistics, self._weight, self._bias, self._eps)
 
-    def reach(self, start: int, stop: int) -> None:
-        self._held.statistics()
-        super().reach(start, stop)
+    def prepare(self, start: int, stop: int) -> None:
+        self._buffer.statistics()
+        super().prepare(start, stop)
 
 
 class Buffered(LazyArray):
@@ -228,59 +228,60 @@ class Buffered(LazyArray):
         substitutes: narrower arrays made of this one that are better held for later.
     """
 
-    def __init__(self, job: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
-        alike = Pointwise(job, function, inputs)
-        self._hold(job, alike.shape, alike.dtype, inputs)
+    def __init__(self, strip_run: StripRun, function: Callable[..., mx.array], inputs: Sequence[LazyArray]):
+        example = Pointwise(strip_run, function, inputs)
+        self._init_buffer(strip_run, example.shape, example.dtype, inputs)
         self._function = function
 
-    def _hold(
-        self, job: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray], cost: int = 1
+    def _init_buffer(
+        self, strip_run: StripRun, shape: Sequence[int], dtype: mx.Dtype, inputs: Sequence[LazyArray], cost: int = 1
     ) -> None:
-        super().__init__(job, shape, dtype, inputs)
-        self.step = max(job.pixels // (self.shape[2] * cost), 1) if job.pixels else self.shape[1]
-        self.kept = True
+        super().__init__(strip_run, shape, dtype, inputs)
+        self.step = max(strip_run.pixels // (self.shape[2] * cost), 1) if strip_run.pixels else self.shape[1]
+        self.retained = True
         self.groups: int | None = None
         self.substitutes: list[Buffered] = []
         self._strips: list[tuple[int, mx.array]] = []
-        self._done = 0
-        self._needed: dict[int, int] = {}
+        self._computed = 0
+        self._needed_from: dict[int, int] = {}
         self._statistics: list[tuple[int, mx.array, mx.array]] = []
-        self._measured = False
-        job.made.append(self)
+        self._has_statistics = False
+        strip_run.buffers.append(self)
 
-    def announce(self) -> None:
+    def register(self) -> None:
         """Tell what is kept that it is going to be read."""
-        if self.kept:
+        if self.retained:
             super().release(id(self), 0)
 
     def compute(self, start: int, stop: int) -> mx.array:
         """Rows start to stop from the inputs'."""
-        return self._function(*(stand.rows(start, stop) for stand in self.inputs))
+        return self._function(*(array.rows(start, stop) for array in self.inputs))
 
     def first_input_row(self, row: int) -> int:
         """The first row of the inputs that rows from `row` on need."""
         return row
 
-    def reach(self, start: int, stop: int) -> None:
+    def prepare(self, start: int, stop: int) -> None:
         height = self.shape[1]
-        if not self.kept:
-            self._drop(start - self.step)  # some reader may be a few rows behind this one
-            first = self._strips[0][0] if self._strips else self._done
-            if not first <= start <= self._done:  # another pass
-                self._drop(height)
-                self._done = start
-        while self._done < min(stop, height):
-            at, self._done = self._done, min(self._done + self.step, height)
-            strip = self.job.compute(self, at, self._done)
+        if not self.retained:
+            self._drop_above(start - self.step)  # some reader may be a few rows behind this one
+            first = self._strips[0][0] if self._strips else self._computed
+            if not first <= start <= self._computed:  # another pass
+                self._drop_above(height)
+                self._computed = start
+        while self._computed < min(stop, height):
+            at, self._computed = self._computed, min(self._computed + self.step, height)
+            strip = self.strip_run.compute(self, at, self._computed)
             self._strips.append((at, strip))
-            self.job.held += strip.nbytes
-            if self.groups is not None and not self._measured:
-                self._statistics.append((strip.shape[1], *self.job.statistics(strip, self.groups)))
-            if self.kept:
-                super().release(id(self), self.first_input_row(self._done) if self._done < height else _BELOW_ALL)
+            self.strip_run.held_bytes += strip.nbytes
+            if self.groups is not None and not self._has_statistics:
+                self._statistics.append((strip.shape[1], *self.strip_run.statistics(strip, self.groups)))
+            if self.retained:
+                needed = self.first_input_row(self._computed) if self._computed < height else _PAST_END
+                super().release(id(self), needed)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        self.reach(start, stop)
+        self.prepare(start, stop)
         pieces = [strip[:, max(start - at, 0) : stop - at] for at, strip in self.strips(start, stop)]
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
 
@@ -289,29 +290,29 @@ class Buffered(LazyArray):
         return [(at, strip) for at, strip in self._strips if start < at + strip.shape[1] and at < stop]
 
     def release(self, reader: int, start: int) -> None:
-        if not self.kept:
+        if not self.retained:
             super().release(reader, self.first_input_row(start))
             if start >= self.shape[1]:
-                self._drop(start)
+                self._drop_above(start)
             return
-        self._needed[reader] = start
+        self._needed_from[reader] = start
         if start:
-            for held in self.substitutes:
-                held.reach(0, start)
-            self._drop(min(self._needed.values()))
+            for buffer in self.substitutes:
+                buffer.prepare(0, start)
+            self._drop_above(min(self._needed_from.values()))
 
-    def _drop(self, above: int) -> None:
+    def _drop_above(self, above: int) -> None:
         """Let go of strips that end above a row."""
-        kept = self.strips(above, self.shape[1])
-        self.job.held -= sum(strip.nbytes for _, strip in self._strips) - sum(strip.nbytes for _, strip in kept)
-        self._strips = kept
+        retained = self.strips(above, self.shape[1])
+        self.strip_run.held_bytes -= _nbytes(self._strips) - _nbytes(retained)
+        self._strips = retained
 
     def statistics(self) -> tuple[mx.array, mx.array]:
         """Mean and variance of each group, spread over its channels: (B, C) each, float32 (Chan et al. 1979)."""
-        if not self._measured:
+        if not self._has_statistics:
             for start in range(0, self.shape[1], self.step):
-                self.reach(start, start + self.step)
-            self._measured = True
+                self.prepare(start, start + self.step)
+            self._has_statistics = True
             rows, means, variances = (list(values) for values in zip(*self._statistics, strict=True))
             share = (mx.array(rows, mx.float32) / self.shape[1])[:, None, None]
             mean = (mx.stack(means) * share).sum(axis=0)
@@ -325,7 +326,7 @@ class Convolution(Buffered):
 
     def __init__(
         self,
-        job: StripRun,
+        strip_run: StripRun,
         x: LazyArray,
         weight: mx.array,
         bias: mx.array | None = None,
@@ -336,7 +337,7 @@ class Convolution(Buffered):
         (top, _), self._sides = normalize_padding(padding)
         example = kernels.conv2d(_example(x), weight, bias, stride=stride, padding=padding)
         self.weight, self.stride, self._bias, self._top = weight, stride, bias, top
-        self._hold(job, example.shape, example.dtype, [x], cost=stride**2)
+        self._init_buffer(strip_run, example.shape, example.dtype, [x], cost=stride**2)
         if isinstance(x, Buffered) and self.shape[3] < x.shape[3] and weight.shape[1] == stride == 1:
             x.substitutes.append(self)
 
@@ -355,41 +356,45 @@ class Convolution(Buffered):
         return max(self.window(row, row)[0], 0)
 
 
-class Whole(Buffered):
+class WholeArray(Buffered):
     """What a function makes of whole arrays; `call` is it with its other arguments."""
 
     def __init__(
-        self, job: StripRun, function: Callable[..., Any], call: Callable[..., mx.array], inputs: Sequence[LazyArray]
+        self,
+        strip_run: StripRun,
+        function: Callable[..., Any],
+        call: Callable[..., mx.array],
+        inputs: Sequence[LazyArray],
     ):
-        example = call(*(_example(stand) for stand in inputs))
-        self._hold(job, example.shape, example.dtype, inputs)
+        example = call(*(_example(array) for array in inputs))
+        self._init_buffer(strip_run, example.shape, example.dtype, inputs)
         self.step = self.shape[1]
         self.function, self._call = function, call
 
     def compute(self, start: int, stop: int) -> mx.array:
-        return self._call(*(stand.rows(0, stand.shape[1]) for stand in self.inputs))
+        return self._call(*(array.rows(0, array.shape[1]) for array in self.inputs))
 
 
-def _applied(job: StripRun, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> LazyArray:
+def _apply(strip_run: StripRun, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
     """A call with stand-ins among its arguments."""
-    given = (*arguments, *named.values())
-    stands = [value for value in given if isinstance(value, LazyArray)]
+    all_args = (*args, *kwargs.values())
+    lazy_args = [value for value in all_args if isinstance(value, LazyArray)]
 
     def call(*arrays: mx.array) -> Any:
-        left = iter(arrays)
-        values = [next(left) if isinstance(value, LazyArray) else value for value in given]
-        return function(*values[: len(arguments)], **dict(zip(named, values[len(arguments) :], strict=True)))
+        remaining = iter(arrays)
+        values = [next(remaining) if isinstance(value, LazyArray) else value for value in all_args]
+        return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
-    differs_by_row = any(isinstance(value, mx.array) and value.ndim > 2 and value.shape[-3] > 1 for value in given)
+    differs_by_row = any(isinstance(value, mx.array) and value.ndim > 2 and value.shape[-3] > 1 for value in all_args)
     if differs_by_row or not is_pointwise(function):
-        return Whole(job, function, call, stands)
-    return Pointwise(job, call, stands) if len(stands) == 1 else Buffered(job, call, stands)
+        return WholeArray(strip_run, function, call, lazy_args)
+    return Pointwise(strip_run, call, lazy_args) if len(lazy_args) == 1 else Buffered(strip_run, call, lazy_args)
 
 
-def _example(stand: LazyArray, rows: int | None = None) -> mx.array:
+def _example(array: LazyArray, rows: int | None = None) -> mx.array:
     """An array of a stand-in's shape, never computed: what a function makes of it has the shape of its result."""
-    batch, height, width, channels = stand.shape
-    return mx.zeros((batch, rows or height, width, channels), stand.dtype)
+    batch, height, width, channels = array.shape
+    return mx.zeros((batch, rows or height, width, channels), array.dtype)
 
 
 _add, _subtract, _multiply, _divide = map(pointwise, (operator.add, operator.sub, operator.mul, operator.truediv))
@@ -405,5 +410,9 @@ def _channels(x: mx.array, start: int | None, stop: int | None) -> mx.array:
     return x[..., start:stop]
 
 
-def _first(x: mx.array) -> mx.array:
+def _nbytes(strips: Sequence[tuple[int, mx.array]]) -> int:
+    return sum(strip.nbytes for _, strip in strips)
+
+
+def _identity(x: mx.array) -> mx.array:
     return x

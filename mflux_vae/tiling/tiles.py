@@ -57,15 +57,17 @@ class Tiling:
 
 def encode(network: nn.Module, pixels: mx.array, plan: Tiling | None) -> DiagonalGaussian:
     """`network.encode`, as planned. (B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
-    return DiagonalGaussian(*_run(function_of(network, "encode"), pixels, plan, 1, network.config.downsampling))
+    return DiagonalGaussian(
+        *_run_tiled(array_function(network, "encode"), pixels, plan, 1, network.config.downsampling)
+    )
 
 
 def decode(network: nn.Module, latents: mx.array, plan: Tiling | None) -> mx.array:
     """`network.decode`, as planned. (B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
-    return _run(function_of(network, "decode"), latents, plan, network.config.downsampling, 1)[0]
+    return _run_tiled(array_function(network, "decode"), latents, plan, network.config.downsampling, 1)[0]
 
 
-def function_of(network: nn.Module, what: str) -> Function:
+def array_function(network: nn.Module, operation: str) -> Function:
     """`network.encode` or `network.decode` as a function from one array to a list of them."""
 
     def encode(pixels: mx.array) -> list[mx.array]:
@@ -75,19 +77,19 @@ def function_of(network: nn.Module, what: str) -> Function:
     def decode(latents: mx.array) -> list[mx.array]:
         return [network.decode(latents)]
 
-    return {"encode": encode, "decode": decode}[what]
+    return {"encode": encode, "decode": decode}[operation]
 
 
-def _run(function: Function, x: mx.array, plan: Tiling | None, up: int, down: int) -> Sequence[mx.array]:
+def _run_tiled(function: Function, x: mx.array, plan: Tiling | None, up: int, down: int) -> Sequence[mx.array]:
     if plan is None:
         return function(x)
     if plan.mode == "blend":
-        return _blended(function, x, plan, up, down)
+        return _run_blended(function, x, plan, up, down)
     images = [StripRun(plan.strip_pixels).run(function, image) for image in mx.split(x, x.shape[0])]
     return images[0] if len(images) == 1 else [mx.concatenate(list(results)) for results in zip(*images, strict=True)]
 
 
-def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) -> list[mx.array]:
+def _run_blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) -> list[mx.array]:
     """Run a function on overlapping tiles of x and join its results, whose sides are those of x times up / down.
 
     Args:
@@ -95,12 +97,12 @@ def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) 
     """
     cell = max(up, down)  # pixels per latent: tiles start and end between latents
     tile = max(plan.tile // cell, 1)
-    rows, columns = (spans(x.shape[axis] // down, tile, plan.overlap) for axis in (1, 2))
+    rows, columns = (tile_spans(x.shape[axis] // down, tile, plan.overlap) for axis in (1, 2))
     results: list[mx.array] = []
-    for (top, bottom), across in zip(rows, fades(rows, up), strict=True):
-        for (left, right), along in zip(columns, fades(columns, up), strict=True):
+    for (top, bottom), row_weight in zip(rows, blend_weights(rows, up), strict=True):
+        for (left, right), column_weight in zip(columns, blend_weights(columns, up), strict=True):
             pieces = function(x[:, top * down : bottom * down, left * down : right * down])
-            weight = mx.array(across[:, None, None] * along[:, None], mx.float32)
+            weight = mx.array(row_weight[:, None, None] * column_weight[:, None], mx.float32)
             if not results:
                 shape = x.shape[0], x.shape[1] * up // down, x.shape[2] * up // down
                 results = [mx.zeros((*shape, piece.shape[-1]), piece.dtype) for piece in pieces]
@@ -110,27 +112,27 @@ def _blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) 
     return results
 
 
-def spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
+def tile_spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
     """Start and end of each tile along an axis: all of one size, evenly spread, neighbours share `overlap` or more."""
     if length <= tile:
         return [(0, length)]
     shared = min(int(np.ceil(tile * overlap)), tile - 1)
-    gaps = -(-(length - tile) // (tile - shared))
-    starts = [round(i * (length - tile) / gaps) for i in range(gaps + 1)]
+    steps = -(-(length - tile) // (tile - shared))
+    starts = [round(i * (length - tile) / steps) for i in range(steps + 1)]
     return [(start, start + tile) for start in starts]
 
 
-def fades(spans: Sequence[tuple[int, int]], scale: int) -> list[np.ndarray]:
+def blend_weights(spans: Sequence[tuple[int, int]], scale: int) -> list[np.ndarray]:
     """Each tile's weights along an axis, `scale` per cell: linear where two tiles overlap; all tiles' sum to one."""
     total = np.zeros(spans[-1][1] * scale)
     weights = []
     for i, (start, end) in enumerate(spans):
-        at = np.arange((end - start) * scale) + 0.5
-        weight = np.ones_like(at)
+        position = np.arange((end - start) * scale) + 0.5
+        weight = np.ones_like(position)
         if i and (shared := (spans[i - 1][1] - start) * scale):
-            weight = np.minimum(weight, at / shared)
+            weight = np.minimum(weight, position / shared)
         if i + 1 < len(spans) and (shared := (end - spans[i + 1][0]) * scale):
-            weight = np.minimum(weight, at[::-1] / shared)
+            weight = np.minimum(weight, position[::-1] / shared)
         weights.append(weight)
         total[start * scale : end * scale] += weight
     return [weight / total[start * scale : end * scale] for weight, (start, end) in zip(weights, spans, strict=True)]

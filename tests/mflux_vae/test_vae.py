@@ -167,7 +167,7 @@ def test_tiled_results_equal_untiled_ones(build: Build, monkeypatch: pytest.Monk
 
     assert 0 < vae.peak_bytes("decode", 44, 60, tiling=exact) < vae.peak_bytes("decode", 44, 60)
     assert vae.peak_bytes("encode", 41, 57) == vae.peak_bytes("encode", 48, 64)
-    monkeypatch.setattr(tiling_plan, "limit", lambda: 1)
+    monkeypatch.setattr(tiling_plan, "available_bytes", lambda: 1)
     np.testing.assert_allclose(vae.decode(vae.encode(image), size=(44, 60)), whole, atol=60)  # tiled automatically
 
 

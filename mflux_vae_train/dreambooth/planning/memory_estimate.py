@@ -159,7 +159,7 @@ def _with_batch_size(work: Workload, size: int, micro_batches: int) -> Workload:
 
 def _limit(resolved: ResolvedSettings) -> int:
     """Bytes that the run may use: ``--memory_limit``, or what the machine has."""
-    return tiling_plan.limit() if resolved.memory_limit is None else int(resolved.memory_limit * GB)
+    return tiling_plan.available_bytes() if resolved.memory_limit is None else int(resolved.memory_limit * GB)
 
 
 def _state_bytes(resolved: ResolvedSettings) -> float:

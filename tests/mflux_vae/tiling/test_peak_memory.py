@@ -28,9 +28,9 @@ from tests.mflux_vae.small_models import drawn, small_flux2, small_kl
 
 PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend", 64)}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-whats = pytest.mark.parametrize("what", ["encode", "decode"])
+operations = pytest.mark.parametrize("operation", ["encode", "decode"])
 
-SHARES = {"encode": 0.42, "decode": 0.4}
+MAX_RATIO = {"encode": 0.42, "decode": 0.4}
 """Of the untiled call's memory, what exact tiling of a large image takes at most."""
 
 
@@ -47,24 +47,26 @@ def nearest(estimate: int, measured: Iterator[int], calls: int = 20) -> int:
     How far both cores run ahead of what is freed is another each time, and less where another program has one of them;
     estimated is the most.
     """
-    most = max(islice(measured, 2))
+    largest = max(islice(measured, 2))
     for peak in islice(measured, calls - 2):
-        if estimate <= 1.2 * most:
+        if estimate <= 1.2 * largest:
             break
-        most = max(most, peak)
-    return most
+        largest = max(largest, peak)
+    return largest
 
 
-def peaks_of(network: nn.Module, what: str, batch: int, height: int, width: int, plan: Tiling | None) -> Iterator[int]:
+def peaks_of(
+    network: nn.Module, operation: str, batch: int, height: int, width: int, plan: Tiling | None
+) -> Iterator[int]:
     config: Any = network.config
     size = () if getattr(config, "vectors", False) else (height // 8, width // 8)
     pixels, latents = (batch, height, width, config.in_channels), (batch, *size, config.latent_channels)
-    x = mx.random.normal(pixels if what == "encode" else latents, key=mx.random.key(0))
+    x = mx.random.normal(pixels if operation == "encode" else latents, key=mx.random.key(0))
     mx.eval(x, network.parameters())
 
     def call() -> list[mx.array]:
-        result = getattr(tiles, what)(network, x, plan)
-        return [result] if what == "decode" else [result.mean, result.logvar]
+        result = getattr(tiles, operation)(network, x, plan)
+        return [result] if operation == "decode" else [result.mean, result.logvar]
 
     return peaks(call)
 
@@ -93,13 +95,13 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 
 
 @plans
-@whats
+@operations
 @pytest.mark.parametrize("name", SMALL)
-def test_the_estimate_is_within_20_percent(name: str, what: str, plan: Tiling | None) -> None:
+def test_the_estimate_is_within_20_percent(name: str, operation: str, plan: Tiling | None) -> None:
     build, size = SMALL[name]
     network = network_of(name, build)
-    estimate = tiling_plan.peak_bytes(network, what, *size, plan)
-    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, what, *size, plan)), rel=0.2)
+    estimate = tiling_plan.peak_bytes(network, operation, *size, plan)
+    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, operation, *size, plan)), rel=0.2)
 
 
 VECTORS: dict[str, FlatConfig] = {
@@ -109,14 +111,14 @@ VECTORS: dict[str, FlatConfig] = {
 }
 
 
-@whats
+@operations
 @pytest.mark.parametrize("name", VECTORS)
-def test_the_estimate_of_vectors_is_too(name: str, what: str) -> None:
+def test_the_estimate_of_vectors_is_too(name: str, operation: str) -> None:
     network = network_of(name, lambda: drawn(FlatAutoencoder(VECTORS[name])).eval())
-    estimate = tiling_plan.peak_bytes(network, what, 64, 64, 64)
-    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, what, 64, 64, 64, None)), rel=0.2)
+    estimate = tiling_plan.peak_bytes(network, operation, 64, 64, 64)
+    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, operation, 64, 64, 64, None)), rel=0.2)
     with pytest.raises(SettingsError, match="sees the whole image"):
-        tiling_plan.peak_bytes(network, what, 64, 64, 64, Tiling("exact"))
+        tiling_plan.peak_bytes(network, operation, 64, 64, 64, Tiling("exact"))
 
 
 CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, int]] = {
@@ -134,8 +136,8 @@ def test_the_estimate_of_a_convolution(name: str) -> None:
     mx.eval(x, weight)
     result = 4 * prod(image[:3]) * out // stride**2
     estimate = kernels.workspace_bytes(image, weight.shape, stride)
-    taken = (peak - result for peak in peaks(lambda: [kernels.conv2d(x, weight, stride=stride, padding=1)]))
-    assert estimate == pytest.approx(nearest(estimate, taken), rel=0.2)
+    measured = (peak - result for peak in peaks(lambda: [kernels.conv2d(x, weight, stride=stride, padding=1)]))
+    assert estimate == pytest.approx(nearest(estimate, measured), rel=0.2)
 
 
 def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
@@ -161,52 +163,54 @@ def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
 @pytest.mark.parametrize("size", [(1, 256, 256), (2, 128, 192), (1, 512, 384)], ids=str)
 @pytest.mark.parametrize("build", [AutoencoderKL, AutoencoderTiny, PlainAutoencoder])
 @plans
-@whats
+@operations
 def test_the_estimate_at_full_size(
-    what: str, plan: Tiling | None, build: Callable[[], nn.Module], size: tuple[int, int, int]
+    operation: str, plan: Tiling | None, build: Callable[[], nn.Module], size: tuple[int, int, int]
 ) -> None:
     network = network_of(build.__name__, lambda: drawn(build()))
-    estimate = tiling_plan.peak_bytes(network, what, *size, plan)
-    peak = nearest(estimate, peaks_of(network, what, *size, plan), calls=6)
-    print(f"{build.__name__} {what} {size} {plan}: {estimate / 1e6:.0f} MB estimated, {peak / 1e6:.0f} MB measured")
+    estimate = tiling_plan.peak_bytes(network, operation, *size, plan)
+    peak = nearest(estimate, peaks_of(network, operation, *size, plan), calls=6)
+    print(
+        f"{build.__name__} {operation} {size} {plan}: {estimate / 1e6:.0f} MB estimated, {peak / 1e6:.0f} MB measured"
+    )
     assert estimate == pytest.approx(peak, rel=0.2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@whats
-def test_exact_tiling_of_a_large_image(what: str) -> None:
+@operations
+def test_exact_tiling_of_a_large_image(operation: str) -> None:
     network = network_of("AutoencoderKL", lambda: drawn(AutoencoderKL()))
-    shape = (1, 768, 1024, 3) if what == "encode" else (1, 96, 128, 4)
+    shape = (1, 768, 1024, 3) if operation == "encode" else (1, 96, 128, 4)
     x = mx.random.uniform(-1, 1, shape, key=mx.random.key(0))
     mx.eval(x, network.parameters())
     results: list[mx.array] = []
 
-    def taken_by(plan: Tiling | None) -> int:
+    def peak_with(plan: Tiling | None) -> int:
         def call() -> list[mx.array]:
-            result = getattr(tiles, what)(network, x, plan)
-            results.append(result if what == "decode" else result.mean)
+            result = getattr(tiles, operation)(network, x, plan)
+            results.append(result if operation == "decode" else result.mean)
             return results
 
         return peak_of(call)
 
-    taken = [taken_by(plan) for plan in (None, Tiling("exact", 512))]
+    measured = [peak_with(plan) for plan in (None, Tiling("exact", 512))]
     difference = mx.abs(results[0] - results[1]).max().item()
-    print(f"{what}: difference {difference:.1e}, peak {taken[1] / 1e6:.0f} of {taken[0] / 1e6:.0f} MB")
+    print(f"{operation}: difference {difference:.1e}, peak {measured[1] / 1e6:.0f} of {measured[0] / 1e6:.0f} MB")
     assert difference <= 2 / 255
-    assert taken[1] <= SHARES[what] * taken[0]
+    assert measured[1] <= MAX_RATIO[operation] * measured[0]
 
 
 def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
-    for what in ("encode", "decode"):
-        sizes = [tiling_plan.peak_bytes(network, what, 1, side, side) for side in (256, 512, 1024)]
+    for operation in ("encode", "decode"):
+        sizes = [tiling_plan.peak_bytes(network, operation, 1, side, side) for side in (256, 512, 1024)]
         assert 2.5 < sizes[1] / sizes[0] < 4.5  # of an encoder's small images bands, and weights, take the larger part
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (
-            tiling_plan.peak_bytes(network, what, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512))
+            tiling_plan.peak_bytes(network, operation, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512))
         )
-        assert exact < SHARES[what] * whole
+        assert exact < MAX_RATIO[operation] * whole
 
 
 def test_a_plan_is_made_only_where_memory_is_short(
@@ -215,7 +219,7 @@ def test_a_plan_is_made_only_where_memory_is_short(
     network = AutoencoderKL()
 
     def planned(available: float) -> Tiling | None:
-        monkeypatch.setattr(tiling_plan, "limit", lambda: int(available))
+        monkeypatch.setattr(tiling_plan, "available_bytes", lambda: int(available))
         return tiling_plan.plan(network, "decode", 1, 256, 384)
 
     whole = tiling_plan.peak_bytes(network, "decode", 1, 256, 384)
@@ -235,7 +239,7 @@ def test_a_plan_is_made_only_where_memory_is_short(
 
 
 @pytest.mark.parametrize(
-    ("asked", "plan"),
+    ("option", "plan"),
     [
         (False, None),
         (True, Tiling("exact")),
@@ -244,8 +248,8 @@ def test_a_plan_is_made_only_where_memory_is_short(
         (Tiling("blend", 64), Tiling("blend", 64)),
     ],
 )
-def test_what_is_asked_for_is_done(asked: tiling_plan.TilingOption, plan: Tiling | None) -> None:
-    assert tiling_plan.plan(small_kl(), "encode", 1, 8, 8, asked) == plan
+def test_what_is_asked_for_is_done(option: tiling_plan.TilingOption, plan: Tiling | None) -> None:
+    assert tiling_plan.plan(small_kl(), "encode", 1, 8, 8, option) == plan
 
 
 def test_another_tiling_is_refused() -> None:
@@ -254,14 +258,14 @@ def test_another_tiling_is_refused() -> None:
 
 
 def test_there_is_memory() -> None:
-    assert 1 << 26 < tiling_plan.limit() < 1 << 50
+    assert 1 << 26 < tiling_plan.available_bytes() < 1 << 50
 
 
 def test_a_containers_limit(tmp_path: Path) -> None:
-    assert tiling_plan._granted(tmp_path) == 1 << 62
+    assert tiling_plan._cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("600\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
-    assert tiling_plan._granted(tmp_path) == 1 << 62
+    assert tiling_plan._cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / "memory.max").write_text("1000\n")
-    assert tiling_plan._granted(tmp_path) == 500
+    assert tiling_plan._cgroup_bytes(tmp_path) == 500

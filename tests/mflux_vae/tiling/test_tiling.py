@@ -105,23 +105,23 @@ def test_gradients_pass_through_strips() -> None:
 def test_strips_are_let_go_and_convolutions_without_need_are_not_repeated() -> None:
     computed: dict[Buffered, int] = {}
 
-    class Watched(StripRun):
+    class CountingRun(StripRun):
         most = 0
 
-        def compute(self, held: Buffered, start: int, stop: int) -> mx.array:
-            computed[held] = computed.get(held, 0) + stop - start
-            self.most = max(self.most, self.held)
-            return super().compute(held, start, stop)
+        def compute(self, buffer: Buffered, start: int, stop: int) -> mx.array:
+            computed[buffer] = computed.get(buffer, 0) + stop - start
+            self.most = max(self.most, self.held_bytes)
+            return super().compute(buffer, start, stop)
 
     network, latents = network_of("kl"), normal(1, 16, 8, 4)
-    job = Watched(256)
-    (pixels,) = job.run(tiles.function_of(network, "decode"), latents)
+    strip_run = CountingRun(256)
+    (pixels,) = strip_run.run(tiles.array_function(network, "decode"), latents)
     full = pixels.size // 3 * 4 * 8  # bytes of the 8 channels of the finest level
-    assert job.most < 1.7 * full
-    for held, rows in computed.items():
-        normed = isinstance(held, Convolution) and held.groups is not None and held.shape[1] == pixels.shape[1]
-        passes = rows / held.shape[1]
-        assert 1.9 < passes < 4 if normed else passes == 1, (held.shape, passes)
+    assert strip_run.most < 1.7 * full
+    for buffer, rows in computed.items():
+        normed = isinstance(buffer, Convolution) and buffer.groups is not None and buffer.shape[1] == pixels.shape[1]
+        passes = rows / buffer.shape[1]
+        assert 1.9 < passes < 4 if normed else passes == 1, (buffer.shape, passes)
 
 
 def test_blended_tiles_are_near_the_untiled_result() -> None:
@@ -139,21 +139,21 @@ def test_blended_tiles_are_near_the_untiled_result() -> None:
 @given(length=st.integers(1, 300), tile=st.integers(1, 64), overlap=st.floats(0, 0.5), scale=st.sampled_from([1, 8]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_tiles_are_whole_and_weights_sum_to_one(length: int, tile: int, overlap: float, scale: int) -> None:
-    spans = tiles.spans(length, tile, overlap)
+    spans = tiles.tile_spans(length, tile, overlap)
     assert spans[0][0] == 0
     assert spans[-1][1] == length
     assert {end - start for start, end in spans} == {min(tile, length)}
     for (_, end), (start, _) in pairwise(spans):
         assert end - start >= min(int(np.ceil(tile * overlap)), tile - 1)
     total = np.zeros(length * scale)
-    for (start, end), weights in zip(spans, tiles.fades(spans, scale), strict=True):
+    for (start, end), weights in zip(spans, tiles.blend_weights(spans, scale), strict=True):
         assert (weights > 0).all()
         total[start * scale : end * scale] += weights
     np.testing.assert_allclose(total, 1, rtol=1e-12)
 
 
 def test_weights_are_linear_between_two_tiles() -> None:
-    left, right = tiles.fades([(0, 8), (4, 12)], 1)
+    left, right = tiles.blend_weights([(0, 8), (4, 12)], 1)
     np.testing.assert_allclose(left, [1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125])
     np.testing.assert_allclose(right, left[::-1])
 
