@@ -1,14 +1,15 @@
-"""Convolution, normalisation, activation and attention: what layers call, fast on every device, one definition each.
+"""Convolution, normalization, activations and attention for MLX layers, fast on every device.
 
-Metal and CUDA use MLX's own operations. On a CPU MLX's convolution copies patches through memory, its gradients do
-so several times over, and its transcendental functions are scalar; the forms in this package avoid that. Arrays are
-NHWC. Every function answers in the dtype of its (first) argument; half precision is widened where it would lose
+Metal and CUDA use MLX's own operations. On a CPU, MLX's convolution copies patches through memory, its gradients do
+so several times, and its transcendental functions are scalar; `mflux_vae.kernels.cpu` avoids that. Arrays are NHWC.
+Every function returns the dtype of its (first) argument; half precision is computed in float32 where it would lose
 more than its own rounding.
 
-`bands`        an output filled in place, band by band, on every core
-`gathering`    windows of an image
-`gradients`    of these functions in closed form, for who goes back through a network layer by layer
-`fusion`       a formula as one pass over memory
+`cpu.parallel`          fills an output in place, chunk by chunk, on every core
+`cpu.im2col`            gathers and sums the windows of an image
+`cpu.conv_algorithms`   convolution algorithms and the choice between them
+`cpu.conv_gradients`    closed-form gradients for callers that differentiate layer by layer
+`cpu.fusion`            compiles a formula into one pass over memory
 """
 
 from mflux_vae.kernels.activations import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh

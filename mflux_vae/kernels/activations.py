@@ -1,4 +1,4 @@
-"""Activations: on a CPU rational functions, in one pass over memory where they are computed at once (see `fusion`)."""
+"""Activations. On a CPU they are rational functions, compiled into one pass over memory (see `cpu.fusion`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mflux_vae.kernels.cpu.parallel import can_fuse
 from mflux_vae.kernels.overrides import pointwise
 from mflux_vae.runtime import device
 
-_custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
+_custom_function: Any = mx.custom_function  # MLX's stubs type its result as `object`
 
 
 @pointwise
@@ -23,7 +23,7 @@ def relu(x: mx.array) -> mx.array:
 
 @pointwise
 def leaky_relu(x: mx.array, slope: float) -> mx.array:
-    """x, times `slope` where it is negative (0 < slope < 1)."""
+    """max(x, slope * x) for 0 < slope < 1."""
     return mx.maximum(x, slope * x)
 
 
@@ -64,13 +64,13 @@ def sigmoid(x: mx.array) -> mx.array:
     return _sigmoid(x) if device.is_cpu() else mx.sigmoid(x)
 
 
-# tanh(x / 2) / 2 = x P(x^2) / Q(x^2), relative error 9e-9 up to 16.5, where it is 1/2 in float32: coefficients fitted
-# by iteratively reweighted least squares. All activations are this function; its halves save operations.
+# tanh(x / 2) / 2 = x P(x^2) / Q(x^2), with relative error 9e-9 up to x = 16.5, where float32 rounds it to 1/2.
+# Coefficients fitted by iteratively reweighted least squares. All activations build on this function.
 _SATURATION = 16.5
 _P = (0.249999998, 0.00839312709, 5.5514598e-05, 8.42691989e-08, 1.43986541e-11)
 _Q = (1.0, 0.116905822, 0.00163088454, 5.28156796e-06, 3.2550131e-09)
 
-# GELU's t = tanh(0.8 (x + 0.04 x^3)) / 2 in the same way, relative error 7e-9 up to 5.6.
+# tanh(0.8 (x + 0.04 x^3)) / 2, the t of GELU, fitted in the same way: relative error 7e-9 up to x = 5.6.
 _GELU_SATURATION = 5.6
 _GELU_P = (0.39894233, 0.0300579123, 0.00363138212, 0.000131906771, 7.18650784e-06, 2.53269119e-08)
 _GELU_Q = (1.0, 0.242836514, 0.0242021724, 0.00129227792, 7.59355263e-05, 1.36239927e-06)
@@ -87,7 +87,7 @@ Pointwise: TypeAlias = Callable[[mx.array], mx.array]
 
 
 def _polynomial(c: Sequence[float], square: mx.array, fourth: mx.array) -> mx.array:
-    """A polynomial of degree four or five in the square."""
+    """Polynomial of degree four or five in x^2, summed as a tree (Estrin)."""
     last = c[4] if len(c) == 5 else c[4] + c[5] * square
     return (c[0] + c[1] * square) + fourth * ((c[2] + c[3] * square) + fourth * last)
 
@@ -100,21 +100,21 @@ def _rational(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _half_tanh_fused(x: mx.array) -> mx.array:
-    """tanh(x / 2) / 2, for compiled formulas: comparisons are cheap there, `mx.clip` is not."""
+    """tanh(x / 2) / 2 for compiled formulas, where comparisons are cheap and `mx.clip` is not."""
     p, q = _rational(x)
     t = mx.where(x > _SATURATION, 0.5, x * p / q)
     return mx.where(x < -_SATURATION, -0.5, t)
 
 
 def _half_tanh(x: mx.array) -> mx.array:
-    """The same operation by operation: there a comparison costs as much as fifteen products, `mx.clip` as two."""
+    """tanh(x / 2) / 2 without compilation, where a comparison costs fifteen products and `mx.clip` two."""
     x = mx.clip(x, -_SATURATION, _SATURATION)
     p, q = _rational(x)
     return x * p / q
 
 
 def _gated(x: mx.array, p: Sequence[float], q: Sequence[float], saturation: float) -> mx.array:
-    """x (1/2 + t(x)) of an odd t = x P(x^2) / Q(x^2) that is 1/2 from some x on: one comparison, one pass."""
+    """x (1/2 + t(x)) for an odd t(x) = x P(x^2) / Q(x^2) that equals 1/2 above `saturation`; one comparison."""
     square, size = x * x, mx.abs(x)
     fourth = square * square
     t = square * _polynomial(p, square, fourth) / _polynomial(q, square, fourth)
@@ -125,7 +125,7 @@ def _gelu_argument(x: mx.array) -> mx.array:
     return _GELU_SCALE * (x + _GELU_CUBE * (x * x) * x)
 
 
-# Values with their slopes: what differentiates keeps the slope, and its gradient is one product.
+# Values and derivatives: the backward pass then needs one product.
 
 
 def _silu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -140,7 +140,7 @@ def _quick_gelu_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _gelu_tanh_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-    near = mx.clip(x, -5.0, 5.0)  # t is 1/2 beyond, but for a rounding error that x^3 would magnify
+    near = mx.clip(x, -5.0, 5.0)  # t is 1/2 beyond; without the clip x^3 would magnify its rounding error
     square = near * near
     t = _half_tanh((2 * _GELU_SCALE) * near * (1 + _GELU_CUBE * square))
     s = 0.5 + t
@@ -158,7 +158,7 @@ def _sigmoid_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _differentiable(value: Pointwise, value_and_slope: Callable[[mx.array], tuple[mx.array, mx.array]]) -> Pointwise:
-    """A function of each element, float32 inside whatever the dtype: compiled where it is computed at once."""
+    """Build an element-wise function, computed in float32: compiled if evaluated eagerly, else differentiable."""
 
     @fused
     def compiled(x: mx.array) -> mx.array:

@@ -1,8 +1,8 @@
 """Softmax and scaled dot-product attention.
 
-MLX's CPU computes softmax's exponentials one at a time, and attention would hold the scores of all queries with all
-keys. Where results are computed at once (see `bands`), attention takes a few heads or queries after the other, and
-divides its result by the sums instead of all the scores.
+On a CPU, MLX computes the exponentials of softmax one at a time, and attention would hold the scores of all queries
+and keys. When evaluated eagerly (see `cpu.parallel`), attention processes a few heads or queries at a time, and
+divides the result by the row sums instead of normalizing every score.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, st
 from mflux_vae.runtime import device
 
 CHUNK_SCORES = 1 << 20
-"""Of a band, on a CPU."""
+"""Scores per chunk on a CPU."""
 _MIN_SCORES = 1 << 15
-"""Fewer scores are not worth a band."""
+"""With fewer scores, splitting into chunks does not pay off."""
 MAX_SCORES = 1 << 23
+"""Scores computed at a time on Metal and CUDA for heads wider than `_FUSED_MAX_WIDTH`."""
 _MAX_SPLITS = 16
-"""Rows are cut into so many pieces to find their largest values."""
+"""Parts that a row is split into to find its maximum."""
 _FUSED_MAX_WIDTH = 128
-"""MLX's attention on Metal and CUDA makes no scores up to this width of a head."""
+"""Widest head for which MLX's attention on Metal and CUDA does not materialize the scores."""
 
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
-    """Softmax, summed in float32 whatever the dtype."""
+    """Softmax along `axis`, computed in float32, returned in the dtype of x."""
     if x.size >= _MIN_SCORES and is_eager(x):
         wide = x.astype(mx.float32)
         exps = exp(wide - mx.max(wide, axis=axis, keepdims=True))
@@ -39,7 +40,7 @@ def softmax(x: mx.array, axis: int = -1) -> mx.array:
 
 @fused
 def exp(x: mx.array) -> mx.array:
-    """exp(x) for x <= 0, to 1e-7 of 1: Pade's 3/3 approximation at x / 8, to the eighth power; no less than 1e-21."""
+    """exp(x) for x <= 0, absolute error 1e-7: 3/3 Pade approximant at x / 8, to the eighth power; at least 1e-21."""
     x = mx.where(x < -36.0, -36.0, x)
     square = x * x
     even, odd = 120 + (12 / 64) * square, x * (60 / 8 + square * (1 / 512))
@@ -50,12 +51,12 @@ def exp(x: mx.array) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None = None) -> mx.array:
-    """Scaled dot-product attention, some queries after the other where the scores of all would take much memory.
+    """Scaled dot-product attention, in parts if the scores of all queries would take much memory.
 
     Args:
         q: (B, heads, N, d); k, v: (B, heads, M, d).
         scale: factor on the scores, usually d ** -0.5.
-        mask: additive, broadcastable to (B, heads, N, M); None for none.
+        mask: additive, broadcastable to (B, heads, N, M), or None.
 
     Returns:
         (B, heads, N, d).
@@ -75,7 +76,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         outputs.append(_attention(q[:, :, rows], k, v, scale, part))
         try:
             mx.eval(outputs[-1])
-        except ValueError:  # inside a trace nothing can be computed yet, and parts would save nothing
+        except ValueError:  # inside a trace nothing can be evaluated, so parts would save no memory
             return _attention(q, k, v, scale, mask)
     return mx.concatenate(outputs, axis=2)
 
@@ -101,7 +102,7 @@ def _softmax_matmul(scores: mx.array, v: mx.array) -> mx.array:
 
 
 def _row_max(x: mx.array) -> mx.array:
-    """Of each row, (..., M) -> (..., 1): in two steps, as MLX compares whole vectors along all axes but the last."""
+    """Row maximum, (..., M) -> (..., 1). Two steps, because MLX vectorizes all axes but the last."""
     if x.shape[-1] % _MAX_SPLITS == 0:
         x = mx.max(mx.unflatten(x, -1, (_MAX_SPLITS, -1)), axis=-2)
     return mx.max(x, axis=-1, keepdims=True)
@@ -112,9 +113,9 @@ def _chunked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask
     per_head = queries * k.shape[2]
     chunk_heads = max(1, min(-(-heads * batch // streams()), heads, CHUNK_SCORES // per_head))
     chunk_queries = queries if chunk_heads > 1 else max(1, min(queries, CHUNK_SCORES // k.shape[2]))
-    if batch * heads == 1:  # as autoencoders have
+    if batch * heads == 1:  # attention in autoencoders
         chunk_queries = min(chunk_queries, -(-queries // streams()))
-    if chunk_queries < queries:  # or every band would copy its head's
+    if chunk_queries < queries:  # else every chunk would copy the keys and values of its head
         k, v = mx.contiguous(k), mx.contiguous(v)
     mx.eval(q, k, v)
 
@@ -134,6 +135,6 @@ def _chunked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask
 
 
 def _mask_part(mask: mx.array, index: tuple[slice, slice, slice]) -> mx.array:
-    """What a mask says of some images, heads and queries; its axes of length 1 are for all."""
+    """Slice a mask by images, heads and queries; its axes of length 1 are broadcast."""
     mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
     return mask[tuple(slice(None) if n == 1 else i for n, i in zip(mask.shape, index, strict=False))]

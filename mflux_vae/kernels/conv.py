@@ -1,17 +1,17 @@
 """Two-dimensional convolution.
 
-On a CPU one of six forms is chosen by shape (`forms`; `python -m benchmarks.convolutions` measures the choice):
+On a CPU, `cpu.conv_algorithms` chooses one of six algorithms by shape (`python -m benchmarks.convolutions` times them):
 
-- *Winograd* (3x3, stride 1, enough channels and pixels): a quarter of the products, see `winograd`;
-- *taps last* (few output channels): one product of all pixels with all taps' weights, whose few results are then
-  shifted and added;
-- *shifts* (stride 1, few channels, wide images): a product per tap, of the flattened image from where the tap points;
-- *MLX's own* (stride 1, fewer channels, as pictures have): what takes long is to gather such short pieces;
-- *patches* (all others): windows gathered into rows, one product;
-- 1x1: a product as it is.
+- winograd (3x3, stride 1, enough channels and pixels): a quarter of the multiplications, see `cpu.winograd`;
+- gemm_then_shift (few output channels): one matrix product of all pixels with the weights of all taps, whose results
+  are then shifted and added;
+- shifted_gemm (stride 1, few channels, wide images): one product per tap, on a shifted view of the flattened image;
+- native (stride 1, very few channels, such as RGB): MLX's own, since gathering such short rows takes longer;
+- im2col (all others): windows gathered into rows, then one product;
+- 1x1: a single product.
 
-In bands where results are computed at once (see `banded`), in one piece inside a trace. Gradients are convolutions and
-products of the same kinds: MLX's own input gradient of a stride-2 convolution costs fifty times the forward pass.
+Eager calls run in parallel chunks (see `cpu.conv_parallel`), calls inside a trace in one step. Gradients use the same
+algorithms: MLX's own input gradient of a stride-2 convolution costs fifty times the forward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mflux_vae.kernels.normalization import group_norm, group_norm_affine
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
 
-_custom_function: Any = mx.custom_function  # MLX's stubs say that calling one gives an `object`
+_custom_function: Any = mx.custom_function  # MLX's stubs type its result as `object`
 
 
 @overridable
@@ -57,30 +57,30 @@ def conv2d(
         x: (B, H, W, C).
         weight: (O, kh, kw, C).
         bias: (O,) or None.
-        stride: the same in both directions; above 2 it is MLX's own convolution on every device.
-        padding: zeros around the image: one number, or ((top, bottom), (left, right)).
+        stride: in both directions; strides above 2 use MLX's own convolution on every device.
+        padding: zeros around the image, as one number or ((top, bottom), (left, right)).
 
     Returns:
         (B, (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, O).
 
     Raises:
-        ValueError: the kernel is larger than the padded image, or their channels differ.
+        ValueError: the kernel is larger than the padded image, or the channels differ.
     """
     (top, bottom), (left, right) = sides = normalize_padding(padding)
     height, width = x.shape[1] + top + bottom, x.shape[2] + left + right
     if height < weight.shape[1] or width < weight.shape[2] or x.shape[3] != weight.shape[3]:
         raise ValueError(
-            f"no convolution of {x.shape} (B, H, W, C), {height} x {width} when padded, "
-            f"with a kernel {weight.shape} (O, kh, kw, C)"
+            f"conv2d: input {x.shape} (B, H, W, C), {height} x {width} with padding, "
+            f"does not fit kernel {weight.shape} (O, kh, kw, C)"
         )
     if not device.is_cpu() or stride > 2:
-        # padded beforehand where MLX 0.32.2 gets the gradients wrong: with a padding not less than the kernel
+        # MLX 0.32.2 computes wrong gradients if the padding is not less than the kernel: pad beforehand
         if top == bottom < weight.shape[1] and left == right < weight.shape[2]:
             y = mx.conv2d(x, weight, stride=stride, padding=(top, left))
         else:
             y = mx.conv2d(zero_pad(x, sides), weight, stride=stride)
         return y if bias is None else y + bias
-    if x.dtype != mx.float32:  # products of halves are thirty times slower
+    if x.dtype != mx.float32:  # half-precision products are thirty times slower
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
         return y if bias is None else y + bias
     if weight.shape[1:3] != (1, 1) and is_eager(x, weight):
@@ -100,11 +100,11 @@ def norm_silu_conv2d(
     padding: Padding = 0,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """residual + conv2d(silu(group_norm(x, *norm)), weight, bias), without a pass over memory for each.
+    """residual + conv2d(silu(group_norm(x, *norm)), weight, bias), fused on a CPU.
 
     Args:
-        norm: groups, weight, bias and eps, as of `group_norm`.
-        residual: of the result's shape, or None.
+        norm: groups, weight, bias and eps of `group_norm`.
+        residual: same shape as the result, or None.
     """
     sides = normalize_padding(padding)
     if not _can_fuse(x, weight, residual, *norm[1:3]):
@@ -116,7 +116,7 @@ def norm_silu_conv2d(
 
 @overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
-    """conv2d(upsample_nearest_2x(x), weight, bias), without the four times larger image in memory."""
+    """conv2d(upsample_nearest_2x(x), weight, bias), without storing the upsampled image."""
     if not _can_fuse(x, weight):
         return conv2d(upsample_nearest_2x(x), weight, bias, padding=padding)
     batch, height, width, channels = x.shape
@@ -131,11 +131,11 @@ def upsample_nearest_2x(x: mx.array) -> mx.array:
 
 
 FUSED = (norm_silu_conv2d, repeat_conv2d)
-"""Where a stand-in for an array is to be treated step by step, their `__wrapped__` does it."""
+"""Functions whose `__wrapped__` runs step by step, for arguments that override operations."""
 
 
 def _can_fuse(x: Any, *others: mx.array | None) -> bool:
-    """Whether bands can take their rows through other functions: x is an array, no stand-in, and computed at once."""
+    """Whether chunks can apply further functions to their rows: float32 arrays, evaluated eagerly."""
     arrays = [array for array in (x, *others) if array is not None]
     if any(not isinstance(array, mx.array) or array.dtype != mx.float32 for array in arrays):
         return False
@@ -143,20 +143,22 @@ def _can_fuse(x: Any, *others: mx.array | None) -> bool:
 
 
 def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1, *, intermediates: int = 0) -> int:
-    """Estimate of what a convolution on the CPU takes at most, besides its argument and its result.
+    """Estimate the peak memory (bytes) of a CPU convolution, besides its input and output.
 
-    Every stream has a band, nearly all of whose steps' results are there at once. Winograd, for each tile: of the
-    input its 16 pixels, with the band's margins, and the 36 places of its window, twice; of the output 36 places, and
-    its pixels twice; and the weights, reordered and transformed. Where bands are output channels, all places of the
-    input come first, and then every band's own part of the weights. Taps last: every tap's results, padded too, and
-    their sum. Shifts: the rows, padded, and the sum before and after a tap; half of what rows are made of is gone
-    by then. MLX's own: rows and padded rows, the gathered windows and the sum. Patches: the rows behind which zeros
-    are put, the gathered windows and the sum.
+    Every stream works on one chunk, and nearly all intermediate results of a chunk are alive together:
+
+    - winograd, per tile: 16 input pixels with margins, the 36 values of its window twice, 36 output values, and the
+      output pixels twice; plus the reordered and the transformed weights. If chunks are output channels, the
+      transformed input comes first, then each chunk's share of the weights.
+    - gemm_then_shift: the products of every tap, unpadded and padded, and their sum.
+    - shifted_gemm: the padded rows, and the sum before and after a tap; half of the intermediates are freed by then.
+    - native: rows, padded rows, gathered windows, and the result.
+    - im2col: rows followed by zeros, gathered windows, and the result.
 
     Args:
-        shape: of the argument, (B, H, W, C).
+        shape: input, (B, H, W, C).
         weight: (O, kh, kw, C).
-        made: arrays of a band's rows that are made on the way to them (`repeat_conv2d` 1, `norm_silu_conv2d` 2).
+        intermediates: arrays computed before a chunk's rows (`repeat_conv2d`: 1, `norm_silu_conv2d`: 2).
     """
     batch, height, width, channels = shape
     out, kh, kw, _ = weight
@@ -176,7 +178,7 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
             return 4 * max(input_bytes, tiles * 36 * channels + columns * (68 * tiles + 45 * channels))
         pixels += -(-2 * winograd.TILE // rows)
         return 4 * (chunk_cells * (((1 + intermediates) * pixels + 72) * channels + 68 * out) + 45 * channels * out)
-    input_values = stride**2 * channels  # numbers of the argument for each pixel of the result
+    input_values = stride**2 * channels  # input values per output pixel
     values = {
         "gemm_then_shift": 2 * taps * out + out,
         "shifted_gemm": input_values + 2 * out,
@@ -188,10 +190,10 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-    """Rewrite a stride-2 convolution as a stride-1 one over 2x2 blocks, whose gradients are convolutions again."""
+    """Rewrite a stride-2 convolution as a stride-1 convolution over 2x2 blocks, whose gradients are convolutions."""
     batch, height, width, channels = x.shape
     _, kh, kw, _ = weight.shape
-    # rows and columns that no window reaches are cut, those that complete a block are added
+    # drop rows and columns that no window reaches; pad to whole blocks
     blocks_h, blocks_w = (height - kh) // 2 + (kh + 1) // 2, (width - kw) // 2 + (kw + 1) // 2
     x = x[:, : 2 * blocks_h, : 2 * blocks_w]
     x = mx.pad(x, [(0, 0), (0, 2 * blocks_h - x.shape[1]), (0, 2 * blocks_w - x.shape[2]), (0, 0)])
@@ -207,7 +209,7 @@ def _conv_valid(x: mx.array, weight: mx.array) -> mx.array:
 
 @_conv_valid.vjp
 def _conv_valid_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _y: mx.array) -> tuple[mx.array, mx.array]:
-    """The input's gradient is a convolution again, the weight's one product over patches."""
+    """Input gradient by convolution; weight gradient by one product over patches."""
     x, weight = primals
     out, kh, kw, _ = weight.shape
     padded_dy = zero_pad(cotangent, ((kh - 1, kh - 1), (kw - 1, kw - 1)))

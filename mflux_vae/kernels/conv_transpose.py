@@ -1,4 +1,4 @@
-"""Transposed convolution with stride 2, which doubles an image's sides."""
+"""Transposed convolution with stride 2."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from mflux_vae.runtime import device
 def conv_transpose2d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, *, size: tuple[int, int] | None = None
 ) -> mx.array:
-    """The transposed 3x3 convolution with stride 2 and padding 1 (torch's `ConvTranspose2d(C, O, 3, 2, 1)`).
+    """Transposed 3x3 convolution with stride 2 and padding 1 (torch's `ConvTranspose2d(C, O, 3, 2, 1)`).
 
-    On a CPU it is one 2x2 convolution at the image's own resolution, with the four pixels that each becomes as four
-    times the channels: without the zeros that MLX's own form multiplies.
+    On a CPU, one 2x2 convolution at the input resolution computes the four output pixels of each input pixel as four
+    times the channels. This skips the zeros that MLX's own implementation multiplies.
 
     Args:
         x: (B, H, W, C).
         weight: (O, 3, 3, C).
         bias: (O,) or None.
-        size: of the result, 2H - 1 or 2H by 2W - 1 or 2W (torch's `output_padding` 0 or 1); None for 2H by 2W.
+        size: output height (2H - 1 or 2H) and width (2W - 1 or 2W) (torch's `output_padding` 0 or 1); default: (2H,
+        2W).
 
     Returns:
         (B, *size, O).
@@ -40,7 +41,7 @@ def conv_transpose2d(
 
 
 def _phases(weight: mx.array) -> mx.array:
-    """(O, 3, 3, C) -> (4 O, 2, 2, C): what makes the pixel at (2i, 2j), (2i, 2j + 1), (2i + 1, 2j), (2i + 1, 2j + 1).
+    """(O, 3, 3, C) -> (4 O, 2, 2, C): kernels of pixels (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1).
 
     Along each axis, y[2i] = w[1] x[i] and y[2i + 1] = w[2] x[i] + w[0] x[i + 1].
     """

@@ -1,4 +1,4 @@
-"""Group, layer and root-mean-square normalisation."""
+"""Group, batch, layer and root-mean-square normalization."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _MAX_PIXELS_PER_SUM = 4096
 
 @overridable
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Group normalisation over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
+    """Group normalization over (H, W) and the channels of a group, as torch orders them (Wu and He 2018).
 
     Args:
-        x: (B, ..., C), normalised over every axis between batch and channels.
-        groups: a divisor of C.
+        x: (B, ..., C), normalized over every axis between batch and channels.
+        groups: number of groups, a divisor of C.
         weight, bias: (C,).
     """
     return group_norm_apply(x, *group_norm_statistics(x, groups), weight, bias, eps)
 
 
 def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
-    """Mean and variance of each group, per sample, spread over its channels: both (B, C), float32.
+    """Mean and variance per sample and group, repeated for its channels: both (B, C), float32.
 
-    Two passes: reductions over pixels, then over the few channels of a group.
+    Reduces over pixels first, then over the channels of a group.
     """
     batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
     if is_eager(x):
@@ -43,7 +43,7 @@ def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]
 def group_norm_apply(
     x: mx.array, mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float
 ) -> mx.array:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (B, ..., C), the statistics (B, C)."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32. x: (B, ..., C); mean, variance: (B, C)."""
     spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
     scale = (mx.rsqrt(variance + eps) * weight).reshape(spread)
     return ((x.astype(mx.float32) - mean.reshape(spread)) * scale + bias).astype(x.dtype)
@@ -52,14 +52,14 @@ def group_norm_apply(
 def group_norm_affine(
     x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """Group norm as a factor and a summand for each image and channel, (B, C) each, float32."""
+    """Scale and shift of group normalization per sample and channel, (B, C) each, float32."""
     mean, variance = group_norm_statistics(x, groups)
     scale = mx.rsqrt(variance + eps) * weight
     return scale, bias - mean * scale
 
 
 def _chunked_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
-    """`group_norm_statistics` of x (B, N, C): those of each band's channels, merged (Chan et al. 1979)."""
+    """`group_norm_statistics` of x (B, N, C), merged from channel statistics per chunk (Chan et al. 1979)."""
     batch, pixels, channels = x.shape
     images, parts = split_pixels(batch, pixels, channels)
     parts = [
@@ -69,7 +69,7 @@ def _chunked_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
     ]
 
     def chunk(samples: slice, part: slice) -> mx.array:
-        """Mean and variance of each channel, (b, 2, C); sums as products, which use every lane of a vector."""
+        """Mean and variance per channel, (b, 2, C). Sums are matrix products, which are vectorized."""
         block = x[samples, part].astype(mx.float32)
         ones, share = mx.ones((1, 1, block.shape[1])), 1 / block.shape[1]
         mean = ones @ block * share
@@ -88,7 +88,7 @@ def _chunked_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]:
 
 @fused
 def scale_and_shift(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    """x scale + shift."""
+    """x * scale + shift."""
     return x * scale + shift
 
 
@@ -99,7 +99,7 @@ def _squared_distance(x: mx.array, y: mx.array) -> mx.array:
 
 
 def _pixel_mean(x: mx.array, width: int) -> mx.array:
-    """Mean over axis 1, many pixels row by row: MLX's CPU adds one after the other, and rounds as often."""
+    """Mean over axis 1. Many pixels are averaged row by row, since MLX's sequential sum accumulates rounding."""
     batch, pixels, channels = x.shape
     if pixels > _MAX_PIXELS_PER_SUM:
         x = mx.mean(x.reshape(batch, -1, width, channels), axis=2)
@@ -107,16 +107,16 @@ def _pixel_mean(x: mx.array, width: int) -> mx.array:
 
 
 def group_mean(values: mx.array, groups: int) -> mx.array:
-    """Mean over each group's channels, spread back over them. (B, C) -> (B, C)."""
+    """Mean over the channels of each group, repeated for them. (B, C) -> (B, C)."""
     batch, channels = values.shape
     mean = mx.mean(values.reshape(batch, groups, -1), axis=-1, keepdims=True)
     return mx.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
 
 
 def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean and (biased) variance of each channel over a batch, in two passes. (N, C) -> (C,) each.
+    """Mean and (biased) variance per channel, in two passes. (N, C) -> (C,) each.
 
-    Sums are products with ones, which use every lane of a vector and all cores.
+    Sums are matrix products with ones, which are vectorized and use all cores.
     """
     ones = mx.full((1, x.shape[0]), 1 / x.shape[0])
     mean = (ones @ x)[0]
@@ -125,13 +125,13 @@ def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @overridable
 def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Batch normalisation by the batch's own statistics (Ioffe and Szegedy 2015).
+    """Batch normalization with batch statistics (Ioffe and Szegedy 2015).
 
     Args:
         x: (..., C); weight, bias: (C,).
 
     Returns:
-        what `batch_norm_apply` does, and mean and (biased) variance, (C,) each, float32.
+        the normalized x, and mean and (biased) variance, (C,) each, float32.
     """
     if x.dtype != mx.float32 or not is_eager(x, weight, bias):
         mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
@@ -147,13 +147,13 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
 def batch_norm_apply(
     x: mx.array, mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float
 ) -> mx.array:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32; x: (..., C), all others (C,)."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32. x: (..., C); the others: (C,)."""
     scale = mx.rsqrt(variance + eps) * weight
     return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalization over the last axis (Zhang and Sennrich 2019)."""
     if not device.is_cpu():
         return mx.fast.rms_norm(x, weight, eps)
     x32 = x.astype(mx.float32)
@@ -162,7 +162,7 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
-    """Layer normalisation over the last axis; weight and bias may be absent."""
+    """Layer normalization over the last axis; weight and bias may be None."""
     if not can_fuse(x):
         return mx.fast.layer_norm(x, weight, bias, eps)
     x32 = x.astype(mx.float32)
@@ -173,7 +173,7 @@ def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps:
 
 
 def _mean(x: mx.array) -> mx.array:
-    """Mean over the last axis, which is kept: a product, that uses every lane of a vector."""
+    """Mean over the last axis, which is kept. A matrix product, because it is vectorized."""
     return x @ _mean_weights(x.shape[-1])
 
 

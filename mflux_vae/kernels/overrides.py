@@ -1,9 +1,9 @@
-"""Functions of arrays that also take what stands in for an array: a large image that is computed in strips.
+"""Let classes that stand in for arrays override array functions, such as images computed in strips.
 
-The idea is NumPy's `__array_function__` (NEP 18): a function that networks call is marked `overridable`, and an
-argument whose class has `__mlx_function__(function, arguments, named)` answers the call itself. The marks say what
-such a class must know: which functions treat every element alone (`pointwise`), and that all others may look at
-every pixel. Convolution, group norm and `upsample_nearest_2x` it knows by name.
+The design follows NumPy's `__array_function__` (NEP 18). Functions that networks call are decorated with
+`overridable`. If the class of an argument defines `__mlx_function__(function, args, kwargs)`, that method handles the
+call. Functions decorated with `pointwise` depend on one pixel at a time; all others may read every pixel, except those
+that a class handles by name (convolution, group norm, `upsample_nearest_2x`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def overridable(function: F) -> F:
-    """Let an argument that stands in for an array answer the call."""
+    """Dispatch to the first argument whose class defines `__mlx_function__`."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -29,12 +29,12 @@ def overridable(function: F) -> F:
 
 
 def pointwise(function: F) -> F:
-    """`overridable`, and every element of the result depends on the elements at the same (H, W) alone."""
+    """`overridable`, for functions whose results at (h, w) depend only on inputs at (h, w)."""
     call = overridable(function)
     call.is_pointwise = True  # type: ignore[attr-defined]
     return call
 
 
 def is_pointwise(function: Callable[..., Any]) -> bool:
-    """Whether a function was marked `pointwise`."""
+    """Whether a function is decorated with `pointwise`."""
     return getattr(function, "is_pointwise", False)

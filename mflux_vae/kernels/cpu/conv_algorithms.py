@@ -1,4 +1,4 @@
-"""One convolution in one piece, in the form that is fastest for its shape (see `convolution`), for the CPU."""
+"""CPU convolution algorithms and the choice between them (described in `mflux_vae.kernels.conv`)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from mflux_vae.kernels.cpu.im2col import im2col
 
 Padding: TypeAlias = int | tuple[tuple[int, int], tuple[int, int]]
 Sides: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
-"""Zeros at ((top, bottom), (left, right))."""
+"""Zero padding, ((top, bottom), (left, right))."""
 
 _WINOGRAD_MIN_CHANNELS = 32
 IM2COL_MAX_PIXELS = 512
-"""Of all images together: Winograd's four times larger weights cost more than it saves with fewer pixels."""
+"""Output pixels of all images up to which transforming the weights for Winograd costs more than it saves."""
 _SHIFTED_GEMM_MIN_CHANNELS = 8
 _SHIFTED_GEMM_MIN_WIDTH = 12
-"""Where rows are shorter, too much of what is multiplied runs over their ends."""
+"""In shorter rows, too many products fall on windows that wrap around the end of a row."""
 _GEMM_THEN_SHIFT_RATIO = 4
-"""Taps last where input channels are so many times the output channels."""
+"""Smallest ratio of input to output channels for gemm_then_shift."""
 
 
 Algorithm: TypeAlias = Literal["winograd", "gemm_then_shift", "shifted_gemm", "native", "im2col"]
 
 
 def choose_algorithm(kernel: tuple[int, int], stride: int, channels: int, out: int, pixels: int) -> Algorithm:
-    """The fastest form of a shape, measured with MKL on two cores of an AVX-512 server.
+    """Choose the fastest algorithm for a shape, as measured with MKL on two cores of an AVX-512 server.
 
     Args:
-        pixels: of the result, in all images.
+        kernel: height and width.
+        channels, out: input and output channels.
+        pixels: output pixels of all images.
     """
     if stride == 1 and out * _GEMM_THEN_SHIFT_RATIO <= channels and out <= 32:
         return "gemm_then_shift"
@@ -42,7 +44,7 @@ def choose_algorithm(kernel: tuple[int, int], stride: int, channels: int, out: i
 
 
 def convolve(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0, 0), (0, 0))) -> mx.array:
-    """Convolution, (B, H, W, C) by (O, kh, kw, C), which MLX differentiates as it is written here."""
+    """Convolve (B, H, W, C) with (O, kh, kw, C) in one step, without custom gradients."""
     batch, height, width, channels = x.shape
     out, kh, kw, _ = weight.shape
     (top, bottom), (left, right) = sides
@@ -55,7 +57,7 @@ def convolve(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0,
         y = winograd.convolve(winograd.transform_input(x, count, (top, left)), winograd.transform_weight(weight), count)
         return winograd.join_tiles(y)[:, :out_h, :out_w]
     if algorithm == "gemm_then_shift":
-        # (B, H, W, taps * O), of which each tap's is read where the tap points
+        # (B, H, W, taps * O); the results of a tap are read at its offset
         products = zero_pad(x @ weight.transpose(3, 1, 2, 0).reshape(channels, -1), sides)
         taps = [
             products[:, i : i + out_h, j : j + out_w, (i * kw + j) * out : (i * kw + j + 1) * out]
@@ -73,7 +75,7 @@ def convolve(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0,
             i, j = divmod(tap, kw)
             start = i * width + j
             y = mx.addmm(y, flat[start : start + rows], weight[:, i, j].T)
-        # what runs over a row's end is never read
+        # windows that wrap around the end of a row are never read
         return mx.as_strided(y, (batch, out_h, out_w, out), (height * width * out, width * out, out, 1))
     if algorithm == "native":
         return mx.conv2d(zero_pad(x, sides), weight, stride=stride)
@@ -82,29 +84,29 @@ def convolve(x: mx.array, weight: mx.array, stride: int = 1, sides: Sides = ((0,
 
 
 def normalize_padding(padding: Padding) -> Sides:
-    """The same padding on all four sides where it is one number."""
+    """Expand a single number to all four sides."""
     return ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
 
 def zero_pad(x: mx.array, sides: Sides) -> mx.array:
-    """With zeros around (B, H, W, C)."""
+    """Pad (B, H, W, C) with zeros."""
     return mx.pad(x, [(0, 0), *sides, (0, 0)]) if any(map(any, sides)) else x
 
 
 def repeat_2x(x: mx.array) -> mx.array:
-    """(B, H, W, C) -> (B, 2H, 2W, C), every pixel four times."""
+    """(B, H, W, C) -> (B, 2H, 2W, C), repeating every pixel four times."""
     batch, height, width, channels = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def flipped(weight: mx.array) -> mx.array:
-    """(O, kh, kw, C) -> (C, kh, kw, O), both directions reversed: what a gradient is convolved with."""
+    """(O, kh, kw, C) -> (C, kh, kw, O), spatially reversed: the kernel of the input gradient."""
     return weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
 
 
 def weight_space_to_depth(weight: mx.array) -> mx.array:
-    """A stride-2 weight (O, kh, kw, C) as that of a stride-1 convolution over 2x2 blocks, (O, kh / 2, kw / 2, 4C)."""
+    """Stride-2 weight (O, kh, kw, C) -> stride-1 weight over 2x2 blocks, (O, ceil(kh / 2), ceil(kw / 2), 4C)."""
     out, kh, kw, channels = weight.shape
     weight = mx.pad(weight, [(0, 0), (0, kh % 2), (0, kw % 2), (0, 0)])
     kh, kw = (kh + 1) // 2, (kw + 1) // 2

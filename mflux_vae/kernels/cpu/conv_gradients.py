@@ -1,8 +1,8 @@
-"""Gradients in closed form, for the CPU, where they are computed at once and in bands like the functions themselves.
+"""Closed-form gradients for the CPU, computed eagerly and in parallel chunks.
 
-What MLX differentiates it traces, and inside a trace nothing is fused, banded or computed on more than one core. A
-caller that goes back through a network by itself (`mflux_vae_train.training.tape`) takes these instead. Each answers
-for the cotangent `dy` of a function's result. Arrays are float32, images NHWC.
+`mx.grad` traces a function, and inside a trace MLX's CPU back end neither fuses operations nor uses more than one core.
+Callers that run the backward pass themselves (`mflux_vae_train.training.tape`) use these functions instead. `dy` is
+the gradient of a function's result. Arrays are float32, images NHWC.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mflux_vae.kernels.cpu.parallel import fill_parallel, map_chunks, split_pixe
 from mflux_vae.kernels.normalization import group_mean, group_norm_statistics, scale_and_shift
 
 _COL2IM_MIN_CHANNELS = 32
-"""Of a gradient that is multiplied into overlapping windows: with fewer, adding those up takes too long."""
+"""Fewest output channels for col2im; with fewer, summing the windows takes longer than a convolution."""
 
 
 def sum_of_rows(y: mx.array) -> mx.array:
-    """Sum over all axes but the last, (..., C) -> (C,): a product with ones, which uses every lane of a vector."""
+    """Sum over all axes but the last, (..., C) -> (C,). A matrix product with ones, which is vectorized."""
     flat = y.reshape(-1, y.shape[-1])
     return (mx.ones((1, flat.shape[0])) @ flat)[0]
 
@@ -38,14 +38,14 @@ def sum_of_rows(y: mx.array) -> mx.array:
 def conv2d_input(
     dy: mx.array, weight: mx.array, shape: tuple[int, ...], *, stride: int = 1, padding: Padding = 0
 ) -> mx.array:
-    """Gradient of `conv2d` for its input: a convolution with the turned weights, or windows laid over each other.
+    """Gradient of `conv2d` for its input: a convolution with the flipped weights, or col2im.
 
     Args:
         dy: (B, h, w, O).
         weight: (O, kh, kw, C).
-        shape: of the input, (B, H, W, C).
+        shape: input, (B, H, W, C).
         stride: 1 or 2.
-        padding: as of `conv2d`, each less than the kernel.
+        padding: as in `conv2d`; less than the kernel on each side.
     """
     (top, _), (left, _) = normalize_padding(padding)
     batch, height, width, channels = shape
@@ -86,7 +86,7 @@ def conv2d_weight(
 
 
 def repeat_conv2d(x: mx.array, weight: mx.array, dy: mx.array, *, padding: Padding = 0) -> tuple[mx.array, mx.array]:
-    """Of `repeat_conv2d` for input and weight."""
+    """Gradients of `repeat_conv2d` for input and weight."""
     batch, height, width, channels = x.shape
     shape = (batch, 2 * height, 2 * width, channels)
     dx = conv2d_input(dy, weight, shape, padding=padding).reshape(batch, height, 2, width, 2, channels)
@@ -112,7 +112,7 @@ def norm_silu_conv2d(
     *,
     padding: Padding = 0,
 ) -> NormSiluConv:
-    """Of `norm_silu_conv2d`; what its norm and SiLU make is computed again, band by band."""
+    """Gradients of `norm_silu_conv2d`. Recomputes norm and SiLU chunk by chunk."""
     groups, gain, bias, eps = norm
     mean, variance = group_norm_statistics(x, groups)
     inv_std = mx.rsqrt(variance + eps)
@@ -126,7 +126,7 @@ def norm_silu_conv2d(
 
 
 def _silu_gradient(x: mx.array, scale: mx.array, shift: mx.array, da: mx.array) -> mx.array:
-    """Gradient of silu(x scale + shift) for what SiLU takes; scale and shift (B, C)."""
+    """Gradient of silu(h) for h = x * scale + shift; scale, shift: (B, C)."""
     shape = x.shape
     x, da = x.reshape(shape[0], -1, shape[-1]), da.reshape(shape[0], -1, shape[-1])
 
@@ -140,7 +140,7 @@ def _silu_gradient(x: mx.array, scale: mx.array, shift: mx.array, da: mx.array) 
 def batch_norm(
     x: mx.array, gain: mx.array, mean: mx.array, variance: mx.array, eps: float, dy: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Of `batch_norm` for x, gain and bias; mean and variance are those of the batch, (C,)."""
+    """Gradients of `batch_norm` for x, gain and bias; mean, variance: batch statistics, (C,)."""
     flat, inv_std = x.reshape(1, -1, x.shape[-1]), mx.rsqrt(variance + eps)
     dx, d_gain, d_bias = _norm_gradient(flat, x.shape[-1], gain, mean[None], inv_std[None], dy.reshape(flat.shape))
     return dx.reshape(x.shape), d_gain, d_bias
@@ -149,14 +149,14 @@ def batch_norm(
 def _norm_gradient(
     x: mx.array, groups: int, gain: mx.array, mean: mx.array, inv_std: mx.array, dh: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of h = (x - mean) r gain + bias for x, gain and bias; mean and r = 1 / deviation, (B, C), are x's own.
+    """Gradients of h = (x - mean) r gain + bias for x, gain and bias; mean and r (`inv_std`) of x are (B, C).
 
     With g = gain dh and means over a group: dx = r (g - mean(g) - (x - mean) r^2 mean(g (x - mean))).
     """
     shape, batch, channels = x.shape, x.shape[0], x.shape[-1]
     x, dh = x.reshape(batch, -1, channels), dh.reshape(batch, -1, channels)
 
-    # each image's sums of dh over pixels, plain and times x - mean
+    # per image, sums over pixels of dh and of dh * (x - mean)
     images, parts = split_pixels(batch, x.shape[1], channels)
 
     def summed(samples: slice, part: slice) -> mx.array:
@@ -167,7 +167,7 @@ def _norm_gradient(
     chunks = (((samples, i), partial(summed, samples, part)) for samples in images for i, part in enumerate(parts))
     total, moment = fill_parallel(mx.zeros((batch, len(parts), 2, channels)), chunks).sum(axis=1).swapaxes(0, 1)
 
-    # three factors for each image and channel: of dh, of x, and none
+    # per image and channel, the factors of dh and of x, and the constant
     share = 1 / x.shape[1]
     dh_mean = group_mean(total * gain, groups) * (inv_std * share)
     moment_mean = group_mean(moment * gain, groups) * (inv_std * inv_std * inv_std * share)
@@ -181,7 +181,7 @@ def _norm_gradient(
 
 
 def leaky_relu(y: mx.array, slope: float, dy: mx.array) -> mx.array:
-    """Of max(x, slope x), from its result y."""
+    """Gradient of y = max(x, slope * x), computed from y."""
     flat, dy = y.reshape(1, -1, y.shape[-1]), dy.reshape(1, -1, y.shape[-1])
     factor = mx.array(slope)
 

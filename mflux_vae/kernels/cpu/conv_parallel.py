@@ -1,7 +1,7 @@
-"""Convolution, and the gradient for its weight, in bands (see `bands`), of an image that is made row by row.
+"""Convolution and its gradients in parallel chunks (see `cpu.parallel`), of images whose rows are computed on demand.
 
-Winograd's form cuts large images into bands of rows, and small ones with many channels into bands of output channels:
-there the transformed weights are the larger part, and are best used while they are still in the core's cache.
+Winograd splits large images into chunks of rows. It splits small images with many channels into chunks of output
+channels, because there the transformed weights are the larger part and should stay in the core's cache.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from mflux_vae.kernels.cpu.parallel import Chunk, fill_parallel, slices, streams
 from mflux_vae.kernels.normalization import scale_and_shift
 
 ReadRows: TypeAlias = Callable[[slice, int, int], mx.array]
-"""(images, start, stop) -> those images' rows start to stop of what is convolved, (b, stop - start, W, C)."""
+"""(samples, start, stop) -> rows start to stop of the convolution's input, (b, stop - start, W, C)."""
 
 CHUNK_ELEMENTS = 1 << 21
-"""Of the largest array that a band makes, so that it stays in the core's cache or near it."""
+"""Elements of the largest array of a chunk, so that it stays in or near the core's cache."""
 CHUNK_TILES = (64, 256)
-"""Winograd's tiles in a band: fewer make thin matrices, more do not make faster ones."""
+"""Fewest and most Winograd tiles of a chunk: fewer give thin matrices, more are not faster."""
 _CHUNK_WEIGHTS = 1 << 21
-"""Elements of the transformed weights of a band of output channels."""
+"""Elements of the transformed weights in a chunk of output channels."""
 _WINOGRAD_GRADIENT_MIN_CHANNELS = 64
-"""Of Winograd's form of a weight's gradient."""
+"""Fewest channels for Winograd weight gradients."""
 _SHIFTED_GEMM_CHANNELS = range(8, 128)
-"""Of the input, for a weight's gradient tap by tap."""
+"""Input channels for which the weight gradient is computed tap by tap."""
 
 
 def array_rows(x: mx.array) -> ReadRows:
-    """Those of an array."""
+    """Read the rows of an array."""
     return lambda images, start, stop: x[images, start:stop]
 
 
 def upsampled_rows(x: mx.array) -> ReadRows:
-    """Those of an image with every pixel four times."""
+    """Read the rows of an image upsampled by two (nearest neighbor)."""
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
         first = start // 2
@@ -60,7 +60,7 @@ def upsampled_rows(x: mx.array) -> ReadRows:
 
 
 def silu_rows(x: mx.array, scale: mx.array, shift: mx.array) -> ReadRows:
-    """Those of silu(x scale + shift), by values (B, C) for each image and channel."""
+    """Read the rows of silu(x * scale + shift); scale, shift: (B, C)."""
 
     def rows(images: slice, start: int, stop: int) -> mx.array:
         return silu(scale_and_shift(x[images, start:stop], scale[images, None, None], shift[images, None, None]))
@@ -79,12 +79,14 @@ def convolution(
     *,
     flip: bool = False,
 ) -> mx.array:
-    """Convolution of an image (B, H, W, C) that is made row by row, float32, computed at once.
+    """Convolve an image whose rows are computed on demand; float32, eager.
 
     Args:
+        rows: reads rows of the input.
+        shape: input, (B, H, W, C).
         weight: (O, kh, kw, C).
-        residual: added to the result; or None.
-        turned: convolve with `flipped(weight)` instead; the image then has O channels.
+        residual: added to the result, or None.
+        flip: convolve with `flipped(weight)`; the input then has O channels.
     """
     batch, height, width, channels = shape
     (top, bottom), (left, right) = sides
@@ -95,7 +97,7 @@ def convolution(
     all_images, all_rows, all_channels = slice(0, batch), slice(0, out_h), slice(0, out)
 
     def read(samples: slice, lines: slice, extra: int = 0) -> tuple[mx.array, tuple[int, int]]:
-        """What some rows of the result see, and the rows of zeros above and below it."""
+        """Input rows of some output rows, and the numbers of zero rows above and below them."""
         first, end = lines.start * stride - top, (lines.stop - 1) * stride + kh - top + extra
         return rows(samples, max(first, 0), max(min(end, height), 0)), (max(-first, 0), max(end - height, 0))
 
@@ -144,17 +146,19 @@ def convolution(
 
 
 def _transform_weight(weight: mx.array, channel_slice: slice, flip: bool) -> mx.array:
-    """The transformed weights of some output channels."""
+    """Transform the weights of some output channels for Winograd."""
     return winograd.transform_weight(weight[..., channel_slice] if flip else weight[channel_slice], flip=flip)
 
 
 def chunk_shape(
     algorithm: Algorithm, result: tuple[int, int, int], channels: int, out: int, taps: int
 ) -> tuple[int, int]:
-    """Images of a band of a `convolution`, and rows of each.
+    """Images per chunk of a `convolution`, and rows of each.
 
     Args:
-        result: images, rows and columns of the result, of which channels are `out`; of Winograd's form its tiles.
+        result: images, rows and columns of the output; for Winograd, in tiles.
+        channels, out: input and output channels.
+        taps: kh * kw.
     """
     batch, height, width = result
     if algorithm == "winograd":
@@ -165,12 +169,12 @@ def chunk_shape(
 
 
 def splits_channels(tiles: int, out: int) -> bool:
-    """Whether bands are output channels and not rows: where Winograd's weights are the larger part."""
+    """Whether Winograd chunks are output channels instead of rows, as the weights are the larger part."""
     return tiles <= min(CHUNK_TILES[0], out // 2)
 
 
 def channels_per_chunk(channels: int, out: int) -> int:
-    """Output channels of a band where bands are those."""
+    """Output channels per chunk, if `splits_channels`."""
     return _even_size(out, _CHUNK_WEIGHTS // (36 * channels))
 
 
@@ -180,7 +184,7 @@ def weight_gradient(
     """Gradient for the weight of a `convolution`, (O, kh, kw, C).
 
     Args:
-        dy: gradient for the result, (B, h, w, O).
+        dy: gradient of the output, (B, h, w, O).
     """
     batch, height, width, channels = shape
     (top, _), (left, right) = sides
@@ -196,7 +200,7 @@ def weight_gradient(
     if algorithm == "gemm_then_shift":
         return _few_outputs_weight_gradient(rows, shape, dy, kernel, sides)
     if stride == 1 and channels in _SHIFTED_GEMM_CHANNELS:
-        # a product per tap of the flattened images, from where the tap points; zeros where rows run over their ends
+        # one product per tap of the flattened images at its offset; zeros where a row's end wraps around
         x = zero_pad(rows(all_images, 0, height), sides).reshape(-1, channels)
         wide = zero_pad(dy, ((0, kh - 1), (0, kw - 1))).reshape(-1, out).T
         starts = [i * (width + left + right) + j for i in range(kh) for j in range(kw)]
@@ -216,10 +220,10 @@ def weight_gradient(
 
 
 def input_gradient(dy: mx.array, weight: mx.array, shape: tuple[int, ...], stride: int, sides: Sides) -> mx.array:
-    """Gradient for the input, (B, H, W, C), of a `convolution`: windows, each a product of dy, over each other.
+    """Gradient for the input of a `convolution`, (B, H, W, C): col2im of dy times the weights.
 
     Args:
-        dy: gradient for the result, (B, h, w, O).
+        dy: gradient of the output, (B, h, w, O).
     """
     batch, height, width, channels = shape
     out, kh, kw, _ = weight.shape
@@ -244,13 +248,13 @@ def input_gradient(dy: mx.array, weight: mx.array, shape: tuple[int, ...], strid
 def _few_outputs_weight_gradient(
     rows: ReadRows, shape: tuple[int, ...], dy: mx.array, kernel: tuple[int, int], sides: Sides
 ) -> mx.array:
-    """`weight_gradient` with stride 1 and few output channels: windows of the gradient, which are small, not of x."""
+    """`weight_gradient` for stride 1 and few output channels: gathers the (small) windows of dy."""
     (batch, height, width, channels), ((top, _), (left, right)) = shape, sides
     _, out_h, _, out = dy.shape
     kh, kw = kernel
 
     def chunk(samples: slice, lines: slice) -> mx.array:
-        """Of rows of x: what their pixels contribute to, tap by tap, the last tap first."""
+        """Contribution of some rows of x, (kh * kw * O, C), taps in reverse order."""
         first, end = lines.start - (kh - 1 - top), lines.stop + top
         dy_rows = dy[samples, max(first, 0) : max(min(end, out_h), 0)]
         extra = (max(-first, 0), end - first - dy_rows.shape[1] - max(-first, 0)), (kw - 1 - left, kw - 1 - right)
@@ -267,7 +271,7 @@ def _few_outputs_weight_gradient(
 def _winograd_weight_gradient(
     rows: ReadRows, shape: tuple[int, ...], dy: mx.array, origin: tuple[int, int]
 ) -> mx.array:
-    """`weight_gradient` of a 3x3 convolution, stride 1: Winograd's formula, read backwards."""
+    """`weight_gradient` of a 3x3 convolution with stride 1: the transpose of the Winograd transforms."""
     (batch, height, _, channels), (top, left) = shape, origin
     _, out_h, out_w, out = dy.shape
     down, across = winograd.tile_count(out_h), winograd.tile_count(out_w)
@@ -304,20 +308,20 @@ def _winograd_weight_gradient(
     return winograd.untransform_weight_gradient(sum_parallel(chunks))
 
 
-def _row_chunks(batch: int, rows: int, images: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """(images, rows) of each band."""
-    return product(slices(batch, images), slices(rows, at_once))
+def _row_chunks(batch: int, rows: int, images: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices (images, rows) of each chunk."""
+    return product(slices(batch, images), slices(rows, chunk_rows))
 
 
 def _images_and_rows(batch: int, rows: int, fit: int) -> tuple[int, int]:
-    """Images and rows of a band where `fit` rows are the right number: several images, or a part of one."""
+    """Images and rows of a chunk of about `fit` rows: several images, or a part of one."""
     if batch >= streams() and fit >= rows:
         return min(-(-batch // streams()), fit // rows), rows
     return 1, _even_size(rows, fit)
 
 
 def _even_size(length: int, fit: int) -> int:
-    """About `fit`, so that all streams are busy to the end."""
+    """A chunk length near `fit` that keeps all streams busy to the end."""
     rounds = max(1, round(length / max(fit, 1) / streams()))
     return -(-length // (streams() * rounds))
 

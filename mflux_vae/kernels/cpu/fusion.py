@@ -1,19 +1,18 @@
-"""A formula over arrays as one pass over memory, for the CPU.
+"""Compile element-wise formulas into one pass over memory, for the CPU.
 
-`mx.compile` writes C++ for a formula, and g++ compiles it at run time. The formulas of this package are written so that
-g++ turns them into vector code:
+`mx.compile` writes C++ for a formula, and g++ compiles it at run time. The formulas of this package follow three rules
+so that g++ vectorizes them:
 
-- MLX fuses at most eleven operations deep; what is deeper becomes several passes. Polynomials are therefore summed
-  as a tree (Estrin), not one after the other, and shapes are not left open: with `shapeless` every constant costs a
-  level.
-- `mx.maximum`, `mx.minimum` and `mx.clip` look for NaN in a way that g++ cannot turn into vector code; `mx.where`
-  with one comparison it can. `mx.sqrt`, `mx.exp` and the like are calls, one element at a time.
-- Arguments of different shapes are read with strides, one element at a time: a formula of more than a few operations
-  takes what is to be broadcast after MLX's own subtraction or product.
+- MLX fuses at most eleven levels of operations; deeper formulas need several passes. Polynomials are therefore summed
+  as a tree (Estrin). `shapeless` is off, because with it every constant costs a level.
+- g++ cannot vectorize the NaN checks of `mx.maximum`, `mx.minimum` and `mx.clip`, but it can vectorize `mx.where` with
+  one comparison. `mx.sqrt`, `mx.exp` and similar functions are scalar calls.
+- Arguments of different shapes are read with strides, one element at a time. Formulas of more than a few operations
+  broadcast with MLX's own subtraction or product first.
 
-Measured on two cores of an AMD EPYC (AVX2, MLX 0.32.4), user CPU time against operation by operation: SiLU 0.25,
-softmax 0.5, AdamW 0.6, the encoder of Stable Diffusion's autoencoder 0.8, a DreamBooth update on `tiny` 0.86. MLX has
-g++ compile for the oldest x86-64; code for AVX2 makes SiLU another 1.3 times as fast, but no training measurably so.
+User CPU time relative to unfused operations, on two cores of an AMD EPYC (AVX2, MLX 0.32.4): SiLU 0.25, softmax 0.5,
+AdamW 0.6, encoder of Stable Diffusion's autoencoder 0.8, DreamBooth update on `tiny` 0.86. MLX compiles for baseline
+x86-64; AVX2 code makes SiLU another 1.3 times as fast, but does not measurably speed up training.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ Formula: TypeAlias = Callable[..., Any]
 
 
 def fused(formula: Formula) -> Formula:
-    """`formula` in one pass where this machine compiles (see `compiles`), else as it is.
+    """Compile `formula` if this machine can (see `compiles`), else return it unfused.
 
     Args:
-        formula: element by element, with broadcasting; arrays in, an array out, or several.
+        formula: element-wise function of arrays, with broadcasting, to one or several arrays.
     """
     compiled: Formula = mx.compile(formula)
 
@@ -51,38 +50,38 @@ def fused(formula: Formula) -> Formula:
 
 @cache
 def compiles() -> bool:
-    """Whether `mx.compile` works on this machine's CPU: there is a g++, and MLX can compile with it.
+    """Whether `mx.compile` works on this machine's CPU: g++ exists, and MLX can compile with it.
 
-    MLX does without a compiler, but an evaluation fails where the compiler is broken or where its files cannot be
-    written. Compilation is then disabled for the whole process.
+    MLX works without a compiler, but an evaluation fails if the compiler is broken or its files cannot be written.
+    Compilation is then disabled for the whole process.
     """
     if shutil.which("g++") is None:
         return False
     problem = _folder_problem(_cache_folder()) or _compiler_problem()
     if problem:
         mx.disable_compile()
-        logger.info("formulas are not compiled, so activations take four times as long: %s", problem)
+        logger.info("formulas are not compiled, activations take four times as long: %s", problem)
     return not problem
 
 
 _TEMP_VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 _PROBE = bytes(1 << 16)
-"""About as much as a compiled formula."""
+"""About the size of a compiled formula."""
 
 
 def _cache_folder() -> Path:
-    """Folder of MLX's compiled formulas: below C++'s `std::filesystem::temp_directory_path()`."""
+    """Folder of MLX's compiled formulas, below C++'s `std::filesystem::temp_directory_path()`."""
     root = next((os.environ[name] for name in _TEMP_VARIABLES if name in os.environ), "/tmp")
     return Path(root or os.devnull, "mlx", mx.__version__, "cpu")  # type: ignore[attr-defined]
 
 
 def _folder_problem(folder: Path) -> str | None:
-    """Why MLX cannot use this folder, and what to do; None where it can.
+    """Error message if MLX cannot use this folder, else None.
 
-    MLX loads libraries from there, so it must not belong to another user either.
+    MLX loads libraries from the folder, so it must not belong to another user.
     """
     root = folder.parents[2]
-    fix = f"set {_TEMP_VARIABLES[0]} to a folder of your own"
+    fix = f"set {_TEMP_VARIABLES[0]} to a folder that you own"
     try:
         if not root.is_dir():
             return f"{root} is not a folder; {fix}"
@@ -98,11 +97,11 @@ def _folder_problem(folder: Path) -> str | None:
 
 
 def _compiler_problem() -> str | None:
-    """What goes wrong when MLX compiles a formula; None where it succeeds."""
+    """Error message if MLX cannot compile a formula, else None."""
     try:
         mx.eval(
             mx.compile(lambda x, y: x * y + 1)(mx.zeros((2,)), mx.zeros((2,)))
-        )  # MLX compiles from two operations on
+        )  # MLX compiles formulas of two or more operations
     except RuntimeError as error:
         return " ".join(str(error).split())[:300]
     return None

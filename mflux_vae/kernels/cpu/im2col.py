@@ -1,7 +1,7 @@
-"""Windows of an image, gathered pixel by pixel, and laid over each other.
+"""Gather the windows of an image (im2col), and sum windows back into an image (col2im).
 
-A pixel's channels lie side by side, and `mx.take` moves them in one go: up to four times faster than a copy of
-overlapping strides. Pixels outside the image come from a row of zeros behind it, so that nothing is padded.
+The channels of a pixel are contiguous, so `mx.take` moves them together: up to four times faster than copying
+overlapping strides. Pixels outside the image are read from a row of zeros behind it, which avoids padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 _STRIDED_COPY_MAX_CHANNELS = 64
-"""With fewer, a copy of a window's rows is faster after all: its pixels lie side by side, too."""
+"""Below this many channels, a strided copy of window rows is faster."""
 
 
 def im2col(
@@ -24,18 +24,18 @@ def im2col(
     *,
     position_first: bool = False,
 ) -> mx.array:
-    """Every window's pixels.
+    """Gather the pixels of every window.
 
     Args:
         x: (B, H, W, C).
-        window: height and width of one.
-        step: from one to the next, down and across.
-        count: of windows, down and across.
-        origin: how far the first one begins above and to the left of the image.
-        by_place: order by the place in the window first.
+        window: height and width of a window.
+        step: distance between windows, in both directions.
+        count: windows, down and across.
+        origin: rows and columns by which the first window starts above and left of the image.
+        position_first: put the position within the window on the first axis.
 
     Returns:
-        (B * windows, pixels of a window * C); by place (pixels of a window, B * windows * C).
+        (B * windows, pixels per window * C); if position_first, (pixels per window, B * windows * C).
     """
     batch, height, width, channels = x.shape
     inside = not any(origin) and all(
@@ -61,7 +61,7 @@ def _pixel_indices(
     origin: tuple[int, int],
     position_first: bool,
 ) -> mx.array:
-    """Numbers of pixels in the flattened image."""
+    """Indices of the windows' pixels in the flattened images."""
     batch, height, width = shape
     rows, columns = (
         step * np.arange(n)[:, None] + np.arange(k) - before for n, k, before in zip(count, window, origin, strict=True)
@@ -80,11 +80,11 @@ def col2im(
     image: tuple[int, int, int],
     origin: tuple[int, int] = (0, 0),
 ) -> mx.array:
-    """The sum of windows at every pixel of an image: how gradients go back through `windows`.
+    """Sum windows at every pixel of an image: the gradient of `im2col`.
 
     Args:
-        x: (B * windows + 1, pixels of a window * C), of which the last row is zeros.
-        window, step, count, origin: as of `windows`.
+        x: (B * windows + 1, pixels per window * C); the last row must be zeros.
+        window, step, count, origin: as in `im2col`.
         image: B, H and W.
 
     Returns:
@@ -103,7 +103,7 @@ def _window_indices(
     count: tuple[int, int],
     origin: tuple[int, int],
 ) -> mx.array:
-    """Numbers of the windows' pixels that are this one of the image, (as many as there can be, B * H * W)."""
+    """Indices of the window pixels that cover each image pixel, (most windows per pixel, B * H * W)."""
     batch, height, width = image
     axes = []
     for size, k, n, before in zip((height, width), window, count, origin, strict=True):

@@ -1,10 +1,10 @@
-"""An output computed in bands, on every core and in bounded memory, for the CPU.
+"""Compute outputs in chunks, on every core and in bounded memory, for the CPU.
 
-MLX's graph says what depends on what, not when: of a hundred bands it would run all first steps, then all second
-ones, and every step's results would lie in memory at once. And all its operations but matrix products run on one
-core. So where nothing differentiates or traces, the large operations of this package do not only describe their
-result, they compute it: a few bands at a time, each on a stream (and so a core) of its own, written in place into
-the output. What a band leaves behind in the buffer cache the next one uses while it is still in the core's cache.
+MLX's graph fixes dependencies but not their order: given a hundred chunks, it would run the first step of all of them,
+then the second, and keep every result of a step in memory. All its operations except matrix products use one core.
+Outside of traces, the large operations of this package are therefore evaluated eagerly: a few chunks at a time, each
+on a separate stream (and thus core), written in place into the output. The buffers that a chunk frees are reused by
+the next one while they are still in the core's cache.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import mlx.core as mx
 from mflux_vae.runtime import device, threads
 
 Chunk: TypeAlias = Callable[[], mx.array]
-"""What computes one."""
+"""Computes one chunk."""
 
 CHUNK_ELEMENTS = 1 << 20
-"""Elements of a band of which each element makes one: two or three such arrays stay in a core's cache, or near it."""
+"""Elements per chunk of a pointwise operation: two or three such arrays stay in or near a core's cache."""
 _MAX_CACHED_BYTES = 32 << 20
 _ASYNC_MAX_BYTES = 4 << 20
-"""Of what is computed soon while `overlapping`: larger bands find each other's memory in the core's cache."""
+"""Largest result evaluated asynchronously while `overlapping`; larger chunks profit from cached buffers."""
 _MAP_BATCH_ROWS = 512
-"""Of samples that are computed together: fewer make thin matrices, more take more memory."""
+"""Rows of samples per call in `map_batch`: fewer give thin matrices, more take more memory."""
 
 
 class _Local(threading.local):
-    """What this thread is doing, and its default stream."""
+    """State of a thread and its default stream."""
 
     stream: mx.Stream | None = None
     deferred = False
@@ -45,27 +45,27 @@ _local = _Local()
 
 
 def is_eager(*arrays: mx.array) -> bool:
-    """Whether results are computed at once: on a CPU, where no argument is part of a trace, unless `deferred`.
+    """Whether to evaluate results eagerly: on a CPU, outside of traces, `deferred` and `map_batch`.
 
-    The arguments' own computation begins. Not within a part of `map_batch`, which is computed as a whole.
+    Starts to evaluate the arguments.
     """
     if _local.deferred or _local.in_map_batch or not device.is_cpu():
         return False
     try:
-        mx.async_eval(*arrays)  # refuses what `mx.grad`, `mx.compile` and the like are tracing
+        mx.async_eval(*arrays)  # raises ValueError inside `mx.grad`, `mx.compile` and similar
     except ValueError:
         return False
     return True
 
 
 def can_fuse(*arrays: mx.array) -> bool:
-    """Whether formulas are compiled: where results are computed at once, and within a part of `map_batch`."""
+    """Whether to use compiled formulas: if results are evaluated eagerly, and inside `map_batch`."""
     return _local.in_map_batch or is_eager(*arrays)
 
 
 @contextmanager
 def _flag_set(flag: str) -> Iterator[None]:
-    """This thread is `deferred`, `within` or `overlapping`."""
+    """Set a flag of this thread: `deferred`, `in_map_batch` or `overlapping`."""
     before = getattr(_local, flag)
     setattr(_local, flag, True)
     try:
@@ -75,15 +75,15 @@ def _flag_set(flag: str) -> Iterator[None]:
 
 
 def deferred() -> AbstractContextManager[None]:
-    """Within it nothing is computed before it is asked for, whatever its size: for who only wants to know shapes."""
+    """Context in which nothing is evaluated eagerly, for callers that only need shapes."""
     return _flag_set("deferred")
 
 
 @contextmanager
 def overlapping() -> Iterator[None]:
-    """Within it small results are computed while the next ones are described, for who asks for many in a row.
+    """Context that evaluates small results asynchronously while Python builds the next ones.
 
-    The time between two of them is then not lost; products use one thread, as bands' do.
+    Matrix products use one thread each, as in chunks.
     """
     with _flag_set("overlapping"), device.one_blas_thread():
         try:
@@ -94,19 +94,19 @@ def overlapping() -> Iterator[None]:
 
 
 def _evaluate(*arrays: mx.array) -> None:
-    """Now, or soon."""
+    """Evaluate now, or asynchronously if small and `overlapping`."""
     asynchronous = _local.overlapping and max(array.nbytes for array in arrays) <= _ASYNC_MAX_BYTES
     (mx.async_eval if asynchronous else mx.eval)(*arrays)
 
 
 @threads.exclusive()
 def fill_parallel(y: mx.array, chunks: Iterable[tuple[Any, Chunk]]) -> mx.array:
-    """`y` with each band written where its index says.
+    """Write each chunk to its index of `y`; returns y.
 
     Args:
-        y: no other reference to it may exist, or every band costs a copy of the whole.
-        bands: (index into y, what to put there); the functions are called one after the other, their results
-            computed side by side.
+        y: must have no other reference, or every chunk copies the whole array.
+        chunks: (index into y, function that computes it); functions are called in order, results computed in
+            parallel.
     """
     _trim_cache(y.nbytes)
     _evaluate(y)
@@ -120,10 +120,10 @@ def fill_parallel(y: mx.array, chunks: Iterable[tuple[Any, Chunk]]) -> mx.array:
 
 @threads.exclusive()
 def sum_parallel(chunks: Iterable[Chunk]) -> mx.array:
-    """The sum of what bands make; each core adds up its own.
+    """Sum the results of chunks; each core accumulates its own.
 
     Args:
-        bands: at least one, with results of one shape; computed as those of `filled`.
+        chunks: at least one, all of one shape; computed as in `fill_parallel`.
     """
     sums: dict[int, mx.array] = {}
     for group in _stream_groups(chunks):
@@ -137,18 +137,18 @@ def sum_parallel(chunks: Iterable[Chunk]) -> mx.array:
 
 @threads.exclusive()
 def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
-    """function(*arrays), a few samples at a time on each core where results are computed at once.
+    """function(*arrays), computed for a few samples at a time on each core, if evaluated eagerly.
 
-    For a network's many small operations: a part goes through all of them on its own core, and waits for no other.
+    For networks of many small operations: each part runs all of them on one core without waiting for the others.
 
     Args:
-        function: of arrays whose first axis are samples, none of which depends on another; so is its result.
-        arrays: the first (B, L, ...); of others, those with a first axis of length 1 are for all samples.
+        function: maps arrays to an array, sample by sample along the first axis.
+        arrays: the first is (B, L, ...); others with batch size 1 are broadcast.
     """
     batch, length = arrays[0].shape[:2]
     if batch == 1 or streams() == 1 or not is_eager(*arrays):
         return function(*arrays)
-    mx.eval(arrays)  # or one stream would wait for what another one computes besides
+    mx.eval(arrays)  # else a stream would wait for another one's inputs
     outputs: list[mx.array] = []
     try:
         for group in _stream_groups(slices(batch, max(1, min(-(-batch // streams()), _MAP_BATCH_ROWS // length)))):
@@ -159,7 +159,7 @@ def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
                         results.append(function(*(a if a.shape[0] == 1 else a[samples] for a in arrays)))
             mx.eval(results)
             outputs += results
-    except ValueError:  # what `function` uses besides is part of a trace
+    except ValueError:  # `function` uses an array of a trace
         return function(*arrays)
     return mx.concatenate(outputs)
 
@@ -168,12 +168,12 @@ T = TypeVar("T")
 
 
 def run_parallel(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What tasks answer, in their order: as many computed at a time as there are cores, each on one of its own.
+    """Run tasks in parallel, one per core, and yield their results in order.
 
-    For graphs of many small operations, on a CPU: their products are too small for several threads.
+    For CPU graphs of many small operations, whose matrix products are too small for several threads.
 
     Args:
-        tasks: each describes arrays, in any nesting, that take nothing from another's.
+        tasks: each builds a tree of arrays that does not depend on the other tasks.
     """
     for group in _stream_groups(tasks):
         with threads.exclusive():
@@ -186,24 +186,24 @@ def run_parallel(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def _stream_groups(chunks: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
-    """As many at a time as there are streams, each with its own."""
+    """Group items into one per stream, each with its stream."""
     streams, remaining = _streams(), iter(chunks)
     single_threaded = _local.overlapping or len(streams) == 1
     if not single_threaded:
-        mx.synchronize()  # a product under way would have now these, now those threads, and other last digits
+        mx.synchronize()  # changing the thread count of a running product would change its rounding
     with nullcontext() if single_threaded else device.one_blas_thread():
         while group := list(zip(streams, islice(remaining, len(streams)), strict=False)):
             yield group
 
 
 def _trim_cache(needed: int) -> None:
-    """MLX gives a buffer only to what is as large: those of other layers would just lie there."""
+    """Clear a large cache: MLX reuses buffers only for similar sizes, so those of other layers stay unused."""
     if mx.get_cache_memory() > needed + _MAX_CACHED_BYTES:
         mx.clear_cache()
 
 
 def split_pixels(batch: int, pixels: int, channels: int) -> tuple[list[slice], list[slice]]:
-    """How to cut (batch, pixels, channels) into bands of at most `PIECE` elements: images, and pixels of each."""
+    """Split (batch, pixels, channels) into chunks of at most `CHUNK_ELEMENTS`: slices of images and of pixels."""
     if batch >= streams() and pixels * channels <= CHUNK_ELEMENTS:
         images = min(-(-batch // streams()), CHUNK_ELEMENTS // (pixels * channels))
         return slices(batch, images), [slice(0, pixels)]
@@ -211,7 +211,7 @@ def split_pixels(batch: int, pixels: int, channels: int) -> tuple[list[slice], l
 
 
 def map_chunks(chunk: Callable[[slice, slice], mx.array], shape: tuple[int, ...]) -> mx.array:
-    """An array (B, N, C) of what `band` makes of each piece: of which images, which of their pixels."""
+    """Fill an array (B, N, C) with chunk(images, pixels) for each chunk."""
     batch, pixels, channels = shape
     images, parts = split_pixels(batch, pixels, channels)
     return fill_parallel(
@@ -220,17 +220,17 @@ def map_chunks(chunk: Callable[[slice, slice], mx.array], shape: tuple[int, ...]
 
 
 def slices(length: int, size: int) -> list[slice]:
-    """Slices of so many each, the last one maybe of fewer."""
+    """Slices of `size` items; the last one may be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def streams() -> int:
-    """How many bands are computed side by side."""
+    """Number of chunks computed in parallel."""
     return threads.stream_count()
 
 
 def _streams() -> list[mx.Stream]:
-    """One for each core: this thread's default one, then those that all threads share."""
+    """One stream per core: the default stream of this thread, then those shared by all threads."""
     if _local.stream is None:
         _local.stream = mx.default_stream(mx.cpu)
     return [_local.stream, *threads.parallel_streams(streams() - 1)]

@@ -145,7 +145,7 @@ def test_compiled_and_differentiated_twice() -> None:
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 2, 20, 3), (1, 20, 2, 3), (1, 5, 5, 4)])
 def test_what_does_not_fit_is_refused(shape: tuple[int, ...], stride: int) -> None:
-    with pytest.raises(ValueError, match="no convolution"):
+    with pytest.raises(ValueError, match="kernel"):
         kernels.conv2d(mx.zeros(shape), mx.zeros((4, 3, 3, 3)), stride=stride)
 
 
