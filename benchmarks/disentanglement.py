@@ -31,9 +31,9 @@ import numpy as np
 from mflux_vae.images import to_pixels
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.config import settings_from_dict
-from mflux_vae_train.vae.losses.total_correlation import decomposition
-from mflux_vae_train.vae.objective import sampled
-from mflux_vae_train.vae.plan import images_of
+from mflux_vae_train.vae.losses.total_correlation import decompose_kl
+from mflux_vae_train.vae.objective import sample_latents
+from mflux_vae_train.vae.plan import open_images
 from mflux_vae_train.vae.train import VAETrainer
 
 SMALL: dict[str, Any] = {"hidden_dims": (16, 32, 64), "latent_dim": 10, "samples_every": None, "val_every": 1000}
@@ -45,17 +45,17 @@ LOSSES: dict[str, dict[str, Any]] = {
 IMAGES = 1000
 
 
-def measured(changes: dict[str, Any], epochs: int, seed: int) -> dict[str, float]:
-    """Trains one, and takes its divergence apart."""
+def measure(changes: dict[str, Any], epochs: int, seed: int) -> dict[str, float]:
+    """Train an autoencoder and decompose its KL divergence."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_from_dict({**SMALL, **changes, "num_epochs": epochs, "seed": seed, "output_dir": folder})
         trainer = VAETrainer(settings)
         metrics = trainer.train().metrics
-    train, _ = images_of(settings)
+    train, _ = open_images(settings)
     pixels = mx.array(to_pixels(np.stack([train.item(index) for index in range(min(IMAGES, len(train)))])))
     posterior = trainer.network.encode(pixels)
-    z = sampled(posterior, sample_keys(seed, Stream.EVALUATION, 2, range(len(pixels))))
-    parts = decomposition(z, posterior.mean, posterior.logvar)._asdict()
+    z = sample_latents(posterior, sample_keys(seed, Stream.EVALUATION, 2, range(len(pixels))))
+    parts = decompose_kl(z, posterior.mean, posterior.logvar)._asdict()
     return {**{name: float(value.mean()) for name, value in parts.items()}, **{n: metrics[n] for n in ("kl", "psnr")}}
 
 
@@ -64,15 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     print(f"{'loss':26}  total correlation  mutual information  dimension-wise KL     KL  PSNR / dB", flush=True)
     figures = {}
     for name, changes in LOSSES.items():
-        told = figures[name] = measured(changes, arguments.num_epochs, arguments.seed)
+        measured = figures[name] = measure(changes, arguments.num_epochs, arguments.seed)
         print(
-            f"{name:26}  {told['total_correlation']:17.2f}  {told['mutual_information']:18.2f}"
-            f"  {told['dimension_wise_kl']:17.2f}  {told['kl']:5.1f}  {told['psnr']:9.2f}",
+            f"{name:26}  {measured['total_correlation']:17.2f}  {measured['mutual_information']:18.2f}"
+            f"  {measured['dimension_wise_kl']:17.2f}  {measured['kl']:5.1f}  {measured['psnr']:9.2f}",
             flush=True,
         )
     if arguments.json:

@@ -1,4 +1,4 @@
-"""The network that settings describe, new or opened, and what training does to it beside changing its weights."""
+"""Build the autoencoder and the discriminator from settings; set training mode; inspect networks."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.losses.adversarial import PatchDiscriminator
 from mflux_vae_train.vae.network import init_weights
 
-_GROUPS = 32
-"""Of group norms, where the widths allow it."""
+_NORM_GROUPS = 32
+"""Groups of group normalization; fewer if the widths are not divisible by it."""
 
-_CRITIC_SEES = 24
-"""Pixels in each direction from which a discriminator of three strided layers has a patch."""
+MIN_DISCRIMINATOR_SIZE = 24
+"""Smallest image side (pixels) for which a discriminator with three strided layers has an output."""
 
 
 def build(settings: VAETrainingSettings) -> Any:
-    """The autoencoder to train, its weights a function of the seed.
+    """Build or open the autoencoder to train. New weights are a function of the seed.
 
     Raises:
-        SettingsError: widths, channels or image size do not go together.
-        WeightsError: there is nothing to open.
+        SettingsError: widths, channels and image size do not match.
+        WeightsError: `init_from` or `network_config` cannot be read.
     """
     if settings.train == "decoder" and settings.init_from is None:
-        raise SettingsError("--train decoder needs an encoder that was trained: --init_from")
+        raise SettingsError("--train decoder: there is no trained encoder; give --init_from")
     _seed(settings.seed)
     network: Any = _network(settings)
     if settings.init == "orthogonal":
@@ -45,10 +45,10 @@ def build(settings: VAETrainingSettings) -> Any:
     config = network.config
     if config.in_channels != settings.in_channels or config.out_channels != settings.in_channels:
         raise SettingsError(f"--in_channels is {settings.in_channels}; the network has {config.in_channels}")
-    if not is_flat(network) and settings.image_size % config.downsampling:
+    if not has_vector_latents(network) and settings.image_size % config.downsampling:
         raise SettingsError(f"--image_size is {settings.image_size}; a multiple of {config.downsampling} is allowed")
-    if is_flat(network) and config.image_size != settings.image_size:
-        raise SettingsError(f"--image_size is {settings.image_size}; the network's is {config.image_size}")
+    if has_vector_latents(network) and config.image_size != settings.image_size:
+        raise SettingsError(f"--image_size is {settings.image_size}; the network has {config.image_size}")
     return network
 
 
@@ -67,7 +67,7 @@ def _network(settings: VAETrainingSettings) -> nn.Module:
             latent_channels=settings.latent_dim,
             block_out_channels=widths,
             layers_per_block=settings.layers_per_block,
-            norm_num_groups=int(np.gcd.reduce([_GROUPS, *widths])),
+            norm_num_groups=int(np.gcd.reduce([_NORM_GROUPS, *widths])),
             scaling_factor=1.0,
             sample_size=settings.image_size,
             force_upcast=False,
@@ -79,59 +79,58 @@ def _network(settings: VAETrainingSettings) -> nn.Module:
     )
 
 
-def new_critic(settings: VAETrainingSettings, network: Any) -> PatchDiscriminator:
-    """The discriminator, its weights a function of the seed.
+def build_discriminator(settings: VAETrainingSettings, network: Any) -> PatchDiscriminator:
+    """Build the discriminator. Its weights are a function of the seed.
 
     Raises:
-        SettingsError: latents are vectors, or images smaller than what it looks at.
+        SettingsError: the latents are vectors, or the images are too small.
     """
-    if is_flat(network):
-        raise SettingsError("--disc_start: a discriminator is for networks with spatial latents, kl and plain")
-    if settings.image_size < _CRITIC_SEES:
-        raise SettingsError(f"--disc_start: a discriminator needs images of {_CRITIC_SEES} pixels or more")
+    if has_vector_latents(network):
+        raise SettingsError("--disc_start: the network has vector latents; use --network kl or plain")
+    if settings.image_size < MIN_DISCRIMINATOR_SIZE:
+        raise SettingsError(f"--disc_start: images are too small; use --image_size {MIN_DISCRIMINATOR_SIZE} or more")
     _seed(settings.seed, 1)
-    critic = PatchDiscriminator(settings.in_channels)
-    mx.eval(critic.parameters())
-    return critic
+    discriminator = PatchDiscriminator(settings.in_channels)
+    mx.eval(discriminator.parameters())
+    return discriminator
 
 
-def begin_training(network: Any, part: str = "all") -> None:
-    """Puts it into training, all of it or `part` "decoder": then the encoder stays as it is, statistics included."""
+def set_training_mode(network: Any, part: str = "all") -> None:
+    """Set training mode. `part` "decoder" freezes the encoder, including its batch statistics."""
     network.train()
     if part == "decoder":
         network.freeze()
-        decoding = [network[name] for name in ("decoder", "post_quant_conv") if name in network]
-        for half in decoding:
-            half.unfreeze()
+        for name in {"decoder", "post_quant_conv"} & network.keys():
+            network[name].unfreeze()
         network.encoder.eval()
 
 
-def is_flat(network: Any) -> bool:
-    """Whether its latents are vectors."""
+def has_vector_latents(network: Any) -> bool:
+    """Whether the latents are vectors, not spatial."""
     return isinstance(network, FlatAutoencoder)
 
 
 def latent_shape(network: Any, image_size: int) -> tuple[int, ...]:
-    """Of one latent: (D,), or (h, w, C) for images of that size."""
+    """Shape of one latent: (D,), or (h, w, C) for square images of `image_size` pixels."""
     config = network.config
-    if is_flat(network):
+    if has_vector_latents(network):
         return (config.latent_dim,)
     side = image_size // config.downsampling
     return (side, side, config.latent_channels)
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Trainable numbers."""
+    """Number of trainable parameters."""
     return sum(value.size for value in dict(tree_flatten(network.trainable_parameters())).values())
 
 
 def _seed(*path: int) -> None:
-    """Networks draw their weights from MLX's global state."""
+    """Seed MLX's global state, from which networks draw their weights."""
     mx.random.seed(int(rng(path[0], Stream.INIT, *path[1:]).integers(2**63)))
 
 
-def before_last_layer(network: Any, latents: mx.array) -> mx.array:
-    """What the decoder's last convolution would get, computed by putting the identity in its place. (B, H, W, C)."""
+def penultimate_features(network: Any, latents: mx.array) -> mx.array:
+    """Input of the decoder's last convolution (B, H, W, C), computed with an identity in its place."""
     decoder = network.decoder
     last, width = decoder.conv_out, decoder.conv_out.weight.shape[-1]
     decoder.conv_out = Conv2d(width, width, 1, bias=False)

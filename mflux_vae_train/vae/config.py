@@ -1,4 +1,4 @@
-"""Settings of an autoencoder's training. Each field is a flag, a key of the YAML file, and a line of the help."""
+"""Settings of the autoencoder trainer. Each field is a flag, a YAML key and a line of ``--help``."""
 
 from __future__ import annotations
 
@@ -12,164 +12,174 @@ from mflux_vae_train.optimizers import registry
 from mflux_vae_train.settings.fields import check_fields, flag
 
 OPTIMIZER_FLAGS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "weight_decay": "weight_decay"}
-"""The option of an optimizer that each flag sets, see `optimizers.registry`."""
+"""Flag -> option of an optimizer, see `optimizers.registry`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAETrainingSettings:
-    """Everything that training an autoencoder can be told. Defaults are those of the preset `mnist`.
+    """All settings of the autoencoder trainer. Defaults are those of the preset `mnist`.
 
-    An *update* is one change of the weights, an epoch one pass over the training images.
+    An update is one optimizer step. An epoch is one pass over the training images.
 
     Raises:
-        SettingsError: a value is of the wrong kind or outside its limits, or two settings exclude each other.
+        SettingsError: a value has the wrong type or is out of range, or two settings exclude each other.
     """
 
     experiment_name: str | None = flag(
-        "name of the run (none: made of data, widths and latent size)", None, group="where"
+        "name of the run (default: built from data, widths and latent size)", None, group="output"
     )
-    output_dir: str = flag("the run's folder is checkpoints/<experiment_name> in here", ".", aliases=("outdir",))
+    output_dir: str = flag(
+        "parent folder; the run is written to checkpoints/<experiment_name> in it", ".", aliases=("outdir",)
+    )
 
     data: str = flag(
-        "\"digits\" (drawn here, nothing to download), a folder of images, of MNIST's files or of videos' frames, an"
-        " .npz, a file in IDX, or the name of a data set that a package registers",
+        '"digits" (synthetic, no download), a folder of images, of MNIST files or of video frames, an .npz file, an IDX'
+        " file, or the name of a data set registered by an installed package",
         "digits",
         aliases=("data_path",),
         group="data",
     )
     data_kind: str | None = flag(
-        "what --data is (none: seen by itself)",
+        "kind of --data (default: detected)",
         None,
         choices=("digits", "folder", "frames", "mnist", "npz", "registered"),
     )
-    data_list: str | None = flag("file that names the videos to take, text or JSON (frames)", None)
-    data_count: int = flag("how many images are drawn (digits, registered)", 1200, least=2, aliases=("digits_count",))
-    image_size: int = flag("side of the training images in pixels", 28, least=4)
-    in_channels: int = flag("channels of the images: 1 for grey, 3 for colour", 1, aliases=("nimg_channels",))
-    val_share: float = flag("share of the images held out, where the data has no test split", 0.1, above=0, below=1)
-    augment_flip: bool = flag("mirror half of the training images", False)
-    augment_shift: int = flag("move training images by up to this many pixels", 0, least=0)
+    data_list: str | None = flag("text or JSON file with the names of the videos to use (frames)", None)
+    data_count: int = flag(
+        "number of images to generate (digits, registered)", 1200, least=2, aliases=("digits_count",)
+    )
+    image_size: int = flag("height and width of the training images in pixels", 28, least=4)
+    in_channels: int = flag("image channels: 1 (grey) or 3 (RGB)", 1, aliases=("nimg_channels",))
+    val_share: float = flag(
+        "fraction of the images held out for validation if the data has no test split", 0.1, above=0, below=1
+    )
+    augment_flip: bool = flag("flip training images horizontally with probability 0.5", False)
+    augment_shift: int = flag("shift training images by at most this many pixels", 0, least=0)
 
     network: str = flag(
-        "flat: latents are vectors; kl: Stable Diffusion's autoencoder; plain: residual blocks without norms",
+        "flat: vector latents; kl: Stable Diffusion's AutoencoderKL; plain: residual blocks without normalization",
         "flat",
         choices=("flat", "kl", "plain"),
         group="network",
     )
-    hidden_dims: tuple[int, ...] = flag("width of each level; each halves the image", (32, 64, 128, 256), least=1)
-    max_filters: int | None = flag("widths M/4, M/2, M in place of --hidden_dims", None, least=4)
-    latent_dim: int = flag(
-        "length of a latent vector, or a spatial latent's channels", 128, least=1, aliases=("latent_dims",)
+    hidden_dims: tuple[int, ...] = flag(
+        "channels of each level; each level halves the resolution", (32, 64, 128, 256), least=1
     )
-    batch_norm: bool = flag("batch normalisation (flat)", True)
+    max_filters: int | None = flag("use --hidden_dims M/4 M/2 M", None, least=4)
+    latent_dim: int = flag(
+        "length of a latent vector, or channels of a spatial latent", 128, least=1, aliases=("latent_dims",)
+    )
+    batch_norm: bool = flag("use batch normalization (flat)", True)
     upsampling: str = flag(
-        "transposed convolutions, or repeated pixels and a convolution (flat)",
+        "transposed convolution, or nearest-neighbour upsampling and a convolution (flat)",
         "transposed",
         choices=("transposed", "repeat"),
     )
-    last_conv: bool = flag("one more convolution after the last level (flat)", True)
-    output: str = flag("what follows at last (flat)", "sigmoid", choices=("sigmoid", "tanh", "linear"))
-    layers_per_block: int = flag("residual blocks of a level (kl)", 2, least=1)
-    network_config: str | None = flag(
-        "a config.json, or a YAML with a ddconfig, that describes the network in place of the flags above", None
-    )
+    last_conv: bool = flag("add a convolution after the last level (flat)", True)
+    output: str = flag("activation of the decoder's output (flat)", "sigmoid", choices=("sigmoid", "tanh", "linear"))
+    layers_per_block: int = flag("residual blocks per level (kl)", 2, least=1)
+    network_config: str | None = flag("config.json, or YAML file with a ddconfig, that replaces the flags above", None)
     init: str = flag(
-        "weights at first; orthogonal: orthogonal kernels, residual branches at zero, a narrow posterior, with which a"
-        " small network learns in minutes",
+        "initial weights; orthogonal: orthogonal kernels, zero residual branches and a narrow posterior; small networks"
+        " then train in minutes",
         "default",
         choices=("default", "orthogonal"),
     )
-    init_from: str | None = flag("an autoencoder to start from: a folder, a weights file, a hub id", None)
-    train: str = flag("decoder: latents stay what they are", "all", choices=("all", "decoder"))
+    init_from: str | None = flag("autoencoder to start from: folder, weights file or hub id", None)
+    train: str = flag(
+        "train all weights, or only the decoder: latents then stay unchanged", "all", choices=("all", "decoder")
+    )
 
     loss_type: str = flag(
-        "vae: beta times KL; beta_vae: beta rises from --beta_start to --beta_end; tc: total correlation times beta",
+        "vae: beta * KL; beta_vae: beta rises from --beta_start to --beta_end; tc: beta * total correlation",
         "vae",
         choices=("vae", "beta_vae", "tc"),
         group="loss",
     )
-    reconstruction_loss_type: str = flag("error of an image", "mse", choices=("mse", "l1", "bce"))
-    reduction: str = flag("the error's sum over an image, or its mean", "sum", choices=("sum", "mean"))
-    beta: float = flag("weight of KL, or with tc of total correlation", 1.0, least=0, aliases=("kld_weight",))
-    beta_start: float = flag("beta at first (beta_vae)", 0.0, least=0)
-    beta_end: float = flag("beta after --beta_steps (beta_vae)", 1.0, least=0)
-    beta_steps: int = flag("updates of the rise, or of a cycle (beta_vae)", 1000, least=1)
-    beta_cyclical: bool = flag("beta rises again and again, in the first half of each cycle (beta_vae)", False)
+    reconstruction_loss_type: str = flag("reconstruction error", "mse", choices=("mse", "l1", "bce"))
+    reduction: str = flag("sum or mean of the reconstruction error over an image", "sum", choices=("sum", "mean"))
+    beta: float = flag("weight of KL (vae) or of total correlation (tc)", 1.0, least=0, aliases=("kld_weight",))
+    beta_start: float = flag("initial beta (beta_vae)", 0.0, least=0)
+    beta_end: float = flag("final beta, from update --beta_steps on (beta_vae)", 1.0, least=0)
+    beta_steps: int = flag("updates until --beta_end, or per cycle (beta_vae)", 1000, least=1)
+    beta_cyclical: bool = flag("repeat the rise of beta in the first half of each cycle (beta_vae)", False)
     gamma: float = flag("weight of the dimension-wise KL (tc)", 1.0, least=0)
-    free_bits: float = flag("nats of KL per latent unit that cost nothing", 0.0, least=0)
+    free_bits: float = flag("KL per latent dimension, in nats, below which it is not penalized", 0.0, least=0)
     lpips: tuple[str, ...] | None = flag(
-        "weights of LPIPS, VGG16's and those of its channels, in two files or one: adds the perceptual distance", None
+        "weights of LPIPS (VGG16 and linear layers), one or two files; adds the perceptual distance to the loss", None
     )
     lpips_weight: float = flag("weight of LPIPS", 1.0, least=0)
-    disc_start: int | None = flag("update from which a patch discriminator counts (none: without)", None, least=0)
-    disc_weight: float = flag("weight of the discriminator", 0.5, least=0)
+    disc_start: int | None = flag("first update with a patch discriminator (default: no discriminator)", None, least=0)
+    disc_weight: float = flag("weight of the adversarial loss", 0.5, least=0)
 
-    batch_size: int = flag("images in a micro-batch", 128, least=1, aliases=("batchsize",), group="how much, how fast")
-    gradient_accumulation_steps: int = flag("micro-batches in an update", 1, least=1)
-    num_epochs: int = flag("passes over the training images", 100, least=1, aliases=("epochs",))
+    batch_size: int = flag("images per micro-batch", 128, least=1, aliases=("batchsize",), group="optimization")
+    gradient_accumulation_steps: int = flag("micro-batches per update", 1, least=1)
+    num_epochs: int = flag("number of epochs", 100, least=1, aliases=("epochs",))
     optimizer: str = flag(registry.help_text(registry.with_given_rate()), "adamw", choices=registry.with_given_rate())
     learning_rate: float = flag("peak learning rate", 1e-3, above=0, aliases=("lr",))
     lr_scheduler: str = flag(
-        "shape after warm-up; exponential: times --lr_gamma every epoch, step: every --lr_step_epochs",
+        "schedule after warm-up; exponential: times --lr_gamma every epoch; step: every --lr_step_epochs",
         "constant",
         choices=("constant", "linear", "cosine", "exponential", "step"),
     )
-    lr_gamma: float = flag("factor of the schedules exponential and step", 0.95, above=0, most=1)
-    lr_step_epochs: int = flag("epochs between the steps of the schedule step", 30, least=1)
+    lr_gamma: float = flag("factor of the exponential and step schedules", 0.95, above=0, most=1)
+    lr_step_epochs: int = flag("epochs per step of the step schedule", 30, least=1)
     lr_warmup_steps: int = flag("updates of linear warm-up", 0, least=0)
     weight_decay: float = flag("weight decay", 1e-4, least=0)
-    adam_beta1: float = flag("decay of the first moment", 0.9, least=0, below=1)
-    adam_beta2: float = flag("decay of the second moment", 0.999, least=0, below=1)
-    max_grad_norm: float | None = flag("clip gradients to this global norm (none: not)", 1.0, above=0)
-    ema_decay: float = flag("moving average of the weights, which is what is saved; 0 for none", 0.0, least=0, below=1)
-    mixed_precision: bool = flag("compute in bfloat16, keep weights in float32 (Metal and CUDA)", False)
-    gradient_checkpointing: bool = flag("compute blocks again in the backward pass: less memory, more time", False)
+    adam_beta1: float = flag("decay rate of the first moment", 0.9, least=0, below=1)
+    adam_beta2: float = flag("decay rate of the second moment", 0.999, least=0, below=1)
+    max_grad_norm: float | None = flag("clip gradients to this global norm (none: no clipping)", 1.0, above=0)
+    ema_decay: float = flag(
+        "decay of the moving average of the weights, which is saved instead of them (0: off)", 0.0, least=0, below=1
+    )
+    mixed_precision: bool = flag("compute in bfloat16, keep float32 weights (Metal and CUDA)", False)
+    gradient_checkpointing: bool = flag("recompute blocks in the backward pass: less memory, more time", False)
 
-    val_every: int = flag("epochs between validations", 1, least=1, group="watching and resuming")
+    val_every: int = flag("epochs between validations", 1, least=1, group="monitoring and resuming")
     early_stopping: int | None = flag(
-        "end after this many validations without a better loss (none: never)", None, least=1
+        "stop after this many validations without a lower loss (default: never)", None, least=1
     )
     samples_every: int | None = flag(
-        "epochs between grids of reconstructions and samples (none: at the end)", 10, least=1
+        "epochs between grids of reconstructions and samples (none: only at the end)", 10, least=1
     )
-    log_images_every_n_steps: int | None = flag("updates between further ones, where epochs are long", None, least=1)
+    log_images_every_n_steps: int | None = flag("updates between additional grids, for long epochs", None, least=1)
     save_every: int = flag("epochs between checkpoints", 1, least=1)
-    save_every_n_steps: int | None = flag("updates between further ones, where epochs are long", None, least=1)
-    tensorboard: bool = flag("write events for TensorBoard (extra 'tensorboard')", False)
-    allow_changes: bool = flag("continue a run although its data, weights or settings have changed", False)
-    seed: int = flag("every random draw is a function of it", 0, least=0, below=2**32)
-    cpu: bool = flag("compute on the CPU", False)
-    dry_run: bool = flag("say what would happen, try one batch, and stop", False)
+    save_every_n_steps: int | None = flag("updates between additional checkpoints, for long epochs", None, least=1)
+    tensorboard: bool = flag("write TensorBoard events (extra: tensorboard)", False)
+    allow_changes: bool = flag("resume even if data, initial weights or settings have changed", False)
+    seed: int = flag("random seed", 0, least=0, below=2**32)
+    cpu: bool = flag("run on the CPU", False)
+    dry_run: bool = flag("print the plan, compute the loss of one batch, write nothing", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.in_channels not in (1, 3):
             raise SettingsError(f"--in_channels is {self.in_channels}; 1 or 3 is allowed")
         if self.network_config and self.init_from:
-            raise SettingsError("--network_config and --init_from: give one of them")
+            raise SettingsError("--network_config, --init_from: mutually exclusive; give one")
         if self.lpips and len(self.lpips) > 2:
-            raise SettingsError(f"--lpips: {len(self.lpips)} files are given; VGG16's and its channels' are two")
+            raise SettingsError(f"--lpips: {len(self.lpips)} files given; at most 2 are allowed")
         if self.init_from and self.init != "default":
-            raise SettingsError(f"--init {self.init} and --init_from: give one of them")
+            raise SettingsError(f"--init {self.init}, --init_from: mutually exclusive; give one")
         if self.max_filters is not None and self.max_filters % 4:
             raise SettingsError(f"--max_filters is {self.max_filters}; a multiple of 4 is allowed")
         if self.experiment_name is not None and not self.experiment_name.strip("./ "):
-            raise SettingsError(f"--experiment_name is {self.experiment_name!r}; a name is allowed")
+            raise SettingsError(f"--experiment_name is {self.experiment_name!r}; give a name with other characters")
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the network's levels."""
-        most = self.max_filters
-        return self.hidden_dims if most is None else (most // 4, most // 2, most)
+        """Channels of each level."""
+        largest = self.max_filters
+        return self.hidden_dims if largest is None else (largest // 4, largest // 2, largest)
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         data = self.data.rstrip("/").rpartition("/")[2].partition(".")[0]
         return self.experiment_name or f"vae_{data}_filters_{max(self.widths):04}_dims_{self.latent_dim:04}"
 
 
-_SEED_004 = {
+_VANILLA_256 = {
     "image_size": 256,
     "in_channels": 3,
     "hidden_dims": (64, 128, 256, 512, 1024),
@@ -199,7 +209,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.01,
         "max_grad_norm": None,
     },
-    # latent-diffusion's first stage: |x - x'| + LPIPS + 1e-6 KL, a discriminator late; rate 4.5e-6 per image
+    # latent-diffusion's first stage: L1 + LPIPS + 1e-6 KL, then a discriminator; learning rate 4.5e-6 per image
     "kl-f8": {
         "network": "kl",
         "image_size": 256,
@@ -219,7 +229,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_grad_norm": None,
         "gradient_checkpointing": True,
     },
-    "vanilla-256": _SEED_004,
+    "vanilla-256": _VANILLA_256,
     "plain": {
         "network": "plain",
         "image_size": 64,
@@ -235,38 +245,38 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "ema_decay": 0.999,
     },
 }
-"""Each a recipe that is in use, as what differs from `mnist`."""
+"""Common recipes: settings that differ from `mnist`."""
 
 
 def preset(name: str, **changes: Any) -> VAETrainingSettings:
-    """A preset's settings, with changes.
+    """Settings of a preset with changes.
 
     Raises:
-        SettingsError: there is no such preset, or a change that is none.
+        SettingsError: unknown preset or setting.
     """
     if name not in PRESETS:
-        raise SettingsError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise SettingsError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
     return settings_from_dict({**PRESETS[name], **changes})
 
 
 def settings_from_dict(values: Mapping[str, Any]) -> VAETrainingSettings:
-    """Settings from a dictionary of some or all of them.
+    """Settings from a dictionary; missing ones have their default.
 
     Raises:
-        SettingsError: an unknown name, or what `VAETrainingSettings` refuses.
+        SettingsError: unknown name, or see `VAETrainingSettings`.
     """
     known = {name: f.name for f in dataclasses.fields(VAETrainingSettings) for name in (f.name, *f.metadata["aliases"])}
     if unknown := [name for name in values if name not in known]:
-        hint = "".join(did_you_mean(str(name), known) for name in unknown) or f"; there are {', '.join(known)}"
-        raise SettingsError(f"no settings: {', '.join(map(repr, unknown))}{hint}")
+        hint = "".join(did_you_mean(str(name), known) for name in unknown) or f"; allowed are {', '.join(known)}"
+        raise SettingsError(f"unknown settings: {', '.join(map(repr, unknown))}{hint}")
     return VAETrainingSettings(**{known[name]: value for name, value in values.items()})
 
 
 def get_default_config() -> dict[str, Any]:
-    """All settings of the preset `mnist`, to be changed and given to `VAETrainer`."""
+    """Settings of the preset `mnist` as a dictionary for `VAETrainer`."""
     return dataclasses.asdict(preset("mnist"))
 
 
 def get_beta_vae_config() -> dict[str, Any]:
-    """All settings of the preset `beta`, to be changed and given to `VAETrainer`."""
+    """Settings of the preset `beta` as a dictionary for `VAETrainer`."""
     return dataclasses.asdict(preset("beta"))

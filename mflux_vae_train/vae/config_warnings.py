@@ -1,4 +1,4 @@
-"""What is remarked on in an autoencoder's settings."""
+"""Warnings about settings of the autoencoder trainer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
     "optimizer": used_by(OPTIMIZER_FLAGS, with_given_rate()),
     "lr_scheduler": {"lr_gamma": ("exponential", "step"), "lr_step_epochs": ("step",)},
 }
-"""By setting: those that only some of its values look at."""
+"""Choosing setting -> setting -> the choices that use it."""
 
 
-def advice(settings: VAETrainingSettings) -> list[str]:
-    """One line for each setting without effect, and each combination that is known to end badly: to be logged."""
+def config_warnings(settings: VAETrainingSettings) -> list[str]:
+    """One line per setting without effect and per combination that is known to fail."""
     reasons: dict[str, str] = {}
     if settings.lpips is None:
-        reasons["lpips_weight"] = "it is for --lpips"
+        reasons["lpips_weight"] = "only for --lpips"
     if settings.disc_start is None:
-        reasons["disc_weight"] = "it is for --disc_start"
+        reasons["disc_weight"] = "only for --disc_start"
     lines = ignored_settings(settings, _USED_BY, reasons)
     beta = settings.beta_end if settings.loss_type == "beta_vae" else settings.beta
     if settings.reduction == "mean" and beta > 0.01:
         lines.append(
-            f"the KL divergence, a sum, weighs {beta:g} beside an error that is a mean over pixels: the posterior will"
-            " collapse; take --reduction sum, or a beta near 1e-4"
+            f"--reduction mean with beta {beta:g}: KL is a sum and outweighs the mean error: posterior collapse;"
+            " use --reduction sum, or a beta near 1e-4"
         )
     return lines

@@ -1,4 +1,4 @@
-"""What makes a run of an autoencoder this run: its settings, its images, the weights that it began from."""
+"""Identity of a run: settings, images and initial weights. A resumed run must have the same."""
 
 from __future__ import annotations
 
@@ -15,59 +15,62 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.data.sources import Arrays, Files
 
-FREE = frozenset(
+RESUMABLE_CHANGES = frozenset(
     {
         *("experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu", "allow_changes"),
         *("save_every_n_steps", "log_images_every_n_steps", "dry_run"),
-        *("data", "init_from", "network_config", "lpips", "data_list"),  # what is there counts, not where it lies
+        *("data", "init_from", "network_config", "lpips", "data_list"),  # the content counts, not the path
     }
 )
-"""Settings that may change when a run is continued: they do not shape its result."""
+"""Settings that may change when a run is resumed: they do not affect the result."""
 
-LASTING = frozenset({"constant", "exponential", "step"})
-"""Schedules that do not depend on the length of the run, which may then be made longer."""
+LENGTH_INDEPENDENT_SCHEDULES = frozenset({"constant", "exponential", "step"})
+"""Schedules that do not depend on the number of epochs, which may then change on resume."""
 
-_READ = 256
-"""Files whose content is looked at; of all others it is the size."""
+_HASHED_FILES = 256
+"""Number of files whose content is hashed; of all files the sizes count."""
 
 
-def identity(settings: VAETrainingSettings, network: nn.Module, train: Source, held_out: Source) -> dict[str, Any]:
-    """Plain values by name, to be compared when the run goes on. `network` is as it was built."""
-    free = FREE | ({"num_epochs"} if settings.lr_scheduler in LASTING else set())
-    shaping = settings_identity(settings, free)
+def run_identity(settings: VAETrainingSettings, network: nn.Module, train: Source, held_out: Source) -> dict[str, Any]:
+    """Plain values by name, compared when a run is resumed. `network` has its initial weights."""
+    changeable = RESUMABLE_CHANGES | (
+        {"num_epochs"} if settings.lr_scheduler in LENGTH_INDEPENDENT_SCHEDULES else set()
+    )
+    identity = settings_identity(settings, changeable)
     if settings.init_from or settings.network_config:
-        shaping["initial weights"] = weights_hash(network)
+        identity["initial weights"] = weights_hash(network)
     for name in ("lpips", "data_list"):
         files = getattr(settings, name) or ()
-        shaping[name] = [_hash(file) for file in ([files] if isinstance(files, str) else files)] or None
-    images = f"{len(train)} and {len(held_out)}, {fingerprint(train):08x} and {fingerprint(held_out):08x}"
-    return {**shaping, "images": images}
+        identity[name] = [_hash(file) for file in ([files] if isinstance(files, str) else files)] or None
+    images = f"{len(train)} and {len(held_out)}, {data_checksum(train):08x} and {data_checksum(held_out):08x}"
+    return {**identity, "images": images}
 
 
 def _hash(file: str) -> str:
-    """
+    """Start of a file's SHA-256.
+
     Raises:
-        SettingsError: it cannot be read.
+        SettingsError: the file cannot be read.
     """
     try:
         return file_hash(Path(file))[:16]
     except OSError as error:
-        raise SettingsError(f"{file} cannot be read ({error.strerror})") from error
+        raise SettingsError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def fingerprint(source: Source) -> int:
-    """A checksum of a source's images: of arrays all of it; of files their sizes, and the bytes of some."""
-    places, below = np.arange(len(source)), source
-    while (inner := getattr(below, "source", None)) is not None:  # a subset, or pictures that are kept
-        places, below = getattr(below, "indices", np.arange(len(below)))[places], inner
-    if isinstance(below, Arrays):
-        return zlib.crc32(np.ascontiguousarray(below.pictures[places]).data)
-    some = np.unique(np.linspace(0, len(places) - 1, min(_READ, len(places))).astype(np.int64))
-    if not isinstance(below, Files):
-        drawn = (below.item(int(place)).tobytes() for place in places[some[:: max(1, len(some) // 8)]])
-        return _crc(drawn)
-    sizes = np.array([_size(below, int(place)) for place in places], np.int64)
-    return _crc([sizes.tobytes(), *(_content(below, int(place)) for place in places[some])])
+def data_checksum(source: Source) -> int:
+    """Checksum of images: arrays entirely; files by their sizes and the content of some; others by some images."""
+    indices, base = np.arange(len(source)), source
+    while (inner := getattr(base, "source", None)) is not None:  # unwrap subsets and caches
+        indices, base = getattr(base, "indices", np.arange(len(base)))[indices], inner
+    if isinstance(base, Arrays):
+        return zlib.crc32(np.ascontiguousarray(base.pictures[indices]).data)
+    sample = np.unique(np.linspace(0, len(indices) - 1, min(_HASHED_FILES, len(indices))).astype(np.int64))
+    if not isinstance(base, Files):
+        images = (base.item(int(index)).tobytes() for index in indices[sample[:: max(1, len(sample) // 8)]])
+        return _crc(images)
+    sizes = np.array([_size(base, int(index)) for index in indices], np.int64)
+    return _crc([sizes.tobytes(), *(_content(base, int(index)) for index in indices[sample])])
 
 
 def _crc(parts: Any) -> int:
@@ -77,16 +80,16 @@ def _crc(parts: Any) -> int:
     return crc
 
 
-def _size(files: Files, place: int) -> int:
-    """-1 where the file is gone: a source leaves it out when it comes to it."""
+def _size(files: Files, index: int) -> int:
+    """File size; -1 for a missing file, which the source skips."""
     try:
-        return files.paths[place].stat().st_size
+        return files.paths[index].stat().st_size
     except OSError:
         return -1
 
 
-def _content(files: Files, place: int) -> bytes:
+def _content(files: Files, index: int) -> bytes:
     try:
-        return files.paths[place].read_bytes()
+        return files.paths[index].read_bytes()
     except OSError:
         return b""

@@ -1,4 +1,4 @@
-"""What a training step makes smaller: the loss of a micro-batch, as settings ask for it, and that of the critic."""
+"""Objectives of a training step: the loss of the autoencoder and the loss of the discriminator."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 from mflux_vae_train.training.tape import Tape, value_of
-from mflux_vae_train.vae.build import before_last_layer, is_flat
+from mflux_vae_train.vae.build import has_vector_latents, penultimate_features
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.losses import adversarial
 from mflux_vae_train.vae.losses.elbo import BetaVAELoss, DisentangledVAELoss, VAELoss, active_units
-from mflux_vae_train.vae.network.dropout import by_keys
+from mflux_vae_train.vae.network.dropout import use_keyed_dropout
 
 
 class Objective:
     """The loss of a micro-batch: `pixels` (B, H, W, C) in [-1, 1], `key` (B, 2), `beta` (scalar).
 
-    Where the network ends in a sigmoid, errors are those of images in [0, 1], and otherwise of images in [-1, 1].
+    Errors are computed in [0, 1] if the network ends in a sigmoid, otherwise in [-1, 1].
 
     Args:
-        dataset_size: how many training images there are, for the estimates of total correlation.
-        critic: the discriminator; its parameters come with the micro-batch, under `critic`, once it takes part.
+        dataset_size: number of training images, for the estimate of total correlation.
+        discriminator: evaluated with the parameters in `arrays["discriminator"]`, if a micro-batch has them.
 
     Raises:
-        SettingsError: batches that are larger than the data set, where total correlation is estimated.
+        SettingsError: loss_type "tc" with batches larger than the data set.
     """
 
     def __init__(
-        self, settings: VAETrainingSettings, network: Any, *, dataset_size: int, critic: nn.Module | None = None
+        self, settings: VAETrainingSettings, network: Any, *, dataset_size: int, discriminator: nn.Module | None = None
     ) -> None:
-        self.settings, self.critic, self.dropout_keys = settings, critic, by_keys(network)
-        self.signed = not (is_flat(network) and network.config.output == "sigmoid")
+        self.settings, self.discriminator, self.dropout_keys = settings, discriminator, use_keyed_dropout(network)
+        self.signed = not (has_vector_latents(network) and network.config.output == "sigmoid")
         common: dict[str, Any] = {
             "loss_type": settings.reconstruction_loss_type,
             "reduction": settings.reduction,
@@ -52,10 +52,10 @@ class Objective:
             "perceptual_weight": settings.lpips_weight,
         }
         if settings.loss_type == "tc":
-            if settings.batch_size > dataset_size:  # a batch stands for the data set, by weights
+            if settings.batch_size > dataset_size:
                 raise SettingsError(
-                    f"--batch_size is {settings.batch_size}; with --loss_type tc at most as many as the {dataset_size}"
-                    " training images are allowed"
+                    f"--batch_size is {settings.batch_size}; with --loss_type tc at most {dataset_size}, the number of"
+                    " training images, is allowed"
                 )
             self.criterion: Any = DisentangledVAELoss(
                 settings.beta, settings.gamma, dataset_size=dataset_size, **common
@@ -73,7 +73,7 @@ class Objective:
             self.criterion = VAELoss(settings.beta, free_bits=settings.free_bits, **common)
 
     def beta_at(self, update: int | None) -> float:
-        """The weight at an update, or where it ends up (None)."""
+        """The weight at an update, or the final weight (None)."""
         if not isinstance(self.criterion, BetaVAELoss):
             return float(self.criterion.beta)
         return self.criterion.beta_end if update is None else self.criterion.beta_at(update)
@@ -81,14 +81,14 @@ class Objective:
     def per_sample(
         self, reconstruction: mx.array, pixels: mx.array, posterior: DiagonalGaussian, z: mx.array, beta: Any
     ) -> dict[str, mx.array]:
-        """`loss`, `rec`, `kl`, and `tc` where it is part of the loss, (B,) each, in nats where the error is."""
+        """`loss`, `rec`, `kl` and, with loss_type "tc", `tc`; (B,) each, KL and TC in nats."""
         if not self.signed:
             reconstruction, pixels = reconstruction * 0.5 + 0.5, pixels * 0.5 + 0.5
-        given = (reconstruction, pixels, posterior.mean, posterior.logvar)
+        inputs = (reconstruction, pixels, posterior.mean, posterior.logvar)
         if isinstance(self.criterion, DisentangledVAELoss):
-            values = self.criterion.per_sample(*given, z, beta=beta)
+            values = self.criterion.per_sample(*inputs, z, beta=beta)
         else:
-            values = self.criterion.per_sample(*given, beta=beta)
+            values = self.criterion.per_sample(*inputs, beta=beta)
         return dict(zip(("loss", "rec", "kl", "tc"), values, strict=False))
 
     def __call__(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
@@ -96,90 +96,92 @@ class Objective:
         if self.settings.mixed_precision:
             network.update(tree_map(lambda weight: weight.astype(mx.bfloat16), network.trainable_parameters()))
         with self.dropout_keys.using(arrays["key"]):
-            return self._computed(network, arrays)
+            return self._loss_and_metrics(network, arrays)
 
     def gradients(
         self, network: Any, arrays: Arrays, scale: mx.array
     ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
-        """See `step.HasGradients`; not with a critic, whose part of the loss differentiates within itself."""
-        if "critic" in arrays:
+        """See `step.HasGradients`. None with a discriminator: its adaptive weight itself needs gradients."""
+        if "discriminator" in arrays:
             return None
         tape = Tape(network.trainable_parameters())
         with kernels.overlapping(), self.dropout_keys.using(arrays["key"]):
-            posterior, z, made = self._forward(network, tape.constant(arrays["pixels"]), arrays)
-            ends = posterior.mean, posterior.logvar, z, made
-            values = [value_of(end) for end in ends]
+            posterior, z, reconstruction = self._forward(network, tape.constant(arrays["pixels"]), arrays)
+            outputs = posterior.mean, posterior.logvar, z, reconstruction
+            values = [value_of(output) for output in outputs]
             fold_statistics(network, batch_statistics(network))
-            differentiated = mx.value_and_grad(partial(self._loss, arrays), argnums=range(len(ends)))
-            (loss, metrics), slopes = differentiated(*values)
-            gradients = tape.gradients([(end, slope * scale) for end, slope in zip(ends, slopes, strict=True)])
+            loss_and_slopes = mx.value_and_grad(partial(self._loss, arrays), argnums=range(len(outputs)))
+            (loss, metrics), slopes = loss_and_slopes(*values)
+            gradients = tape.gradients([(output, slope * scale) for output, slope in zip(outputs, slopes, strict=True)])
         return (loss, metrics), gradients
 
     def noise(self, arrays: Arrays, shape: Sequence[int]) -> mx.array:
-        """What latents of such a shape are drawn with."""
+        """Standard normal noise for latents of shape (B, ...)."""
         return standard_normal(arrays["key"], shape)
 
     def _forward(self, network: Any, pixels: Any, arrays: Arrays) -> tuple[Any, Any, Any]:
-        """Posterior, latents and reconstruction."""
+        """Return posterior, latents and reconstruction."""
         posterior = network.encode(pixels)
         z = _reparameterize(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
         return posterior, z, network.decode(z).astype(mx.float32)
 
     def _loss(
-        self, arrays: Arrays, mean: mx.array, logvar: mx.array, z: mx.array, made: mx.array
+        self, arrays: Arrays, mean: mx.array, logvar: mx.array, z: mx.array, reconstruction: mx.array
     ) -> tuple[mx.array, Mapping[str, mx.array]]:
-        """Of what a forward pass made."""
+        """Loss and metrics from the outputs of a forward pass."""
         posterior = DiagonalGaussian(mean, logvar)
-        values = self.per_sample(made, arrays["pixels"], posterior, z, arrays["beta"])
+        values = self.per_sample(reconstruction, arrays["pixels"], posterior, z, arrays["beta"])
         total = values.pop("loss").mean()
         metrics = {name: value.mean() for name, value in values.items()}
-        return total, {**metrics, "active": active(posterior)}
+        return total, {**metrics, "active": active_latents(posterior)}
 
-    def _computed(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
+    def _loss_and_metrics(self, network: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
         extra: dict[str, mx.array] = {}
-        if "critic" not in arrays:
-            posterior, z, made = self._forward(network, arrays["pixels"], arrays)
+        if "discriminator" not in arrays:
+            posterior, z, reconstruction = self._forward(network, arrays["pixels"], arrays)
         else:
             posterior = network.encode(arrays["pixels"])
             z = _reparameterize(posterior.mean, posterior.logvar, self.noise(arrays, posterior.mean.shape))
-            features = before_last_layer(network, z)
-            made = network.decoder.conv_out(features).astype(mx.float32)
-            extra = self._against(arrays, network.decoder.conv_out, features, made)
+            features = penultimate_features(network, z)
+            reconstruction = network.decoder.conv_out(features).astype(mx.float32)
+            extra = self._adversarial(arrays, network.decoder.conv_out, features, reconstruction)
         fold_statistics(network, batch_statistics(network))
-        total, metrics = self._loss(arrays, posterior.mean, posterior.logvar, z, made)
+        total, metrics = self._loss(arrays, posterior.mean, posterior.logvar, z, reconstruction)
         return total + extra.get("adversarial", 0.0), {**metrics, **extra}
 
-    def _against(self, arrays: Arrays, last: Any, features: mx.array, made: mx.array) -> dict[str, mx.array]:
-        """The critic's part of the loss, as strong as the reconstruction's at the decoder's last layer."""
-        critic: Any = self.critic
-        critic.update(arrays["critic"])
-        fixed, own = mx.stop_gradient(features), last.weight
+    def _adversarial(
+        self, arrays: Arrays, last: Any, features: mx.array, reconstruction: mx.array
+    ) -> dict[str, mx.array]:
+        """Adversarial loss, weighted so that its gradient at the decoder's last layer matches the reconstruction's."""
+        discriminator: Any = self.discriminator
+        discriminator.update(arrays["discriminator"])
+        fixed, last_weight = mx.stop_gradient(features), last.weight
 
-        def remade(weight: mx.array) -> mx.array:
+        def decode_with(weight: mx.array) -> mx.array:
             last.weight = weight
             try:
                 return last(fixed).astype(mx.float32)
             finally:
-                last.weight = own
+                last.weight = last_weight
 
         weight = adversarial.adaptive_weight(
-            lambda weight: self.criterion.reconstruction(remade(weight), arrays["pixels"]).mean(),
-            lambda weight: adversarial.generator_loss(critic(remade(weight))).mean(),
-            own,
+            lambda weight: self.criterion.reconstruction(decode_with(weight), arrays["pixels"]).mean(),
+            lambda weight: adversarial.generator_loss(discriminator(decode_with(weight))).mean(),
+            last_weight,
             scale=self.settings.disc_weight,
         )
-        value = weight * adversarial.generator_loss(critic(made)).mean()
-        batch_statistics(critic)  # nobody wants them
+        value = weight * adversarial.generator_loss(discriminator(reconstruction)).mean()
+        batch_statistics(discriminator)  # discard them
         return {"adversarial": value, "adaptive_weight": weight}
 
 
-def sampled(posterior: DiagonalGaussian, keys: mx.array) -> mx.array:
-    """One draw for each sample of a batch, a function of its own key alone. keys (B, 2)."""
+def sample_latents(posterior: DiagonalGaussian, keys: mx.array) -> mx.array:
+    """One draw per posterior of a batch, each a function of its key. keys (B, 2) -> like `posterior.mean`."""
     return _reparameterize(posterior.mean, posterior.logvar, standard_normal(keys, posterior.mean.shape))
 
 
 def standard_normal(keys: mx.array, shape: Sequence[int]) -> mx.array:
-    """Noise of a shape (B, ...), each sample's a function of its own key alone. keys (B, 2)."""
+    """Noise of shape (B, ...); each sample is a function of its key. keys (B, 2)."""
     return mx.vmap(lambda key: mx.random.normal(shape[1:], key=key))(keys)
 
 
@@ -188,47 +190,53 @@ def _reparameterize(mean: mx.array, logvar: mx.array, noise: mx.array) -> mx.arr
     return mean + mx.exp(0.5 * logvar) * noise
 
 
-def active(posterior: DiagonalGaussian) -> mx.array:
-    """Latent units in use, or channels of a spatial latent."""
+def active_latents(posterior: DiagonalGaussian) -> mx.array:
+    """Number of active latent dimensions, or channels of a spatial latent."""
     return active_units(posterior.mean.reshape(-1, posterior.mean.shape[-1])).astype(mx.float32)
 
 
 class AdversarialStep:
-    """A step of the network, and from update `start` on one of its critic with the network as it is then.
+    """A step of the network and, from update `start` on, a step of the discriminator on the updated network.
 
     Args:
-        step: the network's.
-        critic: the critic's, with `critic_loss`.
-        start: first update in which it takes part.
+        step: updates the network.
+        discriminator: updates the discriminator with `discriminator_loss`.
+        start: first update with the discriminator.
     """
 
-    def __init__(self, step: Step, critic: Step, start: int) -> None:
-        self.step, self.critic, self.start = step, critic, start
+    def __init__(self, step: Step, discriminator: Step, start: int) -> None:
+        self.step, self.discriminator, self.start = step, discriminator, start
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """See `step.Step`."""
         if not adversarial.started(update, self.start):
             return self.step(update, batches, learning_rate)
-        parameters: Any = self.critic.model.trainable_parameters()
-        with_critic = [MicroBatch(arrays={**b.arrays, "critic": parameters}, weight=b.weight) for b in batches]
-        metrics = self.step(update, with_critic, learning_rate)
-        self.critic.model.update(parameters)
+        parameters: Any = self.discriminator.model.trainable_parameters()
+        adversarial_batches = [
+            MicroBatch(arrays={**b.arrays, "discriminator": parameters}, weight=b.weight) for b in batches
+        ]
+        metrics = self.step(update, adversarial_batches, learning_rate)
+        self.discriminator.model.update(parameters)
         network: Any = self.step.model
-        pairs = []
+        inputs = []
         for batch in batches:
-            z = sampled(network.encode(batch.arrays["pixels"]), batch.arrays["key"])
-            made = network.decode(z).astype(mx.float32)
+            z = sample_latents(network.encode(batch.arrays["pixels"]), batch.arrays["key"])
+            reconstruction = network.decode(z).astype(mx.float32)
             batch_statistics(network)
-            pairs.append(MicroBatch(arrays={"pixels": batch.arrays["pixels"], "made": made}, weight=batch.weight))
+            inputs.append(
+                MicroBatch(
+                    arrays={"pixels": batch.arrays["pixels"], "reconstruction": reconstruction}, weight=batch.weight
+                )
+            )
         try:
-            critic = self.critic(update, pairs, learning_rate)
-        except ProcessLost as error:  # the network is an update ahead of its critic: not to be kept as a checkpoint
+            other = self.discriminator(update, inputs, learning_rate)
+        except ProcessLost as error:  # the network is one update ahead: this state must not become a checkpoint
             raise TrainingError(str(error)) from error
-        return {**metrics, "critic": critic["loss"], "critic_grad_norm": critic["grad_norm"]}
+        return {**metrics, **{f"discriminator_{name}": other[name] for name in ("loss", "grad_norm")}}
 
 
-def critic_loss(critic: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
-    """Of telling `pixels` from what the network `made` of them, (B, H, W, C) in [-1, 1] each; see `step.Loss`."""
-    loss = adversarial.hinge_loss(critic(arrays["pixels"]), critic(arrays["made"])).mean()
-    batch_statistics(critic)
+def discriminator_loss(discriminator: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:
+    """Hinge loss for telling `pixels` from `reconstruction`, (B, H, W, C) in [-1, 1] each; see `step.Loss`."""
+    loss = adversarial.hinge_loss(discriminator(arrays["pixels"]), discriminator(arrays["reconstruction"])).mean()
+    batch_statistics(discriminator)
     return loss, {}

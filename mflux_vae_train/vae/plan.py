@@ -1,4 +1,4 @@
-"""Which images a training has, how many updates it makes, and what each sees: functions of the update alone."""
+"""Training images, number of updates, and the batches and learning rate of each update."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mflux_vae_train.vae.data.batches import Augmentation, Batches, Source, open
 
 
 class Plan:
-    """Updates, epochs and rates of a training.
+    """Updates, epochs, batches and learning rates of a run, all functions of the update number.
 
-    Batches run on from one epoch into the next; an epoch ends with the update that is nearest to its end.
+    Batches continue across epoch boundaries; an epoch is rounded to whole updates.
 
     Attributes:
-        images: in an update.
-        per_epoch: updates.
-        total: updates of the whole run.
+        images: images per update.
+        per_epoch: updates per epoch.
+        total: updates of the run.
 
     Args:
-        processes: the processes that share out the micro-batches of each update.
+        processes: processes that share the micro-batches of each update.
     """
 
     def __init__(self, settings: VAETrainingSettings, train: Source, processes: ProcessGroup = SINGLE) -> None:
@@ -37,31 +37,30 @@ class Plan:
         self.total = self.per_epoch * settings.num_epochs
         augmentation = Augmentation(flip=settings.augment_flip, shift=settings.augment_shift)
         size = settings.batch_size
-        self._starts = processes.shard(range(0, self.images, size))
-        self._places = [place for start in self._starts for place in range(start, start + size)]
+        starts = processes.shard(range(0, self.images, size))
+        self._rows = [row for start in starts for row in range(start, start + size)]
         options: dict[str, Any] = {"seed": settings.seed, "augmentation": augmentation}
-        self._batches = Batches(train, batch=self.images, places=self._places, **options) if self._places else None
+        self._batches = Batches(train, batch=self.images, rows=self._rows, **options) if self._rows else None
 
     def learning_rate(self) -> Callable[[int], float]:
-        """Update -> rate."""
+        """Function: update -> learning rate."""
         settings = self._settings
-        stairs = {"exponential": 1, "step": settings.lr_step_epochs}
-        stair = stairs.get(settings.lr_scheduler)
+        step_epochs = {"exponential": 1, "step": settings.lr_step_epochs}.get(settings.lr_scheduler)
         return lr_schedule.learning_rate(
             peak=settings.learning_rate,
             total=self.total,
             warmup=settings.lr_warmup_steps,
-            shape=settings.lr_scheduler if stair is None else lr_schedule.STEP_DECAY,
+            shape=settings.lr_scheduler if step_epochs is None else lr_schedule.STEP_DECAY,
             gamma=settings.lr_gamma,
-            step_size=self.per_epoch * (stair or 1),
+            step_size=self.per_epoch * (step_epochs or 1),
         )
 
     def batches(self, update: int, *, beta: float) -> list[MicroBatch]:
-        """What `Objective` takes: the micro-batches of an update that fall to this process, maybe none."""
+        """Micro-batches of an update for `Objective`, those of this process only (possibly none)."""
         if self._batches is None:
             return []
         pixels = to_pixels(self._batches(update))
-        keys = sample_keys(self._settings.seed, Stream.NOISE, update, self._places)
+        keys = sample_keys(self._settings.seed, Stream.NOISE, update, self._rows)
         size = self._settings.batch_size
         return [
             MicroBatch(
@@ -72,20 +71,20 @@ class Plan:
                 },
                 weight=size,
             )
-            for start in range(0, len(self._places), size)
+            for start in range(0, len(self._rows), size)
         ]
 
     def close(self) -> None:
-        """End reading ahead."""
+        """Stop prefetching."""
         if self._batches is not None:
             self._batches.close()
 
 
-def images_of(settings: VAETrainingSettings, source: Source | None = None) -> tuple[Source, Source]:
-    """Images to train on, and held-out ones: the data's test split, or a share.
+def open_images(settings: VAETrainingSettings, source: Source | None = None) -> tuple[Source, Source]:
+    """Training images and held-out images: the test split of the data, or a random fraction.
 
     Args:
-        source: in place of what the settings name.
+        source: images that replace `settings.data`.
     """
     if source is not None:
         return split(source, settings.val_share, settings.seed)
@@ -94,7 +93,7 @@ def images_of(settings: VAETrainingSettings, source: Source | None = None) -> tu
         size=settings.image_size,
         channels=settings.in_channels,
         kind=settings.data_kind,
-        listed=settings.data_list,
+        video_list=settings.data_list,
         seed=settings.seed,
         count=settings.data_count,
     )

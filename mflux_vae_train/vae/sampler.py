@@ -1,4 +1,4 @@
-"""Images from the latent space of a trained autoencoder: samples, planes, single units, the way between two points."""
+"""Images from the latent space of a trained autoencoder: samples, grids, traversals, interpolations."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import grid, labelled_rows, load_image, save_image, strip, to_pictures, to_pixels
 from mflux_vae.pretrained import loading
 from mflux_vae_train.randomness import Stream, sample_keys
-from mflux_vae_train.vae.build import is_flat, latent_shape
+from mflux_vae_train.vae.build import has_vector_latents, latent_shape
 
-_AT_ONCE = 64
-_SEEN_WELL = 64
-"""Pixels a side."""
+_BATCH = 64
+_MIN_DISPLAY_SIZE = 64
+"""Smallest side of a displayed image (pixels); smaller ones are enlarged."""
 
 
 class VAESampler:
-    """Decodes points of a latent space. Images are float32 (N, H, W, C) in [0, 1].
+    """Decode points of a latent space. Images are float32 (N, H, W, C) in [0, 1].
 
     Args:
-        model: what `loading.open_network` opens, such as a run's best_model.safetensors; or a network.
-        image_size: of images from spatial latents; None for the size that the network was made for. Vectors have one.
-        seed: random draws are functions of it and of their number.
+        model: a network, or a file that `loading.open_network` reads, such as best_model.safetensors of a run.
+        image_size: size (pixels) of images from spatial latents; None uses the size in the network's configuration.
+        seed: random latent number i is a function of (seed, i).
 
     Attributes:
-        model: the network, in evaluation.
-        latent_shape: of one latent.
+        model: the network in evaluation mode.
+        latent_shape: shape of one latent.
 
     Raises:
-        WeightsError, SettingsError: see `loading.open_network`; an image size that the network does not have.
+        WeightsError, SettingsError: see `loading.open_network`; or the network does not support the image size.
     """
 
     def __init__(self, model: str | Path | Any, *, image_size: int | None = None, seed: int = 0) -> None:
         self.model = loading.open_network(model, mx.float32) if isinstance(model, str | Path) else model.eval()
         config, self.seed = self.model.config, seed
-        own = config.image_size if is_flat(self.model) else getattr(config, "sample_size", 64)
-        size = own if image_size is None else image_size
-        if (is_flat(self.model) and size != own) or size % config.downsampling or size < 1:
-            allowed = own if is_flat(self.model) else f"a multiple of {config.downsampling}"
-            raise SettingsError(f"images of {size} pixels: this autoencoder's have {allowed}")
+        native = config.image_size if has_vector_latents(self.model) else getattr(config, "sample_size", 64)
+        size = native if image_size is None else image_size
+        if (has_vector_latents(self.model) and size != native) or size % config.downsampling or size < 1:
+            allowed = native if has_vector_latents(self.model) else f"a multiple of {config.downsampling}"
+            raise SettingsError(f"--image_size is {size}; {allowed} is allowed for this autoencoder")
         self.image_size = size
         self.latent_shape = latent_shape(self.model, size)
 
     @property
     def latent_dim(self) -> int:
-        """Length of a latent vector, or a spatial latent's channels."""
+        """Length of a latent vector, or channels of a spatial latent."""
         return self.latent_shape[-1]
 
     def check(
         self, *, latent_dims: int | None = None, max_filters: int | None = None, nimg_channels: int | None = None
     ) -> None:
-        """Refuses another network than the one that is expected; None expects nothing.
+        """Compare the network with expected values; None matches anything.
 
         Raises:
-            SettingsError: it has other latents, widths or channels.
+            SettingsError: latents, widths or channels differ.
         """
         config: Any = self.model.config
         widths = next(
@@ -69,26 +69,25 @@ class VAESampler:
             ),
             (0,),
         )
-        own = {"latent_dims": self.latent_dim, "max_filters": max(widths), "nimg_channels": config.out_channels}
-        given = {"latent_dims": latent_dims, "max_filters": max_filters, "nimg_channels": nimg_channels}
+        actual = {"latent_dims": self.latent_dim, "max_filters": max(widths), "nimg_channels": config.out_channels}
+        expected = {"latent_dims": latent_dims, "max_filters": max_filters, "nimg_channels": nimg_channels}
         if wrong := [
-            f"--{name} is {value}, the model's {own[name]}"
-            for name, value in given.items()
-            if value not in (None, own[name])
+            f"--{name} is {value}; the model has {actual[name]}"
+            for name, value in expected.items()
+            if value not in (None, actual[name])
         ]:
             raise SettingsError("; ".join(wrong))
 
     def encode(self, files: Sequence[str | Path]) -> mx.array:
-        """Posterior means of picture files, their centre squares. (N, *latent_shape)."""
-        pictures = [load_image(file, resolution=self.image_size) for file in files]
-        pixels = to_pixels(np.stack(pictures))
+        """Posterior means of the centre squares of image files. (N, *latent_shape)."""
+        pixels = to_pixels(np.stack([load_image(file, resolution=self.image_size) for file in files]))
         if self.model.config.in_channels == 1:
             pixels = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
         mean: mx.array = self.model.encode(mx.array(pixels)).mean
         return mean
 
     def draw(self, count: int, first: int = 0) -> mx.array:
-        """Latents from the prior, the standard normal; number i is a function of (seed, i). (count, *latent_shape)."""
+        """Latents number first, first + 1, ... from the standard normal prior. (count, *latent_shape)."""
         keys = sample_keys(self.seed, Stream.EVALUATION, 1, range(first, first + count))
         return mx.vmap(lambda key: mx.random.normal(self.latent_shape, key=key))(keys)
 
@@ -96,14 +95,14 @@ class VAESampler:
         """(N, *latent_shape) -> (N, H, W, C) in [0, 1]."""
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ImageError(
-                f"latents are {tuple(latents.shape)}, expected (N, {', '.join(map(str, self.latent_shape))})"
+                f"latents have shape {tuple(latents.shape)}; expected (N, {', '.join(map(str, self.latent_shape))})"
             )
-        parts = [self.model.decode(latents[start : start + _AT_ONCE]) for start in range(0, len(latents), _AT_ONCE)]
+        parts = [self.model.decode(latents[start : start + _BATCH]) for start in range(0, len(latents), _BATCH)]
         pixels = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
         return np.clip(pixels * 0.5 + 0.5, 0, 1)
 
     def sample_random(self, num_samples: int = 16) -> np.ndarray:
-        """Images of latents from the prior."""
+        """Images of random latents from the prior."""
         return self.decode(self.draw(num_samples))
 
     def generate_latent_grid(
@@ -114,21 +113,21 @@ class VAESampler:
         dims: tuple[int, int] | None = None,
         base: mx.array | None = None,
     ) -> np.ndarray:
-        """A plane: unit dims[0] grows from row to row and dims[1] from left to right, others stay.
+        """Images of a plane: dimension dims[0] varies over the rows, dims[1] over the columns.
 
         Args:
-            dims: None for the two `strongest`.
-            base: (1, D), where the others are; None for 0.
+            dims: None uses the two `strongest_dims`.
+            base: values of the other dimensions, (1, D); None for 0.
 
         Returns:
-            num_samples^2 images, row by row.
+            num_samples^2 images in row-major order.
         """
         values = np.linspace(*latent_range, num_samples, dtype=np.float32)
-        points = np.repeat(self._base(base), num_samples**2, axis=0)
+        points = np.repeat(self._base_latent(base), num_samples**2, axis=0)
         for dim, column in zip(
-            dims or self.strongest(2), (np.repeat(values, num_samples), np.tile(values, num_samples)), strict=True
+            dims or self.strongest_dims(2), (np.repeat(values, num_samples), np.tile(values, num_samples)), strict=True
         ):
-            points[:, self._unit(dim)] = column
+            points[:, self._check_dim(dim)] = column
         return self.decode(mx.array(points))
 
     def traverse_latent(
@@ -139,70 +138,76 @@ class VAESampler:
         *,
         base: mx.array | None = None,
     ) -> np.ndarray:
-        """What one unit controls: it goes through the range while the others stay at `base` (1, D), or 0."""
-        points = np.repeat(self._base(base), num_samples, axis=0)
-        points[:, self._unit(dim)] = np.linspace(*latent_range, num_samples, dtype=np.float32)
+        """Vary one dimension over the range; the others stay at `base` (1, D), or 0."""
+        points = np.repeat(self._base_latent(base), num_samples, axis=0)
+        points[:, self._check_dim(dim)] = np.linspace(*latent_range, num_samples, dtype=np.float32)
         return self.decode(mx.array(points))
 
-    def strongest(self, count: int) -> list[int]:
-        """The units that images depend on most: a posterior leaves many of them at the prior, and they do nothing.
+    def strongest_dims(self, count: int) -> list[int]:
+        """The `count` dimensions with the largest effect on the image, strongest first.
 
-        Each is moved from 0 to 2 while the others stay at 0; what counts is how much the image changes.
+        The effect is the mean squared change of the image when a dimension goes from 0 to 2 and the others are 0.
         """
-        points = np.concatenate([self._base(None), 2 * np.eye(self.latent_dim, dtype=np.float32)])
-        middle, *moved = self.decode(mx.array(points))
-        changes = [np.square(image - middle).mean() for image in moved]
-        return [int(unit) for unit in np.argsort(changes)[::-1][:count]]
+        points = np.concatenate([self._base_latent(None), 2 * np.eye(self.latent_dim, dtype=np.float32)])
+        center, *moved = self.decode(mx.array(points))
+        changes = [np.square(image - center).mean() for image in moved]
+        return [int(dim) for dim in np.argsort(changes)[::-1][:count]]
 
     def interpolate_latent(
         self, z1: mx.array, z2: mx.array, num_steps: int = 10, *, spherical: bool = False
     ) -> np.ndarray:
-        """The way from z1 to z2, (1, *latent_shape) each, ends included; see `interpolated`."""
-        return self.decode(interpolated(z1, z2, num_steps, spherical=spherical))
+        """Images from z1 to z2, (1, *latent_shape) each, ends included; see `interpolate`."""
+        return self.decode(interpolate(z1, z2, num_steps, spherical=spherical))
 
     def save_samples(self, samples: np.ndarray, path: str | Path, columns: int | None = None) -> None:
-        """Writes images (N, H, W, C) in [0, 1] as one PNG, in a square or in rows of `columns`."""
+        """Write images (N, H, W, C) in [0, 1] as a grid with `columns` columns (default: square) to one PNG file."""
         save_image(path, grid(list(to_pictures(samples * 2 - 1)), columns or int(np.ceil(len(samples) ** 0.5))))
 
     def save_latent_grid(self, samples: np.ndarray, path: str | Path) -> None:
-        """Writes what `generate_latent_grid` gave."""
+        """Write images of `generate_latent_grid`."""
         self.save_samples(samples, path)
 
     def save_interpolation(self, samples: np.ndarray, path: str | Path) -> None:
-        """Writes what `interpolate_latent` or `traverse_latent` gave, side by side."""
+        """Write images of `interpolate_latent` or `traverse_latent` side by side."""
         self.save_samples(samples, path, columns=len(samples))
 
     def save_traversals(self, samples: Mapping[int, np.ndarray], path: str | Path) -> None:
-        """Writes what `traverse_latent` gave for several units: numbered rows, small images enlarged."""
+        """Write images of `traverse_latent` for several dimensions: labelled rows, small images enlarged."""
         rows = []
-        for unit, images in samples.items():
-            times = max(1, _SEEN_WELL // images.shape[2])
-            pictures = to_pictures(images * 2 - 1).repeat(times, axis=1).repeat(times, axis=2)
+        for dim, images in samples.items():
+            factor = max(1, _MIN_DISPLAY_SIZE // images.shape[2])
+            pictures = to_pictures(images * 2 - 1).repeat(factor, axis=1).repeat(factor, axis=2)
             row = strip(list(pictures), gap=2)
-            rows.append((f"unit {unit}", np.broadcast_to(row, (*row.shape[:2], 3))))
+            rows.append((f"dim {dim}", np.broadcast_to(row, (*row.shape[:2], 3))))
         save_image(path, labelled_rows(rows))
 
-    def _base(self, base: mx.array | None) -> np.ndarray:
-        if not is_flat(self.model):
-            raise SettingsError("single units can be changed where latents are vectors; this autoencoder's are spatial")
+    def _base_latent(self, base: mx.array | None) -> np.ndarray:
+        if not has_vector_latents(self.model):
+            raise SettingsError(
+                "this autoencoder has spatial latents; single dimensions can be varied only in vector latents"
+            )
         return np.zeros((1, self.latent_dim), np.float32) if base is None else np.array(base, np.float32).reshape(1, -1)
 
-    def _unit(self, dim: int) -> int:
+    def _check_dim(self, dim: int) -> int:
         if not 0 <= dim < self.latent_dim:
-            raise SettingsError(f"there is no latent unit {dim}; there are 0 to {self.latent_dim - 1}")
+            raise SettingsError(f"latent dimension {dim} does not exist; 0 to {self.latent_dim - 1} are allowed")
         return dim
 
 
-def interpolated(z1: mx.array, z2: mx.array, num_steps: int, *, spherical: bool = False) -> mx.array:
+def interpolate(z1: mx.array, z2: mx.array, num_steps: int, *, spherical: bool = False) -> mx.array:
     """Points between two latents, ends included. (1, ...) twice -> (num_steps, ...).
 
     Args:
-        spherical: on the great circle, which keeps the length that normal latents have (White 2016, arXiv:1609.04468),
-            in place of the straight line. Of parallel latents there is only the line.
+        spherical: along the great circle, which preserves the norm (White 2016, arXiv:1609.04468), instead of the
+            straight line. Parallel latents are always interpolated linearly.
+
+    Raises:
+        SettingsError: wrong shapes, or fewer than 2 steps.
     """
     if z1.shape != z2.shape or z1.shape[0] != 1 or num_steps < 2:
         raise SettingsError(
-            f"from {tuple(z1.shape)} to {tuple(z2.shape)} in {num_steps} steps: give (1, ...) twice, 2 steps"
+            f"interpolation of {tuple(z1.shape)} and {tuple(z2.shape)} in {num_steps} steps: give two latents (1, ...)"
+            " of equal shape and at least 2 steps"
         )
     t = mx.linspace(0, 1, num_steps).reshape(-1, *[1] * (z1.ndim - 1))
     if not spherical:
@@ -210,5 +215,5 @@ def interpolated(z1: mx.array, z2: mx.array, num_steps: int, *, spherical: bool 
     lengths = mx.sqrt(mx.square(z1).sum()), mx.sqrt(mx.square(z2).sum())
     angle = mx.arccos(mx.clip((z1 * z2).sum() / mx.maximum(lengths[0] * lengths[1], 1e-12), -1, 1))
     if not 1e-4 < float(angle) < np.pi - 1e-4:
-        return interpolated(z1, z2, num_steps)
+        return interpolate(z1, z2, num_steps)
     return (mx.sin((1 - t) * angle) * z1 + mx.sin(t * angle) * z2) / mx.sin(angle)

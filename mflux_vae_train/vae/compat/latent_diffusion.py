@@ -16,7 +16,7 @@ from mflux_vae.pretrained import loading
 from mflux_vae_train.optimizers.adam import Adam
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.losses.elbo import VAELoss
-from mflux_vae_train.vae.objective import sampled
+from mflux_vae_train.vae.objective import sample_latents
 
 Loss: TypeAlias = Callable[..., tuple[mx.array, dict[str, mx.array]]]
 """As `AutoEncoderKL.default_loss`."""
@@ -69,7 +69,7 @@ class AutoEncoderKL(nn.Module):
             self.network.update(tree_unflatten([item for item in taken if not item[0].startswith(tuple(ignore_keys))]))
         self.learning_rate, self.monitor = 4.5e-6, monitor
         self.best: float | None = None
-        self._loss = lossconfig if callable(lossconfig) else self._configured(lossconfig)
+        self._loss = lossconfig if callable(lossconfig) else self._build_loss(lossconfig)
         self._colours = colorize_nlabels and mx.random.normal((colorize_nlabels, 3), key=mx.random.key(0))
 
     def encode(self, x: mx.array) -> DiagonalGaussian:
@@ -93,7 +93,7 @@ class AutoEncoderKL(nn.Module):
         posterior = self.encode(input)
         if not sample_posterior:
             return self.decode(posterior.mode()), posterior
-        return self.decode(posterior.sample() if keys is None else sampled(posterior, keys)), posterior
+        return self.decode(posterior.sample() if keys is None else sample_latents(posterior, keys)), posterior
 
     forward = __call__
 
@@ -113,15 +113,15 @@ class AutoEncoderKL(nn.Module):
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Mean squared error + 0.5 KL, and the numbers by name. Know that its posteriors collapse: see `KL_WEIGHT`."""
         error, divergence = mx.square(reconstructions - inputs).mean(), posterior.kl().mean()
-        return self._told(error + KL_WEIGHT * divergence, error, divergence, split)
+        return self._with_log(error + KL_WEIGHT * divergence, error, divergence, split)
 
     def training_step(self, batch: mx.array, batch_idx: int) -> mx.array:
         """The loss of a batch, to be differentiated; its noise is a function of `batch_idx`."""
-        return self._stepped(batch, batch_idx, Stream.NOISE, "train")[0]
+        return self._step_loss(batch, batch_idx, Stream.NOISE, "train")[0]
 
     def validation_step(self, batch: mx.array, batch_idx: int) -> dict[str, mx.array]:
         """The numbers of a batch, as `val/total_loss` and so on."""
-        told = self._stepped(batch, batch_idx, Stream.EVALUATION, "val")[1]
+        told = self._step_loss(batch, batch_idx, Stream.EVALUATION, "val")[1]
         if self.monitor is not None:
             value = float(told[self.monitor])
             self.best = value if self.best is None else min(self.best, value)
@@ -137,11 +137,13 @@ class AutoEncoderKL(nn.Module):
         rgb = mx.tensordot(x.transpose(0, 2, 3, 1), colours, axes=1).transpose(0, 3, 1, 2)
         return 2 * (rgb - rgb.min()) / mx.maximum(rgb.max() - rgb.min(), 1e-12) - 1
 
-    def _stepped(self, batch: mx.array, index: int, stream: Stream, split: str) -> tuple[mx.array, dict[str, mx.array]]:
+    def _step_loss(
+        self, batch: mx.array, index: int, stream: Stream, split: str
+    ) -> tuple[mx.array, dict[str, mx.array]]:
         again, posterior = self(batch, keys=sample_keys(0, stream, index, range(len(batch))))
         return self._loss(batch, again, posterior, index, last_layer=self.get_last_layer(), split=split)
 
-    def _configured(self, lossconfig: Mapping[str, Any] | None) -> Loss:
+    def _build_loss(self, lossconfig: Mapping[str, Any] | None) -> Loss:
         if lossconfig is None:
             return self.default_loss
         criterion = VAELoss(**{"signed": True, **lossconfig})
@@ -150,12 +152,12 @@ class AutoEncoderKL(nn.Module):
             inputs: mx.array, again: mx.array, posterior: DiagonalGaussian, _: int, *, split: str, **others: Any
         ) -> tuple[mx.array, dict[str, mx.array]]:
             images = (again.transpose(0, 2, 3, 1), inputs.transpose(0, 2, 3, 1))
-            return self._told(*criterion(*images, posterior.mean, posterior.logvar), split)
+            return self._with_log(*criterion(*images, posterior.mean, posterior.logvar), split)
 
         return loss
 
     @staticmethod
-    def _told(
+    def _with_log(
         total: mx.array, error: mx.array, divergence: mx.array, split: str
     ) -> tuple[mx.array, dict[str, mx.array]]:
         numbers = {"total_loss": total, "rec_loss": error, "kl_loss": divergence}

@@ -1,4 +1,4 @@
-"""Settings files in sections, as PyTorch-VAE's training scripts and those modelled on them have (`exp_params`, ...)."""
+"""Nested settings files of PyTorch-VAE and similar projects (`model_params`, `exp_params`, ...)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mflux_vae.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-RECIPE = {"preset": "vanilla-256", "data_kind": "frames"}
-"""What such a script does and its file does not say."""
+DEFAULTS = {"preset": "vanilla-256", "data_kind": "frames"}
+"""Settings that such scripts hard-code."""
 
 NETWORK = "VanillaVAE"
 
@@ -52,51 +52,51 @@ SECTIONS: Mapping[str, Mapping[str, str | None]] = {
         "log_images_every_n_steps": "log_images_every_n_steps",
     },
 }
-"""By section and name there: the setting here, or None where there is none."""
+"""Section -> name -> field of `VAETrainingSettings`, or None if there is no counterpart."""
 
-_WITHOUT = {
-    "val_batch_size": "validation takes --batch_size",
-    "num_workers": "pictures are read ahead by threads",
-    "pin_memory": "memory of a Mac is one, and MLX copies by itself",
-    "gpus": "MLX takes the one there is; several: mlx.launch",
+_IGNORED = {
+    "val_batch_size": "validation uses --batch_size",
+    "num_workers": "images are prefetched by threads",
+    "pin_memory": "MLX manages memory itself",
+    "gpus": "use mlx.launch for several devices",
     "log_every_n_steps": "every update is logged",
 }
-"""Settings that do nothing here: why."""
+"""Ignored settings -> reason."""
 
 
-def flattened(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
-    """The content of a settings file in sections under our names; that of another file as it is.
+def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    """Translate a nested settings file to field names; other files are returned unchanged.
 
     Args:
-        content: of the file.
-        where: begins the messages.
+        content: content of the file.
+        where: prefix of error messages.
 
     Raises:
-        SettingsError: sections or names that are not known, all of them; two names of one setting with two values;
-            another network than `NETWORK`.
+        SettingsError: unknown sections or names (all are listed), contradicting values, or another network than
+            `NETWORK`.
     """
     if not any(name in SECTIONS for name in content):
         return content
-    given = {
+    flat = {
         (section, key): value
         for section, values in content.items()
         for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])
     }
-    if unknown := [f"{section}.{key}".rstrip(".") for section, key in given if key not in SECTIONS.get(section, {})]:
-        raise SettingsError(f"{where}unknown settings: {', '.join(unknown)}; --help lists the settings there are")
+    if unknown := [f"{section}.{key}".rstrip(".") for section, key in flat if key not in SECTIONS.get(section, {})]:
+        raise SettingsError(f"{where}unknown settings: {', '.join(unknown)}; see --help")
     if (network := content.get("model_params", {}).get("name", NETWORK)) != NETWORK:
         raise SettingsError(f"{where}model_params.name is {network!r}; {NETWORK} is allowed")
-    found: dict[str, Any] = dict(RECIPE)
-    told: dict[str, str] = {}
-    for (section, key), value in given.items():
+    found: dict[str, Any] = dict(DEFAULTS)
+    sources: dict[str, str] = {}
+    for (section, key), value in flat.items():
         name = SECTIONS[section][key]
         if name is None:
-            if key in _WITHOUT:
-                logger.warning("%s.%s has no effect: %s", section, key, _WITHOUT[key])
+            if key in _IGNORED:
+                logger.warning("%s.%s has no effect: %s", section, key, _IGNORED[key])
             continue
-        if name in told and found[name] != value:
+        if name in sources and found[name] != value:
             raise SettingsError(
-                f"{where}{told[name]} is {found[name]} and {section}.{key} {value}: they are one setting"
+                f"{where}{sources[name]} is {found[name]} and {section}.{key} is {value}; give only one"
             )
-        found[name], told[name] = value, f"{section}.{key}"
+        found[name], sources[name] = value, f"{section}.{key}"
     return found

@@ -1,10 +1,10 @@
-"""Data sets that packages give a name, by entry points.
+"""Data sets that packages register through entry points.
 
     [project.entry-points."mflux_vae_train.data"]
-    mine = "my_package:pictures"
+    mine = "my_package:images"
 
-Such a function takes `size`, `channels`, `seed` and `count` by name, and gives a `data.Source`: of `count` pictures
-where they are made there, of as many as there are otherwise. Nothing is imported before it is asked for.
+The function takes the keyword arguments `size`, `channels`, `seed` and `count` and returns a `batches.Source`.
+`count` is the number of images of a generated data set. A package is imported only when its data set is opened.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mflux_vae.errors import MfluxVaeError, PluginError
 GROUP = "mflux_vae_train.data"
 
 
-def names() -> list[str]:
-    """Of all that are registered."""
+def registered_names() -> list[str]:
+    """Names of all registered data sets."""
     return sorted({entry.name for entry in entry_points(group=GROUP)})
 
 
 def open_registered(name: str, **settings: Any) -> Any:
-    """The source of that name; see above for its settings.
+    """Open a data set; for `settings` see above.
 
     Raises:
-        PluginError: the package cannot be imported, or what it registered gives no source.
+        PluginError: the package cannot be imported, or its function does not return a source.
     """
     (entry, *_) = sorted(entry_points(group=GROUP, name=name), key=lambda entry: entry.value)
     try:
@@ -35,9 +35,9 @@ def open_registered(name: str, **settings: Any) -> Any:
         source = function(**settings)
     except MfluxVaeError:
         raise
-    except Exception as error:  # whatever a foreign module raises
-        raise PluginError(f"data set {name!r} is broken ({entry.value}: {type(error).__name__}: {error})") from error
+    except Exception as error:  # any error of a plugin
+        raise PluginError(f"data set {name!r}: {entry.value} failed ({type(error).__name__}: {error})") from error
     missing = [member for member in ("size", "channels", "starts", "item", "__len__") if not hasattr(source, member)]
     if missing:
-        raise PluginError(f"data set {name!r}: {entry.value} gave a {type(source).__name__} without {missing[0]}")
+        raise PluginError(f"data set {name!r}: {entry.value} returned a {type(source).__name__} without {missing[0]}")
     return source

@@ -1,4 +1,4 @@
-"""Where pictures come from: files and arrays. What each class here is, `data.Source` says."""
+"""Sources of images: files and arrays. They implement `batches.Source`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from mflux_vae.weights.formats.safe_reading import BROKEN
 logger = logging.getLogger(__name__)
 
 MNIST_SPLITS = ("train", "t10k")
-"""As MNIST's files call them."""
+"""Prefixes of MNIST files."""
 
-_UNPACKED, _SMALL = 100, 2**26
-"""A compressed file may unpack to so many times its size, or to so many bytes: more would fill the memory."""
+_MAX_RATIO, _ALWAYS_ALLOWED = 100, 2**26
+"""A compressed file may expand to this multiple of its size, or to this many bytes; a limit against zip bombs."""
 
-_IN_A_ROW = 100
-"""So many broken files one after the other are no accident."""
+_MAX_BAD_IN_A_ROW = 100
+"""Consecutive unreadable files that are skipped before it is an error."""
 
 
 class Paths(Sequence[Path]):
-    """Paths below a folder, as one string of bytes."""
+    """Paths below a folder, stored compactly as one byte string."""
 
     def __init__(self, root: Path, names: Iterable[str]) -> None:
         self.root, self._text, self._ends = root, bytearray(), array("Q", [0])
@@ -53,12 +53,12 @@ class Paths(Sequence[Path]):
 
 
 class Files:
-    """Picture files, each read as its centre square.
+    """Image files, read as their centre squares.
 
-    One that cannot be read is replaced by the next that can; `bad` has the numbers of those found so far.
+    An unreadable file is replaced by the next readable one; `bad` contains the indices of those found so far.
 
     Raises:
-        ImageError: (from `item`) a hundred in a row cannot be read.
+        ImageError: (from `item`) 100 consecutive files cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path], *, size: int, channels: int, starts: np.ndarray | None = None) -> None:
@@ -70,22 +70,22 @@ class Files:
 
     def item(self, index: int) -> np.ndarray:
         error: ImageError | None = None
-        for step in range(min(_IN_A_ROW, len(self))):
+        for step in range(min(_MAX_BAD_IN_A_ROW, len(self))):
             place = (index + step) % len(self)
             if place in self.bad:
                 continue
             try:
-                return in_channels(load_image(self.paths[place], resolution=self.size), self.channels)
+                return to_channels(load_image(self.paths[place], resolution=self.size), self.channels)
             except ImageError as broken:
                 error = broken
                 if not self.bad:
-                    logger.warning("%s; left out, and so will others be", broken)
+                    logger.warning("%s; skipping it and further unreadable files", broken)
                 self.bad.add(place)
-        raise ImageError(f"{self.paths[index]} and the {_IN_A_ROW} after it cannot be read") from error
+        raise ImageError(f"{self.paths[index]}: cannot be read, nor the following files; check the data") from error
 
 
 class Arrays:
-    """Pictures that lie in an array, uint8 (N, H, W) or (N, H, W, C)."""
+    """Images in an array, uint8 (N, H, W) or (N, H, W, C)."""
 
     def __init__(self, pictures: np.ndarray, *, size: int, channels: int) -> None:
         self.pictures, self.size, self.channels = pictures, size, channels
@@ -96,7 +96,7 @@ class Arrays:
 
     def item(self, index: int) -> np.ndarray:
         picture = self.pictures[index]
-        picture = in_channels(picture if picture.ndim == 3 else picture[..., None], self.channels)
+        picture = to_channels(picture if picture.ndim == 3 else picture[..., None], self.channels)
         height, width = picture.shape[:2]
         if (height, width) == (self.size, self.size):
             return picture
@@ -104,36 +104,36 @@ class Arrays:
         left, top = (width - side) / 2, (height - side) / 2
         image = Image.fromarray(picture[..., 0] if self.channels == 1 else picture)
         image = image.resize((self.size,) * 2, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        return in_channels(np.array(image), self.channels)
+        return to_channels(np.array(image), self.channels)
 
 
 def folder(path: str | Path, *, size: int, channels: int) -> Files:
-    """The images of a folder and of all below it, in the order of their names; hidden ones are left out.
+    """Images of a folder and its subfolders, sorted by name, without hidden ones.
 
     Raises:
-        ImageError: no such folder, or no image in it.
+        ImageError: the folder does not exist or contains no images.
     """
     root = _folder(path)
     paths = Paths(root, _images_below(root))
     if not len(paths):
-        raise ImageError(f"{path} holds no picture, nor do the folders below it: {', '.join(EXTENSIONS)} count")
+        raise ImageError(f"{path}: contains no images; allowed are {', '.join(EXTENSIONS)}")
     return Files(paths, size=size, channels=channels)
 
 
-def frames(path: str | Path, listed: str | Path | None = None, *, size: int, channels: int) -> Files:
-    """Frames of videos, `<video>/<frame>.jpg`, those of a video in the order of their names and kept together.
+def frames(path: str | Path, video_list: str | Path | None = None, *, size: int, channels: int) -> Files:
+    """Video frames, `<video>/<frame>.jpg`, grouped by video and sorted by name.
 
     Args:
-        listed: which videos: a text file with one name per line, or one frame (`<video>/<frame>.jpg`); or a .json with
-            a list of names or of objects with an `id`, as Something-Something v2 has them. None for all, in the order
-            of their names. Videos of the list that are not there are counted in a warning.
+        video_list: a text file with one video or frame (`<video>/<frame>.jpg`) per line, or a .json file with a list of
+            names or of objects with an `id`, as in Something-Something v2. None uses all videos, sorted by name.
+            Missing videos are counted in a warning.
 
     Raises:
-        ImageError: no such folder or list, or no frame.
+        ImageError: the folder or list does not exist, or there are no frames.
     """
     root = _folder(path)
-    entries = _listed(Path(listed)) if listed is not None else sorted(_folders(root))
-    videos: dict[str, list[str]] = {}  # a list of frames may go through all videos again and again
+    entries = _read_list(Path(video_list)) if video_list is not None else sorted(_folders(root))
+    videos: dict[str, list[str]] = {}  # a list of frames may return to a video
     for entry in entries:
         videos.setdefault(str(Path(entry).parent) if _is_frame(entry) else entry, []).append(entry)
     starts, absent = array("Q"), 0
@@ -152,58 +152,60 @@ def frames(path: str | Path, listed: str | Path | None = None, *, size: int, cha
 
     paths = Paths(root, names())
     if not len(paths):
-        raise ImageError(f"{path} holds no frames: expected <video>/<frame>.jpg" + (f", as in {listed}" * bool(listed)))
+        raise ImageError(
+            f"{path}: contains no frames <video>/<frame>.jpg" + (f" of {video_list}" if video_list else "")
+        )
     if absent:
-        logger.warning("%s: %d of %d videos have no frames here", path, absent, len(entries))
+        logger.warning("%s: %d of %d videos have no frames", path, absent, len(entries))
     return Files(paths, size=size, channels=channels, starts=np.array(starts, np.int64))
 
 
 def _is_frame(entry: str) -> bool:
-    """Whether an entry of a list names a frame, and not a video."""
+    """Whether an entry of a list is a frame instead of a video."""
     return entry.lower().endswith(EXTENSIONS)
 
 
 def _frames_of(root: Path, entry: str) -> list[str]:
-    """Those of a video, or a single one, as far as they are there."""
+    """Existing frames of an entry: of a video, or the frame itself."""
     if _is_frame(entry):
         return [entry] if (root / entry).is_file() else []
     return [f"{entry}/{name}" for name in _images(root / entry)]
 
 
 def mnist(path: Path) -> list[np.ndarray]:
-    """Pictures of the training split and, where it is there, of the test split; of a file, its own."""
+    """Images of the training split and, if present, of the test split; of a single file, its images."""
     if path.is_file():
         return [_idx(path)]
     found = {prefix: idx_files(path, prefix) for prefix in MNIST_SPLITS}
     if not found["train"]:
-        raise ImageError(f"{path} has no train-images-idx3-ubyte(.gz)")
+        raise ImageError(f"{path}: contains no train-images-idx3-ubyte(.gz)")
     return [_idx(files[0]) for files in found.values() if files]
 
 
 def npz(path: Path) -> list[np.ndarray]:
-    """`x_train` and `x_test`, or the only array of pictures."""
+    """Arrays `x_train` and `x_test`, or the only array of images."""
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > _largest(path.stat().st_size):
-                raise ImageError(f"{path} unpacks to more than {_UNPACKED} times its size: save it uncompressed")
+            if sum(entry.file_size for entry in archive.infolist()) > _max_unpacked(path.stat().st_size):
+                raise ImageError(f"{path}: expands to more than {_MAX_RATIO} times its size; save it uncompressed")
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("x_train", "x_test") if name in file.files] or file.files
             found = {name: pictures for name in names if (pictures := file[name]).ndim in (3, 4)}
     except BROKEN as error:
-        raise ImageError(f"{path} cannot be read ({error}): give an .npz with an array of pictures") from error
+        raise ImageError(f"{path}: cannot be read ({error}); give an .npz file with an array of images") from error
     if not found or (len(found) > 1 and [*found] != ["x_train", "x_test"]):
-        raise ImageError(f"{path} has {len(found)} arrays of pictures: give one, or x_train and x_test")
+        raise ImageError(f"{path}: has {len(found)} arrays of images; give one, or x_train and x_test")
     for pictures in found.values():
         if pictures.dtype != np.uint8 or pictures.shape[3:] not in ((), (1,), (3,)):
-            what = f"{pictures.dtype} {pictures.shape}"
-            raise ImageError(f"{path} holds {what}: expected uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+            actual = f"{pictures.dtype} {pictures.shape}"
+            raise ImageError(f"{path}: has {actual}; expected uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
         if not pictures.size:
-            raise ImageError(f"{path} holds no picture")
+            raise ImageError(f"{path}: contains no images")
     return [*found.values()]
 
 
 def idx_files(path: Path, prefix: str) -> list[Path]:
-    """MNIST's pictures of a split, as Yann LeCun named them, also as others unpack them."""
+    """MNIST image files of a split, under the original name or with a dot, also in subfolders raw and MNIST/raw."""
     pattern = re.compile(rf"{prefix}-images[-.]idx3-ubyte(?:\.gz)?")
     return [
         place / name
@@ -215,36 +217,37 @@ def idx_files(path: Path, prefix: str) -> list[Path]:
 
 
 def _idx(path: Path) -> np.ndarray:
-    """A file of pictures in IDX, gzipped or not -> uint8 (N, H, W)."""
+    """IDX file with images, gzipped or not -> uint8 (N, H, W)."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             with gzip.open(path) as file:
-                most = _largest(len(data))
-                data = file.read(most + 1)
-            if len(data) > most:
-                raise ImageError(f"{path} unpacks to more than {_UNPACKED} times its size: unpack it yourself")
+                limit = _max_unpacked(len(data))
+                data = file.read(limit + 1)
+            if len(data) > limit:
+                raise ImageError(f"{path}: expands to more than {_MAX_RATIO} times its size; decompress it first")
     except (OSError, EOFError, zlib.error) as error:
-        raise ImageError(f"{path} cannot be read ({error}): download it again") from error
+        raise ImageError(f"{path}: cannot be read ({error}); download it again") from error
     if len(data) < 16 or data[:4] != b"\0\0\x08\x03":
-        raise ImageError(f"{path} has no pictures in IDX format (bytes in three dimensions)")
+        raise ImageError(f"{path}: is not an IDX file with images; expected bytes in three dimensions")
     shape = struct.unpack(">3I", data[4:16])
     if len(data) - 16 != math.prod(shape) or not math.prod(shape):
         raise ImageError(
-            f"{path} is to have {shape[0]} pictures of {shape[1]} x {shape[2]} and has {len(data) - 16} bytes"
+            f"{path}: header says {shape[0]} images of {shape[1]} x {shape[2]} but there are {len(data) - 16} bytes;"
+            " download it again"
         )
     return np.frombuffer(data, np.uint8, offset=16).reshape(shape)
 
 
-def _largest(size: int) -> int:
-    """What a compressed file of a size may unpack to."""
-    return max(_UNPACKED * size, _SMALL)
+def _max_unpacked(size: int) -> int:
+    """Largest allowed expanded size (bytes) of a compressed file of `size` bytes."""
+    return max(_MAX_RATIO * size, _ALWAYS_ALLOWED)
 
 
 def _folder(path: str | Path) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise ImageError(f"{path} {'is a file, not a folder' if root.exists() else 'does not exist'}")
+        raise ImageError(f"{path}: {'is a file' if root.exists() else 'does not exist'}; give a folder")
     return root
 
 
@@ -252,17 +255,17 @@ def _images_below(root: Path) -> Iterator[str]:
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(place, root)
-        yield from (os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if _counts(name))
+        yield from (os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if _is_image(name))
 
 
 def _images(path: Path) -> list[str]:
     try:
-        return sorted(name for name in os.listdir(path) if _counts(name))
+        return sorted(name for name in os.listdir(path) if _is_image(name))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def _counts(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
@@ -271,20 +274,20 @@ def _folders(root: Path) -> list[str]:
         return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _listed(path: Path) -> list[str]:
-    """Names of a list file."""
+def _read_list(path: Path) -> list[str]:
+    """Entries of a list file."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
         return [str(entry["id"] if isinstance(entry, dict) else entry) for entry in json.loads(text)]
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist: give a list of videos") from None
+        raise ImageError(f"{path}: does not exist; give a list of videos") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ImageError(f"{path} is no list of videos ({error!r}): one per line, or a JSON list") from error
+        raise ImageError(f"{path}: is not a list of videos ({error!r}); give one per line, or a JSON list") from error
 
 
-def in_channels(picture: np.ndarray, channels: int) -> np.ndarray:
+def to_channels(picture: np.ndarray, channels: int) -> np.ndarray:
     """uint8 (H, W), (H, W, 1) or (H, W, 3) -> (H, W, channels)."""
     picture = picture if picture.ndim == 3 else picture[..., None]
     if picture.shape[2] == channels:

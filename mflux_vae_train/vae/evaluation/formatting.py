@@ -1,4 +1,4 @@
-"""How numbers of an autoencoder's training are told: on a progress bar, and on a line."""
+"""Text of training metrics: for the progress bar and for log lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mflux_vae_train.training.hooks import Record
 
 
 class Progress:
-    """Reconstruction error, divergence and latent units in use of an update; images per second, smoothed; memory.
+    """Fields of the progress bar: error, KL, active dimensions, images per second (smoothed), peak memory.
 
     Args:
-        images: in an update.
+        images: images per update.
     """
 
     def __init__(self, images: int) -> None:
@@ -33,14 +33,14 @@ class Progress:
         }
 
 
-def in_words(metrics: Mapping[str, float], units: int) -> str:
-    """What was measured of images, with units.
+def metrics_text(metrics: Mapping[str, float], units: int) -> str:
+    """Metrics with units in one line.
 
     Args:
-        metrics: as `Validation.measured` gives them, or some of them.
-        units: latent units, or channels.
+        metrics: all or some of the metrics of `Validation.measure`.
+        units: number of latent dimensions or channels.
     """
-    show = {
+    formats = {
         "loss": "loss {:.4g}",
         "rec": "rec {:.4g}",
         "kl": "KL {:.4g} nats",
@@ -48,4 +48,4 @@ def in_words(metrics: Mapping[str, float], units: int) -> str:
         "tc": "TC {:.3g} nats",
         "active": f"{{:.0f}} of {units} units active",
     }
-    return ", ".join(show.get(name, f"{name} {{:.4g}}").format(value) for name, value in metrics.items())
+    return ", ".join(formats.get(name, f"{name} {{:.4g}}").format(value) for name, value in metrics.items())

@@ -1,7 +1,7 @@
-"""A critic of patches that an autoencoder is trained against, as in latent-diffusion (Esser et al. 2021, Rombach 2022).
+"""Adversarial losses with a patch discriminator, as in latent-diffusion (Esser et al. 2021, Rombach et al. 2022).
 
-The autoencoder's loss is nll + w * generator_loss(critic(reconstruction)), where w is `adaptive_weight`, from the step
-on where the critic starts; the critic's is `hinge_loss`. Values are per sample, (B,).
+The discriminator minimizes `hinge_loss`. From its first step on, the autoencoder minimizes nll + w *
+generator_loss(discriminator(reconstruction)), where w is `adaptive_weight`. Values are per sample, (B,).
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from mflux_vae.kernels import leaky_relu
 from mflux_vae.networks.layers import BatchNorm, Conv2d
 
 NEGATIVE_SLOPE = 0.2
-MOST = 1e4
-"""Of the adaptive weight."""
+MAX_ADAPTIVE_WEIGHT = 1e4
+"""Upper limit of the adaptive weight."""
 
 FromWeight: TypeAlias = Callable[[mx.array], mx.array]
-"""The weight of the decoder's last layer -> a loss, a scalar."""
+"""Weight of the decoder's last layer -> scalar loss."""
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real patches from made ones: with three layers a logit for each 70 x 70 pixels (Isola et al. 2017).
+    """PatchGAN discriminator: with three strided layers, one logit per 70 x 70 patch (Isola et al. 2017).
 
-    Kernels are 4x4 with padding 1; `n_layers` halve the resolution, one more keeps it, and one makes the logits. All
-    but the first and the last are followed by batch norms, which in training use the batch's statistics (see
-    `layers.BatchNorm`).
+    Kernels are 4x4 with padding 1. `n_layers` layers halve the resolution, one keeps it, one computes the logits. All
+    but the first and the last are followed by batch normalization (see `layers.BatchNorm`).
 
     Args:
-        in_channels: of an image.
-        width: channels of the first layer; each doubles them, to 8 times as many at most.
+        in_channels: image channels.
+        width: channels of the first layer; each layer doubles them, up to 8 * width.
         n_layers: strided layers.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, n_layers: int = 3):
         super().__init__()
         if min(in_channels, width, n_layers) < 1:
-            raise SettingsError(f"a discriminator of {n_layers} layers, {width} wide, for {in_channels} channels")
+            raise SettingsError(
+                f"discriminator: n_layers {n_layers}, width {width}, in_channels {in_channels}; all must be at least 1"
+            )
         widths = [width * min(2**level, 8) for level in range(n_layers + 1)]
         self.convs = [_convolution(in_channels, width, stride=2, bias=True)]
         self.norms = []
@@ -59,40 +60,39 @@ class PatchDiscriminator(nn.Module):
         return self.convs[-1](x)
 
 
-def hinge_loss(real: mx.array, made: mx.array) -> mx.array:
-    """The critic's: logits of pictures and of reconstructions, (B, h, w, 1) each -> (B,).
+def hinge_loss(real: mx.array, fake: mx.array) -> mx.array:
+    """Discriminator loss: logits of images and of reconstructions, (B, h, w, 1) each -> (B,).
 
-    Both are to be computed with gradients for the critic alone: `mx.stop_gradient` what it sees.
+    Apply `mx.stop_gradient` to the reconstructions before the discriminator.
     """
-    return 0.5 * (_mean(mx.maximum(1 - real, 0)) + _mean(mx.maximum(1 + made, 0)))
+    return 0.5 * (_sample_mean(mx.maximum(1 - real, 0)) + _sample_mean(mx.maximum(1 + fake, 0)))
 
 
-def generator_loss(made: mx.array) -> mx.array:
-    """The autoencoder's: logits of its reconstructions (B, h, w, 1) -> (B,)."""
-    return -_mean(made)
+def generator_loss(fake: mx.array) -> mx.array:
+    """Autoencoder loss: logits of reconstructions (B, h, w, 1) -> (B,)."""
+    return -_sample_mean(fake)
 
 
 def adaptive_weight(
-    nll: FromWeight, generator: FromWeight, weight: mx.array, *, scale: float = 0.5, most: float = MOST
+    nll: FromWeight, generator: FromWeight, weight: mx.array, *, scale: float = 0.5, limit: float = MAX_ADAPTIVE_WEIGHT
 ) -> mx.array:
-    """The generator's weight with which it pulls the decoder's last layer about as hard as the reconstruction does.
+    """Weight that balances the gradients of generator and reconstruction loss at the decoder's last layer.
 
-    scale * clip(|grad nll| / (|grad generator| + 1e-4), 0, most), with gradients by the last layer's weight (Esser et
-    al. 2021, equation 7); a constant for the gradients of the loss it is used in.
+    scale * clip(|grad nll| / (|grad generator| + 1e-4), 0, limit), with gradients with respect to that layer's weight
+    (Esser et al. 2021, equation 7). No gradient flows through the result.
 
     Args:
-        nll, generator: both losses, averaged over the batch, as functions of that weight alone. The layers before it
-            should be computed once, outside.
-        weight: the present one.
+        nll, generator: batch averages of the losses as functions of that weight. Compute earlier layers once, outside.
+        weight: current weight of the layer.
         scale: latent-diffusion's `disc_weight`.
     """
     norms = [mx.sqrt(mx.square(mx.grad(loss)(mx.stop_gradient(weight))).sum()) for loss in (nll, generator)]
-    return mx.stop_gradient(scale * mx.clip(norms[0] / (norms[1] + 1e-4), 0.0, most))
+    return mx.stop_gradient(scale * mx.clip(norms[0] / (norms[1] + 1e-4), 0.0, limit))
 
 
-def started(step: int, start: int) -> float:
-    """1.0 from step number `start` on, 0.0 before: the factor of both adversarial losses."""
-    return float(step >= start)
+def started(step: int, start: int) -> bool:
+    """Whether the adversarial losses apply at this step."""
+    return step >= start
 
 
 def _convolution(in_channels: int, out_channels: int, *, stride: int, bias: bool) -> Conv2d:
@@ -101,5 +101,5 @@ def _convolution(in_channels: int, out_channels: int, *, stride: int, bias: bool
     return conv
 
 
-def _mean(values: mx.array) -> mx.array:
+def _sample_mean(values: mx.array) -> mx.array:
     return values.reshape(values.shape[0], -1).mean(axis=1)

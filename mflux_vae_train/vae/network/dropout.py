@@ -1,4 +1,4 @@
-"""Dropout inside a network as a function of keys: a resumed run drops what an uninterrupted one does."""
+"""Dropout as a function of random keys, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import mlx.nn as nn
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
 
 
-def by_keys(network: nn.Module) -> DropoutKeys:
-    """Puts a dropout that keys draw in the place of each `nn.Dropout` that a module calls `dropout`.
+def use_keyed_dropout(network: nn.Module) -> DropoutKeys:
+    """Replace each `nn.Dropout` in an attribute `dropout` by a `KeyedDropout`.
 
     Returns:
-        what holds the keys, (B, 2), one per sample; without them nothing is dropped.
+        holder of the keys (B, 2), one per sample; without keys dropout is the identity.
     """
     keys = DropoutKeys()
     holders = [module for _, module in network.named_modules() if isinstance(module.get("dropout"), nn.Dropout)]
@@ -24,6 +24,6 @@ def by_keys(network: nn.Module) -> DropoutKeys:
 
 
 def capture_keys(block: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """A context with the keys that are set now, for a block that computes itself again later."""
-    held = (module.get("dropout") for _, module in block.named_modules())
-    return next((dropout.capture_keys() for dropout in held if isinstance(dropout, KeyedDropout)), nullcontext)
+    """Context with the current keys, for a block that is recomputed later."""
+    layers = (module.get("dropout") for _, module in block.named_modules())
+    return next((dropout.capture_keys() for dropout in layers if isinstance(dropout, KeyedDropout)), nullcontext)

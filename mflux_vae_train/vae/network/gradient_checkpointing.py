@@ -1,4 +1,4 @@
-"""Gradient checkpointing (arXiv:1604.06174): blocks keep their input alone, and compute again in the backward pass."""
+"""Gradient checkpointing (arXiv:1604.06174): blocks keep only their input and are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mflux_vae_train.vae.network.dropout import capture_keys
 
 
 def recompute_blocks(network: nn.Module) -> int:
-    """Make every block of encoder and decoder that consists of layers a recomputed one, in training mode.
+    """Recompute every block of encoder and decoder in the backward pass, in training mode.
 
-    The blocks get a class of their own, derived from what they were; parameters, their names and results stay.
+    Each block gets a subclass of its class. Parameters, their names and results do not change.
 
     Returns:
-        how many there are.
+        number of blocks.
     """
     blocks: list[Any] = []
     for half in network.children().values():
@@ -28,41 +28,41 @@ def recompute_blocks(network: nn.Module) -> int:
         blocks += [block for _, block in children if block.children()]
     for block in blocks:
         kind: Any = type(block)
-        block.__class__ = _recomputing(kind)
+        block.__class__ = _recomputed_class(kind)
     return len(blocks)
 
 
 @cache
-def _recomputing(kind: Any) -> Any:
+def _recomputed_class(kind: Any) -> Any:
     def call(self: Any, x: Any, *settings: Any) -> Any:
         if not self.training:
             return kind.__call__(self, x, *settings)
 
         keys = capture_keys(self)
         if isinstance(x, Variable):
-            seen: list[dict[str, mx.array]] = []
+            recorded: list[dict[str, mx.array]] = []
 
             def part(x: Variable) -> Any:
                 with keys():
                     y = kind.__call__(self, x, *settings)
-                seen.append(batch_statistics(self))
+                recorded.append(batch_statistics(self))
                 return y
 
-            taped = x.tape.checkpoint(part, x, self.trainable_parameters())
-            fold_statistics(self, seen[0])
-            return taped
+            output = x.tape.checkpoint(part, x, self.trainable_parameters())
+            fold_statistics(self, recorded[0])
+            return output
 
         def inner(parameters: Any, x: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
             self.update(parameters)
             with keys():
                 return kind.__call__(self, x, *settings), batch_statistics(self)
 
-        own = self.trainable_parameters()
-        y, statistics = mx.checkpoint(inner)(own, x)
-        self.update(own)  # tracing leaves its placeholders
+        parameters = self.trainable_parameters()
+        y, statistics = mx.checkpoint(inner)(parameters, x)
+        self.update(parameters)  # tracing leaves placeholders
         fold_statistics(self, statistics)
         return y
 
-    # a stage must not be gone through layer by layer any more
+    # callers must not run the layers of a stage one by one
     members = {"__call__": call, "steps": lambda self: [self], "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), members)

@@ -1,4 +1,4 @@
-"""Weights to begin with, by which a small autoencoder learns in minutes."""
+"""Initial weights with which a small autoencoder trains in minutes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae_train.randomness import Stream, rng
 
 LOGVAR_BIAS = -5.0
-"""A posterior that is narrow at first: noise would hide from the decoder what there is to learn."""
+"""Initial log variance: a narrow posterior, so that noise does not hide the latents from the decoder."""
 
 _MOMENTS = ("quant_conv.bias", "encoder.conv_out.bias")
-"""Of the last layer before the posterior, whose second half is the logarithm of the variance."""
+"""Bias of the last layer before the posterior, by network; its second half is the log variance."""
 
 
 def orthogonal(network: Any, seed: int) -> None:
-    """Kernels with orthonormal rows, residual branches that begin at zero, biases zero, and a narrow posterior."""
+    """Set kernels with orthonormal rows, zero residual branches, zero biases and a narrow posterior."""
     draw = rng(seed, Stream.INIT)
     weights: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
     moments = next((name for name in _MOMENTS if name in weights), None)

@@ -1,4 +1,4 @@
-"""Training an autoencoder that ends at any moment: it goes on to the same files, to the bit."""
+"""A training that ends at any moment resumes to the same files, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.training import step
 from mflux_vae_train.vae.config import settings_from_dict
 from mflux_vae_train.vae.data.sources import Arrays
-from mflux_vae_train.vae.fingerprint import identity
+from mflux_vae_train.vae.fingerprint import run_identity
 from mflux_vae_train.vae.train import VAETrainer
 from tests.faults.runs import left, same
 from tests.helpers.crash_copies import states
@@ -59,7 +59,7 @@ def run_of(out: Path) -> Path:
     return out / "checkpoints" / "run"
 
 
-def test_killed_before_any_change_of_a_file_it_goes_on_to_the_same_result(pictures: Path, tmp_path: Path) -> None:
+def test_killed_before_any_file_change_resumes_to_the_same_result(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     taken = states(out, tmp_path / "states", lambda: train(pictures, out), every=13)
     expected = left(run_of(Path(shutil.move(out, tmp_path / "whole"))))
@@ -72,10 +72,10 @@ def test_killed_before_any_change_of_a_file_it_goes_on_to_the_same_result(pictur
 
 
 @pytest.mark.parametrize(("update", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (6, signal.SIGTERM)])
-def test_a_signal_leaves_out_no_validation(
+def test_a_signal_skips_no_validation(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int, number: int
 ) -> None:
-    """Two updates make an epoch: a validation is due after the second when the signal arrives."""
+    """An epoch has two updates: a validation is due when the signal arrives during the second."""
     train(pictures, tmp_path / "whole")
     own = step.Step.__call__
 
@@ -93,7 +93,7 @@ def test_a_signal_leaves_out_no_validation(
     same(run_of(tmp_path / "out"), left(run_of(tmp_path / "whole")))
 
 
-def test_a_second_run_is_refused_and_a_full_disk_is_one_error(
+def test_a_second_process_and_a_full_disk_are_errors(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(pictures, tmp_path / "whole")
@@ -104,29 +104,29 @@ def test_a_second_run_is_refused_and_a_full_disk_is_one_error(
             raise RuntimeError("[write] Unable to write 8 bytes to file.")
         own(file, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="checkpoint-4: cannot be written"):
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="checkpoint-4"):
         patch.setattr(mx, "save_safetensors", full)
         train(pictures, tmp_path / "out")
-    with Lock(run_of(tmp_path / "out")), pytest.raises(SettingsError, match="another process is at work"):
+    with Lock(run_of(tmp_path / "out")), pytest.raises(SettingsError, match="process"):
         train(pictures, tmp_path / "out")
     train(pictures, tmp_path / "out")
     same(run_of(tmp_path / "out"), left(run_of(tmp_path / "whole")))
 
 
-def test_other_data_are_refused_wherever_they_changed(pictures: Path, tmp_path: Path) -> None:
+def test_changed_images_are_rejected(pictures: Path, tmp_path: Path) -> None:
     train(pictures, tmp_path / "out", num_epochs=1, lr_scheduler="constant")
     moved = Path(shutil.copytree(pictures, tmp_path / "elsewhere"))
-    train(moved, tmp_path / "out", num_epochs=2, lr_scheduler="constant")  # the same data, and a longer run
+    train(moved, tmp_path / "out", num_epochs=2, lr_scheduler="constant")  # same images, longer run
     save_image(pictures / "3.png", np.zeros((14, 12, 3), np.uint8))
     changed = {"num_epochs": 3, "lr_scheduler": "constant", "learning_rate": 1e-5}
-    with pytest.raises(SettingsError, match=r"images was '4 and 2.*learning_rate was .*--allow_changes"):
+    with pytest.raises(SettingsError, match=r"images.*learning_rate.*--allow_changes"):
         train(pictures, tmp_path / "out", **changed)
     assert train(pictures, tmp_path / "out", allow_changes=True, **changed).updates == 2
     assert checkpoint.latest(run_of(tmp_path / "out")) == run_of(tmp_path / "out") / "checkpoint-6"
 
 
-def test_the_content_of_files_counts_not_where_they_lie(tmp_path: Path) -> None:
-    """A list of videos through a whole training; the weights of LPIPS, which are large, as the run is compared by."""
+def test_the_content_of_files_counts_not_their_path(tmp_path: Path) -> None:
+    """Trains with a list of videos; compares only the identity for the large weights of LPIPS."""
     for video in ("a", "b", "c"):
         for number in range(3):
             shade = np.full((12, 12, 3), 60 * ord(video) % 250 + number, np.uint8)
@@ -138,14 +138,14 @@ def test_the_content_of_files_counts_not_where_they_lie(tmp_path: Path) -> None:
     moved = shutil.move(tmp_path / "list.txt", tmp_path / "moved.txt")
     assert train(videos, out, data_list=str(moved), num_epochs=2, **given).updates == made
     (tmp_path / "moved.txt").write_text("a\nc\n")
-    with pytest.raises(SettingsError, match=r"data_list was .*--allow_changes"):
+    with pytest.raises(SettingsError, match=r"data_list.*--allow_changes"):
         train(videos, out, data_list=str(moved), num_epochs=3, **given)
 
     source = Arrays(np.zeros((4, 12, 12, 3), np.uint8), size=12, channels=3)
 
     def compared(*files: Path) -> Any:
         settings = settings_from_dict({"lpips": [str(file) for file in files] or None})
-        return identity(settings, nn.Module(), source, source)["lpips"]
+        return run_identity(settings, nn.Module(), source, source)["lpips"]
 
     (tmp_path / "one").write_bytes(b"one")
     (tmp_path / "two").write_bytes(b"two")
@@ -155,16 +155,16 @@ def test_the_content_of_files_counts_not_where_they_lie(tmp_path: Path) -> None:
     assert compared(tmp_path / "two", tmp_path / "one") != known and compared() is None
     (tmp_path / "two").write_bytes(b"three")
     assert compared(tmp_path / "one", tmp_path / "two") != known
-    with pytest.raises(SettingsError, match="three cannot be read"):
+    with pytest.raises(SettingsError, match="three"):
         compared(tmp_path / "three")
 
 
-def test_other_initial_weights_are_refused_and_the_same_elsewhere_are_not(pictures: Path, tmp_path: Path) -> None:
+def test_changed_initial_weights_are_rejected(pictures: Path, tmp_path: Path) -> None:
     first = train(pictures, tmp_path / "first").best
     other = train(pictures, tmp_path / "other", seed=1).best
     options = {"samples_every": None, "lr_scheduler": "constant"}
     train(pictures, tmp_path / "out", init_from=str(first), num_epochs=1, **options)
-    with pytest.raises(SettingsError, match="initial weights was"):
+    with pytest.raises(SettingsError, match="initial weights"):
         train(pictures, tmp_path / "out", init_from=str(other), num_epochs=2, **options)
     copied = shutil.copy(first, tmp_path / "copied.safetensors")
     assert train(pictures, tmp_path / "out", init_from=str(copied), num_epochs=2, **options).updates == 2

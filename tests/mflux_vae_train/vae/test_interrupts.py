@@ -1,4 +1,4 @@
-"""Signals in the middle of a validation or of its pictures: left at once, made when the run goes on."""
+"""Signals during a validation or its previews: stop at once, repeat on resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.signals import signalled_within
 
 
 def train(tmp_path: Path, name: str) -> Any:
-    """Six updates, of which each second one ends an epoch; with averaged weights, which a validation measures."""
+    """Six updates in three epochs, with averaged weights, which are validated."""
     pictures = tmp_path / "pictures"
     if not pictures.exists():
         draws = np.random.default_rng(0)
@@ -43,20 +43,20 @@ def train(tmp_path: Path, name: str) -> Any:
     return VAETrainer(settings_from_dict(given)).train()
 
 
-# Four images are held out: a validation encodes them one by one. Pictures are written twice after each validation.
+# Four images are held out and encoded one by one. Two previews are written after each validation.
 MOMENTS = {
-    "the first validation": ("sampled", 3, 2),
-    "the second validation": ("sampled", 5, 4),
-    "the last validation": ("sampled", 12, 6),
-    "pictures": ("save_image", 2, 2),
-    "the last pictures": ("save_image", 5, 6),
+    "the first validation": ("sample_latents", 3, 2),
+    "the second validation": ("sample_latents", 5, 4),
+    "the last validation": ("sample_latents", 12, 6),
+    "previews": ("save_image", 2, 2),
+    "the last previews": ("save_image", 5, 6),
 }
-"""What of the module is called, which call, and the updates that were made."""
+"""Function of the module, number of the call, completed updates."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_what_a_signal_broke_off_is_made_when_the_run_goes_on(moment: str, number: int, tmp_path: Path) -> None:
+def test_interrupted_hooks_run_on_resume(moment: str, number: int, tmp_path: Path) -> None:
     name, call, update = MOMENTS[moment]
     out = tmp_path / "out" / "checkpoints" / "run"
     whole = train(tmp_path, "whole")
@@ -65,23 +65,23 @@ def test_what_a_signal_broke_off_is_made_when_the_run_goes_on(moment: str, numbe
     intact(out)
     assert checkpoint.latest(out) == out / f"checkpoint-{update}"
     assert not (out / "samples" / f"samples-{update:06}.png").exists()
-    _carries_the_same_weights(out / f"checkpoint-{update}", tmp_path / "whole/checkpoints/run")
+    _assert_same_arrays(out / f"checkpoint-{update}", tmp_path / "whole/checkpoints/run")
     again = train(tmp_path, "out")
     assert again.updates == 6 - update and again.metrics == whole.metrics
     same(out, left(whole.folder))
 
 
-def _carries_the_same_weights(folder: Path, whole: Path) -> None:
-    """Not the averaged ones that the validation had put in their place."""
+def _assert_same_arrays(folder: Path, whole: Path) -> None:
+    """The checkpoint has the trained weights, not the averaged ones used by the validation."""
     other = whole / folder.name
-    if other.exists():  # the last two are kept
+    if other.exists():  # only the last two are kept
         ours, theirs = (mx.load(str(one / checkpoint.ARRAYS)) for one in (folder, other))
         assert isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()
         for path, array in ours.items():
             assert mx.array_equal(array, theirs[path]), path
 
 
-def test_before_the_first_update(tmp_path: Path) -> None:
+def test_a_signal_before_the_first_update(tmp_path: Path) -> None:
     train(tmp_path, "whole")
     with signalled_within(VAETrainer, "_train", 1, signal.SIGTERM):
         train(tmp_path, "out")

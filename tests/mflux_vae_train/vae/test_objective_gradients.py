@@ -1,4 +1,4 @@
-"""The objective's own way to its gradients gives those of `mx.grad`, whatever the network."""
+"""Gradients of the objective's tape agree with `mx.grad` for every network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_of_every_network(name: str, recompute: bool) -> None:
+def test_tape_agrees_with_mx_grad(name: str, recompute: bool) -> None:
     network = NETWORKS[name]()
     network.train()
     mx.eval(network.parameters())
@@ -57,11 +57,11 @@ def test_of_every_network(name: str, recompute: bool) -> None:
         loss, metrics = objective(network, arrays)
         return 3 * loss, (metrics, network.parameters())
 
-    (loss, (told, after)), theirs = mx.value_and_grad(traced)(parameters)
+    (loss, (other_metrics, after)), theirs = mx.value_and_grad(traced)(parameters)
     network.update(buffers)
     batch_statistics(network)
     assert mx.allclose(3 * value, loss, rtol=1e-5)
-    assert told.keys() == metrics.keys()
+    assert other_metrics.keys() == metrics.keys()
     for name, array in dict(tree_flatten(after)).items():  # running statistics, too
         assert mx.allclose(moved[name], array, rtol=1e-4, atol=1e-5), name
     largest = max(float(mx.abs(array).max()) for array in dict(tree_flatten(theirs)).values())

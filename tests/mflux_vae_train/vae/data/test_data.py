@@ -1,4 +1,4 @@
-"""Sources, held-out shares, augmentation and order: everything is a function of (seed, epoch, index)."""
+"""Sources, splits, augmentation and order are functions of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae_train.vae.data import batches, sources
-from mflux_vae_train.vae.data.batches import Augmentation, Batches, Kept, Subset, in_order, open_data, split
+from mflux_vae_train.vae.data.batches import Augmentation, Batches, Cached, Subset, open_data, prefetch_batches, split
 from mflux_vae_train.vae.data.digits import Digits
 from mflux_vae_train.vae.data.sources import Arrays, Files, Paths
 
 
 class Numbers:
-    """Pictures that say which number they have."""
+    """Images filled with their index."""
 
     size, channels, starts = 2, 1, None
 
@@ -51,7 +51,7 @@ def idx(pictures: np.ndarray) -> bytes:
 
 @pytest.fixture
 def mnist() -> tuple[np.ndarray, np.ndarray]:
-    """Seven and three pictures of 4 x 4."""
+    """Seven and three images of 4 x 4."""
     draw = np.random.default_rng(0)
     return draw.integers(0, 256, (7, 4, 4), np.uint8), draw.integers(0, 256, (3, 4, 4), np.uint8)
 
@@ -65,7 +65,7 @@ def videos(tmp_path: Path) -> Path:
     return tmp_path / "videos"
 
 
-def test_a_folder_is_read_with_those_below_in_the_order_of_names(tmp_path):
+def test_folders_are_read_recursively_sorted_by_name(tmp_path):
     for value, name in enumerate(["b/x.png", "a.png", "b/c/y.JPG", ".hidden/z.png", "b/.w.png"]):
         painted(tmp_path / name, 10 * value)
     (tmp_path / "b" / "read.me").write_text("")
@@ -83,7 +83,7 @@ def test_files_are_centre_squares(tmp_path):
     assert values(sources.folder(tmp_path, size=4, channels=1)) == [200]
 
 
-def test_bad_files_are_replaced_by_the_next_and_counted(tmp_path, caplog):
+def test_bad_files_are_replaced_by_the_next(tmp_path, caplog):
     for value in range(5):
         painted(tmp_path / f"{value}.png", 10 * value)
     for value in (1, 2, 4):
@@ -94,7 +94,7 @@ def test_bad_files_are_replaced_by_the_next_and_counted(tmp_path, caplog):
     assert [record.message.count("1.png") for record in caplog.records] == [1]
     for value in (0, 3):
         (tmp_path / f"{value}.png").unlink()
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match="read"):
         sources.folder(tmp_path, size=4, channels=1).item(0)
 
 
@@ -117,26 +117,26 @@ def test_frames_of_videos_stay_together(videos):
         ("list.txt", "1/00011.jpg\n./3/00030.jpg\n1/00012.jpg\n./3/00031.jpg\n", [11, 12, 30, 31]),
     ],
 )
-def test_a_list_says_which_videos(videos, tmp_path, name, text, expected):
+def test_a_list_selects_videos(videos, tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    train, _ = open_data(videos, size=4, channels=1, listed=tmp_path / name)
+    train, _ = open_data(videos, size=4, channels=1, video_list=tmp_path / name)
     assert values(train) == expected
     assert len(train.starts) == 2
 
 
-def test_videos_that_are_not_there_are_counted_and_none_at_all_is_an_error(videos, tmp_path, caplog):
-    listed = tmp_path / "list.txt"
-    listed.write_text("2\n8\n9/00001.jpg\n")
-    assert values(open_data(videos, size=4, channels=1, listed=listed)[0]) == [20]
+def test_missing_videos_are_counted_and_no_video_is_an_error(videos, tmp_path, caplog):
+    video_list = tmp_path / "list.txt"
+    video_list.write_text("2\n8\n9/00001.jpg\n")
+    assert values(open_data(videos, size=4, channels=1, video_list=video_list)[0]) == [20]
     assert "2 of 3" in caplog.text
-    listed.write_text("8\n")
-    with pytest.raises(ImageError, match="no frames"):
-        open_data(videos, size=4, channels=1, listed=listed)
+    video_list.write_text("8\n")
+    with pytest.raises(ImageError, match="frames"):
+        open_data(videos, size=4, channels=1, video_list=video_list)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("place", [".", "raw", "MNIST/raw"])
-def test_mnist_as_it_is_published(tmp_path, mnist, place, zipped):
+def test_mnist_as_published(tmp_path, mnist, place, zipped):
     folder = tmp_path / place
     folder.mkdir(parents=True, exist_ok=True)
     for name, pictures in zip(("train", "t10k"), mnist, strict=True):
@@ -173,18 +173,18 @@ def test_npz(tmp_path, mnist):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2, 4, 4) + bytes(31)), "2 pictures of 4 x 4"),
+        ("a.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2, 4, 4) + bytes(31)), "2 images"),
         ("a", b"\0\0\x08\x01" + bytes(20), "IDX"),
-        ("a.gz", gzip.compress(bytes(100))[:20], "cannot be read"),
-        ("a.npz", b"PK\3\4", "cannot be read"),
-        ("a.npz", b"\x93NUMPY", "cannot be read"),
+        ("a.gz", gzip.compress(bytes(100))[:20], "read"),
+        ("a.npz", b"PK\3\4", "read"),
+        ("a.npz", b"\x93NUMPY", "read"),
         ("a.npz", {"x_train": np.zeros((2, 3, 3))}, "float64"),
         ("a.npz", {"a": np.zeros((2, 3, 3), np.uint8), "b": np.zeros((2, 3, 3), np.uint8)}, "2 arrays"),
-        ("a.npz", {"a": np.zeros((0, 3, 3), np.uint8)}, "no picture"),
-        ("a.npz", {"a": np.zeros((2, 3, 3, 2), np.uint8)}, "expected uint8"),
+        ("a.npz", {"a": np.zeros((0, 3, 3), np.uint8)}, "images"),
+        ("a.npz", {"a": np.zeros((2, 3, 3, 2), np.uint8)}, "uint8"),
     ],
 )
-def test_broken_files_are_told_in_one_line(tmp_path, name, content, message):
+def test_broken_files_are_one_line_errors(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, dict):
         np.savez(path, **content)
@@ -195,22 +195,22 @@ def test_broken_files_are_told_in_one_line(tmp_path, name, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(ImageError, match="does not exist"):
+def test_missing_data_and_wrong_kinds_are_errors(tmp_path):
+    with pytest.raises(ImageError, match="exist"):
         open_data(tmp_path / "nowhere", size=4, channels=1)
-    with pytest.raises(ImageError, match="no picture"):
+    with pytest.raises(ImageError, match="images"):
         open_data(tmp_path, size=4, channels=1)
-    with pytest.raises(SettingsError, match="'parquet'"):
+    with pytest.raises(SettingsError, match="parquet"):
         open_data(tmp_path, size=4, channels=1, kind="parquet")
     with pytest.raises(SettingsError, match="list"):
-        open_data("digits", size=4, channels=1, listed=tmp_path / "list")
+        open_data("digits", size=4, channels=1, video_list=tmp_path / "list")
     with pytest.raises(ImageError, match="list"):
-        open_data(tmp_path, size=4, channels=1, listed=tmp_path / "list")
-    with pytest.raises(ImageError, match="held out"):
+        open_data(tmp_path, size=4, channels=1, video_list=tmp_path / "list")
+    with pytest.raises(ImageError, match="split"):
         split(Numbers(1), 0.1, 0)
 
 
-def test_digits_are_a_function_of_seed_and_number():
+def test_digits_are_a_function_of_seed_and_index():
     digits, again = Digits(100, seed=3), Digits(10**9, seed=3)
     for index in (7, 0, 99):
         np.testing.assert_array_equal(digits.item(index), again.item(index))
@@ -219,8 +219,8 @@ def test_digits_are_a_function_of_seed_and_number():
     assert Digits(1, seed=0, size=64, channels=3).item(0).shape == (64, 64, 3)
 
 
-def test_digits_can_be_read():
-    """Closer to the average of their own kind than to any other's, far more often than by chance."""
+def test_digits_are_legible():
+    """The nearest class mean is the right one far more often than by chance."""
     digits = Digits(300, seed=0)
     pictures = np.stack([digits.item(index) for index in range(300)]).reshape(300, -1).astype(float)
     labels = np.array([digits.label(index) for index in range(300)])
@@ -229,10 +229,10 @@ def test_digits_can_be_read():
     assert (nearest == labels[200:]).mean() > 0.4
     assert pictures.max() > 180 and np.median(pictures) < 20
     sides = pictures.reshape(300, 28, 28)[:, [0, -1]]
-    assert (sides > 60).mean() < 0.01  # they do not reach over the edge
+    assert (sides > 60).mean() < 0.01  # digits do not cross the edge
 
 
-def test_a_share_is_held_out_by_the_seed():
+def test_split_is_a_function_of_the_seed():
     train, held = split(Numbers(50), 0.1, 0)
     assert len(held) == 5 and sorted(values(train) + values(held)) == list(range(50))
     assert values(split(Numbers(50), 0.1, 0)[1]) == values(held) != values(split(Numbers(50), 0.1, 1)[1])
@@ -240,7 +240,7 @@ def test_a_share_is_held_out_by_the_seed():
     assert [len(part) for part in split(Numbers(3), 0.99, 0)] == [1, 2]
 
 
-def test_augmentation_moves_and_mirrors():
+def test_augmentation_shifts_and_flips():
     picture = np.arange(30, dtype=np.uint8).reshape(5, 6, 1)
     assert Augmentation()(picture, seed=0, epoch=0, index=0) is picture
     both = Augmentation(flip=True, shift=1)
@@ -255,7 +255,7 @@ def test_augmentation_moves_and_mirrors():
     assert both(picture, seed=0, epoch=3, index=4).tobytes() == made[3 * 12 + 4]
 
 
-def test_batches_run_through_all_pictures_in_every_epoch_and_are_a_function_of_the_update():
+def test_batches_contain_each_image_once_per_epoch():
     source = Numbers(10)
     batches = Batches(source, batch=4, seed=0)
     run = [batches(update) for update in range(10)]
@@ -269,25 +269,25 @@ def test_batches_run_through_all_pictures_in_every_epoch_and_are_a_function_of_t
     assert Batches(source, batch=4, seed=1).positions(0) != Batches(source, batch=4, seed=0).positions(0)
 
 
-def test_processes_share_a_batch_and_pictures_change_with_the_epoch():
+def test_processes_share_a_batch_and_augmentation_changes_with_the_epoch():
     whole = Batches(Numbers(10), batch=6, seed=0)
-    places = [0, 1, 4, 5], [2, 3]
-    parts = [Batches(Numbers(10), batch=6, seed=0, places=own) for own in places]
+    rows = [0, 1, 4, 5], [2, 3]
+    parts = [Batches(Numbers(10), batch=6, seed=0, rows=own) for own in rows]
     for update in range(4):
-        for own, part in zip(places, parts, strict=True):
-            assert part.positions(update) == [whole.positions(update)[place] for place in own]
+        for own, part in zip(rows, parts, strict=True):
+            assert part.positions(update) == [whole.positions(update)[row] for row in own]
             np.testing.assert_array_equal(part(update), whole(update)[own])
     for each in (whole, *parts):
         each.close()
-    with pytest.raises(SettingsError, match="none of them is wanted"):
-        Batches(Numbers(10), batch=6, seed=0, places=[])
+    with pytest.raises(SettingsError, match="rows"):
+        Batches(Numbers(10), batch=6, seed=0, rows=[])
     draw = Arrays(np.random.default_rng(0).integers(0, 256, (1, 9, 9), np.uint8), size=9, channels=1)
     moved = Batches(draw, batch=1, seed=0, augmentation=Augmentation(shift=3))
     assert len({moved(epoch).tobytes() for epoch in range(8)}) > 4
     moved.close()
 
 
-def test_reading_stays_two_batches_ahead():
+def test_two_batches_are_prefetched():
     source = Numbers(10_000)
     batches = Batches(source, batch=32, seed=0)
     for update in range(3):
@@ -296,17 +296,17 @@ def test_reading_stays_two_batches_ahead():
     assert 3 * 32 <= len(source.read) <= (3 + 2) * 32 + 2 * 16
 
 
-def test_validation_sees_everything_once():
+def test_validation_reads_each_image_once():
     pieces = [range(0, 3), range(3, 6), range(6, 7)]
-    assert [batch[:, 0, 0, 0].tolist() for batch in in_order(Numbers(7), pieces)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [batch[:, 0, 0, 0].tolist() for batch in prefetch_batches(Numbers(7), pieces)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_a_million_files_take_the_memory_of_their_names():
+def test_sources_of_files_keep_only_names():
     tracemalloc.start()
     try:
         paths = Paths(Path("/data"), (f"{number // 100:06}/{number % 100:05}.jpg" for number in range(20_000)))
         source = Files(paths, size=256, channels=3)
-        kept = batches._kept(source)
+        kept = batches._cached(source)
         used = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -317,9 +317,9 @@ def test_a_million_files_take_the_memory_of_their_names():
         paths[20_000]
 
 
-def test_small_sets_are_read_once():
+def test_small_data_sets_are_cached():
     source = Numbers(5)
-    kept = Kept(source)
+    kept = Cached(source)
     assert values(kept) == values(kept) == values(Subset(kept, np.arange(5))) == [0, 1, 2, 3, 4]
     assert source.read == [0, 1, 2, 3, 4]
-    assert isinstance(open_data("digits", size=28, channels=1, count=10)[0], Kept)
+    assert isinstance(open_data("digits", size=28, channels=1, count=10)[0], Cached)

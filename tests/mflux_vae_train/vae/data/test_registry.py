@@ -1,4 +1,4 @@
-"""Data sets of other packages: found by name, checked, and named when they are broken."""
+"""Registered data sets are found by name and checked; errors name them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mflux_vae.errors import ImageError, PluginError, SettingsError
 from mflux_vae_train.vae.data import registry
-from mflux_vae_train.vae.data.batches import Kept, open_data, split
+from mflux_vae_train.vae.data.batches import Cached, open_data, split
 from mflux_vae_train.vae.data.digits import Digits
 
 
@@ -38,22 +38,22 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", found)
 
 
-def test_a_registered_name_is_opened_with_size_channels_seed_and_count() -> None:
+def test_registered_data_get_size_channels_seed_and_count() -> None:
     source, test = open_data("mine", size=12, channels=3, seed=5, count=7)
-    assert isinstance(source, Kept) and test is None and len(source) == 7
+    assert isinstance(source, Cached) and test is None and len(source) == 7
     np.testing.assert_array_equal(source.item(6), Digits(7, seed=5, size=12, channels=3).item(6))
     assert [len(part) for part in split(source, 0.3, 0)] == [5, 2]
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "said"),
+    ("name", "error", "key"),
     [
         ("broken", PluginError, "no_such_module"),
-        ("none", PluginError, "a list without size"),
+        ("none", PluginError, "without size"),
         ("refusing", SettingsError, "not in grey"),
         ("absent", ImageError, r"digits, broken, mine, none, refusing"),
     ],
 )
-def test_what_is_wrong_is_said(name: str, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_broken_data_sets_are_named(name: str, error: type[Exception], key: str) -> None:
+    with pytest.raises(error, match=key):
         open_data(name, size=12, channels=1)

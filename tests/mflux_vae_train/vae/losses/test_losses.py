@@ -1,4 +1,4 @@
-"""Losses against brute force in numpy, float64; the critic against its definition."""
+"""Losses agree with brute force in float64 numpy; the discriminator agrees with its definition."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_reconstruction_errors_are_per_sample(name, reduction):
     np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
-def test_cross_entropy_of_certain_answers_is_finite_with_its_gradient():
+def test_cross_entropy_and_its_gradient_are_finite_at_0_and_1():
     made, target = mx.array([[0.0, 1.0, 0.0, 1.0]]), mx.array([[0.0, 1.0, 1.0, 0.0]])
     value, slope = mx.value_and_grad(lambda p: elbo.bce(p, target).sum())(made)
     assert 2 * 15.9 < value.item() < 2 * 16.7
     assert mx.isfinite(slope).all()
 
 
-def test_divergence_is_the_integral(latents):
+def test_kl_equals_the_integral(latents):
     _, mean, logvar = latents
     z = np.linspace(-20, 20, 40001)[:, None, None]
     log_q = -0.5 * ((z - mean) ** 2 / np.exp(logvar) + logvar + math.log(2 * math.pi))
@@ -65,8 +65,8 @@ def test_divergence_is_the_integral(latents):
     np.testing.assert_allclose(elbo.kl(*spatial), expected.sum(axis=1), rtol=1e-4)
 
 
-def test_free_bits_take_the_gradient_of_what_is_below_them():
-    """Of three components, the second is worth nothing; the first is above the limit for some samples only."""
+def test_components_below_free_bits_get_no_gradient():
+    """The second of three components is below the limit; the first only for some samples."""
     mean = mx.array([[2.0, 0.01, 1.5], [0.1, -0.01, -1.5]])
     logvar = mx.zeros((2, 3))
     plain = np.array(elbo.kl_terms(mean, logvar))
@@ -81,7 +81,7 @@ def test_active_units_are_counted():
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (1, 9), (2, 2), (4, 100), (5, 5), (128, 60000), (64, 24_000_000)])
-def test_stratified_weights_are_those_of_the_paper_and_rows_sum_to_one(batch, size):
+def test_stratified_weights_agree_with_the_paper(batch, size):
     weights = np.exp(np.array(total_correlation.log_weights(batch, size), np.float64))
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
     others = batch - 1
@@ -91,22 +91,22 @@ def test_stratified_weights_are_those_of_the_paper_and_rows_sum_to_one(batch, si
         expected = [1 / others] * (batch - 2) + [(size - others) / (size * others)]
         for row in away:
             np.testing.assert_allclose(np.sort(row), np.sort(expected), rtol=1e-5)
-        # every sample stands for the others equally often
+        # every sample represents the others equally often
         np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
 
 
-def test_weights_of_minibatch_sampling_and_refusals():
+def test_weighted_sampling_and_invalid_arguments():
     np.testing.assert_allclose(
         np.exp(total_correlation.log_weights(4, 10, "weighted")), np.full((4, 4), 1 / 40), rtol=1e-6
     )
-    with pytest.raises(SettingsError, match="dataset_size 3 is less than the batch of 4"):
+    with pytest.raises(SettingsError, match="dataset_size"):
         total_correlation.log_weights(4, 3)
-    with pytest.raises(SettingsError, match="'other'"):
+    with pytest.raises(SettingsError, match="sampling"):
         total_correlation.log_weights(4, 10, "other")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "weighted"])
-def test_the_decomposition_is_that_of_loops_over_samples(latents, sampling):
+def test_decomposition_agrees_with_loops_over_samples(latents, sampling):
     z, mean, logvar = latents
     batch, components, size = 7, 3, 50
 
@@ -127,7 +127,7 @@ def test_the_decomposition_is_that_of_loops_over_samples(latents, sampling):
         product = math.prod(sum(weight(i, j) * density(i, j, d) for j in range(batch)) for d in range(components))
         prior = math.prod(math.exp(-0.5 * z[i, d] ** 2) / math.sqrt(2 * math.pi) for d in range(components))
         expected.append((math.log(own / joint), math.log(joint / product), math.log(product / prior)))
-    parts = total_correlation.decomposition(*arrays(z, mean, logvar), dataset_size=size, sampling=sampling)
+    parts = total_correlation.decompose_kl(*arrays(z, mean, logvar), dataset_size=size, sampling=sampling)
     np.testing.assert_allclose(np.array(parts), np.array(expected).T, rtol=2e-4, atol=2e-5)
 
 
@@ -137,7 +137,7 @@ def test_dependent_components_have_more_total_correlation_than_independent_ones(
     measured = []
     for mean in (np.repeat(shared, 2, axis=1), drawn(256, 2, seed=3)):
         z = mean + np.exp(narrow / 2) * noise
-        parts = total_correlation.decomposition(*arrays(z, mean, narrow), dataset_size=256)
+        parts = total_correlation.decompose_kl(*arrays(z, mean, narrow), dataset_size=256)
         measured.append(parts.total_correlation.mean().item())
     assert measured[0] > measured[1] + 0.5
 
@@ -158,7 +158,7 @@ def case(latents):
     return arrays(made, target, mean, logvar, z)
 
 
-def test_the_loss_adds_up_and_is_differentiable(case):
+def test_loss_is_the_weighted_sum_and_differentiable(case):
     loss = VAELoss(beta=3.0, loss_type="bce")
     total, reconstruction, divergence = loss(*case[:4])
     assert total.item() == pytest.approx((reconstruction + 3 * divergence).item(), rel=1e-6)
@@ -176,7 +176,7 @@ def test_images_in_both_ranges_give_the_same_cross_entropy(case):
     np.testing.assert_allclose(a[1], b[1], rtol=1e-4)
 
 
-def test_a_perceptual_distance_sees_rgb_in_minus_one_to_one(case):
+def test_perceptual_distance_gets_rgb_in_minus_one_to_one(case):
     seen = []
 
     def distance(made: mx.array, target: mx.array) -> mx.array:
@@ -190,7 +190,7 @@ def test_a_perceptual_distance_sees_rgb_in_minus_one_to_one(case):
     np.testing.assert_allclose(seen[0][..., 2:], case[0] * 2 - 1)
 
 
-def test_beta_moves_with_every_call_and_is_a_function_of_the_step(case):
+def test_beta_advances_with_every_call(case):
     loss = BetaVAELoss(beta_start=0.0, beta_end=4.0, beta_steps=4)
     weights = []
     for _ in range(6):
@@ -200,10 +200,10 @@ def test_beta_moves_with_every_call_and_is_a_function_of_the_step(case):
     assert [loss.beta_at(step) for step in range(6)] == [0, 1, 2, 3, 4, 4]
 
 
-def test_the_beta_tc_loss_weighs_its_parts(case):
+def test_beta_tc_loss_weights_its_terms(case):
     loss = DisentangledVAELoss(beta=4.0, gamma=2.0, alpha=0.5, dataset_size=50)
     total, reconstruction, divergence, correlation = loss(*case)
-    parts = [part.mean().item() for part in total_correlation.decomposition(case[4], *case[2:4], dataset_size=50)]
+    parts = [part.mean().item() for part in total_correlation.decompose_kl(case[4], *case[2:4], dataset_size=50)]
     expected = reconstruction.item() + 0.5 * parts[0] + 4 * parts[1] + 2 * parts[2]
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert correlation.item() == pytest.approx(parts[1], rel=1e-6)
@@ -225,19 +225,19 @@ def test_the_beta_tc_loss_weighs_its_parts(case):
         (lambda: DisentangledVAELoss(sampling="none"), "sampling"),
     ],
 )
-def test_settings_that_make_no_loss_are_refused(build, message):
+def test_invalid_loss_settings_are_rejected(build, message):
     with pytest.raises(SettingsError, match=message):
         build()
 
 
-def test_the_critic_is_the_published_one():
-    critic = adversarial.PatchDiscriminator()
-    count = sum(value.size for _, value in tree_flatten(critic.trainable_parameters()))
+def test_discriminator_has_the_published_size_and_receptive_field():
+    discriminator = adversarial.PatchDiscriminator()
+    count = sum(value.size for _, value in tree_flatten(discriminator.trainable_parameters()))
     assert count == 2_765_633  # latent-diffusion's NLayerDiscriminator(3, 64, 3)
-    assert critic(mx.zeros((2, 32, 48, 3))).shape == (2, 2, 4, 1)
+    assert discriminator(mx.zeros((2, 32, 48, 3))).shape == (2, 2, 4, 1)
     pixels = mx.random.uniform(-1, 1, (1, 96, 96, 3), key=mx.random.key(0))
-    critic.eval()  # batch statistics would carry everything everywhere
-    seen = mx.abs(mx.grad(lambda x: critic(x)[0, 5, 5, 0])(pixels)).sum(axis=(0, 3))
+    discriminator.eval()  # batch statistics would connect all pixels
+    seen = mx.abs(mx.grad(lambda x: discriminator(x)[0, 5, 5, 0])(pixels)).sum(axis=(0, 3))
     rows = np.flatnonzero(np.array(seen).sum(axis=1))
     assert rows[-1] - rows[0] + 1 == 70
 
@@ -249,7 +249,7 @@ def test_hinge_losses():
     assert [adversarial.started(step, 10) for step in (0, 9, 10, 11)] == [0, 0, 1, 1]
 
 
-def test_the_adaptive_weight_balances_gradients_and_has_none():
+def test_adaptive_weight_balances_gradients_and_has_no_gradient():
     weight = mx.array([[1.0, -2.0], [0.5, 3.0]])
     nll, generator = (lambda w: 6 * w.sum()), (lambda w: 2 * w.sum())
     found = adversarial.adaptive_weight(nll, generator, weight)
@@ -264,11 +264,13 @@ def test_the_adaptive_weight_balances_gradients_and_has_none():
     np.testing.assert_allclose(slope, np.full((2, 2), expected), rtol=1e-6)
 
 
-def test_a_critic_learns_to_tell_noise_from_nothing():
+def test_discriminator_learns_to_tell_noise_from_zeros():
     mx.random.seed(0)
-    critic = adversarial.PatchDiscriminator(1, 4, 1)
+    discriminator = adversarial.PatchDiscriminator(1, 4, 1)
     real, made = mx.zeros((2, 8, 8, 1)), mx.random.uniform(-1, 1, (2, 8, 8, 1), key=mx.random.key(1))
-    loss = nn.value_and_grad(critic, lambda: adversarial.hinge_loss(critic(real), critic(made)).mean())
+    loss = nn.value_and_grad(
+        discriminator, lambda: adversarial.hinge_loss(discriminator(real), discriminator(made)).mean()
+    )
     first, slopes = loss()
-    critic.update(nn.utils.tree_map(lambda p, g: p - 0.1 * g, critic.trainable_parameters(), slopes))
+    discriminator.update(nn.utils.tree_map(lambda p, g: p - 0.1 * g, discriminator.trainable_parameters(), slopes))
     assert loss()[0] < first
