@@ -1,1 +1,1 @@
-"""Large images: tiles, strips and the memory they need."""
+"""Process large images in tiles or strips, and estimate the memory of a call."""

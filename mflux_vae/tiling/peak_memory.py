@@ -1,7 +1,7 @@
-"""How much memory a call takes.
+"""Estimate the peak memory of a call.
 
-The estimate walks the network as `mflux_vae.tiling.strips` does when it computes, without computing: what is held at
-each step is known to the byte, and what each step takes besides is a formula per operation, below.
+The estimate runs the network on shapes only, in the same order as `mflux_vae.tiling.strips`. The bytes held at each
+step are exact; the workspace of each step is a formula per operation, below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mflux_vae.runtime.device import is_cpu
 from mflux_vae.tiling.strips import Buffered, Convolution, LazyArray, Source, StripRun, Upsampled, WholeArray
 from mflux_vae.tiling.tiles import Tiling, array_function, tile_spans
 
-VECTORS_ERROR = "an autoencoder whose latents are vectors sees the whole image: tiling=None"
+VECTORS_ERROR = "tiling: not supported by autoencoders with vector latents; pass tiling=None"
 
 
 def peak_bytes(
@@ -35,19 +35,19 @@ def peak_bytes(
     width: int,
     tiling: Tiling | None = None,
 ) -> int:
-    """Estimate the most memory that arrays take at once during a call, besides weights and the input.
+    """Estimate the peak memory (bytes) of a call, besides weights and the input.
 
     Args:
-        network: what encodes or decodes.
-        what: which of both.
-        batch, height, width: images, and their size in pixels.
-        tiling: how the call is tiled.
+        network: the autoencoder.
+        operation: "encode" or "decode".
+        batch, height, width: number of images and their size in pixels.
+        tiling: tiling of the call; None for untiled.
 
     Raises:
-        SettingsError: tiles of a network whose latents are vectors.
+        SettingsError: tiling with a network whose latents are vectors.
 
     Returns:
-        bytes, as the growth of `mx.get_peak_memory()` over `mx.get_active_memory()` before the call.
+        bytes: `mx.get_peak_memory()` after the call minus `mx.get_active_memory()` before it.
     """
     factor = network.config.downsampling
     height, width = max(height // factor, 1), max(width // factor, 1)
@@ -64,17 +64,17 @@ def peak_bytes(
     if tiling.mode == "exact":
         dry_run = _DryRun(tiling.strip_pixels)
         results = _bytes(dry_run.run(function, mx.zeros((1, height * cell, width * cell, channels))))
-        # images come one after the other, and are joined at last
+        # images are processed one by one and concatenated at the end
         return max(dry_run.peak + (batch - 1) * results, 2 * batch * results if batch > 1 else 0)
     tile = max(tiling.tile // factor, 1)
     (top, bottom), (left, right) = (tile_spans(length, tile, tiling.overlap)[0] for length in (height, width))
     peak, results = _untiled_peak(function, (batch, (bottom - top) * cell, (right - left) * cell, channels))
     canvas = results * height * width // ((bottom - top) * (right - left))
-    return canvas + max(peak, 3 * results + canvas)  # a tile joins the others in a copy of them
+    return canvas + max(peak, 3 * results + canvas)  # adding a tile copies the canvas
 
 
 def _untiled_peak(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes at the peak of one call, and of its results."""
+    """Peak bytes of one call, and bytes of its results."""
     counter = _MemoryCounter()
     with kernels.deferred():
         results = function(_CountedArray(counter, shape, mx.float32, 0))
@@ -84,11 +84,11 @@ def _untiled_peak(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ..
 
 
 class _MemoryCounter(StripRun):
-    """What arrays take together.
+    """Count the bytes of all arrays.
 
     Attributes:
-        peak: the most bytes at any time.
-        freed: bytes that go back when the evaluation ends that is going on.
+        peak: most bytes held at any time.
+        freed: bytes that are released when the current evaluation ends.
     """
 
     def __init__(self, pixels: int | None = None):
@@ -96,20 +96,20 @@ class _MemoryCounter(StripRun):
         self.peak = self.freed = 0
 
     def record(self, transient: int) -> None:
-        """Bytes besides those held are needed for a moment."""
+        """Update the peak for `transient` bytes on top of those held."""
         self.peak = max(self.peak, self.held_bytes + self.freed + transient)
 
 
 class _CountedArray(LazyArray):
-    """Stands in for an array and counts while Python keeps it: what network code holds on to is what it costs.
+    """A stand-in for an array that counts its bytes for as long as Python references it.
 
     Args:
-        inputs: what it is made of pixel by pixel. Then it takes nothing before it is `settle`d, as MLX computes such a
-            step when its result is asked for, and in the memory of an input that nothing else holds any more.
-        apart: but not in an input's, which is needed to the end.
+        inputs: arrays that it is computed from pixel by pixel. It then takes no memory before `evaluate`, as MLX is
+            lazy, and reuses the memory of an input that has no other reference.
+        out_of_place: never reuse the memory of an input.
     """
 
-    size = 0  # also of one whose making is interrupted
+    size = 0  # for `__del__` if `__init__` fails
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class _CountedArray(LazyArray):
             self.strip_run.held_bytes -= self.size
 
     def evaluate(self) -> None:
-        """Computed now, if it was not, in one evaluation with all that it waits for; at its end arrays are freed."""
+        """Evaluate this array and the inputs it waits for together; then release freed arrays."""
         counter: Any = self.strip_run
         self._allocate_pending()
         counter.freed = 0
@@ -167,7 +167,7 @@ class _CountedArray(LazyArray):
             return _CountedArray(counter, example.shape, example.dtype, 0, lazy_args, out_of_place=out_of_place)
         for array in lazy_args:
             array.evaluate()
-        if function is kernels.group_norm:  # its statistics were taken, the rest is pixel by pixel
+        if function is kernels.group_norm:  # statistics are evaluated now, the rest is pixel by pixel
             return _CountedArray(counter, example.shape, example.dtype, 0, lazy_args)
         transient = example.nbytes
         if function in _WEIGHT_ARGUMENT:
@@ -177,23 +177,23 @@ class _CountedArray(LazyArray):
             weight = args[_WEIGHT_ARGUMENT[function]]
             transient += _convolution_workspace(shape, weight, kwargs.get("stride", 1), _INTERMEDIATES.get(function, 0))
         elif function is kernels.conv_transpose2d and is_cpu():
-            phase_shape = (*self.shape[:3], 4 * example.shape[3])  # which wait to be put in their order
+            phase_shape = (*self.shape[:3], 4 * example.shape[3])  # reordered later
             counter.record(_transposed_workspace(self.shape, args[1]) + 4 * prod(phase_shape))
             phased = _CountedArray(counter, phase_shape, example.dtype, 4 * prod(phase_shape))
             return _CountedArray(counter, example.shape, example.dtype, 0, [phased], out_of_place=True)
         elif function in _ATTENTION_WORKSPACE:
             transient += _ATTENTION_WORKSPACE[function](example.shape)
-        else:  # in another order
+        else:  # a reordering copy
             transient += prod(self.shape) * self.dtype.size
         counter.record(transient)
         return _CountedArray(counter, example.shape, example.dtype, example.nbytes)
 
 
 class _DryRun(_MemoryCounter):
-    """A run in strips that computes nothing and keeps count."""
+    """Run in strips that counts memory without computing."""
 
     def compute(self, buffer: Buffered, start: int, stop: int) -> mx.array:
-        strip = mx.zeros((buffer.shape[0], stop - start, *buffer.shape[2:]), buffer.dtype)  # never computed
+        strip = mx.zeros((buffer.shape[0], stop - start, *buffer.shape[2:]), buffer.dtype)  # never evaluated
         if isinstance(buffer, Convolution):
             (x,), (first, end) = buffer.inputs, buffer.window(start, stop)
             first, end = max(first, 0), min(end, x.shape[1])
@@ -230,7 +230,7 @@ def _bytes(arrays: Sequence[mx.array]) -> int:
 
 
 def _read_bytes(x: LazyArray, start: int, stop: int) -> int:
-    """Bytes taken while rows are read; 0 where they need no copy. Each step of what is passed through has its own."""
+    """Bytes to read rows; 0 if no copy is needed. Every lazy step in between takes its share."""
     if isinstance(x, Source) or (isinstance(x, Buffered) and len(x.strips(start, stop)) == 1):
         return 0
     inputs_bytes = 0
@@ -245,17 +245,17 @@ _WEIGHT_ARGUMENT: dict[Callable[..., Any], int] = {
     kernels.repeat_conv2d: 1,
     kernels.norm_silu_conv2d: 2,
 }
-"""Which argument of a convolution is the weight."""
+"""Position of the weight among the arguments of a convolution."""
 
 _INTERMEDIATES: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
-"""Arrays that are made of a band's rows before they are convolved."""
+"""Arrays computed from the rows of a chunk before the convolution."""
 
 _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
-"""What cannot be computed in its argument's memory."""
+"""Functions that cannot reuse the memory of their argument."""
 
 
 def _convolution_workspace(shape: Sequence[int], weight: mx.array, stride: int, intermediates: int = 0) -> int:
-    """Bytes of a convolution's own; on Metal and CUDA a copy of the padded image."""
+    """Workspace of a convolution in bytes; on Metal and CUDA a copy of the padded image."""
     return (
         kernels.workspace_bytes(shape, weight.shape, stride, intermediates=intermediates)
         if is_cpu()
@@ -264,16 +264,16 @@ def _convolution_workspace(shape: Sequence[int], weight: mx.array, stride: int, 
 
 
 def _transposed_workspace(shape: Sequence[int], weight: mx.array) -> int:
-    """Bytes of a transposed convolution's own, which is one to four phases: its weights in their order, made of as many
-    numbers, and the convolution's."""
+    """Workspace (bytes) of a transposed convolution: weights of the four phases, reordered from a copy of equal size,
+    and the workspace of the convolution."""
     out, _, _, channels = weight.shape
     weights = 4 * 16 * out * channels
     return weights + max(weights, kernels.workspace_bytes(shape, (4 * out, 2, 2, channels)))
 
 
 def _attention_workspace(shape: Sequence[int]) -> int:
-    """Bytes of attention's own: norm, queries, keys, values, the sum and its projection; and scores, as many as are
-    there at once, on their way to weights. On a CPU the norm's are gone by then, and every stream has scores."""
+    """Workspace (bytes) of attention: norm, queries, keys, values, output and projection; plus the scores computed at a
+    time and their softmax. On a CPU, the norm is freed by then, and every stream holds scores."""
     batch, height, width, _ = shape
     scores = batch * (height * width) ** 2
     if not is_cpu():
@@ -282,8 +282,8 @@ def _attention_workspace(shape: Sequence[int]) -> int:
 
 
 def _linear_attention_workspace(shape: Sequence[int]) -> int:
-    """Bytes of linear attention's own: queries, keys and values, each of them in its own order too, the keys' weights
-    and the sum; and what keys and values make, channels by channels."""
+    """Workspace (bytes) of linear attention: queries, keys and values, each with a reordered copy, softmax of the
+    keys and the output; plus the channels by channels product of keys and values."""
     return 4 * (8 * prod(shape) + 2 * shape[0] * shape[-1] ** 2)
 
 
@@ -291,4 +291,4 @@ _ATTENTION_WORKSPACE: dict[Callable[..., Any], Callable[[Sequence[int]], int]] =
     Attention.__call__: _attention_workspace,
     LinearAttention.__call__: _linear_attention_workspace,
 }
-"""Bytes of attention's own, by shape."""
+"""Workspace of attention layers, as functions of the shape."""

@@ -1,4 +1,4 @@
-"""How much memory there is, and how a call is therefore tiled; `peak_bytes` says how much it takes (`estimate`)."""
+"""Choose the tiling of a call from the available memory and `peak_bytes`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def plan(
     width: int,
     option: TilingOption = None,
 ) -> Tiling | None:
-    """Decide how a call is tiled; None for not at all.
+    """Choose the tiling of a call; None for untiled.
 
     Args:
-        network: what encodes or decodes.
-        what: which of both.
-        batch, height, width: images, and their size in pixels.
-        asked: None tiles when memory is short, in exact mode with the largest tile of 512, 256 and 128 that fits, or
-            blended where none does; False never tiles; True and "exact" give the result of the untiled call, "blend"
-            its blended tiles, all with tiles of 512 pixels; or a `Tiling`.
+        network: the autoencoder.
+        operation: "encode" or "decode".
+        batch, height, width: number of images and their size in pixels.
+        option: None tiles only if memory is short, in exact mode with the largest tile of 512, 256 and 128 pixels that
+            fits, else blended. False never tiles. True and "exact" give the result of the untiled call, "blend" gives
+            blended tiles, both with tiles of 512 pixels. A `Tiling` is used as given.
 
     Raises:
-        SettingsError: asked for something else, or for tiles of a network whose latents are vectors.
+        SettingsError: unknown option, or tiling with a network whose latents are vectors.
     """
     if network.config.vectors:
         if option:
@@ -58,7 +58,7 @@ def plan(
         return Tiling("exact")
     if option == "blend":
         return Tiling("blend")
-    raise SettingsError(f"tiling is None, False, True, 'exact', 'blend' or a Tiling, not {option!r}")
+    raise SettingsError(f"tiling: expected None, False, True, 'exact', 'blend' or a Tiling, got {option!r}")
 
 
 def _fit_to_memory(
@@ -67,8 +67,8 @@ def _fit_to_memory(
     available = available_bytes()
     try:
         untiled = peak_bytes(network, operation, batch, height, width)
-    except (AttributeError, TypeError, ValueError) as error:  # a network of others, of other operations
-        logger.debug("the memory that %s takes cannot be estimated (%s)", type(network).__name__, error)
+    except (AttributeError, TypeError, ValueError) as error:  # a third-party network with other operations
+        logger.debug("cannot estimate the memory of %s: %s", type(network).__name__, error)
         return None
     if untiled <= available:
         return None
@@ -87,10 +87,10 @@ def _fit_to_memory(
 
 
 def available_bytes() -> int:
-    """Bytes that arrays may still take on the default device.
+    """Bytes available for arrays on the default device.
 
-    Metal and CUDA: what the device recommends or has, less what MLX holds. CPU: memory that is available, or that
-    the container (cgroup) still grants; what MLX keeps for reuse counts as available.
+    Metal and CUDA: the recommended or total device memory, minus active MLX memory. CPU: available system memory, at
+    most the rest of the container's limit (cgroup); MLX's buffer cache counts as available.
     """
     if not is_cpu():
         device = mx.device_info()
@@ -100,7 +100,7 @@ def available_bytes() -> int:
 
 
 def _system_bytes() -> int:
-    """What the system could give without swapping; physical memory where it does not say."""
+    """Memory available without swapping; physical memory if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -109,11 +109,11 @@ def _system_bytes() -> int:
 
 
 def _cgroup_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves; caches of files that it would drop count as free."""
+    """Memory left by the container's limit; reclaimable file caches count as free. 1 << 62 without a limit."""
     try:
         limit = int((folder / "memory.max").read_text(encoding="ascii"))
         used = int((folder / "memory.current").read_text(encoding="ascii"))
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):  # no such files, or "max"
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
         return 1 << 62
     return max(limit - used + int(statistics.get("inactive_file", 0)), 0)

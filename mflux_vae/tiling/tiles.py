@@ -1,9 +1,9 @@
-"""Running a network on images of any size: in one piece, in strips that give the same result, or in blended tiles.
+"""Run a network on images of any size: untiled, in strips with the same result, or in blended tiles.
 
-`Tiling("blend")` runs the network on overlapping tiles and fades each into the next. Every tile has its own norm
-statistics and attention, so tones differ from the untiled result a little.
-`Tiling("exact")` runs the network once, layer by layer, in strips of rows: norms take their statistics over the whole
-image and convolutions see their neighbours, so that the result is the untiled one but for rounding.
+`Tiling("blend")` runs the network on overlapping tiles and blends them linearly. Norm statistics and attention are
+computed per tile, so tones differ slightly from the untiled result.
+`Tiling("exact")` runs the network once, layer by layer, in strips of rows. Norm statistics cover the whole image and
+convolutions see neighboring strips, so the result equals the untiled one up to rounding.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Function: TypeAlias = Callable[[mx.array], Sequence[mx.array]]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a large image is cut.
+    """How to split a large image.
 
     Attributes:
         mode: "exact" for the untiled result, or "blend".
-        tile: side of a tile in pixels. In exact mode a strip spans the image's width and has a sixteenth of a tile's
-            pixels.
-        overlap: share of a tile's side that it has in common with its neighbour at least, 0 to 0.5; blend only.
+        tile: side of a tile in pixels. In exact mode, a strip spans the image's width and has a sixteenth of the
+            pixels of a tile.
+        overlap: smallest overlap of neighboring tiles as a fraction of the tile's side, 0 to 0.5; blend only.
 
     Raises:
-        SettingsError: another mode, a tile that is not positive, an overlap out of range.
+        SettingsError: unknown mode, tile not positive, overlap out of range.
     """
 
     mode: Literal["blend", "exact"] = "exact"
@@ -43,27 +43,27 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.mode not in ("blend", "exact"):
-            raise SettingsError(f"tiling is 'blend' or 'exact', not {self.mode!r}")
+            raise SettingsError(f"mode: expected 'blend' or 'exact', got {self.mode!r}")
         if self.tile < 1:
-            raise SettingsError(f"a tile's side is a positive number of pixels, not {self.tile}")
+            raise SettingsError(f"tile: expected a positive number of pixels, got {self.tile}")
         if not 0 <= self.overlap <= 0.5:
-            raise SettingsError(f"tiles overlap by 0 to 0.5 of their side, not {self.overlap}")
+            raise SettingsError(f"overlap: expected 0 to 0.5, got {self.overlap}")
 
     @property
     def strip_pixels(self) -> int:
-        """Pixels of a strip in exact mode."""
+        """Pixels per strip in exact mode."""
         return max(self.tile**2 // 16, 1)
 
 
 def encode(network: nn.Module, pixels: mx.array, plan: Tiling | None) -> DiagonalGaussian:
-    """`network.encode`, as planned. (B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
+    """Encode with the given tiling. (B, H, W, C) in [-1, 1] -> posterior over (B, H/f, W/f, latent)."""
     return DiagonalGaussian(
         *_run_tiled(array_function(network, "encode"), pixels, plan, 1, network.config.downsampling)
     )
 
 
 def decode(network: nn.Module, latents: mx.array, plan: Tiling | None) -> mx.array:
-    """`network.decode`, as planned. (B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
+    """Decode with the given tiling. (B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
     return _run_tiled(array_function(network, "decode"), latents, plan, network.config.downsampling, 1)[0]
 
 
@@ -90,10 +90,10 @@ def _run_tiled(function: Function, x: mx.array, plan: Tiling | None, up: int, do
 
 
 def _run_blended(function: Function, x: mx.array, plan: Tiling, up: int, down: int) -> list[mx.array]:
-    """Run a function on overlapping tiles of x and join its results, whose sides are those of x times up / down.
+    """Run a function on overlapping tiles of x and blend the results, which are up / down times as large as x.
 
     Args:
-        function: (B, h, w, C) to any number of arrays (B, h * up / down, w * up / down, D).
+        function: maps (B, h, w, C) to any number of arrays (B, h * up / down, w * up / down, D).
     """
     cell = max(up, down)  # pixels per latent: tiles start and end between latents
     tile = max(plan.tile // cell, 1)
@@ -113,7 +113,7 @@ def _run_blended(function: Function, x: mx.array, plan: Tiling, up: int, down: i
 
 
 def tile_spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
-    """Start and end of each tile along an axis: all of one size, evenly spread, neighbours share `overlap` or more."""
+    """Start and end of each tile along an axis: equal sizes, evenly spaced, overlapping by at least `overlap`."""
     if length <= tile:
         return [(0, length)]
     shared = min(int(np.ceil(tile * overlap)), tile - 1)
@@ -123,7 +123,7 @@ def tile_spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:
 
 
 def blend_weights(spans: Sequence[tuple[int, int]], scale: int) -> list[np.ndarray]:
-    """Each tile's weights along an axis, `scale` per cell: linear where two tiles overlap; all tiles' sum to one."""
+    """Blending weights of each tile along an axis, `scale` per cell: linear in overlaps, summing to one."""
     total = np.zeros(spans[-1][1] * scale)
     weights = []
     for i, (start, end) in enumerate(spans):

@@ -117,7 +117,7 @@ def test_the_estimate_of_vectors_is_too(name: str, operation: str) -> None:
     network = network_of(name, lambda: drawn(FlatAutoencoder(VECTORS[name])).eval())
     estimate = tiling_plan.peak_bytes(network, operation, 64, 64, 64)
     assert estimate == pytest.approx(nearest(estimate, peaks_of(network, operation, 64, 64, 64, None)), rel=0.2)
-    with pytest.raises(SettingsError, match="sees the whole image"):
+    with pytest.raises(SettingsError, match="vector"):
         tiling_plan.peak_bytes(network, operation, 64, 64, 64, Tiling("exact"))
 
 
