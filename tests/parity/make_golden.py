@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2P
 from safetensors.torch import save_file
 
 from mflux_vae.networks.laq import LAQConfig
-from tests.parity.lapa import TheirLatentActionQuantization
+from tests.parity.references.lapa import TheirLatentActionQuantization
 
 GOLDEN = Path(__file__).parents[1] / "mflux_vae" / "golden"
 SIZE_LIMIT = 200_000

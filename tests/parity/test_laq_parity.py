@@ -16,8 +16,8 @@ import mlx.core as mx  # noqa: E402
 
 from mflux_vae.networks.laq import LAQConfig  # noqa: E402
 from mflux_vae.pretrained import loading  # noqa: E402
-from tests.parity.lapa import TheirLatentActionQuantization  # noqa: E402
 from tests.parity.make_golden import LAQ, randomise_laq  # noqa: E402
+from tests.parity.references.lapa import TheirLatentActionQuantization  # noqa: E402
 
 CONFIGS = {
     "4 codes": LAQ,

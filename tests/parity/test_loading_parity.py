@@ -26,7 +26,7 @@ from mflux_vae.pretrained import loading  # noqa: E402
 from mflux_vae.weights.formats.files import open_weights  # noqa: E402
 from mflux_vae.weights.formats.torch_files import read_torch  # noqa: E402
 from tests.mflux_vae.naming_samples import flux2, kl, tiny  # noqa: E402
-from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
+from tests.parity.references.latent_diffusion import TheirAutoencoderKL  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""

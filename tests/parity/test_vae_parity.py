@@ -23,7 +23,7 @@ from mflux_vae.pretrained.presets import PRESETS  # noqa: E402
 from mflux_vae.weights.keymaps.rules import from_mlx  # noqa: E402
 from tests.mflux_vae.pretrained.test_presets import PARAMETERS  # noqa: E402
 from tests.mflux_vae.small_models import drawn, narrow, pictures, small_flux2, small_kl, small_tiny  # noqa: E402
-from tests.parity.latent_diffusion import TheirAutoencoderKL  # noqa: E402
+from tests.parity.references.latent_diffusion import TheirAutoencoderKL  # noqa: E402
 
 LIMIT = 1e-4
 """Largest difference, relative to the largest value."""

@@ -1,0 +1,1 @@
+"""Reference implementations of projects without a package."""
