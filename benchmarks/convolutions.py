@@ -62,15 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         # the other algorithms need stride 1
         possible = [name for name in names if stride == 1 or name in ("im2col", "native")]
-        runs = {name: partial(_forced, name, x, weight, stride) for name in possible}
-        taken = _in_turns(runs, rounds)
-        marks = {name: "*" if name == chosen else " " for name in taken}
-        cells = [f"{taken[name]:.2f}{marks[name]}" if name in taken else "" for name in names]
+        runs = {name: partial(_run_with, name, x, weight, stride) for name in possible}
+        times = _alternate(runs, rounds)
+        marks = {name: "*" if name == chosen else " " for name in times}
+        cells = [f"{times[name]:.2f}{marks[name]}" if name in times else "" for name in names]
         print(f"{f'{batch} {side} {channels} {out} {kernel} {stride}':24}" + "".join(f"{cell:>17}" for cell in cells))
     return 0
 
 
-def _forced(algorithm: str, x: mx.array, weight: mx.array, stride: int) -> None:
+def _run_with(algorithm: str, x: mx.array, weight: mx.array, stride: int) -> None:
     with (
         patch.object(conv_algorithms, "choose_algorithm", lambda *_: algorithm),
         patch.object(conv_parallel, "choose_algorithm", lambda *_: algorithm),
@@ -78,16 +78,16 @@ def _forced(algorithm: str, x: mx.array, weight: mx.array, stride: int) -> None:
         mx.eval(conv2d(x, weight, stride=stride, padding=1))
 
 
-def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def _alternate(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median milliseconds per algorithm; the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if turn:
-                taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
+            if round_:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(runs_ms) for name, runs_ms in times.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`kernels.conv2d` is MLX's convolution, forward and backward, whatever the shape."""
+"""`kernels.conv2d` matches MLX's convolution, forward and backward, for any shape."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def reference(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int,
     return y if bias is None else y + bias
 
 
-def distance(ours: mx.array, theirs: mx.array) -> float:
-    """Largest difference, relative to the largest value."""
+def relative_error(ours: mx.array, theirs: mx.array) -> float:
+    """Largest absolute difference divided by the largest value."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     difference, size = (float(mx.abs(a.astype(mx.float32)).max()) for a in (ours - theirs, theirs))
     return difference / max(size, 1e-6)
@@ -36,22 +36,22 @@ def compare(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: i
     keys = mx.random.split(mx.random.key(sum(shape) + out), 4)
     x = mx.random.normal(shape, key=keys[0])
     weight = mx.random.normal((out, *kernel, shape[-1]), key=keys[1])
-    added = mx.random.normal((out,), key=keys[2]) if bias else None
+    extra_bias = mx.random.normal((out,), key=keys[2]) if bias else None
 
-    def of(convolution: Callable[[mx.array, mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+    def outputs_of(convolution: Callable[[mx.array, mx.array], mx.array]) -> tuple[mx.array, mx.array, mx.array]:
         y = convolution(x, weight)
         direction = mx.random.normal(y.shape, key=keys[3])
         along = mx.grad(lambda x, weight: (convolution(x, weight) * direction).sum(), argnums=(0, 1))
         return y, *along(x, weight)
 
-    ours = of(lambda x, weight: kernels.conv2d(x, weight, added, stride=stride, padding=padding))
-    theirs = of(lambda x, weight: reference(x, weight, added, stride, padding))
+    ours = outputs_of(lambda x, weight: kernels.conv2d(x, weight, extra_bias, stride=stride, padding=padding))
+    theirs = outputs_of(lambda x, weight: reference(x, weight, extra_bias, stride, padding))
     for name, a, b, limit in zip(["y", "x", "w"], ours, theirs, (FORWARD, BACKWARD, BACKWARD), strict=True):
-        assert distance(a, b) <= limit, name
+        assert relative_error(a, b) <= limit, name
 
 
-def compare_closed(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: int, padding: Any) -> None:
-    """Gradients that are computed at once, for strides of 1 and 2 and padding less than the kernel."""
+def compare_closed_form(shape: tuple[int, ...], out: int, kernel: tuple[int, int], stride: int, padding: Any) -> None:
+    """Compare closed-form gradients, for strides 1 and 2 and padding less than the kernel."""
     keys = mx.random.split(mx.random.key(sum(shape) + out), 3)
     x = mx.random.normal(shape, key=keys[0])
     weight = mx.random.normal((out, *kernel, shape[-1]), key=keys[1])
@@ -60,7 +60,7 @@ def compare_closed(shape: tuple[int, ...], out: int, kernel: tuple[int, int], st
     to_x = conv_gradients.conv2d_input(dy, weight, shape, stride=stride, padding=padding)
     to_weight = conv_gradients.conv2d_weight(x, dy, kernel, stride=stride, padding=padding)
     for name, a, b in zip(["x", "w"], (to_x, to_weight), theirs, strict=True):
-        assert distance(a, b) <= BACKWARD, name
+        assert relative_error(a, b) <= BACKWARD, name
 
 
 sides = st.integers(0, 2)
@@ -80,38 +80,38 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(convolutions())
-def test_any_shape(case: tuple[Any, ...]) -> None:
+def test_matches_mlx_for_any_shape(case: tuple[Any, ...]) -> None:
     compare(*case)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(convolutions())
-def test_closed_gradients_of_any_shape(case: tuple[Any, ...]) -> None:
+def test_closed_form_gradients_match_for_any_shape(case: tuple[Any, ...]) -> None:
     shape, out, kernel, stride, padding, _ = case
     limits = zip(kernel, ((padding, padding),) * 2 if isinstance(padding, int) else padding, strict=True)
     assume(stride <= 2 and all(max(sides) < size for size, sides in limits))
-    compare_closed(shape, out, kernel, stride, padding)
+    compare_closed_form(shape, out, kernel, stride, padding)
 
 
-few_pixels = pytest.mark.parametrize("few", [0, conv_algorithms.IM2COL_MAX_PIXELS])
-"""In Winograd's form, and in the one that small images have."""
+im2col_limits = pytest.mark.parametrize("im2col_max_pixels", [0, conv_algorithms.IM2COL_MAX_PIXELS])
+"""Winograd for all sizes, or im2col for small images."""
 
 
-@few_pixels
+@im2col_limits
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 9, 20, 260), (1, 16, 30, 32), (3, 8, 8, 64)])
-def test_the_shapes_of_autoencoders(
-    shape: tuple[int, ...], stride: int, few: int, monkeypatch: pytest.MonkeyPatch
+def test_matches_mlx_for_autoencoder_shapes(
+    shape: tuple[int, ...], stride: int, im2col_max_pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
+    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", im2col_max_pixels)
     padding = 1 if stride == 1 else ((0, 1), (0, 1))
     compare(shape, 8, (3, 3), stride, padding, True)
-    compare_closed(shape, 72, (3, 3), stride, padding)
+    compare_closed_form(shape, 72, (3, 3), stride, padding)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(convolutions())
-def test_any_shape_on_other_devices(case: tuple[Any, ...]) -> None:
+def test_matches_mlx_for_any_shape_on_gpu_path(case: tuple[Any, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "is_cpu", lambda: False)
         compare(*case)
@@ -119,17 +119,17 @@ def test_any_shape_on_other_devices(case: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_half_precision_stays_half_precision(dtype: mx.Dtype, stride: int) -> None:
+def test_half_precision_is_preserved(dtype: mx.Dtype, stride: int) -> None:
     keys = mx.random.split(mx.random.key(0), 2)
     x = mx.random.normal((2, 8, 14, 4), key=keys[0]).astype(dtype)
     weight = mx.random.normal((3, 3, 3, 4), key=keys[1]).astype(dtype)
     ours = kernels.conv2d(x, weight, stride=stride, padding=1)
     theirs = reference(x.astype(mx.float32), weight.astype(mx.float32), None, stride, 1)
     assert ours.dtype == dtype
-    assert distance(ours.astype(mx.float32), theirs) < 0.02
+    assert relative_error(ours.astype(mx.float32), theirs) < 0.02
 
 
-def test_compiled_and_differentiated_twice() -> None:
+def test_compiled_second_derivative() -> None:
     keys = mx.random.split(mx.random.key(1), 2)
     x, weight = mx.random.normal((1, 6, 14, 2), key=keys[0]), mx.random.normal((3, 3, 3, 2), key=keys[1])
 
@@ -139,17 +139,17 @@ def test_compiled_and_differentiated_twice() -> None:
 
     ours = mx.compile(curvature(lambda x, w: kernels.conv2d(x, w, padding=1)))(x)
     theirs = curvature(lambda x, w: reference(x, w, None, 1, 1))(x)
-    assert distance(ours, theirs) <= BACKWARD
+    assert relative_error(ours, theirs) <= BACKWARD
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 2, 20, 3), (1, 20, 2, 3), (1, 5, 5, 4)])
-def test_what_does_not_fit_is_refused(shape: tuple[int, ...], stride: int) -> None:
+def test_shapes_that_do_not_fit_raise_error(shape: tuple[int, ...], stride: int) -> None:
     with pytest.raises(ValueError, match="kernel"):
         kernels.conv2d(mx.zeros(shape), mx.zeros((4, 3, 3, 3)), stride=stride)
 
 
-def test_an_image_as_large_as_the_kernel_gives_one_pixel() -> None:
+def test_image_of_kernel_size_gives_one_pixel() -> None:
     x = mx.array(np.arange(9.0, dtype=np.float32).reshape(1, 3, 3, 1))
     assert kernels.conv2d(x, mx.ones((1, 3, 3, 1))).tolist() == [[[[36.0]]]]
 
@@ -165,62 +165,62 @@ def norm_of(channels: int) -> tuple[int, mx.array, mx.array, float]:
     out=st.sampled_from([1, 8, 32, 40]),
     tiles=st.sampled_from([(1, 1), (3, 3), (64, 256)]),
     elements=st.sampled_from([200, 5000, 1 << 21]),
-    few=st.sampled_from([0, conv_algorithms.IM2COL_MAX_PIXELS]),
+    im2col_max_pixels=st.sampled_from([0, conv_algorithms.IM2COL_MAX_PIXELS]),
     bias=st.booleans(),
 )
-def test_bands_of_any_size(
-    shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, few: int, bias: bool
+def test_chunks_of_any_size(
+    shape: tuple[int, ...], out: int, tiles: tuple[int, int], elements: int, im2col_max_pixels: int, bias: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
+        patch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", im2col_max_pixels)
         patch.setattr(conv_parallel, "CHUNK_TILES", tiles)
         patch.setattr(conv_parallel, "CHUNK_ELEMENTS", elements)
         patch.setattr(conv_parallel, "_CHUNK_WEIGHTS", elements)
         compare(shape, out, (3, 3), 1, 1, bias)
-        compare_closed(shape, out, (3, 3), 1, 1)
+        compare_closed_form(shape, out, (3, 3), 1, 1)
         if min(shape[1:3]) > 1:
-            compare_closed(shape, out, (3, 3), 2, ((0, 1), (0, 1)))
+            compare_closed_form(shape, out, (3, 3), 2, ((0, 1), (0, 1)))
 
 
-@few_pixels
+@im2col_limits
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(1, 12, 16, 32), (3, 7, 9, 32), (2, 16, 5, 8)])
-def test_what_goes_with_a_convolution_changes_nothing(
-    shape: tuple[int, ...], residual: bool, traced: bool, few: int, monkeypatch: pytest.MonkeyPatch
+def test_fused_operations_match_separate_ones(
+    shape: tuple[int, ...], residual: bool, traced: bool, im2col_max_pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", few)
+    monkeypatch.setattr(conv_algorithms, "IM2COL_MAX_PIXELS", im2col_max_pixels)
     keys = mx.random.split(mx.random.key(5), 4)
     out, channels, norm = 36, shape[-1], norm_of(shape[-1])
-    x, added = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])
+    x, extra = mx.random.normal(shape, key=keys[0]), mx.random.normal((*shape[:3], out), key=keys[1])
     weight, bias = mx.random.normal((out, 3, 3, channels), key=keys[2]), mx.random.normal((out,), key=keys[3])
-    mx.eval(added, weight, bias)  # else their random numbers are compiled, too, and MLX 0.32.2 rounds them differently
+    mx.eval(extra, weight, bias)  # else the random numbers are compiled too, and MLX 0.32.2 rounds them differently
 
-    def normed(x: mx.array) -> mx.array:
-        given = added if residual else None
+    def norm_silu(x: mx.array) -> mx.array:
+        given = extra if residual else None
         return kernels.norm_silu_conv2d(x, norm, weight, bias, padding=1, residual=given)
 
     def repeated(x: mx.array) -> mx.array:
         return kernels.repeat_conv2d(x, weight, bias, padding=1)
 
     y = reference(kernels.silu(kernels.group_norm(x, *norm)), weight, bias, 1, 1)
-    assert distance((mx.compile(normed) if traced else normed)(x), y + added if residual else y) <= FORWARD
-    twice = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
-    y = reference(twice, weight, bias, 1, 1)
-    assert distance((mx.compile(repeated) if traced else repeated)(x), y) <= FORWARD
+    assert relative_error((mx.compile(norm_silu) if traced else norm_silu)(x), y + extra if residual else y) <= FORWARD
+    upsampled = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+    y = reference(upsampled, weight, bias, 1, 1)
+    assert relative_error((mx.compile(repeated) if traced else repeated)(x), y) <= FORWARD
     slope, theirs = (mx.grad(lambda x, f=f: mx.square(f(x)).sum())(x) for f in (repeated, lambda x: reference(
         mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2), weight, bias, 1, 1)))  # fmt: skip
-    assert distance(slope, theirs) <= BACKWARD
+    assert relative_error(slope, theirs) <= BACKWARD
 
 
-def test_nothing_is_computed_while_deferred() -> None:
+def test_deferred_computes_nothing() -> None:
     before = mx.get_active_memory()
     with kernels.deferred():
         y = kernels.conv2d(mx.zeros((1, 512, 512, 32)), mx.zeros((32, 3, 3, 32)), padding=1)
     assert mx.get_active_memory() - before < 8 << 20 < y.nbytes
 
 
-def test_in_several_threads() -> None:
+def test_threads_agree() -> None:
     x, weight = mx.random.normal((2, 40, 40, 32)), mx.random.normal((32, 3, 3, 32))
     mx.eval(x, weight)
     with ThreadPoolExecutor(3) as pool:

@@ -1,4 +1,4 @@
-"""Formulas are compiled where MLX can write its files, and computed as they are elsewhere."""
+"""Formulas are compiled if MLX can write its files, and computed without compilation otherwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mflux_vae.kernels.cpu import fusion
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="without g++ MLX compiles nothing on a CPU")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 FORMULAS = """
 import json
@@ -29,11 +29,11 @@ plus = fusion.fused(lambda x, y: x + y)
 plus(x, x)
 print(json.dumps([plus(x, x[0]).tolist(), fusion.compiles()]))
 """
-"""MLX compiles nothing for the first sum (one operation), and something for the second (broadcasting counts)."""
+"""MLX compiles the second sum but not the first one: a single operation, without broadcasting."""
 
 
-def unusable(kind: str, folder: Path) -> Path:
-    """A folder for temporary files that MLX cannot use."""
+def unusable_folder(kind: str, folder: Path) -> Path:
+    """Create a temporary folder that MLX cannot use."""
     if kind == "absent":
         return folder / "nonexistent"
     if kind == "a file":
@@ -53,27 +53,27 @@ KINDS = [
     "absent",
     "a file",
     "in the way",
-    pytest.param("read-only", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")),
-    pytest.param("another user's", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may give away")),
+    pytest.param("read-only", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")),
+    pytest.param("another user's", marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root")),
 ]
 
 
 @pytest.mark.parametrize("kind", ["usable", *KINDS])
-def test_formulas_are_computed_whatever_the_temporary_folder(kind: str, tmp_path: Path) -> None:
-    folder = unusable(kind, tmp_path)
-    done = subprocess.run(
+def test_formulas_work_with_any_temporary_folder(kind: str, tmp_path: Path) -> None:
+    folder = unusable_folder(kind, tmp_path)
+    result = subprocess.run(
         [sys.executable, "-c", FORMULAS], cwd=ROOT, env={**os.environ, "TMPDIR": str(folder)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[[0, 2, 4], [3, 5, 7]], kind == "usable"]
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [[[0, 2, 4], [3, 5, 7]], kind == "usable"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_that_mlx_cannot_use_is_named_once(
+def test_unusable_folder_is_logged_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = unusable(kind, tmp_path)
+    folder = unusable_folder(kind, tmp_path)
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(mx, "disable_compile", lambda: None)
     caplog.set_level(logging.INFO, "mflux_vae")

@@ -1,4 +1,4 @@
-"""Norms, activations and attention are their formulas, gradients and half precision included."""
+"""Norms, activations and attention match their formulas, including gradients and half precision."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
 @pytest.fixture(params=["cpu", "other"], autouse=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways: the CPU's forms, and MLX's own operations as Metal and CUDA use them."""
+    """Run each test with the CPU kernels and with the MLX operations used on Metal and CUDA."""
     monkeypatch.setattr(runtime_device, "is_cpu", lambda: request.param == "cpu")
     yield
 
 
-def close(ours: mx.array, theirs: mx.array | np.ndarray, limit: float) -> None:
-    """Differences no larger than `limit` of the largest value."""
+def assert_close(ours: mx.array, theirs: mx.array | np.ndarray, limit: float) -> None:
+    """Assert that differences are at most `limit` times the largest value."""
     ours, theirs = (np.array(mx.array(a).astype(mx.float32), np.float64) for a in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit * max(1.0, np.abs(theirs).max()))
 
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def slopes(fn: Callable[..., mx.array], *arguments: mx.array) -> list[mx.array]:
+def gradients_of(fn: Callable[..., mx.array], *arguments: mx.array) -> list[mx.array]:
     """Gradients of a weighted sum of the results, with respect to every argument."""
     weights = normal(*fn(*arguments).shape, seed=99)
 
@@ -59,8 +59,8 @@ activations = pytest.mark.parametrize(("ours", "formula"), ACTIVATIONS.values(),
 @activations
 def test_activations_and_their_gradients(ours: Callable, formula: Callable) -> None:
     x = mx.concatenate([mx.linspace(-30, 30, 4001), mx.linspace(-0.01, 0.01, 101)])
-    close(ours(x), formula(x), 3e-6)
-    close(slopes(ours, x)[0], slopes(formula, x)[0], 3e-6)
+    assert_close(ours(x), formula(x), 3e-6)
+    assert_close(gradients_of(ours, x)[0], gradients_of(formula, x)[0], 3e-6)
 
 
 @activations
@@ -71,13 +71,13 @@ def test_activations_in_half_precision(ours: Callable, formula: Callable, dtype:
     assert ours(x).dtype == dtype
     near = np.abs(np.array(ours(x).astype(mx.float32)) - np.array(formula(wide)))
     assert (near <= HALF[dtype] * np.maximum(1, np.abs(np.array(formula(wide))))).all()
-    (slope,) = slopes(ours, x)
+    (slope,) = gradients_of(ours, x)
     assert slope.dtype == dtype
-    close(slope, slopes(formula, wide)[0], 2 * HALF[dtype])
+    assert_close(slope, gradients_of(formula, wide)[0], 2 * HALF[dtype])
 
 
 @activations
-def test_activations_far_out_and_without_a_number(ours: Callable, formula: Callable) -> None:
+def test_activations_of_large_values_and_nan(ours: Callable, formula: Callable) -> None:
     x = mx.array([-1e6, -100.0, 0.0, 100.0, 1e6])
     np.testing.assert_allclose(ours(x), formula(x), rtol=1e-6, atol=1e-6)
     assert np.isnan(ours(mx.array([float("nan")])).item())
@@ -107,17 +107,17 @@ def test_group_norm_and_its_gradients(
     def ours(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
         return kernels.group_norm(x, groups, weight, bias, 1e-3)
 
-    close(ours(x, weight, bias), formula(x, weight, bias), 1e-5)
-    for a, b in zip(slopes(ours, x, weight, bias), slopes(formula, x, weight, bias), strict=True):
-        close(a, b, 2e-4)
+    assert_close(ours(x, weight, bias), formula(x, weight, bias), 1e-5)
+    for a, b in zip(gradients_of(ours, x, weight, bias), gradients_of(formula, x, weight, bias), strict=True):
+        assert_close(a, b, 2e-4)
 
 
-def test_group_norm_is_exact_on_large_images() -> None:
+def test_group_norm_is_accurate_on_large_images() -> None:
     x = normal(1, 160, 200, 8) + 1
     ours = kernels.group_norm(x, 2, mx.ones((8,)), mx.zeros((8,)), 1e-6)
     wide = np.array(x, np.float64).reshape(1, -1, 2, 4)
     mean, variance = wide.mean(axis=(1, 3), keepdims=True), wide.var(axis=(1, 3), keepdims=True)
-    close(ours, ((wide - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), 5e-7)
+    assert_close(ours, ((wide - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape), 5e-7)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -127,7 +127,7 @@ def test_group_norm_in_half_precision(dtype: mx.Dtype) -> None:
     ours = kernels.group_norm(x, 4, weight, bias, 1e-6)
     assert ours.dtype == dtype
     wide = kernels.group_norm(*(a if isinstance(a, int) else a.astype(mx.float32) for a in (x, 4, weight, bias)), 1e-6)
-    close(ours, wide, HALF[dtype])
+    assert_close(ours, wide, HALF[dtype])
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -141,9 +141,9 @@ def test_layer_norm_and_its_gradients(affine: bool) -> None:
         return kernels.layer_norm(x, *((weight, bias) if affine else (None, None)), 1e-5)
 
     arguments = normal(3, 5, 17) * 2 + 1, normal(17, seed=1), normal(17, seed=2)
-    close(ours(*arguments), formula(*arguments), 1e-6)
-    for a, b in zip(slopes(ours, *arguments), slopes(formula, *arguments), strict=True):
-        close(a, b, 1e-5)
+    assert_close(ours(*arguments), formula(*arguments), 1e-6)
+    for a, b in zip(gradients_of(ours, *arguments), gradients_of(formula, *arguments), strict=True):
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -156,12 +156,12 @@ def test_rms_norm_and_its_gradients(affine: bool) -> None:
         return kernels.rms_norm(x, weight if affine else None, 1e-6)
 
     arguments = normal(3, 5, 16), normal(16, seed=1)
-    close(ours(*arguments), formula(*arguments), 1e-6)
-    for a, b in zip(slopes(ours, *arguments), slopes(formula, *arguments), strict=True):
-        close(a, b, 1e-5)
+    assert_close(ours(*arguments), formula(*arguments), 1e-6)
+    for a, b in zip(gradients_of(ours, *arguments), gradients_of(formula, *arguments), strict=True):
+        assert_close(a, b, 1e-5)
 
 
-def test_rms_norm_of_numbers_whose_squares_overflow_half_precision() -> None:
+def test_rms_norm_does_not_overflow_half_precision() -> None:
     x = mx.full((1, 8), 3000.0, dtype=mx.float16)
     assert kernels.rms_norm(x, None, 1e-6).tolist() == [[1.0] * 8]
 
@@ -179,38 +179,38 @@ def test_attention_and_its_gradients(masked: bool) -> None:
     def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return kernels.attention(q, k, v, scale=0.3, mask=mask)
 
-    close(ours(q, k, v), formula(q, k, v), 1e-6)
-    for a, b in zip(slopes(ours, q, k, v), slopes(formula, q, k, v), strict=True):
-        close(a, b, 1e-5)
+    assert_close(ours(q, k, v), formula(q, k, v), 1e-6)
+    for a, b in zip(gradients_of(ours, q, k, v), gradients_of(formula, q, k, v), strict=True):
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("scores", [600, 3000, 1 << 20])
 @pytest.mark.parametrize("mask_shape", [None, (60,), (1, 1, 50, 60), (2, 1, 1, 60), (2, 3, 50, 60)])
-def test_attention_in_bands_of_heads_or_queries(
+def test_attention_in_chunks_of_heads_or_queries(
     scores: int, mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("mflux_vae.kernels.attention")  # the package's `attention` is the function
+    module = import_module("mflux_vae.kernels.attention")  # the package attribute `attention` is the function
     monkeypatch.setattr(module, "_MIN_SCORES", 1)
     monkeypatch.setattr(module, "CHUNK_SCORES", scores)
     q, k, v = normal(2, 3, 50, 16), normal(2, 3, 60, 16, seed=1), normal(2, 3, 60, 8, seed=2)
     mask = None if mask_shape is None else mx.where(normal(*mask_shape, seed=3) < 0, -mx.inf, 0.0)
     scores_of_all = 0.3 * (q @ k.swapaxes(-1, -2))
     formula = mx.softmax(scores_of_all if mask is None else scores_of_all + mask, axis=-1) @ v
-    close(kernels.attention(q, k, v, scale=0.3, mask=mask), formula, 3e-6)
+    assert_close(kernels.attention(q, k, v, scale=0.3, mask=mask), formula, 3e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_softmax_of_large_arrays(axis: int) -> None:
     x = 20 * normal(40, 30, 50)
-    close(kernels.softmax(x, axis=axis), mx.softmax(x, axis=axis), 2e-6)
+    assert_close(kernels.softmax(x, axis=axis), mx.softmax(x, axis=axis), 2e-6)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_softmax_and_attention_in_half_precision(dtype: mx.Dtype) -> None:
     weights = kernels.softmax(normal(4, 3000).astype(dtype))
     assert weights.dtype == dtype
-    close(weights.astype(mx.float32).sum(axis=-1), mx.ones((4,)), HALF[dtype])
+    assert_close(weights.astype(mx.float32).sum(axis=-1), mx.ones((4,)), HALF[dtype])
     q, k, v = (normal(1, 2, 50, 16, seed=seed) for seed in range(3))
     ours = kernels.attention(*(a.astype(dtype) for a in (q, k, v)), scale=0.25)
     assert ours.dtype == dtype
-    close(ours, kernels.attention(q, k, v, scale=0.25), 2 * HALF[dtype])
+    assert_close(ours, kernels.attention(q, k, v, scale=0.25), 2 * HALF[dtype])

@@ -1,4 +1,4 @@
-"""A batch computed a few samples at a time on each core is the batch computed at once, in traces too."""
+"""`map_batch` matches a single call on the whole batch, also inside traces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weights() -> dict[str, mx.array]:
 
 
 def block(w: dict[str, mx.array], x: mx.array, mask: mx.array) -> mx.array:
-    """A small transformer's: everything that treats samples apart and has another form within a part."""
+    """A small transformer block that uses every kernel with a separate implementation inside `map_batch`."""
     normed = kernels.layer_norm(x, w["gain"], w["gain"], 1e-6)
     q, k, v = (a[:, None] for a in mx.split(normed @ w["up"].T, 3, axis=-1))
     x = x + kernels.attention(q, k, v, scale=0.2, mask=mask)[:, 0]
@@ -42,50 +42,50 @@ def block(w: dict[str, mx.array], x: mx.array, mask: mx.array) -> mx.array:
 
 
 def inputs(batch: int, length: int, masks: int) -> tuple[mx.array, mx.array]:
-    """Samples, and a mask for each of them, or one for all."""
+    """Samples and `masks` masks: one per sample, or one for all."""
     keys = mx.random.split(mx.random.key(batch), 2)
     x = mx.random.normal((batch, length, WIDTH), key=keys[0])
     return x, mx.where(mx.random.uniform(shape=(masks, 1, length, length), key=keys[1]) < 0.3, -1e9, 0.0)
 
 
-def close(ours: mx.array, theirs: mx.array, limit: float) -> None:
+def assert_close(ours: mx.array, theirs: mx.array, limit: float) -> None:
     np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=0, atol=limit * float(mx.abs(theirs).max()))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batch=st.integers(1, 7), length=st.sampled_from([1, 9, 16, 50]), own=st.booleans())
-def test_parts_are_the_whole(cores: int, batch: int, length: int, own: bool) -> None:
-    w, (x, mask) = weights(), inputs(batch, length, batch if own else 1)
+@given(batch=st.integers(1, 7), length=st.sampled_from([1, 9, 16, 50]), mask_per_sample=st.booleans())
+def test_parts_match_the_whole_batch(cores: int, batch: int, length: int, mask_per_sample: bool) -> None:
+    w, (x, mask) = weights(), inputs(batch, length, batch if mask_per_sample else 1)
     with kernels.deferred():
-        whole = block(w, x, mask)
+        expected = block(w, x, mask)
     ours = kernels.map_batch(lambda x, mask: block(w, x, mask), x, mask)
-    close(ours, whole, 3e-6)
+    assert_close(ours, expected, 3e-6)
 
 
-def test_gradients_pass_through_arguments_and_what_the_function_uses_besides(cores: int) -> None:
+def test_gradients_of_arguments_and_captured_arrays(cores: int) -> None:
     w, (x, mask) = weights(), inputs(5, 9, 1)
 
     def loss(w: dict[str, mx.array], x: mx.array) -> mx.array:
         return mx.square(kernels.map_batch(lambda x, mask: block(w, x, mask), x, mask)).sum()
 
-    def whole(w: dict[str, mx.array], x: mx.array) -> mx.array:
+    def expected(w: dict[str, mx.array], x: mx.array) -> mx.array:
         return mx.square(block(w, x, mask)).sum()
 
     for argument in (0, 1):
-        ours, theirs = mx.grad(loss, argument)(w, x), mx.grad(whole, argument)(w, x)
+        ours, theirs = mx.grad(loss, argument)(w, x), mx.grad(expected, argument)(w, x)
         for name in w if argument == 0 else ():
-            close(ours[name], theirs[name], 1e-5)
+            assert_close(ours[name], theirs[name], 1e-5)
         if argument == 1:
-            close(ours, theirs, 1e-5)
+            assert_close(ours, theirs, 1e-5)
     traced = mx.compile(lambda x: kernels.map_batch(lambda x: x @ w["down"], x))
-    close(traced(x), x @ w["down"], 1e-6)
+    assert_close(traced(x), x @ w["down"], 1e-6)
 
 
-def test_errors_of_the_function_are_the_callers(cores: int) -> None:
+def test_errors_of_the_function_propagate(cores: int) -> None:
     def broken(x: mx.array) -> mx.array:
-        raise ValueError(f"no {x.ndim} axes")
+        raise ValueError(f"unexpected {x.ndim} axes")
 
-    with pytest.raises(ValueError, match="no 3 axes"):
+    with pytest.raises(ValueError, match="3 axes"):
         kernels.map_batch(broken, mx.zeros((4, 3, 2)))
-    close(kernels.map_batch(mx.square, mx.ones((4, 3, 2))), mx.ones((4, 3, 2)), 0)
+    assert_close(kernels.map_batch(mx.square, mx.ones((4, 3, 2))), mx.ones((4, 3, 2)), 0)
     assert not parallel._local.in_map_batch

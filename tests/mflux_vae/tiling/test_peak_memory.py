@@ -1,4 +1,4 @@
-"""The estimate of a call's memory against what is measured; what there is; and the plan that follows from both."""
+"""Estimated against measured peak memory, available memory, and the choice of tiling."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 operations = pytest.mark.parametrize("operation", ["encode", "decode"])
 
 MAX_RATIO = {"encode": 0.42, "decode": 0.4}
-"""Of the untiled call's memory, what exact tiling of a large image takes at most."""
+"""Largest allowed peak memory of exact tiling, relative to the untiled call."""
 
 
 def peaks(call: Callable[[], list[mx.array]]) -> Iterator[int]:
-    """The memory of one call after another, the first of all left out."""
+    """Yield the peak memory of repeated calls, after one warm-up call."""
     peak_of(call)
     while True:
         yield peak_of(call)
 
 
-def nearest(estimate: int, measured: Iterator[int], calls: int = 20) -> int:
-    """What an estimate is to be within 20 % of: the greatest peak of two calls or, while that is too little, of more.
+def largest_peak(estimate: int, measured: Iterator[int], calls: int = 20) -> int:
+    """Largest of two measured peaks; takes more measurements while the estimate exceeds it by over 20 %.
 
-    How far both cores run ahead of what is freed is another each time, and less where another program has one of them;
-    estimated is the most.
+    The peak varies with how far the cores run ahead of deallocation, and is smaller if another program uses a core.
+    The estimate is for the worst case.
     """
     largest = max(islice(measured, 2))
     for peak in islice(measured, calls - 2):
@@ -97,26 +97,26 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 @plans
 @operations
 @pytest.mark.parametrize("name", SMALL)
-def test_the_estimate_is_within_20_percent(name: str, operation: str, plan: Tiling | None) -> None:
+def test_estimate_is_within_20_percent(name: str, operation: str, plan: Tiling | None) -> None:
     build, size = SMALL[name]
     network = network_of(name, build)
     estimate = tiling_plan.peak_bytes(network, operation, *size, plan)
-    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, operation, *size, plan)), rel=0.2)
+    assert estimate == pytest.approx(largest_peak(estimate, peaks_of(network, operation, *size, plan)), rel=0.2)
 
 
 VECTORS: dict[str, FlatConfig] = {
     "transposed": FlatConfig(in_channels=3, out_channels=3, hidden_dims=(32, 64, 128), image_size=64, output="tanh"),
-    # its last convolution takes rows that are made on the way, and has one output channel
+    # the last convolution reads rows computed on demand, and has one output channel
     "repeat": FlatConfig(hidden_dims=(16, 32, 64), latent_dim=8, image_size=64, upsampling="repeat", last_conv=False),
 }
 
 
 @operations
 @pytest.mark.parametrize("name", VECTORS)
-def test_the_estimate_of_vectors_is_too(name: str, operation: str) -> None:
+def test_estimate_for_vector_latents(name: str, operation: str) -> None:
     network = network_of(name, lambda: drawn(FlatAutoencoder(VECTORS[name])).eval())
     estimate = tiling_plan.peak_bytes(network, operation, 64, 64, 64)
-    assert estimate == pytest.approx(nearest(estimate, peaks_of(network, operation, 64, 64, 64, None)), rel=0.2)
+    assert estimate == pytest.approx(largest_peak(estimate, peaks_of(network, operation, 64, 64, 64, None)), rel=0.2)
     with pytest.raises(SettingsError, match="vector"):
         tiling_plan.peak_bytes(network, operation, 64, 64, 64, Tiling("exact"))
 
@@ -124,24 +124,24 @@ def test_the_estimate_of_vectors_is_too(name: str, operation: str) -> None:
 CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, int]] = {
     "stride, few channels": ((1, 256, 256, 3), 64, 2),
     "stride": ((2, 64, 64, 64), 128, 2),
-    "bands of rows": ((1, 128, 128, 64), 64, 1),
-    "bands of output channels": ((1, 8, 128, 256), 256, 1),
+    "chunks of rows": ((1, 128, 128, 64), 64, 1),
+    "chunks of output channels": ((1, 8, 128, 256), 256, 1),
 }
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_the_estimate_of_a_convolution(name: str) -> None:
+def test_estimate_of_a_convolution(name: str) -> None:
     image, out, stride = CONVOLUTIONS[name]
     x, weight = mx.random.normal(image), mx.random.normal((out, 3, 3, image[3]))
     mx.eval(x, weight)
     result = 4 * prod(image[:3]) * out // stride**2
     estimate = kernels.workspace_bytes(image, weight.shape, stride)
     measured = (peak - result for peak in peaks(lambda: [kernels.conv2d(x, weight, stride=stride, padding=1)]))
-    assert estimate == pytest.approx(nearest(estimate, measured), rel=0.2)
+    assert estimate == pytest.approx(largest_peak(estimate, measured), rel=0.2)
 
 
-def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
-    """One array in all for `relu(x * 2 + 1)`, as MLX computes it; another where the argument is held on to."""
+def test_pointwise_steps_reuse_unreferenced_memory() -> None:
+    """`relu(x * 2 + 1)` needs one array, and two if its intermediate is referenced."""
     image = 4 * 64 * 64 * 3
     held: list[object] = []
 
@@ -150,11 +150,11 @@ def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
 
         def encode(self, pixels: mx.array) -> DiagonalGaussian:
             x = pixels * 2
-            held[:] = [x] * keeps
+            held[:] = [x] * references
             return DiagonalGaussian(kernels.relu(x + 1), pixels)
 
-    for keeps in (0, 1):
-        assert tiling_plan.peak_bytes(Steps(), "encode", 1, 64, 64) == image * (1 + keeps)
+    for references in (0, 1):
+        assert tiling_plan.peak_bytes(Steps(), "encode", 1, 64, 64) == image * (1 + references)
         held.clear()
 
 
@@ -164,12 +164,12 @@ def test_a_step_for_each_pixel_takes_the_memory_of_what_nothing_holds() -> None:
 @pytest.mark.parametrize("build", [AutoencoderKL, AutoencoderTiny, PlainAutoencoder])
 @plans
 @operations
-def test_the_estimate_at_full_size(
+def test_estimate_at_full_size(
     operation: str, plan: Tiling | None, build: Callable[[], nn.Module], size: tuple[int, int, int]
 ) -> None:
     network = network_of(build.__name__, lambda: drawn(build()))
     estimate = tiling_plan.peak_bytes(network, operation, *size, plan)
-    peak = nearest(estimate, peaks_of(network, operation, *size, plan), calls=6)
+    peak = largest_peak(estimate, peaks_of(network, operation, *size, plan), calls=6)
     print(
         f"{build.__name__} {operation} {size} {plan}: {estimate / 1e6:.0f} MB estimated, {peak / 1e6:.0f} MB measured"
     )
@@ -205,7 +205,7 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
     for operation in ("encode", "decode"):
         sizes = [tiling_plan.peak_bytes(network, operation, 1, side, side) for side in (256, 512, 1024)]
-        assert 2.5 < sizes[1] / sizes[0] < 4.5  # of an encoder's small images bands, and weights, take the larger part
+        assert 2.5 < sizes[1] / sizes[0] < 4.5  # for small images, chunks and weights dominate the encoder
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (
             tiling_plan.peak_bytes(network, operation, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512))
@@ -213,9 +213,7 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
         assert exact < MAX_RATIO[operation] * whole
 
 
-def test_a_plan_is_made_only_where_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tiles_only_if_memory_is_short(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     network = AutoencoderKL()
 
     def planned(available: float) -> Tiling | None:
@@ -233,9 +231,9 @@ def test_a_plan_is_made_only_where_memory_is_short(
     assert smaller is not None
     assert smaller.mode == "exact"
     assert smaller.tile < 512
-    last = planned(0)
-    assert last is not None
-    assert last.mode == "blend"
+    blended = planned(0)
+    assert blended is not None
+    assert blended.mode == "blend"
 
 
 @pytest.mark.parametrize(
@@ -248,20 +246,20 @@ def test_a_plan_is_made_only_where_memory_is_short(
         (Tiling("blend", 64), Tiling("blend", 64)),
     ],
 )
-def test_what_is_asked_for_is_done(option: tiling_plan.TilingOption, plan: Tiling | None) -> None:
+def test_explicit_option_is_used(option: tiling_plan.TilingOption, plan: Tiling | None) -> None:
     assert tiling_plan.plan(small_kl(), "encode", 1, 8, 8, option) == plan
 
 
-def test_another_tiling_is_refused() -> None:
+def test_unknown_option_raises_error() -> None:
     with pytest.raises(SettingsError, match="'tiles'"):
         tiling_plan.plan(small_kl(), "encode", 1, 8, 8, "tiles")  # type: ignore[arg-type]
 
 
-def test_there_is_memory() -> None:
+def test_available_memory_is_plausible() -> None:
     assert 1 << 26 < tiling_plan.available_bytes() < 1 << 50
 
 
-def test_a_containers_limit(tmp_path: Path) -> None:
+def test_container_limit(tmp_path: Path) -> None:
     assert tiling_plan._cgroup_bytes(tmp_path) == 1 << 62
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("600\n")

@@ -1,4 +1,4 @@
-"""Images in pieces: exact mode gives the untiled result, blended tiles are whole and fade into each other."""
+"""Tiling: exact mode matches the untiled result, blended tiles cover the image and blend linearly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small_flux2() -> nn.Module:
 
 
 def small_ddconfig() -> nn.Module:
-    """Linear attention at a high resolution, resampling without convolutions."""
+    """Linear attention at high resolution, resampling without convolutions."""
     ddconfig = {
         "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 16, "ch_mult": [1, 2],
         "num_res_blocks": 1, "attn_resolutions": [16], "attn_type": "linear", "resamp_with_conv": False,
@@ -66,7 +66,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def close(ours: mx.array, theirs: mx.array) -> None:
+def assert_close(ours: mx.array, theirs: mx.array) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5 * max(1.0, mx.abs(theirs).max().item()))
 
 
@@ -82,12 +82,12 @@ def test_exact_tiling_gives_the_untiled_result(name: str, batch: int, height: in
     network, plan = network_of(name), Tiling("exact", tile)
     pixels = normal(batch, 8 * height, 8 * width, 3)
     untiled, tiled = network.encode(pixels), tiles.encode(network, pixels, plan)
-    close(tiled.mean, untiled.mean)
-    close(tiled.logvar, untiled.logvar)
-    close(tiles.decode(network, untiled.mean, plan), network.decode(untiled.mean))
+    assert_close(tiled.mean, untiled.mean)
+    assert_close(tiled.logvar, untiled.logvar)
+    assert_close(tiles.decode(network, untiled.mean, plan), network.decode(untiled.mean))
 
 
-def test_a_tile_larger_than_the_image_changes_nothing() -> None:
+def test_tile_larger_than_image_changes_nothing() -> None:
     network, pixels = network_of("kl"), normal(1, 48, 32, 3)
     for plan in (None, Tiling("blend", 64)):
         assert mx.array_equal(tiles.encode(network, pixels, plan).mean, network.encode(pixels).mean)
@@ -99,32 +99,32 @@ def test_gradients_pass_through_strips() -> None:
         mx.grad(lambda z, plan=plan: mx.square(tiles.decode(network, z, plan)).mean())(latents)
         for plan in (None, Tiling("exact", 48))
     ]
-    close(slopes[1], slopes[0])
+    assert_close(slopes[1], slopes[0])
 
 
-def test_strips_are_let_go_and_convolutions_without_need_are_not_repeated() -> None:
+def test_strips_are_dropped_and_convolutions_computed_once() -> None:
     computed: dict[Buffered, int] = {}
 
     class CountingRun(StripRun):
-        most = 0
+        peak = 0
 
         def compute(self, buffer: Buffered, start: int, stop: int) -> mx.array:
             computed[buffer] = computed.get(buffer, 0) + stop - start
-            self.most = max(self.most, self.held_bytes)
+            self.peak = max(self.peak, self.held_bytes)
             return super().compute(buffer, start, stop)
 
     network, latents = network_of("kl"), normal(1, 16, 8, 4)
     strip_run = CountingRun(256)
     (pixels,) = strip_run.run(tiles.array_function(network, "decode"), latents)
-    full = pixels.size // 3 * 4 * 8  # bytes of the 8 channels of the finest level
-    assert strip_run.most < 1.7 * full
+    full = pixels.size // 3 * 4 * 8  # bytes of 8 channels at full resolution
+    assert strip_run.peak < 1.7 * full
     for buffer, rows in computed.items():
         normed = isinstance(buffer, Convolution) and buffer.groups is not None and buffer.shape[1] == pixels.shape[1]
         passes = rows / buffer.shape[1]
         assert 1.9 < passes < 4 if normed else passes == 1, (buffer.shape, passes)
 
 
-def test_blended_tiles_are_near_the_untiled_result() -> None:
+def test_blended_tiles_approximate_untiled_result() -> None:
     network = small_plain()
     pixels = normal(2, 64, 80, 3)
     latents = network.encode(pixels).mean
@@ -138,7 +138,7 @@ def test_blended_tiles_are_near_the_untiled_result() -> None:
 
 @given(length=st.integers(1, 300), tile=st.integers(1, 64), overlap=st.floats(0, 0.5), scale=st.sampled_from([1, 8]))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_tiles_are_whole_and_weights_sum_to_one(length: int, tile: int, overlap: float, scale: int) -> None:
+def test_tiles_cover_the_axis_and_weights_sum_to_one(length: int, tile: int, overlap: float, scale: int) -> None:
     spans = tiles.tile_spans(length, tile, overlap)
     assert spans[0][0] == 0
     assert spans[-1][1] == length
@@ -152,24 +152,24 @@ def test_tiles_are_whole_and_weights_sum_to_one(length: int, tile: int, overlap:
     np.testing.assert_allclose(total, 1, rtol=1e-12)
 
 
-def test_weights_are_linear_between_two_tiles() -> None:
+def test_weights_are_linear_in_overlap() -> None:
     left, right = tiles.blend_weights([(0, 8), (4, 12)], 1)
     np.testing.assert_allclose(left, [1, 1, 1, 1, 0.875, 0.625, 0.375, 0.125])
     np.testing.assert_allclose(right, left[::-1])
 
 
 @pytest.mark.parametrize("given", [{"mode": "other"}, {"tile": 0}, {"overlap": 0.6}, {"overlap": -0.1}])
-def test_tilings_that_make_no_sense(given: dict) -> None:
+def test_invalid_tilings_raise_error(given: dict) -> None:
     with pytest.raises(SettingsError):
         Tiling(**given)
 
 
-def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_parts_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (normal(2, 1, 50, 16, seed=seed) for seed in range(3))
     mask = normal(2, 1, 50, 50, seed=3)
     whole = kernels.attention(q, k, v, scale=0.3, mask=mask)
     slope = mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q)
     monkeypatch.setattr(import_module("mflux_vae.kernels.attention"), "MAX_SCORES", 700)
-    close(kernels.attention(q, k, v, scale=0.3, mask=mask), whole)
-    close(mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q), slope)
-    close(mx.compile(lambda q: kernels.attention(q, k, v, scale=0.3, mask=mask))(q), whole)
+    assert_close(kernels.attention(q, k, v, scale=0.3, mask=mask), whole)
+    assert_close(mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q), slope)
+    assert_close(mx.compile(lambda q: kernels.attention(q, k, v, scale=0.3, mask=mask))(q), whole)
