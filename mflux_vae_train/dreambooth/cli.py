@@ -1,4 +1,4 @@
-"""``mflux-train-dreambooth``: the command line of `DreamBooth.train`.
+"""``mflux-train-dreambooth``: the command line of `DreamBooth.train`. Its flags are the fields of `config`.
 
 Heavy imports are inside functions, so that ``--help`` and a mistyped flag are answered at once.
 """

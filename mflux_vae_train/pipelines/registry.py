@@ -1,5 +1,7 @@
 """From ``--model`` to a pipeline, through entry points of the group ``mflux_vae_train.pipelines``.
 
+A new pipeline is a folder beside this file (see `protocol`) and an entry point:
+
     [project.entry-points."mflux_vae_train.pipelines"]
     mine = "my_package:load"
     MyDiffusionPipeline = "my_package:load"

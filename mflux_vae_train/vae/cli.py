@@ -1,5 +1,7 @@
 """Commands of ``mflux-vae``: train, reconstruct, sample, grid, traverse, interpolate.
 
+The flags of `train` are the fields of `config`.
+
 Each function adds flags to a parser and returns the function that runs the command (see `mflux_vae.cli`). Heavy imports
 are inside functions so that ``--help`` is fast.
 """

@@ -1,7 +1,7 @@
 """The DreamBooth objective: L = mean instance loss + weight * mean prior loss.
 
-Equation 2 of Ruiz et al. (2023), in the form that diffusers uses. The pipeline defines the per-sample losses: noise,
-target and schedule.
+Equation 2 of Ruiz et al. (2023), in the form that diffusers uses. The pipeline defines the per-sample losses: noise
+(`pipelines.noise` has the weighting schemes), target and schedule.
 
 With output preservation, prior samples are the noised instance latents with the class prompt, and the target is the
 prediction of the base model: weight * |v(x_t, class) - v_base(x_t, class)|^2.
