@@ -176,10 +176,10 @@ def test_an_autoencoder(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_and_its_discriminator_resume_with_another_number_of_processes(tmp_path: Path) -> None:
-    critic = ("--disc_start", 2)
-    for status, said in ring(2, autoencoder(tmp_path / "more", *critic, batch=8, accumulation=2, epochs=1)):
+    discriminator = ("--disc_start", 2)
+    for status, said in ring(2, autoencoder(tmp_path / "more", *discriminator, batch=8, accumulation=2, epochs=1)):
         assert status == 0, said
-    alone(autoencoder(tmp_path / "more", *critic, batch=8, accumulation=2))
-    alone(autoencoder(tmp_path / "one", *critic, batch=8, accumulation=2))
+    alone(autoencoder(tmp_path / "more", *discriminator, batch=8, accumulation=2))
+    alone(autoencoder(tmp_path / "one", *discriminator, batch=8, accumulation=2))
     more, one = (tmp_path / name / "checkpoints" / "few" for name in ("more", "one"))
     near(more / "last_model.safetensors", one / "last_model.safetensors")

@@ -1,8 +1,8 @@
-"""Commands, classes and configuration files of other VAE projects, and their counterparts.
+"""Counterparts of commands, classes and configuration files of other VAE projects.
 
-PyTorch-VAE and projects like it:
+PyTorch-VAE and similar projects:
 
-| there | here |
+| other project | here |
 |---|---|
 | `python vae/train.py --experiment_name my_vae --num_epochs 100` | `mflux-vae train`, same flags |
 | `--loss_type beta_vae --beta_end 4.0`, `--latent_dim --hidden_dims --learning_rate --batch_size` | same flags |
@@ -23,7 +23,7 @@ PyTorch-VAE and projects like it:
 
 latent-diffusion:
 
-| there | here |
+| other project | here |
 |---|---|
 | `AutoEncoderKL(ddconfig, embed_dim, lossconfig, ckpt_path)`, `training_step`, `default_loss` | `latent_diffusion` |
 | `python VAE/autoencoder.py`, `config.yaml` | `mflux-vae train --network_config config.yaml --reduction mean` |
@@ -31,11 +31,11 @@ latent-diffusion:
 
 MLX's example (mlx-examples/cvae):
 
-| there | here |
+| other project | here |
 |---|---|
 | `train.py --cpu --seed --batchsize --max_filters --epochs --lr` | `mflux-vae train --preset mlx-mnist`, same flags |
 | `generate.py --model FILE.npz --latent_dims --outfile` | `mflux-vae sample`, same flags and file |
 | `reconstruct.py --model --rec_testdata --outdir` | `mflux-vae reconstruct`, same flags |
 
-`pytorch_vae_config` reads nested configuration files; `latent_diffusion` has the class.
+`pytorch_vae_config` reads nested configuration files; `latent_diffusion` contains the class.
 """

@@ -1,4 +1,4 @@
-"""latent-diffusion's class around its network, for training loops of one's own."""
+"""The `AutoencoderKL` training module of latent-diffusion, for custom training loops."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from mflux_vae_train.vae.losses.elbo import VAELoss
 from mflux_vae_train.vae.objective import sample_latents
 
 Loss: TypeAlias = Callable[..., tuple[mx.array, dict[str, mx.array]]]
-"""As `AutoEncoderKL.default_loss`."""
+"""Signature of `AutoEncoderKL.default_loss`."""
 
 KL_WEIGHT = 0.5
-"""Of a sum over latents, beside an error that is a mean over pixels: it dominates, and the posterior collapses."""
+"""Weight of KL, a sum over latents, relative to a mean error over pixels: KL dominates, so the posterior collapses."""
 
 
 class AutoEncoderKL(nn.Module):
-    """An autoencoder with its loss and optimizer; images and latents are (B, C, H, W), images in [-1, 1].
+    """An autoencoder with loss and optimizer. Images and latents are (B, C, H, W), images in [-1, 1].
 
-    `VAETrainer` trains the same network from settings, with all that a training needs (`network_config`, `init_from`).
+    `VAETrainer` trains the same network from settings (`network_config`, `init_from`) and should be preferred.
 
     Args:
-        ddconfig: latent-diffusion's description of encoder and decoder.
-        embed_dim: channels of a latent.
-        lossconfig: the loss: a function like `default_loss`, or what `VAELoss` takes by keyword, such as
-            {"beta": 1e-6, "loss_type": "l1"}; None for `default_loss`.
-        ckpt_path: weights in any naming.
-        ignore_keys: how names of weights begin that are not taken from there, such as "decoder".
-        colorize_nlabels: labels of segmentation maps, (B, labels, H, W), that `to_rgb` is to show.
-        monitor: name of a number of `validation_step` whose least value `best` keeps.
+        ddconfig: configuration of encoder and decoder, as in latent-diffusion.
+        embed_dim: latent channels.
+        lossconfig: a function like `default_loss` (default), or keyword arguments of `VAELoss`, such as
+            {"beta": 1e-6, "loss_type": "l1"}.
+        ckpt_path: weights file in any key naming.
+        ignore_keys: prefixes of weights that are not loaded, such as "decoder".
+        colorize_nlabels: number of labels in segmentation maps for `to_rgb`.
+        monitor: name of a metric of `validation_step`; `best` is its smallest value.
 
     Attributes:
-        network: NHWC, as `mflux_vae` has it.
-        learning_rate: of `configure_optimizers`.
-        best: least monitored value so far, or None.
+        network: the network of `mflux_vae`, with NHWC images.
+        learning_rate: used by `configure_optimizers`.
+        best: smallest monitored value so far, or None.
 
     Raises:
-        SettingsError: something in `ddconfig` is missing, unknown or not supported, or in `lossconfig` wrong.
-        WeightsError: the checkpoint does not fit.
+        SettingsError: invalid `ddconfig` or `lossconfig`.
+        WeightsError: the checkpoint does not match.
     """
 
     def __init__(
@@ -65,20 +65,20 @@ class AutoEncoderKL(nn.Module):
         self.network = AutoencoderKL(config)
         if ckpt_path is not None:
             stored = loading.open_network(ckpt_path, mx.float32, config=config.to_dict())
-            taken = dict(tree_flatten(stored.parameters())).items()
-            self.network.update(tree_unflatten([item for item in taken if not item[0].startswith(tuple(ignore_keys))]))
+            loaded = dict(tree_flatten(stored.parameters())).items()
+            self.network.update(tree_unflatten([item for item in loaded if not item[0].startswith(tuple(ignore_keys))]))
         self.learning_rate, self.monitor = 4.5e-6, monitor
         self.best: float | None = None
         self._loss = lossconfig if callable(lossconfig) else self._build_loss(lossconfig)
         self._colours = colorize_nlabels and mx.random.normal((colorize_nlabels, 3), key=mx.random.key(0))
 
     def encode(self, x: mx.array) -> DiagonalGaussian:
-        """(B, C, H, W) -> posterior over (B, embed_dim, h, w)."""
+        """(B, C, H, W) -> posterior of latents (B, embed_dim, h, w)."""
         posterior = self.network.encode(x.transpose(0, 2, 3, 1))
         return DiagonalGaussian(posterior.mean.transpose(0, 3, 1, 2), posterior.logvar.transpose(0, 3, 1, 2))
 
     def decode(self, z: mx.array) -> mx.array:
-        """(B, embed_dim, h, w) -> (B, C, H, W), about in [-1, 1]."""
+        """(B, embed_dim, h, w) -> (B, C, H, W), approximately in [-1, 1]."""
         return self.network.decode(z.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
     def __call__(
@@ -87,8 +87,8 @@ class AutoEncoderKL(nn.Module):
         """Reconstruction and posterior.
 
         Args:
-            sample_posterior: decode a draw, or else the mean.
-            keys: of the draws, (B, 2); None draws from MLX's global state.
+            sample_posterior: decode a sample of the posterior instead of its mean.
+            keys: random keys of the samples, (B, 2); None uses MLX's global state.
         """
         posterior = self.encode(input)
         if not sample_posterior:
@@ -98,7 +98,7 @@ class AutoEncoderKL(nn.Module):
     forward = __call__
 
     def get_last_layer(self) -> mx.array:
-        """The decoder's last kernel, which an adversarial loss balances its gradients by."""
+        """Weight of the decoder's last layer, for balancing the gradients of an adversarial loss."""
         weight: mx.array = self.network.decoder.conv_out.weight
         return weight
 
@@ -111,28 +111,28 @@ class AutoEncoderKL(nn.Module):
         last_layer: mx.array | None = None,
         split: str = "train",
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Mean squared error + 0.5 KL, and the numbers by name. Know that its posteriors collapse: see `KL_WEIGHT`."""
+        """Mean squared error + 0.5 KL, and metrics. The posterior collapses with this loss: see `KL_WEIGHT`."""
         error, divergence = mx.square(reconstructions - inputs).mean(), posterior.kl().mean()
         return self._with_log(error + KL_WEIGHT * divergence, error, divergence, split)
 
     def training_step(self, batch: mx.array, batch_idx: int) -> mx.array:
-        """The loss of a batch, to be differentiated; its noise is a function of `batch_idx`."""
+        """Loss of a batch for differentiation; its noise is a function of `batch_idx`."""
         return self._step_loss(batch, batch_idx, Stream.NOISE, "train")[0]
 
     def validation_step(self, batch: mx.array, batch_idx: int) -> dict[str, mx.array]:
-        """The numbers of a batch, as `val/total_loss` and so on."""
-        told = self._step_loss(batch, batch_idx, Stream.EVALUATION, "val")[1]
+        """Metrics of a batch: `val/total_loss`, `val/rec_loss`, `val/kl_loss`."""
+        metrics = self._step_loss(batch, batch_idx, Stream.EVALUATION, "val")[1]
         if self.monitor is not None:
-            value = float(told[self.monitor])
+            value = float(metrics[self.monitor])
             self.best = value if self.best is None else min(self.best, value)
-        return told
+        return metrics
 
     def configure_optimizers(self) -> Adam:
-        """latent-diffusion's: Adam (0.5, 0.9)."""
+        """Adam with beta1 0.5 and beta2 0.9, as in latent-diffusion."""
         return Adam(beta1=0.5, beta2=0.9, learning_rate=self.learning_rate)
 
     def to_rgb(self, x: mx.array) -> mx.array:
-        """Segmentation maps (B, labels, H, W) -> (B, 3, H, W) in [-1, 1], each label in a random colour of its own."""
+        """Segmentation maps (B, labels, H, W) -> (B, 3, H, W) in [-1, 1], one random colour per label."""
         colours: Any = self._colours
         rgb = mx.tensordot(x.transpose(0, 2, 3, 1), colours, axes=1).transpose(0, 3, 1, 2)
         return 2 * (rgb - rgb.min()) / mx.maximum(rgb.max() - rgb.min(), 1e-12) - 1
@@ -140,8 +140,8 @@ class AutoEncoderKL(nn.Module):
     def _step_loss(
         self, batch: mx.array, index: int, stream: Stream, split: str
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        again, posterior = self(batch, keys=sample_keys(0, stream, index, range(len(batch))))
-        return self._loss(batch, again, posterior, index, last_layer=self.get_last_layer(), split=split)
+        reconstruction, posterior = self(batch, keys=sample_keys(0, stream, index, range(len(batch))))
+        return self._loss(batch, reconstruction, posterior, index, last_layer=self.get_last_layer(), split=split)
 
     def _build_loss(self, lossconfig: Mapping[str, Any] | None) -> Loss:
         if lossconfig is None:
@@ -149,9 +149,9 @@ class AutoEncoderKL(nn.Module):
         criterion = VAELoss(**{"signed": True, **lossconfig})
 
         def loss(
-            inputs: mx.array, again: mx.array, posterior: DiagonalGaussian, _: int, *, split: str, **others: Any
+            inputs: mx.array, outputs: mx.array, posterior: DiagonalGaussian, _: int, *, split: str, **others: Any
         ) -> tuple[mx.array, dict[str, mx.array]]:
-            images = (again.transpose(0, 2, 3, 1), inputs.transpose(0, 2, 3, 1))
+            images = (outputs.transpose(0, 2, 3, 1), inputs.transpose(0, 2, 3, 1))
             return self._with_log(*criterion(*images, posterior.mean, posterior.logvar), split)
 
         return loss
@@ -160,5 +160,5 @@ class AutoEncoderKL(nn.Module):
     def _with_log(
         total: mx.array, error: mx.array, divergence: mx.array, split: str
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        numbers = {"total_loss": total, "rec_loss": error, "kl_loss": divergence}
-        return total, {f"{split}/{name}": mx.stop_gradient(value) for name, value in numbers.items()}
+        metrics = {"total_loss": total, "rec_loss": error, "kl_loss": divergence}
+        return total, {f"{split}/{name}": mx.stop_gradient(value) for name, value in metrics.items()}

@@ -189,8 +189,8 @@ class Batches:
     def positions(self, update: int) -> list[tuple[int, int]]:
         """(epoch, index in the source) of each image."""
         count = len(self.source)
-        places = [divmod(update * self.batch + row, count) for row in self.rows]
-        return [(epoch, int(epoch_order(self.seed, epoch, count)[place])) for epoch, place in places]
+        positions = (divmod(update * self.batch + row, count) for row in self.rows)
+        return [(epoch, int(epoch_order(self.seed, epoch, count)[position])) for epoch, position in positions]
 
     def __call__(self, update: int) -> np.ndarray:
         if self._prefetched is None or update != self._next:

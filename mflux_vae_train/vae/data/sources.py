@@ -71,16 +71,16 @@ class Files:
     def item(self, index: int) -> np.ndarray:
         error: ImageError | None = None
         for step in range(min(_MAX_BAD_IN_A_ROW, len(self))):
-            place = (index + step) % len(self)
-            if place in self.bad:
+            candidate = (index + step) % len(self)
+            if candidate in self.bad:
                 continue
             try:
-                return to_channels(load_image(self.paths[place], resolution=self.size), self.channels)
+                return to_channels(load_image(self.paths[candidate], resolution=self.size), self.channels)
             except ImageError as broken:
                 error = broken
                 if not self.bad:
                     logger.warning("%s; skipping it and further unreadable files", broken)
-                self.bad.add(place)
+                self.bad.add(candidate)
         raise ImageError(f"{self.paths[index]}: cannot be read, nor the following files; check the data") from error
 
 
@@ -136,17 +136,17 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
     videos: dict[str, list[str]] = {}  # a list of frames may return to a video
     for entry in entries:
         videos.setdefault(str(Path(entry).parent) if _is_frame(entry) else entry, []).append(entry)
-    starts, absent = array("Q"), 0
+    starts, missing = array("Q"), 0
 
     def names() -> Iterator[str]:
-        nonlocal absent
+        nonlocal missing
         count = 0
         for entries in videos.values():
-            there = [_frames_of(root, entry) for entry in entries]
-            absent += there.count([])
-            if any(there):
+            existing = [_frames_of(root, entry) for entry in entries]
+            missing += existing.count([])
+            if any(existing):
                 starts.append(count)
-            for found in there:
+            for found in existing:
                 count += len(found)
                 yield from found
 
@@ -155,8 +155,8 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
         raise ImageError(
             f"{path}: contains no frames <video>/<frame>.jpg" + (f" of {video_list}" if video_list else "")
         )
-    if absent:
-        logger.warning("%s: %d of %d videos have no frames", path, absent, len(entries))
+    if missing:
+        logger.warning("%s: %d of %d videos have no frames", path, missing, len(entries))
     return Files(paths, size=size, channels=channels, starts=np.array(starts, np.int64))
 
 
@@ -208,10 +208,10 @@ def idx_files(path: Path, prefix: str) -> list[Path]:
     """MNIST image files of a split, under the original name or with a dot, also in subfolders raw and MNIST/raw."""
     pattern = re.compile(rf"{prefix}-images[-.]idx3-ubyte(?:\.gz)?")
     return [
-        place / name
-        for place in (path, path / "raw", path / "MNIST" / "raw")
-        if place.is_dir()
-        for name in sorted(os.listdir(place))
+        directory / name
+        for directory in (path, path / "raw", path / "MNIST" / "raw")
+        if directory.is_dir()
+        for name in sorted(os.listdir(directory))
         if pattern.fullmatch(name)
     ]
 
@@ -252,9 +252,9 @@ def _folder(path: str | Path) -> Path:
 
 
 def _images_below(root: Path) -> Iterator[str]:
-    for place, folders, files in os.walk(root):
+    for directory, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(place, root)
+        inside = os.path.relpath(directory, root)
         yield from (os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if _is_image(name))
 
 
