@@ -96,39 +96,42 @@ def test_train_then_sample(run: Run, tmp_path: Path) -> None:
     assert run(*command)[0] == 0
     model = tmp_path / "checkpoints" / "mine" / "best_model.safetensors"
 
-    made = tmp_path / "made"
+    output = tmp_path / "output"
     row = 12 + 2
     for words, file, rows, columns in (
         (("sample", "--num_samples=6"), "samples", 2, 3),
         (("grid", "--grid_size=4", "--latent_range_min=-4.0", "--latent_range_max=4.0"), "latent_grid", 4, 4),
         (("interpolate", "--num_steps=7", "--spherical", "--latent_dims=3"), "interpolation", 1, 7),
-        (("interpolate", "--images", f"{made}/samples.png", f"{made}/latent_grid.png"), "interpolation", 1, 10),
+        (("interpolate", "--images", f"{output}/samples.png", f"{output}/latent_grid.png"), "interpolation", 1, 10),
     ):
-        status, out, err = run(*words, f"--model_path={model}", f"--output_dir={made}")
-        assert status == 0 and out.strip() == str(made / f"{file}.png"), err
+        status, out, err = run(*words, f"--model_path={model}", f"--output_dir={output}")
+        assert status == 0 and out.strip() == str(output / f"{file}.png"), err
         assert load_image(out.strip()).shape == (rows * row - 2, columns * row - 2, 3)
-    for words, units in ((("--num_steps=5",), 3), (("--dims", "2", "--num_steps=5", f"--image={made}/samples.png"), 1)):
-        status, out, err = run("traverse", *words, f"--model_path={model}", f"--output_dir={made}")
-        assert status == 0 and out.strip() == str(made / "traversal.png"), err
+    for words, units in (
+        (("--num_steps=5",), 3),
+        (("--dims", "2", "--num_steps=5", f"--image={output}/samples.png"), 1),
+    ):
+        status, out, err = run("traverse", *words, f"--model_path={model}", f"--output_dir={output}")
+        assert status == 0 and out.strip() == str(output / "traversal.png"), err
         height, width, _ = load_image(out.strip()).shape
         assert height == 4 + units * (5 * 12 + 4) and width > 5 * (5 * 12 + 2)  # enlarged, with labels on the left
     assert run("sample", "--model", model, "--outfile", tmp_path / "samples.png", "--seed=1")[0] == 0
-    assert (load_image(tmp_path / "samples.png") != load_image(made / "samples.png")[:1, :1]).any()
+    assert (load_image(tmp_path / "samples.png") != load_image(output / "samples.png")[:1, :1]).any()
 
-    status, out, err = run("sample", "--model", model, "--outdir", made, "--grid_size=3", "--nimg_channels=1")
-    assert status == 0 and out.split() == [str(made / "samples.png"), str(made / "latent_grid.png")], err
-    assert load_image(made / "latent_grid.png").shape == (3 * row - 2,) * 2 + (3,)
+    status, out, err = run("sample", "--model", model, "--outdir", output, "--grid_size=3", "--nimg_channels=1")
+    assert status == 0 and out.split() == [str(output / "samples.png"), str(output / "latent_grid.png")], err
+    assert load_image(output / "latent_grid.png").shape == (3 * row - 2,) * 2 + (3,)
     status, _, err = run("sample", "--model", model, "--max_filters=64")
     assert status == 2 and "--max_filters" in err
 
     for words, count, kind in ((("--rec_testdata",), 2, "held-out"), ((), 18, "training")):
-        status, out, err = run("reconstruct", f"--model_path={model}", f"--outdir={made}", *words)
+        status, out, err = run("reconstruct", f"--model_path={model}", f"--outdir={output}", *words)
         assert status == 0 and out.startswith(f"{count} {kind} images: PSNR"), err
-        assert load_image(made / "reconstructions.png").shape[0] == (2 if words else 6) * row - 2
+        assert load_image(output / "reconstructions.png").shape[0] == (2 if words else 6) * row - 2
     status, out, err = run("reconstruct", "--model", model, "--data", "digits", "--json", "--num_images=5")
     assert status == 0 and json.loads(out)["images"] == 5, err
 
-    save_image(tmp_path / "grey.png", load_image(made / "samples.png")[:12, :12])
+    save_image(tmp_path / "grey.png", load_image(output / "samples.png")[:12, :12])
     status, out, err = run("reconstruct", tmp_path / "grey.png", "--model", model, "--latent_dims=3")
     assert status == 0 and "grey.png" in out, err
 

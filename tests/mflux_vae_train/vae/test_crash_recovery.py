@@ -77,13 +77,13 @@ def test_a_signal_skips_no_validation(
 ) -> None:
     """An epoch has two updates: a validation is due when the signal arrives during the second."""
     train(pictures, tmp_path / "whole")
-    own = step.Step.__call__
+    original = step.Step.__call__
 
     def sends(self: Any, index: int, *rest: Any) -> Any:
         if index + 1 == update:
             os.kill(os.getpid(), number)
             time.sleep(0.01)
-        return own(self, index, *rest)
+        return original(self, index, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
         patch.setattr(step.Step, "__call__", sends)
@@ -97,12 +97,12 @@ def test_a_second_process_and_a_full_disk_are_errors(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(pictures, tmp_path / "whole")
-    own = mx.save_safetensors
+    original = mx.save_safetensors
 
     def full(file: str, *rest: Any) -> None:
         if "checkpoint-4" in file:
             raise RuntimeError("[write] Unable to write 8 bytes to file.")
-        own(file, *rest)
+        original(file, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(TrainingError, match="checkpoint-4"):
         patch.setattr(mx, "save_safetensors", full)
@@ -134,9 +134,9 @@ def test_the_content_of_files_counts_not_their_path(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a\nb\n")
     given: dict[str, Any] = {"lr_scheduler": "constant", "samples_every": None, "val_share": 0.5}
     videos, out = tmp_path / "videos", tmp_path / "out"
-    made = train(videos, out, data_list=str(tmp_path / "list.txt"), num_epochs=1, **given).updates
+    updates = train(videos, out, data_list=str(tmp_path / "list.txt"), num_epochs=1, **given).updates
     moved = shutil.move(tmp_path / "list.txt", tmp_path / "moved.txt")
-    assert train(videos, out, data_list=str(moved), num_epochs=2, **given).updates == made
+    assert train(videos, out, data_list=str(moved), num_epochs=2, **given).updates == updates
     (tmp_path / "moved.txt").write_text("a\nc\n")
     with pytest.raises(SettingsError, match=r"data_list.*--allow_changes"):
         train(videos, out, data_list=str(moved), num_epochs=3, **given)

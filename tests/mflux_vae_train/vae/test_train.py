@@ -98,18 +98,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(
     whole = trained(tmp_path / "whole", **changes)
     assert whole.updates == 9
 
-    calls, own = [], step.Step.__call__
+    calls, original = [], step.Step.__call__
 
     def fail(self: Any, update: int, batches: Any, rate: float) -> Any:
         calls.append(update)
         if update == 5:
             raise RuntimeError("power failure")
-        return own(self, update, batches, rate)
+        return original(self, update, batches, rate)
 
     monkeypatch.setattr(step.Step, "__call__", fail)
     with pytest.raises(RuntimeError, match="power"):
         trained(tmp_path / "parts", **changes)
-    monkeypatch.setattr(step.Step, "__call__", own)
+    monkeypatch.setattr(step.Step, "__call__", original)
     parts = trained(tmp_path / "parts", **changes)
     assert parts.updates == 6  # resumed from the checkpoint of the first epoch
 
@@ -127,29 +127,28 @@ def test_resumed_equals_uninterrupted_to_the_bit(
 
 
 def test_output_of_a_run(tmp_path: Path) -> None:
-    outcome = trained(tmp_path, experiment_name="mine", ema_decay=0.5, samples_every=2)
+    result = trained(tmp_path, experiment_name="mine", ema_decay=0.5, samples_every=2)
     assert (
-        outcome.folder == tmp_path / "checkpoints" / "mine"
-        and outcome.best == outcome.folder / "best_model.safetensors"
+        result.folder == tmp_path / "checkpoints" / "mine" and result.best == result.folder / "best_model.safetensors"
     )
-    rows = lines(outcome.folder / "validation.jsonl")
+    rows = lines(result.folder / "validation.jsonl")
     assert [row["update"] for row in rows] == [3, 6, 9]
     assert rows[-1].keys() == {"update", "seconds", "loss", "rec", "kl", "psnr", "tc", "active"}
-    assert len(lines(outcome.folder / "metrics.jsonl")) == 9
+    assert len(lines(result.folder / "metrics.jsonl")) == 9
     again = settings_from_dict({**SMALL, "output_dir": str(tmp_path), "experiment_name": "mine", "ema_decay": 0.5})
-    assert f"latent_dim: {again.latent_dim}\n" in (outcome.folder / "settings.yaml").read_text()
+    assert f"latent_dim: {again.latent_dim}\n" in (result.folder / "settings.yaml").read_text()
 
     # both files can be opened and contain the averages
-    state = last_state(outcome.folder)
-    network: Any = loading.open_network(outcome.last)
+    state = last_state(result.folder)
+    network: Any = loading.open_network(result.last)
     for name, value in tree_flatten(network.trainable_parameters()):
         np.testing.assert_array_equal(value, state[f"ema/average/{name.replace('.', '/')}"])
         assert not np.array_equal(value, state[f"network/{name.replace('.', '/')}"]) or value.size < 4
     assert network.encode(mx.zeros((1, 12, 12, 1))).mean.shape == (1, 3)
 
-    samples = sorted(path.name for path in (outcome.folder / "samples").iterdir())
+    samples = sorted(path.name for path in (result.folder / "samples").iterdir())
     assert samples == [f"{kind}-{n:06}.png" for kind in ("reconstructions", "samples") for n in (6, 9)]
-    assert load_image(outcome.folder / "samples" / "samples-000009.png").shape[:2] == (8 * 12 + 7 * 2,) * 2
+    assert load_image(result.folder / "samples" / "samples-000009.png").shape[:2] == (8 * 12 + 7 * 2,) * 2
 
 
 def test_more_epochs_resume_and_other_settings_are_rejected(tmp_path: Path) -> None:
@@ -164,16 +163,16 @@ def test_best_weights_and_early_stopping(tmp_path: Path, monkeypatch: pytest.Mon
     from mflux_vae_train.vae.evaluation.validation import Validation
 
     losses = iter([3.0, 1.0, 2.0, 2.0])
-    own = Validation.measure
-    monkeypatch.setattr(Validation, "measure", lambda self: {**own(self), "loss": next(losses)})
+    original = Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda self: {**original(self), "loss": next(losses)})
     early: dict[str, Any] = {"num_epochs": 9, "early_stopping": 2, "save_every": save_every}
-    outcome = trained(tmp_path, **early)
-    assert [row["loss"] for row in lines(outcome.folder / "validation.jsonl")] == [3.0, 1.0, 2.0, 2.0]
-    assert outcome.updates == 12 and len(lines(outcome.folder / "metrics.jsonl")) == 12
+    result = trained(tmp_path, **early)
+    assert [row["loss"] for row in lines(result.folder / "validation.jsonl")] == [3.0, 1.0, 2.0, 2.0]
+    assert result.updates == 12 and len(lines(result.folder / "metrics.jsonl")) == 12
     # it ends like a run of that many epochs
-    assert (outcome.folder / "checkpoint-12").is_dir() and (outcome.folder / "samples/samples-000012.png").is_file()
+    assert (result.folder / "checkpoint-12").is_dir() and (result.folder / "samples/samples-000012.png").is_file()
     assert trained(tmp_path, **early).updates == 0  # still stopped
-    best, last = loading.open_network(outcome.best), loading.open_network(outcome.last)
+    best, last = loading.open_network(result.best), loading.open_network(result.last)
     assert any(
         not np.array_equal(a, b)
         for (_, a), (_, b) in zip(tree_flatten(best.parameters()), tree_flatten(last.parameters()), strict=True)
@@ -269,17 +268,17 @@ def test_invalid_settings_are_errors(tmp_path: Path, changes: dict[str, Any], ke
 
 def test_dry_run_logs_the_plan_and_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        outcome = trained(tmp_path, dry_run=True)
-    assert outcome.updates == 0 and outcome.metrics["loss"] > 0 and not list(tmp_path.iterdir())
+        result = trained(tmp_path, dry_run=True)
+    assert result.updates == 0 and result.metrics["loss"] > 0 and not list(tmp_path.iterdir())
     assert "24 images" in caplog.text and "9 updates" in caplog.text
 
 
 def test_checkpoints_and_previews_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, own = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (saved.append(a[1]), own(*a, **k)))
-    outcome = trained(tmp_path, save_every_n_steps=2, save_every=3, log_images_every_n_steps=4, num_epochs=3)
+    saved, original = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (saved.append(a[1]), original(*a, **k)))
+    result = trained(tmp_path, save_every_n_steps=2, save_every=3, log_images_every_n_steps=4, num_epochs=3)
     assert saved == [2, 4, 6, 8, 9]
-    names = sorted(path.name for path in (outcome.folder / "samples").iterdir())
+    names = sorted(path.name for path in (result.folder / "samples").iterdir())
     assert names == [f"{kind}-{n:06}.png" for kind in ("reconstructions", "samples") for n in (4, 8, 9)]
 
 
@@ -288,7 +287,7 @@ def test_training_only_the_decoder_keeps_latents_bit_for_bit(tmp_path: Path, cha
     first = trained(tmp_path / "first", **{**changes, "num_epochs": 1, "init": "orthogonal"})
     more = {"init_from": str(first.last), "train": "decoder", "ema_decay": 0.5, "optimizer": "muon"}
     second = trained(tmp_path / "second", **{**changes, **more})
-    before, after = (loading.open_network(outcome.last) for outcome in (first, second))
+    before, after = (loading.open_network(result.last) for result in (first, second))
     for (name, one), (_, other) in zip(
         tree_flatten(before.parameters()), tree_flatten(after.parameters()), strict=True
     ):
@@ -371,7 +370,7 @@ def test_perceptual_distance_from_two_files(tmp_path: Path) -> None:
     small = {"image_size": 16, "data_count": 4, "val_share": 0.25, "batch_size": 3, "num_epochs": 1, "seed": 1}
     plain = trained(tmp_path / "plain", **small, lpips_weight=0, lpips=files)
     seen = trained(tmp_path / "seen", **small, lpips=files)
-    first, other = (lines(outcome.folder / "metrics.jsonl")[0] for outcome in (plain, seen))
+    first, other = (lines(result.folder / "metrics.jsonl")[0] for result in (plain, seen))
     assert other["rec"] > first["rec"] and other["kl"] == first["kl"]
     with pytest.raises(SettingsError, match="lpips"):
         trained(tmp_path / "three", lpips=[*files, "more"])
@@ -379,6 +378,6 @@ def test_perceptual_distance_from_two_files(tmp_path: Path) -> None:
 
 def test_events_for_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    outcome = trained(tmp_path, num_epochs=1, tensorboard=True)
-    (file,) = (outcome.folder / "tensorboard").iterdir()
+    result = trained(tmp_path, num_epochs=1, tensorboard=True)
+    (file,) = (result.folder / "tensorboard").iterdir()
     assert b"validation/psnr" in file.read_bytes() and b"train/loss" in file.read_bytes()

@@ -250,9 +250,11 @@ def test_augmentation_shifts_and_flips():
         for view in (padded, padded[:, ::-1])
         for row, column in itertools.product(range(3), range(3))
     }
-    made = [both(picture, seed=0, epoch=epoch, index=index).tobytes() for epoch in range(12) for index in range(12)]
-    assert set(made) == possible and len(possible) == 18
-    assert both(picture, seed=0, epoch=3, index=4).tobytes() == made[3 * 12 + 4]
+    augmented = [
+        both(picture, seed=0, epoch=epoch, index=index).tobytes() for epoch in range(12) for index in range(12)
+    ]
+    assert set(augmented) == possible and len(possible) == 18
+    assert both(picture, seed=0, epoch=3, index=4).tobytes() == augmented[3 * 12 + 4]
 
 
 def test_batches_contain_each_image_once_per_epoch():
@@ -272,11 +274,11 @@ def test_batches_contain_each_image_once_per_epoch():
 def test_processes_share_a_batch_and_augmentation_changes_with_the_epoch():
     whole = Batches(Numbers(10), batch=6, seed=0)
     rows = [0, 1, 4, 5], [2, 3]
-    parts = [Batches(Numbers(10), batch=6, seed=0, rows=own) for own in rows]
+    parts = [Batches(Numbers(10), batch=6, seed=0, rows=part_rows) for part_rows in rows]
     for update in range(4):
-        for own, part in zip(rows, parts, strict=True):
-            assert part.positions(update) == [whole.positions(update)[row] for row in own]
-            np.testing.assert_array_equal(part(update), whole(update)[own])
+        for part_rows, part in zip(rows, parts, strict=True):
+            assert part.positions(update) == [whole.positions(update)[row] for row in part_rows]
+            np.testing.assert_array_equal(part(update), whole(update)[part_rows])
     for each in (whole, *parts):
         each.close()
     with pytest.raises(SettingsError, match="rows"):

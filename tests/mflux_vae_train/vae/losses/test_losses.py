@@ -35,20 +35,20 @@ def latents() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("name", ["mse", "l1", "bce"])
 def test_reconstruction_errors_are_per_sample(name, reduction):
-    made, target = (1 / (1 + np.exp(-drawn(3, 4, 5, 2, seed=seed))) for seed in (0, 1))
+    output, target = (1 / (1 + np.exp(-drawn(3, 4, 5, 2, seed=seed))) for seed in (0, 1))
     errors = {
-        "mse": (made - target) ** 2,
-        "l1": abs(made - target),
-        "bce": -(target * np.log(made) + (1 - target) * np.log(1 - made)),
+        "mse": (output - target) ** 2,
+        "l1": abs(output - target),
+        "bce": -(target * np.log(output) + (1 - target) * np.log(1 - output)),
     }
     expected = getattr(errors[name].reshape(3, -1), reduction)(axis=1)
-    got = elbo.RECONSTRUCTION[name](*arrays(made, target), reduction=reduction)
+    got = elbo.RECONSTRUCTION[name](*arrays(output, target), reduction=reduction)
     np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
 def test_cross_entropy_and_its_gradient_are_finite_at_0_and_1():
-    made, target = mx.array([[0.0, 1.0, 0.0, 1.0]]), mx.array([[0.0, 1.0, 1.0, 0.0]])
-    value, slope = mx.value_and_grad(lambda p: elbo.bce(p, target).sum())(made)
+    output, target = mx.array([[0.0, 1.0, 0.0, 1.0]]), mx.array([[0.0, 1.0, 1.0, 0.0]])
+    value, slope = mx.value_and_grad(lambda p: elbo.bce(p, target).sum())(output)
     assert 2 * 15.9 < value.item() < 2 * 16.7
     assert mx.isfinite(slope).all()
 
@@ -122,11 +122,11 @@ def test_decomposition_agrees_with_loops_over_samples(latents, sampling):
 
     expected = []
     for i in range(batch):
-        own = math.prod(density(i, i, d) for d in range(components))
+        conditional = math.prod(density(i, i, d) for d in range(components))
         joint = sum(weight(i, j) * math.prod(density(i, j, d) for d in range(components)) for j in range(batch))
         product = math.prod(sum(weight(i, j) * density(i, j, d) for j in range(batch)) for d in range(components))
         prior = math.prod(math.exp(-0.5 * z[i, d] ** 2) / math.sqrt(2 * math.pi) for d in range(components))
-        expected.append((math.log(own / joint), math.log(joint / product), math.log(product / prior)))
+        expected.append((math.log(conditional / joint), math.log(joint / product), math.log(product / prior)))
     parts = total_correlation.decompose_kl(*arrays(z, mean, logvar), dataset_size=size, sampling=sampling)
     np.testing.assert_allclose(np.array(parts), np.array(expected).T, rtol=2e-4, atol=2e-5)
 
@@ -154,8 +154,8 @@ def test_annealing():
 def case(latents):
     """recon_x, x, mu, log_var and z."""
     z, mean, logvar = latents
-    made, target = (1 / (1 + np.exp(-drawn(7, 2, 2, 1, seed=seed))) for seed in (0, 1))
-    return arrays(made, target, mean, logvar, z)
+    output, target = (1 / (1 + np.exp(-drawn(7, 2, 2, 1, seed=seed))) for seed in (0, 1))
+    return arrays(output, target, mean, logvar, z)
 
 
 def test_loss_is_the_weighted_sum_and_differentiable(case):
@@ -179,8 +179,8 @@ def test_images_in_both_ranges_give_the_same_cross_entropy(case):
 def test_perceptual_distance_gets_rgb_in_minus_one_to_one(case):
     seen = []
 
-    def distance(made: mx.array, target: mx.array) -> mx.array:
-        seen.extend([made, target])
+    def distance(output: mx.array, target: mx.array) -> mx.array:
+        seen.extend([output, target])
         return mx.arange(7).astype(mx.float32)
 
     plain = VAELoss()(*case[:4])[1]
@@ -243,9 +243,9 @@ def test_discriminator_has_the_published_size_and_receptive_field():
 
 
 def test_hinge_losses():
-    real, made = mx.array([[2.0, 0.5], [-1.0, 0.0]]), mx.array([[-2.0, 0.5], [1.0, -1.0]])
-    np.testing.assert_allclose(adversarial.hinge_loss(real, made), [0.5 * (0.25 + 0.75), 0.5 * (1.5 + 1.0)])
-    np.testing.assert_allclose(adversarial.generator_loss(made), [0.75, 0.0])
+    real, fake = mx.array([[2.0, 0.5], [-1.0, 0.0]]), mx.array([[-2.0, 0.5], [1.0, -1.0]])
+    np.testing.assert_allclose(adversarial.hinge_loss(real, fake), [0.5 * (0.25 + 0.75), 0.5 * (1.5 + 1.0)])
+    np.testing.assert_allclose(adversarial.generator_loss(fake), [0.75, 0.0])
     assert [adversarial.started(step, 10) for step in (0, 9, 10, 11)] == [0, 0, 1, 1]
 
 
@@ -267,9 +267,9 @@ def test_adaptive_weight_balances_gradients_and_has_no_gradient():
 def test_discriminator_learns_to_tell_noise_from_zeros():
     mx.random.seed(0)
     discriminator = adversarial.PatchDiscriminator(1, 4, 1)
-    real, made = mx.zeros((2, 8, 8, 1)), mx.random.uniform(-1, 1, (2, 8, 8, 1), key=mx.random.key(1))
+    real, fake = mx.zeros((2, 8, 8, 1)), mx.random.uniform(-1, 1, (2, 8, 8, 1), key=mx.random.key(1))
     loss = nn.value_and_grad(
-        discriminator, lambda: adversarial.hinge_loss(discriminator(real), discriminator(made)).mean()
+        discriminator, lambda: adversarial.hinge_loss(discriminator(real), discriminator(fake)).mean()
     )
     first, slopes = loss()
     discriminator.update(nn.utils.tree_map(lambda p, g: p - 0.1 * g, discriminator.trainable_parameters(), slopes))
