@@ -108,11 +108,11 @@ def test_a_transformer_of_two_billion_layers(name: str, value: str, tmp_path: Pa
 def test_files_that_unpack_to_a_thousand_times_their_size(tmp_path: Path) -> None:
     shape = b"\0\0\x08\x03" + struct.pack(">3I", 2000, 400, 100)
     (tmp_path / "a.gz").write_bytes(gzip.compress(shape + bytes(80_000_000)))
-    with pytest.raises(ImageError, match="unpacks to more than 100 times"):
+    with pytest.raises(ImageError, match="100 times"):
         mnist(tmp_path / "a.gz")
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
         np.save(file, np.zeros((800, 400, 250), np.uint8))  # type: ignore[arg-type]
-    with little_memory(), pytest.raises(ImageError, match="unpacks to more than 100 times"):
+    with little_memory(), pytest.raises(ImageError, match="100 times"):
         npz(tmp_path / "a.npz")
 
 
