@@ -60,7 +60,10 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-atexit.register(mx.clear_streams)  # of the main thread
+atexit.register(mx.clear_streams)  # in the main thread
+if not device.is_cpu() and threading.current_thread() is threading.main_thread():
+    # MLX takes the first thread it runs in for the main one, whose `clear_streams` clears shared GPU streams, too
+    mx.synchronize(mx.cpu)
 
 
 @contextmanager
