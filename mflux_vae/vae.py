@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import images
 from mflux_vae.call_log import evaluated, log, logged, shape
-from mflux_vae.errors import ImageError
+from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
-from mflux_vae.networks.protocol import AutoencoderConfig
+from mflux_vae.networks.protocol import AutoencoderConfig, missing_members
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import eval_each
@@ -49,6 +49,9 @@ class VAE(nn.Module):
     Args:
         latent_channels: latent channels of the network that is built.
         network: network to wrap instead; `latent_channels` is ignored.
+
+    Raises:
+        SettingsError: `network` lacks members of `networks.protocol.Autoencoder`.
     """
 
     def __init__(self, latent_channels: int = 4, *, network: nn.Module | None = None):
@@ -56,6 +59,9 @@ class VAE(nn.Module):
         if network is None:
             network = PlainAutoencoder(PlainConfig(latent_channels=latent_channels))
             mx.eval(network.parameters())
+        elif missing := missing_members(network):
+            lacks = ", ".join(missing)
+            raise SettingsError(f"{type(network).__name__} lacks {lacks}; see mflux_vae.networks.protocol")
         self.network = network
 
     @property

@@ -83,3 +83,14 @@ class Autoencoder(Protocol):
     def from_scaled(self, latents: mx.array) -> mx.array:
         """Inverse of `to_scaled`."""
         ...
+
+
+def missing_members(network: object) -> list[str]:
+    """Members of `Autoencoder` and of its configuration that a network lacks."""
+    missing = [name for name in _members(Autoencoder) if not hasattr(network, name)]
+    config = getattr(network, "config", None)
+    return missing + [f"config.{name}" for name in _members(AutoencoderConfig) if not hasattr(config, name)]
+
+
+def _members(protocol: type) -> list[str]:
+    return [name for name in vars(protocol) if not name.startswith("_")]

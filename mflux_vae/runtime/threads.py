@@ -19,7 +19,7 @@ import atexit
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -135,7 +135,8 @@ def _arrays(tree: Any) -> Iterator[mx.array]:
     if isinstance(tree, Mapping):
         tree = tree.values()
     elif not isinstance(tree, list | tuple):
-        tree = vars(tree).values() if is_dataclass(tree) else ()
+        is_instance = is_dataclass(tree) and not isinstance(tree, type)
+        tree = [getattr(tree, field.name) for field in fields(tree)] if is_instance else ()
     for part in tree:
         yield from _arrays(part)
 

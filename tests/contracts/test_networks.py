@@ -7,6 +7,7 @@ from collections.abc import Callable
 import mlx.nn as nn
 import pytest
 
+from mflux_vae import VAE, SettingsError
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained.families import FAMILIES
 from tests.contracts.network_contract import check_network
@@ -29,3 +30,8 @@ def test_network(name: str) -> None:
 def test_every_autoencoder_is_covered() -> None:
     """LatentActionQuantizer encodes pairs of frames and is not an autoencoder of images."""
     assert set(NETWORKS) == set(FAMILIES) - {"LatentActionQuantizer"}
+
+
+def test_vae_names_missing_members() -> None:
+    with pytest.raises(SettingsError, match=r"encode, .*config\.vectors"):
+        VAE(network=nn.Linear(2, 2))
