@@ -6,7 +6,7 @@ the blocks and from measuring stacks of blocks at full width; a test repeats the
 
 Measured at full size (random weights, MLX 0.32.4 on a CPU, float32): schnell with `--quantize 4
 --gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1` had its peak of 9.58 GB in the
-update; the estimate was 9.7 GB. The process held 11.6 GB with MLX's cache of freed memory.
+update; the estimate was 9.7 GB. The process held 11.9 GB with MLX's cache of freed memory.
 """
 
 from __future__ import annotations
