@@ -283,7 +283,7 @@ ATTACKS = {
 def test_what_torch_saves_of_hostile_objects_is_refused_without_effects(attack, new: bool, tmp_path: Path) -> None:
     trap = tmp_path / "sprung"
     torch.save({"a": torch.ones(2), "b": attack(trap)}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
-    with pytest.raises(WeightsError, match=r"a\.pt: not readable as \(it wants to use '") as caught:
+    with pytest.raises(WeightsError, match="refers to") as caught:
         loading.open_network(tmp_path / "a.pt")
     assert not trap.exists() and "\n" not in str(caught.value)
 
