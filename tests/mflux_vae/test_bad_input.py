@@ -320,7 +320,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "an unknown flag": (["info", "--jsn"], "--jsn"),
     "no pictures": (["encode", "--model", "MODEL", "--output", "x"], "pictures"),
     "no model": (["reconstruct", "a.png"], "--model"),
-    "a tile of no size": (["reconstruct", "a.png", "--model", "MODEL", "--tiling", "exact", "--tile", "0"], "not 0"),
+    "a tile of no size": (["reconstruct", "a.png", "--model", "MODEL", "--tiling", "exact", "--tile", "0"], "got 0"),
     "a tile that is a word": (["reconstruct", "a.png", "--model", "MODEL", "--tile", "big"], "'big'"),
     "an unknown tiling": (["reconstruct", "a.png", "--model", "MODEL", "--tiling", "some"], "'some'"),
     "an unknown dtype": (["reconstruct", "a.png", "--model", "MODEL", "--dtype", "int8"], "'int8'"),

@@ -232,7 +232,7 @@ def test_bad_distributions_are_refused():
         one.covariance()
     with pytest.raises(ImageError, match="expected"):
         one.update(np.zeros((2, 4)))
-    with pytest.raises(ImageError, match="not a number"):
+    with pytest.raises(ImageError, match="NaN"):
         one.update(np.full((2, 3), np.nan))
     other = FeatureStatistics()
     other.update(mx.zeros((2, 4)))

@@ -42,7 +42,7 @@ def test_others_are_recognised_too(changes: dict[str, int]) -> None:
 
 
 def test_frames_of_another_size_need_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"not of 256 pixels.*give its configuration"):
+    with pytest.raises(WeightsError, match=r"256 pixels"):
         loading.open_network(GOLDEN / "vae.pt", pairs=True)
     network: Any = loading.open_network(GOLDEN / "vae.pt", config=GOLDEN / "config.json", pairs=True)
     loading.save_network(network, tmp_path / "laq.safetensors")  # which knows its own
@@ -56,7 +56,7 @@ def test_frames_of_another_size_need_a_configuration(tmp_path: Path) -> None:
 
 
 def test_what_takes_images_refuses_it(run: Run) -> None:
-    with pytest.raises(WeightsError, match="takes pairs of frames and not images"):
+    with pytest.raises(WeightsError, match="pairs of frames"):
         VAE.from_pretrained(GOLDEN / "vae.pt", config=GOLDEN / "config.json")
     status, told, err = run("info", GOLDEN / "vae.pt", "--config", GOLDEN / "config.json")
     assert status == 0 and "4 codes of 8" in told and "lapa naming" in told, err

@@ -113,7 +113,7 @@ def test_the_commands_of_training_take_it(file: Path, tmp_path: Path, run: Run) 
     status, _, error = run("sample", "--model", file, "--latent_dims", 3, "--outfile", tmp_path / "s.png")
     assert status == 0 and (tmp_path / "s.png").exists(), error
     status, _, error = run("sample", "--model", file, "--latent_dims", 8, "--outfile", tmp_path / "s.png")
-    assert status == 2 and "--latent_dims is 8, the model's 3" in error
+    assert status == 2 and "--latent_dims is 8" in error
 
 
 @pytest.mark.parametrize(
