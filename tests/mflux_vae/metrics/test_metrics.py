@@ -236,7 +236,7 @@ def test_bad_distributions_are_refused():
         one.update(np.full((2, 3), np.nan))
     other = FeatureStatistics()
     other.update(mx.zeros((2, 4)))
-    with pytest.raises(ImageError, match="4 features cannot join those of 3"):
+    with pytest.raises(ImageError, match="merge"):
         one.merge(other)
     with pytest.raises(ImageError, match="expected \\(D,\\)"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.eye(4))
