@@ -4,11 +4,11 @@ Set `MFLUX_VAE_TUNE=0` to leave the process as it is. Metal and CUDA compute wit
 
 | change | why | gain | override |
 |---|---|---|---|
-| a fast BLAS for MLX | the CPU wheel of MLX links netlib's reference BLAS | 39x | `MFLUX_VAE_BLAS` |
-| `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on cores that other streams need | 1.2x CPU time | the variable |
-| `MLX_BFS_MAX_WIDTH=1000` | MLX evaluates wider graphs depth first: more memory in training | none in time | the variable |
-| `mallopt` | glibc returns freed blocks to the system, which zeroes each page again | 1.8x | `MALLOC_*`, `GLIBC_TUNABLES` |
-| `mx.set_cache_limit` | with MLX's 32 MB every large temporary is a new mapping | none beside `mallopt` | call it later |
+| a fast BLAS for MLX | MLX's wheel links netlib's reference BLAS | 39x | `MFLUX_VAE_BLAS` |
+| `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on cores that others need | 1.2x CPU time | the variable |
+| `MLX_BFS_MAX_WIDTH=1000` | MLX evaluates wider graphs depth first: more memory | none in time | the variable |
+| `mallopt` | glibc returns freed blocks, and the system zeroes pages | 1.8x | `MALLOC_*`, `GLIBC_TUNABLES` |
+| `mx.set_cache_limit` | with 32 MB every large temporary is a new mapping | none beside `mallopt` | call it later |
 
 Gains: seconds without the change over seconds with it, encoding and decoding 128 x 128 pixels with Stable Diffusion's
 autoencoder on two cores of an AMD EPYC, alternating runs; the BLAS on an Intel Xeon (`python -m benchmarks`).
