@@ -60,7 +60,7 @@ _told: list[int] = []
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Let a matrix product use one thread, where the BLAS that was opened here can be told; callers have their own."""
+    """Limit matrix products to one thread, if the BLAS opened here supports it."""
     library = ctypes.CDLL(blas) if blas is not None else None
     get, tell = next((names for names in _BLAS_THREADS if hasattr(library, names[0])), (None, None))
     if get is None or tell is None:
