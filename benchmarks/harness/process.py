@@ -1,4 +1,4 @@
-"""An implementation in a process of its own."""
+"""An implementation in a separate process."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Heartbeat(threading.Thread):
                 for rank in [rank for rank, heard in last_heard.items() if last_poll - heard > TIMEOUT]:
                     del last_heard[rank]
                     self._peer_exited(PeerExit(rank=rank, reason=f"has been silent for {TIMEOUT:.0f} seconds"), rank)
-                if self._own_signal() != number:  # the main process forwards a signal as its own
+                if self._own_signal() != number:  # announce a change once
                     number = self._own_signal()
                     self._send(_SIGNAL + str(number).encode())
                 if time.monotonic() - last_sent > INTERVAL:

@@ -243,7 +243,7 @@ class DreamBoothSettings:
                     continue
                 # images that a run writes into one folder would be read as images of the other
                 if (other := folders.setdefault(os.path.realpath(folder), name)) != name:
-                    raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; each needs its own")
+                    raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; give two folders")
         flagged, named = self.with_prior_preservation, self.prior_preservation
         if None not in (flagged, named) and flagged != (named == "class_images"):
             raise SettingsError(

@@ -96,7 +96,7 @@ class ProgressBar:
         start: updates made before this process began.
         interval: seconds between log lines.
         extra: record -> more texts to show, by name.
-        pace: an observer that comes before the bar; None: the bar has its own.
+        pace: an observer called before the bar; None: create one.
     """
 
     FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"

@@ -1,4 +1,4 @@
-"""Parameter groups, each with its own optimizer, with one learning rate schedule."""
+"""Parameter groups with separate optimizers and one learning rate schedule."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Entry:
         help: a few words for ``--help``.
         options: names of the options that it reads.
         rate_scale: learning rate for the effect that 1 has with AdamW; None if there is no such factor.
-        finds_rate: it finds its own rate, on which the learning rate is a factor near 1; all parameters share it.
+        finds_rate: estimates one rate for all parameters; the learning rate is a factor near 1.
     """
 
     factory: str
@@ -59,7 +59,7 @@ OPTIMIZERS: dict[str, Entry] = {
         rate_scale=None,
     ),
     "prodigy": Entry(
-        factory=f"{_HERE}.prodigy:Prodigy", help="finds its own learning rate", options=_PRODIGY, finds_rate=True
+        factory=f"{_HERE}.prodigy:Prodigy", help="estimates the learning rate", options=_PRODIGY, finds_rate=True
     ),
 }
 

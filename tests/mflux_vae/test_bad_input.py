@@ -35,15 +35,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[object], *told: str) -> None:
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[object], *words: str) -> None:
     """One line on standard error that says what is wrong, exit status 2, and nothing else."""
     status = cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert (status, out) == (2, ""), err
     assert err.startswith("mflux-vae: error: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert "Traceback" not in err
-    for words in told:
-        assert words in err, err
+    for word in words:
+        assert word in err, err
 
 
 # pictures
@@ -128,14 +128,14 @@ def cut(keep: float) -> Make:
 
 
 def header(change: Callable[[dict[str, Any]], object]) -> Make:
-    """The same bytes under a header that tells something else."""
+    """The same bytes with a changed header."""
 
     def make(folder: Path) -> Path:
         content = (folder / WEIGHTS).read_bytes()
         end = 8 + int.from_bytes(content[:8], "little")
-        told = json.loads(content[8:end])
-        change(told)
-        new = json.dumps(told).encode()
+        fields = json.loads(content[8:end])
+        change(fields)
+        new = json.dumps(fields).encode()
         (folder / WEIGHTS).write_bytes(len(new).to_bytes(8, "little") + new + content[end:])
         return folder
 
@@ -213,11 +213,11 @@ BAD: dict[str, tuple[Make, str]] = {
     "a header that is no JSON": (text(WEIGHTS, (4).to_bytes(8, "little") + b"{{{{"), WEIGHTS),
     "a header that is a list": (text(WEIGHTS, (2).to_bytes(8, "little") + b"[]"), "not a JSON object"),
     "a header nested without end": (text(WEIGHTS, (9000).to_bytes(8, "little") + b"[" * 9000), f"{WEIGHTS}: not a"),
-    "overlapping tensors": (header(lambda told: told[FIRST].update(data_offsets=[4, 68])), "byte"),
-    "offsets outside": (header(lambda told: told[FIRST].update(data_offsets=[1 << 30, (1 << 30) + 64])), "byte"),
-    "offsets of another length": (header(lambda told: told[FIRST].update(shape=[17])), "does not fit"),
-    "a negative size": (header(lambda told: told[FIRST].update(shape=[-16])), "impossible shape"),
-    "an unknown dtype": (header(lambda told: told[FIRST].update(dtype="F99")), "F99"),
+    "overlapping tensors": (header(lambda content: content[FIRST].update(data_offsets=[4, 68])), "byte"),
+    "offsets outside": (header(lambda content: content[FIRST].update(data_offsets=[1 << 30, (1 << 30) + 64])), "byte"),
+    "offsets of another length": (header(lambda content: content[FIRST].update(shape=[17])), "does not fit"),
+    "a negative size": (header(lambda content: content[FIRST].update(shape=[-16])), "impossible shape"),
+    "an unknown dtype": (header(lambda content: content[FIRST].update(dtype="F99")), "F99"),
     # shards
     "an index without map": (index({}), "no weight_map"),
     "a shard outside the folder": (index({"weight_map": {FIRST: f"../{WEIGHTS}"}}), "not a file in this folder"),
@@ -268,10 +268,10 @@ def test_models(
     kind: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make, told = BAD[kind]
+    make, word = BAD[kind]
     source = make(Path(shutil.copytree(model, tmp_path / "model")))
     Image.new("RGB", (9, 9)).save("a.png")
-    refused(capsys, ["reconstruct", "a.png", "--model", source, "--output", "out"], told, str(source))
+    refused(capsys, ["reconstruct", "a.png", "--model", source, "--output", "out"], word, str(source))
     assert not os.path.exists(SENTINEL) and not os.path.exists("out")
 
 
@@ -305,9 +305,9 @@ LATENTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_latents(kind: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "latents.safetensors"
     latent_file.write(file, {"a.png": latent_file.Entry(mx.zeros((4, 1, 1)), (8, 8), 0)}, {"model": str(model)})
-    change, told = LATENTS[kind]
+    change, word = LATENTS[kind]
     change(file)
-    refused(capsys, ["decode", file, "--output", tmp_path / "out"], str(file), told)
+    refused(capsys, ["decode", file, "--output", tmp_path / "out"], str(file), word)
     assert not (tmp_path / "out").exists()
 
 
@@ -339,6 +339,6 @@ def test_flags(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("a.png")
-    flags, told = FLAGS[kind]
-    refused(capsys, [str(model) if flag == "MODEL" else flag for flag in flags], told)
+    flags, word = FLAGS[kind]
+    refused(capsys, [str(model) if flag == "MODEL" else flag for flag in flags], word)
     assert os.listdir() == ["a.png"]

@@ -120,7 +120,7 @@ def fill_parallel(y: mx.array, chunks: Iterable[tuple[Any, Chunk]]) -> mx.array:
 
 @threads.exclusive()
 def sum_parallel(chunks: Iterable[Chunk]) -> mx.array:
-    """Sum the results of chunks; each core accumulates its own.
+    """Sum the results of chunks; each core accumulates separately.
 
     Args:
         chunks: at least one, all of one shape; computed as in `fill_parallel`.

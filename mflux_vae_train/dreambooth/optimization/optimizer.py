@@ -24,7 +24,7 @@ COMPILE_FROM = 300
 """Number of updates from which compiling a step pays off on a CPU, see `Step`."""
 
 SMALL = 50_000_000
-"""Parameters of a network up to which micro-batches run concurrently on a CPU. Each needs its own activations."""
+"""Parameters of a network up to which micro-batches run concurrently on a CPU. Each keeps activations."""
 
 TEXT_ENCODER_SHARE = 0.05
 """Text encoder's share of the denoiser's learning rate: 5e-6 and 1e-4 are the defaults of diffusers' script."""
@@ -49,7 +49,7 @@ def pass_runner(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tupl
 
 
 def finds_rate(settings: DreamBoothSettings) -> bool:
-    """Whether the optimizer finds its own rate, one for all parameters."""
+    """Whether the optimizer estimates the learning rate, one for all parameters."""
     return registry.OPTIMIZERS[settings.optimizer].finds_rate
 
 
@@ -62,7 +62,7 @@ def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> floa
 
 
 def build_optimizers(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
-    """The optimizer of all trained networks. A text encoder gets its own rate and weight decay.
+    """The optimizer of all trained networks. A text encoder has a separate rate and weight decay.
 
     Args:
         settings: with learning rates resolved.

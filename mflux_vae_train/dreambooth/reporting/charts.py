@@ -27,7 +27,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     metrics = list(dict.fromkeys(name for record in records for name in record))
     losses: list[str] = [name for name in ("instance_loss", "prior_loss") if name in metrics] or ["loss"]
     bins = {name: name.removeprefix(loss_by_noise.PREFIX) for name in metrics if name.startswith(loss_by_noise.PREFIX)}
-    # an optimizer that finds its own rate multiplies it by the scheduled one
+    # an optimizer that estimates the rate multiplies it by the scheduled one
     rate = ("effective_rate", "found by the optimizer") if "effective_rate" in metrics else ("learning_rate", "rate")
     others = [name for name in metrics if name not in _KNOWN | bins.keys()]
     timed = [record for record in records if record.get("samples") and record["seconds"] > 0]

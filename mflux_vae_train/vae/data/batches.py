@@ -159,7 +159,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Batches:
     """Update -> its images, uint8 (B, H, W, C); images of the next updates are prefetched.
 
-    Every epoch has its own order. Batches continue across epoch boundaries, so all have the same size. A batch is a
+    Every epoch has another order. Batches continue across epoch boundaries, so all have the same size. A batch is a
     function of the update.
 
     Args:

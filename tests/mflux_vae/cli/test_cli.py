@@ -42,8 +42,8 @@ def photos(tmp_path: Path) -> Path:
 
 def test_pictures_to_latents_and_back(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "made" / "latents.safetensors", tmp_path / "out"
-    status, told, err = run("encode", photos, "--model", model, "--output", file)
-    assert status == 0 and "3 of them new" in told, err
+    status, stdout, err = run("encode", photos, "--model", model, "--output", file)
+    assert status == 0 and "3 of them new" in stdout, err
     vae = VAE.from_pretrained(model)
     entries, settings = latent_file.read(file)
     assert list(entries) == list(SIZES) and settings["model"] == str(model)
@@ -54,8 +54,8 @@ def test_pictures_to_latents_and_back(run: Run, model: Path, photos: Path, tmp_p
         np.testing.assert_allclose(entry.latents, expected, atol=1e-5)
     assert sorted(path.name for path in file.parent.iterdir()) == ["latents.safetensors"]
 
-    status, told, err = run("decode", file, "--output", out)  # with the model that the file names
-    assert status == 0 and "3 of them new" in told, err
+    status, stdout, err = run("decode", file, "--output", out)  # with the model that the file names
+    assert status == 0 and "3 of them new" in stdout, err
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
     for name, entry in entries.items():
         picture = load_image(out / f"{Path(name).stem}.png")
@@ -82,8 +82,8 @@ def test_interrupted_encode_resumes(
 
     monkeypatch.setattr(VAE, "encode", counted)
     stop = 2
-    status, told, err = run(*command)
-    assert (status, told, err) == (130, "", "mflux-vae: interrupted\n")
+    status, stdout, err = run(*command)
+    assert (status, stdout, err) == (130, "", "mflux-vae: interrupted\n")
     assert not file.exists()
     stop = -1
     assert "1 of them new" in run(*command)[1]
@@ -103,8 +103,8 @@ def test_what_a_crash_left_behind_is_made_again(run: Run, model: Path, photos: P
     parts = tmp_path / ".latents.safetensors.parts"
     parts.mkdir()
     (parts / "0123.safetensors").write_bytes(b"cut")
-    status, told, err = run("encode", photos / "a.png", photos / "b.png", "--model", model, "--output", file)
-    assert status == 0 and "2 of them new" in told and not parts.exists(), err
+    status, stdout, err = run("encode", photos / "a.png", photos / "b.png", "--model", model, "--output", file)
+    assert status == 0 and "2 of them new" in stdout and not parts.exists(), err
 
 
 def test_only_our_files_are_overwritten(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_latents_of_other_weights_are_decoded_with_a_warning(
 
 def test_reconstruct_shows_and_measures(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, told, err = run("reconstruct", photos, "--model", model, "--output", out, "--amplify", 2)
+    status, stdout, err = run("reconstruct", photos, "--model", model, "--output", out, "--amplify", 2)
     assert status == 0, err
-    assert all(word in told for word in ("a.png", "24x32", "PSNR", "SSIM", "mean of 3"))
+    assert all(word in stdout for word in ("a.png", "24x32", "PSNR", "SSIM", "mean of 3"))
     vae, picture = VAE.from_pretrained(model), load_image(photos / "b.png")
     again = np.rint(np.array(vae(mx.array(picture.transpose(2, 0, 1)[None]))[0][0])).transpose(1, 2, 0)
     sheet = load_image(out / "b.png")
@@ -169,8 +169,8 @@ def test_reconstruct_shows_and_measures(run: Run, model: Path, photos: Path, tmp
     assert np.array_equal(left, picture) and np.array_equal(middle, again)
     assert np.array_equal(right, np.clip(2 * np.abs(picture - again), 0, 255))
 
-    status, told, err = run("reconstruct", photos, "--model", model, "--json")
-    answer = json.loads(told)
+    status, stdout, err = run("reconstruct", photos, "--model", model, "--json")
+    answer = json.loads(stdout)
     assert [row["name"] for row in answer["pictures"]] == list(SIZES)
     psnr = 10 * np.log10(255**2 / np.mean((picture - again) ** 2))
     assert answer["pictures"][1]["psnr"] == pytest.approx(psnr, abs=1e-3)
@@ -196,25 +196,25 @@ def test_failures_end_with_one_line(
         raise RuntimeError("[malloc] cannot\nallocate")
 
     command = ("encode", photos, "--model", model, "--output", tmp_path / "latents.safetensors")
-    for failure, told in ((full, "No space left on device"), (broken, "RuntimeError: [malloc] cannot allocate")):
+    for failure, word in ((full, "No space left on device"), (broken, "RuntimeError: [malloc] cannot allocate")):
         monkeypatch.setattr(latent_file, "write", failure)
         status, _, err = run(*command)
-        assert status == 1 and err.count("\n") == 1 and told in err
+        assert status == 1 and err.count("\n") == 1 and word in err
     with pytest.raises(RuntimeError):
         run(*command, "--debug")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "word"),
     [
         (["encod", "photos"], "did you mean encode?"),
         (["encode", "photos", "--modl", "sd1"], "unknown flag --modl; did you mean --model?"),
         (["train", "--latent-dmi=3"], "unknown flag --latent-dmi; did you mean --latent-dim?"),
     ],
 )
-def test_unknown_flags_are_reported_before_missing_ones(run: Run, words: list[str], told: str) -> None:
+def test_unknown_flags_are_reported_before_missing_ones(run: Run, words: list[str], word: str) -> None:
     status, _, err = run(*words)
-    assert status == 2 and told in err and err.count("\n") == 1 and "required" not in err
+    assert status == 2 and word in err and err.count("\n") == 1 and "required" not in err
 
 
 def test_latents_are_not_written_as_an_image(run: Run, photos: Path) -> None:

@@ -55,12 +55,12 @@ def photos(tmp_path: Path) -> list[Path]:
 
 def compared(run: Run, models: dict[str, Path], photos: Sequence[Path], output: Path, *flags: object) -> dict[str, Any]:
     configs = ("--config", "-", "--config", "-", "--config", LAQ / "config.json")
-    status, told, err = run(
+    status, stdout, err = run(
         "compare", *models.values(), "--images", *photos, *configs, "--size", SIDE, "--output", output, *flags
     )
     assert status == 0, err
     answer: dict[str, Any] = json.loads((output / "comparison.json").read_text())
-    assert "--json" in flags or all(model["name"] in told for model in answer["models"])
+    assert "--json" in flags or all(model["name"] in stdout for model in answer["models"])
     return answer
 
 
@@ -71,12 +71,12 @@ def test_numbers_are_those_of_the_models(run: Run, models: dict[str, Path], phot
     pictures = [load_image(photo, resolution=SIDE).transpose(2, 0, 1)[None] for photo in photos]
     made = [vae(mx.array(picture)) for picture in pictures]
     means = np.concatenate([np.array(posterior.mean).reshape(-1, 4) for _, posterior in made])
-    for picture, (again, _), told in zip(pictures, made, found["pictures"].values(), strict=True):
-        assert told["psnr"] == pytest.approx(metrics.psnr(picture, mx.round(again)).item(), abs=0.01)
-        assert told["ssim"] == pytest.approx(metrics.ssim(picture, mx.round(again)).item(), abs=1e-3)
+    for picture, (again, _), quality in zip(pictures, made, found["pictures"].values(), strict=True):
+        assert quality["psnr"] == pytest.approx(metrics.psnr(picture, mx.round(again)).item(), abs=0.01)
+        assert quality["ssim"] == pytest.approx(metrics.ssim(picture, mx.round(again)).item(), abs=1e-3)
     assert list(found["pictures"]) == ["one/0", "two/0", "1"]
     for measure in ("mse", "psnr", "ssim"):
-        assert found[measure] == pytest.approx(np.mean([told[measure] for told in found["pictures"].values()]))
+        assert found[measure] == pytest.approx(np.mean([quality[measure] for quality in found["pictures"].values()]))
     assert found["kl"] == pytest.approx(np.mean([posterior.kl().item() for _, posterior in made]), rel=1e-5)
     latent = found["latent"]
     assert (latent["mean"], latent["std"]) == pytest.approx((means.mean(), means.std()), rel=1e-4, abs=1e-5)
@@ -123,9 +123,9 @@ def test_pairs(run: Run, models: dict[str, Path], photos: list[Path], tmp_path: 
     frames = [mx.array(load_image(photo, resolution=SIDE)[None] / 127.5 - 1) for photo in photos]
     for first, before in (("self", frames), ("previous", [frames[0], *frames])):
         answer = compared(run, models, photos, tmp_path / first, "--first_frame", first, "--json")
-        told = answer["models"][2]
-        assert ("itself" if first == "self" else "previous image") in told["note"]
-        for frame, start, measured in zip(frames, before, told["pictures"].values(), strict=False):
+        model = answer["models"][2]
+        assert ("itself" if first == "self" else "previous image") in model["note"]
+        for frame, start, measured in zip(frames, before, model["pictures"].values(), strict=False):
             again = mx.clip(network.decode(start, network.encode(start, frame)), -1, 1)
             error = mx.square((again - frame) * 127.5).mean().item()
             assert measured["mse"] == pytest.approx(error, rel=1e-2)
@@ -173,7 +173,7 @@ def test_only_our_files_are_overwritten(run: Run, models: dict[str, Path], photo
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "word"),
     [
         (["--size", "0"], "--size must be positive"),
         (["--amplify", "0"], "--amplify must be positive"),
@@ -182,10 +182,10 @@ def test_only_our_files_are_overwritten(run: Run, models: dict[str, Path], photo
     ],
 )
 def test_what_does_not_go_is_one_line(
-    run: Run, models: dict[str, Path], photos: list[Path], tmp_path: Path, flags: list[str], told: str
+    run: Run, models: dict[str, Path], photos: list[Path], tmp_path: Path, flags: list[str], word: str
 ) -> None:
     status, _, err = run("compare", models["spatial"], "--image", photos[0], "--output", tmp_path / "out", *flags)
-    assert status == 2 and told in err and err.count("\n") == 1
+    assert status == 2 and word in err and err.count("\n") == 1
 
 
 def test_models_have_short_names_of_their_own(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_the_size_is_the_models_own_where_all_have_one() -> None:
 
 
 def test_info_tells_of_vectors(run: Run, models: dict[str, Path]) -> None:
-    status, told, err = run("info", models["grey"])
-    assert status == 0 and "6 numbers for an image of 20 x 20" in told and "memory to decode: 20x20" in told, err
+    status, stdout, err = run("info", models["grey"])
+    assert status == 0 and "6 numbers for an image of 20 x 20" in stdout and "memory to decode: 20x20" in stdout, err
 
 
 def test_captions_fit() -> None:

@@ -156,7 +156,7 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "word"),
     [
         ({"down_block_types": ["DownEncoderBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
         ({"up_block_types": ["UpBlock2D"]}, "UpBlock2D"),
@@ -180,8 +180,8 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes() -> None:
         ({"layers_per_block": 0}, "layers_per_block must be positive"),
     ],
 )
-def test_unsupported_configurations_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_unsupported_configurations_are_refused(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
         AutoencoderKLConfig.from_dict({**AutoencoderKLConfig().to_dict(), **changes})
 
 
@@ -202,7 +202,7 @@ def test_attention_beyond_the_levels_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "word"),
     [
         ({"act_fn": "silu"}, "act_fn 'silu' not supported"),
         ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor 4 not supported"),
@@ -214,21 +214,21 @@ def test_attention_beyond_the_levels_is_refused(name: str) -> None:
         ({"scaling_factor": 0}, "scaling_factor"),
     ],
 )
-def test_a_tiny_configuration_is_checked(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_a_tiny_configuration_is_checked(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
         AutoencoderTinyConfig.from_dict({**AutoencoderTinyConfig().to_dict(), **changes})
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "word"),
     [
         ({"patch_size": [2, 3]}, "patch_size"),
         ({"patch_size": [2]}, "patch_size"),
         ({"block_out_channels": 128}, "invalid"),
     ],
 )
-def test_a_flux2_configuration_is_checked(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_a_flux2_configuration_is_checked(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
         AutoencoderKLFlux2Config.from_dict({**AutoencoderKLFlux2Config().to_dict(), **changes})
 
 
@@ -240,7 +240,7 @@ def test_flux2_refuses_scaling_factors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "word"),
     [
         ({"depth": 3}, "depth"),
         ({"channels": 64}, "invalid"),
@@ -249,8 +249,8 @@ def test_flux2_refuses_scaling_factors() -> None:
         ({"in_channels": 0}, "in_channels must be positive"),
     ],
 )
-def test_a_plain_configuration_is_checked(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_a_plain_configuration_is_checked(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
         PlainConfig.from_dict({**PlainConfig().to_dict(), **changes})
 
 
@@ -454,7 +454,7 @@ def test_a_ddconfig_inside_of_others(wrapped: dict[str, Any], changes: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("ddconfig", "told"),
+    ("ddconfig", "word"),
     [
         ({"ch": 128}, "out_ch, num_res_blocks, in_channels, resolution, z_channels missing"),
         ({**SEED, "n_embed": 8192}, "n_embed"),
@@ -466,6 +466,6 @@ def test_a_ddconfig_inside_of_others(wrapped: dict[str, Any], changes: dict[str,
         ({"model": {"params": {}}}, "missing"),
     ],
 )
-def test_a_ddconfig_is_checked(ddconfig: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+def test_a_ddconfig_is_checked(ddconfig: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
         AutoencoderKLConfig.from_ddconfig(ddconfig)

@@ -19,10 +19,13 @@ def test_every_preset_is_recognised_at_its_full_size(name: str, tmp_path: Path) 
     preset = PRESETS[name]
     for naming in FAMILIES[preset.family].tables:
         path = lazily(tmp_path / f"{naming}.safetensors", name, naming)
-        told = loading.describe(path)
+        description = loading.describe(path)
         nested = preset.config.to_dict().get("use_quant_conv")
-        assert (told.family, told.naming) == (preset.family, naming if nested or naming != "bfl" else "compvis")
-        alike = told.config | {
+        assert (description.family, description.naming) == (
+            preset.family,
+            naming if nested or naming != "bfl" else "compvis",
+        )
+        alike = description.config | {
             key: preset.config.to_dict().get(key) for key in (*SCALING, "sample_size", "force_upcast")
         }
         expected = {key: preset.config.to_dict().get(key) for key in alike}
@@ -71,9 +74,9 @@ def test_scaling_follows_from_what_lies_beside(
         network = FAMILIES["AutoencoderKL"].network(PRESETS[like].config)
         shapes = {prefix + key: value.shape for key, value in named(network, "compvis").items()}
         path = write_blank(folder / file, {**shapes, **others})
-    told = loading.describe(path)
-    assert (told.preset, told.assumed) == (expected, None)
-    assert told.config == PRESETS[expected].config.to_dict()
+    description = loading.describe(path)
+    assert (description.preset, description.assumed) == (expected, None)
+    assert description.config == PRESETS[expected].config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -81,9 +84,9 @@ def test_scaling_follows_from_what_lies_beside(
     [("sd1", "sd1", "'sdxl' or 'sdxl-fp16-fix' or 'playground'"), ("flux1", "sd3", "'flux1' or 'z-image'")],
 )
 def test_unknown_scaling_is_assumed_and_reported(like: str, taken: str, others: str, tmp_path: Path) -> None:
-    told = loading.describe(lazily(tmp_path / "x.safetensors", like, "diffusers"))
-    assert told.preset == taken
-    assert told.assumed is not None and f"{taken}; pass config={others}" in told.assumed
+    description = loading.describe(lazily(tmp_path / "x.safetensors", like, "diffusers"))
+    assert description.preset == taken
+    assert description.assumed is not None and f"{taken}; pass config={others}" in description.assumed
     assert loading.describe(tmp_path / "x.safetensors", config="flux" if like == "flux1" else "sdxl").assumed is None
 
 

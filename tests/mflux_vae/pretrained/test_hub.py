@@ -79,7 +79,7 @@ def test_the_hub_gives_the_autoencoder_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "word"),
     [
         ("owner/nothing", "owner/nothing"),
         ("owner/single", "vae/config.json"),
@@ -93,10 +93,10 @@ def test_the_hub_gives_the_autoencoder_and_nothing_else(
     ],
 )
 def test_missing_hub_files(
-    source: str, told: str, fake_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, word: str, fake_hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match=told):
+    with pytest.raises(WeightsError, match=word):
         loading.open_network(source)
 
 
@@ -105,7 +105,7 @@ def http(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "word"),
     [
         (lambda: http(huggingface_hub.errors.GatedRepoError), "gated"),
         (
@@ -122,11 +122,11 @@ def http(kind: type[Exception]) -> Exception:
         (lambda: OSError(28, "No space left on device"), "No space left"),
     ],
 )
-def test_failed_downloads(error, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_downloads(error, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(WeightsError, match=told) as caught:
+    with pytest.raises(WeightsError, match=word) as caught:
         hub.fetch("a/b")
     assert "\n" not in str(caught.value)

@@ -19,10 +19,10 @@ def test_a_file_there_and_back_is_bitwise_the_same(tmp_path: Path) -> None:
     tensors = {
         name: mx.random.normal((3, 5), key=mx.random.key(1)).astype(dtype) for name, dtype in files.DTYPES.items()
     } | {"transposed": mx.arange(6).reshape(2, 3).T}
-    files.write_safetensors(tmp_path / "new" / "a.safetensors", tensors, {"told": "by us"})
+    files.write_safetensors(tmp_path / "new" / "a.safetensors", tensors, {"origin": "test"})
     read, metadata = files.read_safetensors(tmp_path / "new" / "a.safetensors")
     assert same(read, tensors)
-    assert metadata == {"format": "pt", "told": "by us"}
+    assert metadata == {"format": "pt", "origin": "test"}
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.safetensors"]
 
 
@@ -97,16 +97,16 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize(("content", "how", "told"), HEADERS.values(), ids=HEADERS)
+@pytest.mark.parametrize(("content", "how", "word"), HEADERS.values(), ids=HEADERS)
 def test_headers_are_checked_before_mlx_sees_them(
-    content: object, how: dict, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: object, how: dict, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = raw(tmp_path / "a.safetensors", content, **how)
     monkeypatch.setattr(mx, "load", lambda *_, **__: pytest.fail("MLX was given the file"))
     for read in (files.read_safetensors, files.open_weights):
         with pytest.raises(WeightsError, match=r"a\.safetensors: not a complete safetensors file") as caught:
             read(path)
-        assert told in str(caught.value) and "\n" not in str(caught.value)
+        assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_headers_that_are_unusual_are_read(tmp_path: Path) -> None:
@@ -232,10 +232,10 @@ def test_incomplete_shards_are_refused(tmp_path: Path) -> None:
         files.read_folder(tmp_path, "m")
 
 
-@pytest.mark.parametrize(("text", "told"), [("[1]", "not a JSON object"), ("{", "not valid JSON"), ("\xff", "JSON")])
-def test_broken_json_is_refused(text: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "word"), [("[1]", "not a JSON object"), ("{", "not valid JSON"), ("\xff", "JSON")])
+def test_broken_json_is_refused(text: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(WeightsError, match=told):
+    with pytest.raises(WeightsError, match=word):
         files.read_json(tmp_path / "a.json")
     with pytest.raises(WeightsError, match="no such file"):
         files.read_json(tmp_path / "b.json")

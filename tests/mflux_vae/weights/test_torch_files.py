@@ -156,10 +156,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("content", "told"), BROKEN.values(), ids=BROKEN)
-def test_inconsistent_files_are_refused(content: object, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "word"), BROKEN.values(), ids=BROKEN)
+def test_inconsistent_files_are_refused(content: object, word: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.pt", content, FLOATS)
-    with pytest.raises(WeightsError, match=told) as caught:
+    with pytest.raises(WeightsError, match=word) as caught:
         read_torch(path)
     assert "\n" not in str(caught.value)
 
@@ -212,10 +212,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("data", "told"), OTHERS.values(), ids=OTHERS)
-def test_other_files_are_refused(data: bytes, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("data", "word"), OTHERS.values(), ids=OTHERS)
+def test_other_files_are_refused(data: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(data)
-    with pytest.raises(WeightsError, match=told):
+    with pytest.raises(WeightsError, match=word):
         open_weights(tmp_path / "a.ckpt")
 
 
@@ -224,8 +224,8 @@ def test_other_archives_are_refused(tmp_path: Path) -> None:
     big = write_zip(tmp_path / "b.pt", {}, {}, byteorder="big")
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
         archive.writestr("word/document.xml", "")
-    for path, told in ((script, "TorchScript"), (big, "byte order"), (tmp_path / "c.pt", "without data.pkl")):
-        with pytest.raises(WeightsError, match=told):
+    for path, word in ((script, "TorchScript"), (big, "byte order"), (tmp_path / "c.pt", "without data.pkl")):
+        with pytest.raises(WeightsError, match=word):
             read_torch(path)
     with pytest.raises(WeightsError, match="no such weights file"):
         read_torch(tmp_path / "d.pt")

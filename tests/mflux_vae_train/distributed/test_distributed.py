@@ -89,9 +89,9 @@ def check(folder: Path, count: int, expected: dict[str, np.ndarray], metrics: li
 
 
 def test_exchange(two: Path) -> None:
-    told = notes(two)
-    assert len(told) == 2
-    for rank, each in told.items():
+    results = notes(two)
+    assert len(results) == 2
+    for rank, each in results.items():
         assert each["gathered"] == [{"rank": other, "text": "x" * 3000 * other} for other in range(2)]
         assert each["arrays"] == [[[[7.0, 7.0]] * other, list(range(other))] for other in range(2)]
         assert each["given"] == [["b", [1, 2]], ["a", True]]
@@ -105,8 +105,8 @@ def test_exchange(two: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_all(two: Path) -> None:
-    told = notes(two / "broken")
-    assert len(told) == 2 and told[0] == told[1] and "update 3" in told[0] and "nan" in told[0]
+    results = notes(two / "broken")
+    assert len(results) == 2 and results[0] == results[1] and "update 3" in results[0] and "nan" in results[0]
 
 
 def test_a_signal_to_one_stops_all_and_another_number_of_processes_resumes(tmp_path: Path, alone: Any) -> None:
@@ -121,9 +121,9 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_resumes(tmp_p
 
 def test_a_signal_to_one_interrupts_long_work_in_all(tmp_path: Path) -> None:
     processes(3, "left", tmp_path, "2")  # the last one notifies the main process, which notifies all
-    told = notes(tmp_path)
-    assert len(told) == 3 and all((one["exit code"], one["update"]) == (143, 2) for one in told.values())
-    assert all(one["seconds"] < 45 for one in told.values()), told
+    results = notes(tmp_path)
+    assert len(results) == 3 and all((one["exit code"], one["update"]) == (143, 2) for one in results.values())
+    assert all(one["seconds"] < 45 for one in results.values()), results
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 
@@ -139,8 +139,8 @@ def test_a_signal_to_one_interrupts_long_work_in_all(tmp_path: Path) -> None:
 def test_after_the_loss_of_one_process_the_others_save_and_end(how: str, why: str, tmp_path: Path) -> None:
     (status, said), _ = ring(2, command("lost", tmp_path, how), wait_for_last=False)
     assert status == 1 and f"ProcessLost: {why}" in said
-    told = notes(tmp_path)
-    assert told.keys() == {0} and why in told[0]["why"] and told[0]["seconds"] < 60
+    results = notes(tmp_path)
+    assert results.keys() == {0} and why in results[0]["why"] and results[0]["seconds"] < 60
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 
@@ -159,7 +159,7 @@ def test_a_process_that_cannot_be_woken_ends_with_a_message(tmp_path: Path) -> N
 
 
 def test_one_process_of_the_launcher_is_single() -> None:
-    told = launch(
+    process = launch(
         1,
         [
             sys.executable,
@@ -167,4 +167,4 @@ def test_one_process_of_the_launcher_is_single() -> None:
             "from mflux_vae_train.distributed.process_group import SINGLE, join; print(join() is SINGLE)",
         ],
     )
-    assert "True" in told.stdout
+    assert "True" in process.stdout

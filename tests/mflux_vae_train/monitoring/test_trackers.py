@@ -1,4 +1,4 @@
-"""TensorBoard, read back by its own reader; Weights & Biases, against a fake module that records calls."""
+"""TensorBoard, read back by its reader; Weights & Biases, against a fake module that records calls."""
 
 from __future__ import annotations
 
