@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from mflux_vae.errors import ImageError
+from mflux_vae.image_files.formats import image_format as image_format
+from mflux_vae.image_files.formats import readable as readable
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name extensions of images, case-insensitive."""
