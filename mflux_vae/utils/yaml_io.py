@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.text_files import read_text
 
 MAX_VALUES = 100_000
 """Values in a file, aliases expanded: a few lines of aliases can stand for billions."""
@@ -22,12 +23,10 @@ def read_yaml(path: str | Path) -> Any:
     except ImportError as error:
         raise SettingsError(f"{path}: reading YAML needs pyyaml; pip install pyyaml") from error
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
         count = _count(content, {})
     except FileNotFoundError as error:
         raise SettingsError(f"{path} does not exist; give a YAML file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: an impossible date, a huge number
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from error
     if count > MAX_VALUES:

@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from mflux_vae.errors import SettingsError
+from mflux_vae.utils.text_files import read_text
 
 INTERVAL = 3.0
 """Seconds between signs of life."""
@@ -226,8 +228,8 @@ def _own_addresses() -> list[str]:
     """Addresses of this machine, the likeliest first: those given to the launcher."""
     name = socket.gethostname()
     candidates = [os.environ.get("MLX_JACCL_COORDINATOR", "").rpartition(":")[0], os.environ.get("NCCL_HOST_IP", "")]
-    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
-        nodes = json.loads(Path(os.environ.get("MLX_HOSTFILE", "")).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError, SettingsError):
+        nodes = json.loads(read_text(os.environ.get("MLX_HOSTFILE", "")))
         candidates += [address.rpartition(":")[0] for address in nodes[0]]
     with suppress(OSError):
         candidates += socket.gethostbyname_ex(name)[2]

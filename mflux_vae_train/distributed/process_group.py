@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.utils.text_files import read_text
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed import heartbeat, interrupts
 from mflux_vae_train.distributed.messages import ALIGNMENT, Spec, pack, padded_size, spec_of, unpack
@@ -272,7 +272,7 @@ def join() -> ProcessGroup:
     """
     hostfile = os.environ.get("MLX_HOSTFILE")
     with suppress(OSError):
-        if hostfile is not None and not Path(hostfile).read_text(encoding="utf-8").strip():
+        if hostfile is not None and not read_text(hostfile).strip():
             return SINGLE  # `mlx.launch -n 1` leaves the file empty, which MLX cannot read
     before = socket_descriptors()
     with time_limit(_JOIN_TIMEOUT, f"the processes did not find each other within {_JOIN_TIMEOUT:.0f} seconds"):

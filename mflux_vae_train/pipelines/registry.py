@@ -20,7 +20,6 @@ is skipped with a warning.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mflux_vae.errors import PluginError, SettingsError
 from mflux_vae.pretrained import hub
+from mflux_vae.utils.text_files import parse_json, read_text
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -179,10 +179,10 @@ def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
     if not index.is_file() and (name := _class_that_opens(folder, known)) is not None:
         return name
     try:
-        return str(json.loads(index.read_text())["_class_name"])
+        return str(parse_json(read_text(index))["_class_name"])
     except FileNotFoundError:
         raise SettingsError(f"{folder} has no model_index.json: give a folder in diffusers' layout") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
 
 

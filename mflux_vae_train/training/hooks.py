@@ -105,7 +105,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Lines of a metrics log; empty if there is no file. An incomplete last line is skipped."""
     path = Path(path)
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             lines.append(json.loads(text))
         except ValueError:

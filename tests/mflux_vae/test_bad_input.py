@@ -236,7 +236,7 @@ BAD: dict[str, tuple[Make, str]] = {
     # config.json
     "a config.json cut short": (text("config.json", '{"latent_channels": '), "config.json: not valid JSON"),
     "a config.json that is a list": (text("config.json", "[]"), "config.json: not a JSON object"),
-    "a config.json in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: not valid JSON"),
+    "a config.json in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: is UTF-16"),
     "an unknown class": (config(_class_name="VQModel"), "VQModel"),
     "negative channels": (config(latent_channels=-4), "latent_channels"),
     "a word for a number": (config(latent_channels="four"), "invalid"),

@@ -16,6 +16,7 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSION_SIZE, MAX_DIMENSIONS, LazyTensor, read_numbers
 from mflux_vae.weights.formats.npz import is_npz, read_npz
 from mflux_vae.weights.formats.torch_files import read_torch
@@ -291,10 +292,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number)
+        content = parse_json(read_text(path, WeightsError), parse_number=_number)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: not a JSON object")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae_train.settings.fields import is_valid_text
 
 METADATA = "metadata.jsonl"
@@ -37,12 +37,12 @@ def _read_metadata(folder: Path, names: set[str], column: str | None) -> dict[st
             raise SettingsError(f"--caption_column {column}: {path} does not exist")
         return {}
     prompts = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise SettingsError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -65,11 +65,4 @@ def _prompt(row: dict[str, object], column: str | None, where: str) -> str:
 
 def _read_text_file(image: Path) -> str:
     path = image.with_suffix(".txt")
-    return " ".join(_read(path).split()) if path.is_file() else ""
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read as UTF-8 text ({error})") from error
+    return " ".join(read_text(path).split()) if path.is_file() else ""

@@ -214,7 +214,7 @@ def _value_text(value: object) -> str:
 
 def _log_section(path: Path) -> str:
     """The last lines of the log with the time of day."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n") if path.exists() else []
     parts = []
     for line in lines[-MAX_LOG_LINES:]:
         match = LOG_LINE.fullmatch(line)

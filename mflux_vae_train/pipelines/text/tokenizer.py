@@ -6,7 +6,6 @@ The ids are those of transformers. The `tokenizers` library is used directly, as
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae_train.pipelines.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _open_tokenizer_json(path: Path) -> Backend:
 
 def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
     vocab = _read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = read_text(folder / "merges.txt", WeightsError).split("\n")
     pairs = (line.strip().partition(" ") for line in lines if line.strip() and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in pairs]
     bos = _content(settings.get("bos_token")) or "<|startoftext|>"
@@ -213,10 +213,10 @@ def _content(token: object) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, WeightsError))
     except FileNotFoundError as error:
         raise WeightsError(f"{path.name} is missing in {path.parent}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} is not a table of names and values")

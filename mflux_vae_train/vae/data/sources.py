@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from PIL import Image
 
 from mflux_vae.errors import ImageError
 from mflux_vae.images import EXTENSIONS, load_image
+from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.safe_reading import BROKEN
 
 logger = logging.getLogger(__name__)
@@ -277,13 +277,13 @@ def _folders(root: Path) -> list[str]:
 def _read_list(path: Path) -> list[str]:
     """Entries of a list file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, ImageError)
         if path.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-        return [str(entry["id"] if isinstance(entry, dict) else entry) for entry in json.loads(text)]
+            return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
+        return [str(entry["id"] if isinstance(entry, dict) else entry) for entry in parse_json(text)]
     except FileNotFoundError:
         raise ImageError(f"{path}: does not exist; give a list of videos") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: is not a list of videos ({error!r}); give one per line, or a JSON list") from error
 
 

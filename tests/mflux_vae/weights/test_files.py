@@ -232,7 +232,7 @@ def test_incomplete_shards_are_refused(tmp_path: Path) -> None:
         files.read_folder(tmp_path, "m")
 
 
-@pytest.mark.parametrize(("text", "word"), [("[1]", "not a JSON object"), ("{", "not valid JSON"), ("\xff", "JSON")])
+@pytest.mark.parametrize(("text", "word"), [("[1]", "not a JSON object"), ("{", "not valid JSON"), ("\xff", "UTF-8")])
 def test_broken_json_is_refused(text: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightsError, match=word):
