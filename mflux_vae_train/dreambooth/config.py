@@ -117,7 +117,9 @@ class DreamBoothSettings:
     )
     use_dora: bool = flag("also train the magnitude of each weight row (DoRA)", False)
     lora_weights: str | None = flag(
-        "adapter file to start from, in PEFT's or kohya's naming; it sets rank, alpha and layers", None
+        "adapter to start from, a file or a folder with one, in PEFT's or kohya's naming; it sets rank, alpha and"
+        " layers",
+        None,
     )
     train_text_encoder: bool = flag("also train an adapter on the text encoder that the pipeline offers", False)
     output_kohya_format: bool = flag("also save the adapter in kohya's naming", False)

@@ -13,6 +13,7 @@ from mflux_vae_train.lora.files import (
 )
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
 from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
+from mflux_vae_train.lora.location import adapter_file
 from mflux_vae_train.lora.targets import ALL_LAYERS, matching, patterns_of
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "METADATA_KEY",
     "Names",
     "Networks",
+    "adapter_file",
     "adapter_metadata",
     "adapter_tensors",
     "add_lora",

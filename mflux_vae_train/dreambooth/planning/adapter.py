@@ -35,7 +35,7 @@ class Trainable:
 
 
 def with_adapter_settings(settings: DreamBoothSettings, pipeline: DiffusionPipeline) -> DreamBoothSettings:
-    """Settings with rank, alpha and DoRA of ``--lora_weights``, if that is given.
+    """Settings with the file that ``--lora_weights`` names, and its rank, alpha and DoRA, if it is given.
 
     Raises:
         SettingsError: they contradict the given ones.
@@ -43,19 +43,17 @@ def with_adapter_settings(settings: DreamBoothSettings, pipeline: DiffusionPipel
     """
     if settings.lora_weights is None:
         return settings
-    prefix = pipeline.adapter_prefix
-    files = lora.read_adapter(settings.lora_weights, skeletons(pipeline, settings), kohya_names(pipeline))
+    prefix, path = pipeline.adapter_prefix, lora.adapter_file(settings.lora_weights)
+    files = lora.read_adapter(path, skeletons(pipeline, settings), kohya_names(pipeline))
     if prefix not in files:
-        raise WeightsError(f"{settings.lora_weights}: holds no adapter for {prefix!r}")
+        raise WeightsError(f"{path}: holds no adapter for {prefix!r}")
     file = files[prefix]
     for name, value in (("rank", file.rank), ("lora_alpha", file.alpha)):
         if getattr(settings, name) not in (None, value):
-            raise SettingsError(
-                f"--{name} is {getattr(settings, name):g}, and {settings.lora_weights} has {value:g}: leave it out"
-            )
+            raise SettingsError(f"--{name} is {getattr(settings, name):g}, and {path} has {value:g}: leave it out")
     if settings.use_dora and not file.dora:
-        raise SettingsError(f"--use_dora: {settings.lora_weights} is an adapter without magnitudes")
-    return replace(settings, rank=file.rank, lora_alpha=file.alpha, use_dora=file.dora)
+        raise SettingsError(f"--use_dora: {path} is an adapter without magnitudes")
+    return replace(settings, lora_weights=str(path), rank=file.rank, lora_alpha=file.alpha, use_dora=file.dora)
 
 
 def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Trainable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -78,6 +79,9 @@ def test_training_starts_from_an_adapter(settings, tmp_path):
         assert layer.scale == other.scale == 2.0 and layer.lora_a.shape[1] == 3
         np.testing.assert_allclose(layer.lora_b, other.lora_b, atol=1e-4)
         assert not mx.array_equal(layer.lora_b, other.lora_b)
+    DreamBooth(FakePipeline()).train(settings("folder", lora_weights=str(Path(start).parent), max_train_steps=1))
+    with pytest.raises(WeightsError, match="holds no adapter"):
+        DreamBooth(FakePipeline()).train(settings("third", lora_weights=str(tmp_path)))
     with pytest.raises(SettingsError, match=r"--rank is 5.*has 3"):
         DreamBooth(FakePipeline()).train(settings("third", lora_weights=start, rank=5))
     with pytest.raises(SettingsError, match="--lora_layers"):

@@ -1,0 +1,28 @@
+"""The file of an adapter, found from the path of the file or of a folder that holds one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mflux_vae.errors import WeightsError
+
+FILES = (
+    *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapters.safetensors"),
+    *("pytorch_lora_weights.bin", "adapter_model.bin"),
+)
+"""Names of the file in a folder: diffusers', PEFT's and mlx-lm's."""
+
+
+def adapter_file(path: str | Path) -> Path:
+    """`path` itself, or the adapter in it if it is a folder.
+
+    Raises:
+        WeightsError: the folder holds none of `FILES`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in FILES if (path / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"{path}: holds no adapter ({FILES[0]} or {FILES[1]}); give the path of its file")
+    return found
