@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, streams
+from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_deferred, is_eager, streams
 from mflux_vae.runtime import device
 
 CHUNK_SCORES = 1 << 20
@@ -67,7 +67,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         return _chunked_attention(q, k, v, scale, mask).astype(dtype)
     queries = max(MAX_SCORES // (scores // q.shape[2]), 1)
-    if device.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH:
+    if device.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH or is_deferred():
         return _attention(q, k, v, scale, mask)
     outputs = []
     for start in range(0, q.shape[2], queries):

@@ -37,9 +37,33 @@ if _numbers(mx.__version__) < _numbers(process.OLDEST_MLX):  # type: ignore[attr
     raise BackendError(f"MLX {mx.__version__} is too old, {process.OLDEST_MLX} is needed; {_INSTALL}")  # type: ignore[attr-defined]
 
 
+class _Assumed(threading.local):
+    cpu: bool | None = None
+
+
+_assumed = _Assumed()
+
+
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU (no Metal, no CUDA, or the default device was set to the CPU)."""
-    return mx.default_device().type == mx.DeviceType.cpu
+    return mx.default_device().type == mx.DeviceType.cpu if _assumed.cpu is None else _assumed.cpu
+
+
+@contextmanager
+def assuming(cpu: bool) -> Iterator[None]:
+    """Let `is_cpu` and `compute_dtype` answer for another machine in this thread. For estimates: compute nothing."""
+    before, _assumed.cpu = _assumed.cpu, cpu
+    try:
+        yield
+    finally:
+        _assumed.cpu = before
+
+
+def kind() -> str:
+    """The device that MLX computes on here: "mac", "cuda" or "cpu"."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "mac" if mx.metal.is_available() else "cuda"
 
 
 def cores() -> int:

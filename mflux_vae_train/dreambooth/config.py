@@ -139,6 +139,11 @@ class DreamBoothSettings:
         None,
         above=0,
     )
+    estimate_for: str | None = flag(
+        "with --dry_run: estimate memory for another device; give its memory as --memory_limit (default: this device)",
+        None,
+        choices=("mac", "cuda", "cpu"),
+    )
     train_batch_size: int | None = flag(
         "instance images in a micro-batch; auto: as many as fit into memory, with as many fewer micro-batches",
         1,

@@ -20,13 +20,16 @@ from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     """
     Raises:
-        SettingsError: the settings need a capability that the pipeline lacks.
+        SettingsError: the settings need a capability that the pipeline lacks, or a dry run.
     """
+    if settings.estimate_for is not None and not settings.dry_run:
+        raise SettingsError(f"--estimate_for {settings.estimate_for}: only with --dry_run; this machine trains")
     needs = {
         "--quantize": (settings.quantize is not None, SupportsMemoryControl),
         "--gradient_checkpointing": (settings.gradient_checkpointing, SupportsMemoryControl),
         "--train_batch_size auto": (settings.train_batch_size is None, SupportsMemoryControl),
         "--memory_limit": (settings.memory_limit is not None, SupportsMemoryControl),
+        "--estimate_for": (settings.estimate_for is not None, SupportsMemoryControl),
         "--max_sequence_length": (settings.max_sequence_length is not None, SupportsPromptLimit),
         "--train_text_encoder": (settings.train_text_encoder, SupportsTextEncoderTraining),
         "--masked_loss": (settings.masked_loss, SupportsPrediction),

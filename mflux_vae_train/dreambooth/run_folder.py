@@ -31,7 +31,7 @@ RESUMABLE_CHANGES = frozenset(
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
         *("report_to", "logging_dir", "sample_batch_size"),
         *("revision", "variant"),  # the weights count
-        *("gradient_checkpointing", "memory_limit"),  # the result is the same
+        *("gradient_checkpointing", "memory_limit", "estimate_for"),  # the result is the same
         *("encodings_dir", "lora_weights"),  # their contents count
     }
 )

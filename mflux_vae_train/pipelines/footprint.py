@@ -23,6 +23,7 @@ class Workload:
         prompt_tokens: tokens per prompt at most; None for as many as the model reads.
         class_images: number of class images to generate before training.
         images: generated at once, in previews and class images, with this `guidance` and number of `steps`.
+        previews: whether previews are drawn.
         quantize: bits of the frozen weights; None for the pipeline's precision.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         text_encoder: whether a text encoder is trained, and stays loaded.
@@ -43,6 +44,7 @@ class Workload:
     images: int = 1
     guidance: float = 1.0
     steps: int = 4
+    previews: bool = True
     quantize: int | None = None
     gradient_checkpointing: bool = False
     text_encoder: bool = False
@@ -82,11 +84,13 @@ class Footprint:
         phases: in the order of the run.
         download: bytes to download.
         cache: folder of downloads.
+        access: what the user has to do before the download, such as accepting a licence; None for nothing.
     """
 
     phases: Sequence[Phase]
     download: int = 0
     cache: Path | None = None
+    access: str | None = None
 
     @property
     def peak(self) -> int:

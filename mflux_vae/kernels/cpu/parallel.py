@@ -93,6 +93,11 @@ def overlapping() -> Iterator[None]:
                 mx.synchronize(stream)
 
 
+def is_deferred() -> bool:
+    """Whether this thread is within `deferred`."""
+    return _local.deferred
+
+
 def _evaluate(*arrays: mx.array) -> None:
     """Evaluate now, or asynchronously if small and `overlapping`."""
     asynchronous = _local.overlapping and max(array.nbytes for array in arrays) <= _ASYNC_MAX_BYTES

@@ -16,7 +16,13 @@ from mflux_vae_train.dreambooth.data.class_images import ClassFolder, scan_class
 from mflux_vae_train.dreambooth.data.crops import training_resolution
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, file_hash, load_dataset
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
-from mflux_vae_train.dreambooth.planning.memory_estimate import Estimate, estimate, fit_batch_size, workload
+from mflux_vae_train.dreambooth.planning.memory_estimate import (
+    Estimate,
+    assumed_device,
+    estimate,
+    fit_batch_size,
+    workload,
+)
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, read_status, run_identity
 from mflux_vae_train.fingerprint import weights_hash
@@ -72,7 +78,8 @@ def prepare(
     resolved = resolve(settings, recommended, dataset)
     trainable = plan_trainable(pipeline, resolved)
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
-    resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
+    with assumed_device(resolved):
+        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
     if memory is not None and not resolved.dry_run:
         log(memory.lines)
         if resolved.memory_limit is not None and memory.problem is not None:

@@ -116,6 +116,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     together = work.batch * work.concurrent_micro_batches
     # forward pass, gradients of inputs; and recomputation, gradients of all weights
     passes = 2 + work.gradient_checkpointing + (not work.adapter)
+    previews = [Phase("previews", transformer + learning, drawing, 0.0)] if work.previews else []
     return [
         *phases,
         Phase("latents", held + autoencoder, encoding, 0.0),
@@ -127,7 +128,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
             + wide,
             one_trained * passes * work.batch * work.micro_batches,
         ),
-        Phase("previews", transformer + learning, drawing, 0.0),
+        *previews,
     ]
 
 
