@@ -184,12 +184,14 @@ class VAE(nn.Module):
             (B, C, H, W), float32 in [0, 255].
 
         Raises:
-            ImageError: wrong number of axes or channels, or an impossible size.
+            ImageError: wrong number of axes or channels, no floats, or an impossible size.
         """
         axes, latent = 2 if self._vectors else 4, _mlx(latent)
         if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
             expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
             raise ImageError(f"latents are {tuple(latent.shape)}; expected {expected}")
+        if not mx.issubdtype(latent.dtype, mx.floating):
+            raise ImageError(f"latents are {str(latent.dtype).removeprefix('mlx.core.')}; expected floats")
         high, wide = latent.shape[2:] or (1, 1)
         full = high * self.spatial_scale, wide * self.spatial_scale
         size = size or full
@@ -250,6 +252,8 @@ class VAE(nn.Module):
         decoded = []
         for index, each in enumerate(latents):
             image = self.decode(each[None], size=sizes[index] if sizes else None, tiling=tiling)[0].transpose(1, 2, 0)
+            if mx.any(mx.isnan(image)):
+                log.warning("image %d has NaN values, drawn black: latents or weights are not finite", index)
             decoded.append(images.to_image(np.array(mx.round(mx.nan_to_num(image)).astype(mx.uint8))))
         return decoded
 

@@ -32,6 +32,7 @@ from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
+from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
 MEASURES = ("mse", "psnr", "ssim")
 
@@ -215,7 +216,9 @@ def _mark(target: Path) -> str | None:
 def _open(
     *, model: str, config: str | None, dtype: str | None, tiling: str, tile: int
 ) -> tuple[VAE, Tiling | bool | None]:
-    return VAE.from_pretrained(model, _dtype(dtype), config=config), _plan(tiling, tile)
+    vae = VAE.from_pretrained(model, _dtype(dtype), config=config)
+    check_numbers(dict(tree_flatten(vae.network.parameters())), model, "weights")
+    return vae, _plan(tiling, tile)
 
 
 def _dtype(name: str | None) -> mx.Dtype | None:

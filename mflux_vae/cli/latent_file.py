@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
 FORMAT = "mflux-vae latents 1"
 
@@ -42,11 +43,12 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     """Read entries by image name, in order, and settings.
 
     Raises:
-        WeightsError: the file is missing, broken, or no latent file.
+        WeightsError: the file is missing, broken, or no latent file, or holds other values than finite floats.
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{path} was not written by `mflux-vae encode`")
+    check_numbers(tensors, str(path), "latents")
     try:
         settings, pictures = json.loads(metadata["settings"]), json.loads(metadata["pictures"])
         if not isinstance(settings, dict):

@@ -17,7 +17,30 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def first_few(items: Sequence[str], count: int = 3) -> str:
-    """List the first items: "a, b, c and 263 more"."""
+def first_few(items: Sequence[str], count: int = 3, width: int = 100) -> str:
+    """List the first items, long ones shortened: "a, b, c and 263 more"."""
     more = len(items) - count
-    return ", ".join(items[:count]) + (f" and {more:,} more" if more > 0 else "")
+    shown = ", ".join(shortened(item, width) for item in items[:count])
+    return shown + (f" and {more:,} more" if more > 0 else "")
+
+
+def shortened(text: str, width: int) -> str:
+    """Text of at most `width` characters; longer texts lose their middle."""
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 2
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
+
+
+def summarize(groups: Sequence[tuple[str, Sequence[str]]], limit: int = 220) -> str:
+    """List the first items of each group that has any, in at most `limit` characters: "missing a, b; unknown c".
+
+    Args:
+        groups: label and items; at most six groups with labels of at most 20 characters.
+    """
+    text = ""
+    for count, width in ((3, 100), (2, 100), (2, 60), (1, 60), (1, 30), (1, 12)):
+        text = "; ".join(f"{label}{first_few(items, count, width)}" for label, items in groups if items)
+        if len(text) <= limit:
+            break
+    return text

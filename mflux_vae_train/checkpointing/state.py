@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import TrainingError
+from mflux_vae.utils.formatting import summarize
 
 Tree = Any
 
@@ -71,18 +72,19 @@ def restore(
         where: begins error messages.
 
     Raises:
-        TrainingError: missing, unknown, misshapen or wrongly typed entries, all listed.
+        TrainingError: missing, unknown, misshapen or wrongly typed entries.
     """
     current_arrays, current_values = flatten(objects)
     expected, stored = current_arrays | current_values, dict(arrays) | dict(values)
-    faults = [f"missing {path}" for path in expected if path not in stored]
-    faults += [f"unknown {path}" for path in stored if path not in expected]
-    for path in expected.keys() & stored.keys():
-        want, have = _describe(expected[path]), _describe(stored[path])
-        if want != have:
-            faults.append(f"{path} is {have}, expected {want}")
-    if faults:
-        raise TrainingError(f"{where}: cannot be restored: " + "; ".join(sorted(faults)))
+    both = sorted(expected.keys() & stored.keys())
+    described = [(path, _describe(stored[path]), _describe(expected[path])) for path in both]
+    faults = {
+        "missing ": [path for path in expected if path not in stored],
+        "unknown ": [path for path in stored if path not in expected],
+        "": [f"{path} is {have}, expected {want}" for path, have, want in described if have != want],
+    }
+    if any(faults.values()):
+        raise TrainingError(f"{where}: cannot be restored: {summarize([*faults.items()])}")
     for name, one in objects.items():
         one.write(_rebuild(name, one.read(), stored))
 

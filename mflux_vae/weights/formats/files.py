@@ -17,8 +17,16 @@ import numpy as np
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.text_files import parse_json, read_text
-from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSION_SIZE, MAX_DIMENSIONS, LazyTensor, read_numbers
+from mflux_vae.weights.formats.lazy_tensor import (
+    FP8,
+    MAX_DIMENSION_SIZE,
+    MAX_DIMENSIONS,
+    LazyTensor,
+    decode_fp8,
+    read_numbers,
+)
 from mflux_vae.weights.formats.npz import is_npz, read_npz
+from mflux_vae.weights.formats.scaled_weights import unscaled
 from mflux_vae.weights.formats.torch_files import read_torch
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -34,9 +42,12 @@ _SAFETENSORS_DTYPES = {
     **{f"F{bits}": (f"float{bits}", bits // 8) for bits in (16, 32, 64)},
     "BF16": ("bfloat16", 2),
     "C64": ("complex64", 8),
-    **{name: (name.lower(), 1) for name in ("F8_E4M3", "F8_E5M2", "F8_E8M0")},
+    **{name: (name.lower(), 1) for name in ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")},
 }
 """Safetensors dtypes: name in numpy and MLX (if they have it), bytes per value."""
+
+_NARROW_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+"""Safetensors dtypes of less than a byte, which are refused."""
 
 _SAFETENSORS_NAMES = {dtype: name for name, (dtype, _) in _SAFETENSORS_DTYPES.items()}
 
@@ -51,28 +62,39 @@ def open_weights(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
     """Open a weights file (safetensors, torch or .npz, detected by content): lazy tensors and metadata.
 
     Raises:
-        WeightsError: the file is missing or broken; see `header`, `torch_files.read_torch` and `npz.read_npz`.
+        WeightsError: the file is missing or broken; see `header`, `torch_files.read_torch`, `npz.read_npz` and
+            `scaled_weights.unscaled`.
     """
-    path = Path(path)
+    tensors, metadata = _open_stored(Path(path))
+    return unscaled(tensors, metadata, str(path)), metadata
+
+
+def _open_stored(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """As `open_weights`, with scales as separate tensors."""
     if is_npz(path):
         return read_npz(path), {}
     if _is_torch_file(path):
         return read_torch(path), {}
+    return _open_safetensors(path)
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     entries, metadata = header(path)
-    if all(hasattr(mx, dtype) and dtype != "float64" for _, dtype, _ in entries.values()):
 
-        @cache
-        def loaded() -> dict[str, mx.array]:
-            return read_safetensors(path)[0]
+    @cache
+    def loaded() -> dict[str, mx.array]:
+        try:
+            return dict(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise WeightsError(f"{path}: cannot be read by MLX ({error})") from error
 
-        def load(name: str) -> mx.array:
-            return loaded()[name]
+    whole = all((hasattr(mx, dtype) and dtype != "float64") or dtype == FP8[0] for _, dtype, _ in entries.values())
 
-    else:  # MLX refuses the whole file because of one dtype
-
-        def load(name: str) -> mx.array:
-            shape, dtype, first = entries[name]
-            return read_numbers(np.memmap(path, np.uint8, "r", first), name, dtype, shape)
+    def load(name: str) -> mx.array:
+        shape, dtype, first = entries[name]
+        if not whole:  # MLX refuses the whole file because of one dtype
+            return read_numbers(np.memmap(path, np.uint8, "r", first), f"{path}: {name}", dtype, shape)
+        return decode_fp8(loaded()[name], dtype) if dtype in FP8 else loaded()[name]
 
     return {
         name: LazyTensor(shape, dtype, partial(load, name)) for name, (shape, dtype, _) in entries.items()
@@ -115,9 +137,15 @@ def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             text = file.read(length)
         content = json.loads(text.decode(), object_pairs_hook=_unique_keys)
         return _entries(content, _LENGTH_BYTES + length, size)
+    except _Unsupported as error:
+        raise WeightsError(f"{path}: {error}, which is not supported; save the weights as bfloat16") from error
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")
+        reason = str(error).replace("\n", " ")[:200]
         raise WeightsError(f"{path}: not a complete safetensors file ({reason}); copy or download it again") from error
+
+
+class _Unsupported(Exception):
+    """A sound file with a dtype that is not supported; the message names tensor and dtype."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,6 +169,8 @@ def _entries(content: Any, start: int, size: int) -> tuple[dict[str, Entry], dic
             shape, kind, (first, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"no shape, dtype or offsets of {name[:100]}") from None
+        if kind in _NARROW_DTYPES:
+            raise _Unsupported(f"{first_few([name])} is stored as {kind}")
         if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{name} has the unknown dtype {str(kind)[:20]}")
         whole = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(type(n) is int for n in shape)
@@ -162,19 +192,13 @@ def _entries(content: Any, start: int, size: int) -> tuple[dict[str, Entry], dic
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Read a safetensors file: lazy tensors and metadata.
+    """Read a safetensors file: lazy tensors and metadata. float64 is read as float32, 8-bit floats as bfloat16.
 
     Raises:
-        WeightsError: the file is missing, incomplete, or has dtypes that MLX lacks.
+        WeightsError: the file is missing, incomplete, or has dtypes that are not supported.
     """
-    path = Path(path)
-    header(path)
-    try:
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read by MLX ({error})") from error
-    tensors, metadata = loaded
-    return dict(tensors), dict(metadata)
+    tensors, metadata = _open_safetensors(Path(path))
+    return {name: stored.load() for name, stored in tensors.items()}, metadata
 
 
 def write_safetensors(
@@ -265,13 +289,16 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{index}: no weight_map; copy or download it again")
     tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or "\0" in name or len(name) > 255 or not _lies_in(index.parent, name):
             raise WeightsError(f"{index}: names {name[:200]!r}, which is not a file in this folder")
-        tensors.update(open_weights(index.parent / name)[0])
+        shard, found = _open_stored(index.parent / name)
+        tensors.update(shard)
+        metadata.update(found)
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise WeightsError(f"{index}: its shards lack {first_few(absent)}")
-    return tensors
+    return unscaled(tensors, metadata, str(index))
 
 
 def _lies_in(folder: Path, name: str) -> bool:

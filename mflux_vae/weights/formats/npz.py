@@ -53,10 +53,10 @@ def read_npz(path: str | Path) -> dict[str, LazyTensor]:
             archive = Archive(file, "mx.savez")
             ranges = {name.removesuffix(_SUFFIX): archive.byte_range(name) for name in archive.names}
         data = np.memmap(path, np.uint8, "r")
-        return {name: _lazy_tensor(name, data[first : first + size]) for name, (first, size) in ranges.items()}
+        return {name: _lazy_tensor(path, name, data[first : first + size]) for name, (first, size) in ranges.items()}
 
 
-def _lazy_tensor(name: str, data: np.ndarray) -> LazyTensor:
+def _lazy_tensor(path: Path, name: str, data: np.ndarray) -> LazyTensor:
     """The array of an .npy file given as uint8 (n,)."""
     head = io.BytesIO(data[:_MAX_HEADER].tobytes())
     if (version := np.lib.format.read_magic(head)) not in _HEADERS:
@@ -72,4 +72,4 @@ def _lazy_tensor(name: str, data: np.ndarray) -> LazyTensor:
         raise Refused(f"{name} has shape {shape} but {len(numbers)} bytes")
     kind = "bfloat16" if bfloat16 else dtype.name
     strides = list(accumulate(shape[:-1], lambda a, b: a * b, initial=1)) if columns_first and shape else None
-    return LazyTensor(tuple(shape), kind, partial(read_numbers, numbers, name, kind, shape, strides))
+    return LazyTensor(tuple(shape), kind, partial(read_numbers, numbers, f"{path}: {name}", kind, shape, strides))

@@ -28,7 +28,7 @@ _MAX_KEY_LENGTH = 1000
 def read_torch(path: str | Path) -> dict[str, LazyTensor]:
     """Open the tensors of a torch file lazily; keys of nested dictionaries are joined with dots.
 
-    float64 is read as float32; other dtypes are unchanged.
+    float64 is read as float32, 8-bit floats as bfloat16; other dtypes are unchanged.
 
     Raises:
         WeightsError: the file is missing or incomplete, holds other objects than tensors and containers, or has
@@ -40,7 +40,7 @@ def read_torch(path: str | Path) -> dict[str, LazyTensor]:
             start = file.read(len(MAGIC))
             content, ranges = (_read_zip if start == MAGIC else _read_old)(file)
         data = np.memmap(path, np.uint8, "r")
-        return {name: _lazy_tensor(name, tensor, ranges, data) for name, tensor in _flatten(content)}
+        return {name: _lazy_tensor(path, name, tensor, ranges, data) for name, tensor in _flatten(content)}
 
 
 _Ranges: TypeAlias = "dict[str, tuple[int, int]]"
@@ -109,7 +109,7 @@ def _flatten(content: Any) -> Iterator[tuple[str, Tensor]]:
             yield prefix, item
 
 
-def _lazy_tensor(name: str, tensor: Tensor, ranges: _Ranges, data: np.ndarray) -> LazyTensor:
+def _lazy_tensor(path: Path, name: str, tensor: Tensor, ranges: _Ranges, data: np.ndarray) -> LazyTensor:
     """Check that a tensor lies within its storage, and the storage within the file."""
     size_of_one, count = width(tensor.dtype) or 1, prod(tensor.shape)
     first, size = ranges[tensor.storage.key] if count else (0, 0)
@@ -122,5 +122,5 @@ def _lazy_tensor(name: str, tensor: Tensor, ranges: _Ranges, data: np.ndarray) -
     return LazyTensor(
         tensor.shape,
         tensor.dtype,
-        partial(read_numbers, numbers, name, tensor.dtype, tensor.shape, tensor.strides),
+        partial(read_numbers, numbers, f"{path}: {name}", tensor.dtype, tensor.shape, tensor.strides),
     )

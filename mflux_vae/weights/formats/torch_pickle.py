@@ -33,6 +33,9 @@ _DTYPES = {
 }
 """dtype by torch storage class."""
 
+_FP8 = {"float8_e4m3fn": "f8_e4m3", "float8_e5m2": "f8_e5m2"}
+"""dtype by torch's name, where it differs."""
+
 _ALLOWED = {
     "torch": "*Storage Size device Tensor [b-u]*[0-9] float half double long short bool *_e*m*",
     "torch._tensor": "_rebuild_from_type_v2",
@@ -233,7 +236,7 @@ def _call_result(function: Any, arguments: Any) -> Any:
         case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"):
             return _tensor(arguments)
         case ("torch._utils", "_rebuild_tensor_v3"):
-            return _tensor(arguments, arguments[6].name)
+            return _tensor(arguments, _FP8.get(arguments[6].name, arguments[6].name))
         case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
             return arguments[0]
         case ("torch._tensor", "_rebuild_from_type_v2"):

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.formatting import summarize
 
 Transform: TypeAlias = Callable[[mx.array], mx.array]
 Tensors: TypeAlias = Mapping[str, mx.array]
@@ -108,30 +108,33 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
         WeightsError: keys are missing, unknown or misshapen, or have integers for floating-point parameters.
     """
     parameters = dict(tree_flatten(module.parameters()))
-    faults = _fault("missing", sorted(parameters.keys() - tensors.keys()))
-    faults += _fault("unknown", sorted(tensors.keys() - parameters.keys()))
-    misshapen = [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(parameters[key].shape)}"
-        for key in sorted(parameters.keys() & tensors.keys())
-        if tensors[key].shape != parameters[key].shape
-    ]
-    whole = [
-        f"{key} is {tensor.dtype}"
-        for key, tensor in sorted(tensors.items())
-        if key in parameters
-        and mx.issubdtype(parameters[key].dtype, mx.floating) > mx.issubdtype(tensor.dtype, mx.floating)
-    ]
-    if faults := faults + _fault("misshapen", misshapen) + _fault("of the wrong type", whole):
-        raise WeightsError(f"{where}: weights do not fit this network: {'; '.join(faults)}")
+    common = sorted(parameters.keys() & tensors.keys())
+    shapes = {key: (tuple(tensors[key].shape), tuple(parameters[key].shape)) for key in common}
+    floating = {key: mx.issubdtype(parameters[key].dtype, mx.floating) for key in common}
+    faults = {
+        "missing": sorted(parameters.keys() - tensors.keys()),
+        "unknown": sorted(tensors.keys() - parameters.keys()),
+        "misshapen": [
+            f"{key} is {found}, expected {needed}" for key, (found, needed) in shapes.items() if found != needed
+        ],
+        "not floats": [
+            f"{key} is {str(tensors[key].dtype).removeprefix('mlx.core.')}"
+            for key in common
+            if floating[key] > mx.issubdtype(tensors[key].dtype, mx.floating)
+        ],
+    }
+    if any(faults.values()):
+        fit = len(common) - len(faults["misshapen"])
+        listed = summarize([(f"{len(keys)} {what}: ", keys) for what, keys in faults.items()], 200)
+        raise WeightsError(
+            f"{where}: weights do not fit this {type(module).__name__} ({fit} of {len(tensors)} match): {listed};"
+            " give a file of this network"
+        )
     converted = {
         key: tensor.astype(dtype) if dtype is not None and mx.issubdtype(tensor.dtype, mx.floating) else tensor
         for key, tensor in tensors.items()
     }
     module.update(tree_unflatten(list(converted.items())))
-
-
-def _fault(what: str, keys: Sequence[str]) -> list[str]:
-    return [f"{len(keys)} {what}: {first_few(keys)}"] if keys else []
 
 
 def conv_to_mlx(tensor: mx.array) -> mx.array:

@@ -16,6 +16,10 @@ import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.lazy_tensor import check_numbers
+
+_IDS = (mx.int32, mx.uint32)
+"""dtypes of token ids, which pipelines store beside floats."""
 
 VERSION = 1
 """Version of the file contents, a part of every key."""
@@ -39,6 +43,7 @@ class EncodingCache:
         try:
             arrays, _ = read_safetensors(path)
             mx.eval(arrays)
+            check_numbers({name: one for name, one in arrays.items() if one.dtype not in _IDS}, str(path), "encodings")
         except (WeightsError, OSError, RuntimeError, ValueError):
             return None
         self.hits += 1

@@ -237,3 +237,14 @@ def test_masks_need_spatial_latents(instance_dir, tmp_path):
     save_image(instance_dir / "picture-0-mask.png", np.full((20, 16, 1), 255, np.uint8))
     with pytest.raises(SettingsError, match="spatial"):
         cache_of(instance_dir, Flat(), tmp_path, masked_loss=True)
+
+
+def test_encodings_in_another_number_format_are_encoded_again(tmp_path) -> None:
+    cache, key = EncodingCache(tmp_path), {"a": 1}
+    ids = mx.array([3], mx.int32)
+    cache.put(key, {"latents": mx.ones((2,)), "ids": ids})
+    (path,) = tmp_path.glob("*.safetensors")
+    assert cache.get(key) is not None
+    for latents in (mx.ones((2,), mx.uint8), mx.array([1, float("inf")])):
+        mx.save_safetensors(str(path), {"latents": latents, "ids": ids})
+        assert cache.get(key) is None
