@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 
 from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
 from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.command_line import check_spellings
 from mflux_vae.utils.console import run_command
+from mflux_vae.utils.paths import expand
 
 PROG = "mflux-vae"
 LOGGER = "mflux_vae"
@@ -56,27 +58,29 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
         return added
 
     info = command("info", "Describe a weights file or folder: family, parameters, scaling, memory.")
-    info.add_argument("model", nargs="?", help=f"{MODEL} (default: list the presets)")
-    info.add_argument("--config", help=CONFIG)
+    info.add_argument("model", type=expand, nargs="?", help=f"{MODEL} (default: list the presets)")
+    info.add_argument("--config", type=expand, help=CONFIG)
     info.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
 
     encode = command("encode", "Encode images to one latent file. The same command resumes after an interruption.")
-    encode.add_argument("pictures", nargs="+", help=PICTURES)
-    encode.add_argument("--output", required=True, metavar="FILE", help="latent file to write, .safetensors")
+    encode.add_argument("pictures", type=expand, nargs="+", help=PICTURES)
+    encode.add_argument(
+        "--output", type=expand, required=True, metavar="FILE", help="latent file to write, .safetensors"
+    )
     add_model(encode)
 
     decode = command("decode", "Decode a latent file to PNG files with the names and sizes of the images.")
-    decode.add_argument("latents", help="latent file written by encode")
-    decode.add_argument("--output", required=True, metavar="FOLDER", help="folder for the PNG files")
+    decode.add_argument("latents", type=expand, help="latent file written by encode")
+    decode.add_argument("--output", type=expand, required=True, metavar="FOLDER", help="folder for the PNG files")
     add_model(decode, needed=False)
 
     compare = command("compare", "Compare models on the same images: side by side, measured and timed.")
-    compare.add_argument("models", nargs="+", help=f"{MODEL}; also LAPA's latent action quantizer")
+    compare.add_argument("models", type=expand, nargs="+", help=f"{MODEL}; also LAPA's latent action quantizer")
     compare.add_argument(
-        "--images", "--image", dest="pictures", nargs="+", required=True, metavar="FILE", help=PICTURES
+        "--images", "--image", dest="pictures", type=expand, nargs="+", required=True, metavar="FILE", help=PICTURES
     )
     compare.add_argument(
-        "--output", required=True, metavar="FOLDER", help="folder for comparison.png and comparison.json"
+        "--output", type=expand, required=True, metavar="FOLDER", help="folder for comparison.png and comparison.json"
     )
     compare.add_argument(
         "--size",
@@ -91,10 +95,14 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
         help="first frame for models that take pairs: the image itself (default) or the previous image",
     )
     compare.add_argument(
-        "--lpips", nargs="+", metavar="FILE", help="measure LPIPS: files with weights of VGG16 and of its channels"
+        "--lpips",
+        type=expand,
+        nargs="+",
+        metavar="FILE",
+        help="measure LPIPS: files with weights of VGG16 and of its channels",
     )
     compare.add_argument(
-        "--config", dest="configs", action="append", help=f"{CONFIG}; once per model, in order, - for none"
+        "--config", dest="configs", type=expand, action="append", help=f"{CONFIG}; once per model, in order, - for none"
     )
     compare.add_argument(
         "--amplify", type=float, default=8.0, metavar="X", help="factor of the difference (default: 8)"
@@ -103,10 +111,10 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     add_computing(compare)
 
     convert = command("convert", "Convert weights to another key naming.")
-    convert.add_argument("model", help=MODEL)
-    convert.add_argument("output", help="file or folder to write")
+    convert.add_argument("model", type=expand, help=MODEL)
+    convert.add_argument("output", type=expand, help="file or folder to write")
     convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl or taesd")
-    convert.add_argument("--config", help=CONFIG)
+    convert.add_argument("--config", type=expand, help=CONFIG)
     convert.add_argument("--dtype", choices=PRECISIONS, help="dtype of the weights (default: unchanged)")
 
     for entry in registered:
@@ -151,6 +159,7 @@ class _Parser(argparse.ArgumentParser):
             for flag in flags:
                 if flag not in self._option_string_actions:
                     self.error(f"unknown flag {flag}{did_you_mean(flag, self._option_string_actions)}")
+            check_spellings(self, words)
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

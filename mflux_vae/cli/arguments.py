@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
+from mflux_vae.utils.paths import expand
+
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 MODEL = "folder in diffusers' layout, weights file in any naming, preset (listed by info), or hub id"
@@ -14,8 +16,8 @@ PICTURES = "image files, or folders of images"
 def add_model(parser: ArgumentParser, *, needed: bool = True, aliases: tuple[str, ...] = ()) -> None:
     """Add the flags of commands that open a model."""
     default = "" if needed else " (default: the model that encoded the latents)"
-    parser.add_argument("--model", *aliases, dest="model", required=needed, help=MODEL + default)
-    parser.add_argument("--config", help=CONFIG)
+    parser.add_argument("--model", *aliases, dest="model", type=expand, required=needed, help=MODEL + default)
+    parser.add_argument("--config", type=expand, help=CONFIG)
     add_computing(parser)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def _describe_nul(content: bytes) -> str:
     return f"line {line} holds a NUL byte, which no text does"
 
 
+class Table(dict[Any, Any]):
+    """A mapping from a file.
+
+    Attributes:
+        lines: line of each key, from 1; keys that come from elsewhere are absent.
+    """
+
+    def __init__(self, content: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = (), lines: Mapping[Any, int] = {}):
+        super().__init__(content)
+        self.lines = dict(lines)
+
+
 def parse_json(text: str, *, parse_number: Callable[[str], Any] | None = None) -> Any:
     """The value of a JSON text in which no object has a key twice.
 
@@ -69,25 +82,31 @@ def parse_json(text: str, *, parse_number: Callable[[str], Any] | None = None) -
     Raises:
         ValueError, RecursionError: not valid JSON, or a key twice. The message names line and key.
     """
-    return json.loads(text, object_pairs_hook=_unique(text), parse_float=parse_number, parse_constant=parse_number)
 
-
-def _unique(text: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            line, key, first = _find_duplicate(text)
-            raise ValueError(f"line {line}: {key[:100]!r} stands in line {first}, too; keep one")
+        if len(content := dict(pairs)) < len(pairs):
+            deque(_key_lines(text), maxlen=0)  # raises
         return content
 
-    return build
+    return json.loads(text, object_pairs_hook=build, parse_float=parse_number, parse_constant=parse_number)
+
+
+def parse_json_tables(text: str) -> Any:
+    """As `parse_json`, with objects as tables that know the lines of their keys."""
+    parse_json(text)
+    lines = _key_lines(text)
+    return json.loads(text, object_pairs_hook=lambda pairs: Table(pairs, next(lines)))
 
 
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
 
 
-def _find_duplicate(text: str) -> tuple[int, str, int]:
-    """Line of the first duplicate key of a JSON text, the key, and the line of its first occurrence."""
+def _key_lines(text: str) -> Iterator[dict[str, int]]:
+    """Lines of the keys of each object of a valid JSON text, in the order in which the objects end.
+
+    Raises:
+        ValueError: a key twice in one object.
+    """
     objects: list[dict[str, int]] = []
     line, end = 1, 0
     for token in _TOKEN.finditer(text):
@@ -95,10 +114,9 @@ def _find_duplicate(text: str) -> tuple[int, str, int]:
         if token[0] == "{":
             objects.append({})
         elif token[0] == "}":
-            objects.pop()
+            yield objects.pop()
         elif token[2]:
             key = json.loads(token[1])
             if key in objects[-1]:
-                return line, key, objects[-1][key]
+                raise ValueError(f"line {line}: {key[:100]!r} stands in line {objects[-1][key]}, too; keep one")
             objects[-1][key] = line
-    raise AssertionError("no duplicate key")

@@ -21,10 +21,10 @@ OPTIMIZER_FLAGS = {
 class Concept:
     """One subject of a run with several: an item of `DreamBoothSettings.concepts`. None: the run's setting."""
 
-    instance_data_dir: str = flag("folder with images of the subject")
+    instance_data_dir: str = flag("folder with images of the subject", path=True)
     instance_prompt: str = flag("prompt that names the subject")
     class_prompt: str | None = flag("prompt for its class", None)
-    class_data_dir: str | None = flag("folder with images of its class", None)
+    class_data_dir: str | None = flag("folder with images of its class", None, path=True)
     repeats: int | None = flag("how often each image is used in an epoch", None, least=1)
 
     def __post_init__(self) -> None:
@@ -51,17 +51,18 @@ class DreamBoothSettings:
         " (the other parts are then downloaded)",
         aliases=("pretrained_model_name_or_path",),
         group="model and data",
+        path=True,
     )
     revision: str | None = flag("branch, tag or commit of a model on the Hub", None)
     variant: str | None = flag("variant of the weight files, such as fp16", None)
-    instance_data_dir: str = flag("folder with images of the subject [required]", "")
+    instance_data_dir: str = flag("folder with images of the subject [required]", "", path=True)
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(
         "several subjects: a YAML list with instance_data_dir, instance_prompt and, optionally, class_prompt,"
         " class_data_dir, repeats of each",
         None,
     )
-    output_dir: str = flag("folder for adapter, checkpoints, previews and logs", "dreambooth-output")
+    output_dir: str = flag("folder for adapter, checkpoints, previews and logs", "dreambooth-output", path=True)
     resolution: int | None = flag("side of the training images in pixels (default: the pipeline's)", None, least=8)
     caption_column: str | None = flag(
         "key of the prompts in metadata.jsonl (default: text or prompt); an image without a prompt there uses the"
@@ -78,7 +79,7 @@ class DreamBoothSettings:
     aspect_ratio_buckets: str | None = flag('custom shapes: "height,width;height,width;..."', None)
     masked_loss: bool = flag("weight the loss of NAME.jpg by the grey levels of NAME-mask.png: white 1, black 0", False)
     encodings_dir: str | None = flag(
-        "cache of encoded images and prompts, which runs can share (default: in --output_dir)", None
+        "cache of encoded images and prompts, which runs can share (default: in --output_dir)", None, path=True
     )
 
     class_prompt: str | None = flag(
@@ -87,7 +88,7 @@ class DreamBoothSettings:
         group="prior preservation",
     )
     class_data_dir: str | None = flag(
-        "folder with class images; the base model generates missing ones (default: in --output_dir)", None
+        "folder with class images; the base model generates missing ones (default: in --output_dir)", None, path=True
     )
     prior_preservation: str | None = flag(
         "class_images: also train on images of the class; dop: keep the prediction for the class prompt at the base"
@@ -120,6 +121,7 @@ class DreamBoothSettings:
         "adapter to start from, a file or a folder with one, in PEFT's or kohya's naming; it sets rank, alpha and"
         " layers",
         None,
+        path=True,
     )
     train_text_encoder: bool = flag("also train an adapter on the text encoder that the pipeline offers", False)
     output_kohya_format: bool = flag("also save the adapter in kohya's naming", False)
@@ -224,20 +226,20 @@ class DreamBoothSettings:
         None,
         choices=("tensorboard", "wandb", "all", "none"),
     )
-    logging_dir: str | None = flag("folder for the trackers' files (default: logs in --output_dir)", None)
+    logging_dir: str | None = flag("folder for the trackers' files (default: logs in --output_dir)", None, path=True)
 
     checkpointing_steps: int | None = flag(
         "updates between checkpoints (none: only at the end)", 200, least=1, group="saving and resuming"
     )
     checkpoints_total_limit: int | None = flag("number of newest checkpoints to keep (none: all)", 2, least=1)
-    resume_from_checkpoint: str | None = flag("latest (in --output_dir), or the folder of a checkpoint", None)
+    resume_from_checkpoint: str | None = flag(
+        "latest (in --output_dir), or the folder of a checkpoint", None, path=True
+    )
     allow_changes: bool = flag("continue a run although its data, model or settings have changed", False)
     seed: int = flag("seed of all random numbers", 0, least=0, below=2**32)
     dry_run: bool = flag("show what the command would do, and stop", False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.optimizer, str):  # diffusers writes AdamW
-            object.__setattr__(self, "optimizer", self.optimizer.lower())
         check_fields(self)
         self._adopt_first_concept()
         for name in ("model", "output_dir"):

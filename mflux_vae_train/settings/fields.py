@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.paths import expand
 from mflux_vae.utils.redaction import redacted
 
 
@@ -23,6 +24,7 @@ def flag(
     least: float | None = None,
     aliases: tuple[str, ...] = (),
     group: str | None = None,
+    path: bool = False,
     **limits: Any,
 ) -> Any:
     """A dataclass field that is also a flag.
@@ -34,8 +36,10 @@ def flag(
         least: smallest allowed number. Other limits: `above` (exclusive), `most`, `below` (exclusive).
         aliases: other names of the flag and the key.
         group: heading in ``--help`` for this flag and the following ones.
+        path: the text is a path, or may be one: a leading ``~`` is the home folder.
     """
     metadata = {"help": help, "choices": choices, "least": least, "aliases": aliases, "group": group, **limits}
+    metadata["path"] = path
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -55,31 +59,51 @@ def is_tuple(hint: Any) -> bool:
 
 
 def check_fields(settings: Any) -> None:
-    """Check type, choices and limits of every field. Converts integers to floats, paths to text and lists to tuples.
+    """Check type, choices and limits of every field, and convert values as `check_value` does.
 
     Raises:
         SettingsError: names the flag, its value and the allowed ones.
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        kind, optional = field_type(hints[field.name])
-        value: Any = getattr(settings, field.name)
-        if value is None and optional:
-            continue
-        if is_tuple(hints[field.name]):
-            value = tuple(value) if isinstance(value, list | tuple) else (value,)
-            fits = bool(value) and all(_fits(field, kind, member) for member in value)
-        else:
-            if isinstance(value, str) and redacted(value) != value:  # settings are written to files
-                raise SettingsError(f"--{field.name} contains an access token; use `hf auth login` or HF_TOKEN instead")
-            if kind is float and type(value) is int:
-                value = float(value) if abs(value) < 10**300 else math.inf
-            elif kind is str and isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            fits = _fits(field, kind, value)
+        value = check_value(field, hints[field.name], getattr(settings, field.name))
         object.__setattr__(settings, field.name, value)  # the dataclass is frozen
-        if not fits:
-            raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind)}")
+
+
+def check_value(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """The value of a field. Converts integers to floats, paths to text and lists to tuples, and expands ``~``.
+
+    Raises:
+        SettingsError: the value has the wrong type or is out of range; names the flag, its value and the allowed ones.
+    """
+    kind, optional = field_type(hint)
+    if value is None and optional:
+        return None
+    members: Sequence[Any] = value if is_tuple(hint) and isinstance(value, list | tuple) else (value,)
+    members = tuple(_converted(field, kind, member) for member in members)
+    if not members or not all(_fits(field, kind, member) for member in members):
+        raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind, members)}")
+    return members if is_tuple(hint) else members[0]
+
+
+def _converted(field: dataclasses.Field[Any], kind: type, value: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 10**300 else math.inf
+    if kind is not str:
+        return value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
+        return value
+    if value.lower() in field.metadata.get("choices", ()):  # diffusers writes AdamW
+        return value.lower()
+    if redacted(value) != value:  # settings are written to files
+        raise SettingsError(f"--{field.name} contains an access token; use `hf auth login` or HF_TOKEN instead")
+    if field.metadata.get("path"):
+        return expand(value)
+    try:  # a command line where the locale is not UTF-8
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        return value
 
 
 def ignored_settings(
@@ -107,8 +131,13 @@ def ignored_settings(
 
 def is_valid_text(value: str) -> bool:
     """Whether a text has no NUL and no lone surrogates, which JSON and YAML allow but files do not."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_valid_path(value: str) -> bool:
+    """Whether a file can have this name. Bytes that are not UTF-8 are lone surrogates."""
     try:
-        return "\0" not in value and bool(value.encode() or True)
+        return b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
         return False
 
@@ -120,7 +149,7 @@ def _fits(field: dataclasses.Field[Any], kind: type, value: Any) -> bool:
     limits = [(holds, field.metadata[name]) for name, (_, holds) in _LIMITS.items() if name in field.metadata]
     number: Any = value
     if kind is str:
-        return is_valid_text(number)
+        return _is_valid_path(number) if field.metadata.get("path") else is_valid_text(number)
     if kind is float and not math.isfinite(number):
         return False
     return kind not in (int, float) or all(limit is None or holds(number, limit) for holds, limit in limits)
@@ -134,9 +163,13 @@ _LIMITS = {
 }
 
 
-def _allowed(field: dataclasses.Field[Any], kind: type) -> str:
+def _allowed(field: dataclasses.Field[Any], kind: type, members: Sequence[Any]) -> str:
     if field.metadata.get("choices"):
         return "allowed are " + ", ".join(field.metadata["choices"])
+    if kind is str and any(isinstance(member, bool | int | float) for member in members):
+        return "text is allowed; put it in quotes"
+    if kind is str and any(isinstance(member, str) for member in members):
+        return "text in UTF-8 without NUL is allowed"
     noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         kind, f"a {kind.__name__}"
     )

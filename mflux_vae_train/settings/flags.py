@@ -10,14 +10,20 @@ import argparse
 import dataclasses
 import functools
 import logging
+import re
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
-from mflux_vae.utils.yaml_io import read_yaml
-from mflux_vae_train.settings.fields import field_type, is_tuple
+from mflux_vae.utils.command_line import check_spellings
+from mflux_vae.utils.paths import expand
+from mflux_vae.utils.text_files import Table, parse_json_tables, read_text
+from mflux_vae.utils.yaml_io import parse_yaml, read_yaml
+from mflux_vae_train.settings.fields import check_value, field_type, is_tuple
 
 T = TypeVar("T")
 
@@ -50,6 +56,11 @@ class _AppendIgnored(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        check_spellings(self, words)
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (--help lists all flags)")
 
@@ -152,7 +163,7 @@ def settings_of(
     """
     given = dict(given)
     config, preset, ignored = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
-    in_file = _read_yaml(cls, Path(config), presets, ignored_flags, translate) if config else {}
+    in_file = _read_file(cls, Path(expand(config)), presets, ignored_flags, translate) if config else {}
     for name in [*in_file.pop(IGNORED, []), *ignored]:
         logger.warning("--%s has no effect: %s", name, ignored_flags[name])
     preset_in_file = in_file.pop("preset", None)
@@ -168,7 +179,7 @@ def from_yaml(cls: type[T], path: str | Path) -> T:
     Raises:
         SettingsError: the file cannot be read, has an unknown or a missing key, or an invalid value.
     """
-    return _build(cls, _read_yaml(cls, Path(path)), f"{path}: ")
+    return _build(cls, _read_file(cls, Path(path)), f"{path}: ")
 
 
 def to_yaml(settings: Any) -> str:
@@ -185,21 +196,30 @@ def _preset(name: Any, presets: Presets) -> Mapping[str, Any]:
     return {} if name is None else presets[name]
 
 
-def _read_yaml(
+def _read_file(
     cls: type,
     path: Path,
     presets: Presets = _NONE,
     ignored_flags: IgnoredFlags = _NONE,
     translate: Translate | None = None,
 ) -> dict[str, Any]:
-    content = read_yaml(path)
+    content = _read_json(path) if path.suffix.lower() == ".json" else read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: contains a {type(content).__name__}; expected 'name: value' lines")
     if translate is not None:
         content = translate(content, f"{path}: ")
-    return _by_field(cls, content, f"{path}: ", presets, ignored_flags)
+    return _by_field(cls, content, str(path), presets, ignored_flags)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return parse_json_tables(read_text(path))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path} does not exist; give a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: not valid JSON ({error})") from error
 
 
 def _by_field(
@@ -209,26 +229,45 @@ def _by_field(
     presets: Presets = _NONE,
     ignored_flags: IgnoredFlags = _NONE,
 ) -> dict[str, Any]:
-    """Content of a file by field name; `where` begins error messages."""
-    known = {name: f.name for f in dataclasses.fields(cls) for name in (f.name, *f.metadata["aliases"])}
+    """Content of a file by field name, checked; `where` is the file or flag, for messages."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    known = {name: field.name for field in fields.values() for name in (field.name, *field.metadata["aliases"])}
+    hints = typing.get_type_hints(cls)
+    keys: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for key, value in content.items():
+        place = f"{_place(content, key, where)}: "
         name = str(key).replace("-", "_")
-        if presets and name == "preset":
-            values[name] = value
-            continue
         if name in ignored_flags:
             values.setdefault(IGNORED, []).append(name)
             continue
-        if name not in known:
-            raise SettingsError(f"{where}unknown setting {key!r}{did_you_mean(name, known)}")
-        name = known[name]
-        # YAML 1.1 reads 5e-6 as text, which is converted to the type of the field
-        values[name] = _convert(cls, name, value)
+        if name not in known and not (presets and name == "preset"):
+            raise SettingsError(f"{place}unknown setting {key!r}{did_you_mean(name, known)}")
+        name = known.get(name, name)
+        if name in keys:
+            raise SettingsError(
+                f"{place}{key!r} and {keys[name]!r} ({_place(content, keys[name], where)}) are one setting; keep one"
+            )
+        keys[name] = key
+        if name not in fields:
+            values[name] = value
+            continue
+        nested = dataclasses.is_dataclass(field_type(hints[name])[0])
+        try:
+            # YAML 1.1 reads 5e-6 as text, which is converted to the type of the field
+            value = _convert(cls, name, value, where)
+            values[name] = check_value(fields[name], hints[name], value)
+        except SettingsError as error:
+            raise error if nested else SettingsError(f"{place}{error}") from None
     return values
 
 
-def _convert(cls: type, name: str, value: Any) -> Any:
+def _place(content: Mapping[Any, Any], key: Any, where: str) -> str:
+    line = content.lines.get(key) if isinstance(content, Table) else None
+    return where if line is None else f"{where}, line {line}"
+
+
+def _convert(cls: type, name: str, value: Any, where: str = "") -> Any:
     """Convert text to the type of a field. The dataclass checks the limits later."""
     hint = typing.get_type_hints(cls)[name]
     kind, optional = field_type(hint)
@@ -238,41 +277,51 @@ def _convert(cls: type, name: str, value: Any) -> Any:
         members = value if isinstance(value, list | tuple) else [value]
         if kind in (int, float):  # numbers may be given as "32 64" or "32,64"; text is not split
             members = [part for member in members for part in _numbers(member)]
-        return tuple(_member(kind, name, member) for member in members)
+        return tuple(_member(kind, name, member, where) for member in members)
     if not isinstance(value, str) or kind is str:
         return value
     if optional and value.strip().lower() in ("none", "null", "auto"):
         return None
-    return _member(kind, name, value)
+    return _member(kind, name, value, where)
 
 
 def _numbers(member: Any) -> Sequence[Any]:
     return member.replace(",", " ").split() if isinstance(member, str) else [member]
 
 
-def _member(kind: type, name: str, value: Any) -> Any:
+_SPELLED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NUMBERS = {
+    int: re.compile(r"[-+]?[0-9]+"),
+    float: re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?inf|nan", re.IGNORECASE),
+}
+"""Python also takes 1_0 and digits of other scripts."""
+
+
+def _member(kind: Any, name: str, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _nested(kind, name, value)
-    if not isinstance(value, str):
+        return _nested(kind, name, value, where)
+    if not isinstance(value, str) or kind is str:
         return value
-    try:
-        return {"true": True, "false": False}[value.strip().lower()] if kind is bool else kind(value)
-    except (ValueError, KeyError):
-        noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
-        raise SettingsError(f"--{name} is {value!r}; {noun} is allowed") from None
+    text = value.strip()
+    if kind is bool and text.lower() in _SPELLED:
+        return _SPELLED[text.lower()]
+    if kind in _NUMBERS and _NUMBERS[kind].fullmatch(text):
+        with suppress(ValueError):  # more digits than Python converts
+            return kind(text)
+    noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
+    raise SettingsError(f"--{name} is {value[:100]!r}; {noun} is allowed")
 
 
-def _nested(cls: Any, name: str, value: Any) -> Any:
+def _nested(cls: Any, name: str, value: Any, where: str) -> Any:
     """Nested settings from a mapping or its YAML."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(value) if isinstance(value, str) else value
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"--{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(value, f"--{name}") if isinstance(value, str) else value
+    place = f"--{name}" if isinstance(value, str) or not where else where
     if not isinstance(content, dict):
-        raise SettingsError(f"--{name}: contains {content!r}; expected 'name: value' pairs")
-    return _build(cls, _by_field(cls, content, f"--{name}: "), f"--{name}: ")
+        raise SettingsError(f"{place}: --{name} contains {content!r}; expected 'name: value' pairs")
+    begins = f"{place}: --{name}: " if place != f"--{name}" else f"--{name}: "
+    if isinstance(content, Table) and content.lines and place == where:
+        begins = f"{where}, line {min(content.lines.values())}: --{name}: "
+    return _build(cls, _by_field(cls, content, place), begins)
 
 
 def _build(cls: type[T], values: dict[str, Any], prefix: str) -> T:

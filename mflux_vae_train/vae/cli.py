@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.cli.arguments import PICTURES, add_model
+from mflux_vae.utils.paths import expand
 from mflux_vae_train.settings.flags import SHORT_USAGE, add_flags, settings_of
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
 
@@ -44,11 +45,12 @@ def train(parser: ArgumentParser) -> Run:
 def reconstruct(parser: ArgumentParser) -> Run:
     """Encode and decode images; measure the error."""
     parser.add_argument(
-        "pictures", nargs="*", help=f"{PICTURES} (default: the training data in the model's settings.yaml)"
+        "pictures", type=expand, nargs="*", help=f"{PICTURES} (default: the training data in the model's settings.yaml)"
     )
     parser.add_argument(
         *("--output", "--output_dir", "--outdir"),
         dest="output",
+        type=expand,
         metavar="FOLDER",
         help="folder for PNG files with original, reconstruction and amplified difference",
     )
@@ -58,7 +60,7 @@ def reconstruct(parser: ArgumentParser) -> Run:
     parser.add_argument(
         "--num_images", type=int, default=64, metavar="N", help="number of images of the data set (default: 64)"
     )
-    parser.add_argument("--data", help="data set to use instead of the training data (see train)")
+    parser.add_argument("--data", type=expand, help="data set to use instead of the training data (see train)")
     add_model(parser, aliases=("--model_path",))
     _add_expected(parser)
     parser.add_argument("--cpu", action="store_true", help="run on the CPU")
@@ -141,7 +143,10 @@ def traverse(parser: ArgumentParser) -> Run:
     parser.add_argument("--dims", type=int, nargs="+", metavar="N", help="dimensions (default: the 16 strongest)")
     parser.add_argument("--num_steps", type=int, default=10, metavar="N", help="images per row (default: 10)")
     parser.add_argument(
-        "--image", metavar="FILE", help="take the other dimensions from the latent of this image (default: 0)"
+        "--image",
+        type=expand,
+        metavar="FILE",
+        help="take the other dimensions from the latent of this image (default: 0)",
     )
     _add_range(parser)
 
@@ -167,7 +172,9 @@ def traverse(parser: ArgumentParser) -> Run:
 def interpolate(parser: ArgumentParser) -> Run:
     """Decode an interpolation between two latents."""
     _add_model(parser, "interpolation")
-    parser.add_argument("--images", nargs=2, metavar="FILE", help="first and last image (default: random latents)")
+    parser.add_argument(
+        "--images", type=expand, nargs=2, metavar="FILE", help="first and last image (default: random latents)"
+    )
     parser.add_argument("--num_steps", type=int, default=10, metavar="N", help="number of images (default: 10)")
     parser.add_argument("--spherical", action="store_true", help="interpolate along a great circle")
 
@@ -184,14 +191,22 @@ def _add_model(parser: ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--model_path",
         "--model",
+        type=expand,
         required=True,
         metavar="FILE",
         help="best_model.safetensors of a run, or any autoencoder",
     )
     parser.add_argument(
-        "--output_dir", "--outdir", default="samples", metavar="FOLDER", help="output folder (default: samples)"
+        "--output_dir",
+        "--outdir",
+        type=expand,
+        default="samples",
+        metavar="FOLDER",
+        help="output folder (default: samples)",
     )
-    parser.add_argument("--outfile", metavar="FILE", help=f"output file (default: {name}.png in --output_dir)")
+    parser.add_argument(
+        "--outfile", type=expand, metavar="FILE", help=f"output file (default: {name}.png in --output_dir)"
+    )
     parser.add_argument("--image_size", type=int, metavar="N", help="size of images from spatial latents in pixels")
     _add_expected(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")

@@ -29,7 +29,7 @@ class VAETrainingSettings:
         "name of the run (default: built from data, widths and latent size)", None, group="output"
     )
     output_dir: str = flag(
-        "parent folder; the run is written to checkpoints/<experiment_name> in it", ".", aliases=("outdir",)
+        "parent folder; the run is written to checkpoints/<experiment_name> in it", ".", aliases=("outdir",), path=True
     )
 
     data: str = flag(
@@ -38,13 +38,14 @@ class VAETrainingSettings:
         "digits",
         aliases=("data_path",),
         group="data",
+        path=True,
     )
     data_kind: str | None = flag(
         "kind of --data (default: detected)",
         None,
         choices=("digits", "folder", "frames", "mnist", "npz", "registered"),
     )
-    data_list: str | None = flag("text or JSON file with the names of the videos to use (frames)", None)
+    data_list: str | None = flag("text or JSON file with the names of the videos to use (frames)", None, path=True)
     data_count: int = flag(
         "number of images to generate (digits, registered)", 1200, least=2, aliases=("digits_count",)
     )
@@ -78,14 +79,16 @@ class VAETrainingSettings:
     last_conv: bool = flag("add a convolution after the last level (flat)", True)
     output: str = flag("activation of the decoder's output (flat)", "sigmoid", choices=("sigmoid", "tanh", "linear"))
     layers_per_block: int = flag("residual blocks per level (kl)", 2, least=1)
-    network_config: str | None = flag("config.json, or YAML file with a ddconfig, that replaces the flags above", None)
+    network_config: str | None = flag(
+        "config.json, or YAML file with a ddconfig, that replaces the flags above", None, path=True
+    )
     init: str = flag(
         "initial weights; orthogonal: orthogonal kernels, zero residual branches and a narrow posterior; small networks"
         " then train in minutes",
         "default",
         choices=("default", "orthogonal"),
     )
-    init_from: str | None = flag("autoencoder to start from: folder, weights file or hub id", None)
+    init_from: str | None = flag("autoencoder to start from: folder, weights file or hub id", None, path=True)
     train: str = flag(
         "train all weights, or only the decoder: latents then stay unchanged", "all", choices=("all", "decoder")
     )
@@ -106,7 +109,9 @@ class VAETrainingSettings:
     gamma: float = flag("weight of the dimension-wise KL (tc)", 1.0, least=0)
     free_bits: float = flag("KL per latent dimension, in nats, below which it is not penalized", 0.0, least=0)
     lpips: tuple[str, ...] | None = flag(
-        "weights of LPIPS (VGG16 and linear layers), one or two files; adds the perceptual distance to the loss", None
+        "weights of LPIPS (VGG16 and linear layers), one or two files; adds the perceptual distance to the loss",
+        None,
+        path=True,
     )
     lpips_weight: float = flag("weight of LPIPS", 1.0, least=0)
     disc_start: int | None = flag("first update with a patch discriminator (default: no discriminator)", None, least=0)

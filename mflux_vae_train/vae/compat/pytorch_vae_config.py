@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.text_files import Table
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any
         raise SettingsError(f"{where}unknown settings: {', '.join(unknown)}; see --help")
     if (network := content.get("model_params", {}).get("name", NETWORK)) != NETWORK:
         raise SettingsError(f"{where}model_params.name is {network!r}; {NETWORK} is allowed")
-    found: dict[str, Any] = dict(DEFAULTS)
+    found = Table(DEFAULTS)
     sources: dict[str, str] = {}
     for (section, key), value in flat.items():
         name = SECTIONS[section][key]
@@ -99,4 +100,6 @@ def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any
                 f"{where}{sources[name]} is {found[name]} and {section}.{key} is {value}; give only one"
             )
         found[name], sources[name] = value, f"{section}.{key}"
+        if isinstance(table := content[section], Table) and key in table.lines:
+            found.lines[name] = table.lines[key]
     return found

@@ -1,0 +1,25 @@
+"""Paths that users give."""
+
+from __future__ import annotations
+
+import os
+
+from mflux_vae.errors import SettingsError
+
+
+def expand(path: str) -> str:
+    """A path with a leading ``~`` replaced by the home folder. The shell does not do so after ``=`` and in files.
+
+    Raises:
+        SettingsError: ``~name``, and there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
+        raise SettingsError(f"{path}: there is no user {user[1:]!r}; write ./{user} for a file of that name")
+    return expanded
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for texts in UTF-8: bytes of its name that are not UTF-8 are written as ``\\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
