@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from mflux_vae.errors import ImageError
-from mflux_vae.image_files.formats import image_format as image_format
-from mflux_vae.image_files.formats import readable as readable
+from mflux_vae.image_files.modes import eight_bits, to_rgb
+from mflux_vae.image_files.notes import ImageNotes
+from mflux_vae.image_files.reading import image_text as image_text
+from mflux_vae.image_files.reading import read_file, read_image
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name extensions of images, case-insensitive."""
@@ -47,7 +49,9 @@ Source: TypeAlias = "str | Path | Image.Image | np.ndarray"
 log = logging.getLogger("mflux_vae")
 
 
-def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> list[np.ndarray]:
+def load_images(
+    sources: Source | Sequence[Source], *, channels: int = 3, notes: ImageNotes | None = None
+) -> list[np.ndarray]:
     """Load images from files, Pillow images and arrays, each at its size.
 
     Args:
@@ -55,6 +59,7 @@ def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> lis
             1, 3 or 4 channels (RGBA is composited over white): uint8, bool, uint16 with 65535 as white, or other
             numbers in [0, 255], which are rounded.
         channels: 3, or 1 for brightness (0.299 R + 0.587 G + 0.114 B, rounded).
+        notes: see `load_image`.
 
     Returns:
         uint8 (H, W, channels) each.
@@ -66,36 +71,48 @@ def load_images(sources: Source | Sequence[Source], *, channels: int = 3) -> lis
         sources = [sources]
     if channels not in (1, 3):
         raise ImageError(f"images have 1 or 3 channels, this network has {channels}; pass arrays instead")
-    pictures = []
+    pictures, found = [], ImageNotes() if notes is None else notes
     for index, source in enumerate(sources):
         if isinstance(source, str | Path):
-            image = _read(source)
+            image = read_file(source, found)
         elif isinstance(source, Image.Image):
-            image = _upright(source, f"image {index}")
+            image = read_image(source, f"image {index}", found)
         else:
-            image = _from_array(source, f"image {index}")
+            image = _from_array(source, f"image {index}", found)
         pictures.append(np.array(image) if channels == 3 else np.array(image.convert("L"))[..., None])
+    if notes is None:
+        found.log(log)
     return pictures
 
 
-def load_image(path: str | Path, *, resolution: int | None = None) -> np.ndarray:
+def load_image(path: str | Path, *, resolution: int | None = None, notes: ImageNotes | None = None) -> np.ndarray:
     """Load an image file as RGB.
 
-    EXIF orientation is applied, transparency composited over white, 16 bits reduced to 8. Colour profiles are ignored.
-    The first frame or page is used. Pillow warns above 89 million pixels and refuses twice as many
-    (`PIL.Image.MAX_IMAGE_PIXELS`).
+    The content decides the format: JPEG, PNG, WebP, TIFF, BMP, GIF and what else Pillow opens; HEIC with the extra
+    `heif`. EXIF orientation is applied, colours are converted to sRGB by the colour profile, transparency is composited
+    over white, 16 bits are reduced to 8. The first frame or page is used. Damaged metadata are ignored. Pillow warns
+    above 89 million pixels and refuses twice as many (`PIL.Image.MAX_IMAGE_PIXELS`).
 
     Args:
         resolution: resize the short side to this many pixels and crop the centre square.
+        notes: collects what was converted or ignored; None logs it.
 
     Returns:
         uint8 (H, W, 3), or (resolution, resolution, 3).
 
     Raises:
-        ImageError: the file is missing, broken, truncated, too large, or of floating-point numbers.
+        ImageError: the file is missing or too large, or its pixels are broken, truncated, or floating-point numbers.
     """
-    image = _read(path)
+    found = ImageNotes() if notes is None else notes
+    image = read_file(path, found)
+    if notes is None:
+        found.log(log)
     return np.array(image if resolution is None else _covering(image, (resolution, resolution), 0.5))
+
+
+def load_mask(path: str | Path, *, notes: ImageNotes) -> np.ndarray:
+    """Load the grey levels of a mask; transparent is black. uint8 (H, W, 1), errors as `load_image`."""
+    return np.array(read_file(path, notes, mask=True))[..., None]
 
 
 def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str] | None = None) -> None:
@@ -121,16 +138,6 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
 def to_image(picture: np.ndarray) -> Image.Image:
     """uint8 (H, W, 3), (H, W, 1) or (H, W) -> Pillow image."""
     return Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)
-
-
-def image_text(path: str | Path) -> dict[str, str]:
-    """Text chunks of a PNG file before its pixels, which are not read; empty for other formats."""
-    try:
-        with Image.open(path) as image:
-            text = image.info if image.format == "PNG" else {}
-            return {str(name): str(value) for name, value in text.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
 
 
 def to_pixels(pictures: np.ndarray) -> np.ndarray:
@@ -205,30 +212,7 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, gap: int = 4) -> np
     return np.array(canvas)
 
 
-def _read(path: str | Path) -> Image.Image:
-    """Read a file as RGB; errors as in `load_image`."""
-    try:
-        with Image.open(path) as opened:
-            if getattr(opened, "is_animated", False):
-                log.info("%s has several frames or pages; using the first", path)
-            return _upright(opened, path)
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
-    except UnidentifiedImageError:
-        what = "is not an image that can be read" if os.path.getsize(path) else "is empty"
-        raise ImageError(f"{path} {what}; remove or replace it") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
-
-
-def _upright(image: Image.Image, name: str | Path) -> Image.Image:
-    """Apply the EXIF orientation and convert to RGB."""
-    return _to_rgb(ImageOps.exif_transpose(image), name)
-
-
-def _from_array(source: object, name: str) -> Image.Image:
+def _from_array(source: object, name: str, notes: ImageNotes) -> Image.Image:
     """(H, W) or (H, W, C) -> RGB."""
     try:
         array = np.asarray(source)
@@ -241,10 +225,10 @@ def _from_array(source: object, name: str) -> Image.Image:
     if array.dtype.kind == "b":
         array = array * np.uint8(255)
     elif array.dtype == np.uint16:
-        array = _eight_bits(array)
+        array = eight_bits(array)
     elif array.dtype != np.uint8:
         array = _rounded(array.astype(np.float64), name)
-    return _to_rgb(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array), name)
+    return to_rgb(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array), name, notes)
 
 
 def _rounded(array: np.ndarray, name: str) -> np.ndarray:
@@ -263,25 +247,6 @@ def _kind(source: object) -> str:
     return f"a {type(source).__name__}" if not isinstance(source, np.ndarray) else f"an array of {source.dtype}"
 
 
-def _eight_bits(levels: np.ndarray) -> np.ndarray:
-    """[0, 65535] -> uint8, rounded."""
-    return np.clip(np.rint(levels.astype(np.float64) / 257.0), 0, 255).astype(np.uint8)
-
-
-def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
-    """Convert any mode to RGB."""
-    if image.mode == "F":
-        raise ImageError(f"{name} has floating-point values of unknown range; save it as an 8-bit PNG")
-    if image.mode.startswith("I"):
-        # Pillow's conversion would clip everything above 255 to white.
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
 def _covering(image: Image.Image, size: tuple[int, int], place: float) -> Image.Image:
     """See `covered`; crops and resizes in one resampling."""
     height, width = size
@@ -290,7 +255,3 @@ def _covering(image: Image.Image, size: tuple[int, int], place: float) -> Image.
     top, left = (image.height - part_height) * place, (image.width - part_width) * place
     right, bottom = min(left + part_width, image.width), min(top + part_height, image.height)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

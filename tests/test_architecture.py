@@ -45,10 +45,16 @@ DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting")
 MAX_FILES = 14
 """Python files in a folder."""
 
-BESIDE = {"mflux_vae.images": {"PIL"}, "mflux_vae.compare.labels": {"PIL"}, "mflux_vae.cli.commands": {"tqdm"}}
+BESIDE = {
+    **{name: {"PIL"} for name in ("images", "image_files.colour", "image_files.modes", "image_files.reading")},
+    "compare.labels": {"PIL"},
+    "cli.commands": {"tqdm"},
+}
+BESIDE = {f"mflux_vae.{module}": requirements for module, requirements in BESIDE.items()}
 """Further requirements of modules of the component."""
 
 ON_DEMAND = {
+    "mflux_vae.image_files.reading": {"pillow_heif"},
     "mflux_vae.utils.console": {"tqdm"},
     "mflux_vae.pretrained.hub": {"huggingface_hub"},
     "mflux_vae.utils.yaml_io": {"yaml"},

@@ -11,20 +11,23 @@ READ = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 HEIF = ("HEIC", "AVIF")
 """Formats that need the extra `heif`."""
 
-_RAW = "camera raw"
+RAW = "camera raw"
+
+HEAD = 256
+"""Bytes that tell the format."""
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
-    (b"II*\0\x10\0\0\0CR", _RAW),
-    (b"IIRO", _RAW),
-    (b"IIRS", _RAW),
-    (b"MMOR", _RAW),
-    (b"IIU\0", _RAW),
-    (b"FUJIFILMCCD-RAW", _RAW),
-    (b"FOVb", _RAW),
+    (b"II*\0\x10\0\0\0CR", RAW),
+    (b"IIRO", RAW),
+    (b"IIRS", RAW),
+    (b"MMOR", RAW),
+    (b"IIU\0", RAW),
+    (b"FUJIFILMCCD-RAW", RAW),
+    (b"FOVb", RAW),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
@@ -56,9 +59,13 @@ def image_format(path: str | Path) -> str | None:
         OSError: the file cannot be opened.
     """
     with open(path, "rb") as file:
-        head = file.read(256)
+        return format_of(file.read(HEAD), path)
+
+
+def format_of(head: bytes, path: str | Path) -> str | None:
+    """The same, from the first `HEAD` bytes of the file."""
     found = _by_content(head)
-    return _RAW if found == "TIFF" and Path(path).suffix.lower() in _RAW_SUFFIXES else found
+    return RAW if found == "TIFF" and Path(path).suffix.lower() in _RAW_SUFFIXES else found
 
 
 def readable(format: str | None) -> bool:
@@ -91,7 +98,7 @@ def _by_content(head: bytes) -> str | None:
 def _by_brands(major: bytes, others: list[bytes]) -> str | None:
     """Format of a file of boxes ("ftyp"), as in HEIF; `mif1` and `msf1` leave the coding open."""
     if major == b"crx ":
-        return _RAW
+        return RAW
     if major in _AVIF_BRANDS or (major in (b"mif1", b"msf1") and _AVIF_BRANDS & {*others}):
         return "AVIF"
     return "HEIC" if major in _HEIC_BRANDS else None

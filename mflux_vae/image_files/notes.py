@@ -1,0 +1,69 @@
+"""What was ignored or converted when images were read, collected into one line of each kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+from mflux_vae.utils.formatting import first_few
+
+
+class Kind(NamedTuple):
+    """What happened to images, as the start of a line.
+
+    Attributes:
+        text: may have {} for the details of the images, in which they differ.
+        level: of the line.
+    """
+
+    text: str
+    level: int
+
+
+CONVERTED = Kind("colours converted to sRGB from {}", logging.INFO)
+BROKEN_PROFILE = Kind("colour profile unusable, so colours are taken as sRGB ({})", logging.WARNING)
+INKS = Kind("CMYK without a colour profile, so colours are approximate", logging.WARNING)
+FRAMES = Kind("several frames or pages, of which the first is used", logging.WARNING)
+TRANSPARENT = Kind("transparency laid over white", logging.INFO)
+UNIFORM_MASK = Kind("mask of one level, so it weighs all positions the same", logging.WARNING)
+PILLOW = Kind("{}", logging.WARNING)
+
+_ORDER = (BROKEN_PROFILE, INKS, FRAMES, UNIFORM_MASK, PILLOW, CONVERTED, TRANSPARENT)
+
+_MAX_DETAIL = 120
+
+
+class ImageNotes:
+    """Notes about images; any thread may add some."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._images: dict[Kind, dict[str, str]] = {}
+
+    def add(self, kind: Kind, image: str | Path, detail: str = "") -> None:
+        with self._lock:
+            self._images.setdefault(kind, {})[str(image)] = " ".join(detail.split())[:_MAX_DETAIL]
+
+    def lines(self, level: int) -> list[str]:
+        """One line for each kind of this level."""
+        return [self._line(kind) for kind in _ORDER if kind.level == level and kind in self._images]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.lines(logging.WARNING)
+
+    def log(self, logger: logging.Logger) -> None:
+        for level in (logging.WARNING, logging.INFO):
+            for line in self.lines(level):
+                logger.log(level, "%s", line)
+
+    def _line(self, kind: Kind) -> str:
+        images = self._images[kind]
+        names: Sequence[str] = sorted(images)
+        if len(names) > 1:
+            names = [Path(name).name for name in names]
+        details = first_few(sorted({detail for detail in images.values() if detail}))
+        return f"{first_few(names)}: {kind.text.format(details)}"

@@ -1,0 +1,163 @@
+"""Read an image file upright, in sRGB. Metadata never decides whether pixels are read."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from mflux_vae.errors import ImageError
+from mflux_vae.image_files import notes as kinds
+from mflux_vae.image_files import profiles
+from mflux_vae.image_files.container import Container, joined, read_at
+from mflux_vae.image_files.exif import is_adobe_rgb, orientation
+from mflux_vae.image_files.formats import HEAD, HEIF, RAW, format_of, readable, remedy
+from mflux_vae.image_files.jpeg import jpeg
+from mflux_vae.image_files.modes import to_levels, to_rgb
+from mflux_vae.image_files.notes import ImageNotes
+from mflux_vae.image_files.png import png, texts
+from mflux_vae.image_files.tiff import tiff
+from mflux_vae.image_files.webp import webp
+
+_CONTAINERS = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "TIFF": tiff}
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of each EXIF orientation upright."""
+
+_opening = Lock()
+"""Python's filters of warnings belong to all threads."""
+
+
+def read_file(path: str | Path, notes: ImageNotes, *, mask: bool = False) -> Image.Image:
+    """Read a file upright as RGB, or as grey levels (L) of a mask.
+
+    Raises:
+        ImageError: the file is missing or too large, or its pixels are broken or floating-point numbers.
+    """
+    with _opened(path, notes) as (image, container):
+        image.load()
+        profile = container.profile
+        if profile is None and is_adobe_rgb(container.exif):
+            profile = profiles.adobe_rgb()
+        plain = to_levels(image, path) if mask else to_rgb(image, path, notes, profile=profile)
+        with suppress(Exception):  # of the second frame
+            if container.frames or getattr(image, "is_animated", False):
+                notes.add(kinds.FRAMES, path)
+        return _turned(plain, orientation(container.exif, container.xmp))
+
+
+def read_image(image: Image.Image, name: str, notes: ImageNotes) -> Image.Image:
+    """Make a Pillow image upright and RGB; errors as in `read_file`."""
+    path = getattr(image, "filename", "")
+    if image.format == "TIFF" and path and getattr(image, "tile", None) and image.tell() == 0 and os.path.isfile(path):
+        return read_file(path, notes)  # Pillow reads tiles of a turned image wrong if it opened the file by name
+    try:
+        image.load()
+        with suppress(Exception):  # of damaged EXIF
+            turn = image.getexif().get(0x112)
+        turn = turn if isinstance(turn, int) else 1
+        return _turned(to_rgb(image, name, notes, profile=image.info.get("icc_profile")), turn)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise ImageError(f"{name} cannot be read ({_one_line(error)})") from error
+
+
+def image_text(path: str | Path) -> dict[str, str]:
+    """Text chunks of a PNG file before its pixels, which are not read; empty for other formats."""
+    return {name: text for name, (_, text) in text_chunks(path).items()}
+
+
+def text_chunks(path: str | Path) -> dict[str, tuple[bytes, str]]:
+    """The same with the type of each chunk: `tEXt`, `zTXt` or `iTXt`."""
+    with _opened(path, ImageNotes()) as (image, _):
+        if image.format != "PNG":
+            return {}
+        with open(path, "rb") as file:
+            return texts(file)
+
+
+@contextmanager
+def _opened(path: str | Path, notes: ImageNotes) -> Iterator[tuple[Image.Image, Container]]:
+    """Open a file without its metadata. Every error, also of the caller with the image, is an `ImageError`."""
+    format = None
+    try:
+        with open(path, "rb") as file:
+            source: BinaryIO = file if file.seekable() else io.BytesIO(file.read())
+            format = format_of(read_at(source, 0, HEAD), path)
+            if format == RAW:
+                raise UnidentifiedImageError
+            if format in HEIF and readable(format):
+                _register_heif()
+            yield _take_apart(source, format, path, notes)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller") from None
+    except Exception as error:  # Pillow raises many kinds
+        if format is not None and not readable(format):
+            raise ImageError(f"{path} is {format}, which is not read; {remedy(format)}") from None
+        if isinstance(error, UnidentifiedImageError):
+            what = "is not an image, so it cannot be read" if os.path.getsize(path) else "is empty"
+            raise ImageError(f"{path} {what}; remove or replace it") from None
+        raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
+
+
+def _take_apart(
+    source: BinaryIO, format: str | None, path: str | Path, notes: ImageNotes
+) -> tuple[Image.Image, Container]:
+    container = None
+    with suppress(struct.error, ValueError, IndexError):
+        container = _CONTAINERS[format](source) if format in _CONTAINERS else None
+    if container is not None:
+        assert format is not None
+        return _open(joined(source, container.parts), [format], path, notes), container
+    source.seek(0)
+    image = _open(source, None, path, notes)
+    exif, xmp, profile = (image.info.get(name) for name in ("exif", "xmp", "icc_profile"))
+    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else None
+    return image, Container(parts=(), exif=exif, xmp=xmp if isinstance(xmp, bytes) else None, profile=profile)
+
+
+def _open(file: BinaryIO, formats: list[str] | None, path: str | Path, notes: ImageNotes) -> Image.Image:
+    """Open an image; Pillow's warnings become notes."""
+    with _opening, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image = Image.open(file, formats=formats)
+    for warning in caught:
+        notes.add(kinds.PILLOW, path, str(warning.message))
+    return image
+
+
+@cache
+def _register_heif() -> None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
