@@ -6,13 +6,12 @@ Set `MFLUX_VAE_TUNE=0` to leave the process as it is. Metal and CUDA compute wit
 |---|---|---|---|
 | a fast BLAS for MLX | MLX's wheel links netlib's reference BLAS | 39x | `MFLUX_VAE_BLAS` |
 | `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on busy cores | 1.15x CPU, 0.9x wall | the variable |
-| `MLX_BFS_MAX_WIDTH=1000` | MLX evaluates wider graphs depth first | none: 0.85x on `tiny` | the variable |
 | `mallopt` | glibc returns freed blocks, and the system zeroes pages | 1.7x | `MALLOC_*`, `GLIBC_TUNABLES` |
 | `mx.set_cache_limit` | with 32 MB every large temporary is a new mapping | none beside `mallopt` | call it later |
 
 Gains: seconds without the change over seconds with it, encoding and decoding 128 x 128 pixels with Stable Diffusion's
 autoencoder on two busy cores of an AMD EPYC, alternating runs; the BLAS on an Intel Xeon (`python -m benchmarks`).
-`MLX_BFS_MAX_WIDTH` raised the peak of training `tiny` from 38.7 to 41.9 MB.
+MLX's `MLX_BFS_MAX_WIDTH` stays at its default: 1000 trained `tiny` 1.17 times slower, with 41.9 instead of 38.7 MB.
 
 The BLAS symbols of MLX are unversioned, so a library that is already in the process's global scope wins: opening MKL
 (the `mkl` wheel) or OpenBLAS (Debian's `libopenblas0`) with RTLD_GLOBAL before `mlx.core` is imported is enough. Where
@@ -110,7 +109,6 @@ def libmlx(core: object) -> ctypes.CDLL:
 
 def tune(core: Any) -> None:
     """Apply what does not have to come before the import of `mlx.core`, which is given."""
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     if not chosen and mallopt is not None:
