@@ -37,7 +37,8 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))
         return
-    stored, preset = " and ".join(found.dtypes), PRESETS[found.preset].title if found.preset else "no preset"
+    stored = " and ".join(found.dtypes) or "not downloaded"
+    preset = PRESETS[found.preset].title if found.preset else "no preset"
     print(f"{found.source}: {preset}")
     print(
         f"  {found.family}, {found.naming} naming, {found.parameters:,} parameters in {found.tensors} tensors, {stored}"

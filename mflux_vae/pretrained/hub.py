@@ -97,6 +97,12 @@ def cached(repository: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def has_autoencoder(repository: str, inside: str = "") -> bool:
+    """Whether the autoencoder of a repository is in the cache, see `fetch`."""
+    folder = cached(repository)
+    return folder is not None and any((folder / part).glob(f"{STEM}*") for part in {inside, "vae", ""})
+
+
 def cache_folder() -> Path:
     """Folder of the hub's cache."""
     from huggingface_hub import constants

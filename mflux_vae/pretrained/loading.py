@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.call_log import log
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.networks.laq import LatentActionQuantizer
-from mflux_vae.pretrained import detect
+from mflux_vae.pretrained import detect, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.locate import (
     CONFIG_KEY,
@@ -28,8 +28,10 @@ from mflux_vae.pretrained.locate import (
     equal_preset,
     family_of,
     locate,
+    not_downloaded,
     settings_of,
 )
+from mflux_vae.pretrained.presets import Preset
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae.runtime.threads import portable
 from mflux_vae.weights.formats.files import DTYPES, write_json, write_safetensors
@@ -50,7 +52,7 @@ class Description:
         naming: key naming: `diffusers`, `compvis`, `bfl`, `taesd`, ...
         config: content of a config.json.
         tensors, parameters: counts.
-        dtypes: stored dtypes.
+        dtypes: stored dtypes; empty for a published autoencoder that is not downloaded.
         preset: preset with the same architecture and scaling, or None.
         assumed: a sentence about what the file does not specify, or None.
     """
@@ -128,7 +130,12 @@ def _build(opened: Located) -> nn.Module:
 
 
 def describe(source: Source, *, config: Config | None = None) -> Description:
-    """Describe a source without reading its tensors. Arguments and errors as in `open_network`."""
+    """Describe a source without reading its tensors. Arguments and errors as in `open_network`.
+
+    A published autoencoder is described by its known configuration; nothing is downloaded.
+    """
+    if config is None and (preset := not_downloaded(source)) is not None:
+        return _describe_preset(preset, str(source))
     opened = locate(source, config)
     stored = opened.tensors.values()
     return Description(
@@ -143,6 +150,21 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
         dtypes=tuple(sorted({tensor.dtype for tensor in stored})),
         preset=opened.preset or equal_preset(opened),
         assumed=opened.assumed,
+    )
+
+
+def _describe_preset(preset: Preset, source: str) -> Description:
+    network = FAMILIES[preset.family].network(preset.config)
+    return Description(
+        source=preset.repository if presets.find(source) else source,
+        family=preset.family,
+        naming="diffusers",
+        config=preset.config.to_dict(),
+        tensors=len(dict(tree_flatten(network.parameters()))),
+        parameters=parameter_count(network),
+        dtypes=(),
+        preset=preset.name,
+        assumed=None,
     )
 
 

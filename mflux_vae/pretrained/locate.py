@@ -176,6 +176,21 @@ def _local(source: Source) -> tuple[Path, str | None]:
     raise WeightsError(f"{source}: no such file or folder{hint or ';'} known presets: {', '.join(presets.names())}")
 
 
+def not_downloaded(source: Source) -> presets.Preset | None:
+    """The preset that describes a published autoencoder which is neither a local file nor in the hub's cache."""
+    text = str(source)
+    with suppress(OSError):
+        if Path(source).expanduser().exists():
+            return None
+    preset = presets.published(text)
+    if preset is None or presets.registered(text):
+        return None
+    if presets.find(text):
+        return None if hub.has_autoencoder(preset.repository, preset.inside) else preset
+    repository, inside = hub.split(text) or (text, "")
+    return None if hub.has_autoencoder(repository, inside) else preset
+
+
 def _only_file(folder: Path) -> Path:
     """The only weights file of a folder without config.json; the encoder of TAESD's two halves."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
@@ -219,7 +234,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Content of a config.json from a preset, a file or a dictionary of diffusers or latent-diffusion."""
     if not isinstance(config, Mapping):
         if not (path := Path(config)).is_file():
-            if preset := presets.find(str(config)):
+            if preset := presets.published(str(config)):
                 return preset.config.to_dict()
             if folder := presets.registered(str(config)):
                 return read_json(folder / "config.json")

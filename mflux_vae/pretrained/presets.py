@@ -26,6 +26,7 @@ class Preset:
         family: class of the network, a key of `families.FAMILIES`.
         config: configuration of the published config.json, with diffusers' defaults filled in.
         aliases: other names.
+        shared: other repositories whose autoencoder has this configuration; the weights may differ.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Preset:
     family: str = "AutoencoderKL"
     config: Any
     aliases: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 _SD = AutoencoderKLConfig()
@@ -59,6 +61,10 @@ _ROWS = (
         inside="vae",
         config=_SD,
         aliases=("sd1.4", "sd1.5", "stable-diffusion-1.5", "stable-diffusion-v1-5"),
+        shared=(
+            "CompVis/stable-diffusion-v1-4",
+            "runwayml/stable-diffusion-v1-5",
+        ),
     ),
     Preset(
         name="sd-vae-ft-mse",
@@ -66,6 +72,7 @@ _ROWS = (
         repository="stabilityai/sd-vae-ft-mse",
         config=replace(_SD, sample_size=256),
         aliases=("ft-mse",),
+        shared=("stabilityai/sd-vae-ft-ema",),
     ),
     Preset(
         name="sd2",
@@ -74,6 +81,12 @@ _ROWS = (
         inside="vae",
         config=replace(_SD, sample_size=768),
         aliases=("sd2.0", "sd2.1", "stable-diffusion-2-1"),
+        shared=(
+            "stabilityai/stable-diffusion-2",
+            "stabilityai/stable-diffusion-2-base",
+            "stabilityai/stable-diffusion-2-1",
+            "stabilityai/stable-diffusion-2-1-base",
+        ),
     ),
     Preset(
         name="sdxl",
@@ -81,6 +94,11 @@ _ROWS = (
         repository="stabilityai/sdxl-vae",
         config=_SDXL,
         aliases=("sdxl-vae", "stable-diffusion-xl"),
+        shared=(
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "stabilityai/stable-diffusion-xl-refiner-1.0",
+            "stabilityai/sdxl-turbo",
+        ),
     ),
     Preset(
         name="sdxl-fp16-fix",
@@ -109,6 +127,11 @@ _ROWS = (
         inside="vae",
         config=_SD3,
         aliases=("sd3.5", "stable-diffusion-3", "stable-diffusion-3.5"),
+        shared=(
+            "stabilityai/stable-diffusion-3.5-large-turbo",
+            "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+        ),
     ),
     Preset(
         name="flux1",
@@ -117,6 +140,14 @@ _ROWS = (
         inside="vae",
         config=_FLUX1,
         aliases=("flux", "flux1-dev", "flux1-schnell"),
+        shared=(
+            "black-forest-labs/FLUX.1-dev",
+            "black-forest-labs/FLUX.1-Krea-dev",
+            "black-forest-labs/FLUX.1-Kontext-dev",
+            "black-forest-labs/FLUX.1-Fill-dev",
+            "black-forest-labs/FLUX.1-Canny-dev",
+            "black-forest-labs/FLUX.1-Depth-dev",
+        ),
     ),
     Preset(
         name="z-image",
@@ -125,6 +156,7 @@ _ROWS = (
         inside="vae",
         config=_FLUX1,
         aliases=("z-image-turbo",),
+        shared=("Tongyi-MAI/Z-Image",),
     ),
     Preset(
         name="flux2",
@@ -134,6 +166,10 @@ _ROWS = (
         family="AutoencoderKLFlux2",
         config=AutoencoderKLFlux2Config(),
         aliases=("flux2-dev", "flux2-klein"),
+        shared=(
+            "black-forest-labs/FLUX.2-dev",
+            "black-forest-labs/FLUX.2-klein-9B",
+        ),
     ),
     Preset(
         name="flux2-small-decoder",
@@ -165,6 +201,11 @@ _ROWS = (
             mid_block_add_attention=False,
         ),
         aliases=("cogview", "cogview3-plus"),
+        shared=(
+            "zai-org/CogView3-Plus-3B",
+            "THUDM/CogView3-Plus-3B",
+            "THUDM/CogView4-6B",
+        ),
     ),
     Preset(
         name="taesd",
@@ -205,6 +246,15 @@ def find(name: str) -> Preset | None:
     return _BY_NAME.get(_normalized(name))
 
 
+def published(name: str) -> Preset | None:
+    """Preset with this name, or of which this repository on the hub has the configuration; or None.
+
+    Unlike with `find`, the weights may be others than the preset's.
+    """
+    repository = name.removesuffix("/vae").lower()
+    return find(name) or _BY_REPOSITORY.get(repository)
+
+
 GROUP = "mflux_vae.presets"
 """Entry-point group of other packages' presets; each entry is the path of a folder."""
 
@@ -233,3 +283,5 @@ def _normalized(name: str) -> str:
 
 
 _BY_NAME = {_normalized(name): row for row in _ROWS for name in (row.name, row.title, row.repository, *row.aliases)}
+
+_BY_REPOSITORY = {name.lower(): row for row in _ROWS for name in (row.repository, *row.shared)}

@@ -10,7 +10,7 @@ The value is a callable ``load(model: str) -> DiffusionPipeline``; ``revision`` 
 if it accepts them. A name like ``mine`` is a value of ``--model``. A name that ends in ``Pipeline`` is the class in the
 ``model_index.json`` of the folders and repositories that it opens: ``--model FOLDER`` calls ``load(FOLDER)``. For
 files, and for folders without a ``model_index.json``, ``opens(path) -> bool`` is called in the modules of these entry
-points.
+points; for repositories on the hub, ``knows(repository) -> bool`` says which ones open without a download.
 
 Entry points are imported when they are needed. If two distributions register a name, a warning names both; this
 package's entry point is used first, then the others in order of their distributions' names. One that cannot be imported
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 GROUP = "mflux_vae_train.pipelines"
+HUB = "https://huggingface.co/"
 THIS_PACKAGE = "mflux_vae_train"
 
 Loader = Callable[..., "DiffusionPipeline"]
@@ -67,7 +68,7 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
     if folder.is_file():
         if options:
             raise SettingsError(f"{', '.join(f'--{name}' for name in options)}: {folder} is a file, which has none")
-        if (name := _class_that_opens(folder, known)) is None:
+        if (name := _class_that(known, "opens", folder)) is None:
             names = ", ".join(name for name in sorted(known) if not _is_class(name))
             raise SettingsError(f"{folder}: nothing installed opens this file; give a folder, owner/name, or {names}")
         return _open(known[name], str(folder), options)
@@ -75,6 +76,11 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
         if revision is not None:
             raise SettingsError(f"--revision {revision}: {folder} is a folder, which has none")
         return _open(_entries_of(_class_of(folder, known), str(folder), known), str(folder), options)
+    repository = model.removeprefix(HUB).strip("/")
+    if hub.split(repository) == (repository, ""):
+        model = repository
+        if revision is None and (name := _class_that(known, "knows", model)) is not None:
+            return _open(known[name], model, options)
     if hub.split(model) == (model, "") and not _near(model, known):
         index = hub.download(model, ["model_index.json"], revision)
         return _open(_entries_of(_class_of(index, known), model, known), model, options)
@@ -176,7 +182,7 @@ def _near(model: str, names: Iterable[str]) -> list[str]:
 
 def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
     index = folder / "model_index.json"
-    if not index.is_file() and (name := _class_that_opens(folder, known)) is not None:
+    if not index.is_file() and (name := _class_that(known, "opens", folder)) is not None:
         return name
     try:
         return str(parse_json(read_text(index))["_class_name"])
@@ -186,18 +192,18 @@ def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
         raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
 
 
-def _class_that_opens(place: Path, known: Mapping[str, list[EntryPoint]]) -> str | None:
-    """Name of a class whose module opens a file, or a folder without `model_index.json`."""
+def _class_that(known: Mapping[str, list[EntryPoint]], question: str, subject: Path | str) -> str | None:
+    """Name of a class whose module answers a question about a file, folder or repository with yes."""
     for name in sorted(filter(_is_class, known)):
-        if any(_opens(entry, place) for entry in known[name]):
+        if any(_answers(entry, question, subject) for entry in known[name]):
             return name
     return None
 
 
-def _opens(entry: EntryPoint, folder: Path) -> bool:
+def _answers(entry: EntryPoint, question: str, subject: Path | str) -> bool:
     loader = _load(entry, [])
-    opens = getattr(sys.modules.get(getattr(loader, "__module__", "")), "opens", None)
-    return callable(opens) and bool(opens(folder))
+    function = getattr(sys.modules.get(getattr(loader, "__module__", "")), question, None)
+    return callable(function) and bool(function(subject))
 
 
 def _precedence(entry: EntryPoint) -> tuple[str, bool, str, str]:

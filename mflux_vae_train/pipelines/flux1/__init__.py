@@ -40,3 +40,10 @@ def opens(place: Path) -> bool:
     from mflux_vae_train.pipelines.flux1 import folder, weights
 
     return weights.is_transformer(place) if place.is_file() else folder.opens(place)
+
+
+def knows(repository: str) -> bool:
+    """Whether a repository on the hub is a FLUX.1 model whose configurations are known without a download."""
+    from mflux_vae_train.pipelines.flux1 import configs
+
+    return configs.repository_of(repository) is not None

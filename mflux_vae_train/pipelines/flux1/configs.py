@@ -18,6 +18,8 @@ from mflux_vae_train.pipelines.text.t5 import T5Config
 REPOSITORIES = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
 """Names that `--model` accepts, and their repositories."""
 
+KREA = "black-forest-labs/FLUX.1-Krea-dev"
+
 SIZE_MULTIPLE = VAE_FACTOR * PATCH
 
 
@@ -82,5 +84,24 @@ def published(guidance_embeds: bool) -> Configs:
     )
 
 
-PUBLISHED = {REPOSITORIES["schnell"]: published(False), REPOSITORIES["dev"]: published(True)}
-"""By repository."""
+PUBLISHED = {
+    REPOSITORIES["schnell"]: published(False),
+    REPOSITORIES["dev"]: published(True),
+    KREA: replace(published(True), recommended=replace(DEV, guidance=4.5)),
+}
+"""By repository. A further model of this architecture is one row here, and in `GATED` if it is."""
+
+GATED = frozenset({REPOSITORIES["dev"], KREA})
+"""Repositories under a non-commercial licence that has to be accepted before a download."""
+
+
+def repository_of(model: str) -> str | None:
+    """The published repository with this name of `REPOSITORIES`, or with this ``owner/name`` in any case."""
+    return REPOSITORIES.get(model) or next((name for name in PUBLISHED if name.lower() == model.lower()), None)
+
+
+def access(repository: str) -> str | None:
+    """What the user has to do before a download; None for nothing."""
+    if repository not in GATED:
+        return None
+    return f"gated, non-commercial: accept the licence on https://huggingface.co/{repository}, then hf auth login"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mflux_vae.pretrained.hub import download
 from mflux_vae_train.pipelines.flux1 import folder, weights
-from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, REPOSITORIES, published
+from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, REPOSITORIES, published, repository_of
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.snapshot import SMALL_FILES, Snapshot
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_repository(model: str, *, revision: str | None = None, variant: str | None = None) -> FluxPipeline:
-    """Open `schnell`, `dev` or `owner/name`. Only for the latter, configurations are downloaded now.
+    """Open `schnell`, `dev` or `owner/name`. Configurations are downloaded now unless they are in `PUBLISHED`.
 
     Args:
         revision, variant: see `flux1.load`.
@@ -24,7 +24,7 @@ def open_repository(model: str, *, revision: str | None = None, variant: str | N
     Raises:
         WeightsError: see `mflux_vae.pretrained.hub.download`.
     """
-    repository = REPOSITORIES.get(model, model)
+    repository = repository_of(model) or model
     configs = PUBLISHED.get(repository) if revision is None else None
     if configs is None:
         configs = folder.read_configs(download(repository, SMALL_FILES, revision))

@@ -18,7 +18,7 @@ from mflux_vae_train.pipelines.flow.predict import normal, predict
 from mflux_vae_train.pipelines.flow.sample import decode, sample
 from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
-from mflux_vae_train.pipelines.flux1.configs import SIZE_MULTIPLE, Configs
+from mflux_vae_train.pipelines.flux1.configs import SIZE_MULTIPLE, Configs, access
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
@@ -235,7 +235,8 @@ class FluxPipeline:
         if self._snapshot is None or self._snapshot.is_cached():
             return Footprint(phases=phases)
         download = memory.published_bytes(self.configs, self._snapshot.parts)
-        return Footprint(phases=phases, download=download, cache=cache_folder())
+        needed = access(self._snapshot.repository)
+        return Footprint(phases=phases, download=download, cache=cache_folder(), access=needed)
 
     # capabilities.SupportsPromptLimit
 

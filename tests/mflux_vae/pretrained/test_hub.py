@@ -130,3 +130,29 @@ def test_failed_downloads(error, word: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(WeightsError, match=word) as caught:
         hub.fetch("a/b")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "preset", "channels"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux1", 16),
+        ("StabilityAI/stable-diffusion-XL-base-1.0", "sdxl", 4),
+        ("stabilityai/stable-diffusion-3.5-medium/vae", "sd3", 16),
+        ("sd2", "sd2", 4),
+    ],
+)
+def test_published_autoencoders_are_described_without_a_download(
+    source: str, preset: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "cached", lambda *_: None)
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("something was downloaded"))
+    found = loading.describe(source)
+    assert (found.preset, found.config["latent_channels"], found.dtypes) == (preset, channels, ())
+    assert found.parameters > 8e7
+    assert loading.new_network(source).config.latent_channels == channels
+
+
+def test_a_downloaded_autoencoder_is_described_by_its_file(fake_hub, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading.open_network("stabilityai/sdxl-vae")
+    monkeypatch.setattr(hub, "cached", lambda repository: tmp_path / "cache" / repository)
+    assert loading.describe("stabilityai/sdxl-vae").dtypes == ("float32",)

@@ -152,3 +152,17 @@ def test_unopenable_folder_error(install, tmp_path, index, message):
         (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(SettingsError, match=message):
         registry.open_pipeline(str(tmp_path))
+
+
+def test_repositories_with_known_configurations_open_without_the_hub(install, monkeypatch):
+    module = types.ModuleType("plug_hub")
+    module.load = lambda model, revision=None: FakePipeline()
+    module.knows = lambda repository: repository == "owner/known"
+    module.load.__module__ = "plug_hub"
+    monkeypatch.setitem(sys.modules, "plug_hub", module)
+    install(("MinePipeline", "plug_hub:load", "d"))
+    monkeypatch.setattr(registry.hub, "download", lambda *_: pytest.fail("the hub was asked"))
+    for name in ("owner/known", "owner/known/", "https://huggingface.co/owner/known"):
+        assert isinstance(registry.open_pipeline(name), FakePipeline)
+    with pytest.raises(pytest.fail.Exception):
+        registry.open_pipeline("owner/known", revision="main")

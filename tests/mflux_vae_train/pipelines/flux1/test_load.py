@@ -218,3 +218,12 @@ def test_other_files_raise_one_line(folder: Path, tmp_path: Path, kind: str) -> 
         registry.open_pipeline(str(file))
     with pytest.raises(SettingsError, match="--revision"):
         registry.open_pipeline(str(file), revision="main")
+
+
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-schnell", "Black-Forest-Labs/flux.1-DEV"])
+def test_published_repositories_need_no_hub_for_an_estimate(hub, name: str) -> None:
+    hub(AssertionError("the hub was asked"))
+    pipeline = registry.open_pipeline(name)
+    assert pipeline.name == name and pipeline.base_model.lower() == name.lower()
+    estimate = pipeline.footprint(Workload(resolution=512, trained=1))
+    assert ("licence" in (estimate.access or "")) == name.endswith("DEV") and estimate.download > 3e10
