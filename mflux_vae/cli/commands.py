@@ -30,6 +30,7 @@ from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text
+from mflux_vae.utils.paths import printable
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
@@ -177,7 +178,7 @@ def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     several = sum(Path(given).is_dir() for given in pictures) > 1
     for given, file in _files(pictures):
-        name = f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name
+        name = printable(f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name)
         if files.setdefault(name, file).resolve() != file.resolve():
             raise ImageError(f"{files[name]} and {file} have the same name, {name}; encode them separately")
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -90,6 +91,7 @@ def run_command(
         exit status: 0 after success, 2 for bad input, 1 for a failure, 130 after SIGINT, 143 after SIGTERM, 141 if
         the reader of standard output has gone.
     """
+    prepare_streams()
     show, logger = warnings.showwarning, logging.getLogger(next(iter(levels)))
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     try:
@@ -114,6 +116,26 @@ def run_command(
         return _fail(program, f"error: {'' if known else f'{type(error).__name__}: '}{error}{hint}", 1)
     finally:
         warnings.showwarning = show
+
+
+def prepare_streams() -> None:
+    """Let standard streams take any text: characters that their encoding lacks are written as escapes.
+
+    A closed stream is replaced by the null device; otherwise the next opened file would take its number, and print
+    into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, null)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(program: str, line: str, status: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError, TrainingError
-from mflux_vae.weights.formats.files import read_safetensors
+from mflux_vae.weights.formats.files import read_safetensors, save_arrays
 from mflux_vae_train.checkpointing.state import Stateful, flatten, restore
 from mflux_vae_train.fingerprint import file_hash
 
@@ -61,7 +61,7 @@ def save(
         clean_up(output_dir)
         try:
             temporary.mkdir()
-            mx.save_safetensors(str(temporary / ARRAYS), arrays)
+            save_arrays(temporary / ARRAYS, arrays)
             content = {"step": step, "fingerprint": dict(fingerprint or {}), "values": values}
             checksums = {ARRAYS: file_hash(temporary / ARRAYS), VALUES: _digest(content)}
             text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)

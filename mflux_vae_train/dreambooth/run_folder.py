@@ -140,7 +140,7 @@ def finish(folder: RunFolder, identity: Mapping[str, Any], result: Path) -> None
 def log_to_file(path: Path) -> Iterator[None]:
     """Append the package's log to a file, and the error that ends the block early."""
     package = logging.getLogger("mflux_vae_train")
-    handler = _LogFile(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)

@@ -18,6 +18,7 @@ import numpy as np
 
 from mflux_vae import VAE
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
+from mflux_vae.utils.console import prepare_streams
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.settings.flags import from_yaml
 from mflux_vae_train.tiny_world import corpus, recipe, train_flux
@@ -69,6 +70,7 @@ def build(work: Path, output: Path, settings: recipe.Recipe, photos: Sequence[Pa
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
+    prepare_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; use the same one to resume")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: this package's)")

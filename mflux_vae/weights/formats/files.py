@@ -84,7 +84,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
     @cache
     def loaded() -> dict[str, mx.array]:
         try:
-            return dict(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
+            return dict(mx.load(for_mlx(path, "rb"), format="safetensors"))  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{path}: cannot be read by MLX ({error})") from error
 
@@ -214,12 +214,31 @@ def write_safetensors(
     temporary = path.with_name(f".{path.stem}.writing.safetensors")
     try:
         arrays = {key: mx.contiguous(tensor) for key, tensor in sorted(tensors.items())}
-        mx.save_safetensors(str(temporary), arrays, {"format": "pt", **(metadata or {})})
+        save_arrays(temporary, arrays, {"format": "pt", **(metadata or {})})
         _replace(temporary, path)
     except RuntimeError as error:  # MLX raises this when the disk is full
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """`mx.save_safetensors` for any file name."""
+    target = for_mlx(path, "wb")
+    try:
+        mx.save_safetensors(target, dict(arrays), dict(metadata or {}))
+    finally:
+        if not isinstance(target, str):
+            target.close()
+
+
+def for_mlx(path: Path, mode: str) -> Any:
+    """What MLX takes for a file: its name, or the opened file if its name is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return path.open(mode)
+    return str(path)
 
 
 def convert_safetensors(path: str | Path, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
@@ -347,7 +366,7 @@ def write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
         _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

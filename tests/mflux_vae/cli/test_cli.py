@@ -283,3 +283,14 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, timeout=60, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_a_file_name_that_is_not_utf_8_is_encoded_and_decoded(tmp_path: Path, model: Path, run: Run) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    draw = np.random.default_rng(0)
+    save_image(tmp_path / f"{name}.png", draw.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    file = tmp_path / f"{name}.safetensors"
+    assert run("encode", tmp_path / f"{name}.png", "--output", file, "--model", model)[0] == 0
+    assert run("decode", file, "--output", tmp_path / "out")[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["caf\\xe9.png"]

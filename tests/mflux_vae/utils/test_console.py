@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +76,33 @@ def test_an_unexpected_error_keeps_its_traceback(debug: bool | None) -> None:
     with pytest.raises(ZeroDivisionError):
         run_command("program", work, levels=LEVELS, debug=debug)
     assert run_command("program", work, levels=LEVELS, debug=False) == 1
+
+
+PRINTS = """
+import logging, sys
+from mflux_vae.utils.console import run_command
+
+def work():
+    print("\\u2b50 \\udce9")
+    logging.getLogger("mflux_vae").warning("\\u2b50")
+    with open(sys.argv[1], "w") as file:
+        print("into the stream", flush=True)
+        file.write("into the file")
+
+sys.exit(run_command("program", work, levels={"mflux_vae": logging.INFO}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "ends"),
+    [({"PYTHONIOENCODING": "ascii"}, ""), ({"LC_ALL": "C", "PYTHONUTF8": "0"}, ""), ({}, ">&-"), ({}, ">&- 2>&- <&-")],
+)
+def test_a_console_takes_any_character_and_may_be_closed(variables: dict[str, str], ends: str, tmp_path: Path) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS)
+    command = f"'{sys.executable}' '{tmp_path / 'prints.py'}' '{tmp_path / 'out'}' {ends}"
+    done = subprocess.run(command, shell=True, capture_output=True, env={**os.environ, **variables}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text() == "into the file"
+    if not ends:
+        assert done.stdout.split() == [b"\\u2b50", b"\\udce9", b"into", b"the", b"stream"]
+        assert done.stderr == b"warning: \\u2b50\n"
