@@ -12,8 +12,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.weights.formats.files import read_safetensors, save_arrays
+from mflux_vae_train.checkpointing.differences import differences, listed
 from mflux_vae_train.checkpointing.state import Stateful, flatten, restore
 from mflux_vae_train.fingerprint import file_hash
 
@@ -79,12 +81,19 @@ def save(
             f"{final}: cannot be written ({error}); free disk space and run the command again"
         ) from error
     if total_limit is not None:
-        others = [folder for _, folder in _list(output_dir) if folder != final]
+        others = [folder for _, folder in numbered(output_dir) if folder != final]
         for old in others[total_limit - 1 :]:
+            _announce_limit(output_dir, total_limit)
             with suppress(OSError):  # tried again after the next checkpoint
                 old.rename(output_dir / f".{old.name}.removed")
         clean_up(output_dir)
     return final
+
+
+@cache
+def _announce_limit(output_dir: Path, total_limit: int) -> None:
+    """Log the limit once for each folder."""
+    logger.info("%s: the newest %d checkpoints are kept, older ones are deleted", output_dir, total_limit)
 
 
 def latest(output_dir: str | Path) -> Path | None:
@@ -92,7 +101,7 @@ def latest(output_dir: str | Path) -> Path | None:
 
     Logs a warning for each broken one.
     """
-    for _, folder in _list(Path(output_dir)):
+    for _, folder in numbered(output_dir):
         try:
             read(folder)
         except TrainingError as error:
@@ -128,11 +137,13 @@ def load(
     objects: Mapping[str, Stateful],
     *,
     fingerprint: Mapping[str, Any] | None = None,
+    compared: Collection[str] | None = None,
     allow_changes: bool = False,
 ) -> int:
     """Restore all objects from a checkpoint, or none.
 
     Args:
+        compared: names of the fingerprint to compare; None for all.
         allow_changes: log a warning instead of an error if the fingerprint differs.
 
     Returns:
@@ -143,24 +154,41 @@ def load(
         SettingsError: the fingerprint differs; the message says in what.
     """
     content = read(folder)
-    if changed := differences(content["fingerprint"], fingerprint or {}):
-        if not allow_changes:
-            raise SettingsError(
-                f"{folder}: belongs to another run: {'; '.join(changed)}; repeat the settings of that run, use a new"
-                " --output_dir, or continue with --allow_changes"
-            )
-        logger.warning("%s: continuing with changes: %s", folder, "; ".join(changed))
+    before, now = content["fingerprint"], dict(fingerprint or {})
+    ignored = () if compared is None else (before.keys() | now.keys()) - set(compared)
+    if changed := differences(before, now, ignored=ignored):
+        refuse_changes(folder, changed, allow_changes=allow_changes)
     arrays, _ = read_safetensors(Path(folder) / ARRAYS)
     restore(objects, arrays, content["values"], where=str(folder))  # drops the old arrays
     mx.eval(arrays)  # arrays are read lazily, and the file may be deleted before they are used
     return int(content["step"])
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One text for each difference between two fingerprints."""
-    now = json.loads(json.dumps(dict(now)))  # as in a file: tuples become lists
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
+def refuse_changes(folder: str | Path, changed: Sequence[str], *, allow_changes: bool = False) -> None:
+    """
+    Raises:
+        SettingsError: without `allow_changes`; with it, a warning is logged.
+    """
+    if not allow_changes:
+        raise SettingsError(
+            f"{folder}: belongs to another run: {listed(changed)}; repeat the settings of that run, use a new"
+            " --output_dir, or continue with --allow_changes"
+        )
+    logger.warning("%s: continuing with changes: %s", folder, listed(changed))
+
+
+def numbered(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(update, folder) of every checkpoint, newest first, including one that is being replaced."""
+    output_dir = Path(output_dir)
+    folders = {folder.name: folder for folder in output_dir.iterdir()} if output_dir.is_dir() else {}
+    checkpoints = []
+    for name, folder in folders.items():
+        replaced = _REPLACED.fullmatch(name)
+        if replaced and f"checkpoint-{replaced[1]}" in folders:
+            continue
+        if (match := replaced or _NAME.fullmatch(name)) and folder.is_dir():
+            checkpoints.append((int(match[1]), folder))
+    return sorted(checkpoints, reverse=True)
 
 
 def clean_up(output_dir: Path) -> None:
@@ -171,19 +199,6 @@ def clean_up(output_dir: Path) -> None:
             leftover.rename(output_dir / f"checkpoint-{replaced[1]}")
         else:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _list(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first, including one that is being replaced."""
-    folders = {folder.name: folder for folder in output_dir.iterdir()} if output_dir.is_dir() else {}
-    checkpoints = []
-    for name, folder in folders.items():
-        replaced = _REPLACED.fullmatch(name)
-        if replaced and f"checkpoint-{replaced[1]}" in folders:
-            continue
-        if (match := replaced or _NAME.fullmatch(name)) and folder.is_dir():
-            checkpoints.append((int(match[1]), folder))
-    return sorted(checkpoints, reverse=True)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import SettingsError
 from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, networks
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -50,6 +51,12 @@ def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder)
     if train_mode == "lora":
         return folder.adapter
     return folder.root / ("pipeline" if _saves_itself(pipeline) else "denoiser.safetensors")
+
+
+def requested_files(folder: RunFolder, settings: DreamBoothSettings) -> list[Path]:
+    """Files and folders that the settings request beside the result."""
+    requested = {folder.root / KOHYA: settings.output_kohya_format, folder.root / FUSED: settings.fuse}
+    return [path for path, wanted in requested.items() if wanted]
 
 
 def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder) -> Path:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset
-from mflux_vae_train.dreambooth.data.class_images import find_class_images, generate_class_images
+from mflux_vae_train.dreambooth.data.class_images import class_files, class_identity, generate_class_images
 from mflux_vae_train.dreambooth.data.encoding import (
     EncodedPrompts,
     encode_dataset,
     encode_prompts,
-    hash_files,
     open_cache,
 )
 from mflux_vae_train.dreambooth.pipeline_features import release
@@ -31,12 +32,12 @@ class Precomputed:
     Attributes:
         dataset: latents and conditioning that the updates draw from.
         prompts: all prompts of the run, those of the previews included.
-        class_fingerprint: hash of the class images.
+        class_identity: see `class_images.class_identity`.
     """
 
     dataset: EncodedDataset
     prompts: EncodedPrompts
-    class_fingerprint: str
+    class_identity: Mapping[str, Any]
 
 
 def precompute(
@@ -70,9 +71,8 @@ def precompute(
     run.dataset.release()
     if cache.hits:
         logger.info("%d encodings of earlier runs reused, %d new", cache.hits, cache.writes)
-    files = list(dict.fromkeys(path for paths in class_images or [] for path in paths))
-    class_fingerprint = processes.broadcast(lambda: hash_files(files))
-    return Precomputed(dataset=dataset, prompts=prompts, class_fingerprint=class_fingerprint)
+    identity = processes.broadcast(lambda: class_identity(class_images or []))
+    return Precomputed(dataset=dataset, prompts=prompts, class_identity=identity)
 
 
 def _class_images(
@@ -104,7 +104,6 @@ def _class_images(
             processes=processes,
         )
         logger.info("generated %d class images in %.0f s", len(one.missing), time.monotonic() - start)
-    wanted = resolved.num_class_images
-    folders = [Path(one.class_data_dir or "") for one in resolved.subjects]
-    found = processes.broadcast(lambda: [[str(path) for path in find_class_images(one)[:wanted]] for one in folders])
+    files = partial(class_files, resolved.subjects, resolved.num_class_images)
+    found = processes.broadcast(lambda: [[str(path) for path in paths] for paths in files()])
     return [[Path(path) for path in paths] for paths in found]

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError, TrainingError
+from mflux_vae.errors import MfluxVaeError, PluginError, TrainingError
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -23,6 +23,7 @@ from mflux_vae_train.distributed.process_group import ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features, run_folder
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import micro_batches
+from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
 from mflux_vae_train.dreambooth.export import result_path, save_fused, save_result
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
@@ -43,6 +44,7 @@ from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
 from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_status import TO_GENERATE
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.training.hooks import every, read_metrics
@@ -105,7 +107,8 @@ class DreamBooth:
             with processes:
                 run = prepare(self.pipeline, settings, folder, processes=processes)
             lines = summary(self.pipeline, run, folder, processes)
-            _log([*lines, "dry run: nothing was written"], run.resolved.warnings)
+            warnings = () if run.status.complete else run.resolved.warnings
+            _log([*lines, "dry run: nothing was written"], warnings)
             return TrainingResult(result=None, updates=0)
         with (
             processes,
@@ -114,11 +117,11 @@ class DreamBooth:
         ):
             run = prepare(self.pipeline, settings, folder, _log, processes)
             if run.status.complete:
+                _log(summary(self.pipeline, run, folder, processes))
                 result = result_path(self.pipeline, run.resolved.train_mode, folder)
-                _log([f"already complete: {result}"])
                 return TrainingResult(result=result, updates=0)
             if lock is not None:
-                run_folder.start(folder, run.identity, run.resolved.to_settings(), lock)
+                run_folder.claim(folder, lock)
             try:
                 with run_folder.log_to_file(folder.log) if processes.is_main else nullcontext():
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
@@ -158,19 +161,21 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     objects = {"denoiser": state.parameters(model), "optimizer": state.tree_state(optimizer.state)}
     pending = PendingHooks()
     objects["pending_hooks"] = pending.stateful()
-    identity = {**run.identity, "class pictures": precomputed.class_fingerprint}
+    identity = {name: value for name, value in run.identity.items() if name != TO_GENERATE}
+    identity |= precomputed.class_identity
 
     def resume() -> int:
         if (path := run.status.checkpoint) is None:
             return 0
-        start = checkpoint.load(path, objects, fingerprint=identity, allow_changes=resolved.allow_changes)
-        if start > plan.updates:
-            raise SettingsError(f"{path} is of update {start}, and this run ends after {plan.updates}")
-        _log([f"continuing after update {start}, from {path}"])
-        return start
+        if not path.exists():  # its replacement was interrupted, and `claim` completed it
+            path = folder.root / f"checkpoint-{run.status.update}"
+        options: dict[str, Any] = {"compared": [CLASS_PICTURES], "allow_changes": resolved.allow_changes}
+        return checkpoint.load(path, objects, fingerprint=identity, **options)
 
     start = processes.broadcast(resume)
     processes.broadcast_state(objects)
+    if processes.is_main:
+        run_folder.start(folder, identity, resolved.to_settings(), run.status.branch, run.status.abandoned)
 
     def save_checkpoint(updates: int) -> None:
         if not processes.is_main:
@@ -216,6 +221,8 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
             processes=processes,
         )
 
+    if start == plan.updates:
+        save()  # a finished run that lacks a requested file
     result = result_path(pipeline, resolved.train_mode, folder)
     if not processes.is_main:
         return TrainingResult(result=result, updates=plan.updates - start)
@@ -223,7 +230,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     if resolved.fuse:
         _log([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, resolved, folder)}"])
     write_model_card(pipeline, resolved, folder, result)
-    run_folder.finish(folder, run.identity, result)
+    run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(mx.get_peak_memory())
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from tqdm import tqdm
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
 from mflux_vae.utils.prefetch import prefetch
+from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import images_per_batch
+from mflux_vae_train.fingerprint import file_hash
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
+
+CLASS_PICTURES = "class pictures"
+"""Name of the class images in the identity of a run."""
 
 PROMPT_KEY = "prompt"
 """PNG text chunk with the prompt of a generated class image."""
@@ -96,6 +102,22 @@ def _read_prompt(path: Path) -> str | None:
     """The prompt that an image was generated for, if the file has it. Decodes the whole image."""
     load_image(path)
     return image_text(path).get(PROMPT_KEY)
+
+
+def class_files(concepts: Sequence[Concept], count: int) -> list[list[Path]]:
+    """The class images that a run uses: for each concept the first `count` of its folder."""
+    return [find_class_images(Path(one.class_data_dir or ""))[:count] for one in concepts]
+
+
+def class_identity(files: Iterable[Sequence[Path]]) -> dict[str, Any]:
+    """What identifies the class images of all concepts: a hash of their contents, and (name, hash) of each."""
+    unique = list(dict.fromkeys(path for paths in files for path in paths))
+    several = len({path.parent for path in unique}) > 1
+    names = [f"{path.parent.name}/{path.name}" if several else path.name for path in unique]
+    contents = list(prefetch(file_hash, unique))
+    digest = hashlib.sha256(b"".join(map(bytes.fromhex, contents)))
+    rows = [[name, content[:12]] for name, content in zip(names, contents, strict=True)]
+    return {CLASS_PICTURES: digest.hexdigest()[:16], CLASS_PICTURES + BY_FILE: rows}
 
 
 def missing_indices(present: Sequence[Path], count: int) -> list[int]:

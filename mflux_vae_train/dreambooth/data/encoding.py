@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -74,14 +73,6 @@ def open_cache(pipeline: DiffusionPipeline, folder: Path, processes: ProcessGrou
 def images_per_batch(resolution: int) -> int:
     """Images that an autoencoder or sampler processes together: a million pixels, at most sixteen images."""
     return max(1, min(16, 2**20 // resolution**2))
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """Hash of the contents of files, in order. Names do not matter."""
-    digest = hashlib.sha256()
-    for content in prefetch(file_hash, paths):
-        digest.update(bytes.fromhex(content))
-    return digest.hexdigest()[:16]
 
 
 def encode_prompts(

@@ -14,6 +14,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_can_fuse
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
+from mflux_vae_train.lora.targets import dimensions, linears
 from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -26,11 +27,13 @@ class Trainable:
     Attributes:
         targets: patterns of the adapted layers by network prefix; empty with ``--train_mode full``.
         weights: number of trained weights, without DoRA's magnitudes.
+        shapes: shapes of the trained arrays by name in a checkpoint; None if they are known only after loading.
         description: for the log.
     """
 
     targets: Mapping[str, Sequence[str]]
     weights: int
+    shapes: Mapping[str, tuple[int, ...]] | None
     description: str
 
 
@@ -69,7 +72,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if resolved.rank is None:
         weights = tree_reduce(operator.add, tree_map(lambda array: array.size, denoiser.parameters()), 0)
-        return Trainable(targets={}, weights=weights, description=f"all {weights:,} weights")
+        return Trainable(targets={}, weights=weights, shapes=None, description=f"all {weights:,} weights")
     check_can_fuse(pipeline, resolved, denoiser)
     names = kohya_names(pipeline)
     targets = {pipeline.adapter_prefix: _denoiser_targets(pipeline, resolved.lora_layers)}
@@ -93,7 +96,25 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     (_, first), *others = matched.items()
     layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
     description = f"a {kind} of rank {resolved.rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
-    return Trainable(targets=targets, weights=weights, description=description)
+    shapes = None if resolved.lora_weights is not None else _shapes(networks, matched, resolved)
+    return Trainable(targets=targets, weights=weights, shapes=shapes, description=description)
+
+
+def _shapes(
+    networks: lora.Networks, matched: Mapping[str, Mapping[str, int]], resolved: ResolvedSettings
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter's arrays by name in a checkpoint, see `trainable.combined`."""
+    assert resolved.rank is not None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, paths in matched.items():
+        layers = linears(networks[prefix])
+        for path in paths:
+            outputs, inputs = dimensions(layers[path])
+            name = "/".join(["denoiser", *([prefix] if len(networks) > 1 else []), *path.split(".")])
+            shapes |= {f"{name}/lora_a": (inputs, resolved.rank), f"{name}/lora_b": (resolved.rank, outputs)}
+            if resolved.use_dora:
+                shapes[f"{name}/m"] = (outputs,)
+    return shapes
 
 
 def _denoiser_targets(pipeline: DiffusionPipeline, lora_layers: str | None) -> Sequence[str]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import first_few
+from mflux_vae_train.checkpointing.differences import BY_FILE, listed
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.data.class_images import ClassFolder, scan_class_folders
+from mflux_vae_train.dreambooth.data.class_images import (
+    CLASS_PICTURES,
+    ClassFolder,
+    class_files,
+    class_identity,
+    file_name,
+    scan_class_folders,
+)
 from mflux_vae_train.dreambooth.data.crops import training_resolution
-from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, file_hash, load_dataset
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceImage, file_hash, load_dataset
+from mflux_vae_train.dreambooth.export import requested_files, result_path
+from mflux_vae_train.dreambooth.optimization.optimizer import build_schedule, finds_rate
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
     Estimate,
@@ -24,10 +35,14 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
     workload,
 )
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
-from mflux_vae_train.dreambooth.run_folder import RunFolder, RunStatus, read_status, run_identity
-from mflux_vae_train.fingerprint import weights_hash
+from mflux_vae_train.dreambooth.run_folder import ABANDONED, RESUMABLE_CHANGES, RunFolder
+from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
+from mflux_vae_train.fingerprint import settings_identity, weights_hash
 from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsMemoryControl, Use
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+
+NEGLIGIBLE = 0.1
+"""Share of the peak learning rate below which updates change little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +95,43 @@ def prepare(
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
-    if memory is not None and not resolved.dry_run:
-        log(memory.lines)
-        if resolved.memory_limit is not None and memory.problem is not None:
-            raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {memory.problem}")
-    identity = _identity(pipeline, resolved, dataset, folder)
+
+    def announce() -> None:
+        if memory is not None and not resolved.dry_run:
+            log(memory.lines)
+            if resolved.memory_limit is not None and memory.problem is not None:
+                raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {memory.problem}")
+
+    identity = _identity(resolved, dataset)
     processes.assert_equal(identity)
+    identity |= processes.broadcast(lambda: _class_identity(resolved, folders))
+    requested = requested_files(folder, resolved)
+
+    def status(ignored: Collection[str] = ()) -> RunStatus:
+        options: dict[str, Any] = {"requested": requested, "shapes": trainable.shapes, "updates": resolved.plan.updates}
+        options |= {"ignored": RESUMABLE_CHANGES | set(ignored), "allow_changes": resolved.allow_changes}
+        resume_from = resolved.resume_from_checkpoint
+        return _broadcast(processes, lambda: read_status(folder, identity, resume_from, **options))
+
+    # first without weights: what is refused or complete needs no download
+    found = status(ignored=NEEDS_WEIGHTS)
+    if not found.complete:
+        announce()
+    if not resolved.dry_run or folder.identity.exists():  # reading all weights is long, for a dry run
+        identity |= _weights_identity(pipeline)
+        late = {name: identity[name] for name in NEEDS_WEIGHTS & identity.keys()}
+        if any(before.get(name) != value for before in found.compared for name, value in late.items()):
+            was_complete, found = found.complete, status()
+            if was_complete:
+                announce()
+    resolved = replace(resolved, warnings=(*resolved.warnings, *_resume_warnings(resolved, found, folder)))
     return Preparation(
         resolved=resolved,
         dataset=dataset,
         class_folders=folders,
         trainable=trainable,
         identity=identity,
-        status=_status(resolved, identity, folder, processes),
+        status=found,
         estimate=memory,
     )
 
@@ -100,6 +139,8 @@ def prepare(
 def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, processes: ProcessGroup) -> list[str]:
     """What the run is going to do, one line each."""
     resolved, plan = run.resolved, run.resolved.plan
+    if run.status.complete:
+        return [f"already complete: {result_path(pipeline, resolved.train_mode, folder)}"]
     epochs = plan.samples / run.dataset.samples_per_epoch
     lines = [f"pipeline {pipeline.name}, {resolved.resolution}x{resolved.resolution} pixels"]
     lines += [*run.dataset.summary(resolved.subjects), *resolved.notes]
@@ -112,7 +153,9 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} images, {epochs:.4g}"
         f" {'epoch' if epochs == 1 else 'epochs'}; learning rate {resolved.learning_rate:g}, {resolved.lr_scheduler}",
     ]
-    if resolved.resume_from_checkpoint == "latest" and run.status == RunStatus():
+    if run.status.checkpoint is not None:
+        lines.append(f"continuing after update {run.status.update}, from {run.status.checkpoint}")
+    elif resolved.resume_from_checkpoint == "latest":
         lines.append(f"no checkpoint in {folder.root} yet: starting from the beginning")
     if run.estimate is not None and resolved.dry_run:
         lines += run.estimate.lines
@@ -145,27 +188,89 @@ def _estimate(
     return resolved, estimate(pipeline, resolved, work)
 
 
-def _identity(
-    pipeline: DiffusionPipeline, resolved: ResolvedSettings, dataset: InstanceDataset, folder: RunFolder
-) -> dict[str, Any]:
-    read_weights = not resolved.dry_run or folder.identity.exists()  # reading all weights is long, for a dry run
-    base = weights_hash(pipeline.denoiser) if read_weights else ""
-    identity = run_identity(resolved.to_settings(), base=base, images=dataset.fingerprint)
-    if read_weights and isinstance(pipeline, SupportsEncodingCache):
-        uses: tuple[Use, ...] = ("prompts", "images")
-        identity["encoders"] = [pipeline.encoder_fingerprint(use) for use in uses]
+def _identity(resolved: ResolvedSettings, dataset: InstanceDataset) -> dict[str, Any]:
+    """What distinguishes this run from others, as far as it is known without weights: plain values by name."""
+    identity = {
+        **settings_identity(resolved.to_settings(), RESUMABLE_CHANGES),
+        "instance pictures": dataset.fingerprint,
+        f"instance pictures{BY_FILE}": [
+            [
+                _name(one, several=len(resolved.subjects) > 1),
+                one.content[:12],
+                one.caption,
+                file_hash(one.mask)[:12] if one.mask is not None else "",
+            ]
+            for one in dataset.images
+        ],
+    }
     if resolved.lora_weights is not None:
         identity["adapter to start from"] = file_hash(Path(resolved.lora_weights))
     return identity
 
 
-def _status(
-    resolved: ResolvedSettings, identity: Mapping[str, Any], folder: RunFolder, processes: ProcessGroup
-) -> RunStatus:
-    def read() -> tuple[bool, str]:
-        resume, allow_changes = resolved.resume_from_checkpoint, resolved.allow_changes
-        status = read_status(folder, identity, resume, allow_changes=allow_changes)
-        return status.complete, str(status.checkpoint or "")
+def _name(image: InstanceImage, *, several: bool) -> str:
+    return f"{image.path.parent.name}/{image.path.name}" if several else image.path.name
 
-    complete, checkpoint = processes.broadcast(read)
-    return RunStatus(complete=complete, checkpoint=Path(checkpoint) if checkpoint else None)
+
+def _class_identity(resolved: ResolvedSettings, folders: Sequence[ClassFolder]) -> dict[str, Any]:
+    """The class images that are present, and the names of those to generate."""
+    if resolved.prior_preservation != "class_images":
+        return class_identity([])
+    identity = class_identity(class_files(resolved.subjects, resolved.num_class_images))
+    missing = [(one.folder.name, file_name(index)) for one in folders for index in one.missing]
+    if not missing:
+        return identity
+    several = len(folders) > 1
+    names = [f"{folder}/{name}" if several else name for folder, name in missing]
+    return {CLASS_PICTURES + BY_FILE: identity[CLASS_PICTURES + BY_FILE], TO_GENERATE: names}
+
+
+def _weights_identity(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """The part of an identity that needs the weights."""
+    identity: dict[str, Any] = {"base weights": weights_hash(pipeline.denoiser)}
+    if isinstance(pipeline, SupportsEncodingCache):
+        uses: tuple[Use, ...] = ("prompts", "images")
+        identity["encoders"] = [pipeline.encoder_fingerprint(use) for use in uses]
+    return identity
+
+
+def _broadcast(processes: ProcessGroup, read: Callable[[], RunStatus]) -> RunStatus:
+    """The status that the main process reads."""
+
+    def plain() -> dict[str, Any]:
+        status = read()
+        paths = {"checkpoint": str(status.checkpoint or ""), "abandoned": [str(path) for path in status.abandoned]}
+        return {**asdict(status), **paths}
+
+    values = processes.broadcast(plain)
+    path = Path(values["checkpoint"]) if values["checkpoint"] else None
+    return RunStatus(**{**values, "checkpoint": path, "abandoned": [Path(one) for one in values["abandoned"]]})
+
+
+def _resume_warnings(resolved: ResolvedSettings, status: RunStatus, folder: RunFolder) -> list[str]:
+    """What a run that continues with changes, or goes back, does differently from the run before."""
+    warnings = []
+    if status.changed:
+        warnings.append(f"continuing the run in {folder.root} with changes: {listed(status.changed)}")
+    if status.abandoned:
+        names = first_few([path.name for path in status.abandoned])
+        warnings.append(
+            f"going back to update {status.update}: {names}, later than that, and the previews after it are no longer"
+            f" used; they move to {folder.root / ABANDONED}"
+        )
+    if not status.changed or status.checkpoint is None or finds_rate(resolved):
+        return warnings
+    peak, updates = resolved.learning_rate, resolved.plan.updates
+    schedule = build_schedule(resolved, peak=peak, updates=updates)
+    first, highest = schedule(status.update), max(map(schedule, range(status.update, updates)))
+    if status.last_rate is not None and first > 1.2 * status.last_rate:
+        warnings.append(
+            f"the learning rate jumps from {status.last_rate:.2g} at update {status.update} to {first:.2g}: the"
+            f" {resolved.lr_scheduler} schedule is now that of {updates} updates"
+        )
+    if highest < NEGLIGIBLE * peak:
+        warnings.append(
+            f"the learning rate of the remaining {updates - status.update} updates is at most {highest:.2g} (peak"
+            f" {peak:g}): they change little; to train further, use --lora_weights {folder.root} --output_dir NEW"
+        )
+    return warnings
