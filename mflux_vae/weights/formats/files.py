@@ -16,6 +16,7 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.paths import printable
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.lazy_tensor import (
     FP8,
@@ -84,15 +85,17 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
     @cache
     def loaded() -> dict[str, mx.array]:
         try:
-            return dict(mx.load(for_mlx(path, "rb"), format="safetensors"))  # type: ignore[arg-type]
+            return dict(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{path}: cannot be read by MLX ({error})") from error
 
-    whole = all((hasattr(mx, dtype) and dtype != "float64") or dtype == FP8[0] for _, dtype, _ in entries.values())
+    whole = _mlx_opens(path) and all(
+        (hasattr(mx, dtype) and dtype != "float64") or dtype == FP8[0] for _, dtype, _ in entries.values()
+    )
 
     def load(name: str) -> mx.array:
         shape, dtype, first = entries[name]
-        if not whole:  # MLX refuses the whole file because of one dtype
+        if not whole:  # MLX refuses the whole file because of its name or one dtype
             return read_numbers(np.memmap(path, np.uint8, "r", first), f"{path}: {name}", dtype, shape)
         return decode_fp8(loaded()[name], dtype) if dtype in FP8 else loaded()[name]
 
@@ -224,21 +227,16 @@ def write_safetensors(
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """`mx.save_safetensors` for any file name."""
-    target = for_mlx(path, "wb")
-    try:
-        mx.save_safetensors(target, dict(arrays), dict(metadata or {}))
-    finally:
-        if not isinstance(target, str):
-            target.close()
+    if _mlx_opens(path):
+        mx.save_safetensors(str(path), dict(arrays), dict(metadata or {}))
+        return
+    with path.open("wb") as file:
+        mx.save_safetensors(file, dict(arrays), dict(metadata or {}))
 
 
-def for_mlx(path: Path, mode: str) -> Any:
-    """What MLX takes for a file: its name, or the opened file if its name is not UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return path.open(mode)
-    return str(path)
+def _mlx_opens(path: Path) -> bool:
+    """Whether MLX can open a file: its name is UTF-8."""
+    return printable(path) == str(path)
 
 
 def convert_safetensors(path: str | Path, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
