@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -67,8 +67,8 @@ def load_images(
     Raises:
         ImageError: as `load_image`; an array of another shape, dtype or range, or not finite; other channels.
     """
-    if isinstance(sources, str | Path | Image.Image | np.ndarray):
-        sources = [sources]
+    if isinstance(sources, str | Path | Image.Image) or hasattr(sources, "shape") or not isinstance(sources, Iterable):
+        sources = cast("list[Source]", [sources])
     if channels not in (1, 3):
         raise ImageError(f"images have 1 or 3 channels, this network has {channels}; pass arrays instead")
     pictures, found = [], ImageNotes() if notes is None else notes

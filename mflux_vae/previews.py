@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
+from mflux_vae.utils.arrays import FILES, LATENTS, as_array
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Previewer:
                     f"the VAE has {self._channels} at 1/{self._scale}"
                 )
             return
+        if pictures is not None:
+            as_array(pictures, "pictures are", "(B, C, H, W)", FILES)
         self._projection = (
             _cached(vae, self.detail, pictures, Path(cache)) if cache else _fit(vae, self.detail, pictures)
         )
@@ -84,6 +87,7 @@ class Previewer:
         Raises:
             ImageError: wrong number of axes or channels.
         """
+        latents = as_array(latents, "latents are", f"(B, {self._channels}, h, w)", LATENTS)
         if latents.ndim != 4 or latents.shape[1] != self._channels or not latents.size:
             raise ImageError(f"latents are {tuple(latents.shape)}, expected (B, {self._channels}, h, w)")
         if self._tiny is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -25,6 +25,7 @@ from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles as pieces
 from mflux_vae.tiling.plan import TilingOption
+from mflux_vae.utils.arrays import FILES, LATENTS, as_array
 
 
 class VAE(nn.Module):
@@ -162,7 +163,7 @@ class VAE(nn.Module):
     @thread_safe
     def posterior(self, image: mx.array | np.ndarray, *, tiling: TilingOption = None) -> DiagonalGaussian:
         """Encode to the posterior over unscaled latents, NHWC. Arguments and errors as in `encode`."""
-        image = _mlx(image)
+        image = as_array(image, "image is", f"(B, {self.config.in_channels}, H, W)", FILES)
         self._check(image)
         # NCHW [0, 255] -> NHWC [-1, 1]
         pixels = padded(image.astype(mx.float32).transpose(0, 2, 3, 1) / 127.5 - 1, self.spatial_scale)
@@ -186,9 +187,9 @@ class VAE(nn.Module):
         Raises:
             ImageError: wrong number of axes or channels, no floats, or an impossible size.
         """
-        axes, latent = 2 if self._vectors else 4, _mlx(latent)
+        expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
+        axes, latent = 2 if self._vectors else 4, as_array(latent, "latents are", expected, LATENTS)
         if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
-            expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
             raise ImageError(f"latents are {tuple(latent.shape)}; expected {expected}")
         if not mx.issubdtype(latent.dtype, mx.floating):
             raise ImageError(f"latents are {str(latent.dtype).removeprefix('mlx.core.')}; expected floats")
@@ -250,7 +251,10 @@ class VAE(nn.Module):
         if sizes is not None and len(sizes) != len(latents):
             raise ImageError(f"{len(sizes)} sizes for {len(latents)} latents")
         decoded = []
+        if isinstance(latents, str | bytes) or not isinstance(latents, Iterable):
+            as_array(latents, "latents are", f"({self.latent_channels}, h, w) each", LATENTS)
         for index, each in enumerate(latents):
+            each = as_array(each, "latents are", f"({self.latent_channels}, h, w)", LATENTS)
             image = self.decode(each[None], size=sizes[index] if sizes else None, tiling=tiling)[0].transpose(1, 2, 0)
             if mx.any(mx.isnan(image)):
                 log.warning("image %d has NaN values, drawn black: latents or weights are not finite", index)
@@ -262,17 +266,26 @@ class VAE(nn.Module):
         self, image: mx.array | np.ndarray, *, tiling: TilingOption = None
     ) -> tuple[mx.array, DiagonalGaussian]:
         """Reconstruction (B, C, H, W) in [0, 255] from the posterior's mode, and the posterior."""
+        image = as_array(image, "image is", f"(B, {self.config.in_channels}, H, W)", FILES)
         posterior = self.posterior(image, tiling=tiling)
         return _image(self._decode(posterior.mode(), tiling), image.shape[2:]), posterior
 
     @thread_safe
     def encode_nhwc(self, pixels: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """(B, H, W, C) in [-1, 1] -> scaled latents (B, h, w, latent_channels), the mode; for MLX pipelines."""
+        expected = f"(B, H, W, {self.config.in_channels})"
+        pixels = as_array(pixels, "image is", expected, FILES)
+        if pixels.ndim != 4 or pixels.shape[3] != self.config.in_channels or not pixels.size:
+            raise ImageError(f"image is {tuple(pixels.shape)}; expected {expected} with values in [-1, 1]")
         return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
     @thread_safe
     def decode_nhwc(self, latents: mx.array, *, tiling: TilingOption = None) -> mx.array:
         """Scaled latents (B, h, w, latent_channels) -> (B, H, W, C), about [-1, 1], not clipped; for MLX pipelines."""
+        expected = f"(B, {'' if self._vectors else 'h, w, '}{self.latent_channels})"
+        latents = as_array(latents, "latents are", expected, LATENTS)
+        if latents.ndim != (2 if self._vectors else 4) or latents.shape[-1] != self.latent_channels or not latents.size:
+            raise ImageError(f"latents are {tuple(latents.shape)}; expected {expected}")
         return self._decode(self.network.from_scaled(latents), tiling)
 
     def scaled(self, latents: mx.array) -> mx.array:
@@ -323,10 +336,6 @@ class VAE(nn.Module):
 
 def _weights(network: nn.Module) -> list[mx.array]:
     return list(dict(tree_flatten(network.parameters())).values())
-
-
-def _mlx(array: mx.array | np.ndarray) -> mx.array:
-    return array if isinstance(array, mx.array) else mx.array(np.asarray(array))
 
 
 def padded(pixels: mx.array, factor: int) -> mx.array:

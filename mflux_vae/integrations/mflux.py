@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mflux_vae.errors import ImageError
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.tiling.plan import TilingOption
+from mflux_vae.utils.arrays import FILES, LATENTS, as_array
 
 
 class Autoencoder(Protocol):
@@ -57,18 +58,19 @@ class MfluxVAE(nn.Module):
     @thread_safe
     def encode(self, image: mx.array) -> mx.array:
         """(B, C, H, W) or (B, C, 1, H, W) in [-1, 1] -> scaled latents (B, latent_channels, 1, h, w), the mode."""
-        pixels = _without_time(image).transpose(0, 2, 3, 1)
+        pixels = _without_time(image, FILES).transpose(0, 2, 3, 1)
         return self.vae.encode_nhwc(pixels, tiling=self.tiling).transpose(0, 3, 1, 2)[:, :, None]
 
     @thread_safe
     def decode(self, latents: mx.array) -> mx.array:
         """Scaled latents (B, C, h, w) or (B, C, 1, h, w) -> (B, C, 1, H, W), about [-1, 1], not clipped."""
-        pixels = self.vae.decode_nhwc(_without_time(latents).transpose(0, 2, 3, 1), tiling=self.tiling)
+        pixels = self.vae.decode_nhwc(_without_time(latents, LATENTS).transpose(0, 2, 3, 1), tiling=self.tiling)
         return pixels.transpose(0, 3, 1, 2)[:, :, None]
 
 
-def _without_time(array: mx.array) -> mx.array:
+def _without_time(array: mx.array, advice: str) -> mx.array:
     """Drop a time axis of length 1."""
+    array = as_array(array, "input is", "(B, C, H, W) or (B, C, 1, H, W)", advice)
     if array.ndim == 5 and array.shape[2] == 1:
         return array[:, :, 0]
     if array.ndim != 4:

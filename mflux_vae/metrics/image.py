@@ -14,6 +14,7 @@ import numpy as np
 
 from mflux_vae.errors import ImageError
 from mflux_vae.metrics.lpips import LPIPS
+from mflux_vae.utils.arrays import as_array
 
 Images: TypeAlias = mx.array | np.ndarray
 
@@ -187,13 +188,15 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 def _pair(image: Images, other: Images, *, at_least: int = 1) -> tuple[mx.array, mx.array]:
     """Check both images and convert them to float32."""
+    advice = "mflux_vae.images.load_images reads files"
+    image, other = (as_array(one, "image to compare is", "(B, C, H, W)", advice) for one in (image, other))
     if image.ndim != 4 or image.shape != other.shape:
         shapes = f"{tuple(image.shape)} and {tuple(other.shape)}"
         raise ImageError(f"images to compare are {shapes}; expected (B, C, H, W) twice")
     if not image.size or min(image.shape[2:]) < at_least:
         size = f"{image.shape[2]} x {image.shape[3]}"
         raise ImageError(f"images of {size} pixels are too small; this metric needs {at_least} per side")
-    return mx.array(image).astype(mx.float32), mx.array(other).astype(mx.float32)
+    return image.astype(mx.float32), other.astype(mx.float32)
 
 
 def _pixels(image: mx.array) -> mx.array:
