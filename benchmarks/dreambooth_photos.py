@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness.machine import describe
-from mflux_vae.images import find_images, load_image
+from mflux_vae.image_folder.scan import scan
+from mflux_vae.images import load_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import tiny
@@ -60,7 +61,7 @@ def run(folder: Path, noun: str, given: DreamBoothSettings, output: Path) -> dic
     )
     pipeline = tiny.load()
     side = pipeline.recommended.resolution
-    photographs = np.stack([load_image(path, resolution=side) for path in find_images(folder)[0]])
+    photographs = np.stack([load_image(path, resolution=side) for path in scan(folder).paths])
     prompts = [settings.instance_prompt] * PICTURES
     before = nearest(sample_images(pipeline, prompts, seed=SEED), photographs)
     DreamBooth(pipeline).train(settings)

@@ -25,24 +25,6 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name extensions of images, case-insensitive."""
 
 
-def find_images(folder: str | Path) -> tuple[list[Path], int]:
-    """List the images of a folder.
-
-    Returns:
-        image files sorted by name, without hidden ones; number of other files (subfolders are not counted).
-
-    Raises:
-        ImageError: not a folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {what}; give a folder of images")
-    files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name)
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
-    return images, len(files) - len(images)
-
-
 Source: TypeAlias = "str | Path | Image.Image | np.ndarray"
 """Sources of an image."""
 

@@ -25,11 +25,13 @@ from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
-from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, load_images, save_image, strip
+from mflux_vae.image_folder.scan import no_images, scan
+from mflux_vae.images import image_text, load_image, load_images, save_image, strip
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import printable
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
@@ -187,13 +189,17 @@ def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:
 def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     """Yield each argument with its image file, or with every image of its folder."""
     for given in map(Path, pictures):
-        found = find_images(given)[0] if given.is_dir() else [given]
-        if not found:
-            below = "; subfolders are not searched" if any(entry.is_dir() for entry in given.iterdir()) else ""
-            raise ImageError(f"{given} has no images ({', '.join(sorted(EXTENSIONS))}){below}")
-        for file in found:
-            if not file.is_file():
-                raise ImageError(f"{file} does not exist")
+        if not given.is_dir():
+            if not given.is_file():
+                raise ImageError(f"{given} {missing(given)}")
+            yield given, given
+            continue
+        folder = scan(given)
+        if not folder.images:
+            raise no_images(folder)
+        if text := folder.unused_text():
+            log.warning("not used in %s: %s", given, text)
+        for file in folder.paths:
             yield given, file
 
 

@@ -27,6 +27,7 @@ from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.png import png, texts
 from mflux_vae.image_files.tiff import tiff
 from mflux_vae.image_files.webp import webp
+from mflux_vae.utils.links import missing
 
 _CONTAINERS = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "TIFF": tiff}
 
@@ -110,7 +111,7 @@ def _opened(path: str | Path, notes: ImageNotes) -> Iterator[tuple[Image.Image, 
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+        raise ImageError(f"{path} {missing(path)}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller") from None
     except Exception as error:  # Pillow raises many kinds

@@ -18,6 +18,7 @@ from mflux_vae.errors import SettingsError, WeightsError, did_you_mean
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.pretrained import detect, hub, presets
 from mflux_vae.pretrained.families import FAMILIES
+from mflux_vae.utils.links import missing, naming_broken_links
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import SUFFIXES, open_folder, open_weights, read_json
 from mflux_vae.weights.formats.lazy_tensor import LazyTensor
@@ -70,6 +71,11 @@ def locate(source: Source, config: Config | None = None) -> Located:
     """Locate an autoencoder; arguments and errors as in `loading.open_network`."""
     settings = None if config is None else settings_of(config)
     path, preset = _local(source)
+    with naming_broken_links(path):
+        return _located(path, preset, settings)
+
+
+def _located(path: Path, preset: str | None, settings: dict[str, Any] | None) -> Located:
     if path.is_dir() and (path / "model_index.json").is_file():
         path = path / "vae"
     if path.is_dir() and not (path / "config.json").is_file():
@@ -165,6 +171,8 @@ def _local(source: Source) -> tuple[Path, str | None]:
     with suppress(OSError):  # the name may be too long for a file
         if path.exists():
             return path, None
+        if reason := missing(path, ""):
+            raise WeightsError(f"{path} {reason}")
     text = str(source)
     if preset := presets.find(text):
         return hub.fetch(preset.repository, preset.inside), preset.name
@@ -238,7 +246,8 @@ def settings_of(config: Config) -> dict[str, Any]:
                 return preset.config.to_dict()
             if folder := presets.registered(str(config)):
                 return read_json(folder / "config.json")
-            raise SettingsError(f"config {config}: no such file or preset; known presets: {', '.join(presets.PRESETS)}")
+            known = f"no such file or preset; known presets: {', '.join(presets.PRESETS)}"
+            raise SettingsError(f"config {config}: {missing(path, known)}")
         config = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if "_class_name" in config or "block_out_channels" in config:
         return dict(config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.text_files import Table, read_text
 
 MAX_VALUES = 100_000
@@ -22,7 +23,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         text = read_text(path)
     except FileNotFoundError as error:
-        raise SettingsError(f"{path} does not exist; give a YAML file") from error
+        raise SettingsError(f"{path} {missing(path, 'does not exist; give a YAML file')}") from error
     return parse_yaml(text, str(path))
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mflux_vae.errors import PluginError, SettingsError
 from mflux_vae.pretrained import hub
+from mflux_vae.utils.links import missing, naming_broken_links
 from mflux_vae.utils.text_files import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -72,10 +73,13 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
             names = ", ".join(name for name in sorted(known) if not _is_class(name))
             raise SettingsError(f"{folder}: nothing installed opens this file; give a folder, owner/name, or {names}")
         return _open(known[name], str(folder), options)
+    if reason := missing(folder, ""):
+        raise SettingsError(f"--model {folder} {reason}")
     if folder.is_dir():
         if revision is not None:
             raise SettingsError(f"--revision {revision}: {folder} is a folder, which has none")
-        return _open(_entries_of(_class_of(folder, known), str(folder), known), str(folder), options)
+        with naming_broken_links(folder):
+            return _open(_entries_of(_class_of(folder, known), str(folder), known), str(folder), options)
     repository = model.removeprefix(HUB).strip("/")
     if hub.split(repository) == (repository, ""):
         model = repository

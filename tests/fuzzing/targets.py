@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mflux_vae.cli import latent_file
+from mflux_vae.image_folder.scan import scan
 from mflux_vae.images import image_text, load_image
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.pretrained.locate import settings_of
@@ -54,7 +55,10 @@ def _picture(folder: Path) -> None:
 
 
 def _captions(folder: Path) -> None:
-    for caption in captions(folder, [folder / "a.png", folder / "b.png"], prompt="a photo"):
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    scanned = scan(folder)
+    for caption in captions(scanned, prompt="a photo").texts.values():
         caption.encode()  # as they are hashed, tokenized and written
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
+from mflux_vae.image_folder.scan import ImageFolder
 from mflux_vae.images import load_image
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import open_folder
@@ -147,7 +148,7 @@ def test_links_of_the_hubs_cache_and_within_a_folder_are_followed(tmp_path: Path
 def test_prompts_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}')
     with pytest.raises(SettingsError, match="UTF-8"):
-        captions(tmp_path, [tmp_path / "a.png"], prompt="a")
+        captions(ImageFolder(folder=tmp_path, images=("a.png",), metadata="metadata.jsonl"), prompt="a")
     for prompt in ("a\0b", "\ud800"):
         with pytest.raises(SettingsError, match="--instance_prompt"):
             DreamBoothSettings(model="tiny", instance_data_dir="a", instance_prompt=prompt)

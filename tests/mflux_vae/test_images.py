@@ -12,23 +12,6 @@ from tests.mflux_vae.odd_images import PICTURES
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
-def test_only_pictures_are_found_sorted_and_the_rest_is_counted(tmp_path):
-    for name in ("b.png", "a.JPG", "c.webp", ".hidden.png", ".DS_Store", "Thumbs.db", "notes.txt"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    found, skipped = images.find_images(tmp_path)
-    assert [path.name for path in found] == ["a.JPG", "b.png", "c.webp"]
-    assert skipped == 4
-
-
-def test_a_missing_folder_and_a_file_in_its_place_are_said(tmp_path):
-    with pytest.raises(ImageError, match="does not exist"):
-        images.find_images(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ImageError, match="is a file"):
-        images.find_images(tmp_path / "file")
-
-
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), WHITE)
     image.paste(RED, (0, 0, 10, 20))  # red at the left ...

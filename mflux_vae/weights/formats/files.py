@@ -16,6 +16,7 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import printable
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.lazy_tensor import (
@@ -127,7 +128,7 @@ def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
+        raise WeightsError(f"{path}: {missing(path, 'no such weights file')}")
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -293,7 +294,8 @@ def open_folder(folder: str | Path, stem: str, variant: str | None = None) -> di
                 return _open_shards(index)
             if (folder / f"{stem}{middle}.{kind}").is_file():
                 return open_weights(folder / f"{stem}{middle}.{kind}")[0]
-    raise WeightsError(f"{folder / stem}{middles[0]}.safetensors: no such weights file")
+    file = folder / f"{stem}{middles[0]}.safetensors"
+    raise WeightsError(f"{file}: {missing(file, 'no such weights file')}")
 
 
 def read_folder(folder: str | Path, stem: str, variant: str | None = None) -> dict[str, mx.array]:
@@ -309,7 +311,8 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     metadata: dict[str, str] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or "\0" in name or len(name) > 255 or not _lies_in(index.parent, name):
-            raise WeightsError(f"{index}: names {name[:200]!r}, which is not a file in this folder")
+            reason = missing(index.parent / name[:200], "which is not a file in this folder")
+            raise WeightsError(f"{index}: names {name[:200]!r}, {reason}")
         shard, found = _open_stored(index.parent / name)
         tensors.update(shard)
         metadata.update(found)
@@ -338,7 +341,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = parse_json(read_text(path, WeightsError), parse_number=_number)
     except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file") from error
+        raise WeightsError(f"{path}: {missing(path, 'no such file')}") from error
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.images import find_images, image_text, load_image, save_image, to_pictures
+from mflux_vae.image_folder.scan import scan
+from mflux_vae.images import image_text, load_image, save_image, to_pictures
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -38,12 +39,14 @@ class ClassFolder:
         prompt: the class prompt.
         present: number of existing images.
         missing: indices of the images to generate.
+        unused: what the folder holds and the run does not use; empty if nothing.
     """
 
     folder: Path
     prompt: str
     present: int
     missing: Sequence[int]
+    unused: str = ""
 
 
 def scan_class_folders(
@@ -60,7 +63,7 @@ def scan_class_folders(
         SettingsError: a folder is a file, or is used for two class prompts.
     """
 
-    def scan() -> list[dict[str, Any]]:
+    def find() -> list[dict[str, Any]]:
         found: dict[Path, dict[str, Any]] = {}
         for concept in concepts:
             if concept.class_data_dir is None or concept.class_prompt is None:
@@ -71,15 +74,20 @@ def scan_class_folders(
             if folder in found and found[folder]["prompt"] != prompt:
                 raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
             images = check_class_images(folder, prompt)
-            found[folder] = {"prompt": prompt, "present": len(images), "missing": missing_indices(images, count)}
+            found[folder] = {
+                "prompt": prompt,
+                "present": len(images),
+                "missing": missing_indices(images, count),
+                "unused": scan(folder).unused_text() if folder.is_dir() else "",
+            }
         return [{"folder": str(folder), **options} for folder, options in found.items()]
 
-    return [ClassFolder(**{**one, "folder": Path(one["folder"])}) for one in processes.broadcast(scan)]
+    return [ClassFolder(**{**one, "folder": Path(one["folder"])}) for one in processes.broadcast(find)]
 
 
 def find_class_images(folder: Path) -> list[Path]:
     """Class images in a folder, sorted by name and not opened; none if the folder does not exist."""
-    return find_images(folder)[0] if folder.is_dir() else []
+    return scan(folder).paths if folder.is_dir() else []
 
 
 def check_class_images(folder: Path, class_prompt: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from mflux_vae.errors import ImageError
-from mflux_vae.images import EXTENSIONS, find_images, image_text, load_image, load_images
-from mflux_vae.utils.formatting import count_text
+from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
+from mflux_vae.images import image_text, load_image, load_images
+from mflux_vae.utils.formatting import count_text, first_few
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.dreambooth.data.captions import METADATA, captions
+from mflux_vae_train.dreambooth.data.captions import captions
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape, bucket_shapes, crops, nearest_shape
+from mflux_vae_train.dreambooth.data.placeholders import adapt_captions
 
 MAX_PIXEL_BYTES = 2**28
 """Memory for decoded crops between the scan and the encoding. Crops beyond it are read from their files again."""
@@ -26,7 +27,8 @@ MAX_PIXEL_BYTES = 2**28
 KEPT_SQUARES = 24
 """Images of each concept whose squares stay in memory for previews and report."""
 
-MASK = re.compile(r"(?P<name>.+)-mask\.png", re.IGNORECASE)
+REPEATS_FLAG = "--repeats"
+"""Equivalent of the number in the name of a folder in kohya's layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class InstanceDataset:
         samples_per_epoch: number of images, repeats included.
         skipped: number of files in the folders that are not used.
         unused_masks: number of masks that are ignored without ``--masked_loss``.
+        warnings: what the folders hold and the run does not use, and captions that cannot work; one line a kind.
     """
 
     images: Sequence[InstanceImage]
@@ -80,6 +83,7 @@ class InstanceDataset:
     samples_per_epoch: int
     skipped: int
     unused_masks: int
+    warnings: Sequence[str] = ()
 
     def release(self) -> None:
         """Free the pixels in memory, except the squares of the first images of each concept."""
@@ -142,14 +146,17 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
     count = 1 if settings.center_crop else settings.num_crops
     entries: list[tuple[int, Path, str, Path | None]] = []
     skipped = unused_masks = 0
+    warnings: list[str] = []
     for concept, subject in enumerate(settings.subjects):
-        folder = Path(subject.instance_data_dir)
-        paths, masks, others = _list_folder(folder)
+        folder = _scan(subject.instance_data_dir)
+        masks = {image: folder.folder / name for image, name in folder.masks.items()}
         if not settings.masked_loss:
-            unused_masks, masks = unused_masks + len(masks), {}
-        skipped += others
-        prompts = captions(folder, paths, prompt=subject.instance_prompt, column=settings.caption_column)
-        entries += [(concept, path, prompt, masks.get(path)) for path, prompt in zip(paths, prompts, strict=True)]
+            unused_masks, masks = unused_masks + len({*masks.values()}), {}
+        skipped += folder.unused_files
+        found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column)
+        texts, lines = adapt_captions(found, subject.instance_prompt)
+        warnings += [*_folder_warnings(folder), *found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
+        entries += [(concept, folder.folder / name, texts[name], masks.get(name)) for name in folder.images]
 
     square, used = Crop(shape=(resolution, resolution)), 0
 
@@ -171,7 +178,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         )
 
     if settings.masked_loss and not any(mask for *_, mask in entries):
-        raise ImageError(f"--masked_loss: no image NAME.jpg in {folder} has a mask NAME-mask.png")
+        raise ImageError(f"--masked_loss: no image NAME.jpg in {folder.folder} has a mask NAME-mask.png")
     images = []
     for image in prefetch(load, entries):
         used += sum(pixels.nbytes for pixels in image.pixels.values())
@@ -184,6 +191,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         samples_per_epoch=sum(settings.subjects[concept].repeats or 1 for concept, *_ in entries),
         skipped=skipped,
         unused_masks=unused_masks,
+        warnings=tuple(warnings),
     )
 
 
@@ -194,28 +202,28 @@ def check_files(settings: DreamBoothSettings) -> None:
         ImageError: a folder is missing or has no image, or a file is not an image.
     """
     for subject in settings.subjects:
-        paths, masks, _ = _list_folder(Path(subject.instance_data_dir))
+        instances = _scan(subject.instance_data_dir)
+        masks = [instances.folder / name for name in instances.masks.values()]
         folder = Path(subject.class_data_dir or "")
-        class_images = find_images(folder)[0] if subject.class_data_dir and folder.is_dir() else []
-        for _ in prefetch(image_text, [*paths, *masks.values(), *class_images]):
+        class_images = scan(folder).paths if subject.class_data_dir and folder.is_dir() else []
+        for _ in prefetch(image_text, [*instances.paths, *masks, *class_images]):
             pass
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], dict[Path, Path], int]:
-    """The images of a folder, the mask of each image that has one, and the number of unused files."""
-    found, skipped = find_images(folder)
-    by_stem = {path.stem: path for path in found}
-    masks = {}
-    for path in found:
-        match = MASK.fullmatch(path.name)
-        if match and match["name"] in by_stem:
-            masks[by_stem[match["name"]]] = path
-    images = [path for path in found if path not in masks.values()]
-    if not images:
-        others = f" among its {skipped} files" if skipped else ""
-        raise ImageError(f"{folder} has no image{others}; supported: {', '.join(EXTENSIONS)}")
-    captions = sum(path.with_suffix(".txt").is_file() for path in images) + (folder / METADATA).is_file()
-    return images, masks, skipped - captions
+def _scan(folder: str) -> ImageFolder:
+    scanned = scan(folder, find_twins=True)
+    if not scanned.images:
+        raise no_images(scanned, repeats_flag=REPEATS_FLAG)
+    return scanned
+
+
+def _folder_warnings(folder: ImageFolder) -> list[str]:
+    lines = []
+    if text := folder.unused_text(uses=("masks", "captions"), repeats_flag=REPEATS_FLAG):
+        lines.append(f"not used in {folder.folder}: {text}")
+    if shared := [f"{name} of {' and '.join(first)}" for name, first in folder.shared.items()]:
+        lines.append(f"{folder.folder}: images of the same name share a file: {first_few(shared)}")
+    return lines
 
 
 def _visible(rows: list[list[Crop]], path: Path, image: Path, size: Shape) -> list[list[Crop]]:

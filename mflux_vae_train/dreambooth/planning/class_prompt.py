@@ -4,9 +4,7 @@ The rule is narrow on purpose; other prompts need ``--class_prompt``. The instan
 *identifier*, a meaningless word for the subject, directly before a *class word*. The class prompt is the instance
 prompt without the identifier, with an article if needed.
 
-- An identifier is a word of `IDENTIFIERS`, a word in brackets (``[V]``, ``<new>``), or three to five lower-case letters
-  without a vowel (y is a vowel), optionally followed by digits. Words in capitals (``BMW``) and `ABBREVIATIONS` are not
-  identifiers.
+- An identifier is a word that `identifier.find_identifiers` recognises.
 - A class word consists of letters and hyphens, is in the same phrase (no comma before it), and is neither a function
   word (``on``, ``is``, ``style``) nor a participle (``running``).
 """
@@ -15,20 +13,9 @@ from __future__ import annotations
 
 import re
 
+from mflux_vae_train.dreambooth.data.identifier import find_identifiers, is_identifier, split_words, word_set
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-IDENTIFIERS = frozenset({"sks", "ohwx", "zwx", "xyz", "xjy", "hta", "bnha", "olis", "ukj"})
-"""Rare tokens that DreamBooth prompts commonly use, including those that the vowel rule misses."""
-
-ABBREVIATIONS = _words(
-    "bmw brr cctv cgi dslr dvd fps gps hdr hmm html http jpg kbps lcd ltd mph mrs mtv nfl nhl nth pdf phd png"
-    " psst pvc rgb rpg rpm shh slr sms svg tsk usb vhs"
-)
-
-FUNCTION_WORDS = _words(
+FUNCTION_WORDS = word_set(
     "a about above across after against along among an and are around as at be behind being below beneath"
     " beside between beyond but by can character concept do does down during for from had has have he her his i"
     " if in inside into is it its like my near of off on onto or our out outside over person's s she so some"
@@ -36,10 +23,10 @@ FUNCTION_WORDS = _words(
     " until up upon was we were what when where which while who wearing will with within without you your"
 )
 
-NOUNS_IN_ING = _words("building drawing duckling earring king painting ring sapling sibling string wing")
+NOUNS_IN_ING = word_set("building drawing duckling earring king painting ring sapling sibling string wing")
 
-DETERMINERS = _words("a an the my your his her our their this that one")
-PREPOSITIONS = _words("at beside by for from in like near of on under with")
+DETERMINERS = word_set("a an the my your his her our their this that one")
+PREPOSITIONS = word_set("at beside by for from in like near of on under with")
 
 
 def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
@@ -50,8 +37,8 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
     >>> derive_class_prompt("a photo of sks dog")[0]
     'a photo of a dog'
     """
-    words = instance_prompt.split()
-    positions = [index for index, word in enumerate(words) if is_identifier(word)]
+    words = split_words(instance_prompt)
+    positions = find_identifiers(words)
     if not positions:
         return None, f"no identifier such as 'sks' found in {instance_prompt!r}"
     if len(positions) > 1:
@@ -67,17 +54,6 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
     elif not before or before[-1].lower() in PREPOSITIONS or before[-1][-1] in ",;:":
         before = [*before, *_article(noun)]
     return " ".join([*before, *after]), f"the instance prompt without {identifier!r}"
-
-
-def is_identifier(word: str) -> bool:
-    """Whether a word of a prompt is an identifier of the subject."""
-    if re.fullmatch(r"\[[\w*-]+\]|<[\w*-]+>", word.rstrip(",.;:!?")):
-        return True
-    bare = word.strip(".,;:!?\"'()")
-    if bare.lower() in IDENTIFIERS:
-        return True
-    letters = bare.rstrip("0123456789")
-    return bool(re.fullmatch("[bcdfghjklmnpqrstvwxz]{3,5}", letters)) and letters not in ABBREVIATIONS
 
 
 def _names_a_class(word: str, after: str = "") -> bool:

@@ -93,6 +93,8 @@ def prepare(
     resolved = resolve(settings, recommended, dataset)
     trainable = plan_trainable(pipeline, resolved)
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
+    unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
+    resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
 

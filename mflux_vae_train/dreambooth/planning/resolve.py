@@ -129,7 +129,7 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
         sampling=_sampling(settings, recommended),
         trackers=tuple(trackers.requested_trackers(settings.report_to)),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=(*dataset.warnings, *warnings),
     )
 
 

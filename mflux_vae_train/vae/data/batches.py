@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.vae.data import registry, sources
@@ -28,6 +29,9 @@ DIGITS = "digits"
 """Name of the data set of synthetic digits."""
 
 KINDS = (DIGITS, "folder", "frames", "mnist", "npz", "registered")
+
+_MAX_BAD_IN_A_ROW = 100
+"""Consecutive unreadable files that are replaced before it is an error."""
 
 _MAX_CACHED_BYTES = 256 * 2**20
 _READ_SIZE = 16
@@ -247,7 +251,13 @@ class Cached:
 
 
 class Subset:
-    """Images of another source, selected by index. See `Source`."""
+    """Images of another source, selected by index. See `Source`.
+
+    An unreadable file is replaced by the next readable image of the subset, so that no held-out image is trained on.
+
+    Raises:
+        ImageError: (from `item`) 100 consecutive files cannot be read.
+    """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source, self.indices, self.size, self.channels = source, indices, source.size, source.channels
@@ -257,7 +267,13 @@ class Subset:
         return len(self.indices)
 
     def item(self, index: int) -> np.ndarray:
-        return self.source.item(int(self.indices[index]))
+        error: sources.UnreadableFile | None = None
+        for step in range(min(_MAX_BAD_IN_A_ROW, len(self))):
+            try:
+                return self.source.item(int(self.indices[(index + step) % len(self)]))
+            except sources.UnreadableFile as unreadable:
+                error = error or unreadable
+        raise ImageError(f"{error}; nor can the following files of the data set be read; check the data") from error
 
 
 def _cached(source: Source) -> Source:
@@ -278,5 +294,6 @@ def _kind(data: str | Path, path: Path, video_list: str | Path | None) -> str:
         return "mnist" if any(sources.idx_files(path, prefix) for prefix in sources.MNIST_SPLITS) else "folder"
     if not path.exists():
         known = ", ".join((DIGITS, *names))
-        raise ImageError(f"{path}: does not exist; give a folder, an MNIST file, an .npz file, or a name ({known})")
+        what = f"does not exist; give a folder, an MNIST file, an .npz file, or a name ({known})"
+        raise ImageError(f"{path}: {missing(path, what)}")
     return "npz" if path.suffix == ".npz" else "mnist"

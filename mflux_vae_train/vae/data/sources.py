@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mflux_vae.errors import ImageError
+from mflux_vae.image_folder.scan import ImageFolder, scan
 from mflux_vae.images import EXTENSIONS, load_image
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.safe_reading import BROKEN
@@ -30,8 +31,11 @@ MNIST_SPLITS = ("train", "t10k")
 _MAX_RATIO, _ALWAYS_ALLOWED = 100, 2**26
 """A compressed file may expand to this multiple of its size, or to this many bytes; a limit against zip bombs."""
 
-_MAX_BAD_IN_A_ROW = 100
-"""Consecutive unreadable files that are skipped before it is an error."""
+MAX_FOLDERS = 2
+"""Folders whose unused entries a warning names."""
+
+MAX_NAMED = 5
+"""Unreadable files that warnings name."""
 
 
 class Paths(Sequence[Path]):
@@ -52,13 +56,18 @@ class Paths(Sequence[Path]):
         return self.root / os.fsdecode(bytes(self._text[self._ends[index] : self._ends[index + 1]]))
 
 
-class Files:
-    """Image files, read as their centre squares.
+class UnreadableFile(ImageError):
+    """An image file of a data set cannot be read."""
 
-    An unreadable file is replaced by the next readable one; `bad` contains the indices of those found so far.
+
+class Files:
+    """Image files, read as their centre squares. A warning names each of the first `MAX_NAMED` unreadable files.
+
+    Attributes:
+        bad: indices of the unreadable files found so far.
 
     Raises:
-        ImageError: (from `item`) 100 consecutive files cannot be read.
+        UnreadableFile: (from `item`) the file cannot be read. `batches.Subset` replaces it.
     """
 
     def __init__(self, paths: Sequence[Path], *, size: int, channels: int, starts: np.ndarray | None = None) -> None:
@@ -69,19 +78,17 @@ class Files:
         return len(self.paths)
 
     def item(self, index: int) -> np.ndarray:
-        error: ImageError | None = None
-        for step in range(min(_MAX_BAD_IN_A_ROW, len(self))):
-            candidate = (index + step) % len(self)
-            if candidate in self.bad:
-                continue
-            try:
-                return to_channels(load_image(self.paths[candidate], resolution=self.size), self.channels)
-            except ImageError as broken:
-                error = broken
-                if not self.bad:
-                    logger.warning("%s; skipping it and further unreadable files", broken)
-                self.bad.add(candidate)
-        raise ImageError(f"{self.paths[index]}: cannot be read, nor the following files; check the data") from error
+        path = self.paths[index]
+        if index in self.bad:
+            raise UnreadableFile(f"{path} cannot be read")
+        try:
+            return to_channels(load_image(path, resolution=self.size), self.channels)
+        except ImageError as error:
+            self.bad.add(index)
+            if len(self.bad) <= MAX_NAMED:
+                others = "" if len(self.bad) < MAX_NAMED else "; further unreadable files are not named"
+                logger.warning("%s; another image of the same split is used in its place%s", error, others)
+            raise UnreadableFile(str(error)) from error
 
 
 class Arrays:
@@ -108,15 +115,20 @@ class Arrays:
 
 
 def folder(path: str | Path, *, size: int, channels: int) -> Files:
-    """Images of a folder and its subfolders, sorted by name, without hidden ones.
+    """Images of a folder and its subfolders, sorted by name, without hidden ones. A warning lists what is not used.
 
     Raises:
         ImageError: the folder does not exist or contains no images.
     """
     root = _folder(path)
-    paths = Paths(root, _images_below(root))
+    unused: list[ImageFolder] = []
+    paths = Paths(root, _images_below(root, unused))
+    text = "; ".join(f"{one.folder}: {one.unused_text()}" for one in unused[:MAX_FOLDERS])
     if not len(paths):
-        raise ImageError(f"{path}: contains no images; allowed are {', '.join(EXTENSIONS)}")
+        raise ImageError(f"{path}: contains no images; allowed are {', '.join(EXTENSIONS)}{'; ' * bool(text)}{text}")
+    if text:
+        more = f"; and in {len(unused) - MAX_FOLDERS} more folders" if len(unused) > MAX_FOLDERS else ""
+        logger.warning("not used in %s%s", text, more)
     return Files(paths, size=size, channels=channels)
 
 
@@ -251,11 +263,14 @@ def _folder(path: str | Path) -> Path:
     return root
 
 
-def _images_below(root: Path) -> Iterator[str]:
-    for directory, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(directory, root)
-        yield from (os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if _is_image(name))
+def _images_below(root: Path, unused: list[ImageFolder], inside: str = "") -> Iterator[str]:
+    """Yield images by relative path, top down. Appends to `unused` the folders with entries that are not used."""
+    found = scan(root / inside, recursive=True)
+    yield from (os.path.join(inside, name) for name in found.images)
+    if found.unused_text():
+        unused.append(found)
+    for name in found.subfolders:
+        yield from _images_below(root, unused, os.path.join(inside, name))
 
 
 def _images(path: Path) -> list[str]:

@@ -89,13 +89,29 @@ def test_bad_files_are_replaced_by_the_next(tmp_path, caplog):
     for value in (1, 2, 4):
         (tmp_path / f"{value}.png").write_bytes(b"broken")
     source = sources.folder(tmp_path, size=4, channels=1)
-    assert values(source) == values(source) == [0, 30, 30, 30, 0]
+    whole = Subset(source, np.arange(5))
+    assert values(whole) == values(whole) == [0, 30, 30, 30, 0]
     assert source.bad == {1, 2, 4}
-    assert [record.message.count("1.png") for record in caplog.records] == [1]
+    assert [name for name in ("1.png", "2.png", "4.png") if name in caplog.text] == ["1.png", "2.png", "4.png"]
     for value in (0, 3):
         (tmp_path / f"{value}.png").unlink()
     with pytest.raises(ImageError, match="read"):
-        sources.folder(tmp_path, size=4, channels=1).item(0)
+        Subset(sources.folder(tmp_path, size=4, channels=1), np.arange(3)).item(0)
+
+
+def test_a_bad_file_is_not_replaced_by_one_of_the_other_split(tmp_path):
+    for value in range(20):
+        painted(tmp_path / f"{value:02}.png", 10 * value)
+    for seed in range(4):
+        train, held_out = split(open_data(tmp_path, size=4, channels=1)[0], 0.3, seed)
+        known = set(values(train)), set(values(held_out))
+        broken = int(train.indices[seed])
+        content = (tmp_path / f"{broken:02}.png").read_bytes()
+        (tmp_path / f"{broken:02}.png").write_bytes(b"broken")
+        parts = split(open_data(tmp_path, size=4, channels=1)[0], 0.3, seed)
+        assert [part.indices.tolist() for part in parts] == [train.indices.tolist(), held_out.indices.tolist()]
+        assert set(values(parts[0])) == known[0] - {10 * broken} and set(values(parts[1])) == known[1]
+        (tmp_path / f"{broken:02}.png").write_bytes(content)
 
 
 def test_frames_of_videos_stay_together(videos):
