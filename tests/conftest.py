@@ -10,8 +10,33 @@ import huggingface_hub.constants
 import pytest
 
 from mflux_vae import cli
+from tests.helpers import gpu_branch as branch
 
 Run: TypeAlias = Callable[..., tuple[int, str, str]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-gpu", nargs="?", const="bfloat16", choices=list(branch.DTYPES), help=branch.HELP)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if chosen := config.getoption("as_gpu"):
+        patch = pytest.MonkeyPatch()
+        config.add_cleanup(patch.undo)
+        branch.force(patch, dtype=branch.DTYPES[chosen])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("as_gpu"):
+        chosen = [item for item in items if branch.in_share(item.path)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture
+def gpu_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This test runs the code for Metal and CUDA, with bfloat16 as the default."""
+    branch.force(monkeypatch)
 
 
 @pytest.fixture

@@ -37,8 +37,12 @@ if _numbers(mx.__version__) < _numbers(process.OLDEST_MLX):  # type: ignore[attr
     raise BackendError(f"MLX {mx.__version__} is too old, {process.OLDEST_MLX} is needed; {_INSTALL}")  # type: ignore[attr-defined]
 
 
+GPU_DTYPE: mx.Dtype = mx.bfloat16
+"""Dtype of denoisers and text encoders on Metal and CUDA, unless another one is asked for."""
+
+
 class _Assumed(threading.local):
-    cpu: bool | None = None
+    cpu: bool | None = None  # for threads that assume nothing themselves
 
 
 _assumed = _Assumed()
@@ -106,9 +110,9 @@ def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
     """The dtype to compute in: float32 on a CPU, where half precision is thirty times slower, else what is asked for.
 
     Args:
-        requested: wanted dtype; None means bfloat16.
+        requested: wanted dtype; None means `GPU_DTYPE`.
     """
-    return mx.float32 if is_cpu() else (requested or mx.bfloat16)
+    return mx.float32 if is_cpu() else (requested or GPU_DTYPE)
 
 
 def eval_each(tree: Any) -> None:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from mflux_vae import VAE, DiagonalGaussian, ImageError, SettingsError, WeightsError
 from mflux_vae.networks.latent_scaling import ScaledLatents
-from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.weights.keymaps.diffusers import STEM
@@ -280,8 +279,8 @@ def test_half_precision_weights_compute_in_float32_on_cpus(dtype: str, tmp_path:
         vae.save_pretrained(tmp_path, "int8")
 
 
-def test_float16_that_would_overflow_becomes_float32_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
+@pytest.mark.usefixtures("gpu_branch")
+def test_float16_that_would_overflow_becomes_float32_on_gpus(tmp_path: Path) -> None:
     for overflows, expected in ((True, mx.float32), (False, mx.float16)):
         VAE(network=small_kl(force_upcast=overflows)).save_pretrained(tmp_path)
         opened = VAE.from_pretrained(tmp_path, mx.float16)

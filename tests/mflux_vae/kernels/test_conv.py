@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mflux_vae import kernels
 from mflux_vae.kernels.cpu import conv_algorithms, conv_gradients, conv_parallel
-from mflux_vae.runtime import device
+from tests.helpers import gpu_branch
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -113,7 +113,7 @@ def test_matches_mlx_for_autoencoder_shapes(
 @given(convolutions())
 def test_matches_mlx_for_any_shape_on_gpu_path(case: tuple[Any, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "is_cpu", lambda: False)
+        gpu_branch.force(patch)
         compare(*case)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mflux_vae import kernels
-from mflux_vae.runtime import device as runtime_device
+from tests.helpers import gpu_branch as branch
 
 HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
@@ -21,7 +21,7 @@ HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 @pytest.fixture(params=["cpu", "other"], autouse=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run each test with the CPU kernels and with the MLX operations used on Metal and CUDA."""
-    monkeypatch.setattr(runtime_device, "is_cpu", lambda: request.param == "cpu")
+    branch.force(monkeypatch, cpu=request.param == "cpu")
     yield
 
 

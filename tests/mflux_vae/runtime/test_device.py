@@ -127,9 +127,9 @@ def test_without_a_working_compiler_results_are_the_same(compiler: str, tmp_path
     np.testing.assert_allclose(slope, mx.grad(lambda x: kernels.tanh(x).sum())(x), atol=1e-6)
 
 
-def test_a_cpu_computes_in_float32_and_others_in_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_in_float32_and_others_in_what_is_asked_for(request: pytest.FixtureRequest) -> None:
     assert device.compute_dtype() == device.compute_dtype(mx.float16) == mx.float32
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
+    request.getfixturevalue("gpu_branch")
     assert device.compute_dtype() == mx.bfloat16
     assert device.compute_dtype(mx.float16) == mx.float16
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from mflux_vae_train.checkpointing import state
-from mflux_vae_train.optimizers import adam
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.optimizers.adam8bit import AdamW8bit
 from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.optimizers.prodigy import Prodigy
 from mflux_vae_train.training import step
 from mflux_vae_train.training.ema import EMA
+from tests.helpers import gpu_branch
 from tests.mflux_vae_train.training.tiny_model import Net, batch, loss
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -49,8 +49,7 @@ class Run:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def switch() -> None:
-        for module in (step, adam):
-            monkeypatch.setattr(module, "is_cpu", lambda: False)
+        gpu_branch.force(monkeypatch)
 
     return switch
 

@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
-from mflux_vae.runtime import device
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, unpack
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
@@ -201,11 +200,8 @@ def test_half_precision_files_are_half_as_large(schnell: FluxPipeline, folder: P
         schnell.save_pretrained(tmp_path / "other", "int8")
 
 
-def test_gpu_computes_in_bfloat16_and_returns_float32(
-    schnell: FluxPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
+@pytest.mark.usefixtures("gpu_branch")
+def test_gpu_computes_in_bfloat16_and_returns_float32(schnell: FluxPipeline, folder: Path) -> None:
     opened = FluxPipeline.from_pretrained(folder)
     assert opened.dtype == opened.vae.network.encoder.conv_in.weight.dtype == mx.bfloat16
     arguments = {"size": (32, 16), "steps": 2, "guidance": 1.5, "key": keys(1, 2, 3)}
