@@ -7,6 +7,7 @@ import mlx.nn as nn
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
     SupportsMemoryControl,
     SupportsPrediction,
@@ -38,9 +39,20 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
     }
     for flag, (requested, capability) in needs.items():
         if requested and not isinstance(pipeline, capability):
+            lacking = checks.half_implemented(pipeline).get(capability.__name__)
+            half = f" lacks {', '.join(lacking)}" if lacking else ""
             raise SettingsError(
-                f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__})"
+                f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
             )
+
+
+def warnings(pipeline: DiffusionPipeline) -> list[str]:
+    """One line if the pipeline has some members of a capability and lacks others: the capability is not used."""
+    half = checks.half_implemented(pipeline)
+    if not half:
+        return []
+    texts = [f"{name} lacks {', '.join(lacking)}" for name, lacking in half.items()]
+    return [f"pipeline {pipeline.name} has capabilities in part, which are not used: {'; '.join(texts)}"]
 
 
 def apply(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> None:
@@ -63,4 +75,4 @@ def release(pipeline: DiffusionPipeline, use: Use) -> None:
 
 def skeleton_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The denoiser's layers for their names and shapes; weights are not loaded if the pipeline can avoid it."""
-    return pipeline.skeleton() if isinstance(pipeline, SupportsMemoryControl) else pipeline.denoiser
+    return checks.skeleton(pipeline) if isinstance(pipeline, SupportsMemoryControl) else checks.denoiser(pipeline)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import MfluxVaeError, PluginError, TrainingError
+from mflux_vae.errors import MfluxVaeError, TrainingError
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -45,8 +45,8 @@ from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.dreambooth.run_status import TO_GENERATE
+from mflux_vae_train.pipelines.checks import check_pipeline
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-from mflux_vae_train.pipelines.registry import missing_members
 from mflux_vae_train.training.hooks import every, read_metrics
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
@@ -78,16 +78,14 @@ class DreamBooth:
         Settings, Error: the argument and the base exception of `train`, for programs that load only this class.
 
     Raises:
-        PluginError: members are missing.
+        PluginError: members are missing, or are not of the kind that the protocol describes.
     """
 
     Settings = DreamBoothSettings
     Error = MfluxVaeError
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
-        missing = missing_members(pipeline)
-        if missing:
-            raise PluginError(f"a {type(pipeline).__name__} cannot be trained: it lacks {', '.join(missing)}")
+        check_pipeline(pipeline, f"a {type(pipeline).__name__} cannot be trained")
         self.pipeline = pipeline
 
     def train(self, settings: DreamBoothSettings) -> TrainingResult:

@@ -1,6 +1,10 @@
 """The interface of a trainable diffusion pipeline. Optional features are in `capabilities`.
 
-The smallest pipeline: images of one colour, a rectified flow in pixel space without prompts.
+A complete pipeline: images of one colour, a rectified flow in pixel space without prompts.
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mflux_vae_train.plugin import DreamBooth, Recommended
 
     class Plain:
         name, adapter_prefix = "plain", "transformer"
@@ -30,7 +34,16 @@ The smallest pipeline: images of one colour, a rectified flow in pixel space wit
         def lora_targets(self):
             return ["layers.*"]
 
-Register it as an entry point, see `registry`, or pass the object to `mflux_vae_train.plugin.DreamBooth`.
+Register it as an entry point, see `registry`, or train the object:
+
+    settings = DreamBooth.Settings(
+        model="plain", instance_data_dir="photos", instance_prompt="a photo of sks dog", max_train_steps=100
+    )
+    adapter = DreamBooth(Plain()).train(settings).result
+
+`DreamBooth` and the registry refuse an object with missing members or other signatures, and the run one whose methods
+return something else; the error names the member, what came and what is expected. Optional features, such as masks and
+output preservation through `predict`, are in `capabilities`.
 `tests/contracts/pipeline_contract.py` tests the properties that trainers rely on.
 """
 

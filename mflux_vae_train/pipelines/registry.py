@@ -147,28 +147,17 @@ def _keywords(loader: Loader) -> set[str]:
 
 
 def _checked(pipeline: Any, entry: EntryPoint) -> DiffusionPipeline:
-    if missing := missing_members(pipeline):
-        source, kind = f"{entry.value} of {_distribution(entry)}", type(pipeline).__name__
-        raise PluginError(f"{source} returned a {kind}; it lacks {', '.join(missing)}")
+    from mflux_vae_train.pipelines.checks import check_pipeline
+
+    check_pipeline(pipeline, f"{entry.value} of {_distribution(entry)} returned a {type(pipeline).__name__}")
     return cast("DiffusionPipeline", pipeline)
 
 
 def missing_members(pipeline: object) -> list[str]:
     """Members of DiffusionPipeline that an object lacks."""
-    from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+    from mflux_vae_train.pipelines import checks
 
-    methods = [name for name in vars(DiffusionPipeline) if not name.startswith("_")]
-    fields = [name for name in DiffusionPipeline.__annotations__ if not name.startswith("_")]
-    return sorted(name for name in {*methods, *fields} if not _has(pipeline, name))
-
-
-def _has(pipeline: object, name: str) -> bool:
-    """Whether there is such a member. It is not read, because that might load or download a denoiser."""
-    try:
-        inspect.getattr_static(pipeline, name)
-    except AttributeError:  # there may be a `__getattr__`
-        return hasattr(pipeline, name)
-    return True
+    return checks.missing_members(pipeline)
 
 
 def _unknown(model: str, known: dict[str, list[EntryPoint]]) -> str:

@@ -21,6 +21,7 @@ from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.fingerprint import file_hash
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 
@@ -186,8 +187,8 @@ def sample_images(
 ) -> list[np.ndarray]:
     """Square images (uint8) of one prompt, one per key, with the pipeline's recommended number of steps."""
     rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
-    pixels = pipeline.sample(
-        rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
+    pixels = checks.sample(
+        pipeline, rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
     )
     # NumPy has no bfloat16, in which a host's pipeline may sample
     return list(to_pictures(np.array(pixels.astype(mx.float32))))

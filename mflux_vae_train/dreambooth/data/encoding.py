@@ -23,6 +23,7 @@ from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
 from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash, load_mask
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Use
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
@@ -93,13 +94,14 @@ def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: En
         if None not in rows[batch]:
             continue
         # Rounding may depend on the batch, so batches do not depend on the cache.
-        encoded = pipeline.encode_prompts(prompts[batch])
+        encoded = checks.encode_prompts(pipeline, prompts[batch])
         mx.eval(encoded)
         for index, row in enumerate(rows[batch]):
             if row is None:
                 rows[start + index] = new = {name: array[index : index + 1] for name, array in encoded.items()}
                 cache.put(keys[start + index], new)
     complete = [row for row in rows if row is not None]
+    checks.check_rows(pipeline, complete)
     conditioning = {name: mx.concatenate([row[name] for row in complete]) for name in complete[0]}
     mx.eval(conditioning)
     return conditioning
@@ -202,7 +204,9 @@ def encode_dataset(
     encoder = _encoder_identity(pipeline, "images")
 
     def encode(images: Sequence[CroppedImage]) -> list[mx.array]:
-        return encode_images(pipeline.encode_images, images, cache=cache, encoder=encoder, processes=processes)
+        return encode_images(
+            partial(checks.encode_images, pipeline), images, cache=cache, encoder=encoder, processes=processes
+        )
 
     latents = encode(
         [

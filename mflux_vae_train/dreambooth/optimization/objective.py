@@ -17,6 +17,7 @@ from mlx.utils import tree_map
 
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsPrediction
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -44,8 +45,8 @@ def dreambooth_loss(
     latents, conditioning, key = arrays["latents"], arrays["conditioning"], arrays["key"]
     if not isinstance(pipeline, SupportsPrediction):
         assert sampling is None and not {BASE_PREDICTION, "mask"} & arrays.keys()
-        return combine(pipeline.loss(latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
-    predicted = pipeline.predict(latents, conditioning, key=key, guidance=guidance, sampling=sampling)
+        return combine(checks.loss(pipeline, latents, conditioning, key=key, guidance=guidance), prior_loss_weight)
+    predicted = checks.predict(pipeline, latents, conditioning, key=key, guidance=guidance, sampling=sampling)
     if BASE_PREDICTION in arrays:
         instance_target, _ = mx.split(predicted.target, 2)
         predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE_PREDICTION]]))

@@ -7,13 +7,14 @@ import mlx.nn as nn
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.lora import Names, Networks
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
 def networks(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> dict[str, nn.Module]:
     """The networks by the prefix of their keys in an adapter file, the denoiser first."""
-    found: dict[str, nn.Module] = {pipeline.adapter_prefix: pipeline.denoiser}
+    found: dict[str, nn.Module] = {pipeline.adapter_prefix: checks.denoiser(pipeline)}
     if settings.train_text_encoder:
         assert isinstance(pipeline, SupportsTextEncoderTraining)  # see `pipeline_features.check`
         found |= pipeline.text_encoders_to_train()

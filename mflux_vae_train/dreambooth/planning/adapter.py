@@ -15,6 +15,7 @@ from mflux_vae_train.dreambooth.export import check_can_fuse
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.lora.targets import dimensions, linears
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -119,7 +120,7 @@ def _shapes(
 
 def _denoiser_targets(pipeline: DiffusionPipeline, lora_layers: str | None) -> Sequence[str]:
     if lora_layers is None:
-        return pipeline.lora_targets()
+        return checks.lora_targets(pipeline)
     presets = _presets(pipeline)
     if lora_layers in COMMON_PRESETS and lora_layers not in presets:
         known = ", ".join([*presets, lora.ALL_LAYERS])

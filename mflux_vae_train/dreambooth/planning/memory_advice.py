@@ -15,6 +15,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl, SupportsPrediction
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import Recommended
@@ -184,7 +185,7 @@ def _adapters(pipeline: Any, resolved: ResolvedSettings, rank: int) -> Iterator[
     """Instead of training all weights."""
     if resolved.train_mode == "lora":
         return
-    trained = rank * sum(lora.matching(skeleton_of(pipeline), pipeline.lora_targets()).values())
+    trained = rank * sum(lora.matching(skeleton_of(pipeline), checks.lora_targets(pipeline)).values())
     state = state_bytes(replace(resolved, train_mode="lora"))
     for bits in (None, 8, 4):
 

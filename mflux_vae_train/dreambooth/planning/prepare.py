@@ -91,6 +91,7 @@ def prepare(
     resolution = training_resolution(settings, recommended)
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
     resolved = resolve(settings, recommended, dataset)
+    resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
     trainable = plan_trainable(pipeline, resolved)
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.errors import RunError
+from mflux_vae.errors import PluginError, RunError
 from mflux_vae.images import grid, save_image
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
@@ -65,6 +65,8 @@ class Previews:
         except ProcessLost:
             raise
         except Exception as error:  # a failing pipeline or disk must not end hours of training
+            if isinstance(error, PluginError) and update == 0:
+                raise
             logger.warning("preview after update %d failed (%s: %s)", update, type(error).__name__, error)
         release(self._pipeline, "images")
         mx.clear_cache()
