@@ -1,19 +1,17 @@
 """Low-rank adapters: trainable layers, and their files."""
 
 from mflux_vae_train.lora.files import (
-    METADATA_KEY,
-    Names,
-    Networks,
     adapter_metadata,
     adapter_tensors,
     check_adapter_fits,
     load_adapter,
-    read_adapter,
     save_adapter,
 )
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
 from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
 from mflux_vae_train.lora.location import adapter_file
+from mflux_vae_train.lora.metadata import METADATA_KEY
+from mflux_vae_train.lora.reading import Names, Networks, read_adapter
 from mflux_vae_train.lora.targets import ALL_LAYERS, matching, patterns_of
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ def add_lora(
     dropout: float = 0.0,
     dora: bool = False,
     seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Adapt every `nn.Linear` whose path matches a pattern; freeze everything else.
 
@@ -42,6 +43,7 @@ def add_lora(
         dropout: probability of dropping an input of A; has an effect only within `dropout_keys`.
         dora: also train magnitudes.
         seed: A depends only on the seed and the path of the layer.
+        ranks: of single layers, by path, instead of `rank`.
 
     Returns:
         the adapted paths, sorted.
@@ -55,18 +57,19 @@ def add_lora(
 
     if layers(module):
         raise ValueError("the module already has adapters; fuse them first")
-    bases = linears(module)
+    originals = linears(module)
     targets = list(matching(module, patterns))
     module.freeze()
     keys = DropoutKeys()
     adapted = []
     for path in targets:
         kind = DoRALinear if dora else LoRALinear
-        layer = kind.from_base(bases[path], r=rank, scale=(rank if alpha is None else alpha) / rank)
-        _, inputs = dimensions(bases[path])
+        size = (ranks or {}).get(path, rank)
+        layer = kind.from_base(originals[path], r=size, scale=(size if alpha is None else alpha) / size)
+        _, inputs = dimensions(originals[path])
         salt = zlib.crc32(path.encode())
         limit = 1 / math.sqrt(inputs)
-        layer.lora_a = mx.array(rng(seed, Stream.INIT, salt).uniform(-limit, limit, (inputs, rank)), mx.float32)
+        layer.lora_a = mx.array(rng(seed, Stream.INIT, salt).uniform(-limit, limit, (inputs, size)), mx.float32)
         layer.dropout = KeyedDropout(dropout, salt, keys)
         adapted.append((path, layer))
     module.update_modules(tree_unflatten(adapted))
@@ -78,6 +81,14 @@ def layers(module: nn.Module) -> dict[str, Any]:
     """The layers that `add_lora` adapted, by path. Recognized by their dropout, without importing mlx-lm."""
     modules = sorted(module.named_modules(), key=lambda item: item[0])
     return {path: layer for path, layer in modules if isinstance(layer.get("dropout"), KeyedDropout)}
+
+
+def bases(module: nn.Module) -> dict[str, Any]:
+    """Linear layers by path, of adapted layers the original one."""
+    adapted = layers(module)
+    inside = tuple(f"{path}." for path in adapted)
+    plain = {path: layer for path, layer in linears(module).items() if not path.startswith(inside)}
+    return plain | {path: layer.linear for path, layer in adapted.items()}
 
 
 def is_dora(layer: Any) -> bool:

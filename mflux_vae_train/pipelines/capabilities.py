@@ -6,7 +6,7 @@ A trainer tests for them with isinstance, and refuses settings that need a missi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -128,10 +128,13 @@ class KohyaNaming:
         modules: by prefix as in PEFT files, then by kohya's name: paths of layers in that network. There are several
             paths if a layer of the original network is split into several here; their outputs are in this order.
         metadata: of the file, as far as the model determines it.
+        read_only: further names in files of other programs, as in `modules`, with dots replaced by underscores. The
+            original names of `modules`, without kohya's beginning, are read without being listed here.
     """
 
     modules: Mapping[str, Mapping[str, Sequence[str]]]
     metadata: Mapping[str, str]
+    read_only: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
 
 @runtime_checkable

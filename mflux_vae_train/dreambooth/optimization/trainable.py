@@ -43,3 +43,11 @@ def combined(networks: Networks) -> nn.Module:
 def kohya_names(pipeline: DiffusionPipeline) -> Names:
     """Names of the layers in kohya's scripts by prefix; empty if the pipeline does not know them."""
     return pipeline.kohya_naming().modules if isinstance(pipeline, SupportsAdapterExport) else {}
+
+
+def adapter_names(pipeline: DiffusionPipeline) -> Names:
+    """All names of the layers in files of other programs by prefix; empty if the pipeline does not know them."""
+    if not isinstance(pipeline, SupportsAdapterExport):
+        return {}
+    naming = pipeline.kohya_naming()
+    return {prefix: {**naming.read_only.get(prefix, {}), **modules} for prefix, modules in naming.modules.items()}

@@ -12,7 +12,7 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_can_fuse
-from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, skeletons
+from mflux_vae_train.dreambooth.optimization.trainable import adapter_names, kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.lora.targets import dimensions, linears
 from mflux_vae_train.pipelines import checks
@@ -38,26 +38,34 @@ class Trainable:
     description: str
 
 
-def with_adapter_settings(settings: DreamBoothSettings, pipeline: DiffusionPipeline) -> DreamBoothSettings:
-    """Settings with the file that ``--lora_weights`` names, and its rank, alpha and DoRA, if it is given.
+def with_adapter_settings(
+    settings: DreamBoothSettings, pipeline: DiffusionPipeline
+) -> tuple[DreamBoothSettings, Sequence[str]]:
+    """Settings with the file that ``--lora_weights`` names, and its rank, alpha and DoRA, if it is given; warnings.
 
     Raises:
         SettingsError: they contradict the given ones.
         WeightsError: the file cannot be read, or holds no adapter for this kind of network.
     """
     if settings.lora_weights is None:
-        return settings
+        return settings, ()
     prefix, path = pipeline.adapter_prefix, lora.adapter_file(settings.lora_weights)
-    files = lora.read_adapter(path, skeletons(pipeline, settings), kohya_names(pipeline))
+    files = lora.read_adapter(path, skeletons(pipeline, settings), adapter_names(pipeline))
     if prefix not in files:
         raise WeightsError(f"{path}: holds no adapter for {prefix!r}")
-    file = files[prefix]
-    for name, value in (("rank", file.rank), ("lora_alpha", file.alpha)):
+    file, warnings = files[prefix], []
+    unstated = sum(one.unstated for one in files.values())
+    alpha = file.alpha if settings.lora_alpha is None or not file.unstated else settings.lora_alpha
+    if unstated and settings.lora_alpha is None:
+        whose = "" if unstated == sum(len(one.ranks) for one in files.values()) else f" of {unstated} layers"
+        warnings.append(f"{path}: alpha{whose} is not stated; assuming the rank, a scale of 1: or give --lora_alpha")
+    for name, value in (("rank", file.rank), ("lora_alpha", alpha)):
         if getattr(settings, name) not in (None, value):
             raise SettingsError(f"--{name} is {getattr(settings, name):g}, and {path} has {value:g}: leave it out")
     if settings.use_dora and not file.dora:
         raise SettingsError(f"--use_dora: {path} is an adapter without magnitudes")
-    return replace(settings, lora_weights=str(path), rank=file.rank, lora_alpha=file.alpha, use_dora=file.dora)
+    settings = replace(settings, lora_weights=str(path), rank=file.rank, lora_alpha=alpha, use_dora=file.dora)
+    return settings, warnings
 
 
 def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Trainable:
@@ -82,9 +90,11 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
         targets |= pipeline.text_encoder_targets()
     for name in filter(str.strip, (resolved.lora_layers or "").split(",")):  # each one alone: one may be mistyped
         lora.matching(denoiser, _denoiser_targets(pipeline, name))
+    ranks: Mapping[str, Mapping[str, int]] = {}
     origin = f" ({', '.join(name for each in targets.values() for name in _preset_names(each, pipeline))})"
     if resolved.lora_weights is not None:
-        targets |= lora.check_adapter_fits(networks, resolved.lora_weights, names)
+        ranks = lora.check_adapter_fits(networks, resolved.lora_weights, adapter_names(pipeline))
+        targets |= {prefix: list(of_layers) for prefix, of_layers in ranks.items()}
         origin = f" from {resolved.lora_weights}"
     matched = {prefix: lora.matching(network, targets[prefix]) for prefix, network in networks.items()}
     if resolved.output_kohya_format:
@@ -92,11 +102,17 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
             raise SettingsError(f"--output_kohya_format: {pipeline.name} does not know the names")
         for prefix, paths in matched.items():
             lora.check_kohya(list(paths), names[prefix])
-    weights = resolved.rank * sum(sum(paths.values()) for paths in matched.values())
+    weights = sum(
+        ranks.get(prefix, {}).get(path, resolved.rank) * size
+        for prefix, paths in matched.items()
+        for path, size in paths.items()
+    )
+    all_ranks = sorted({resolved.rank, *(rank for of_layers in ranks.values() for rank in of_layers.values())})
+    rank = f"rank {resolved.rank}" if len(all_ranks) == 1 else f"ranks {all_ranks[0]} to {all_ranks[-1]}"
     kind, magnitudes = ("DoRA", " and a magnitude per row") if resolved.use_dora else ("LoRA", "")
     (_, first), *others = matched.items()
     layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
-    description = f"a {kind} of rank {resolved.rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
+    description = f"a {kind} of {rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
     shapes = None if resolved.lora_weights is not None else _shapes(networks, matched, resolved)
     return Trainable(targets=targets, weights=weights, shapes=shapes, description=description)
 
@@ -152,7 +168,8 @@ def attach(
     check_can_fuse(pipeline, resolved, pipeline.denoiser)
     dropout, seed = resolved.lora_dropout, resolved.seed
     if (file := resolved.lora_weights) is not None:
-        lora.load_adapter(networks, file, kohya_names(pipeline), dropout=dropout, seed=seed)
+        scale = resolved.lora_alpha / resolved.rank
+        lora.load_adapter(networks, file, adapter_names(pipeline), dropout=dropout, seed=seed, scale=scale)
     for prefix, patterns in targets.items():
         network = networks[prefix]
         if not lora.layers(network):

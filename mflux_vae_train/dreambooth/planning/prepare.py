@@ -86,12 +86,13 @@ def prepare(
         SettingsError: settings that do not fit the pipeline, the images or the output folder.
     """
     pipeline_features.check(pipeline, settings)
-    settings = with_adapter_settings(settings, pipeline)
+    settings, adapter_warnings = with_adapter_settings(settings, pipeline)
     recommended = pipeline.recommended
     resolution = training_resolution(settings, recommended)
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
     resolved = resolve(settings, recommended, dataset)
     resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
+    resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings))
     trainable = plan_trainable(pipeline, resolved)
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]

@@ -42,6 +42,23 @@ _SINGLE = {
 }
 """Layers of a block: original name, and names here. kohya's scripts adapt no layers outside the blocks."""
 
+_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer_linear": "proj_out",
+    **{
+        f"{theirs}_{their}": f"time_text_embed.{ours}_embedder.{our}"
+        for theirs, ours in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
+        for their, our in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    },
+}
+"""Layers outside the blocks: original name, and name here. The last modulation has its halves swapped: not read."""
+
+_MFLUX = {
+    f"{ff}_linear{i}": f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for i, layer in ((1, "0.proj"), (2, "2"))
+}
+"""mflux's names of a block's layers that differ."""
+
 
 def usage(base: str | None, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
@@ -86,4 +103,13 @@ def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNa
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
     }
-    return KohyaNaming(modules={"transformer": modules, "text_encoder": clip_modules}, metadata=metadata)
+    read_only = {name: (path,) for name, path in _OUTSIDE.items()} | {
+        f"transformer_blocks_{i}_{name}": (f"transformer_blocks.{i}.{path}",)
+        for i in range(config.num_layers)
+        for name, path in _MFLUX.items()
+    }
+    return KohyaNaming(
+        modules={"transformer": modules, "text_encoder": clip_modules},
+        metadata=metadata,
+        read_only={"transformer": read_only},
+    )

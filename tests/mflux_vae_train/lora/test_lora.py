@@ -157,16 +157,6 @@ def test_a_file_that_does_not_fit_is_refused_with_all_faults(tmp_path: Path) -> 
     assert not lora.layers(fresh)
 
 
-def test_a_file_of_several_ranks_is_refused(tmp_path: Path) -> None:
-    write_safetensors(
-        tmp_path / "a.safetensors",
-        {"t.blocks.0.lora_A.weight": mx.zeros((2, 4)), "t.blocks.1.lora_A.weight": mx.zeros((3, 8))},
-        {},
-    )
-    with pytest.raises(WeightsError, match="rank"):
-        lora.load_adapter({"t": Net()}, tmp_path / "a.safetensors")
-
-
 def test_a_file_for_another_network_or_with_broken_metadata_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     lora.save_adapter({"unet": adapted()}, path)

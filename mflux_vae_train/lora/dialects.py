@@ -1,0 +1,173 @@
+"""Keys of adapter files of other programs -> PEFT's keys, `{layer}.lora_A.weight`, and the layers of a network.
+
+Read are renamings, transposed matrices (mlx-examples), 1x1 kernels, and layers that are fused there (`kohya.split`).
+Other kinds of adapters are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+
+from mflux_vae.errors import WeightsError
+from mflux_vae.utils.formatting import first_few
+from mflux_vae.weights.keymaps.rules import Rule, matrix_to_mlx, to_mlx
+
+Modules: TypeAlias = Mapping[str, Sequence[str]]
+"""Name of a layer of the original network -> paths of its parts here, in the order of its outputs."""
+
+A, B, MAGNITUDE, ALPHA = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".alpha"
+"""Ends of PEFT's keys, and of kohya's alpha."""
+
+DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+"""Ends of kohya's keys."""
+
+_REFUSED = {
+    r"\.processor\.(qkv|proj)_lora\d*\.": "XLabs' form",
+    r"\.lokr_": "LoKr",
+    r"\.hada_": "LoHa",
+    r"\.dora_scale$": "DoRA in kohya's form",
+    r"\.(oft|boft)_": "OFT",
+    r"\.(ia3_l|on_input)": "(IA)3",
+    r"\.lora_mid\.": "LoCon with a third matrix",
+    r"\.lora_E$": "AdaLoRA",
+    r"\.vera_lambda": "VeRA",
+    r"\.lora_embedding_": "LoRA on embeddings",
+    r"\.(lora_[AB]\.(.+\.)?bias|lora_(down|up)\.bias)$": "LoRA with biases",
+    r"\.modules_to_save\.": "whole layers (modules_to_save)",
+    r"\.(diff|diff_b|set_weight)$": "weight differences",
+    r"^(bundle_emb|string_to_param|emb_params|clip_[lg]$)": "embeddings of prompts",
+}
+"""Patterns of keys -> kind of adapter that is not supported."""
+
+
+def _matrix_transposed(tensor: mx.array) -> mx.array:
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _pair(first: str, second: str, *, transposed: bool = False) -> list[Rule]:
+    transform = _matrix_transposed if transposed else matrix_to_mlx
+    return [Rule(theirs, f"{{path}}{ours}", transform) for theirs, ours in ((first, A), (second, B))]
+
+
+RULES = (
+    *_pair(f"{{path}}{A}", f"{{path}}{B}"),
+    *_pair("{path}.lora_A.{adapter}.weight", "{path}.lora_B.{adapter}.weight"),  # PEFT, not saved by PEFT
+    *_pair("{path}.lora_A", "{path}.lora_B"),
+    *_pair(f"{{path}}{DOWN}", f"{{path}}{UP}"),
+    *_pair("{path}.lora.down.weight", "{path}.lora.up.weight"),  # diffusers before PEFT
+    *_pair("{path}.lora_linear_layer.down.weight", "{path}.lora_linear_layer.up.weight"),
+    Rule("{path}.processor.{name}_lora.down.weight", f"{{path}}.{{name}}{A}"),
+    Rule("{path}.processor.{name}_lora.up.weight", f"{{path}}.{{name}}{B}"),
+    *_pair("{path}.lora_a", "{path}.lora_b", transposed=True),  # mlx-lm, mlx-examples
+    Rule("{path}.lora_magnitude_vector.{adapter}", f"{{path}}{MAGNITUDE}"),
+)
+"""Ends of keys, which are read and never written: this project writes PEFT's and kohya's."""
+
+_PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora_a", "lora_b"), (".down.", ".up."))
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module)\.")
+"""Levels that PEFT, torch.compile and data parallelism insert."""
+
+_BLOCK = re.compile(r"([a-z][a-z_]*?)[._](\d{1,6})[._]")
+_DENOISER = re.compile(r"(?:model\.)?diffusion_model\.|lora_(?:unet|transformer)_")
+_TEXT_ENCODER = re.compile(r"(?:lora_)?(?:te|text_encoder_?)(\d?)[._]")
+
+
+def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors by PEFT's ends of keys, and the key in the file of each.
+
+    Raises:
+        WeightsError: another kind of adapter, no adapter, or two keys for one tensor.
+    """
+    for pattern, kind in _REFUSED.items():
+        if keys := [key for key in tensors if re.search(pattern, key)]:
+            raise WeightsError(
+                f"{where}: holds {kind} ({first_few(keys, 1)}), which is not supported; convert it to plain LoRA"
+            )
+    found: dict[str, mx.array] = {}
+    source: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        ((new, value),) = to_mlx({key: tensor}, RULES).items()
+        if new in found:
+            raise WeightsError(f"{where}: {first_few([source[new], key], 2, 80)} are the same tensor; remove one")
+        found[new], source[new] = value, key
+    if not any(key.endswith(A) for key in found):
+        some = first_few(sorted(tensors), 2, 80) or "none"
+        raise WeightsError(f"{where}: contains no adapter; its keys are {some}; give a file with LoRA weights")
+    return found, source
+
+
+def counterpart(key: str) -> str:
+    """Key of the other matrix of a pair, in the same spelling."""
+    for first, second in _PAIRS:
+        for one, other in ((first, second), (second, first)):
+            if one in key:
+                return other.join(key.rsplit(one, 1))
+    return key
+
+
+class LayerNames:
+    """Layers of networks by the names that files give them.
+
+    Args:
+        networks: paths of their linear layers by the prefix of their keys, the denoiser first.
+        names: other names by prefix, in kohya's spelling or with dots replaced by underscores.
+    """
+
+    def __init__(self, networks: Mapping[str, Iterable[str]], names: Mapping[str, Modules]) -> None:
+        self._denoiser = next(iter(networks))
+        self._exact = {name: (prefix, paths) for prefix, modules in names.items() for name, paths in modules.items()}
+        self._flat: dict[str, dict[str, Sequence[str]]] = {}
+        for prefix, layers in networks.items():
+            flat = self._flat.setdefault(prefix, {})
+            flat |= {path.replace(".", "_"): (path,) for path in layers}
+            flat |= {_without_network(name): paths for name, paths in names.get(prefix, {}).items()}
+
+    def find(self, name: str) -> tuple[str, Sequence[str]]:
+        """Prefix of the network, and paths of the layers that this layer of a file stands for; none if unknown."""
+        if name in self._exact:
+            return self._exact[name]
+        prefix, rest = self._network(name)
+        if paths := self._flat.get(prefix, {}).get(rest.replace(".", "_")):
+            return prefix, paths
+        prefix, rest = self._network(_WRAPPERS.sub("", name))
+        flat = self._flat.get(prefix, {})
+        for spelled in (rest, rest.replace(".layers.", "."), f"{rest}.0"):  # MLX's Sequential; diffusers before PEFT
+            if paths := flat.get(spelled.replace(".", "_")):
+                return prefix, paths
+        # transformers 5 leaves out the first level of CLIP
+        ends = [paths for flat_name, paths in flat.items() if flat_name.endswith(f"_{rest.replace('.', '_')}")]
+        return prefix, ends[0] if len(ends) == 1 and prefix != self._denoiser else ()
+
+    def _network(self, name: str) -> tuple[str, str]:
+        if found := next((prefix for prefix in self._flat if name.startswith(f"{prefix}.")), None):
+            return found, name.removeprefix(f"{found}.")
+        if match := _DENOISER.match(name):
+            return self._denoiser, name[match.end() :]
+        if match := _TEXT_ENCODER.match(name):
+            return "text_encoder" + (f"_{match[1]}" if match[1] not in ("", "1") else ""), name[match.end() :]
+        return ("text_encoder" if name.startswith("text_model.") else self._denoiser), name
+
+
+def _without_network(name: str) -> str:
+    return re.sub(r"^lora_(unet|transformer|te\d?)_", "", name)
+
+
+def outline(layers: Iterable[tuple[str, int]]) -> tuple[int, list[int]] | None:
+    """Width and numbers of blocks of a network, such as (3072, [19, 38]); None without numbered blocks.
+
+    Args:
+        layers: name, in any spelling, and number of inputs of its layers.
+    """
+    counts: dict[str, int] = {}
+    widths = set()
+    for name, inputs in layers:
+        if match := _BLOCK.search(_DENOISER.sub("", _WRAPPERS.sub("", name))):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+            widths.add(inputs)
+    ordered = sorted(counts, key=lambda name: (len(name), name))
+    return (min(widths), [counts[name] for name in ordered]) if counts else None
