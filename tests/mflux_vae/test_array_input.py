@@ -56,7 +56,7 @@ def test_latents_must_be_arrays(vae, method, name):
         "one of decode_images": lambda value: vae.decode_images([value]),
         "preview": lambda value: Previewer(vae, vae)(value),
     }.get(method) or getattr(vae, method)
-    with pytest.raises(ImageError, match="latents|array") as error:
+    with pytest.raises(ImageError, match=r"latents|array") as error:
         call(NOT_ARRAYS[name])
     assert len(str(error.value)) < 300
 
