@@ -25,6 +25,7 @@ from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
 from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
+from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import no_images, scan
 from mflux_vae.images import image_text, load_image, load_images, save_image, strip
 from mflux_vae.metrics.lpips import LPIPS
@@ -65,12 +66,14 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
     vae, tiling = _open(**opening)
     unfinished = Unfinished(target, _settings(vae, opening))
     missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
+    notes = ImageNotes()
     for name in _progress(missing, of=len(files)):
         with _error_context(str(files[name])):
-            (picture,) = load_images(files[name], channels=vae.config.in_channels)
+            (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
             (latents,) = vae.encode_images(picture, tiling=tiling)
             unfinished.add(name, Entry(latents, picture.shape[:2], _crc32_of(files[name])))
     unfinished.finish(list(files))
+    notes.log(log)
     print(f"{target}: latents of {_count(files)}, {len(missing)} of them new")
 
 
@@ -98,15 +101,17 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     targets = _output_files(files, output) if output else {}
     vae, tiling = _open(**opening)
     rows: list[dict[str, Any]] = []
+    notes = ImageNotes()
     for name in _progress(list(files), of=len(files)):
         with _error_context(str(files[name])):
-            (picture,) = load_images(files[name], channels=vae.config.in_channels)
+            (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
             again = from_chw(vae(to_nchw(picture), tiling=tiling)[0][0])
         height, width = picture.shape[:2]
         rows.append({"name": name, "height": height, "width": width, **quality(picture, again)})
         if output:
             panels = [picture, again, error_map(picture, again, amplify)]
             save_image(targets[name], strip(panels, gap=4), text={MARK: "reconstructed"})
+    notes.log(log)
     mean = {measure: mean_of([row[measure] for row in rows]) for measure in MEASURES}
     if as_json:
         answer = {"model": opening["model"], "pictures": rows, "mean": mean}
@@ -151,11 +156,13 @@ def compare(
     side = report.size_of(codecs, size)
     candidates = [comparison.Candidate(*both) for both in zip(report.names(models), codecs, strict=True)]
     network = LPIPS.from_files(*lpips) if lpips else None
-    squares = (load_image(files[name], resolution=side) for name in _progress(list(files), of=len(files)))
+    notes = ImageNotes()
+    squares = (load_image(files[name], resolution=side, notes=notes) for name in _progress(list(files), of=len(files)))
     shown = []
     compared = comparison.run(candidates, squares, first=first_frame, lpips=network)
     for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
         shown += [(name, picture, again)] if index < SHEET_ROWS else []
+    notes.log(log)
     summaries = [candidate.summary() for candidate in candidates]
     save_image(target, report.sheet(shown, summaries, amplify), text={MARK: "compared"})
     measured = [

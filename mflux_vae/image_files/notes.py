@@ -42,6 +42,7 @@ class ImageNotes:
     def __init__(self) -> None:
         self._lock = Lock()
         self._images: dict[Kind, dict[str, str]] = {}
+        self._logged: set[Kind] = set()
 
     def add(self, kind: Kind, image: str | Path, detail: str = "") -> None:
         with self._lock:
@@ -59,6 +60,16 @@ class ImageNotes:
         for level in (logging.WARNING, logging.INFO):
             for line in self.lines(level):
                 logger.log(level, "%s", line)
+
+    def log_first(self, logger: logging.Logger) -> None:
+        """Log the first image of each kind and forget the others, which may be millions."""
+        with self._lock:
+            new = self._images.keys() - self._logged
+            lines = [(kind.level, self._line(kind)) for kind in _ORDER if kind in new]
+            self._logged |= new
+            self._images.clear()
+        for level, line in lines:
+            logger.log(level, "%s; further images are not named", line)
 
     def _line(self, kind: Kind) -> str:
         images = self._images[kind]

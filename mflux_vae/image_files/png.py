@@ -29,6 +29,13 @@ class Chunk(NamedTuple):
         return self.start + 12 + self.length
 
 
+class Text(NamedTuple):
+    """A text chunk: its type (`tEXt`, `zTXt` or `iTXt`) and its text."""
+
+    kind: bytes
+    text: str
+
+
 def png(file: BinaryIO) -> Container:
     """Take a PNG file apart."""
     size, parts = size_of(file), list[Part]([SIGNATURE])
@@ -57,16 +64,16 @@ def png(file: BinaryIO) -> Container:
     return Container(parts=parts, exif=exif, xmp=xmp, profile=_profile(colour), frames=frames)
 
 
-def texts(file: BinaryIO) -> dict[str, tuple[bytes, str]]:
-    """Text chunks before the pixels, by keyword: the type of the chunk, and its text. Long ones are left out."""
-    found: dict[str, tuple[bytes, str]] = {}
+def texts(file: BinaryIO) -> dict[str, Text]:
+    """Text chunks before the pixels, by keyword. Long ones are left out."""
+    found: dict[str, Text] = {}
     for chunk in chunks(file, size_of(file)):
         if chunk.kind == b"IDAT":
             break
         if chunk.kind in _TEXTS and chunk.length <= MAX_TEXT:
             name, text = _text(file, chunk)
             encoding = "utf-8" if chunk.kind == b"iTXt" else "latin-1"
-            found.setdefault(name.decode("latin-1"), (chunk.kind, text.decode(encoding, "replace")))
+            found.setdefault(name.decode("latin-1"), Text(chunk.kind, text.decode(encoding, "replace")))
     return found
 
 

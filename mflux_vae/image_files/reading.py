@@ -24,7 +24,7 @@ from mflux_vae.image_files.formats import HEAD, HEIF, RAW, format_of, readable, 
 from mflux_vae.image_files.jpeg import jpeg
 from mflux_vae.image_files.modes import to_levels, to_rgb
 from mflux_vae.image_files.notes import ImageNotes
-from mflux_vae.image_files.png import png, texts
+from mflux_vae.image_files.png import Text, png, texts
 from mflux_vae.image_files.tiff import tiff
 from mflux_vae.image_files.webp import webp
 from mflux_vae.utils.links import missing
@@ -83,11 +83,11 @@ def read_image(image: Image.Image, name: str, notes: ImageNotes) -> Image.Image:
 
 def image_text(path: str | Path) -> dict[str, str]:
     """Text chunks of a PNG file before its pixels, which are not read; empty for other formats."""
-    return {name: text for name, (_, text) in text_chunks(path).items()}
+    return {name: chunk.text for name, chunk in text_chunks(path).items()}
 
 
-def text_chunks(path: str | Path) -> dict[str, tuple[bytes, str]]:
-    """The same with the type of each chunk: `tEXt`, `zTXt` or `iTXt`."""
+def text_chunks(path: str | Path) -> dict[str, Text]:
+    """The same with the type of each chunk."""
     with _opened(path, ImageNotes()) as (image, _):
         if image.format != "PNG":
             return {}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mflux_vae.errors import ImageError
 from mflux_vae.image_files.formats import image_format, readable
+from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.reasons import (
     BROKEN_LINK,
     CONDITIONING,
@@ -343,7 +344,7 @@ def _without_twins(folder: Path, images: list[str], unused: dict[Reason, list[st
 
 def _is_grey(path: Path) -> bool:
     try:
-        picture = load_image(path)
+        picture = load_image(path, notes=ImageNotes())
     except ImageError:  # an error when the image is trained on
         return False
     return bool((picture == picture[..., :1]).all())

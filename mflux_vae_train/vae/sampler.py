@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import grid, labelled_rows, load_image, save_image, strip, to_pictures, to_pixels
 from mflux_vae.pretrained import loading
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -80,7 +82,9 @@ class VAESampler:
 
     def encode(self, files: Sequence[str | Path]) -> mx.array:
         """Posterior means of the centre squares of image files. (N, *latent_shape)."""
-        pixels = to_pixels(np.stack([load_image(file, resolution=self.image_size) for file in files]))
+        notes = ImageNotes()
+        pixels = to_pixels(np.stack([load_image(file, resolution=self.image_size, notes=notes) for file in files]))
+        notes.log(logging.getLogger(__name__))
         if self.model.config.in_channels == 1:
             pixels = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
         mean: mx.array = self.model.encode(mx.array(pixels)).mean

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.image_files.notes import ImageNotes
+from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
-from mflux_vae.images import image_text, load_image, save_image, to_pictures
+from mflux_vae.images import load_image, save_image, to_pictures
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -28,8 +33,15 @@ from mflux_vae_train.randomness import Stream, sample_keys
 CLASS_PICTURES = "class pictures"
 """Name of the class images in the identity of a run."""
 
-PROMPT_KEY = "prompt"
+PROMPT_KEY = "mflux-train-dreambooth class prompt"
 """PNG text chunk with the prompt of a generated class image."""
+
+OLD_PROMPT_KEY = "prompt"
+"""The key of earlier versions. ComfyUI writes a text of this name, too."""
+
+_FILE_NAME = re.compile(r"class-\d{5}\.png")
+
+_SHOWN_PROMPT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,7 @@ class ClassFolder:
         present: number of existing images.
         missing: indices of the images to generate.
         unused: what the folder holds and the run does not use; empty if nothing.
+        warnings, notes: what was ignored and converted when the images were read, one line a kind.
     """
 
     folder: Path
@@ -48,6 +61,8 @@ class ClassFolder:
     present: int
     missing: Sequence[int]
     unused: str = ""
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def scan_class_folders(
@@ -74,12 +89,15 @@ def scan_class_folders(
                 raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
             if folder in found and found[folder]["prompt"] != prompt:
                 raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
-            images = check_class_images(folder, prompt)
+            notes = ImageNotes()
+            images = check_class_images(folder, prompt, notes)
             found[folder] = {
                 "prompt": prompt,
                 "present": len(images),
                 "missing": missing_indices(images, count),
                 "unused": scan(folder).unused_text() if folder.is_dir() else "",
+                "warnings": notes.lines(logging.WARNING),
+                "notes": notes.lines(logging.INFO),
             }
         return [{"folder": str(folder), **options} for folder, options in found.items()]
 
@@ -91,26 +109,34 @@ def find_class_images(folder: Path) -> list[Path]:
     return scan(folder).paths if folder.is_dir() else []
 
 
-def check_class_images(folder: Path, class_prompt: str) -> list[Path]:
+def check_class_images(folder: Path, class_prompt: str, notes: ImageNotes | None = None) -> list[Path]:
     """The class images in a folder. Reads each one, so that errors show before anything slow starts.
+
+    Args:
+        notes: collects what is ignored or converted.
 
     Raises:
         ImageError: an image cannot be read.
         SettingsError: an image was generated for another class prompt.
     """
-    paths = find_class_images(folder)
-    for path, prompt in zip(paths, prefetch(_read_prompt, paths), strict=True):
+    paths, notes = find_class_images(folder), ImageNotes() if notes is None else notes
+    for path, prompt in zip(paths, prefetch(lambda path: _read_prompt(path, notes), paths), strict=True):
         if prompt not in (None, class_prompt):
-            raise SettingsError(
-                f"{path} was generated for {prompt!r}, not {class_prompt!r}; use another --class_data_dir"
-            )
+            shown, wanted = (shortened(text, _SHOWN_PROMPT) for text in (prompt, class_prompt))
+            raise SettingsError(f"{path} was generated for {shown!r}, not {wanted!r}; use another --class_data_dir")
     return paths
 
 
-def _read_prompt(path: Path) -> str | None:
-    """The prompt that an image was generated for, if the file has it. Decodes the whole image."""
-    load_image(path)
-    return image_text(path).get(PROMPT_KEY)
+def _read_prompt(path: Path, notes: ImageNotes) -> str | None:
+    """The prompt that this program generated an image for; None for other images. Decodes the whole image."""
+    load_image(path, notes=notes)
+    texts = text_chunks(path)
+    if PROMPT_KEY in texts:
+        return texts[PROMPT_KEY].text
+    old = texts.get(OLD_PROMPT_KEY)
+    if old is None or old.kind != b"iTXt" or len(texts) > 1 or not _FILE_NAME.fullmatch(path.name):
+        return None
+    return old.text
 
 
 def class_files(concepts: Sequence[Concept], count: int) -> list[list[Path]]:

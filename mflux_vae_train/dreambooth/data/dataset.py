@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from mflux_vae.errors import ImageError
+from mflux_vae.image_files.notes import UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
-from mflux_vae.images import image_text, load_image, load_images
+from mflux_vae.images import image_text, load_image, load_mask
 from mflux_vae.utils.formatting import count_text, first_few
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
@@ -57,7 +59,7 @@ class InstanceImage:
     def read(self, crop: Crop) -> np.ndarray:
         """uint8 (*crop.shape, 3)."""
         pixels = self.pixels.get(crop.unmirrored)
-        return crop.apply(load_image(self.path)) if pixels is None else crop.mirror(pixels)
+        return crop.apply(load_image(self.path, notes=ImageNotes())) if pixels is None else crop.mirror(pixels)
 
     @property
     def shape(self) -> Shape:
@@ -75,7 +77,9 @@ class InstanceDataset:
         samples_per_epoch: number of images, repeats included.
         skipped: number of files in the folders that are not used.
         unused_masks: number of masks that are ignored without ``--masked_loss``.
-        warnings: what the folders hold and the run does not use, and captions that cannot work; one line a kind.
+        warnings: what the folders hold and the run does not use, captions that cannot work, and what was ignored when
+            images were read; one line a kind.
+        notes: what was converted when images were read; one line a kind.
     """
 
     images: Sequence[InstanceImage]
@@ -84,6 +88,7 @@ class InstanceDataset:
     skipped: int
     unused_masks: int
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def release(self) -> None:
         """Free the pixels in memory, except the squares of the first images of each concept."""
@@ -122,7 +127,7 @@ class InstanceDataset:
             lines.append(f"{masked} of {len(self.images)} images have a mask")
         if self.unused_masks:
             lines.append(f"{count_text(self.unused_masks, 'mask')} ignored; use --masked_loss to apply masks")
-        return lines
+        return [*lines, *self.notes]
 
 
 def file_hash(path: Path) -> str:
@@ -158,11 +163,11 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         warnings += [*_folder_warnings(folder), *found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
         entries += [(concept, folder.folder / name, texts[name], masks.get(name)) for name in folder.images]
 
-    square, used = Crop(shape=(resolution, resolution)), 0
+    square, used, notes = Crop(shape=(resolution, resolution)), 0, ImageNotes()
 
     def load(entry: tuple[int, Path, str, Path | None]) -> InstanceImage:
         concept, path, caption, mask = entry
-        image = load_image(path)
+        image = load_image(path, notes=notes)
         size = image.shape[0], image.shape[1]
         rows = crops(size, nearest_shape(size, shapes), count=count, mirror=settings.random_flip)
         plain = [square, *(row[0] for row in rows)] if used < MAX_PIXEL_BYTES else []
@@ -172,7 +177,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             concept=concept,
             caption=caption,
             mask=mask,
-            crops=rows if mask is None else _visible(rows, mask, path, size),
+            crops=rows if mask is None else _visible(rows, mask, path, size, notes),
             square=square,
             pixels={crop: crop.apply(image) for crop in dict.fromkeys(plain)},
         )
@@ -191,7 +196,8 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         samples_per_epoch=sum(settings.subjects[concept].repeats or 1 for concept, *_ in entries),
         skipped=skipped,
         unused_masks=unused_masks,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *notes.lines(logging.WARNING)),
+        notes=notes.lines(logging.INFO),
     )
 
 
@@ -226,18 +232,15 @@ def _folder_warnings(folder: ImageFolder) -> list[str]:
     return lines
 
 
-def _visible(rows: list[list[Crop]], path: Path, image: Path, size: Shape) -> list[list[Crop]]:
+def _visible(rows: list[list[Crop]], path: Path, image: Path, size: Shape, notes: ImageNotes) -> list[list[Crop]]:
     """The crops that the mask at `path` does not black out."""
-    mask = load_mask(path)
+    mask = load_mask(path, notes=notes)
     if abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(size):
         raise ImageError(f"{path} is {mask.shape[1]}x{mask.shape[0]}: aspect ratio differs from {image.name}")
     visible = [row for row in rows if row[0].apply(mask).any()]
     if not visible:
         where = "everywhere" if not mask.any() else "in every crop"
         raise ImageError(f"{path} is black {where}; {image.name} would not be trained")
+    if mask.min() == mask.max():
+        notes.add(UNIFORM_MASK, path)
     return visible
-
-
-def load_mask(path: Path) -> np.ndarray:
-    """Grey levels of a mask, uint8 (H, W, 1)."""
-    return load_images(path, channels=1)[0]

@@ -14,14 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.images import averaged, load_image, to_pixels
+from mflux_vae.image_files.notes import ImageNotes
+from mflux_vae.images import averaged, load_image, load_mask, to_pixels
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
-from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash, load_mask
+from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Use
@@ -63,7 +64,9 @@ class CroppedImage:
 
     def load(self) -> np.ndarray:
         """uint8 (*crop.shape, 3)."""
-        return self.crop.apply(load_image(self.path)) if self.pixels is None else self.crop.mirror(self.pixels)
+        if self.pixels is not None:
+            return self.crop.mirror(self.pixels)
+        return self.crop.apply(load_image(self.path, notes=ImageNotes()))  # the scan reported what it noted
 
 
 def open_cache(pipeline: DiffusionPipeline, folder: Path, processes: ProcessGroup = SINGLE) -> EncodingCache:
@@ -253,7 +256,7 @@ def encode_dataset(
 def _masks(images: Sequence[InstanceImage], latents: Iterator[mx.array]) -> Iterator[mx.array]:
     """The mask of each latent, (h, w, 1) in [0, 1]: grey levels averaged over the pixels of a position."""
     for image in images:
-        grey = None if image.mask is None else load_mask(image.mask)
+        grey = None if image.mask is None else load_mask(image.mask, notes=ImageNotes())
         for crop in (crop for row in image.crops for crop in row):
             shape = next(latents).shape
             if len(shape) != 3:

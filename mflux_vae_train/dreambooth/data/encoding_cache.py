@@ -21,8 +21,8 @@ from mflux_vae.weights.formats.lazy_tensor import check_numbers
 _IDS = (mx.int32, mx.uint32)
 """dtypes of token ids, which pipelines store beside floats."""
 
-VERSION = 1
-"""Version of the file contents, a part of every key."""
+VERSION = 2
+"""Version of the file contents, a part of every key. Since 2, images are converted to sRGB."""
 
 
 class EncodingCache:

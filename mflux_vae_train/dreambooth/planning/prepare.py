@@ -96,6 +96,7 @@ def prepare(
     trainable = plan_trainable(pipeline, resolved)
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
+    unused += [line for one in folders for line in one.warnings]
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
@@ -152,6 +153,7 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         wanted = resolved.num_class_images
         used = f", the first {wanted} are used" if one.present > wanted else ""
         lines.append(f"class images in {one.folder}: {one.present} present, {len(one.missing)} to generate{used}")
+        lines += one.notes
     lines += [
         f"training {run.trainable.description}",
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} images, {epochs:.4g}"

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import load_image
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.data.class_images import find_class_images
@@ -144,7 +145,7 @@ class Report:
     def _thumbnail(self, image: InstanceImage | Path) -> str:
         path = image if isinstance(image, Path) else image.path
         if path not in self._thumbnails:
-            pixels = load_image(image) if isinstance(image, Path) else image.read(image.square)
+            pixels = load_image(image, notes=ImageNotes()) if isinstance(image, Path) else image.read(image.square)
             self._thumbnails[path] = image_element(pixels, largest=THUMBNAIL_SIDE, caption=path.name)
         return self._thumbnails[path]
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mflux_vae.errors import ImageError
+from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, scan
 from mflux_vae.images import EXTENSIONS, load_image
 from mflux_vae.utils.text_files import parse_json, read_text
@@ -73,6 +74,7 @@ class Files:
     def __init__(self, paths: Sequence[Path], *, size: int, channels: int, starts: np.ndarray | None = None) -> None:
         self.paths, self.size, self.channels, self.starts = paths, size, channels, starts
         self.bad: set[int] = set()
+        self._notes = ImageNotes()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -82,7 +84,9 @@ class Files:
         if index in self.bad:
             raise UnreadableFile(f"{path} cannot be read")
         try:
-            return to_channels(load_image(path, resolution=self.size), self.channels)
+            picture = load_image(path, resolution=self.size, notes=self._notes)
+            self._notes.log_first(logger)
+            return to_channels(picture, self.channels)
         except ImageError as error:
             self.bad.add(index)
             if len(self.bad) <= MAX_NAMED:

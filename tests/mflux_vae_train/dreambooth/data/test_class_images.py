@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import image_text, load_image, save_image
@@ -36,7 +40,7 @@ def test_images_differ_and_carry_their_prompt(tmp_path):
     images = load_all(tmp_path)
     assert list(images) == [f"class-{index:05d}.png" for index in range(6)]
     assert len({image.tobytes() for image in images.values()}) == 6
-    assert image_text(tmp_path / "class-00000.png") == {"prompt": PROMPT}
+    assert image_text(tmp_path / "class-00000.png") == {class_images.PROMPT_KEY: PROMPT}
 
 
 def test_resumed_generation_is_identical(tmp_path):
@@ -75,6 +79,38 @@ def test_images_of_another_class_are_rejected(tmp_path):
     generate(tmp_path, [0], prompt="a photo of a cat")
     with pytest.raises(SettingsError, match="a cat"):
         class_images.check_class_images(tmp_path, PROMPT)
+
+
+def test_images_of_earlier_versions_are_judged(tmp_path):
+    save_image(tmp_path / "class-00003.png", np.zeros((16, 16, 3), np.uint8), text={"prompt": "a photo of a cat"})
+    with pytest.raises(SettingsError, match="a cat"):
+        class_images.check_class_images(tmp_path, PROMPT)
+
+
+@pytest.mark.parametrize("name", ["ComfyUI_00001_.png", "class-00000.png"])
+def test_images_of_other_programs_are_not_judged(tmp_path, name):
+    """ComfyUI stores the graph of an image as `prompt` and `workflow`, Automatic1111 its prompt as `parameters`."""
+    texts = PngInfo()
+    texts.add_text("prompt", json.dumps({"3": {"class_type": "KSampler", "inputs": {"text": "a cat" * 900}}}))
+    texts.add_text("workflow", "{}")
+    Image.new("RGB", (16, 16)).save(tmp_path / name, pnginfo=texts)
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.jpg", comment="prompt")
+    assert len(class_images.check_class_images(tmp_path, PROMPT)) == 2
+
+
+@pytest.mark.parametrize("add", ["add_text", "add_itxt"])
+def test_one_text_named_prompt_is_not_enough(tmp_path, add):
+    texts = PngInfo()
+    getattr(texts, add)("prompt", "a photo of a cat")
+    Image.new("RGB", (16, 16)).save(tmp_path / f"{add}.png", pnginfo=texts)
+    assert class_images.check_class_images(tmp_path, PROMPT) == [tmp_path / f"{add}.png"]
+
+
+def test_long_prompts_are_shortened_in_the_error(tmp_path):
+    generate(tmp_path, [0], prompt="a photo of a cat " * 300)
+    with pytest.raises(SettingsError, match="a photo of a cat") as error:
+        class_images.check_class_images(tmp_path, PROMPT)
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
 
 
 def test_missing_folder_has_no_images(tmp_path):

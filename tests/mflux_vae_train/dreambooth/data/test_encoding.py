@@ -67,7 +67,9 @@ def test_batches_have_one_shape(instance_dir):
 
 def test_reading_is_at_most_one_batch_ahead(instance_dir, monkeypatch):
     read = []
-    monkeypatch.setattr(encoding, "load_image", lambda path: read.append(path) or np.zeros((600, 600, 3), np.uint8))
+    monkeypatch.setattr(
+        encoding, "load_image", lambda path, **_: read.append(path) or np.zeros((600, 600, 3), np.uint8)
+    )
     pictures = crops_of(instance_dir) * 3
     at_encoding = []
 
