@@ -84,6 +84,47 @@ class SupportsPromptLimit(Protocol):
     prompt_limit: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptTokens:
+    """How a tokenizer reads a prompt.
+
+    Attributes:
+        ids: tokens that the text encoder receives, special tokens included.
+        count: number of tokens of the whole prompt, special tokens included.
+        limit: number of tokens that are read.
+        end: number of characters that are read.
+        unknown: (start, end) of each part of the prompt that the vocabulary lacks.
+    """
+
+    ids: tuple[int, ...]
+    count: int
+    limit: int
+    end: int
+    unknown: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_cut(self) -> bool:
+        return self.count > self.limit
+
+
+@runtime_checkable
+class SupportsPromptInspection(Protocol):
+    """A pipeline that shows how its tokenizers read prompts."""
+
+    def inspect_prompts(
+        self, prompts: Sequence[str], *, limit: int | None = None
+    ) -> Mapping[str, Sequence[PromptTokens]] | None:
+        """The tokens of each prompt, by the text encoder's name for messages.
+
+        Args:
+            limit: as `SupportsPromptLimit.prompt_limit`.
+
+        Returns:
+            None if the tokenizers would have to be downloaded for it.
+        """
+        ...
+
+
 @runtime_checkable
 class SupportsTextEncoderTraining(Protocol):
     """A pipeline with text encoders that can be trained beside the denoiser.

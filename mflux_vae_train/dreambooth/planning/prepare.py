@@ -34,11 +34,17 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
     fit_batch_size,
     workload,
 )
+from mflux_vae_train.dreambooth.planning.prompt_checks import check_prompts, prompts_of, syntax_warnings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import ABANDONED, RESUMABLE_CHANGES, RunFolder
 from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
 from mflux_vae_train.fingerprint import settings_identity, weights_hash
-from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsMemoryControl, Use
+from mflux_vae_train.pipelines.capabilities import (
+    SupportsEncodingCache,
+    SupportsMemoryControl,
+    SupportsPromptInspection,
+    Use,
+)
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 NEGLIGIBLE = 0.1
@@ -97,7 +103,8 @@ def prepare(
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
     unused += [line for one in folders for line in one.warnings]
-    resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
+    syntax = syntax_warnings(prompts_of(resolved, dataset))
+    resolved = replace(resolved, warnings=(*resolved.warnings, *unused, *syntax))
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
 
@@ -122,6 +129,7 @@ def prepare(
     found = status(ignored=NEEDS_WEIGHTS)
     if not found.complete:
         announce()
+    token_lines = None if found.complete else check_prompts(pipeline, resolved, dataset)
     if not resolved.dry_run or folder.identity.exists():  # reading all weights is long, for a dry run
         identity |= _weights_identity(pipeline)
         late = {name: identity[name] for name in NEEDS_WEIGHTS & identity.keys()}
@@ -129,7 +137,13 @@ def prepare(
             was_complete, found = found.complete, status()
             if was_complete:
                 announce()
-    resolved = replace(resolved, warnings=(*resolved.warnings, *_resume_warnings(resolved, found, folder)))
+    if token_lines is None and not found.complete and not resolved.dry_run:
+        token_lines = check_prompts(pipeline, resolved, dataset)  # the tokenizers are there now
+    if token_lines is None and isinstance(pipeline, SupportsPromptInspection):
+        unread = "whether prompts are cut is not known before the tokenizers are downloaded"
+        resolved = replace(resolved, notes=(*resolved.notes, unread))
+    more = (*(token_lines or ()), *_resume_warnings(resolved, found, folder))
+    resolved = replace(resolved, warnings=(*resolved.warnings, *more))
     return Preparation(
         resolved=resolved,
         dataset=dataset,

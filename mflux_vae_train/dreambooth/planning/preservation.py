@@ -26,11 +26,13 @@ class Preservation:
     Attributes:
         concepts: with class prompts and folders of class images, each None where `kind` does not use it.
         notes: reasons, one line each.
+        warnings: why it is off although nobody turned it off.
     """
 
     kind: Kind
     concepts: tuple[Concept, ...]
     notes: list[str]
+    warnings: tuple[str, ...] = ()
 
 
 def resolve_preservation(settings: DreamBoothSettings) -> Preservation:
@@ -46,8 +48,8 @@ def resolve_preservation(settings: DreamBoothSettings) -> Preservation:
     for one in settings.subjects:
         prompt, reason = (one.class_prompt, "") if one.class_prompt else derive_class_prompt(one.instance_prompt)
         if prompt is None and requested is None:
-            note = f"prior preservation is off: {reason}; give --class_prompt to turn it on"
-            return Preservation(kind="none", concepts=unpreserved, notes=[note])
+            line = f"prior preservation is off: {reason}; give --class_prompt to turn it on"
+            return Preservation(kind="none", concepts=unpreserved, notes=[], warnings=(line,))
         if prompt is None:
             flag = "--with_prior_preservation" if settings.prior_preservation is None else "--prior_preservation"
             raise SettingsError(f"{flag} needs --class_prompt: {reason}")

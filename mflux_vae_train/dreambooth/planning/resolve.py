@@ -12,6 +12,7 @@ from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.dreambooth.optimization.optimizer import TEXT_ENCODER_SHARE, default_rate, finds_rate
 from mflux_vae_train.dreambooth.planning.config_warnings import config_warnings
 from mflux_vae_train.dreambooth.planning.preservation import DOP_WEIGHT, Kind, resolve_preservation
+from mflux_vae_train.dreambooth.planning.prompt_checks import fill_placeholders
 from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
@@ -72,8 +73,10 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
     """Answer what is open. ``--train_batch_size auto`` becomes 1; `memory_estimate.fit_batch_size` raises it.
 
     Raises:
-        SettingsError: prior preservation is requested without a class prompt, or a tracker is not installed.
+        SettingsError: prior preservation is requested without a class prompt, a prompt has a placeholder of another
+            tool, or a tracker is not installed.
     """
+    settings, replaced = fill_placeholders(settings)
     samples, per_update = _samples(settings, dataset.samples_per_epoch)
     updates = -(-samples // per_update)
     preservation = resolve_preservation(settings)
@@ -129,7 +132,7 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
         sampling=_sampling(settings, recommended),
         trackers=tuple(trackers.requested_trackers(settings.report_to)),
         notes=tuple(notes),
-        warnings=(*dataset.warnings, *warnings),
+        warnings=(*dataset.warnings, *preservation.warnings, *replaced, *warnings),
     )
 
 

@@ -80,6 +80,7 @@ class Report:
             ("previews", "Previews", self._preview_section(), "Each row starts from the same noise."),
             ("curves", "Training curves", charts(records, resolved.max_grad_norm, total), ""),
             ("data", "Training images", self._data_section(), ""),
+            ("unused", "Not used", _list(resolved.warnings), "Ignored, cut, changed or unusual."),
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]
@@ -187,6 +188,10 @@ def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> l
         ("Images", format_number(speed), "per second"),
         ("Memory", f"{max(record.get('memory_gb', 0.0) for record in records):.2f} GB", "peak"),
     ]
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul class='lines'>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _row(label: str, images: Sequence[str], *, css_class: str = "time") -> str:

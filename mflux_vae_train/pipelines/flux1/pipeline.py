@@ -13,7 +13,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.pretrained.hub import cache_folder
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
-from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
+from mflux_vae_train.pipelines.capabilities import KohyaNaming, PromptTokens, Use
 from mflux_vae_train.pipelines.flow.predict import normal, predict
 from mflux_vae_train.pipelines.flow.sample import decode, sample
 from mflux_vae_train.pipelines.flux1 import folder as folders
@@ -248,6 +248,16 @@ class FluxPipeline:
     @prompt_limit.setter
     def prompt_limit(self, tokens: int | None) -> None:
         self.prompts.limit = tokens
+
+    # capabilities.SupportsPromptInspection
+
+    def inspect_prompts(
+        self, prompts: Sequence[str], *, limit: int | None = None
+    ) -> Mapping[str, Sequence[PromptTokens]] | None:
+        """See `FluxPrompts.inspect`."""
+        if self._snapshot is not None and not self._snapshot.is_cached():
+            return None
+        return self.prompts.inspect(prompts, limit)
 
     # capabilities.SupportsTextEncoderTraining
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mflux_vae.runtime.threads import thread_safe
+from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
@@ -87,6 +88,15 @@ class FluxPrompts:
             self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
             mx.eval(self._empty)  # another thread may need it
         return encoded
+
+    @thread_safe
+    def inspect(self, prompts: Sequence[str], limit: int | None) -> dict[str, list[PromptTokens]]:
+        """What CLIP and T5 read of each prompt, with at most `limit` tokens for T5."""
+        length = min(self.tokens, limit or self.tokens)
+        return {
+            "CLIP": self._clip_tokenizer.get().inspect(prompts),
+            "T5": self._t5_tokenizer.get().inspect(prompts, length),
+        }
 
     def finish(self, conditioning: Conditioning) -> dict[str, mx.array]:
         """Replace `clip_tokens` by CLIP's output, differentiable in its weights."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.utils.text_files import parse_json, read_text
+from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ class Tokenizer:
         vocab_size: number of ids, special tokens included.
         max_length: the folder's `model_max_length`; None if it has none.
         pad_id: id that fills short rows.
+        unknown_id: id of text that the vocabulary lacks; None if there is none.
     """
 
-    def __init__(self, backend: Backend, *, pad_id: int, max_length: int | None):
+    def __init__(self, backend: Backend, *, pad_id: int, max_length: int | None, unknown_id: int | None = None):
         backend.no_padding()
         self._backend = backend
         self._fixed = backend.num_special_tokens_to_add(False)
         self.pad_id = pad_id
+        self.unknown_id = unknown_id
         self.max_length = max_length
         self.vocab_size: int = backend.get_vocab_size()
 
@@ -53,11 +56,7 @@ class Tokenizer:
         Raises:
             SettingsError: `max_length` leaves no room for the special tokens, or is needed and missing.
         """
-        length = self.max_length if max_length is None else max_length
-        if length is None:
-            raise SettingsError("the tokenizer has no model_max_length: give max_length")
-        if length < max(self._fixed, 1):
-            raise SettingsError(f"max_length is {length}; the special tokens alone take {self._fixed}")
+        length = self._length(max_length)
         self._backend.enable_truncation(length)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = np.full((len(prompts), length), self.pad_id, np.int32)
@@ -65,6 +64,36 @@ class Tokenizer:
             found = self._backend.encode(prompt).ids
             row[: len(found)] = found
         return mx.array(ids)
+
+    def inspect(self, prompts: Sequence[str], max_length: int | None = None) -> list[PromptTokens]:
+        """What `encode` reads of each prompt; arguments and errors as there."""
+        length = self._length(max_length)
+        found = []
+        for prompt in prompts:
+            self._backend.no_truncation()
+            whole = self._backend.encode(prompt)
+            self._backend.enable_truncation(length)
+            read = self._backend.encode(prompt)
+            special = zip(read.offsets, read.special_tokens_mask, strict=True)
+            places = zip(whole.ids, whole.offsets, whole.special_tokens_mask, strict=True)
+            found.append(
+                PromptTokens(
+                    ids=tuple(read.ids),
+                    count=len(whole.ids),
+                    limit=length,
+                    end=max((end for (_, end), is_special in special if not is_special), default=0),
+                    unknown=tuple(span for one, span, mark in places if one == self.unknown_id and not mark),
+                )
+            )
+        return found
+
+    def _length(self, max_length: int | None) -> int:
+        length = self.max_length if max_length is None else max_length
+        if length is None:
+            raise SettingsError("the tokenizer has no model_max_length: give max_length")
+        if length < max(self._fixed, 1):
+            raise SettingsError(f"max_length is {length}; the special tokens alone take {self._fixed}")
+        return length
 
 
 class LazyTokenizer(Lazy[Tokenizer]):
@@ -123,7 +152,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise WeightsError(f"{folder}: pad_token {pad!r} of tokenizer_config.json is not in the vocabulary")
     length = settings.get("model_max_length")
     max_length = int(length) if isinstance(length, int | float) and 0 < length <= _LONGEST else None
-    return Tokenizer(backend, pad_id=pad_id, max_length=max_length)
+    unknown = _content(settings.get("unk_token"))
+    unknown_id = None if unknown is None else backend.token_to_id(unknown)
+    return Tokenizer(backend, pad_id=pad_id, max_length=max_length, unknown_id=unknown_id)
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: str, eos: str, unk: str) -> Backend:

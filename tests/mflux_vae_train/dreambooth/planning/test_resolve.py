@@ -91,7 +91,7 @@ def test_prior_preservation_is_on_with_a_class_prompt():
 def test_prior_preservation_is_off_without_a_class_prompt():
     run = resolved("a photo of xyz")
     assert run.with_prior_preservation is False and run.class_prompt is None
-    assert any("prior preservation is off: no class word follows" in note for note in run.notes)
+    assert any("prior preservation is off: no class word follows" in line for line in run.warnings)
 
 
 def test_prior_preservation_needs_a_class_prompt():

@@ -35,6 +35,7 @@ def out(tmp_path_factory):
         save_image(folder / "instance" / f"picture-{index}.png", subject(index))
     save_image(folder / "instance" / "x<b>&y.png", subject(7))
     (folder / "instance" / "x<b>&y.txt").write_text(f"a sks dog {EVIL}", encoding="utf-8")
+    (folder / "instance" / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     train(folder / "instance", folder / "out")
     return folder / "out"
 
@@ -80,6 +81,15 @@ def test_page_loads_nothing_and_escapes_text(out):
     assert len(page.of("script")) == len(scripts) and not any("alert" in text for text in scripts)
     assert f"a photo of sks dog {EVIL}" in page.text() and "x<b>&y.png" in page.text()
     assert not {path.name for path in out.iterdir() if "partial" in path.name}
+
+
+def test_page_lists_what_is_not_used(out):
+    log = (out / "train.log").read_text(encoding="utf-8").splitlines()
+    warnings = [line.partition(" WARNING ")[2] for line in log if " WARNING " in line]
+    shown = [text for tag, text in page_of(out).texts if tag == "li"]
+    assert {*warnings} <= {*shown}
+    for word in ("photo.HEIC", "5 of 6 images have no caption"):
+        assert sum(word in line for line in warnings) == 1
 
 
 def test_page_has_all_previews_and_training_images(out):
