@@ -14,8 +14,11 @@ The contract:
 - `train` returns a `TrainingResult` with the path of the adapter, in PEFT's naming under the pipeline's
   `adapter_prefix`. Called again with the same settings it continues an interrupted run.
 - Wrong input raises `InputError`, a failure `RunError`; both are subclasses of `DreamBooth.Error`, with messages of one
-  line. SIGINT and SIGTERM save a checkpoint and raise `Interrupted`, a KeyboardInterrupt.
-- The logger ``mflux_vae_train`` receives all messages. Only a progress bar is printed, and only on a terminal.
+  line. SIGINT and SIGTERM save a checkpoint and raise `Interrupted`, a KeyboardInterrupt and no `DreamBooth.Error`.
+- ``train(settings, on_progress=...)`` calls a function with a `monitoring.progress.Progress`: phase, update, total,
+  loss, seconds left.
+- The loggers ``mflux_vae_train`` and ``mflux_vae`` receive all messages; ``logging.basicConfig(level=logging.INFO)``
+  shows them. Without any logging, warnings go to standard error. A progress bar is printed only on a terminal.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,20 @@ class Precomputed:
 
 
 def precompute(
-    pipeline: DiffusionPipeline, run: Preparation, default_folder: Path, processes: ProcessGroup = SINGLE
+    pipeline: DiffusionPipeline,
+    run: Preparation,
+    default_folder: Path,
+    processes: ProcessGroup = SINGLE,
+    begin: Callable[[str], object] = lambda phase: None,
 ) -> Precomputed:
     """Encode prompts and images, and generate the missing class images.
 
     Args:
         default_folder: for encodings, without ``--encodings_dir``.
         processes: share the work. The main process reads and writes all files.
+        begin: called with the name of each phase, see `Progress`.
     """
+    begin("text encoding")
     resolved = run.resolved
     cache = open_cache(pipeline, Path(resolved.encodings_dir or default_folder), processes)
     captions = [one.caption for one in run.dataset.images]
@@ -56,7 +62,10 @@ def precompute(
     all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]
     prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
     release(pipeline, "prompts")
+    if any(one.missing for one in run.class_folders):
+        begin("class images")
     class_images = _class_images(pipeline, run, prompts, processes)
+    begin("latents")
     dataset = encode_dataset(
         pipeline,
         run.dataset.images,

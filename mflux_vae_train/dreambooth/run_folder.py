@@ -132,8 +132,10 @@ def log_to_file(path: Path) -> Iterator[None]:
     package = logging.getLogger("mflux_vae_train")
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = package.level
-    package.addHandler(handler)
+    level, propagate, host = package.level, package.propagate, _ToHost(package)
+    for one in (handler, host):
+        package.addHandler(one)
+    package.propagate = False
     package.setLevel(min(package.getEffectiveLevel(), logging.INFO))
     try:
         yield
@@ -145,8 +147,24 @@ def log_to_file(path: Path) -> Iterator[None]:
         raise
     finally:
         package.setLevel(level)
-        package.removeHandler(handler)
+        package.propagate = propagate
+        for one in (handler, host):
+            package.removeHandler(one)
         handler.close()
+
+
+class _ToHost(logging.Handler):
+    """Passes a logger's records on as before: from the level of its host on, and if there is no handler, warnings."""
+
+    def __init__(self, package: logging.Logger) -> None:
+        super().__init__(package.getEffectiveLevel())
+        handled = package.hasHandlers()
+        self._parent = package.parent if package.propagate and package.parent is not None else None
+        self._passes = self._parent is not None and (self._parent.hasHandlers() or not handled)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._passes and self._parent is not None:
+            self._parent.callHandlers(record)
 
 
 class _LogFile(logging.FileHandler):

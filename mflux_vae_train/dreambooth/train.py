@@ -45,9 +45,10 @@ from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.dreambooth.run_status import TO_GENERATE
+from mflux_vae_train.monitoring.progress import OnProgress, Progress
 from mflux_vae_train.pipelines.checks import check_pipeline
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-from mflux_vae_train.training.hooks import every, read_metrics
+from mflux_vae_train.training.hooks import Record, every, read_metrics
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Arrays, Loss, MicroBatch, Step
@@ -88,19 +89,30 @@ class DreamBooth:
         check_pipeline(pipeline, f"a {type(pipeline).__name__} cannot be trained")
         self.pipeline = pipeline
 
-    def train(self, settings: DreamBoothSettings) -> TrainingResult:
+    def train(self, settings: DreamBoothSettings, on_progress: OnProgress | None = None) -> TrainingResult:
         """Train, or continue an interrupted run of the same settings.
 
         Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. A dry run, or a
         run that was complete before, leaves the pipeline unchanged.
 
+        Ctrl-C (SIGINT) and SIGTERM finish the update, save a checkpoint and raise `Interrupted`. It is a
+        KeyboardInterrupt and not an `Error`, so `except DreamBooth.Error` does not catch it; the same call continues
+        the run. A second Ctrl-C ends the process. Python handles signals in the main thread only: to stop a run in
+        another thread, raise an exception in `on_progress`.
+
+        Args:
+            on_progress: called with a `Progress` at the start of each phase and after each update, in the main
+                process and the calling thread; not for a dry run. An exception that it raises after an update saves a
+                checkpoint, ends the run, and is raised by `train`.
+
         Raises:
             InputError: settings, images or output folder cannot be used; raised before anything long starts.
             TrainingError: the loss is not finite, nothing is learned, a checkpoint is broken, or a disk is full.
-            Interrupted: a signal arrived; finished work is kept, and updates are in a checkpoint.
+            Interrupted: a signal arrived, see above.
         """
         folder = RunFolder(Path(settings.output_dir))
         processes = process_group.join()
+        report = on_progress if on_progress is not None and processes.is_main else lambda progress: None
         if settings.dry_run:
             with processes:
                 run = prepare(self.pipeline, settings, folder, processes=processes)
@@ -117,6 +129,8 @@ class DreamBooth:
             if run.status.complete:
                 _log(summary(self.pipeline, run, folder, processes))
                 result = result_path(self.pipeline, run.resolved.train_mode, folder)
+                updates = run.resolved.plan.updates
+                report(Progress(phase="finished", update=updates, total=updates, eta=0.0))
                 return TrainingResult(result=result, updates=0)
             if lock is not None:
                 run_folder.claim(folder, lock)
@@ -124,16 +138,21 @@ class DreamBooth:
                 with run_folder.log_to_file(folder.log) if processes.is_main else nullcontext():
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
                     pipeline_features.apply(self.pipeline, run.resolved)
-                    return _train(self.pipeline, run, folder, processes)
+                    return _train(self.pipeline, run, folder, processes, report)
             except OSError as error:
                 raise TrainingError(f"{error}; repeat the command to continue when it can be written again") from error
 
 
-def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, processes: ProcessGroup) -> TrainingResult:
+def _train(
+    pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, processes: ProcessGroup, report: OnProgress
+) -> TrainingResult:
     began = time.monotonic()
     resolved, plan = run.resolved, run.resolved.plan
 
-    precomputed = precompute(pipeline, run, folder.encodings, processes)
+    def begin(phase: str) -> None:
+        report(Progress(phase=phase, update=run.status.update, total=plan.updates))
+
+    precomputed = precompute(pipeline, run, folder.encodings, processes, begin)
     mx.clear_cache()
 
     # model, optimizer, loss
@@ -200,14 +219,24 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
 
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
+    begin("training")
     with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as monitor:
+
+        def report_update(record: Record) -> None:
+            loss, eta = record.metrics["loss"], monitor.pace.left(record.update)
+            try:
+                report(Progress(phase="training", update=record.update, total=record.total, loss=loss, eta=eta))
+            except BaseException:
+                save_checkpoint(record.update)
+                raise
+
         fit(
             step=lambda update, batches, rate: loss_by_noise.bin_means(step(update, batches, rate)),
             batches=batches,
             learning_rate=schedule,
             total=plan.updates,
             start=start,
-            observers=[*monitor.observers, compare_first_update(run.estimate)],
+            observers=[*monitor.observers, compare_first_update(run.estimate), report_update],
             hooks=[
                 LearningCheck(*trained.values()),
                 monitor.pace.timed_every(resolved.checkpointing_steps, lambda record: save_checkpoint(record.update)),
@@ -233,6 +262,7 @@ def _train(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pro
     peak = size_text(mx.get_peak_memory())
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
+    report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
     return TrainingResult(result=result, updates=plan.updates - start)
 
 

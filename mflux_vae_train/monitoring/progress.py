@@ -7,7 +7,9 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TypeAlias
 
 from mflux_vae_train.training.hooks import Hook, Record, every
 
@@ -83,6 +85,28 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {hours} h"
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a host's progress callback receives.
+
+    Attributes:
+        phase: "text encoding", "class images", "latents", "training" or "finished", in this order.
+        update: number of updates made.
+        total: number of updates of the run.
+        loss: of the last update; None before the first one.
+        eta: seconds to the end of the run; None until updates are measured.
+    """
+
+    phase: str
+    update: int
+    total: int
+    loss: float | None = None
+    eta: float | None = None
+
+
+OnProgress: TypeAlias = Callable[[Progress], object]
 
 
 class ProgressBar:

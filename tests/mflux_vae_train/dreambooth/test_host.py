@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
 from mflux_vae_train import plugin as plugin_module
+from mflux_vae_train.monitoring.progress import Progress
+from mflux_vae_train.plugin import DreamBooth, Interrupted
 from tests.contracts.fake import FakePipeline
 
 
@@ -65,3 +70,62 @@ def test_public_names_of_the_plugin():
         "TrainingResult",
     ]
     assert all(hasattr(plugin_module, name) for name in plugin_module.__all__)
+
+
+def test_a_host_receives_the_progress(short_run):
+    seen: list[Progress] = []
+    DreamBooth(FakePipeline()).train(short_run(num_class_images=2, max_train_steps=3), seen.append)
+    phases = list(dict.fromkeys(one.phase for one in seen))
+    assert phases == ["text encoding", "class images", "latents", "training", "finished"]
+    updates = [one for one in seen if one.loss is not None]
+    assert [one.update for one in updates] == [1, 2, 3] and all(one.total == 3 for one in seen)
+    assert all(one.phase == "training" and one.loss > 0 and one.eta is not None for one in updates)
+    again: list[Progress] = []
+    DreamBooth(FakePipeline()).train(short_run(num_class_images=2, max_train_steps=3), on_progress=again.append)
+    assert [(one.phase, one.update) for one in again] == [("finished", 3)]
+
+
+def test_a_host_stops_a_run_by_an_exception(short_run):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(progress: Progress) -> None:
+        if progress.phase == "training" and progress.update == 2:
+            raise Cancelled
+
+    run = short_run(prior_preservation="none", max_train_steps=4)
+    with pytest.raises(Cancelled):
+        DreamBooth(FakePipeline()).train(run, cancel)
+    seen: list[Progress] = []
+    assert DreamBooth(FakePipeline()).train(run, seen.append).updates == 2
+    assert seen[0].update == 2 and not issubclass(Interrupted, DreamBooth.Error)
+    assert issubclass(Interrupted, KeyboardInterrupt) and "KeyboardInterrupt" in (DreamBooth.train.__doc__ or "")
+
+
+SILENT_HOST = """
+import sys
+{logging}
+from mflux_vae_train.dreambooth.train import DreamBooth
+from tests.contracts.fake import FakePipeline
+settings = DreamBooth.Settings(
+    model="host", instance_data_dir=sys.argv[1], instance_prompt="a photo of sks dog", output_dir=sys.argv[2],
+    max_train_steps=2, num_validation_images=0, prior_preservation="none", guidance=77.0,
+)
+DreamBooth(FakePipeline()).train(settings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "infos"),
+    [("", 0), ("import logging; logging.basicConfig()", 0), ("import logging; logging.basicConfig(level=20)", 1)],
+)
+def test_a_host_sees_each_message_once_from_its_level_on(code, infos, instance_dir, tmp_path):
+    command = [sys.executable, "-c", SILENT_HOST.format(logging=code), str(instance_dir), str(tmp_path / "out")]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr.count("--guidance is 77") == 1
+    assert done.stderr.count("updates of 4 x 1") == infos
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(set(lines))
+    assert "updates of 4 x 1" in (tmp_path / "out" / "train.log").read_text()
