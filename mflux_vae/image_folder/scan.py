@@ -172,12 +172,15 @@ class ImageFolder:
         return f"{count_text(count, 'image')} in subfolders ({first_few([_quoted(one) for one in names], 2)}): {cure}"
 
 
-def scan(folder: str | Path, *, recursive: bool = False, find_twins: bool = False) -> ImageFolder:
+def scan(
+    folder: str | Path, *, recursive: bool = False, trust_extensions: bool = False, find_twins: bool = False
+) -> ImageFolder:
     """Sort the entries of a folder.
 
     Args:
-        recursive: the caller scans `subfolders`, too. Then the extensions of `EXTENSIONS` are trusted, as reading the
-            first bytes of a million files takes minutes; otherwise content decides what is an image.
+        recursive: the caller scans `subfolders`, too.
+        trust_extensions: files with an extension of `EXTENSIONS` are images; otherwise content decides, and reading
+            the first bytes of a million files takes minutes.
         find_twins: grey images beside a colour image of the same name, such as a.png beside a.jpg, are not used.
 
     Raises:
@@ -189,10 +192,10 @@ def scan(folder: str | Path, *, recursive: bool = False, find_twins: bool = Fals
         raise ImageError(f"{folder} {missing(folder, f'{what}; give a folder of images')}")
     unused: dict[Reason, list[str]] = defaultdict(list)
     lists: dict[str, list[str]] = {"image": [], "text": [], "folder": []}
-    for name, kind in _kinds(folder, trust_extension=recursive).items():
+    for name, kind in _kinds(folder, recursive=recursive, trust=trust_extensions).items():
         (unused[kind] if isinstance(kind, Reason) else lists[kind]).append(name)
     folders = lists["folder"]
-    masks, images = _take_masks(folder, sorted(lists["image"]), folders, unused, trust_extension=recursive)
+    masks, images = _take_masks(folder, sorted(lists["image"]), folders, unused, trust=trust_extensions)
     if find_twins:
         images = _without_twins(folder, images, unused)
         kept = {image: name for image, name in masks.items() if image in images}
@@ -243,16 +246,16 @@ class _Index:
         return self._exact.get(name) or self._loose.get(match_key(name)) or []
 
 
-def _kinds(folder: Path, *, trust_extension: bool) -> dict[str, Reason | str]:
+def _kinds(folder: Path, *, recursive: bool = False, trust: bool) -> dict[str, Reason | str]:
     """What each entry of a folder is, see `_kind`."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: _kind(entry, trust_extension=trust_extension) for entry in entries}
+            return {entry.name: _kind(entry, recursive=recursive, trust=trust) for entry in entries}
     except OSError as error:
         raise ImageError(f"{folder} cannot be read ({error.strerror})") from error
 
 
-def _kind(entry: os.DirEntry[str], *, trust_extension: bool) -> Reason | str:
+def _kind(entry: os.DirEntry[str], *, recursive: bool, trust: bool) -> Reason | str:
     """ "image", "text", "folder", or the reason why an entry is not used."""
     name = entry.name
     suffix = os.path.splitext(name)[1].lower()
@@ -261,16 +264,16 @@ def _kind(entry: os.DirEntry[str], *, trust_extension: bool) -> Reason | str:
     if entry.is_dir():
         if _is_junk(name):
             return JUNK
-        return LINKED_FOLDER if trust_extension and entry.is_symlink() else "folder"
+        return LINKED_FOLDER if recursive and entry.is_symlink() else "folder"
     if not entry.is_file():
         return NO_FILE
-    if name.startswith("._") or (_is_junk(name) and (trust_extension or suffix not in EXTENSIONS)):
+    if name.startswith("._") or (_is_junk(name) and (trust or suffix not in EXTENSIONS)):
         return JUNK
     if name.endswith("~") or suffix in _PARTIAL:
         return PARTIAL
     if suffix in _TEXT:
         return "text"
-    if trust_extension and suffix in EXTENSIONS:
+    if trust and suffix in EXTENSIONS:
         return "image"
     try:
         found = image_format(entry.path) or _FORMATS.get(suffix)
@@ -292,7 +295,7 @@ def _is_junk(name: str) -> bool:
 
 
 def _take_masks(
-    folder: Path, images: list[str], folders: list[str], unused: dict[Reason, list[str]], *, trust_extension: bool
+    folder: Path, images: list[str], folders: list[str], unused: dict[Reason, list[str]], *, trust: bool
 ) -> tuple[dict[str, str], list[str]]:
     """The mask of each image that has one, and the images without masks. Removes a folder of masks from `folders`."""
     found = {name: match for name in images if (match := _MASK.fullmatch(Path(name).stem))}
@@ -311,7 +314,7 @@ def _take_masks(
         index = _Index(kept)
     candidates = [(match["name"] or match["first"], name) for name, match in found.items()]
     for below in inside:
-        kinds = _kinds(folder / below, trust_extension=trust_extension)
+        kinds = _kinds(folder / below, trust=trust)
         names = [name for name, kind in kinds.items() if kind == "image"]
         if any(index.by_name(Path(name).stem) for name in names):
             folders.remove(below)

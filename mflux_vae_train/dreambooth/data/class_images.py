@@ -20,6 +20,7 @@ from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
 from mflux_vae.images import load_image, save_image, to_pictures
 from mflux_vae.utils.formatting import shortened
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -85,6 +86,8 @@ def scan_class_folders(
             if concept.class_data_dir is None or concept.class_prompt is None:
                 continue
             folder, prompt = Path(concept.class_data_dir), concept.class_prompt
+            if reason := missing(folder, ""):
+                raise SettingsError(f"--class_data_dir {folder} {reason}")
             if folder.exists() and not folder.is_dir():
                 raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
             if folder in found and found[folder]["prompt"] != prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import count_text, first_few
@@ -44,9 +44,11 @@ def adapt_captions(captions: Captions, instance_prompt: str) -> tuple[dict[str, 
     ]
     images = [image for image in texts if image in captions.captioned]
     if identifier and (lacking := [image for image in images if not contains(texts[image], identifier)]):
+        found = Counter(other for image in lacking if (other := identifier_of(texts[image])))
+        instead = f" (they have {found.most_common(1)[0][0]!r})" if found else ""
         lines.append(
             f"{identifier!r} of --instance_prompt is missing in {len(lacking)} of"
-            f" {count_text(len(images), 'caption')} ({first_few(lacking)}): these images do not teach it"
+            f" {count_text(len(images), 'caption')} ({first_few(lacking)}): these images do not teach it{instead}"
         )
     return texts, lines
 

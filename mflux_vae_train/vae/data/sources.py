@@ -21,6 +21,7 @@ from mflux_vae.errors import ImageError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, scan
 from mflux_vae.images import EXTENSIONS, load_image
+from mflux_vae.utils.formatting import count_text, first_few
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.safe_reading import BROKEN
 
@@ -34,6 +35,9 @@ _MAX_RATIO, _ALWAYS_ALLOWED = 100, 2**26
 
 MAX_FOLDERS = 2
 """Folders whose unused entries a warning names."""
+
+MAX_INSPECTED = 10_000
+"""Images whose content is inspected when folders are listed; the extensions of further ones are trusted."""
 
 MAX_NAMED = 5
 """Unreadable files that warnings name."""
@@ -125,14 +129,12 @@ def folder(path: str | Path, *, size: int, channels: int) -> Files:
         ImageError: the folder does not exist or contains no images.
     """
     root = _folder(path)
-    unused: list[ImageFolder] = []
-    paths = Paths(root, _images_below(root, unused))
-    text = "; ".join(f"{one.folder}: {one.unused_text()}" for one in unused[:MAX_FOLDERS])
+    found = _Folders(root)
+    paths = Paths(root, found.images_below())
     if not len(paths):
+        text = found.unused_text()
         raise ImageError(f"{path}: contains no images; allowed are {', '.join(EXTENSIONS)}{'; ' * bool(text)}{text}")
-    if text:
-        more = f"; and in {len(unused) - MAX_FOLDERS} more folders" if len(unused) > MAX_FOLDERS else ""
-        logger.warning("not used in %s%s", text, more)
+    found.warn()
     return Files(paths, size=size, channels=channels)
 
 
@@ -148,7 +150,8 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
         ImageError: the folder or list does not exist, or there are no frames.
     """
     root = _folder(path)
-    entries = _read_list(Path(video_list)) if video_list is not None else sorted(_folders(root))
+    found = _Folders(root)
+    entries = _read_list(Path(video_list)) if video_list is not None else found.videos()
     videos: dict[str, list[str]] = {}  # a list of frames may return to a video
     for entry in entries:
         videos.setdefault(str(Path(entry).parent) if _is_frame(entry) else entry, []).append(entry)
@@ -158,13 +161,13 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
         nonlocal missing
         count = 0
         for entries in videos.values():
-            existing = [_frames_of(root, entry) for entry in entries]
+            existing = [found.frames_of(entry) for entry in entries]
             missing += existing.count([])
             if any(existing):
                 starts.append(count)
-            for found in existing:
-                count += len(found)
-                yield from found
+            for names in existing:
+                count += len(names)
+                yield from names
 
     paths = Paths(root, names())
     if not len(paths):
@@ -173,19 +176,13 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
         )
     if missing:
         logger.warning("%s: %d of %d videos have no frames", path, missing, len(entries))
+    found.warn()
     return Files(paths, size=size, channels=channels, starts=np.array(starts, np.int64))
 
 
 def _is_frame(entry: str) -> bool:
     """Whether an entry of a list is a frame instead of a video."""
     return entry.lower().endswith(EXTENSIONS)
-
-
-def _frames_of(root: Path, entry: str) -> list[str]:
-    """Existing frames of an entry: of a video, or the frame itself."""
-    if _is_frame(entry):
-        return [entry] if (root / entry).is_file() else []
-    return [f"{entry}/{name}" for name in _images(root / entry)]
 
 
 def mnist(path: Path) -> list[np.ndarray]:
@@ -267,30 +264,55 @@ def _folder(path: str | Path) -> Path:
     return root
 
 
-def _images_below(root: Path, unused: list[ImageFolder], inside: str = "") -> Iterator[str]:
-    """Yield images by relative path, top down. Appends to `unused` the folders with entries that are not used."""
-    found = scan(root / inside, recursive=True)
-    yield from (os.path.join(inside, name) for name in found.images)
-    if found.unused_text():
-        unused.append(found)
-    for name in found.subfolders:
-        yield from _images_below(root, unused, os.path.join(inside, name))
+class _Folders:
+    """Scans folders below a root, and remembers what is not used in them."""
 
+    def __init__(self, root: Path) -> None:
+        self._root, self._count = root, 0
+        self._unused: list[ImageFolder] = []
 
-def _images(path: Path) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(path) if _is_image(name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    def scan(self, inside: str, *, recursive: bool = True) -> ImageFolder:
+        """A folder; the content of its files is inspected if there were at most `MAX_INSPECTED` images before."""
+        found = scan(self._root / inside, recursive=recursive, trust_extensions=self._count > MAX_INSPECTED)
+        self._count += len(found.images)
+        if found.unused_text():
+            self._unused.append(found)
+        return found
 
+    def images_below(self, inside: str = "") -> Iterator[str]:
+        """Yield images by relative path, top down."""
+        found = self.scan(inside)
+        yield from (os.path.join(inside, name) for name in found.images)
+        for name in found.subfolders:
+            yield from self.images_below(os.path.join(inside, name))
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    def videos(self) -> list[str]:
+        """Names of the folders in the root."""
+        found = self.scan("")
+        if found.images:
+            count = count_text(len(found.images), "image")
+            logger.warning("%s: %s beside the videos not used (%s)", self._root, count, first_few(found.images))
+        return list(found.subfolders)
 
+    def frames_of(self, entry: str) -> list[str]:
+        """Existing frames of an entry of a list: of a video, or the frame itself."""
+        if _is_frame(entry):
+            return [entry] if (self._root / entry).is_file() else []
+        return (
+            [f"{entry}/{name}" for name in self.scan(entry, recursive=False).images]
+            if (self._root / entry).is_dir()
+            else []
+        )
 
-def _folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    def unused_text(self) -> str:
+        """What is not used; empty if nothing."""
+        more = len(self._unused) - MAX_FOLDERS
+        text = "; ".join(f"{one.folder}: {one.unused_text()}" for one in self._unused[:MAX_FOLDERS])
+        return text + (f"; and in {more} more folders" if more > 0 else "")
+
+    def warn(self) -> None:
+        if text := self.unused_text():
+            logger.warning("not used in %s", text)
 
 
 def _read_list(path: Path) -> list[str]:
