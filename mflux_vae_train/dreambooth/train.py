@@ -48,7 +48,7 @@ from mflux_vae_train.dreambooth.run_status import TO_GENERATE
 from mflux_vae_train.monitoring.progress import OnProgress, Progress
 from mflux_vae_train.pipelines.checks import check_pipeline
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-from mflux_vae_train.training.hooks import Record, every, read_metrics
+from mflux_vae_train.training.hooks import Record, every, peak_memory, read_metrics
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Arrays, Loss, MicroBatch, Step
@@ -259,7 +259,7 @@ def _train(
     write_model_card(pipeline, resolved, folder, result)
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    peak = size_text(mx.get_peak_memory())
+    peak = size_text(peak_memory(read_metrics(folder.metrics)))
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))

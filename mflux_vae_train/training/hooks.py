@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -97,8 +97,17 @@ NONDETERMINISTIC = ("seconds", "memory_gb")
 
 
 def resource_usage(record: Record) -> dict[str, float]:
-    """Training samples of an update, and the peak memory of MLX so far (GB)."""
-    return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 3)}
+    """Training samples of an update, and the peak memory so far (GB), see `peak_memory`."""
+    return {"samples": record.samples, "memory_gb": round(mx.get_peak_memory() / GB, 6)}
+
+
+def peak_memory(records: Sequence[Mapping[str, Any]]) -> float:
+    """Peak memory of a run in bytes, as all its outputs mean it: the most that MLX allocated at a time.
+
+    MLX's cache of freed memory and the rest of the process (Python, libraries) are not counted. `records` are the
+    lines of its metrics log, which may come from earlier processes.
+    """
+    return max([mx.get_peak_memory(), *(record.get("memory_gb", 0.0) * GB for record in records)])
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -111,6 +111,8 @@ def sample(parser: ArgumentParser) -> Run:
     def run(*, num_samples: int, grid_size: int | None, latent_range: tuple[float, float], **opening: Any) -> None:
         sampler, file = _open_sampler(**opening)
         _check_at_least(1, num_samples=num_samples, **({} if grid_size is None else {"grid_size": grid_size}))
+        if grid_size is not None:
+            _check_not_of_another_model(file.with_name("latent_grid.png"), opening["model_path"])
         sampler.save_samples(sampler.sample_random(num_samples), file)
         print(file)
         if grid_size is not None:
@@ -232,7 +234,30 @@ def _open_sampler(
     _use_cpu(cpu)
     sampler = VAESampler(model_path, image_size=image_size, seed=seed)
     sampler.check(**expected)
-    return sampler, Path(outfile or f"{output_dir}/{name}.png")
+    file = Path(outfile or f"{output_dir}/{name}.png")
+    _check_not_of_another_model(file, model_path)
+    return sampler, file
+
+
+def _check_not_of_another_model(file: Path, model: str) -> None:
+    """
+    Raises:
+        SettingsError: the file exists and shows another model, or was not written by these commands.
+    """
+    if not file.exists():
+        return
+    from mflux_vae.errors import ImageError, SettingsError
+    from mflux_vae.images import image_text
+    from mflux_vae_train.vae.sampler import MODEL_KEY, model_text
+
+    try:
+        found = image_text(file).get(MODEL_KEY)
+    except ImageError:
+        found = None
+    if found == model_text(model):
+        return
+    shows = "was not written for this model" if found is None else f"shows another model, {found}"
+    raise SettingsError(f"{file} exists and {shows}; give another --output_dir or --outfile, or remove it")
 
 
 def _use_cpu(cpu: bool) -> None:

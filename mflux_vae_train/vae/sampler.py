@@ -17,6 +17,9 @@ from mflux_vae.pretrained import loading
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.build import has_vector_latents, latent_shape
 
+MODEL_KEY = "mflux-vae model"
+"""PNG text chunk with the file of the model whose images are shown."""
+
 _BATCH = 64
 _MIN_DISPLAY_SIZE = 64
 """Smallest side of a displayed image (pixels); smaller ones are enlarged."""
@@ -40,6 +43,7 @@ class VAESampler:
 
     def __init__(self, model: str | Path | Any, *, image_size: int | None = None, seed: int = 0) -> None:
         self.model = loading.open_network(model, mx.float32) if isinstance(model, str | Path) else model.eval()
+        self._text = {MODEL_KEY: model_text(model)} if isinstance(model, str | Path) else {}
         config, self.seed = self.model.config, seed
         native = config.image_size if has_vector_latents(self.model) else getattr(config, "sample_size", 64)
         size = native if image_size is None else image_size
@@ -165,7 +169,8 @@ class VAESampler:
 
     def save_samples(self, samples: np.ndarray, path: str | Path, columns: int | None = None) -> None:
         """Write images (N, H, W, C) in [0, 1] as a grid with `columns` columns (default: square) to one PNG file."""
-        save_image(path, grid(list(to_pictures(samples * 2 - 1)), columns or int(np.ceil(len(samples) ** 0.5))))
+        sheet = grid(list(to_pictures(samples * 2 - 1)), columns or int(np.ceil(len(samples) ** 0.5)))
+        save_image(path, sheet, text=self._text)
 
     def save_latent_grid(self, samples: np.ndarray, path: str | Path) -> None:
         """Write images of `generate_latent_grid`."""
@@ -183,7 +188,7 @@ class VAESampler:
             pictures = to_pictures(images * 2 - 1).repeat(factor, axis=1).repeat(factor, axis=2)
             row = strip(list(pictures), gap=2)
             rows.append((f"dim {dim}", np.broadcast_to(row, (*row.shape[:2], 3))))
-        save_image(path, labelled_rows(rows))
+        save_image(path, labelled_rows(rows), text=self._text)
 
     def _base_latent(self, base: mx.array | None) -> np.ndarray:
         if not has_vector_latents(self.model):
@@ -196,6 +201,12 @@ class VAESampler:
         if not 0 <= dim < self.latent_dim:
             raise SettingsError(f"latent dimension {dim} does not exist; 0 to {self.latent_dim - 1} are allowed")
         return dim
+
+
+def model_text(model: str | Path) -> str:
+    """The model as it is recorded in images: the whole path of a file or folder, or the name of a preset."""
+    path = Path(model).expanduser()
+    return str(path.resolve() if path.exists() else model)
 
 
 def interpolate(z1: mx.array, z2: mx.array, num_steps: int, *, spherical: bool = False) -> mx.array:

@@ -1,4 +1,7 @@
-"""Estimate memory, disk and time of a run before anything is downloaded or loaded, and suggest flags that help."""
+"""Estimate memory, disk and time of a run before anything is downloaded or loaded.
+
+Memory means the same as in the log and the report of a run: see `training.hooks.peak_memory`.
+"""
 
 from __future__ import annotations
 

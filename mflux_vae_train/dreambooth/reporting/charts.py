@@ -66,7 +66,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
         *(Chart(title=name.replace("_", " ").capitalize(), curves=[_curve(records, name, "value")]) for name in others),
         Chart(title="Images per second", curves=[_curve(speeds, "speed", "speed")]),
         Chart(
-            title="Memory",
+            title="Peak memory",
             curves=[_curve(records, "memory_gb", "GB", smooth=False)],
             note="Peak of MLX so far.",
             also=(0.0,),

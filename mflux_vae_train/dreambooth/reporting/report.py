@@ -19,6 +19,7 @@ import numpy as np
 
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import load_image
+from mflux_vae.utils.formatting import size_text
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.data.class_images import find_class_images
 from mflux_vae_train.dreambooth.data.dataset import InstanceImage
@@ -30,7 +31,7 @@ from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.monitoring.report.charts import format_number
 from mflux_vae_train.monitoring.report.curves import smoothed
 from mflux_vae_train.monitoring.report.page import PageHeader, Section, image_element, page, table
-from mflux_vae_train.training.hooks import read_metrics
+from mflux_vae_train.training.hooks import peak_memory, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> l
         ("Loss", format_number(loss[-1]), f"{format_number(start)} in the first tenth"),
         ("Learning rate", format_number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "current"),
         ("Images", format_number(speed), "per second"),
-        ("Memory", f"{max(record.get('memory_gb', 0.0) for record in records):.2f} GB", "peak"),
+        ("Peak memory", size_text(peak_memory(records)), "allocated by MLX"),
     ]
 
 

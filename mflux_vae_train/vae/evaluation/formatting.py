@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from mflux_vae.utils.formatting import GB
+from mflux_vae.utils.formatting import size_text
 from mflux_vae_train.training.hooks import Record
 
 
@@ -29,7 +29,7 @@ class Progress:
             "KL": f"{metrics['kl']:.4g}",
             "active": f"{metrics['active']:.0f}",
             "images/s": f"{self._speed:.3g}",
-            "memory": f"{mx.get_peak_memory() / GB:.2f} GB",
+            "peak memory": size_text(mx.get_peak_memory()),
         }
 
 

@@ -13,14 +13,16 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mflux_vae import cli
+from mflux_vae import VAE, cli
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_of, to_yaml
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings, preset
 from tests.conftest import Run
+from tests.mflux_vae.small_models import small_kl
 
 FIELDS = {field.name: field for field in dataclasses.fields(VAETrainingSettings)}
 HINTS = typing.get_type_hints(VAETrainingSettings)
@@ -85,6 +87,26 @@ def test_command_lines_of_other_projects() -> None:
     three = settings(*line.split())
     assert (three.cpu, three.seed, three.batch_size, three.num_epochs, three.learning_rate) == (True, 3, 64, 5, 0.01)
     assert three.widths == (32, 64, 128) and three.name == "vae_digits_filters_0128_dims_0016"
+
+
+def test_a_second_model_does_not_replace_the_pictures_of_the_first(run: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        VAE(network=small_kl()).save_pretrained(folder)
+    for command, name in (("sample", "samples"), ("grid", "latent_grid"), ("interpolate", "interpolation")):
+        words = (command, f"--output_dir={tmp_path}", *([] if command == "grid" else ["--image_size=16"]))
+        if command == "grid":
+            save_image(tmp_path / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+            status, _, err = run(*words, f"--model={first}")
+            assert status == 2 and f"{name}.png exists" in err
+            continue
+        for _ in range(2):
+            assert run(*words, f"--model={first}")[0] == 0
+        before = (tmp_path / f"{name}.png").read_bytes()
+        status, _, err = run(*words, f"--model={second}")
+        assert status == 2 and f"{first}" in err and "--output_dir" in err
+        assert (tmp_path / f"{name}.png").read_bytes() == before
+        assert run(*words, f"--model={second}", f"--outfile={tmp_path}/{name}-2.png")[0] == 0
 
 
 def test_train_then_sample(run: Run, tmp_path: Path) -> None:

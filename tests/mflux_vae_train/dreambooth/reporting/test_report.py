@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mflux_vae.errors import TrainingError
 from mflux_vae.images import load_image, save_image
+from mflux_vae.utils.formatting import GB
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.training.hooks import read_metrics
+from mflux_vae_train.training.hooks import peak_memory, read_metrics
 from tests.contracts.fake import FakePipeline
 from tests.helpers.html import Page
 from tests.mflux_vae_train.dreambooth.conftest import subject
@@ -231,3 +235,14 @@ def test_a_browser_shows_values_under_the_pointer(out, tmp_path, width):
     assert seen["tip"].startswith("update 3") and "instance" in seen["tip"] and "prior" in seen["tip"]
     assert seen["cursors"] == seen["plots"] > 5 and seen["outside"] == 0
     assert seen["scene"].startswith("untrained") and seen["wide"] <= 0
+
+
+def test_all_outputs_agree_on_the_peak_memory(short_run, caplog, tmp_path) -> None:
+    with caplog.at_level(logging.INFO):
+        DreamBooth(FakePipeline()).train(short_run(prior_preservation="none", max_train_steps=2))
+    (last,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("saved ")]
+    logged = re.search(r"\(peak memory (\S+ [MG]B)\)", last)[1]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(rf"Peak memory.{{0,80}}{re.escape(logged)}.{{0,80}}allocated by MLX", report, re.DOTALL)
+    records = [{"memory_gb": 7.25}, {"memory_gb": 0.1}]
+    assert peak_memory(records) == 7.25 * GB and peak_memory([]) == mx.get_peak_memory()
