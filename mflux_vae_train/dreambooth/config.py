@@ -65,8 +65,8 @@ class DreamBoothSettings:
     output_dir: str = flag("folder for adapter, checkpoints, previews and logs", "dreambooth-output", path=True)
     resolution: int | None = flag("side of the training images in pixels (default: the pipeline's)", None, least=8)
     caption_column: str | None = flag(
-        "key of the prompts in metadata.jsonl or metadata.csv (default: text or prompt); an image without a prompt there"
-        " uses the .txt or .caption file beside it, then --instance_prompt",
+        "key of the prompts in metadata.jsonl or metadata.csv (default: text or prompt); an image without a prompt"
+        " there uses the .txt or .caption file beside it, then --instance_prompt",
         None,
     )
     repeats: int = flag("how often each image is used in an epoch", 1, least=1)
@@ -78,8 +78,8 @@ class DreamBoothSettings:
     )
     aspect_ratio_buckets: str | None = flag('custom shapes: "height,width;height,width;..."', None)
     masked_loss: bool = flag(
-        "weight the loss of NAME.jpg by the grey levels of NAME-mask.png, NAME-masklabel.png or masks/NAME.png: white 1,"
-        " black 0",
+        "weight the loss of NAME.jpg by the grey levels of NAME-mask.png, NAME-masklabel.png or masks/NAME.png: white"
+        " 1, black 0",
         False,
     )
     encodings_dir: str | None = flag(

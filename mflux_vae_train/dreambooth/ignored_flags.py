@@ -21,7 +21,7 @@ _REASONS = {
     # data
     "latents are always cached": "cache_latents",
     "prompts are always encoded once, before training": "pre_compute_text_embeddings",
-    "images come from the folder --instance_data_dir, with prompts in metadata.jsonl or .txt files": (
+    "images come from the folder --instance_data_dir, with prompts in metadata.jsonl, metadata.csv or .txt files": (
         "dataset_name dataset_config_name image_column"
     ),
     "images are resized with the Lanczos filter": "image_interpolation_mode",
