@@ -189,10 +189,11 @@ def _refuse(
                 (kind for kind in ("unet", "transformer") if any(key.startswith(f"{kind}.") for key in by_layer)),
                 prefix,
             )
-            listed, blocks = summarize([*faults.items()], 70), " + ".join(map(str, theirs[1]))
+            keys, blocks = [key for group in faults.values() for key in group], " + ".join(map(str, theirs[1]))
             raise WeightsError(
                 f"{path}: made for a {kind} of width {theirs[0]} with {blocks} blocks; this model has {ours[0]} and"
-                f" {' + '.join(map(str, ours[1]))}; {matches}: {listed}; give the model it was made for"
+                f" {' + '.join(map(str, ours[1]))}; {matches}, not {first_few(keys[:2], 2, 55)}; give the"
+                " model it was made for"
             )
     raise WeightsError(f"{path}: does not fit this {prefix}; {matches}: {summarize([*faults.items()], 220)}")
 

@@ -41,16 +41,19 @@ class LearningCheck:
                 )
             return
         self._zero_gradients = 0
-        if not self._first:
+        if not self._first or record.metrics["learning_rate"] == 0:
             return
         self._first = False
-        if record.metrics["learning_rate"] > 0 and record.metrics["update_size"] == 0:
+        if record.metrics["update_size"] == 0:
             raise TrainingError(
                 "the first update changed no weight: its steps are below the precision of the weights;"
                 " raise --learning_rate, or train an adapter"
             )
         if any(lora.layers(network) and not _has_effect(network) for network in self._networks):
-            raise TrainingError("the first update changed nothing: lora_b of every adapter is still zero")
+            raise TrainingError(
+                "the first update changed nothing in one network: lora_b of all its adapters is still zero; raise its"
+                " learning rate (--learning_rate or --text_encoder_lr)"
+            )
 
 
 def check_adapter(networks: lora.Networks, path: Path) -> None:
