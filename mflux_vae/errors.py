@@ -11,7 +11,7 @@
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
 
 Messages are one line: what is wrong, where, and what to do. Line breaks in messages of libraries are removed, and
-access tokens are redacted.
+access tokens are redacted. Messages name the first few of many faults (`utils.formatting`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.redaction import redacted
+
+_LONGEST = 1000
+"""Characters of a message, as a last resort."""
 
 
 class MfluxVaeError(Exception):
@@ -28,7 +32,8 @@ class MfluxVaeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "", *rest: object) -> None:
-        super().__init__(" ".join(redacted(message).splitlines()), *rest)
+        line = " ".join(redacted(message).splitlines())
+        super().__init__(shortened(line, _LONGEST), *rest)
 
 
 class InputError(MfluxVaeError):

@@ -26,6 +26,7 @@ from mflux_vae.networks.layers import (
     norm_silu_conv,
 )
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.utils.formatting import first_few
 
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -235,7 +236,9 @@ def _attention_levels(
     """Indices of the blocks with attention in a list of diffusers' block names."""
     blocks = config.get(key) or [kinds[0]] * levels
     if unknown := set(blocks) - set(kinds):
-        raise SettingsError(f"{network}: {key} {sorted(unknown)} not supported; only {', '.join(kinds)}")
+        raise SettingsError(
+            f"{network}: {key} {first_few(sorted(map(str, unknown)))} not supported; only {', '.join(kinds)}"
+        )
     if len(blocks) != levels:
         raise SettingsError(f"{network}: {len(blocks)} {key} for {levels} block_out_channels")
     return tuple(i for i, kind in enumerate(blocks) if kind == kinds[1])

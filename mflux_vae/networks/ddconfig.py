@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import first_few
 
 _REQUIRED = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
 _OPTIONAL = ("ch_mult", "attn_resolutions", "dropout", "resamp_with_conv", "double_z", "attn_type", "use_linear_attn")
@@ -36,9 +37,9 @@ def kl_settings(config: Mapping[str, Any], embed_dim: int | None = None) -> dict
     if "attn_resolution" in values and "attn_resolutions" not in values:
         values["attn_resolutions"] = values.pop("attn_resolution")
     if missing := [key for key in _REQUIRED if key not in values]:
-        raise SettingsError(f"ddconfig: {', '.join(missing)} missing; add them; add them")
+        raise SettingsError(f"ddconfig: {', '.join(missing)} missing; add them")
     if unknown := sorted(values.keys() - {*_REQUIRED, *_OPTIONAL, *_FIXED}):
-        raise SettingsError(f"ddconfig: {', '.join(unknown)} unknown")
+        raise SettingsError(f"ddconfig: {first_few([*map(str, unknown)])} unknown")
     if refused := [key for key, fixed in _FIXED.items() if values.get(key, fixed) != fixed]:
         raise SettingsError(f"ddconfig: {', '.join(refused)} not supported")
     kind = "linear" if values.get("use_linear_attn") else values.get("attn_type", "vanilla")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.networks.laq import code_counts
+from mflux_vae.utils.formatting import first_few
 from mflux_vae.weights.keymaps import mlx_examples
 
 Shapes = Mapping[str, Sequence[int]]
@@ -95,7 +96,7 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
         return Match("", family, "diffusers")  # loading reports missing keys
     if not found:
         starts = sorted({".".join(key.split(".")[:2]) for key in keys})
-        shown = ", ".join([*starts[:8], *(["..."] if len(starts) > 8 else [])]) or "nothing"
+        shown = first_few(starts, 5, 40) or "nothing"
         raise WeightsError(f"{where}: no known autoencoder; its {len(keys)} tensors start with {shown}")
     prefix, kind, naming = min(found, key=_rank)
     if naming == "compvis" and any(prefix + key in keys for key in _NESTED):

@@ -18,6 +18,7 @@ from mflux_vae.errors import SettingsError, WeightsError, did_you_mean
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.pretrained import detect, hub, presets
 from mflux_vae.pretrained.families import FAMILIES
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.links import missing, naming_broken_links
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import SUFFIXES, open_folder, open_weights, read_json
@@ -161,7 +162,7 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
     """
     name = str(config.get("_class_name", "AutoencoderKL"))
     if (family := name.removesuffix("Extended")) not in FAMILIES:
-        raise WeightsError(f"{where}: unknown autoencoder class {name!r}; known: {', '.join(FAMILIES)}")
+        raise WeightsError(f"{where}: unknown autoencoder class {shortened(name, 60)!r}; known: {', '.join(FAMILIES)}")
     return family
 
 

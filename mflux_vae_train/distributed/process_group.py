@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.text_files import read_text
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed import heartbeat, interrupts
@@ -118,7 +119,7 @@ class ProcessGroup:
                 if values[0].get(name) != other.get(name)
             ]:
                 where = f"process {rank + 1} of {self.size}"
-                raise SettingsError(f"{where} has different data or settings: {'; '.join(differences)}")
+                raise SettingsError(f"{where} has different data or settings: {first_few(differences, 2)}")
 
     def all_reduce(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Sums over all processes, by name; a name may be missing in some."""

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import first_few
 
 ALL_LAYERS = "all"
 
@@ -41,8 +42,8 @@ def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
     layers = linears(module)
     matched = sorted(path for path in layers if any(fnmatchcase(path, pattern) for pattern in patterns))
     if not matched:
-        some = ", ".join(sorted(layers)[:8]) or "none"
-        raise SettingsError(f"no linear layer matches {', '.join(patterns)}; the module has {some}")
+        some = first_few(sorted(layers), 4, 50) or "none"
+        raise SettingsError(f"no linear layer matches {first_few(patterns, 4, 50)}; the module has {some}")
     return {path: sum(dimensions(layers[path])) for path in matched}
 
 

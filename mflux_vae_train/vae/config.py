@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.formatting import first_few
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.settings.fields import check_fields, flag
 
@@ -272,8 +273,8 @@ def settings_from_dict(values: Mapping[str, Any]) -> VAETrainingSettings:
     """
     known = {name: f.name for f in dataclasses.fields(VAETrainingSettings) for name in (f.name, *f.metadata["aliases"])}
     if unknown := [name for name in values if name not in known]:
-        hint = "".join(did_you_mean(str(name), known) for name in unknown) or f"; allowed are {', '.join(known)}"
-        raise SettingsError(f"unknown settings: {', '.join(map(repr, unknown))}{hint}")
+        hint = "".join(did_you_mean(str(name), known) for name in unknown[:3]) or "; --help lists all"
+        raise SettingsError(f"unknown settings: {first_few([*map(repr, unknown)], 3, 60)}{hint}")
     return VAETrainingSettings(**{known[name]: value for name, value in values.items()})
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.links import missing
 
 
@@ -39,4 +40,4 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         raise WeightsError(f"{path}: {missing(path, 'no such weights file')}") from error
     except BROKEN as error:
         reason = str(error) if isinstance(error, Refused) else f"broken or truncated: {error or type(error).__name__}"
-        raise WeightsError(f"{path}: not readable as {kind} ({reason})".replace("\n", " ")) from error
+        raise WeightsError(f"{path}: not readable as {kind} ({shortened(reason, 220)})".replace("\n", " ")) from error

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.utils.formatting import summarize
+from mflux_vae.utils.formatting import first_few, summarize
 
 Transform: TypeAlias = Callable[[mx.array], mx.array]
 Tensors: TypeAlias = Mapping[str, mx.array]
@@ -84,7 +84,7 @@ def _apply(tensors: Tensors, steps: Sequence[Step]) -> dict[str, mx.array]:
     for key, tensor in tensors.items():
         new_key, new = next((done for step in steps if (done := step(key, tensor)) is not None), (key, tensor))
         if new_key in out:
-            raise WeightsError(f"{key} and {source[new_key]} name the same tensor, {new_key}; remove one")
+            raise WeightsError(f"{first_few([key, source[new_key]], 2, 80)} name the same tensor; remove one")
         if new_key:
             out[new_key], source[new_key] = new, key
     return out

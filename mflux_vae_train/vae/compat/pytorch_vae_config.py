@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.text_files import Table
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any
         for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])
     }
     if unknown := [f"{section}.{key}".rstrip(".") for section, key in flat if key not in SECTIONS.get(section, {})]:
-        raise SettingsError(f"{where}unknown settings: {', '.join(unknown)}; see --help")
+        raise SettingsError(f"{where}unknown settings: {first_few(unknown)}; see --help")
     if (network := content.get("model_params", {}).get("name", NETWORK)) != NETWORK:
         raise SettingsError(f"{where}model_params.name is {network!r}; {NETWORK} is allowed")
     found = Table(DEFAULTS)

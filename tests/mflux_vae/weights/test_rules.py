@@ -102,3 +102,18 @@ def test_loading_converts_floating_point_tensors_only(dtype: mx.Dtype | None) ->
     load_strict(module, tensors, where="here", dtype=dtype)
     assert module.weight.dtype == (dtype or mx.bfloat16) and module.weight.tolist() == [1.5, -2.0]
     assert module.ids.dtype == mx.int32 and module.ids.tolist() == [1, 2, 3]
+
+
+@given(
+    st.lists(st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=400), max_size=40),
+    st.integers(0, 3000),
+    st.sampled_from([mx.ones((1,)), mx.ones((3, 2)), mx.ones((3, 2), mx.uint8)]),
+)
+@settings(deadline=None, max_examples=40)
+def test_the_error_for_another_networks_file_stays_short(names: list[str], count: int, value: mx.array) -> None:
+    network = nn.Sequential(*[nn.Linear(2, 3) for _ in range(50)])
+    tensors = {**dict.fromkeys(names, value), **{f"layers.{i}.weight": value for i in range(count)}}
+    with pytest.raises(WeightsError) as caught:
+        load_strict(network, tensors, where="a/file.safetensors")
+    message = str(caught.value).removeprefix("a/file.safetensors")
+    assert len(message) <= 300 and f"of {len(tensors)} match" in message and "Sequential" in message

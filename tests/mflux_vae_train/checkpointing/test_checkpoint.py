@@ -144,3 +144,16 @@ def test_what_is_neither_array_nor_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="run/a"):
         checkpoint.save(tmp_path, 1, objects)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [3, 3000])
+def test_the_error_for_entries_that_do_not_fit_stays_short(count: int) -> None:
+    now = {"run": state.tree_state({f"{'deep.' * 40}{i}": mx.ones(2) for i in range(count)})}
+    arrays, _ = state.flatten(
+        {"run": state.tree_state({f"{'deep.' * 40}{i}": mx.ones(3) for i in range(1, 2 * count)})}
+    )
+    with pytest.raises(TrainingError, match="cannot be restored") as caught:
+        state.restore(now, arrays, {}, where="")
+    assert len(str(caught.value)) <= 300
+    for word in ("missing", "unknown", "float32(2,)"):
+        assert word in str(caught.value)
