@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from mflux_vae.errors import MfluxVaeError, SettingsError
 from mflux_vae.utils.redaction import redacted
 from mflux_vae.weights.formats.files import write_json, write_text
 from mflux_vae_train.checkpointing import checkpoint
+from mflux_vae_train.checkpointing.branch import Branch, abandon
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.settings import flags
@@ -38,9 +36,6 @@ RESUMABLE_CHANGES = frozenset(
     }
 )
 """Settings that may change when a run is continued: they do not affect its result."""
-
-ABANDONED = "abandoned"
-"""Folder for the checkpoints that a run no longer uses since it went back to an older one."""
 
 
 class RunFolder:
@@ -72,50 +67,30 @@ def start(
     folder: RunFolder,
     identity: Mapping[str, Any],
     settings: DreamBoothSettings,
-    branch: Mapping[str, Any] | None = None,
+    branch: Branch = None,
     abandoned: Sequence[Path] = (),
 ) -> None:
     """Write run.json and settings.yaml, which reproduces the run. Called when nothing can refuse the run any more.
 
     Args:
-        branch: see `run_status.RunStatus`.
-        abandoned: checkpoints to move to ``abandoned/``, with the previews after the update of the branch.
+        branch, abandoned: see `checkpointing.branch`.
     """
     with _writing(folder):
         if abandoned and branch is not None:
-            _abandon(folder, abandoned, after=int(branch["update"]))
+            previews = folder.samples.glob("step-*.png")
+            abandon(folder.root, abandoned, after=int(branch["update"]), moved=previews, copied=folder.metrics)
         write_json(folder.identity, _record(identity, branch, finished=False))
         reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, allow_changes=False, dry_run=False)
         write_text(folder.settings, flags.to_yaml(reproducing))
 
 
-def finish(
-    folder: RunFolder, identity: Mapping[str, Any], result: Path, branch: Mapping[str, Any] | None = None
-) -> None:
+def finish(folder: RunFolder, identity: Mapping[str, Any], result: Path, branch: Branch = None) -> None:
     """Record that the run is complete, and the name of its result."""
     write_json(folder.identity, {**_record(identity, branch, finished=True), "result": result.name})
 
 
-def _record(identity: Mapping[str, Any], branch: Mapping[str, Any] | None, *, finished: bool) -> dict[str, Any]:
+def _record(identity: Mapping[str, Any], branch: Branch, *, finished: bool) -> dict[str, Any]:
     return {"identity": identity, "finished": finished, **({"branch": branch} if branch is not None else {})}
-
-
-def _abandon(folder: RunFolder, checkpoints: Sequence[Path], *, after: int) -> None:
-    """Move the checkpoints and later previews to ``abandoned/``, and copy the metrics, which the run will truncate."""
-    place = folder.root / ABANDONED
-    place.mkdir(exist_ok=True)
-    numbers = {path: re.fullmatch(r"step-(\d+)\.png", path.name) for path in folder.samples.glob("step-*.png")}
-    previews = [path for path, match in numbers.items() if match and int(match[1]) > after]
-    if folder.metrics.exists():
-        shutil.copy2(folder.metrics, _free(place / folder.metrics.name))
-    for path in [*checkpoints, *previews]:
-        path.rename(_free(place / path.name))
-
-
-def _free(path: Path) -> Path:
-    """`path`, or a similar one that does not exist: ``checkpoint-8.2``."""
-    numbers = (path.with_name(f"{path.name}.{number}") for number in count(2))
-    return next(one for one in chain([path], numbers) if not one.exists())
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""How far the run in an output folder has come, and where a command continues it. Reads files and writes none.
-
-A run that goes back to an older checkpoint is a *branch*: ``run.json`` names the checkpoint, and the later ones are
-moved to ``abandoned/`` when the branch starts. The newest checkpoint of the folder is then always the branch's.
-"""
+"""How far the run in an output folder has come, and where a command continues it. Reads files and writes none."""
 
 from __future__ import annotations
 
@@ -16,9 +12,10 @@ from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.weights.formats.files import header
 from mflux_vae_train.checkpointing import checkpoint
+from mflux_vae_train.checkpointing.branch import Branch, began_at, find, going_back, newest
 from mflux_vae_train.checkpointing.differences import BY_FILE, differences, file_differences, listed
 from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
-from mflux_vae_train.dreambooth.run_folder import ABANDONED, RunFolder
+from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.training.hooks import read_metrics
 
 NEEDS_WEIGHTS = frozenset({"base weights", "encoders"})
@@ -42,7 +39,7 @@ class RunStatus:
         complete: the run is finished, and so are the files that the command requests.
         checkpoint: where to continue; None to start from the beginning.
         update: of the checkpoint.
-        branch: ``{"checkpoint": path, "update": number}`` of a run that went back; None if it never did.
+        branch: see `checkpointing.branch`.
         abandoned: later checkpoints, which the run no longer uses.
         last_rate: learning rate of the update before the checkpoint, if known.
         changed: differences from the run before, one text each; only with ``--allow_changes``.
@@ -52,7 +49,7 @@ class RunStatus:
     complete: bool = False
     checkpoint: Path | None = None
     update: int = 0
-    branch: Mapping[str, Any] | None = None
+    branch: Branch = None
     abandoned: Sequence[Path] = ()
     last_rate: float | None = None
     changed: Sequence[str] = ()
@@ -99,14 +96,14 @@ def read_status(
         raise SettingsError(_other_run(folder, changed, before["identity"], identity))
     branch = before.get("branch")
     explicit = None
-    if resume_from not in (None, "latest") and (changed or not _began_branch(folder, str(resume_from), branch)):
-        explicit = _find(folder, str(resume_from))
-    newest = _newest(folder, branch)
-    if before["finished"] and not changed and explicit in (None, newest):
+    if resume_from not in (None, "latest") and (changed or not began_at(folder.root, str(resume_from), branch)):
+        explicit = find(folder.root, str(resume_from))
+    latest = newest(folder.root, branch)
+    if before["finished"] and not changed and explicit in (None, latest):
         result = folder.root / before.get("result", folder.adapter.name)
-        if result.exists() and (newest is None or all(path.exists() for path in requested)):
+        if result.exists() and (latest is None or all(path.exists() for path in requested)):
             return RunStatus(complete=True, branch=branch, compared=[before["identity"]])
-    if (path := explicit or newest) is None:
+    if (path := explicit or latest) is None:
         return RunStatus(changed=changed, compared=[before["identity"]])
     content = checkpoint.read(path)
     start, fingerprint = int(content["step"]), content["fingerprint"]
@@ -124,10 +121,7 @@ def read_status(
         )
     abandoned: Sequence[Path] = ()
     if explicit is not None:
-        here = explicit.parent.resolve() == folder.root.resolve()
-        abandoned = [one for number, one in checkpoints if number > start or not here]
-        if abandoned or not here:
-            branch = {"checkpoint": explicit.name if here else str(explicit.resolve()), "update": start}
+        branch, abandoned = going_back(folder.root, explicit, start, branch)
     return RunStatus(
         checkpoint=path,
         update=start,
@@ -189,54 +183,6 @@ def _other_run(folder: RunFolder, changed: Sequence[str], before: Mapping[str, A
     return (
         f"--output_dir {folder.root} holds another run ({listed(changed)}): repeat its settings to continue"
         " it, give another folder, or continue with these changes by --allow_changes"
-    )
-
-
-def _began_branch(folder: RunFolder, resume_from: str, branch: Mapping[str, Any] | None) -> bool:
-    """Whether the branch in the folder began at this checkpoint."""
-    if branch is None:
-        return False
-    began = (folder.root / branch["checkpoint"]).resolve()
-    given = {Path(resume_from).resolve(), (folder.root / resume_from).resolve()}
-    return began in given or (began.parent in given and began.parent != folder.root.resolve())
-
-
-def _newest(folder: RunFolder, branch: Mapping[str, Any] | None) -> Path | None:
-    """The newest sound checkpoint; where a branch began if it has none yet."""
-    if (newest := checkpoint.latest(folder.root)) is not None or branch is None:
-        return newest
-    began = folder.root / branch["checkpoint"]
-    if not began.is_dir():
-        raise SettingsError(
-            f"{folder.root} continues {began}, which is gone; name a checkpoint by --resume_from_checkpoint, or give"
-            " another --output_dir"
-        )
-    return began
-
-
-def _find(folder: RunFolder, name: str) -> Path:
-    """A checkpoint by its name in the folder, by its path, or by the path of a folder with checkpoints.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    places = [Path(name), folder.root / name]
-    for place in places if len(Path(name).parts) > 1 else reversed(places):
-        place = place.parent if place.name in (checkpoint.ARRAYS, checkpoint.VALUES) else place
-        if not place.is_dir():
-            continue
-        if (place / checkpoint.VALUES).exists() or (place / checkpoint.ARRAYS).exists():
-            return place
-        if (newest := checkpoint.latest(place)) is not None:
-            return newest
-        if place.name.startswith("checkpoint-"):
-            return place  # `checkpoint.read` says what it lacks
-    there = [path.name for _, path in checkpoint.numbered(folder.root)]
-    there += [f"{ABANDONED}/{path.name}" for path in sorted((folder.root / ABANDONED).glob("checkpoint-*"))]
-    has = f"has {first_few(there, 6)}" if there else "has none yet"
-    raise SettingsError(
-        f"--resume_from_checkpoint {name} is not a folder with a checkpoint, nor one in --output_dir {folder.root},"
-        f" which {has}"
     )
 
 

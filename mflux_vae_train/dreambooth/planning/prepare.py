@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import first_few
+from mflux_vae_train.checkpointing import branch
 from mflux_vae_train.checkpointing.differences import BY_FILE, listed
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import pipeline_features
@@ -36,7 +36,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
 )
 from mflux_vae_train.dreambooth.planning.prompt_checks import check_prompts, prompts_of, syntax_warnings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
-from mflux_vae_train.dreambooth.run_folder import ABANDONED, RESUMABLE_CHANGES, RunFolder
+from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES, RunFolder
 from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
 from mflux_vae_train.fingerprint import settings_identity, weights_hash
 from mflux_vae_train.pipelines.capabilities import (
@@ -273,11 +273,7 @@ def _resume_warnings(resolved: ResolvedSettings, status: RunStatus, folder: RunF
     if status.changed:
         warnings.append(f"continuing the run in {folder.root} with changes: {listed(status.changed)}")
     if status.abandoned:
-        names = first_few([path.name for path in status.abandoned])
-        warnings.append(
-            f"going back to update {status.update}: {names}, later than that, and the previews after it are no longer"
-            f" used; they move to {folder.root / ABANDONED}"
-        )
+        warnings.append(branch.warning(folder.root, status.update, status.abandoned))
     if not status.changed or status.checkpoint is None or finds_rate(resolved):
         return warnings
     peak, updates = resolved.learning_rate, resolved.plan.updates

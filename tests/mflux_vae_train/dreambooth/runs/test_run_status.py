@@ -89,7 +89,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_train_steps": 12}, ["--lora_weights", "--output_dir NEW", "--allow_changes", "warm restart"]),
     ({"resume_from_checkpoint": "checkpoint-5"}, ["checkpoint-8, checkpoint-6, checkpoint-4, checkpoint-2"]),
     ({"resume_from_checkpoint": "checkpoint-4", "learning_rate": 0.5}, ["learning_rate"]),
-    ({"seed": 3, "lora_dropout": 0.25, "lr_scheduler": "linear", "num_crops": 7, "random_flip": True}, ["seed"]),
+    ({"seed": 3, "lora_dropout": 0.25, "lr_scheduler": "linear", "num_crops": 7, "random_flip": True}, ["and 2 more"]),
     ({"instance_prompt": "a photo of sks dog " + "in the rain " * 50}, ["instance_prompt"]),
 ]
 
