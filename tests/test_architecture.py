@@ -48,7 +48,6 @@ MAX_FILES = 14
 BESIDE = {
     **{name: {"PIL"} for name in ("images", "image_files.colour", "image_files.modes", "image_files.reading")},
     "compare.labels": {"PIL"},
-    "cli.commands": {"tqdm"},
 }
 BESIDE = {f"mflux_vae.{module}": requirements for module, requirements in BESIDE.items()}
 """Further requirements of modules of the component."""
@@ -56,6 +55,7 @@ BESIDE = {f"mflux_vae.{module}": requirements for module, requirements in BESIDE
 ON_DEMAND = {
     "mflux_vae.image_files.reading": {"pillow_heif"},
     "mflux_vae.utils.console": {"tqdm"},
+    "mflux_vae.utils.item_bar": {"tqdm"},
     "mflux_vae.pretrained.hub": {"huggingface_hub"},
     "mflux_vae.utils.yaml_io": {"yaml"},
 }

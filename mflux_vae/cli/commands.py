@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from mflux_vae.call_log import log
 from mflux_vae.cli import latent_file
@@ -32,6 +31,7 @@ from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text
+from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import printable
 from mflux_vae.vae import VAE
@@ -279,7 +279,8 @@ def _crc32_of_weights(vae: VAE) -> int:
 
 def _progress(names: Sequence[str], *, of: int) -> Iterable[str]:
     """Iterate over names with a progress bar on terminals."""
-    return tqdm(names, total=of, initial=of - len(names), unit="image", disable=None)
+    bar: Iterable[str] = item_bar(names, total=of, initial=of - len(names), unit="image", disable=None)
+    return bar
 
 
 def _count(pictures: Sized) -> str:

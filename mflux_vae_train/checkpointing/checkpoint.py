@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError, TrainingError
-from mflux_vae.weights.formats.files import read_safetensors, save_arrays
+from mflux_vae.weights.formats.files import header, read_safetensors, save_arrays
 from mflux_vae_train.checkpointing.differences import differences, listed
 from mflux_vae_train.checkpointing.state import Stateful, flatten, restore
 from mflux_vae_train.fingerprint import file_hash
@@ -162,6 +162,31 @@ def load(
     restore(objects, arrays, content["values"], where=str(folder))  # drops the old arrays
     mx.eval(arrays)  # arrays are read lazily, and the file may be deleted before they are used
     return int(content["step"])
+
+
+def check_shapes(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], *, cure: str) -> None:
+    """Compare the arrays of the first object in `shapes` with those of a checkpoint; reads only its header.
+
+    Args:
+        shapes: shapes by name, all of one object.
+        cure: what to do, for the message.
+
+    Raises:
+        TrainingError: arrays are missing, unknown or misshapen.
+    """
+    kind = next(iter(shapes)).partition("/")[0] + "/"
+    stored = {
+        name: tuple(entry[0]) for name, entry in header(Path(folder) / ARRAYS)[0].items() if name.startswith(kind)
+    }
+    faults = [f"missing {name}" for name in shapes if name not in stored]
+    faults += [f"unknown {name}" for name in stored if name not in shapes]
+    faults += [
+        f"{name} is {stored[name]}, expected {shape}"
+        for name, shape in shapes.items()
+        if stored.get(name, shape) != shape
+    ]
+    if faults:
+        raise TrainingError(f"{folder} cannot be restored: {listed(faults, 100)}; {cure}")
 
 
 def refuse_changes(folder: str | Path, changed: Sequence[str], *, allow_changes: bool = False) -> None:

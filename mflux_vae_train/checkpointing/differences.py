@@ -29,7 +29,8 @@ def _text(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     details = f"{name}{BY_FILE}"
     if before.get(details) is not None and now.get(details) is not None:
         texts = file_differences(before[details], now[details])
-        return f"{name} was changed ({listed(texts, 100)})" if texts else f"{name} was changed"
+        if texts:
+            return f"{name} was changed ({listed(texts, 100)})"
     was, now_is = _excerpts(repr(before.get(name)), repr(now.get(name)))
     return f"{name} was {was}, is now {now_is}"
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_few
-from mflux_vae.weights.formats.files import header
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.checkpointing.branch import Branch, began_at, find, going_back, newest
 from mflux_vae_train.checkpointing.differences import BY_FILE, differences, file_differences, listed
 from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.training.hooks import read_metrics
+from mflux_vae_train.training.pending_hooks import last_rate
 
 NEEDS_WEIGHTS = frozenset({"base weights", "encoders"})
 """Names of an identity that are known only after weights were read, or downloaded."""
@@ -127,7 +127,7 @@ def read_status(
         update=start,
         branch=branch,
         abandoned=abandoned,
-        last_rate=_last_rate(content["values"]),
+        last_rate=last_rate(content["values"]),
         changed=changed,
         compared=[before["identity"], fingerprint],
     )
@@ -203,30 +203,9 @@ def _check_state(
             f"{path} cannot be continued: {listed(changed)}; repeat that setting, or start a run with --lora_weights"
             " and another --output_dir"
         )
-    if shapes is None:
-        return
-    stored = {name: tuple(entry[0]) for name, entry in header(path / checkpoint.ARRAYS)[0].items()}
-    faults = [f"missing {name}" for name in shapes if name not in stored]
-    faults += [f"unknown {name}" for name in stored if name.startswith("denoiser/") and name not in shapes]
-    faults += [
-        f"{name} is {stored[name]}, expected {shape}"
-        for name, shape in shapes.items()
-        if stored.get(name, shape) != shape
-    ]
-    if faults:
-        raise TrainingError(
-            f"{path} cannot be restored: {listed(faults, 100)}; repeat rank and layers of that run, or start one with"
-            " --lora_weights and another --output_dir"
-        )
-
-
-def _last_rate(values: Mapping[str, Any]) -> float | None:
-    """Learning rate of the last update before the checkpoint."""
-    try:
-        record = json.loads(values["pending_hooks/pending_hooks"])["record"]
-        return float(record["metrics"]["learning_rate"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    if shapes is not None:
+        cure = "repeat rank and layers of that run, or start one with --lora_weights and another --output_dir"
+        checkpoint.check_shapes(path, shapes, cure=cure)
 
 
 def _refuse_foreign_files(folder: RunFolder, identity: Mapping[str, Any], ignored: Collection[str]) -> None:

@@ -15,8 +15,11 @@ from mflux_vae_train.training.hooks import Hook, Record, every
 
 logger = logging.getLogger(__name__)
 
-RECENT = 64
-"""Number of updates in the median duration, which the first ones (compilation) and single slow ones hardly change."""
+RECENT, OUTLIER = 64, 4
+"""The duration of an update is the mean of this many recent ones, without those above this many times the median."""
+
+KNOWN_FROM = 5
+"""Updates of this process from which the remaining time is known. The first one, which may compile, is left out."""
 
 
 class Pace:
@@ -28,38 +31,51 @@ class Pace:
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._count, self._first, self._recent = 0, 0.0, deque[float](maxlen=RECENT)
+        self._ended, self._in_hooks = 0.0, 0.0
         self._hooks_left: list[Callable[[int], float]] = []
 
     def __call__(self, record: Record) -> None:
-        self._recent.append(record.seconds)
+        now = time.monotonic()
+        if self._count:  # also count what lies between updates, such as trackers
+            self._recent.append(max(record.seconds, now - self._ended - self._in_hooks))
+        else:
+            self._first = record.seconds
+        self._count, self._ended, self._in_hooks = self._count + 1, now, 0.0
 
     @property
     def per_update(self) -> float:
-        """Median seconds; 0 before the first update."""
-        return statistics.median(self._recent) if self._recent else 0.0
+        """Mean seconds without the first update and outliers; 0 before the first update."""
+        if not self._recent:
+            return self._first
+        limit = OUTLIER * statistics.median(self._recent)
+        return statistics.fmean([seconds for seconds in self._recent if seconds <= limit])
 
-    def timed_every(self, interval: int | None, hook: Hook, *, seconds: float = 0.0) -> Hook:
+    def timed_every(
+        self, interval: int | None, hook: Hook, *, last: bool = True, seconds: float | Callable[[], float] = 0.0
+    ) -> Hook:
         """`every` with a measurement of the hook's duration.
 
         Args:
             seconds: expected duration until the first call.
         """
-        took = seconds
+        took: float | None = None
 
         def timed(record: Record) -> None:
             nonlocal took
             began = time.monotonic()
             hook(record)
             took = time.monotonic() - began
+            self._in_hooks += took
 
         def rest(update: int) -> float:
             times = self._total // interval - update // interval if interval else 0
-            last = update < self._total and not (interval and self._total % interval == 0)
-            return took * (times + last)
+            at_end = last and update < self._total and not (interval and self._total % interval == 0)
+            expected = (seconds() if callable(seconds) else seconds) if took is None else took
+            return expected * (times + at_end)
 
         self._hooks_left.append(rest)
-        return every(interval, timed)
+        return every(interval, timed, last=last)
 
     def left(self, update: int) -> float:
         """Seconds from the end of this update to the end of the run, including hooks."""
@@ -67,6 +83,9 @@ class Pace:
 
     def eta_text(self, update: int) -> str:
         """The remaining time and, from two minutes on, when the run will be ready."""
+        if self._count < KNOWN_FROM and update < self._total:
+            known_from = update - self._count + KNOWN_FROM
+            return "time left unknown" + (f" until update {known_from}" if known_from < self._total else "")
         seconds = self.left(update)
         if seconds < 120:
             return f"{duration(seconds)} left"

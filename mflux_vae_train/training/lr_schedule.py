@@ -22,6 +22,9 @@ RESTARTS, POLYNOMIAL = "cosine_with_restarts", "polynomial"
 POLYNOMIAL_END = 1e-7
 """Final rate of a polynomial, as in diffusers."""
 
+JUMP, NEGLIGIBLE = 1.2, 0.1
+"""A rate that grows by more than this factor on resume jumps; below this share of the peak, updates change little."""
+
 STEP_DECAY = "step_decay"
 """A shape that does not depend on the length of the run."""
 
@@ -67,6 +70,30 @@ def learning_rate(
         return peak * decay(min(1.0, (update - warmup) / (total - warmup)))
 
     return rate
+
+
+def resume_warnings(
+    schedule: Callable[[int], float], *, start: int, total: int, peak: float, last_rate: float | None, advice: str
+) -> list[str]:
+    """What the rates of a run that continues with other settings do, one line each: a jump back, or almost nothing.
+
+    Args:
+        start, total: the run continues after update `start` and ends after `total`.
+        last_rate: of the update before, if it is known.
+        advice: how to train further instead.
+    """
+    lines, first = [], schedule(start)
+    if last_rate is not None and first > JUMP * last_rate:
+        lines.append(
+            f"the learning rate jumps from {last_rate:.2g} at update {start} back to {first:.2g}: the schedule is now"
+            f" that of {total} updates"
+        )
+    if (highest := max(map(schedule, range(start, total)))) < NEGLIGIBLE * peak:
+        lines.append(
+            f"the learning rate of the remaining {total - start} updates is at most {highest:.2g} (peak {peak:g}): they"
+            f" change little; to train further, {advice}"
+        )
+    return lines
 
 
 def _decay(shape: str, peak: float, cycles: int, power: float) -> Callable[[float], float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from mflux_vae_train.checkpointing.state import Stateful
@@ -46,3 +47,12 @@ class PendingHooks:
 
     def _note_saved(self) -> None:
         self.saved_update = None if self.record is None else self.record.update
+
+
+def last_rate(values: Mapping[str, Any]) -> float | None:
+    """Learning rate of the update before a checkpoint, from its plain values; None if it is not there."""
+    try:
+        record = json.loads(values["pending_hooks/pending_hooks"])["record"]
+        return float(record["metrics"]["learning_rate"])
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.utils.formatting import count_text
-from mflux_vae_train.checkpointing import checkpoint
-from mflux_vae_train.vae.build import latent_shape, parameter_count
+from mflux_vae_train.vae.build import latent_shape, parameter_count, set_training_mode
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.config_warnings import config_warnings
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.evaluation.formatting import metrics_text
+from mflux_vae_train.vae.fingerprint import run_identity
 from mflux_vae_train.vae.objective import Objective
 from mflux_vae_train.vae.plan import Plan, open_images
+from mflux_vae_train.vae.run_status import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,22 @@ def dry_run(
     loss, others = objective(network, batch.arrays)
     metrics = {name: float(value) for name, value in {"loss": loss, **others}.items()}
     shape = " x ".join(map(str, latent_shape(network, settings.image_size)))
-    latest = checkpoint.latest(folder)
+    identity = run_identity(settings, network, train, held_out)
+    set_training_mode(network, settings.train)
+    status = read_status(folder, identity, settings, network=network, total=plan.total, schedule=plan.learning_rate())
+    for line in status.warnings:
+        logger.warning("%s", line)
+    if status.checkpoint is None:
+        would = "would start a new run"
+    elif status.complete:
+        would = f"already complete: {folder}"
+    else:
+        would = f"would resume from {status.checkpoint}"
     for line in (
         f"{settings.name}: {parameter_count(network):,} parameters, latents of {shape}",
         f"{count_text(len(train), 'image')} and {len(held_out)} held out, {plan.images} per update",
         f"{count_text(plan.total, 'update')} in {count_text(settings.num_epochs, 'epoch')}, output in {folder}",
-        f"would resume from {latest}" if latest else "would start a new run",
+        would,
         f"first batch: {metrics_text(metrics, network.config.latent_channels)}",
     ):
         logger.info("%s", line)

@@ -19,22 +19,21 @@ from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae.utils.formatting import count_text
-from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, ProcessGroup
-from mflux_vae_train.monitoring.progress import ProgressBar
+from mflux_vae_train.monitoring.progress import Pace, ProgressBar
 from mflux_vae_train.monitoring.trackers import TensorBoard
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.grouped import Grouped
-from mflux_vae_train.settings import flags
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, every
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import Step
+from mflux_vae_train.vae import run_status
 from mflux_vae_train.vae.build import build, build_discriminator, parameter_count, set_training_mode
 from mflux_vae_train.vae.config import OPTIMIZER_FLAGS, VAETrainingSettings, settings_from_dict
 from mflux_vae_train.vae.config_warnings import config_warnings
@@ -46,6 +45,7 @@ from mflux_vae_train.vae.fingerprint import run_identity
 from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import AdversarialStep, Objective, discriminator_loss
 from mflux_vae_train.vae.plan import Plan, open_images
+from mflux_vae_train.vae.run_status import RunStatus, read_status
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +165,31 @@ class VAETrainer:
         pending = PendingHooks()
         objects["pending_hooks"] = pending.stateful()
 
-        def resume() -> int:
-            latest = checkpoint.latest(folder)
-            options: dict[str, Any] = {"fingerprint": fingerprint, "allow_changes": settings.allow_changes}
-            return checkpoint.load(latest, objects, **options) if latest else 0
+        status = RunStatus()
 
-        start = processes.broadcast(resume)
+        def resume() -> int:
+            nonlocal status
+            status = read_status(
+                folder, fingerprint, settings, network=network, total=plan.total, schedule=plan.learning_rate()
+            )
+            for line in status.warnings:
+                logger.warning("%s", line)
+            if status.checkpoint is None:
+                return 0
+            start = checkpoint.load(status.checkpoint, objects, compared=())
+            if status.starts_branch:  # the best weights are those of abandoned updates
+                validated.update(best=math.inf, without_improvement=0)
+            return start
+
+        start, complete = processes.broadcast(lambda: [resume(), status.complete])
         processes.broadcast_state(objects)
+        if complete:
+            plan.close()
+            logger.info("already complete: %s", self.best)
+            return self._finish(ema, updates=0, metrics=validated["metrics"])
         if lock is not None:
-            _claim(folder, settings, lock)
+            run_status.claim(folder, lock)
+            run_status.start(folder, fingerprint, settings, status)
         logger.info(
             "%s: %s parameters, %s and %d held out, %s in %s%s",
             settings.name, f"{parameter_count(network):,}", count_text(len(train), "image"), len(held_out),
@@ -253,13 +269,14 @@ class VAETrainer:
         epoch = plan.per_epoch
         with ExitStack() as stack:
             stack.callback(plan.close)
-            observers: list[Hook] = []
+            pace = Pace(plan.total)
+            observers: list[Hook] = [pace]
             validation_logs: list[MetricsLog] = []
             if processes.is_main:
                 log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resumed_at=start))
                 validation_logs.append(stack.enter_context(MetricsLog(folder / "validation.jsonl", resumed_at=start)))
                 fields = Progress(images=settings.batch_size * settings.gradient_accumulation_steps)
-                observers += [log, stack.enter_context(ProgressBar(plan.total, start, extra=fields))]
+                observers += [log, stack.enter_context(ProgressBar(plan.total, start, extra=fields, pace=pace))]
             if processes.is_main and settings.tensorboard:
                 trackers.append(stack.enter_context(TensorBoard(folder / "tensorboard", start=start)))
                 observers += trackers
@@ -270,13 +287,22 @@ class VAETrainer:
                 for tracker in trackers:
                     tracker.scalars("validation", record.update, validated["metrics"])
 
+            def seconds_of_validation() -> float:
+                """A forward pass takes about a third of an update."""
+                return pace.per_update * len(held_out) / plan.images / 3
+
+            def checkpointed(record: Record) -> None:
+                save(record.update)
+
             hooks = [
-                every(epoch * settings.val_every, validate),
+                pace.timed_every(epoch * settings.val_every, validate, seconds=seconds_of_validation),
                 every(epoch * settings.val_every, log_validation),
-                also_at_early_stop(every(epoch * settings.save_every, lambda record: save(record.update))),
-                every(settings.save_every_n_steps, lambda record: save(record.update), last=False),
-                also_at_early_stop(every(epoch * settings.samples_every if settings.samples_every else None, preview)),
-                every(settings.log_images_every_n_steps, preview, last=False),
+                also_at_early_stop(pace.timed_every(epoch * settings.save_every, checkpointed)),
+                pace.timed_every(settings.save_every_n_steps, checkpointed, last=False),
+                also_at_early_stop(
+                    pace.timed_every(epoch * settings.samples_every if settings.samples_every else None, preview)
+                ),
+                pace.timed_every(settings.log_images_every_n_steps, preview, last=False),
                 stop,
             ]
             try:
@@ -295,26 +321,19 @@ class VAETrainer:
                 last_update = max(start, plan.total)
             except _EarlyStop:
                 logger.info("early stopping: no lower loss in %d validations", validated["without_improvement"])
-        if ema is not None:
-            network.update(ema.state["average"])
-        network.eval()
+        if lock is not None:
+            run_status.finish(folder, fingerprint, status, plan.total)
         logger.info("best loss %.6g; output in %s", validated["best"], folder)
-        return TrainingResult(
-            best=best, last=last, folder=folder, updates=last_update - start, metrics=validated["metrics"]
-        )
+        return self._finish(ema, updates=last_update - start, metrics=validated["metrics"])
+
+    def _finish(self, ema: EMA | None, *, updates: int, metrics: Mapping[str, float]) -> TrainingResult:
+        """The result; the network holds the final weights."""
+        if ema is not None:
+            self.network.update(ema.state["average"])
+        self.network.eval()
+        return TrainingResult(best=self.best, last=self.last, folder=self.folder, updates=updates, metrics=metrics)
 
 
 def _optimizer(settings: VAETrainingSettings) -> Optimizer | Grouped:
     options = {option: getattr(settings, name) for name, option in OPTIMIZER_FLAGS.items()}
     return registry.build(settings.optimizer, **options)
-
-
-def _claim(folder: Path, settings: VAETrainingSettings, lock: Lock) -> None:
-    """Lock the run folder and write settings.yaml, which reproduces the run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        checkpoint.clean_up(folder)
-        write_text(folder / "settings.yaml", flags.to_yaml(dataclasses.replace(settings, allow_changes=False)))
-    except OSError as error:
-        raise SettingsError(f"--output_dir: {folder} cannot be written ({error.strerror})") from error

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.image_files.notes import ImageNotes
@@ -20,6 +19,7 @@ from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
 from mflux_vae.images import load_image, save_image, to_pictures
 from mflux_vae.utils.formatting import shortened
+from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
@@ -203,12 +203,12 @@ def generate_class_images(
         return [mx.array(image) for image in images]
 
     disable = None if processes.is_main else True
-    with tqdm(total=len(missing), desc="class images", unit="image", disable=disable) as bar:
+    with item_bar(total=len(missing), desc="class images", unit="image", disable=disable) as bar:
         for batch, images in processes.map_in_rounds(batches, sample):
             for index, image in zip(batch, images, strict=True):
                 if processes.is_main and index in missing:
                     save_image(folder / file_name(index), np.array(image), text={PROMPT_KEY: class_prompt})
-                    bar.update()
+            bar.update(len(missing.intersection(batch)))
 
 
 def sample_images(

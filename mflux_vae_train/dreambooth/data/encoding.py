@@ -11,11 +11,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import averaged, load_image, load_mask, to_pixels
+from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -151,7 +151,7 @@ def encode_images(
         return results
 
     disable = None if batches and processes.is_main else True
-    with tqdm(total=sum(map(len, batches)), desc="latents", unit="image", disable=disable) as bar:
+    with item_bar(total=sum(map(len, batches)), desc="latents", unit="image", disable=disable) as bar:
         for start in range(0, len(batches), processes.size):
             group = batches[start : start + processes.size]
             pixels = processes.broadcast_arrays(partial(read, group)).get(str(processes.rank))

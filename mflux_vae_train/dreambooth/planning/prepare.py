@@ -46,9 +46,7 @@ from mflux_vae_train.pipelines.capabilities import (
     Use,
 )
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
-
-NEGLIGIBLE = 0.1
-"""Share of the peak learning rate below which updates change little."""
+from mflux_vae_train.training.lr_schedule import resume_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,16 +275,11 @@ def _resume_warnings(resolved: ResolvedSettings, status: RunStatus, folder: RunF
     if not status.changed or status.checkpoint is None or finds_rate(resolved):
         return warnings
     peak, updates = resolved.learning_rate, resolved.plan.updates
-    schedule = build_schedule(resolved, peak=peak, updates=updates)
-    first, highest = schedule(status.update), max(map(schedule, range(status.update, updates)))
-    if status.last_rate is not None and first > 1.2 * status.last_rate:
-        warnings.append(
-            f"the learning rate jumps from {status.last_rate:.2g} at update {status.update} to {first:.2g}: the"
-            f" {resolved.lr_scheduler} schedule is now that of {updates} updates"
-        )
-    if highest < NEGLIGIBLE * peak:
-        warnings.append(
-            f"the learning rate of the remaining {updates - status.update} updates is at most {highest:.2g} (peak"
-            f" {peak:g}): they change little; to train further, use --lora_weights {folder.root} --output_dir NEW"
-        )
-    return warnings
+    return warnings + resume_warnings(
+        build_schedule(resolved, peak=peak, updates=updates),
+        start=status.update,
+        total=updates,
+        peak=peak,
+        last_rate=status.last_rate,
+        advice=f"use --lora_weights {folder.root} --output_dir NEW",
+    )

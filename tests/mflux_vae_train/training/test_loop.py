@@ -208,11 +208,16 @@ def test_the_remaining_time_includes_updates_and_hooks(monkeypatch: pytest.Monke
 
 def test_the_time_when_a_run_is_ready() -> None:
     pace = Pace(1000)
-    pace(Record(update=1, total=1000, metrics={}, seconds=6.0))
+    pace(Record(update=1, total=1000, metrics={}, seconds=600.0))  # compiles
+    for update in range(2, 5):
+        pace(Record(update=update, total=1000, metrics={}, seconds=6.0))
+    assert pace.eta_text(4) == "time left unknown until update 5"
+    pace(Record(update=5, total=1000, metrics={}, seconds=6.0))
     assert pace.eta_text(990) == "60 s left"
     assert re.fullmatch(r"50 min left, ready at \d\d:\d\d", pace.eta_text(500))
     pace = Pace(100_000)
-    pace(Record(update=1, total=100_000, metrics={}, seconds=6.0))
+    for update in range(1, 6):
+        pace(Record(update=update, total=100_000, metrics={}, seconds=6.0))
     assert re.fullmatch(r"6 d 22 h left, ready at \d\d:\d\d on \d{4}-\d\d-\d\d", pace.eta_text(1))
 
 
@@ -238,7 +243,8 @@ def test_the_bar_begins_with_the_remaining_time(monkeypatch: pytest.MonkeyPatch)
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with ProgressBar(total=3, extra=lambda _: {"more": "text"}) as bar:
-        bar(Record(update=1, total=3, metrics={"loss": 1.0, "learning_rate": 1e-4}, seconds=2.0))
+    with ProgressBar(total=7, extra=lambda _: {"more": "text"}) as bar:
+        for update in range(1, 6):
+            bar(Record(update=update, total=7, metrics={"loss": 1.0, "learning_rate": 1e-4}, seconds=2.0))
     last = sys.stderr.getvalue().split("\r")[-1]
     assert "update/s, 4 s left, loss 1.0000, rate 1.0e-04, more text]" in last.replace("s/update", "update/s")
