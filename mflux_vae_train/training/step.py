@@ -201,10 +201,12 @@ class Step:
         norm = global_norm(gradients) / samples
         mean_loss, grad_norm = averages.pop("loss"), float(norm)
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"update {update + 1}: loss is {mean_loss:g}, gradient norm {grad_norm:g}; lower --learning_rate, or"
-                " look for a broken image"
-            )
+            weights: dict[str, mx.array] = dict(tree_flatten(self.model.parameters()))
+            broken = [path for path, one in weights.items() if not mx.all(mx.isfinite(one))]
+            fix = "lower --learning_rate, or look for a broken image"
+            if broken:
+                fix = f"{len(broken)} weights have NaN or infinite values, first {broken[0]}: take another file"
+            raise TrainingError(f"update {update + 1}: loss is {mean_loss:g}, gradient norm {grad_norm:g}; {fix}")
 
         # clip and update
         self.optimizer.learning_rate = learning_rate

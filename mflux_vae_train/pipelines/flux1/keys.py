@@ -111,6 +111,19 @@ MFLUX_VAE = (
 """mflux stores convolution weights in MLX's layout."""
 
 
+_MARKS = (
+    ("double_blocks.0.img_mod.lin.", "single_blocks.0.linear1.", "vector_in.in_layer."),
+    ("transformer_blocks.0.norm1.linear.", "single_transformer_blocks.0.proj_mlp.", "time_text_embed.text_embedder."),
+)
+"""Beginnings of keys that only FLUX.1 has together, in both namings. FLUX.2 and Chroma have no modulation in blocks."""
+
+
+def is_flux1(keys: Iterable[str]) -> bool:
+    """Whether these are all keys of a FLUX.1 transformer, in any naming."""
+    names = [key.removeprefix(_PREFIX) for key in keys]
+    return any(all(any(name.startswith(mark) for name in names) for mark in marks) for marks in _MARKS)
+
+
 def is_bfl(keys: Iterable[str]) -> bool:
     """Whether these are keys of Black Forest Labs' transformer."""
     return any(key.removeprefix(_PREFIX).startswith(("double_blocks.", "single_blocks.")) for key in keys)

@@ -132,7 +132,7 @@ def is_transformer(file: Path) -> bool:
         names = open_weights(file)[0]
     except WeightsError:
         return False
-    return keys.is_bfl(names) or any(_BLOCK.fullmatch(name) for name in names)
+    return keys.is_flux1(names)
 
 
 def _transformer_tensors(where: Path, variant: str | None = None) -> tuple[Path, dict[str, mx.array]]:

@@ -197,7 +197,8 @@ def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 contain `position_ids`,
     which are 0, 1, 2, ... and dropped.
     """
-    named = {key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in tensors.items()}
+    outside = (_PREFIX, "text_projection.")  # the projection lies beside the text model
+    named = {key if key.startswith(outside) else _PREFIX + key: value for key, value in tensors.items()}
     named.pop(_POSITION_IDS, None)
     return named
 

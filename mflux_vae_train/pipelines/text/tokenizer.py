@@ -133,7 +133,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
     special = folder / "special_tokens_map.json"
     if special.is_file():
-        settings = _read_json(special) | settings
+        # as in transformers: without descriptions of the tokens, as in SD 2, this file counts
+        described = "added_tokens_decoder" in settings
+        settings = _read_json(special) | settings if described else settings | _read_json(special)
 
     if (folder / "tokenizer.json").is_file():
         backend = _open_tokenizer_json(folder / "tokenizer.json")

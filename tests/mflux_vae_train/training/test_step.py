@@ -88,6 +88,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(broken: flo
     assert step.optimizer.state["step"].item() == 0
 
 
+def test_weights_that_are_not_finite_are_named() -> None:
+    net = Net()
+    net.blocks[1].weight = net.blocks[1].weight * float("inf")
+    with pytest.raises(TrainingError, match=r"blocks\.1\.weight"):
+        Step(net, AdamW(), loss)(0, [batch([0])], 1e-2)
+
+
 def test_frozen_parameters_stay_and_a_fully_frozen_model_is_refused() -> None:
     net = Net()
     net.freeze()

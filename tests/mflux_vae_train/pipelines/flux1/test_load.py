@@ -205,13 +205,16 @@ def test_transformer_file_uses_parts_of_the_published_model(
     assert not any(name.startswith("transformer/") and "safetensors" in name for name in asked[0][2])
 
 
-@pytest.mark.parametrize("kind", ["an autoencoder", "no safetensors", "an adapter"])
+@pytest.mark.parametrize("kind", ["an autoencoder", "no safetensors", "an adapter", "FLUX.2"])
 def test_other_files_raise_one_line(folder: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "mine.safetensors"
     if kind == "an autoencoder":
         file.write_bytes((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
     elif kind == "an adapter":
         mx.save_safetensors(str(file), {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((2, 2))})
+    elif kind == "FLUX.2":
+        names = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "double_stream_modulation_img.lin"]
+        mx.save_safetensors(str(file), {f"{name}.weight": mx.zeros((2, 2)) for name in names})
     else:
         file.write_text("no safetensors")
     with pytest.raises(SettingsError, match=r"mine\.safetensors"):

@@ -187,6 +187,7 @@ def test_invalid_configs_raise() -> None:
 
 def test_published_names() -> None:
     one, two = mx.array([1.0]), mx.array([2.0])
+    assert clip.published_names({"text_projection.weight": one}) == {"text_projection.weight": one}
     expected = {"text_model.final_layer_norm.bias": one}
     assert clip.published_names({"final_layer_norm.bias": one}) == expected
     old = {"text_model.embeddings.position_ids": two, "text_model.final_layer_norm.bias": one}

@@ -142,6 +142,19 @@ def test_max_length(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Pa
             load_tokenizer(folder).encode(["a"])
 
 
+def test_the_map_of_special_tokens_counts_unless_the_configuration_describes_them(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    vocabulary = json.loads((folders["clip"] / "vocab.json").read_text())
+    (folder := copied(folders["clip"], tmp_path / "a", pad_token="<|endoftext|>")).joinpath(
+        "special_tokens_map.json"
+    ).write_text(json.dumps({"pad_token": "!"}))
+    assert load_tokenizer(folder).pad_id == vocabulary["!"]
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": {}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder).pad_id == vocabulary["<|endoftext|>"]
+
+
 def copied(folder: Path, target: Path, **settings: object) -> Path:
     """A copy with other settings in tokenizer_config.json; special_tokens_map.json is left out."""
     target.mkdir()
