@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -18,6 +19,9 @@ _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour spaces of profiles, and the modes of their images."""
 
 _NAME_LENGTH = 40
+
+_NO_OPTIMIZATION = 0x0100
+"""A flag of lcms2, whose optimization of grey is off by 10 levels in shadows."""
 
 
 class ProfileError(ValueError):
@@ -53,7 +57,8 @@ def read_profile(content: bytes) -> Profile:
         name = (opened.profile.profile_description or "").strip("\0 \n")
         if mode is None:
             raise ProfileError(f"it describes {opened.profile.xcolor_space.strip()}")
-        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+        flags: Any = _NO_OPTIMIZATION if mode == "L" else 0
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
         assert isinstance(transform, ImageCms.ImageCmsTransform)
         same = mode != "CMYK" and _is_identity(transform, mode)
     except ProfileError:
@@ -72,7 +77,7 @@ def to_srgb(image: Image.Image, profile: Profile) -> Image.Image:
         levels = _apply(profile.transform, Image.fromarray(np.arange(256, dtype=np.uint8)[None]))[0]
         grey = np.asarray(image)
         if grey.dtype == np.uint8:
-            return Image.fromarray(levels[grey])
+            return Image.fromarray(levels[grey].astype(np.uint8))
         fine = [np.interp(grey.astype(np.float64) / 257, np.arange(256), band) for band in levels.T.astype(np.float64)]
         return Image.fromarray(np.rint(np.stack(fine, axis=-1)).astype(np.uint8))
     converted = ImageCms.applyTransform(image, profile.transform)

@@ -35,10 +35,10 @@ class _Segment(NamedTuple):
 def jpeg(file: BinaryIO) -> Container | None:
     """Take a JPEG file apart; None if it has no sound sequence of segments."""
     size = size_of(file)
-    segments = _segments(file, 2, size)
+    segments = _segments(file, 2, size, set())
     if not _complete(segments):
-        segments = _repaired(file, segments, size)
-    if not segments:
+        segments = _repaired(file, segments, size) or _segments(file, 2, size, set(), skip=True)
+    if not _complete(segments):
         return None
     parts: list[Part] = [b"\xff\xd8"]
     exif = xmp = None
@@ -65,17 +65,19 @@ def jpeg(file: BinaryIO) -> Container | None:
     return Container(parts=parts, exif=exif, xmp=xmp, profile=icc if profile else None)
 
 
-def _segments(file: BinaryIO, start: int, size: int, *, strict: bool = False) -> list[_Segment]:
+def _segments(file: BinaryIO, start: int, size: int, seen: set[int], *, skip: bool = False) -> list[_Segment]:
     """The segments from a position up to the first scan, or as far as they make sense.
 
     Args:
-        strict: end at bytes between two segments, which decoders skip.
+        seen: positions to end at; those of the segments are added.
+        skip: ignore bytes between two segments, as decoders do.
     """
     segments: list[_Segment] = []
-    while start + 4 <= size:
+    while start + 4 <= size and start not in seen:
+        seen.add(start)
         head = read_at(file, start, 4)
         if head[0] != 0xFF or head[1] in (0, 0xFF):
-            if strict:
+            if not skip and head[:2] != b"\xff\xff":
                 break
             start += 1
             continue
@@ -104,13 +106,14 @@ def _repaired(file: BinaryIO, segments: Sequence[_Segment], size: int) -> list[_
     A thumbnail inside a segment is a JPEG file, too; the picture is the largest frame.
     """
     best: tuple[int, list[_Segment]] = (0, [])
+    seen: set[int] = set()
     for index, damaged in enumerate(segments):
         if not damaged.metadata:
             continue
         window = read_at(file, damaged.start + 4, _MAX_DAMAGE)
         for found in re.finditer(rb"\xff[\xc0-\xcf\xdb\xdd\xe0-\xef\xfe]", window):
             start = damaged.start + 4 + found.start()
-            rest = _segments(file, start, size, strict=True)
+            rest = _segments(file, start, size, seen)
             if _complete(rest) and (area := _area(file, rest)) > best[0]:
                 whole = _Segment(damaged.marker, damaged.start, start)
                 best = area, [*segments[:index], whole, *rest]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from mflux_vae.image_files import profiles
@@ -15,8 +17,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
-_MAX_SEARCH = 2**26
-"""Bytes that are searched for the next chunk after one whose length is wrong."""
+_MAX_SEARCH, _MAX_TRIES, _MAX_REPAIRS = 2**24, 64, 8
+"""Bytes that are searched for the next chunk after one whose length is wrong, places that are tried, and searches."""
+
+_MAX_COLOUR = 64
+"""Largest chunk that states a colour space without a profile (bytes)."""
 
 
 class Chunk(NamedTuple):
@@ -59,7 +64,7 @@ def png(file: BinaryIO) -> Container:
                 exif = _from_hexadecimal(_text(file, chunk)[1])
         elif chunk.kind == b"acTL":
             frames = int.from_bytes(_body(file, chunk, 4), "big") > 1
-        elif chunk.kind == b"iCCP" or (chunk.kind in (b"cICP", b"gAMA", b"cHRM", b"sRGB") and _sound(file, chunk)):
+        elif chunk.kind == b"iCCP" or (_states_colours(file, chunk)):
             colour.setdefault(chunk.kind, _body(file, chunk, MAX_PROFILE))
     return Container(parts=parts, exif=exif, xmp=xmp, profile=_profile(colour), frames=frames)
 
@@ -79,15 +84,14 @@ def texts(file: BinaryIO) -> dict[str, Text]:
 
 def chunks(file: BinaryIO, size: int) -> Iterator[Chunk]:
     """Yield the chunks of a file up to its end, those with wrong lengths left out."""
-    start, described = len(SIGNATURE), None
+    start, described, repairs = len(SIGNATURE), None, 0
     while start + 12 <= size:
         length, kind = struct.unpack(">I4s", read_at(file, start, 8))
         chunk = Chunk(kind, start, length)
         if not (kind.isalpha() and kind.isascii()) or (chunk.end > size and kind not in _PIXELS):
             # the chunk before may have the wrong length
-            start = _next_pixels(file, described or start)
-            described = None
-            if start < 0:
+            start, described, repairs = _next_pixels(file, described or start, size), None, repairs + 1
+            if start < 0 or repairs > _MAX_REPAIRS:
                 return
             continue
         yield chunk
@@ -97,22 +101,19 @@ def chunks(file: BinaryIO, size: int) -> Iterator[Chunk]:
         start = chunk.end
 
 
-def _next_pixels(file: BinaryIO, start: int) -> int:
+def _next_pixels(file: BinaryIO, start: int, size: int) -> int:
     """Position of the next chunk that holds pixels and is intact; -1 if there is none."""
     window = read_at(file, start, _MAX_SEARCH)
-    found = sorted(place for kind in _PIXELS for place in _places(window, kind))
-    for place in found:
-        length, kind = struct.unpack(">I4s", window[place - 4 : place + 4])
-        if _sound(file, Chunk(kind, start + place - 4, length)):
-            return start + place - 4
+    for found in islice(re.finditer(rb"(?s)....(?:PLTE|IDAT|IEND)", window), _MAX_TRIES):
+        length, kind = struct.unpack(">I4s", found[0])
+        chunk = Chunk(kind, start + found.start(), length)
+        if chunk.end <= size and _sound(file, chunk):
+            return chunk.start
     return -1
 
 
-def _places(window: bytes, kind: bytes) -> Iterator[int]:
-    place = window.find(kind, 4)
-    while place >= 0:
-        yield place
-        place = window.find(kind, place + 1)
+def _states_colours(file: BinaryIO, chunk: Chunk) -> bool:
+    return chunk.kind in (b"cICP", b"gAMA", b"cHRM", b"sRGB") and chunk.length <= _MAX_COLOUR and _sound(file, chunk)
 
 
 def _body(file: BinaryIO, chunk: Chunk, limit: int) -> bytes:

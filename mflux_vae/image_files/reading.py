@@ -71,10 +71,7 @@ def read_image(image: Image.Image, name: str, notes: ImageNotes) -> Image.Image:
         return read_file(path, notes)  # Pillow reads tiles of a turned image wrong if it opened the file by name
     try:
         image.load()
-        with suppress(Exception):  # of damaged EXIF
-            turn = image.getexif().get(0x112)
-        turn = turn if isinstance(turn, int) else 1
-        return _turned(to_rgb(image, name, notes, profile=image.info.get("icc_profile")), turn)
+        return _turned(to_rgb(image, name, notes, profile=image.info.get("icc_profile")), _orientation(image))
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many kinds
@@ -118,7 +115,8 @@ def _opened(path: str | Path, notes: ImageNotes) -> Iterator[tuple[Image.Image, 
         if format is not None and not readable(format):
             raise ImageError(f"{path} is {format}, which is not read; {remedy(format)}") from None
         if isinstance(error, UnidentifiedImageError):
-            what = "is not an image, so it cannot be read" if os.path.getsize(path) else "is empty"
+            kind = f"a sound {format} image" if format in HEIF else "an image"
+            what = f"is not {kind}, so it cannot be read" if os.path.getsize(path) else "is empty"
             raise ImageError(f"{path} {what}; remove or replace it") from None
         raise ImageError(f"{path} cannot be read ({_one_line(error)}); remove or replace it") from error
 
@@ -134,9 +132,8 @@ def _take_apart(
         return _open(joined(source, container.parts), [format], path, notes), container
     source.seek(0)
     image = _open(source, None, path, notes)
-    exif, xmp, profile = (image.info.get(name) for name in ("exif", "xmp", "icc_profile"))
-    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else None
-    return image, Container(parts=(), exif=exif, xmp=xmp if isinstance(xmp, bytes) else None, profile=profile)
+    exif, xmp, profile = (_bytes(image.info.get(name)) for name in ("exif", "xmp", "icc_profile"))
+    return image, Container(parts=(), exif=exif, xmp=xmp, profile=profile)
 
 
 def _open(file: BinaryIO, formats: list[str] | None, path: str | Path, notes: ImageNotes) -> Image.Image:
@@ -154,6 +151,21 @@ def _register_heif() -> None:
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation of a loaded Pillow image. Pillow's reader of EXIF, which warns, is for images without a block."""
+    if (exif := _bytes(image.info.get("exif"))) is not None:
+        return orientation(exif, _bytes(image.info.get("xmp")))
+    with _opening, warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        if isinstance(turn := image.getexif().get(0x112), int):
+            return turn
+    return 1
+
+
+def _bytes(value: object) -> bytes | None:
+    return value.removeprefix(b"Exif\0\0") if isinstance(value, bytes) else None
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from mflux_vae.image_files.container import MAX_PROFILE, MAX_TEXT, Container, Part, read_at, size_of
 
 _PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 _KNOWN = (*_PIXELS, b"ICCP", b"EXIF", b"XMP ")
+_MAX_SEARCH, _MAX_TRIES, _MAX_REPAIRS = 2**24, 256, 8
+"""Bytes that are searched for the next chunk after one whose length is wrong, places that are tried, and searches."""
+
 _METADATA_FLAGS = 0x2C
 """Bits of VP8X: profile, EXIF and XMP follow."""
 
@@ -54,14 +58,14 @@ def webp(file: BinaryIO) -> Container | None:
 
 def _chunks(file: BinaryIO, size: int) -> Iterator[_Chunk]:
     """Yield the chunks of a file, those with wrong lengths left out."""
-    start, described = 12, None
+    start, described, repairs = 12, None, 0
     while start + 8 <= size:
         kind, length = struct.unpack("<4sI", read_at(file, start, 8))
         chunk = _Chunk(kind, start, length)
         if not all(32 <= byte < 127 for byte in kind) or (chunk.end > size + 1 and kind not in _PIXELS):
             # the chunk before may have the wrong length
-            start, described = _next_pixels(file, described or start + 4, size), None
-            if start < 0:
+            start, described, repairs = _next_pixels(file, described or start + 4, size), None, repairs + 1
+            if start < 0 or repairs > _MAX_REPAIRS:
                 return
             continue
         yield chunk
@@ -71,8 +75,8 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[_Chunk]:
 
 def _next_pixels(file: BinaryIO, start: int, size: int) -> int:
     """Position of the next chunk that holds pixels and after which a known one or the end follows; else -1."""
-    window = read_at(file, start, size - start)
-    for found in re.finditer(rb"ANIM|ANMF|ALPH|VP8 |VP8L", window):
+    window = read_at(file, start, _MAX_SEARCH)
+    for found in islice(re.finditer(rb"ANIM|ANMF|ALPH|VP8 |VP8L", window), _MAX_TRIES):
         place = start + found.start()
         end = _Chunk(found[0], place, int.from_bytes(read_at(file, place + 4, 4), "little")).end
         if size - 1 <= end <= size + 1 or read_at(file, end, 4) in _KNOWN:

@@ -64,7 +64,7 @@ PROFILES: Mapping[str, bytes] = {
 }
 
 
-def _segment(marker: int, body: bytes) -> bytes:
+def segment(marker: int, body: bytes) -> bytes:
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
 
 
@@ -73,7 +73,7 @@ def _in_jpeg(*segments: bytes) -> Callable[[bytes], bytes]:
 
 
 def _profile_segments(profile: bytes) -> bytes:
-    return _segment(0xE2, b"ICC_PROFILE\0\1\1" + profile)
+    return segment(0xE2, b"ICC_PROFILE\0\1\1" + profile)
 
 
 def chunk(kind: bytes, body: bytes, *, wrong: bool = False) -> bytes:
@@ -137,17 +137,17 @@ def _nested(exif: bytes) -> bytes:
 
 DAMAGES: Mapping[str, Mapping[str, Callable[[bytes], bytes]]] = {
     "JPEG": {
-        **{f"EXIF: {name}": _in_jpeg(_segment(0xE1, _nested(block))) for name, block in EXIF.items()},
+        **{f"EXIF: {name}": _in_jpeg(segment(0xE1, _nested(block))) for name, block in EXIF.items()},
         **{f"profile: {name}": _in_jpeg(_profile_segments(profile)) for name, profile in PROFILES.items()},
-        "profile: a piece is missing": _in_jpeg(_segment(0xE2, b"ICC_PROFILE\0\2\3" + NOISE[:400])),
+        "profile: a piece is missing": _in_jpeg(segment(0xE2, b"ICC_PROFILE\0\2\3" + NOISE[:400])),
         "EXIF with a wrong length": _in_jpeg(b"\xff\xe1\xf0\0" + _nested(exif([UPRIGHT]))),
         "EXIF with a short length": _in_jpeg(b"\xff\xe1\0\x0c" + _nested(exif([UPRIGHT] * 40))),
-        "70 comments": _in_jpeg(*[_segment(0xFE, NOISE)] * 70),
-        "several pictures that are not there": _in_jpeg(_segment(0xE2, b"MPF\0" + exif([(0xB001, 4, 1, b"\2\0\0\0")]))),
-        "resources of Photoshop, cut": _in_jpeg(_segment(0xED, b"Photoshop 3.0\x008BIM\3\xed\0\0\0\0\xff\xff\0")),
-        "FlashPix, JFXX": _in_jpeg(_segment(0xE2, b"FPXR\0"), _segment(0xE0, b"JFXX\0\x10"), _segment(0xE0, b"JFIF")),
-        "Adobe, cut": _in_jpeg(_segment(0xEE, b"Adobe\0")),
-        "XMP": _in_jpeg(_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta " + NOISE)),
+        "70 comments": _in_jpeg(*[segment(0xFE, NOISE)] * 70),
+        "several pictures that are not there": _in_jpeg(segment(0xE2, b"MPF\0" + exif([(0xB001, 4, 1, b"\2\0\0\0")]))),
+        "resources of Photoshop, cut": _in_jpeg(segment(0xED, b"Photoshop 3.0\x008BIM\3\xed\0\0\0\0\xff\xff\0")),
+        "FlashPix, JFXX": _in_jpeg(segment(0xE2, b"FPXR\0"), segment(0xE0, b"JFXX\0\x10"), segment(0xE0, b"JFIF")),
+        "Adobe, cut": _in_jpeg(segment(0xEE, b"Adobe\0")),
+        "XMP": _in_jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta " + NOISE)),
     },
     "PNG": {
         **{f"EXIF: {name}": _in_png(chunk(b"eXIf", block)) for name, block in EXIF.items()},
