@@ -125,8 +125,6 @@ class InstanceDataset:
             )
         if masked := sum(image.mask is not None for image in self.images):
             lines.append(f"{masked} of {len(self.images)} images have a mask")
-        if self.unused_masks:
-            lines.append(f"{count_text(self.unused_masks, 'mask')} ignored; use --masked_loss to apply masks")
         return [*lines, *self.notes]
 
 
@@ -160,7 +158,11 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         skipped += folder.unused_files
         found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column)
         texts, lines = adapt_captions(found, subject.instance_prompt)
-        warnings += [*_folder_warnings(folder), *found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
+        warnings += [
+            *_folder_warnings(folder, masked=settings.masked_loss),
+            *found.warnings,
+            *(f"{folder.folder}: {line}" for line in lines),
+        ]
         entries += [(concept, folder.folder / name, texts[name], masks.get(name)) for name in folder.images]
 
     square, used, notes = Crop(shape=(resolution, resolution)), 0, ImageNotes()
@@ -223,12 +225,20 @@ def _scan(folder: str) -> ImageFolder:
     return scanned
 
 
-def _folder_warnings(folder: ImageFolder) -> list[str]:
+def _folder_warnings(folder: ImageFolder, *, masked: bool) -> list[str]:
     lines = []
+    masks = sorted({*folder.masks.values()})
+    unmasked = [image for image in folder.images if image not in folder.masks]
     if text := folder.unused_text(uses=("masks", "captions"), repeats_flag=REPEATS_FLAG):
         lines.append(f"not used in {folder.folder}: {text}")
     if shared := [f"{name} of {' and '.join(first)}" for name, first in folder.shared.items()]:
         lines.append(f"{folder.folder}: images of the same name share a file: {first_few(shared)}")
+    if masks and not masked:
+        count = count_text(len(masks), "mask")
+        lines.append(f"{folder.folder}: {count} not used ({first_few(masks)}); use --masked_loss to apply masks")
+    if masks and masked and unmasked:
+        count = f"{len(unmasked)} of {count_text(len(folder.images), 'image')}"
+        lines.append(f"{folder.folder}: {count} without a mask ({first_few(unmasked)}): all positions weigh the same")
     return lines
 
 

@@ -123,7 +123,9 @@ def test_masks_are_not_images(instance_dir, load):
     assert [image.path.name for image in unmasked.images] == [f"picture-{i}.png" for i in range(5)]
     assert "lonely-mask.png" in unmasked.warnings[0]
     assert unmasked.unused_masks == 1 and all(one.mask is None for one in unmasked.images)
+    assert "picture-1-mask.png" in unmasked.warnings[1] and "--masked_loss" in unmasked.warnings[1]
     masked = load(masked_loss=True)
+    assert "4 of 5 images without a mask (picture-0.png" in masked.warnings[1]
     assert [one.path for one in masked.images] == [
         one.path for one in unmasked.images
     ] and masked.fingerprint != unmasked.fingerprint
