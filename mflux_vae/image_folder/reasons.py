@@ -27,6 +27,7 @@ LINKED_FOLDER = Reason(noun="link", tail="to a folder, which is not followed", r
 SUBFOLDER = Reason(noun="image", tail="in subfolders", remedy="give that folder")
 EMPTY_SUBFOLDER = Reason(noun="subfolder", tail="without images")
 HIDDEN_IMAGE = Reason(noun="hidden image", remedy="rename it without the dot")
+CLOUD = Reason(noun="file", tail="kept in iCloud only", remedy="download them first")
 NO_FILE = Reason(noun="device", tail="or pipe")
 PARTIAL = Reason(noun="backup", tail="or unfinished download")
 ORPHAN_MASK = Reason(noun="mask", tail="without an image of that name", remedy="rename it if it is an image")
@@ -50,7 +51,17 @@ def unreadable(format: str) -> Reason:
     return Reason(noun=f"{format} image", remedy=remedy(format))
 
 
-_FIRST = (SUBFOLDER, BROKEN_LINK, LINKED_FOLDER, ORPHAN_MASK, SECOND_MASK, GREY_TWIN, CONDITIONING, OTHER_CAPTIONS)
+_FIRST = (
+    SUBFOLDER,
+    CLOUD,
+    BROKEN_LINK,
+    LINKED_FOLDER,
+    ORPHAN_MASK,
+    SECOND_MASK,
+    GREY_TWIN,
+    CONDITIONING,
+    OTHER_CAPTIONS,
+)
 
 
 def order(reason: Reason) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from mflux_vae.image_files.formats import image_format, readable
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.reasons import (
     BROKEN_LINK,
+    CLOUD,
     CONDITIONING,
     EMPTY_SUBFOLDER,
     GREY_TWIN,
@@ -41,7 +42,7 @@ from mflux_vae.image_folder.reasons import (
     unreadable,
 )
 from mflux_vae.images import EXTENSIONS, load_image
-from mflux_vae.utils.formatting import count_text, first_few
+from mflux_vae.utils.formatting import count_text, first_few, short_name
 from mflux_vae.utils.links import missing
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -62,9 +63,11 @@ _KOHYA = re.compile(r"(?P<repeats>\d+)_.+")
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin"})
 _PARTIAL = (".bak", ".crdownload", ".download", ".old", ".opdownload", ".orig", ".part", ".partial", ".swp", ".tmp")
 _TEXT = frozenset(
-    ".cap .caption .captions .csv .html .ini .json .jsonl .log .md .py .rtf .sh .srt .tags .toml .tsv .txt .xml .yaml"
-    " .yml".split()
+    ".arrow .cap .caption .captions .csv .html .ini .json .jsonl .log .md .parquet .py .rtf .sh .srt .tags .toml .tsv"
+    " .txt .xml .yaml .yml".split()
 )
+"""Extensions of texts and tables."""
+
 _CAPTION_WORDS = re.compile(r"meta|caption|prompt|tags?\b|labels?\b|dataset|annotation|description", re.IGNORECASE)
 _FORMATS = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".avif": "AVIF", ".jxl": "JPEG XL", ".psd": "PSD"}
 """Formats of files whose content is not recognised, by extension."""
@@ -267,6 +270,8 @@ def _kind(entry: os.DirEntry[str], *, recursive: bool, trust: bool) -> Reason | 
         return LINKED_FOLDER if recursive and entry.is_symlink() else "folder"
     if not entry.is_file():
         return NO_FILE
+    if name.startswith(".") and suffix == ".icloud":  # the place of a file that macOS moved to its server
+        return CLOUD
     if name.startswith("._") or (_is_junk(name) and (trust or suffix not in EXTENSIONS)):
         return JUNK
     if name.endswith("~") or suffix in _PARTIAL:
@@ -315,11 +320,11 @@ def _take_masks(
     candidates = [(match["name"] or match["first"], name) for name, match in found.items()]
     for below in inside:
         kinds = _kinds(folder / below, trust=trust)
-        names = [name for name, kind in kinds.items() if kind == "image"]
-        if any(index.by_name(Path(name).stem) for name in names):
+        names = {name: _mask_stem(name, index) for name, kind in kinds.items() if kind == "image"}
+        if any(index.by_name(stem) for stem in names.values()):
             folders.remove(below)
-            candidates += [(Path(name).stem, f"{below}/{name}") for name in names]
-            for name in kinds.keys() - names:
+            candidates += [(stem, f"{below}/{name}") for name, stem in names.items()]
+            for name in kinds.keys() - names.keys():
                 kind = kinds[name]
                 unused[kind if isinstance(kind, Reason) else OTHER].append(f"{below}/{name}")
     masks: dict[str, str] = {}
@@ -329,6 +334,13 @@ def _take_masks(
         if not taken:
             unused[SECOND_MASK if targets else ORPHAN_MASK].append(name)
     return masks, kept
+
+
+def _mask_stem(name: str, index: _Index) -> str:
+    """The stem of the image that a file in a folder of masks belongs to: masks/0.png or masks/0-mask.png."""
+    stem = Path(name).stem
+    match = None if index.by_name(stem) else _MASK.fullmatch(stem)
+    return (match["name"] or match["first"]) if match else stem
 
 
 def _without_twins(folder: Path, images: list[str], unused: dict[Reason, list[str]]) -> list[str]:
@@ -408,20 +420,14 @@ def _count_images(root: Path, inside: str, depth: int = 2) -> Iterator[tuple[str
 
 
 def _group_text(reason: Reason, names: Sequence[str], shown: int, *, cure: bool) -> str:
-    listed = f" ({first_few([_short(name) for name in names], shown)})" if shown else ""
+    listed = f" ({first_few([short_name(name) for name in names], shown)})" if shown else ""
     tail = f" {reason.tail}" if reason.tail else ""
     advice = f": {reason.remedy}" if reason.remedy and cure else ""
     return f"{count_text(len(names), reason.noun)}{tail}{listed}{advice}"
 
 
-def _short(name: str, limit: int = 60) -> str:
-    """A name in one line of readable length."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
-    return plain if len(plain) <= limit else f"{plain[: limit - 15]}...{plain[-12:]}"
-
-
 def _quoted(name: str) -> str:
-    return f"'{_short(name)}'"
+    return f"'{short_name(name)}'"
 
 
 def _target(link: Path) -> str:

@@ -44,3 +44,13 @@ def summarize(groups: Sequence[tuple[str, Sequence[str]]], limit: int = 220) -> 
         if len(text) <= limit:
             break
     return text
+
+
+def short_name(name: str) -> str:
+    """A file name in one line of readable length."""
+    return shortened("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name), 60)
+
+
+def first_names(names: Sequence[str], count: int = 3) -> str:
+    """List the first file names, each by `short_name`."""
+    return first_few([short_name(name) for name in names], count)

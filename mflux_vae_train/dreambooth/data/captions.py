@@ -13,7 +13,7 @@ from typing import Any
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.image_folder.scan import METADATA, ImageFolder, match_key
-from mflux_vae.utils.formatting import count_text, first_few
+from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae_train.settings.fields import is_valid_text
 
@@ -82,17 +82,17 @@ def _warnings(
     metadata: str | None,
 ) -> Iterator[str]:
     if empty := list(dict.fromkeys(empty)):
-        yield f"{count_text(len(empty), 'empty caption')} ({first_few(empty)}): --instance_prompt is used instead"
+        yield f"{count_text(len(empty), 'empty caption')} ({first_names(empty)}): --instance_prompt is used instead"
     if missing:
-        yield f"{len(missing)} of {images} images have no caption ({first_few(missing)}): --instance_prompt is used"
+        yield f"{len(missing)} of {images} images have no caption ({first_names(missing)}): --instance_prompt is used"
     if replaced := list(dict.fromkeys(replaced)):
         count = count_text(len(replaced), "caption file")
-        yield f"{count} not used ({first_few(replaced)}): {metadata} has captions of these images"
+        yield f"{count} not used ({first_names(replaced)}): {metadata} has captions of these images"
     if long:
-        yield f"{count_text(len(long), 'caption')} of several lines, which are joined to one ({first_few(long)})"
+        yield f"{count_text(len(long), 'caption')} of several lines, which are joined to one ({first_names(long)})"
     if unused_rows:
         count = count_text(len(unused_rows), "row")
-        yield f"{count} of {metadata} for files that are not used ({first_few(unused_rows)})"
+        yield f"{count} of {metadata} for files that are not used ({first_names(unused_rows)})"
 
 
 def _read_metadata(folder: ImageFolder, column: str | None) -> tuple[dict[str, str], list[str]]:

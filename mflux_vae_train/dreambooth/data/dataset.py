@@ -16,7 +16,7 @@ from mflux_vae.errors import ImageError
 from mflux_vae.image_files.notes import UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
 from mflux_vae.images import image_text, load_image, load_mask
-from mflux_vae.utils.formatting import count_text, first_few
+from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
@@ -232,13 +232,13 @@ def _folder_warnings(folder: ImageFolder, *, masked: bool) -> list[str]:
     if text := folder.unused_text(uses=("masks", "captions"), repeats_flag=REPEATS_FLAG):
         lines.append(f"not used in {folder.folder}: {text}")
     if shared := [f"{name} of {' and '.join(first)}" for name, first in folder.shared.items()]:
-        lines.append(f"{folder.folder}: images of the same name share a file: {first_few(shared)}")
+        lines.append(f"{folder.folder}: images of the same name share a file: {first_names(shared)}")
     if masks and not masked:
         count = count_text(len(masks), "mask")
-        lines.append(f"{folder.folder}: {count} not used ({first_few(masks)}); use --masked_loss to apply masks")
+        lines.append(f"{folder.folder}: {count} not used ({first_names(masks)}); use --masked_loss to apply masks")
     if masks and masked and unmasked:
         count = f"{len(unmasked)} of {count_text(len(folder.images), 'image')}"
-        lines.append(f"{folder.folder}: {count} without a mask ({first_few(unmasked)}): all positions weigh the same")
+        lines.append(f"{folder.folder}: {count} without a mask ({first_names(unmasked)}): all positions weigh the same")
     return lines
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import count_text, first_few
+from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae_train.dreambooth.data.captions import Captions
 from mflux_vae_train.dreambooth.data.identifier import identifier_of, split_words
 
@@ -39,16 +39,16 @@ def adapt_captions(captions: Captions, instance_prompt: str) -> tuple[dict[str, 
             for word in found:
                 replaced[word].append(image)
     lines = [
-        f"{word!r} in {count_text(len(images), 'caption')} is replaced by {identifier!r} ({first_few(images)})"
+        f"{word!r} in {count_text(len(images), 'caption')} is replaced by {identifier!r} ({first_names(images)})"
         for word, images in replaced.items()
     ]
     images = [image for image in texts if image in captions.captioned]
     if identifier and (lacking := [image for image in images if not contains(texts[image], identifier)]):
-        found = Counter(other for image in lacking if (other := identifier_of(texts[image])))
-        instead = f" (they have {found.most_common(1)[0][0]!r})" if found else ""
+        others = Counter(other for image in lacking if (other := identifier_of(texts[image])))
+        instead = f" (they have {others.most_common(1)[0][0]!r})" if others else ""
         lines.append(
             f"{identifier!r} of --instance_prompt is missing in {len(lacking)} of"
-            f" {count_text(len(images), 'caption')} ({first_few(lacking)}): these images do not teach it{instead}"
+            f" {count_text(len(images), 'caption')} ({first_names(lacking)}): these images do not teach it{instead}"
         )
     return texts, lines
 

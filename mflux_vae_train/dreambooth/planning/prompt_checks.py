@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.formatting import first_names
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
@@ -73,7 +73,7 @@ def fill_placeholders(settings: DreamBoothSettings) -> tuple[DreamBoothSettings,
     identifier = known.pop() if len(known) == 1 else None
     filled = [replace_placeholders(prompt, identifier, "--validation_prompt") for prompt in settings.validation_prompt]
     words = list(dict.fromkeys(word for _, found in filled for word in found))
-    lines = [f"{first_few(words)} in --validation_prompt is replaced by {identifier!r}"] if words else []
+    lines = [f"{first_names(words)} in --validation_prompt is replaced by {identifier!r}"] if words else []
     return replace(settings, validation_prompt=tuple(prompt for prompt, _ in filled)), lines
 
 
@@ -86,7 +86,7 @@ def syntax_warnings(prompts: Sequence[Prompt]) -> list[str]:
                 places[match[:60]].append(one.where)
     if not places:
         return []
-    listed = first_few([f"{match!r} in {first_few(where, 1)}" for match, where in places.items()])
+    listed = first_names([f"{match!r} in {first_names(where, 1)}" for match, where in places.items()])
     return [f"weights, wildcards and other syntax of other tools are read as text: {listed}"]
 
 
@@ -160,7 +160,7 @@ def _cut(prompts: Sequence[Prompt], tokens: Mapping[str, Sequence[PromptTokens]]
     for names, found in sorted(lost.items()):
         if names:
             of = "" if len(names) == len(tokens) else f" for {' and '.join(names)}"
-            where = first_few([one.where for one in found])
+            where = first_names([one.where for one in found])
             parts.append(f"the identifier {found[0].identifier!r} is lost{of} in {len(found)} ({where})")
     if lost and not any(lost):
         parts.append("the identifier is kept")
@@ -178,7 +178,7 @@ def _equal(prompts: Sequence[Prompt], tokens: Mapping[str, Sequence[PromptTokens
         for index in indices
     ]
     if equal:
-        where = first_few([prompts[index].where for index in equal])
+        where = first_names([prompts[index].where for index in equal])
         yield f"{len(equal)} different prompts are equal in the tokens that the model reads ({where})"
 
 
@@ -191,5 +191,5 @@ def _unknown(prompts: Sequence[Prompt], tokens: Mapping[str, Sequence[PromptToke
                 if inside.issuperset(range(*match.span())):
                     words.setdefault(match[0], prompt.where)
         if words:
-            listed = first_few([f"{word!r} in {where}" for word, where in words.items()])
+            listed = first_names([f"{word!r} in {where}" for word, where in words.items()])
             yield f"{name} does not know {listed}: it reads every such word as the same token <unk>"

@@ -21,7 +21,7 @@ from mflux_vae.errors import ImageError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, scan
 from mflux_vae.images import EXTENSIONS, load_image
-from mflux_vae.utils.formatting import count_text, first_few
+from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.safe_reading import BROKEN
 
@@ -291,7 +291,7 @@ class _Folders:
         found = self.scan("")
         if found.images:
             count = count_text(len(found.images), "image")
-            logger.warning("%s: %s beside the videos not used (%s)", self._root, count, first_few(found.images))
+            logger.warning("%s: %s beside the videos not used (%s)", self._root, count, first_names(found.images))
         return list(found.subfolders)
 
     def frames_of(self, entry: str) -> list[str]:

@@ -135,7 +135,7 @@ def test_captions_of_each_spelling(tmp_path):
 def test_masks_of_each_spelling_are_not_images(tmp_path):
     for index in range(6):
         paint(tmp_path / f"{index}.png")
-    masks = ["0-masklabel.png", "1_mask.png", "2-Mask.jpg", "masks/3.webp", "4.png-mask.png", "mask_5.png"]
+    masks = ["0-masklabel.png", "1_mask.png", "2-Mask.jpg", "masks/3-mask.webp", "4.png-mask.png", "mask_5.png"]
     for name in [*masks, "b-mask.png", "1-mask.png", "masks/9.png", "3-condlabel.png"]:
         paint(tmp_path / name, 200, mode="L")
     (tmp_path / "masks" / ".DS_Store").write_text("")
@@ -166,6 +166,19 @@ def test_images_of_one_name_share_mask_and_caption(tmp_path):
     assert found.captions["b.png"] == "b.png.txt" and found.captions["b.jpg"] == "b.txt"
     assert "B.webp" not in found.captions, "exact names come first"
     assert found.unused_files == 0
+
+
+def test_images_that_are_not_on_this_machine_are_named(tmp_path):
+    (tmp_path / ".IMG_1.HEIC.icloud").write_bytes(b"bplist00")
+    assert "1 file kept in iCloud only" in str(no_images(scan(tmp_path)))
+
+
+def test_names_are_listed_in_one_line(tmp_path):
+    for name in ("a\nb.heic", "x" * 200 + ".heic", os.fsdecode(b"caf\xe9.heic")):
+        (tmp_path / name).write_bytes(HEIC)
+    text = scan(tmp_path).unused_text()
+    assert "\n" not in text and len(text) < MAX_LINE and "a\\nb.heic" in text
+    text.encode()
 
 
 def test_pipes_are_not_opened(tmp_path):
