@@ -199,11 +199,11 @@ def damages(data: bytes) -> Mapping[str, Callable[[bytes], bytes]]:
     return DAMAGES[SIGNATURES[data[:2]]]
 
 
-def copy_damaged(folder: Path, target: Path) -> dict[str, str]:
-    """Copy the files of a folder, each image with another damage. Returns the damage of each."""
+def copy_damaged(folder: Path, target: Path, *, first: int = 0) -> dict[str, str]:
+    """Copy a folder's files, each image with another damage, from number `first` on. Returns the damage of each."""
     target.mkdir(parents=True, exist_ok=True)
     done = {}
-    for index, path in enumerate(sorted(folder.iterdir())):
+    for index, path in enumerate(sorted(folder.iterdir()), first):
         data = path.read_bytes()
         if data[:2] in SIGNATURES:
             kinds = damages(data)
