@@ -13,6 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mflux_vae.runtime.threads import exclusive
+
 SAMPLES_PER_TENSOR = 64
 """Values of each tensor that count, evenly spread over it."""
 
@@ -61,5 +63,7 @@ def weights_hash(module: nn.Module) -> str:
         if 0 < 4 * array.size <= left:  # counted as float32, so that all devices sample the same tensors
             left -= 4 * array.size
             indices = np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64)
-            digest.update(np.array(array.reshape(-1)[mx.array(indices)].astype(mx.float32)).tobytes())
+            with exclusive():  # the weights may be lazy, on a stream of all threads
+                values = np.array(array.reshape(-1)[mx.array(indices)].astype(mx.float32))
+            digest.update(values.tobytes())
     return digest.hexdigest()[:16]

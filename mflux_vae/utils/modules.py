@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mflux_vae.runtime.threads import exclusive
+
 
 def layer_at(module: nn.Module, path: str) -> Any:
     """The layer at a path of `named_modules`, such as ``blocks.0.attn.to_q``."""
@@ -30,6 +32,7 @@ def replace_layers(module: nn.Module, paths: Iterable[str], change: Callable[[An
     """
     for path in paths:
         new = change(layer_at(module, path))
-        mx.eval(new.parameters())
+        with exclusive():
+            mx.eval(new.parameters())
         module.update_modules(tree_unflatten([(path, new)]))
     mx.clear_cache()

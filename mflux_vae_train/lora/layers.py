@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mflux_vae.runtime.device import eval_each
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.modules import replace_layers
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
 from mflux_vae_train.lora.targets import dimensions, linears, matching
@@ -73,7 +74,8 @@ def add_lora(
         layer.dropout = KeyedDropout(dropout, salt, keys)
         adapted.append((path, layer))
     module.update_modules(tree_unflatten(adapted))
-    eval_each(module.trainable_parameters())  # DoRA's magnitudes take each weight in full width
+    with exclusive():
+        eval_each(module.trainable_parameters())  # DoRA's magnitudes take each weight in full width
     return targets
 
 

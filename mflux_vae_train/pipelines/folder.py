@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.runtime.device import compute_dtype
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae.weights.formats.files import (
     DTYPES,
     convert_safetensors,
@@ -104,7 +105,8 @@ def save_network(network: Lazy[Any], folder: Path, stem: str, dtype: str) -> Non
     module = network.borrow()
     config, tensors = module.config.to_dict(), dict(tree_flatten(module.parameters()))
     del module  # a network that was loaded for this is freed tensor by tensor
-    convert_safetensors(folder / f"{stem}.safetensors", tensors, DTYPES[dtype])
+    with exclusive():
+        convert_safetensors(folder / f"{stem}.safetensors", tensors, DTYPES[dtype])
     write_json(folder / "config.json", config)
 
 

@@ -15,15 +15,22 @@ class Lazy(Generic[T]):
 
     Args:
         load: creates the object. None for an object that exists already and is never freed.
+        prepare: called before `load`, while other threads may compute: for a download.
 
     Attributes:
         loaded: the object, or None while it is not loaded.
     """
 
-    def __init__(self, load: Callable[[], T] | None = None, *, loaded: T | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], T] | None = None,
+        *,
+        loaded: T | None = None,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         if load is None and loaded is None:
             raise ValueError("Lazy needs load or loaded")
-        self._load, self.loaded = load, loaded
+        self._load, self.loaded, self._prepare = load, loaded, prepare
         self._changes: list[tuple[Callable[[T], object], str]] = []
 
     @classmethod
@@ -39,7 +46,10 @@ class Lazy(Generic[T]):
     def get(self) -> T:
         """The object, loaded now if necessary. Any thread may compute its weights."""
         loaded = self.loaded
-        return self._open() if loaded is None else loaded
+        if loaded is None:
+            self._prepare()
+            return self._open()
+        return loaded
 
     @exclusive()
     @portable()
@@ -80,7 +90,9 @@ class Lazy(Generic[T]):
         source = self.loaded
         if source is None or (self._changes and self._load is not None):
             assert self._load is not None
-            source = self._load()
+            self._prepare()
+            with exclusive(), portable():
+                source = self._load()
         return " ".join([hash_of(source), *dict.fromkeys(name for _, name in self._changes if name)])
 
     def keep(self) -> T:

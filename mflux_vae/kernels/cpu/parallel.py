@@ -33,7 +33,7 @@ _MAP_BATCH_ROWS = 512
 
 
 class _Local(threading.local):
-    """State of a thread and its default stream."""
+    """State of a thread, and its last default stream outside of chunks."""
 
     stream: mx.Stream | None = None
     deferred = False
@@ -85,6 +85,7 @@ def overlapping() -> Iterator[None]:
 
     Matrix products use one thread each, as in chunks.
     """
+    mx.synchronize()  # see `_one_product_per_core`
     with _flag_set("overlapping"), device.one_blas_thread():
         try:
             yield
@@ -115,11 +116,12 @@ def fill_parallel(y: mx.array, chunks: Iterable[tuple[Any, Chunk]]) -> mx.array:
     """
     _trim_cache(y.nbytes)
     _evaluate(y)
-    for group in _stream_groups(chunks):
-        for stream, (index, chunk) in group:
-            with mx.stream(stream):
-                y[index] = chunk()
-        _evaluate(y)
+    with _one_product_per_core():
+        for group in _stream_groups(chunks):
+            for stream, (index, chunk) in group:
+                with mx.stream(stream):
+                    y[index] = chunk()
+            _evaluate(y)
     return y
 
 
@@ -131,11 +133,12 @@ def sum_parallel(chunks: Iterable[Chunk]) -> mx.array:
         chunks: at least one, all of one shape; computed as in `fill_parallel`.
     """
     sums: dict[int, mx.array] = {}
-    for group in _stream_groups(chunks):
-        for place, (stream, chunk) in enumerate(group):
-            with mx.stream(stream):
-                sums[place] = sums[place] + chunk() if place in sums else chunk()
-        _evaluate(*sums.values())
+    with _one_product_per_core():
+        for group in _stream_groups(chunks):
+            for place, (stream, chunk) in enumerate(group):
+                with mx.stream(stream):
+                    sums[place] = sums[place] + chunk() if place in sums else chunk()
+            _evaluate(*sums.values())
     first, *others = sums.values()
     return sum(others, first)
 
@@ -155,15 +158,17 @@ def map_batch(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
         return function(*arrays)
     mx.eval(arrays)  # else a stream would wait for another one's inputs
     outputs: list[mx.array] = []
+    parts = slices(batch, max(1, min(-(-batch // streams()), _MAP_BATCH_ROWS // length)))
     try:
-        for group in _stream_groups(slices(batch, max(1, min(-(-batch // streams()), _MAP_BATCH_ROWS // length)))):
-            with _flag_set("in_map_batch"):
-                results = []
-                for stream, samples in group:
-                    with mx.stream(stream):
-                        results.append(function(*(a if a.shape[0] == 1 else a[samples] for a in arrays)))
-            mx.eval(results)
-            outputs += results
+        with _one_product_per_core():
+            for group in _stream_groups(parts):
+                with _flag_set("in_map_batch"):
+                    results = []
+                    for stream, samples in group:
+                        with mx.stream(stream):
+                            results.append(function(*(a if a.shape[0] == 1 else a[samples] for a in arrays)))
+                mx.eval(results)
+                outputs += results
     except ValueError:  # `function` uses an array of a trace
         return function(*arrays)
     return mx.concatenate(outputs)
@@ -181,7 +186,7 @@ def run_parallel(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
         tasks: each builds a tree of arrays that does not depend on the other tasks.
     """
     for group in _stream_groups(tasks):
-        with threads.exclusive():
+        with threads.exclusive(), _one_product_per_core():  # not while the caller has the results
             results = []
             for stream, task in group:
                 with mx.stream(stream):
@@ -193,12 +198,16 @@ def run_parallel(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
 def _stream_groups(chunks: Iterable[T]) -> Iterator[list[tuple[mx.Stream, T]]]:
     """Group items into one per stream, each with its stream."""
     streams, remaining = _streams(), iter(chunks)
-    single_threaded = _local.overlapping or len(streams) == 1
-    if not single_threaded:
-        mx.synchronize()  # changing the thread count of a running product would change its rounding
-    with nullcontext() if single_threaded else device.one_blas_thread():
-        while group := list(zip(streams, islice(remaining, len(streams)), strict=False)):
-            yield group
+    while group := list(zip(streams, islice(remaining, len(streams)), strict=False)):
+        yield group
+
+
+def _one_product_per_core() -> AbstractContextManager[None]:
+    """Context in which a matrix product uses one thread, as the chunks of a group are computed side by side."""
+    if _local.overlapping or streams() == 1:
+        return nullcontext()
+    mx.synchronize()  # changing the thread count of a running product would change its rounding
+    return device.one_blas_thread()
 
 
 def _trim_cache(needed: int) -> None:
@@ -235,7 +244,11 @@ def streams() -> int:
 
 
 def _streams() -> list[mx.Stream]:
-    """One stream per core: the default stream of this thread, then those shared by all threads."""
-    if _local.stream is None:
-        _local.stream = mx.default_stream(mx.cpu)
-    return [_local.stream, *threads.parallel_streams(streams() - 1)]
+    """One stream per core: the current default stream, then those shared by all threads.
+
+    Within a chunk, whose default stream is one of the latter, the first one is that of the caller.
+    """
+    current, shared = mx.default_stream(mx.cpu), threads.parallel_streams(streams() - 1)
+    if _local.stream is None or current not in shared:
+        _local.stream = current
+    return [_local.stream, *shared]

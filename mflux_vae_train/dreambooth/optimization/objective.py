@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.pipelines import checks
@@ -75,7 +76,8 @@ def add_base_prediction(
         predicted = pipeline.predict(
             half["latents"], half["conditioning"], key=half["key"], guidance=guidance, sampling=sampling
         )
-        mx.eval(predicted.prediction)
+        with exclusive():
+            mx.eval(predicted.prediction)
     return replace(batch, arrays={**batch.arrays, BASE_PREDICTION: predicted.prediction})
 
 

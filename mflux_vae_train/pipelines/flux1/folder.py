@@ -98,11 +98,12 @@ def open_parts(
         transformer_file: file of the transformer, if it is not in the folder.
     """
     place = (lambda: transformer_file) if transformer_file else folder
+    lazy: Any = partial(Lazy, prepare=folder)
     return flux_parts(
-        transformer=Lazy(lambda: weights.transformer(place(), configs.transformer, dtype, variant)),
-        vae=Lazy(lambda: weights.autoencoder(folder(), configs.vae, dtype, variant)),
-        text_encoder=Lazy(lambda: weights.text_encoder(folder(), configs.text_encoder, dtype, variant)),
-        text_encoder_2=Lazy(lambda: weights.text_encoder_2(folder(), configs.text_encoder_2, dtype, variant)),
+        transformer=Lazy(lambda: weights.transformer(place(), configs.transformer, dtype, variant), prepare=place),
+        vae=lazy(lambda: weights.autoencoder(folder(), configs.vae, dtype, variant)),
+        text_encoder=lazy(lambda: weights.text_encoder(folder(), configs.text_encoder, dtype, variant)),
+        text_encoder_2=lazy(lambda: weights.text_encoder_2(folder(), configs.text_encoder_2, dtype, variant)),
         tokenizer=LazyTokenizer(lambda: folder() / "tokenizer"),
         tokenizer_2=LazyTokenizer(lambda: folder() / "tokenizer_2"),
     )
