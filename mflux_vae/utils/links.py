@@ -13,13 +13,13 @@ from mflux_vae.utils.formatting import first_few
 REMEDY = "copy the files themselves, as cp -L does"
 
 
-def missing(path: str | Path, otherwise: str = "does not exist") -> str:
+def missing(path: str | Path, otherwise: str = "does not exist", remedy: str = REMEDY) -> str:
     """Why there is no file or folder of this name: a link on the way that leads nowhere, or `otherwise`."""
     path = Path(path)
     for part in (path, *path.parents):
         if _leads_nowhere(part):
             what = "is" if part == path else f"lies below {part},"
-            return f"{what} a link to {os.readlink(part)}, which is not there; {REMEDY}"
+            return f"{what} a link to {os.readlink(part)}, which is not there; {remedy}"
     return otherwise
 
 

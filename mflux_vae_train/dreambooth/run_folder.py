@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import MfluxVaeError, SettingsError
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.redaction import redacted
 from mflux_vae.weights.formats.files import write_json, write_text
 from mflux_vae_train.checkpointing import checkpoint
@@ -98,7 +99,8 @@ def _writing(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SettingsError(f"--output_dir {folder.root} cannot be written ({error.strerror})") from error
+        reason = missing(folder.root, f"cannot be written ({error.strerror})", "remove the link")
+        raise SettingsError(f"--output_dir {folder.root} {reason}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.links import missing
 from mflux_vae.weights.formats.files import write_json, write_text
 from mflux_vae_train.checkpointing import branch as branches
 from mflux_vae_train.checkpointing import checkpoint
@@ -157,7 +158,8 @@ def claim(folder: Path, lock: Lock) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> SettingsError:
-    return SettingsError(f"--output_dir: {folder} cannot be written ({error.strerror})")
+    reason = missing(folder, f"cannot be written ({error.strerror})", "remove the link")
+    return SettingsError(f"--output_dir: {folder} {reason}")
 
 
 def _refuse(place: Path, changed: Sequence[str], settings: VAETrainingSettings) -> None:

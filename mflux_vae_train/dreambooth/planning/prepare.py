@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.links import missing
 from mflux_vae_train.checkpointing import branch
 from mflux_vae_train.checkpointing.differences import BY_FILE, listed
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
@@ -90,6 +91,9 @@ def prepare(
         SettingsError: settings that do not fit the pipeline, the images or the output folder.
     """
     pipeline_features.check(pipeline, settings)
+    for name in ("output_dir", "encodings_dir", "logging_dir"):
+        if reason := missing(getattr(settings, name) or ".", "", "remove the link"):
+            raise SettingsError(f"--{name} {getattr(settings, name)} {reason}")
     settings, adapter_warnings = with_adapter_settings(settings, pipeline)
     recommended = pipeline.recommended
     resolution = training_resolution(settings, recommended)

@@ -22,6 +22,7 @@ from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, scan
 from mflux_vae.images import EXTENSIONS, load_image
 from mflux_vae.utils.formatting import count_text, first_names
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.weights.formats.safe_reading import BROKEN
 
@@ -155,14 +156,14 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
     videos: dict[str, list[str]] = {}  # a list of frames may return to a video
     for entry in entries:
         videos.setdefault(str(Path(entry).parent) if _is_frame(entry) else entry, []).append(entry)
-    starts, missing = array("Q"), 0
+    starts, absent = array("Q"), 0
 
     def names() -> Iterator[str]:
-        nonlocal missing
+        nonlocal absent
         count = 0
         for entries in videos.values():
             existing = [found.frames_of(entry) for entry in entries]
-            missing += existing.count([])
+            absent += existing.count([])
             if any(existing):
                 starts.append(count)
             for names in existing:
@@ -174,8 +175,8 @@ def frames(path: str | Path, video_list: str | Path | None = None, *, size: int,
         raise ImageError(
             f"{path}: contains no frames <video>/<frame>.jpg" + (f" of {video_list}" if video_list else "")
         )
-    if missing:
-        logger.warning("%s: %d of %d videos have no frames", path, missing, len(entries))
+    if absent:
+        logger.warning("%s: %d of %d videos have no frames", path, absent, len(entries))
     found.warn()
     return Files(paths, size=size, channels=channels, starts=np.array(starts, np.int64))
 
@@ -323,7 +324,7 @@ def _read_list(path: Path) -> list[str]:
             return [line.strip() for line in text.split("\n") if line.strip() and not line.startswith("#")]
         return [str(entry["id"] if isinstance(entry, dict) else entry) for entry in parse_json(text)]
     except FileNotFoundError:
-        raise ImageError(f"{path}: does not exist; give a list of videos") from None
+        raise ImageError(f"{path}: {missing(path, 'does not exist; give a list of videos')}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: is not a list of videos ({error!r}); give one per line, or a JSON list") from error
 

@@ -14,9 +14,12 @@ from mflux_vae.pretrained.locate import locate
 from mflux_vae.utils.links import missing
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import header, open_folder, read_json
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.vae.data.batches import open_data
+from tests.contracts.fake import FakePipeline
 
 
 def test_the_target_is_named(tmp_path):
@@ -46,6 +49,17 @@ def test_files_and_folders(tmp_path, opening):
     path.symlink_to("/nope/blob")
     with pytest.raises(InputError, match=r"link to /nope/blob.*cp -L"):
         opening(str(path) if opening is open_pipeline else path)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "encodings_dir", "logging_dir", "class_data_dir", "instance_data_dir"])
+def test_folders_of_a_run(tmp_path, name):
+    (tmp_path / "link").symlink_to("/nope")
+    given = {"instance_data_dir": str(WEIGHTS.parent / "example"), "output_dir": str(tmp_path / "out")}
+    given |= {name: str(tmp_path / "link")}
+    settings = DreamBoothSettings(model="fake", instance_prompt="a photo of sks star", **given)
+    with pytest.raises(InputError, match=r"link to /nope"):
+        DreamBooth(FakePipeline()).train(settings)
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def copied_snapshot(tmp_path: Path, inside: str) -> Path:
