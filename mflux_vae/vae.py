@@ -20,7 +20,7 @@ from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.networks.protocol import AutoencoderConfig, missing_members
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
-from mflux_vae.runtime.device import eval_each
+from mflux_vae.runtime.device import eval_each, is_cpu
 from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles as pieces
@@ -97,8 +97,13 @@ class VAE(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """dtype of the weights, in which the network computes."""
+        """dtype of the weights."""
         return next((weight.dtype for weight in _weights(self.network)), mx.float32)
+
+    @property
+    def _input_dtype(self) -> mx.Dtype:
+        """dtype of activations: that of the weights on a CPU, else float32 (see `networks.layers.layer_input`)."""
+        return self.dtype if is_cpu() else mx.float32
 
     @classmethod
     def from_pretrained(
@@ -113,7 +118,7 @@ class VAE(nn.Module):
             eval_each(vae.network.parameters())
         count = sum(weight.size for weight in _weights(vae.network))
         kind, precision = type(vae.network).__name__, str(vae.dtype).removeprefix("mlx.core.")
-        log.info("%s: %s with %.1f million parameters, computing in %s", source, kind, count / 1e6, precision)
+        log.info("%s: %s with %.1f million parameters in %s", source, kind, count / 1e6, precision)
         return vae
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
@@ -314,14 +319,14 @@ class VAE(nn.Module):
         """NHWC in [-1, 1], padded -> posterior over raw latents."""
         batch, height, width, _ = pixels.shape
         plan = tiling_plan.plan(self.network, "encode", batch, height, width, tiling)
-        return logged("encode", pixels.astype(self.dtype), lambda x: pieces.encode(self.network, x, plan))
+        return logged("encode", pixels.astype(self._input_dtype), lambda x: pieces.encode(self.network, x, plan))
 
     def _decode(self, latents: mx.array, tiling: TilingOption) -> mx.array:
         """Raw latents -> NHWC, about [-1, 1]."""
         sides = latents.shape[1:-1] or (1, 1)
         batch, height, width = latents.shape[0], *(side * self.config.downsampling for side in sides)
         plan = tiling_plan.plan(self.network, "decode", batch, height, width, tiling)
-        return logged("decode", latents.astype(self.dtype), lambda z: pieces.decode(self.network, z, plan))
+        return logged("decode", latents.astype(self._input_dtype), lambda z: pieces.decode(self.network, z, plan))
 
     def _check(self, image: mx.array) -> None:
         channels = self.config.in_channels

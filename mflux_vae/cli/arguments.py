@@ -24,7 +24,9 @@ def add_model(parser: ArgumentParser, *, needed: bool = True, aliases: tuple[str
 def add_computing(parser: ArgumentParser) -> None:
     """Add the flags for precision and tiling."""
     parser.add_argument(
-        "--dtype", choices=PRECISIONS, help="precision of the computation (default: bfloat16; float32 on a CPU)"
+        "--dtype",
+        choices=PRECISIONS,
+        help="of the weights on Metal and CUDA (default: float32); CPUs use float32",
     )
     parser.add_argument(
         "--tiling",

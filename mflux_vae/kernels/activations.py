@@ -1,4 +1,7 @@
-"""Activations. On a CPU they are rational functions, compiled into one pass over memory (see `cpu.fusion`)."""
+"""Activations, computed in float32 in one pass over memory.
+
+On a CPU they are compiled rational functions (see `cpu.fusion`), elsewhere compiled formulas (see `gpu_fusion`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import mlx.core as mx
 
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.parallel import can_fuse
+from mflux_vae.kernels.gpu_fusion import widened
 from mflux_vae.kernels.overrides import pointwise
 from mflux_vae.runtime import device
 
@@ -30,18 +34,20 @@ def leaky_relu(x: mx.array, slope: float) -> mx.array:
 @pointwise
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
-    return _silu(x) if device.is_cpu() else x * mx.sigmoid(x)
+    return _silu(x) if device.is_cpu() else _silu_gpu(x)
 
 
 @pointwise
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return _quick_gelu(x) if device.is_cpu() else x * mx.sigmoid(1.702 * x)
+    return _quick_gelu(x) if device.is_cpu() else _quick_gelu_gpu(x)
 
 
 @pointwise
 def gelu(x: mx.array) -> mx.array:
     """Exact GELU, x * Phi(x)."""
+    if not device.is_cpu():
+        return _gelu_gpu(x)
     x32 = x.astype(mx.float32)
     return (x32 * (1 + mx.erf(x32 * 0.7071067811865476)) * 0.5).astype(x.dtype)
 
@@ -49,19 +55,19 @@ def gelu(x: mx.array) -> mx.array:
 @pointwise
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in the tanh approximation (`gelu_new` of transformers, `gelu-approximate` of diffusers)."""
-    return _gelu_tanh(x) if device.is_cpu() else 0.5 * x * (1 + mx.tanh(_gelu_argument(x)))
+    return _gelu_tanh(x) if device.is_cpu() else _gelu_tanh_gpu(x)
 
 
 @pointwise
 def tanh(x: mx.array) -> mx.array:
     """Hyperbolic tangent."""
-    return _tanh(x) if device.is_cpu() else mx.tanh(x)
+    return _tanh(x) if device.is_cpu() else _tanh_gpu(x)
 
 
 @pointwise
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x))."""
-    return _sigmoid(x) if device.is_cpu() else mx.sigmoid(x)
+    return _sigmoid(x) if device.is_cpu() else _sigmoid_gpu(x)
 
 
 # tanh(x / 2) / 2 = x P(x^2) / Q(x^2), with relative error 9e-9 up to x = 16.5, where float32 rounds it to 1/2.
@@ -187,3 +193,10 @@ _quick_gelu = _differentiable(
 _gelu_tanh = _differentiable(lambda x: _gated(x, _GELU_P, _GELU_Q, _GELU_SATURATION), _gelu_tanh_and_slope)
 _tanh = _differentiable(lambda x: 2 * _half_tanh_fused(2 * x), _tanh_and_slope)
 _sigmoid = _differentiable(lambda x: 0.5 + _half_tanh_fused(x), _sigmoid_and_slope)
+
+_silu_gpu = widened(lambda x: x * mx.sigmoid(x), shapeless=True)
+_quick_gelu_gpu = widened(lambda x: x * mx.sigmoid(_QUICK_SCALE * x), shapeless=True)
+_gelu_gpu = widened(lambda x: x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5, shapeless=True)
+_tanh_gpu = widened(lambda x: mx.tanh(x), shapeless=True)
+_sigmoid_gpu = widened(lambda x: mx.sigmoid(x), shapeless=True)
+_gelu_tanh_gpu = widened(lambda x: 0.5 * x * (1 + mx.tanh(_gelu_argument(x))), shapeless=True)

@@ -32,7 +32,8 @@ def conv_transpose2d(
     out_h, out_w = size or (2 * height, 2 * width)
     if not device.is_cpu():
         extra = (out_h - 2 * height + 1, out_w - 2 * width + 1)
-        y = mx.conv_transpose2d(x, weight, stride=2, padding=1, output_padding=extra)
+        dtype = mx.result_type(x, weight)
+        y = mx.conv_transpose2d(x.astype(dtype), weight.astype(dtype), stride=2, padding=1, output_padding=extra)
         return y if bias is None else y + bias
     y = conv2d(x, _phases(weight), padding=((0, 1), (0, 1)))
     y = y.reshape(batch, height, width, 2, 2, weight.shape[0]).transpose(0, 1, 3, 2, 4, 5)

@@ -7,8 +7,10 @@ from functools import cache, partial
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, map_chunks, split_pixels
+from mflux_vae.kernels.gpu_fusion import widened
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
 
@@ -45,8 +47,38 @@ def group_norm_apply(
 ) -> mx.array:
     """(x - mean) / sqrt(variance + eps) * weight + bias, in float32. x: (B, ..., C); mean, variance: (B, C)."""
     spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+    if not device.is_cpu():
+        return _affine_gpu(x, *_affine(mean, variance, weight, bias, eps, spread))
     scale = (mx.rsqrt(variance + eps) * weight).reshape(spread)
     return ((x.astype(mx.float32) - mean.reshape(spread)) * scale + bias).astype(x.dtype)
+
+
+def group_norm_silu(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """silu(group_norm(x, ...)), not in chunks; on Metal and CUDA in one pass after the statistics."""
+    if device.is_cpu():
+        return silu(group_norm(x, groups, weight, bias, eps))
+    spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+    return _affine_silu_gpu(x, *_affine(*group_norm_statistics(x, groups), weight, bias, eps, spread))
+
+
+def _affine(
+    mean: mx.array, variance: mx.array, weight: mx.array, bias: mx.array, eps: float, shape: tuple[int, ...]
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Mean, scale and shift for `_affine_gpu`, float32, in a shape that is broadcast to x."""
+    scale = mx.rsqrt(variance + eps) * weight.astype(mx.float32)
+    shift = mx.broadcast_to(bias.astype(mx.float32), scale.shape)
+    return mean.reshape(shape), scale.reshape(shape), shift.reshape(shape)
+
+
+@widened
+def _affine_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return (x - mean) * scale + shift
+
+
+@widened
+def _affine_silu_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    y = (x - mean) * scale + shift
+    return y * mx.sigmoid(y)
 
 
 def group_norm_affine(

@@ -12,10 +12,21 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.kernels.overrides import overridable
+from mflux_vae.runtime.device import is_cpu
+
+
+def layer_input(x: mx.array, layer: nn.Module) -> mx.array:
+    """x in the dtype that a layer computes in: that of its weight. In evaluation on a GPU, float32 stays float32.
+
+    Activations in bfloat16 would cost the latents of Stable Diffusion's autoencoder 1.3 % of their deviation (root mean
+    square), weights in bfloat16 cost a few tenths. So weights may be stored in half precision, to be half as large.
+    """
+    kept = not (layer.training or is_cpu())
+    return x.astype(mx.result_type(x.dtype, layer.weight.dtype) if kept else layer.weight.dtype)
 
 
 class Conv2d(nn.Module):
-    """Convolution. The input is cast to the dtype of the weight.
+    """Convolution; see `layer_input` for its dtype.
 
     The weight is (O, kh, kw, C), initialised as in torch (Kaiming uniform with a = sqrt 5).
     """
@@ -38,7 +49,7 @@ class Conv2d(nn.Module):
         self._stride, self._padding = stride, padding
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x.astype(self.weight.dtype)
+        x = layer_input(x, self)
         return kernels.conv2d(x, self.weight, self.get("bias"), stride=self._stride, padding=self._padding)
 
 
@@ -68,7 +79,7 @@ class TransposedConv2d(nn.Module):
         self.bias = mx.random.uniform(-bound, bound, (out_channels,))
 
     def __call__(self, x: mx.array, *, size: tuple[int, int] | None = None) -> mx.array:
-        return kernels.conv_transpose2d(x.astype(self.weight.dtype), self.weight, self.bias, size=size)
+        return kernels.conv_transpose2d(layer_input(x, self), self.weight, self.bias, size=size)
 
 
 class BatchNorm(nn.Module):
@@ -228,9 +239,7 @@ class Upsample(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if "conv" not in self:
             return kernels.upsample_nearest_2x(x)
-        return kernels.repeat_conv2d(
-            x.astype(self.conv.weight.dtype), self.conv.weight, self.conv.get("bias"), padding=1
-        )
+        return kernels.repeat_conv2d(layer_input(x, self.conv), self.conv.weight, self.conv.get("bias"), padding=1)
 
 
 @overridable

@@ -15,7 +15,7 @@ from mflux_vae.kernels import leaky_relu
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.latent_scaling import ScaledConfig
-from mflux_vae.networks.layers import BatchNorm, Conv2d, TransposedConv2d
+from mflux_vae.networks.layers import BatchNorm, Conv2d, TransposedConv2d, layer_input
 from mflux_vae.posterior import DiagonalGaussian
 
 NEGATIVE_SLOPE = 0.01
@@ -134,7 +134,7 @@ def _heads(x: mx.array, mean: nn.Linear, logvar: nn.Linear) -> mx.array:
 @overridable
 def _unflatten(z: mx.array, linear: nn.Linear, channels: int, side: int) -> mx.array:
     """Latents (B, latent) -> (B, side, side, channels)."""
-    x = linear(z.astype(linear.weight.dtype))
+    x = linear(layer_input(z, linear))
     return x.reshape(-1, channels, side, side).transpose(0, 2, 3, 1)
 
 

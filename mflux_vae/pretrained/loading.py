@@ -82,8 +82,8 @@ def open_network(
               Labs, TAESD, LAPA or MLX's example, alone or inside a whole model; for TAESD either half, with the other
               beside it;
             - a preset (`pretrained.presets`), or `owner/name` on the hub, which is downloaded.
-        dtype: compute dtype on GPUs (None: bfloat16; float32 instead of float16 if the configuration has
-            `force_upcast`). CPUs always compute in float32.
+        dtype: dtype of the weights on GPUs (None: float32; float32 instead of float16 if the configuration has
+            `force_upcast`). Activations of images are float32 on every device; CPUs always have float32 weights, too.
         config: configuration of a file that has none or a wrong one: a preset, a config.json, or a YAML file or
             dictionary with a `ddconfig` of latent-diffusion. Without it a single file is detected by keys, shapes and
             name; assumptions about its latent scaling are logged as a warning.
@@ -268,6 +268,6 @@ def _complete(tensors: Mapping[str, mx.array], network: nn.Module) -> dict[str, 
 
 
 def _dtype(network: Any, requested: mx.Dtype | None) -> mx.Dtype:
-    dtype = compute_dtype(requested)
+    dtype = compute_dtype(requested or mx.float32)
     overflows = dtype == mx.float16 and network.config.force_upcast
     return mx.float32 if overflows else dtype

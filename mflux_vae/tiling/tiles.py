@@ -18,6 +18,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.runtime.device import is_cpu
 from mflux_vae.tiling.strips import StripRun
 
 Function: TypeAlias = Callable[[mx.array], Sequence[mx.array]]
@@ -99,17 +100,21 @@ def _run_blended(function: Function, x: mx.array, plan: Tiling, up: int, down: i
     tile = max(plan.tile // cell, 1)
     rows, columns = (tile_spans(x.shape[axis] // down, tile, plan.overlap) for axis in (1, 2))
     results: list[mx.array] = []
+    dtypes: list[mx.Dtype] = []
     for (top, bottom), row_weight in zip(rows, blend_weights(rows, up), strict=True):
         for (left, right), column_weight in zip(columns, blend_weights(columns, up), strict=True):
             pieces = function(x[:, top * down : bottom * down, left * down : right * down])
             weight = mx.array(row_weight[:, None, None] * column_weight[:, None], mx.float32)
             if not results:
                 shape = x.shape[0], x.shape[1] * up // down, x.shape[2] * up // down
-                results = [mx.zeros((*shape, piece.shape[-1]), piece.dtype) for piece in pieces]
+                dtypes = [piece.dtype for piece in pieces]
+                # on a GPU, where networks may compute in half precision, sums of several tiles are float32
+                sums = dtypes if is_cpu() else [mx.float32] * len(pieces)
+                results = [mx.zeros((*shape, p.shape[-1]), dtype) for p, dtype in zip(pieces, sums, strict=True)]
             for result, piece in zip(results, pieces, strict=True):
-                result[:, top * up : bottom * up, left * up : right * up] += (piece * weight).astype(piece.dtype)
+                result[:, top * up : bottom * up, left * up : right * up] += (piece * weight).astype(result.dtype)
             mx.eval(results)
-    return results
+    return [result.astype(dtype) for result, dtype in zip(results, dtypes, strict=True)]
 
 
 def tile_spans(length: int, tile: int, overlap: float) -> list[tuple[int, int]]:

@@ -107,8 +107,10 @@ class Step:
         # a host may hold transposed views, which resuming replaces: copies round alike (see `mflux_vae.weights`)
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
-        for single in getattr(optimizer, "optimizers", [optimizer]):
+        singles = getattr(optimizer, "optimizers", [optimizer])
+        for single in singles:
             single.donates_gradients = True
+        widens = all(isinstance(single, Optimizer) for single in singles)
         # unevaluated arrays would be computed again in every compiled call
         with exclusive():
             eval_each([model.parameters(), optimizer.state])
@@ -123,7 +125,9 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
-            gradients = parallel_tree_map(lambda g: g * scale.astype(g.dtype), gradients, donate=True)
+            gradients = parallel_tree_map(lambda g: widened(g) * scale, gradients, donate=True)
+            if not widens:  # MLX's own optimizers return parameters in the dtype of the gradients
+                gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
             before = master(parameters)
             changed = optimizer.apply_gradients(gradients, parameters)
             if ema is not None:
@@ -170,7 +174,10 @@ class Step:
         parameters, before = self.model.trainable_parameters(), self._buffers()
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
-        sums = [] if batches else [tree_map(mx.zeros_like, tree) for tree in (parameters, before)]
+        # sums of bfloat16 gradients would have 8 bits
+        as_summed = widened if len(batches) > 1 or self.processes.size > 1 else _unchanged
+        zeros = [tree_map(lambda array: mx.zeros_like(as_summed(array)), tree) for tree in (parameters, before)]
+        sums = [] if batches else zeros
 
         def differentiate(batch: MicroBatch) -> tuple[Any, Any]:
             try:
@@ -185,6 +192,7 @@ class Step:
             loss = loss + value
             metrics = {name: metrics.get(name, 0.0) + part for name, part in parts.items()}
             new = [gradients, tree_map(lambda now, then, weight=weight: (now - then) * weight, buffers, before)]
+            new = tree_map(as_summed, new)
             sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
             del gradients, buffers, new
             mx.eval(loss, metrics, sums)  # frees the activations of this micro-batch
@@ -240,6 +248,15 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
     """Arrays of a model by name, as a tree."""
     flat = dict(tree_flatten(model.parameters()))
     return tree_unflatten([(name, flat[name]) for name in names]) if names else {}
+
+
+def widened(array: mx.array) -> mx.array:
+    """Half precision as float32; other arrays are unchanged."""
+    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array
+
+
+def _unchanged(array: mx.array) -> mx.array:
+    return array
 
 
 def global_norm(tree: Any) -> mx.array:

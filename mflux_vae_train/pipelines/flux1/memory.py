@@ -99,8 +99,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     transformer = _weights(FluxTransformer, config, here.width, work.quantize) + clip
     learning = learning_bytes(work, here)
 
-    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), here.width, "encode", 16, work.trained_shape)
-    decoding = sum(_autoencoder(json.dumps(configs.vae), here.width, "decode", work.images, square))
+    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), "encode", 16, work.trained_shape)
+    decoding = sum(_autoencoder(json.dumps(configs.vae), "decode", work.images, square))
 
     rows = work.images * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
     wide = dequantized_bytes(config, here) if work.quantize else 0
@@ -210,12 +210,12 @@ def _weights(build: Callable[[C], nn.Module], config: C, width: int, bits: int |
 
 @cache
 def _autoencoder(
-    config: str, width: int, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
+    config: str, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Bytes of the weights, and of a call with one batch of images."""
+    """Bytes of the weights, which are float32 on every device, and of a call with one batch of images."""
     network, (height, wide) = new_network(json.loads(config)), shape
     batch = max(1, min(images, DECODED_AT_ONCE // (height * wide)))
-    return stored_bytes(network, width), tiling_plan.peak_bytes(network, what, batch, height, wide)
+    return stored_bytes(network, _FULL), tiling_plan.peak_bytes(network, what, batch, height, wide)
 
 
 def _tokens(height: int, width: int) -> int:

@@ -81,13 +81,15 @@ class FluxPipeline:
         parts.check()
         return cls(parts, configs, name=place.resolve().name)
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float16") -> None:
+    def save_pretrained(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write a folder that `from_pretrained` and diffusers' FluxPipeline open.
 
         Args:
-            dtype: of the stored weights: float16, bfloat16 or float32.
+            dtype: of the stored weights: float16, bfloat16 or float32; None for bfloat16 if the transformer computes in
+                it, else float16.
         """
-        folders.write(self.parts, self.configs, Path(folder), dtype)
+        half = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
+        folders.write(self.parts, self.configs, Path(folder), dtype or half)
 
     @property
     def denoiser(self) -> FluxTransformer:

@@ -78,7 +78,7 @@ def autoencoder(
     if saved_by_mflux(place):
         network = new_network(config)
         tensors = adopt_quantization(network, to_mlx(read_tensors(place, STEM), keys.MFLUX_VAE), str(place), keep=False)
-        load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype))
+        load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype or mx.float32))
         return VAE(network=network.eval())
     of_variant = place / f"{STEM}.{variant}.safetensors"
     if (file := of_variant if of_variant.is_file() else single_file(folder, "vae")) is not None:

@@ -77,6 +77,14 @@ def test_activations_in_half_precision(ours: Callable, formula: Callable, dtype:
 
 
 @activations
+def test_activations_in_bfloat16_are_rounded_once(ours: Callable, formula: Callable) -> None:
+    x = mx.linspace(-6, 6, 4001).astype(mx.bfloat16)
+    exact = formula(x.astype(mx.float32))
+    error, rounding = (mx.abs(y.astype(mx.float32) - exact).mean().item() for y in (ours(x), exact.astype(mx.bfloat16)))
+    assert error <= 1.02 * rounding
+
+
+@activations
 def test_activations_of_large_values_and_nan(ours: Callable, formula: Callable) -> None:
     x = mx.array([-1e6, -100.0, 0.0, 100.0, 1e6])
     np.testing.assert_allclose(ours(x), formula(x), rtol=1e-6, atol=1e-6)

@@ -173,3 +173,12 @@ def test_attention_in_parts_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(kernels.attention(q, k, v, scale=0.3, mask=mask), whole)
     assert_close(mx.grad(lambda q: mx.square(kernels.attention(q, k, v, scale=0.3, mask=mask)).sum())(q), slope)
     assert_close(mx.compile(lambda q: kernels.attention(q, k, v, scale=0.3, mask=mask))(q), whole)
+
+
+@pytest.mark.usefixtures("gpu_branch")
+def test_blended_tiles_of_a_half_precision_network_are_summed_in_float32() -> None:
+    def constant(x: mx.array) -> list[mx.array]:
+        return [mx.full(x.shape, 1.0, mx.bfloat16)]
+
+    (blended,) = tiles._run_blended(constant, mx.zeros((1, 96, 96, 1)), Tiling("blend", 32, 0.5), 1, 1)
+    assert blended.dtype == mx.bfloat16 and blended.min() == blended.max() == 1

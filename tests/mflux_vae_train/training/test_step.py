@@ -224,3 +224,19 @@ def test_the_size_of_an_update_is_measured_on_master_weights() -> None:
         changed = [path for path, now in tree_flatten(net.parameters()) if not mx.array_equal(now, before[path])]
         assert bool(changed) == (dtype == mx.float32)
     assert sizes[mx.bfloat16] == pytest.approx(sizes[mx.float32], rel=0.1) and sizes[mx.float32] > 1e-7
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, lambda: optim.SGD(learning_rate=0.0)], ids=["ours", "mlx"])
+def test_gradients_of_half_precision_weights_are_summed_in_float32(optimizer: Any) -> None:
+    """Of 64 micro-batches, each adds less than half a unit of the last place of the first one in bfloat16."""
+
+    def linear(model: nn.Module, arrays: Any) -> tuple[mx.array, dict[str, mx.array]]:
+        return (model.weight.astype(mx.float32) * arrays["slope"]).sum(), {}
+
+    net = nn.Linear(2, 1, bias=False)
+    net.set_dtype(mx.bfloat16)
+    slopes = [256.0, *[0.5] * 63]
+    batches = [MicroBatch(arrays={"slope": mx.full((1, 2), slope)}, weight=1) for slope in slopes]
+    metrics = Step(net, optimizer(), linear, max_grad_norm=1e9)(0, batches, 1e-3)
+    assert metrics["grad_norm"] == pytest.approx(2**0.5 * sum(slopes) / 64, rel=1e-6)
+    assert net.weight.dtype == mx.bfloat16

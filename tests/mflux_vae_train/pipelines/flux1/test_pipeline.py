@@ -201,9 +201,15 @@ def test_half_precision_files_are_half_as_large(schnell: FluxPipeline, folder: P
 
 
 @pytest.mark.usefixtures("gpu_branch")
-def test_gpu_computes_in_bfloat16_and_returns_float32(schnell: FluxPipeline, folder: Path) -> None:
+def test_gpu_computes_in_bfloat16_and_returns_float32(schnell: FluxPipeline, folder: Path, tmp_path: Path) -> None:
     opened = FluxPipeline.from_pretrained(folder)
-    assert opened.dtype == opened.vae.network.encoder.conv_in.weight.dtype == mx.bfloat16
+    assert opened.dtype == mx.bfloat16
+    assert opened.vae.network.encoder.conv_in.weight.dtype == mx.float32
+    narrow = FluxPipeline.from_pretrained(folder, mx.bfloat16)
+    assert narrow.vae.network.encoder.conv_in.weight.dtype == mx.bfloat16
+    opened.save_pretrained(tmp_path / "saved")
+    stored = mx.load(str(tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors"))
+    assert all(mx.array_equal(stored[name], array) for name, array in tree_flatten(opened.denoiser.parameters()))
     arguments = {"size": (32, 16), "steps": 2, "guidance": 1.5, "key": keys(1, 2, 3)}
     images, exact = (p.sample(p.encode_prompts(PROMPTS), **arguments) for p in (opened, schnell))
     latents = opened.encode_images(exact)
