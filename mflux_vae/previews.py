@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae.utils.arrays import FILES, LATENTS, as_array
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
 if TYPE_CHECKING:
     from mflux_vae.vae import VAE
@@ -160,6 +161,7 @@ def _cached(vae: VAE, detail: int, pictures: mx.array | np.ndarray | None, path:
         try:
             tensors, found = read_safetensors(path)
             if found.get("preview") == metadata["preview"]:
+                check_numbers(tensors, str(path), "projections")
                 return tensors["projection"]
         except (WeightsError, KeyError) as error:
             log.info("%s: fitting the projection again (%s)", path, error)

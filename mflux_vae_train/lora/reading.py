@@ -148,7 +148,8 @@ def _placed(
         (prefix, keys), *_ = others.items()
         raise WeightsError(
             f"{path}: also contains an adapter for {prefix!r} ({count_text(len(keys), 'key')}, such as"
-            f" {shortened(keys[0], 110)}), which this run does not train; remove it, or try --train_text_encoder"
+            f" {shortened(keys[0], 110)}), which this run does not train; remove it"
+            + (" or try --train_text_encoder" if len(networks) == 1 else "")
         )
     return placed
 

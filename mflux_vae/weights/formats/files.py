@@ -113,6 +113,8 @@ def _is_torch_file(path: Path) -> bool:
             start = file.read(9)
     except OSError:  # `header` reports it
         return False
+    if start[:4] == b"GGUF":
+        raise WeightsError(f"{path}: a GGUF file, which is not supported; take a safetensors file with 16-bit weights")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and any(start[4:8])):  # no safetensors header is that long
         return True
     return path.suffix != ".safetensors" and start[8:] != b"{"

@@ -51,7 +51,7 @@ def _read_zip(file: IO[bytes]) -> tuple[Any, _Ranges]:
     archive = Archive(file, "torch")
     top = next((name.removesuffix("data.pkl") for name in archive.names if name.endswith("/data.pkl")), None)
     if top is None or top.count("/") != 1:
-        raise Refused("a zip archive without data.pkl, not written by torch.save")
+        raise Refused("a zip archive without data.pkl, not written by torch.save; unpack it if it holds weights files")
     if f"{top}constants.pkl" in archive.names:
         raise Refused("a TorchScript archive; save its state_dict instead")
     order = archive.read(f"{top}byteorder") if f"{top}byteorder" in archive.names else b"little"

@@ -28,7 +28,7 @@ class Trainable:
     Attributes:
         targets: patterns of the adapted layers by network prefix; empty with ``--train_mode full``.
         weights: number of trained weights, without DoRA's magnitudes.
-        shapes: shapes of the trained arrays by name in a checkpoint; None if they are known only after loading.
+        shapes: shapes of the trained arrays by name in a checkpoint; None if all weights are trained.
         description: for the log.
     """
 
@@ -58,7 +58,9 @@ def with_adapter_settings(
     alpha = file.alpha if settings.lora_alpha is None or not file.unstated else settings.lora_alpha
     if unstated and settings.lora_alpha is None:
         whose = "" if unstated == sum(len(one.ranks) for one in files.values()) else f" of {unstated} layers"
-        warnings.append(f"{path}: alpha{whose} is not stated; assuming the rank, a scale of 1: or give --lora_alpha")
+        warnings.append(
+            f"{path}: alpha{whose} is not stated, assuming the rank (scale 1); give --lora_alpha to override"
+        )
     for name, value in (("rank", file.rank), ("lora_alpha", alpha)):
         if getattr(settings, name) not in (None, value):
             raise SettingsError(f"--{name} is {getattr(settings, name):g}, and {path} has {value:g}: leave it out")
@@ -113,12 +115,15 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     (_, first), *others = matched.items()
     layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
     description = f"a {kind} of {rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
-    shapes = None if resolved.lora_weights is not None else _shapes(networks, matched, resolved)
+    shapes = _shapes(networks, matched, resolved, ranks)
     return Trainable(targets=targets, weights=weights, shapes=shapes, description=description)
 
 
 def _shapes(
-    networks: lora.Networks, matched: Mapping[str, Mapping[str, int]], resolved: ResolvedSettings
+    networks: lora.Networks,
+    matched: Mapping[str, Mapping[str, int]],
+    resolved: ResolvedSettings,
+    ranks: Mapping[str, Mapping[str, int]],
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the adapter's arrays by name in a checkpoint, see `trainable.combined`."""
     assert resolved.rank is not None
@@ -128,7 +133,8 @@ def _shapes(
         for path in paths:
             outputs, inputs = dimensions(layers[path])
             name = "/".join(["denoiser", *([prefix] if len(networks) > 1 else []), *path.split(".")])
-            shapes |= {f"{name}/lora_a": (inputs, resolved.rank), f"{name}/lora_b": (resolved.rank, outputs)}
+            rank = ranks.get(prefix, {}).get(path, resolved.rank)
+            shapes |= {f"{name}/lora_a": (inputs, rank), f"{name}/lora_b": (rank, outputs)}
             if resolved.use_dora:
                 shapes[f"{name}/m"] = (outputs,)
     return shapes
