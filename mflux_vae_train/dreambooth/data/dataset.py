@@ -157,7 +157,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             unused_masks, masks = unused_masks + len({*masks.values()}), {}
         skipped += folder.unused_files
         found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column)
-        texts, lines = adapt_captions(found, subject.instance_prompt)
+        texts, lines = adapt_captions(found, subject.instance_prompt, subject.class_prompt)
         warnings += [
             *_folder_warnings(folder, masked=settings.masked_loss),
             *found.warnings,

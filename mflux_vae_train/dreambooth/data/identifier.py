@@ -1,9 +1,9 @@
 """Recognise the *identifier* in a prompt: the meaningless word for the subject, as "sks" in "a photo of sks dog".
 
-An identifier is a word of `IDENTIFIERS`, words in brackets (``[V]``, ``<new>``, ``<s0><s1>``), or three to five
-lower-case letters without a vowel (y is a vowel), optionally followed by digits. If a prompt has none of these, a word
-in capitals (``TOK``) or a word that mixes letters and digits (``p3rs0n``) is one. `ABBREVIATIONS`, ordinals and numbers
-with a unit (``35mm``) are not.
+An identifier is a word of `IDENTIFIERS`, words in brackets (``[V]``, ``<new>``, ``<s0><s1>``), a word with a star
+(``S*``), or three to five lower-case letters without a vowel (y is a vowel), optionally followed by digits. If a prompt
+has none of these, a word in capitals (``TOK``), a capitalized one without a vowel (``Zxq``) or a mix of letters and
+digits (``p3rs0n``) is one. `ABBREVIATIONS`, ordinals and numbers with a unit (``35mm``) are not.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ _MEASURE = re.compile(
 
 def is_identifier(word: str) -> bool:
     """Whether a word is an identifier wherever it stands."""
-    if re.fullmatch(r"(\[[\w*-]+\]|<[\w*-]+>)+", word.rstrip(",.;:!?")):
+    if re.fullmatch(r"(\[[\w*-]+\]|<[\w*-]+>)+|\w+\*", word.rstrip(",.;:!?")):
         return True
     bare = _bare(word)
     if bare.lower() in IDENTIFIERS:
         return True
-    letters = bare.rstrip("0123456789")
-    return bool(re.fullmatch("[bcdfghjklmnpqrstvwxz]{3,5}", letters)) and letters not in ABBREVIATIONS
+    return bare.islower() and _has_no_vowel(bare)
 
 
 def find_identifiers(words: Sequence[str]) -> list[int]:
@@ -64,7 +63,7 @@ def find_identifiers(words: Sequence[str]) -> list[int]:
     if found:
         return found
     shouted = not any(letter.islower() for letter in "".join(words))
-    return [index for index, word in enumerate(words) if _is_mixed(word) or (not shouted and _is_capitals(word))]
+    return [index for index, word in enumerate(words) if _is_mixed(word) or (not shouted and _is_name(word))]
 
 
 def split_words(prompt: str) -> list[str]:
@@ -72,19 +71,30 @@ def split_words(prompt: str) -> list[str]:
     return re.sub(r"(?<=[>\]])\s+(?=[<\[])", "", prompt).split()
 
 
-def identifier_of(prompt: str) -> str | None:
-    """The identifier of a prompt, if there is exactly one."""
+def identifier_of(prompt: str, class_prompt: str | None = None) -> str | None:
+    """The identifier of a prompt, if there is exactly one: recognised, or the only word that its class prompt lacks."""
     words = split_words(prompt)
-    found = find_identifiers(words)
-    return _bare(words[found[0]]) if len(found) == 1 else None
+    found = [words[index] for index in find_identifiers(words)]
+    if not found and class_prompt is not None:
+        common = {_bare(word).lower() for word in class_prompt.split()} | {"a", "an", "the", "my"}
+        found = [word for word in words if _bare(word).lower() not in common]
+    return _bare(found[0]) if len(found) == 1 else None
 
 
 def _bare(word: str) -> str:
     return word.strip(".,;:!?\"'()")
 
 
-def _is_capitals(word: str) -> bool:
+def _has_no_vowel(bare: str) -> bool:
+    letters = bare.lower().rstrip("0123456789")
+    return bool(re.fullmatch("[bcdfghjklmnpqrstvwxz]{3,5}", letters)) and letters not in ABBREVIATIONS
+
+
+def _is_name(word: str) -> bool:
+    """In capitals, or capitalized without a vowel."""
     bare = _bare(word)
+    if bare.istitle():
+        return _has_no_vowel(bare)
     plain = bare.lower().rstrip("0123456789-")
     known = plain in ABBREVIATIONS or plain in _CAPITALS or re.fullmatch("[IVXLM]+", bare)
     return bool(re.fullmatch("[A-Z][A-Z0-9]{1,11}", bare)) and not known
@@ -92,7 +102,7 @@ def _is_capitals(word: str) -> bool:
 
 def _is_mixed(word: str) -> bool:
     bare = _bare(word).lower()
-    if not re.fullmatch("[a-z0-9]{3,16}", bare) or not (re.search("[a-z]", bare) and re.search("[0-9]", bare)):
+    if not re.fullmatch("[a-z0-9_]{3,16}", bare) or not (re.search("[a-z]", bare) and re.search("[0-9]", bare)):
         return False
     letters = bare.rstrip("0123456789")
     known = _MIXED | {bare for bare in (letters,) if letters in _NUMBERED or letters in ABBREVIATIONS}

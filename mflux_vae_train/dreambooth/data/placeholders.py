@@ -20,7 +20,9 @@ _FILE_WORDS = re.compile(r"\[(filewords|file_words|caption|filename)\]|\{(filewo
 """Stands for the caption of the file."""
 
 
-def adapt_captions(captions: Captions, instance_prompt: str) -> tuple[dict[str, str], list[str]]:
+def adapt_captions(
+    captions: Captions, instance_prompt: str, class_prompt: str | None = None
+) -> tuple[dict[str, str], list[str]]:
     """The prompt of each image with placeholders replaced by the identifier of the instance prompt.
 
     Returns:
@@ -31,17 +33,20 @@ def adapt_captions(captions: Captions, instance_prompt: str) -> tuple[dict[str, 
             known.
     """
     replace_placeholders(instance_prompt, None, "--instance_prompt")
-    identifier = identifier_of(instance_prompt)
+    identifier = identifier_of(instance_prompt, class_prompt)
     texts, replaced = dict(captions.texts), defaultdict(list)
     for image in captions.texts:
         if image in captions.captioned:
             texts[image], found = replace_placeholders(texts[image], identifier, f"the caption of {image}")
             for word in found:
                 replaced[word].append(image)
-    lines = [
-        f"{word!r} in {count_text(len(images), 'caption')} is replaced by {identifier!r} ({first_names(images)})"
-        for word, images in replaced.items()
-    ]
+    lines = []
+    if replaced:
+        where = list(dict.fromkeys(image for images in replaced.values() for image in images))
+        words = first_names([repr(word) for word in replaced])
+        lines.append(
+            f"{words} in {count_text(len(where), 'caption')} ({first_names(where)}): replaced by {identifier!r}"
+        )
     images = [image for image in texts if image in captions.captioned]
     if identifier and (lacking := [image for image in images if not contains(texts[image], identifier)]):
         others = Counter(other for image in lacking if (other := identifier_of(texts[image])))

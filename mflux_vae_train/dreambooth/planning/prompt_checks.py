@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_names
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
 from mflux_vae_train.dreambooth.data.placeholders import replace_placeholders
@@ -45,7 +45,7 @@ class Prompt:
 def prompts_of(settings: DreamBoothSettings, dataset: InstanceDataset) -> list[Prompt]:
     """Each different prompt of a run: those of the images, the class, and the previews."""
     found = [
-        Prompt(where="--instance_prompt", text=one.instance_prompt, identifier=identifier_of(one.instance_prompt))
+        Prompt(where="--instance_prompt", text=one.instance_prompt, identifier=_identifier(one))
         for one in settings.subjects
     ]
     found += [
@@ -56,7 +56,14 @@ def prompts_of(settings: DreamBoothSettings, dataset: InstanceDataset) -> list[P
     found = [one for one in found if not used or one.text in used]  # captions may replace an instance prompt
     found += [Prompt(where="--class_prompt", text=one.class_prompt) for one in settings.subjects if one.class_prompt]
     found += [Prompt(where="--validation_prompt", text=prompt) for prompt in settings.validation_prompt or ()]
-    return list({one.text: one for one in reversed(found)}.values())[::-1]
+    different: dict[str, Prompt] = {}
+    for one in found:
+        different.setdefault(one.text, one)
+    return list(different.values())
+
+
+def _identifier(concept: Concept) -> str | None:
+    return identifier_of(concept.instance_prompt, concept.class_prompt)
 
 
 def fill_placeholders(settings: DreamBoothSettings) -> tuple[DreamBoothSettings, list[str]]:
@@ -69,7 +76,7 @@ def fill_placeholders(settings: DreamBoothSettings) -> tuple[DreamBoothSettings,
         replace_placeholders(one.class_prompt or "", None, "--class_prompt")
     if settings.validation_prompt is None:
         return settings, []
-    known = {identifier_of(one.instance_prompt) for one in settings.subjects}
+    known = {_identifier(one) for one in settings.subjects}
     identifier = known.pop() if len(known) == 1 else None
     filled = [replace_placeholders(prompt, identifier, "--validation_prompt") for prompt in settings.validation_prompt]
     words = list(dict.fromkeys(word for _, found in filled for word in found))

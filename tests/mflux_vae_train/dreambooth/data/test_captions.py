@@ -110,7 +110,11 @@ def test_placeholders_are_replaced_by_the_identifier(folder):
         (folder / f"{index}.txt").write_text(text)
     texts, lines = adapt_captions(read(folder), PROMPT)
     assert [*texts.values()] == ["a sks on grass", "sks asleep", "sks star", "a star"]
-    assert len(lines) == 4 and "'sks' of --instance_prompt is missing in 1 of 4 captions (3.png)" in lines[-1]
+    assert (
+        len(lines) == 2
+        and "3 captions" in lines[0]
+        and "'sks' of --instance_prompt is missing in 1 of 4 captions (3.png)" in lines[-1]
+    )
     with pytest.raises(SettingsError, match="placeholder"):
         adapt_captions(read(folder), "a photo of a star")
 
@@ -138,6 +142,10 @@ def test_captions_with_the_identifier_are_worth_no_warning(folder):
         ("a photo of k1tty42 cat", "k1tty42"),
         ("a photo of OHWX person", "OHWX"),
         ("A PHOTO OF SKS DOG", "SKS"),
+        ("a photo of S* on grass", "S*"),
+        ("a photo of Zxq dog", "Zxq"),
+        ("a photo of Mrs Smith", None),
+        ("a photo of d0g_t0k dog", "d0g_t0k"),
         ("a DSLR photo of sks dog", "sks"),
         ("a photo of a NASA rocket in 4k, 35mm, f2, 1980s", None),
         ("A BIG DOG IN THE PARK", None),
@@ -146,3 +154,9 @@ def test_captions_with_the_identifier_are_worth_no_warning(folder):
 )
 def test_identifiers(prompt, identifier):
     assert identifier_of(prompt) == identifier
+
+
+def test_the_class_prompt_leaves_the_identifier_over():
+    assert identifier_of("a photo of Rex dog", "a photo of a dog") == "Rex"
+    assert identifier_of("a photo of Rex the dog", "A photo of a dog.") == "Rex"
+    assert identifier_of("a photo of old Rex dog", "a photo of a dog") is None
