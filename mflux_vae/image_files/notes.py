@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.formatting import first_few, shortened
 
 
 class Kind(NamedTuple):
@@ -46,7 +45,7 @@ class ImageNotes:
 
     def add(self, kind: Kind, image: str | Path, detail: str = "") -> None:
         with self._lock:
-            self._images.setdefault(kind, {})[str(image)] = " ".join(detail.split())[:_MAX_DETAIL]
+            self._images.setdefault(kind, {})[str(image)] = detail[:_MAX_DETAIL]
 
     def lines(self, level: int) -> list[str]:
         """One line for each kind of this level."""
@@ -73,8 +72,11 @@ class ImageNotes:
 
     def _line(self, kind: Kind) -> str:
         images = self._images[kind]
-        names: Sequence[str] = sorted(images)
-        if len(names) > 1:
-            names = [Path(name).name for name in names]
-        details = first_few(sorted({detail for detail in images.values() if detail}))
-        return f"{first_few(names)}: {kind.text.format(details)}"
+        several = len(images) > 1
+        names = [_printable(Path(name).name if several else name) for name in sorted(images)]
+        details = first_few(sorted({_printable(detail) for detail in images.values() if detail}), 2, 60)
+        return f"{first_few(names, 3, 40) if several else shortened(names[0], 120)}: {kind.text.format(details)}"
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mflux_vae.errors import ImageError
+from mflux_vae.image_files import notes as kinds
 from mflux_vae.image_files.notes import FRAMES, ImageNotes
 from mflux_vae.images import image_text, load_image, load_images, save_image
 from tests.helpers.damage_metadata import chunk
@@ -90,9 +91,13 @@ def test_further_frames_are_noted(tmp_path, suffix, caplog):
 
 def test_previews_are_no_further_frames(tmp_path, caplog):
     photo().save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[photo(1)])
-    thumbnail = photo(1, 8)
-    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
-    photo().save(tmp_path / "a.tif", save_all=True, append_images=[thumbnail])
+    photo().save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    start = struct.unpack("<I", data[4:8])[0]
+    count = struct.unpack("<H", data[start : start + 2])[0]
+    end = start + 2 + 12 * count
+    smaller = struct.pack("<HHHII", count + 1, 254, 4, 1, 1) + data[start + 2 : end] + bytes(4)
+    (tmp_path / "a.tif").write_bytes(data[:end] + struct.pack("<I", len(data)) + data[end + 4 :] + smaller)
     with caplog.at_level("INFO"):
         load_images([tmp_path / "a.jpg", tmp_path / "a.tif"])
     assert not caplog.records
@@ -217,3 +222,14 @@ def test_texts(tmp_path):
     assert image_text(tmp_path / "a.png") == {"mflux-vae": "é", "b": "c"}
     photo().save(tmp_path / "a.jpg", comment=b"c")
     assert image_text(tmp_path / "a.jpg") == {}
+
+
+def test_lines_are_of_readable_length():
+    notes = ImageNotes()
+    for index in range(30):
+        notes.add(kinds.BROKEN_PROFILE, f"{index:02d}\n" + "name" * 60, "detail\n" * 90 + str(index))
+        notes.add(kinds.FRAMES, f"{index:02d}" + "é\u202e" * 100)
+    notes.add(kinds.INKS, "folder/" * 90 + "a.png")
+    lines = notes.warnings
+    assert len(lines) == 3 and all(len(line) < 300 and line.isprintable() for line in lines)
+    assert "27 more" in lines[0]

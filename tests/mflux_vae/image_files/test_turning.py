@@ -64,7 +64,7 @@ def test_tiff(tmp_path, mode, compression):
             np.testing.assert_array_equal(load_images(opened, notes=ImageNotes())[0], turn(upright), err_msg=str(value))
         with Image.open(path) as opened:
             opened.load()
-            if compression is not None:
+            if compression is not None and mode != "YCbCr":  # which Pillow 10 turns wrong
                 np.testing.assert_array_equal(load_images(opened, notes=ImageNotes())[0], turn(upright))
 
 
