@@ -9,8 +9,9 @@ from mflux_vae.errors import WeightsError
 FILES = (
     *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapters.safetensors"),
     *("pytorch_lora_weights.bin", "adapter_model.bin"),
+    "state.safetensors",
 )
-"""Names of the file in a folder: diffusers', PEFT's and mlx-lm's."""
+"""Names of the file in a folder: diffusers', PEFT's, mlx-lm's, and that of a checkpoint."""
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -23,6 +24,9 @@ def adapter_file(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     found = next((path / name for name in FILES if (path / name).is_file()), None)
+    if found is None and (checkpoints := list(path.glob("checkpoint-*/state.safetensors"))):
+        newest = max((one.parent for one in checkpoints), key=lambda folder: (len(folder.name), folder.name))
+        raise WeightsError(f"{path}: holds no adapter yet; {newest} has the one of its last checkpoint: give that")
     if found is None:
         raise WeightsError(f"{path}: holds no adapter ({FILES[0]} or {FILES[1]}); give the path of its file")
     return found

@@ -17,6 +17,7 @@ import numpy as np
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import count_text, first_few, shortened, summarize
 from mflux_vae_train.lora.dialects import ALPHA, MAGNITUDE, A, B, LayerNames, Modules, counterpart, outline, renamed
+from mflux_vae_train.lora.from_checkpoint import checkpoint_adapter, is_checkpoint
 from mflux_vae_train.lora.kohya import split
 from mflux_vae_train.lora.layers import bases
 from mflux_vae_train.lora.metadata import Statements, pattern_value
@@ -90,8 +91,11 @@ def read_adapter(
     from mflux_vae.weights.formats.files import open_weights
 
     path = Path(path)
-    stored, metadata = open_weights(path)
-    tensors = {key: tensor.load() for key, tensor in stored.items()}
+    if is_checkpoint(path):
+        tensors, metadata = checkpoint_adapter(path, networks)
+    else:
+        stored, metadata = open_weights(path)
+        tensors = {key: tensor.load() for key, tensor in stored.items()}
     for key, tensor in tensors.items():
         if not mx.issubdtype(tensor.dtype, mx.floating) and not key.endswith(ALPHA):
             dtype = str(tensor.dtype).removeprefix("mlx.core.")

@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae.errors import MfluxVaeError
+from mflux_vae.errors import MfluxVaeError, WeightsError
 from mflux_vae.images import save_image
+from mflux_vae.weights.formats.files import header
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
@@ -278,3 +279,34 @@ def test_a_requested_file_is_added_to_a_finished_run(settings: Make, tmp_path: P
     assert train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "two")).updates == 0
     assert (tmp_path / "out" / "pytorch_lora_weights_kohya.safetensors").is_file()
     assert adapter.read_bytes() == before
+
+
+# an adapter to start from
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_run_starts_from_the_adapter_of_a_checkpoint(settings: Make, tmp_path: Path, dora: bool) -> None:
+    out, options = tmp_path / "out", {"max_train_steps": 4, "rank": 3, "lora_alpha": 6.0, "use_dora": dora}
+    train(settings(**options))
+
+    def starts_from(name: str) -> bytes:
+        new = tmp_path / "new"
+        shutil.rmtree(new, ignore_errors=True)
+        train(settings(lora_weights=str(out / name), output_dir=str(new), max_train_steps=1))
+        assert (
+            '"transformer.lora_alpha": 6.0'
+            in header(new / "pytorch_lora_weights.safetensors")[1]["lora_adapter_metadata"]
+        )
+        return (new / "pytorch_lora_weights.safetensors").read_bytes()
+
+    assert starts_from("checkpoint-4") == starts_from("") == starts_from("checkpoint-4/state.safetensors")
+    assert starts_from("checkpoint-2") != starts_from("checkpoint-4")
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(WeightsError, match="checkpoint-4"):
+        starts_from("")
+
+
+def test_a_checkpoint_without_an_adapter(settings: Make, tmp_path: Path) -> None:
+    train(settings(max_train_steps=2, train_mode="full"))
+    with pytest.raises(WeightsError, match="checkpoint-2"):
+        train(settings(lora_weights=str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "new")))
