@@ -36,6 +36,8 @@ class ConsoleHandler(logging.Handler):
         if getattr(record, "in_bar", False) or (record.levelno < logging.ERROR and not _is_first_process()):
             return
         message = redacted(record.getMessage())
+        if record.exc_info and record.exc_info[1] is not None:
+            message = redacted(f"{message}\n{logging.Formatter().formatException(record.exc_info)}")
         if record.levelno == logging.INFO and record.name.split(".")[0] == "mflux_vae":
             if message in self._seen:
                 return

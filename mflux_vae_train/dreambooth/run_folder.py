@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,8 @@ def claim(folder: RunFolder, lock: Lock) -> None:
         folder.root.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         checkpoint.clean_up(folder.root)
+        with tempfile.TemporaryFile(dir=folder.root):  # it can be written
+            pass
 
 
 def start(

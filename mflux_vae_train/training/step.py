@@ -158,7 +158,6 @@ class Step:
                 state = [optimizer.state, *([ema.state] if ema is not None else [])]
                 self._apply = mx.compile(apply, inputs=state, outputs=state)
 
-    @exclusive()
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """Make update `update` (0-based, for messages) from `batches` and those of the other processes.
 
@@ -170,7 +169,18 @@ class Step:
         Raises:
             TrainingError: loss or gradients are not finite; the parameters are unchanged.
         """
-        # accumulate sums over the samples of all micro-batches, in all processes
+        sums, metrics = self._accumulate(batches)
+        # other threads may compute while this one waits for other processes
+        gradients, changes = self.processes.all_reduce_trees(sums)
+        totals = self.processes.all_reduce({SAMPLES: sum(batch.weight for batch in batches)} | metrics)
+        if not (samples := totals.pop(SAMPLES)):
+            raise ValueError(f"update {update + 1} has no micro-batches")
+        averages = {name: total / samples for name, total in totals.items()}
+        return self._change(update, gradients, changes, samples, averages, learning_rate)
+
+    @exclusive()
+    def _accumulate(self, batches: Sequence[MicroBatch]) -> tuple[list[Any], dict[str, float]]:
+        """Sums over the samples of these micro-batches: [gradients, changes of buffers], and `loss` with metrics."""
         parameters, before = self.model.trainable_parameters(), self._buffers()
         loss = mx.array(0.0)
         metrics: dict[str, mx.array] = {}
@@ -196,16 +206,19 @@ class Step:
             sums = [tree_map(mx.add, *pair) for pair in zip(sums, new, strict=True)] if sums else new
             del gradients, buffers, new
             mx.eval(loss, metrics, sums)  # frees the activations of this micro-batch
-        gradients, changes = self.processes.all_reduce_trees(sums)
-        totals = self.processes.all_reduce(
-            {SAMPLES: sum(batch.weight for batch in batches)}
-            | {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
-        )
-        if not (samples := totals.pop(SAMPLES)):
-            raise ValueError(f"update {update + 1} has no micro-batches")
-        averages = {name: total / samples for name, total in totals.items()}
+        return sums, {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
 
-        # check before anything is changed
+    @exclusive()
+    def _change(
+        self,
+        update: int,
+        gradients: Any,
+        changes: Any,
+        samples: float,
+        averages: dict[str, float],
+        learning_rate: float,
+    ) -> dict[str, float]:
+        """Check the sums over all processes, clip and update; the metrics of the update."""
         norm = global_norm(gradients) / samples
         mean_loss, grad_norm = averages.pop("loss"), float(norm)
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
@@ -215,8 +228,7 @@ class Step:
             if broken:
                 fix = f"{len(broken)} weights have NaN or infinite values, first {broken[0]}: take another file"
             raise TrainingError(f"update {update + 1}: loss is {mean_loss:g}, gradient norm {grad_norm:g}; {fix}")
-
-        # clip and update
+        parameters, before = self.model.trainable_parameters(), self._buffers()
         self.optimizer.learning_rate = learning_rate
         parameters, size = self._apply(parameters, gradients, norm, mx.array(samples, mx.float32))
         self.model.update(parameters)

@@ -264,11 +264,11 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(model: Path, tmp_p
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "MKL_NUM_THREADS": "1"})
     signal.signal(signal.SIGINT, before)
     parts = out.with_name(f".{out.name}.parts")
-    deadline = time.monotonic() + 60
-    while not list(parts.glob("[0-9a-f]*")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600  # a busy machine
+    while not list(parts.glob("[0-9a-f]*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130 and err.strip().splitlines()[-1] == "mflux-vae: interrupted"
     assert not out.exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

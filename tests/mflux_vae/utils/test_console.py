@@ -31,6 +31,16 @@ def test_repeated_messages_and_those_in_a_bar_are_skipped(capsys: pytest.Capture
     assert err.splitlines() == ["warning: odd"] * 2
 
 
+def test_the_error_of_a_record_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_console(LEVELS):
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logging.getLogger("mflux_vae").exception("broken")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: broken" and "Traceback" in lines[1] and lines[-1] == "ValueError: why"
+
+
 def test_other_processes_than_the_first_write_errors_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,38 @@ def test_the_remaining_time_includes_updates_and_hooks(monkeypatch: pytest.Monke
     assert now[0] == 3 * 60 + 7
 
 
+@pytest.mark.parametrize("durations", [(1.0,), (1.0, 1.5, 1.2), (2.0, 2.2, 1.8)])
+@pytest.mark.parametrize("start", [0, 30])
+def test_the_remaining_time_is_right_from_the_fifth_update_on(
+    durations: tuple[float, ...], start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update compiles, and so does another one; checkpoints, previews and trackers take their time."""
+    now = [0.0]
+    monkeypatch.setattr("mflux_vae_train.monitoring.progress.time.monotonic", lambda: now[0])
+    total, predicted = 100, {}
+
+    def took(seconds: float) -> Any:
+        def hook(record: Record) -> None:
+            now[0] += seconds
+
+        return hook
+
+    pace = Pace(total)
+    hooks = [pace, took(0.1), pace.timed_every(10, took(1.0)), pace.timed_every(40, took(5.0), seconds=6.0)]
+    for update in range(start + 1, total + 1):
+        seconds = {start + 1: 49.0, start + 3: 30.0}.get(update, durations[update % len(durations)])
+        now[0] += seconds
+        record = Record(update=update, total=total, metrics={}, seconds=seconds)
+        pace(record)
+        predicted[update] = now[0], pace.left(update)
+        for hook in hooks[1:]:
+            hook(record)
+        assert ("unknown" in pace.eta_text(update)) == (update < start + 5)
+    for update in range(start + 5, total - 5):
+        at, left = predicted[update]
+        assert left == pytest.approx(now[0] - at, rel=0.2), update
+
+
 def test_the_time_when_a_run_is_ready() -> None:
     pace = Pace(1000)
     pace(Record(update=1, total=1000, metrics={}, seconds=600.0))  # compiles
