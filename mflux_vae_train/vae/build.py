@@ -16,6 +16,7 @@ from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import eval_each
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae_train.randomness import Stream, rng
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.losses.adversarial import PatchDiscriminator
@@ -41,7 +42,8 @@ def build(settings: VAETrainingSettings) -> Any:
     network: Any = _network(settings)
     if settings.init == "orthogonal":
         init_weights.orthogonal(network, settings.seed)
-    eval_each(network.parameters())
+    with exclusive():
+        eval_each(network.parameters())
     config = network.config
     if config.in_channels != settings.in_channels or config.out_channels != settings.in_channels:
         raise SettingsError(f"--in_channels is {settings.in_channels}; the network has {config.in_channels}")

@@ -15,6 +15,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import averaged, load_image, load_mask, to_pixels
+from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
@@ -98,7 +99,8 @@ def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: En
             continue
         # Rounding may depend on the batch, so batches do not depend on the cache.
         encoded = checks.encode_prompts(pipeline, prompts[batch])
-        mx.eval(encoded)
+        with exclusive():
+            mx.eval(encoded)
         for index, row in enumerate(rows[batch]):
             if row is None:
                 rows[start + index] = new = {name: array[index : index + 1] for name, array in encoded.items()}
@@ -147,7 +149,8 @@ def encode_images(
 
     def encoded(pixels: mx.array | None) -> list[mx.array]:
         results = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
-        mx.eval(results)
+        with exclusive():
+            mx.eval(results)
         return results
 
     disable = None if batches and processes.is_main else True

@@ -105,14 +105,24 @@ class FluxPipeline:
         embedder: Any = self.denoiser.x_embedder
         return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
 
-    @thread_safe
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
+        self._download()
+        return self._encode_images(pixels)
+
+    @thread_safe
+    def _encode_images(self, pixels: mx.array) -> mx.array:
         return self.vae.encode_nhwc(pixels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See `FluxPrompts.encode`."""
+        self._download()
         return self.prompts.encode(prompts)
+
+    def _download(self) -> None:
+        """Download all parts, while other threads may compute; at once if they are there."""
+        if self._snapshot is not None:
+            self._snapshot()
 
     def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
         """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
@@ -215,7 +225,7 @@ class FluxPipeline:
     def release(self, *uses: Use) -> None:
         """See `Parts.release`. The encoding of the empty prompt is kept if classifier-free guidance needs it."""
         if "prompts" in uses and self.prompts.t5.loaded is not None and not self._guidance_embeds:
-            mx.eval(self.prompts.unconditional())
+            self.prompts.unconditional()  # encoded now
         self.parts.release(*uses)
 
     def quantize(self, bits: int) -> None:

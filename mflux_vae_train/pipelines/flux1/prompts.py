@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mflux_vae.runtime.threads import thread_safe
+from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
@@ -113,6 +113,7 @@ class FluxPrompts:
             for name, value in conditioning.items()
         }
 
+    @exclusive()
     def unconditional(self) -> Conditioning:
         """The empty prompt's row, encoded once; or every time if the caller owns the text encoder and may change it."""
         if self._empty is None or not self.t5.reloadable:
