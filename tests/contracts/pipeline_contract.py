@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsPrediction
+from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsPrediction, SupportsPromptInspection
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
@@ -109,6 +109,23 @@ class PipelineContract:
     def test_prompts_differ(self, conditioning):
         differences = [float(mx.abs(array[0] - array[1]).max()) for array in conditioning.values()]
         assert max(differences) > 1e-3, "a prompt is encoded like the empty one"
+
+    def test_inspected_tokens_are_those_that_are_encoded(self, pipeline):
+        """Prompts are cut where `inspect_prompts` tells: what follows changes nothing."""
+        if not isinstance(pipeline, SupportsPromptInspection):
+            return
+        long = " ".join(f"word {index} of a prompt" for index in range(200))
+        found = pipeline.inspect_prompts([long, "a red circle"])
+        assert found and all(first.is_cut and not second.is_cut for first, second in found.values())
+        read = long[: long.index(" ", max(first.end for first, _ in found.values()))]  # whole words
+        prompts = [long, f"{read} and something else", "a red circle"]
+        inspected = pipeline.inspect_prompts(prompts)
+        assert all(one.ids == other.ids != another.ids for one, other, another in inspected.values())
+        for name, array in pipeline.encode_prompts(prompts).items():
+            np.testing.assert_allclose(array[0], array[1], **CLOSE, err_msg=name)
+            assert float(mx.abs(array[0] - array[2]).max()) > 1e-3
+        limited = pipeline.inspect_prompts([long], limit=6)
+        assert any(each[0].limit == 6 == len(each[0].ids) for each in limited.values())
 
     def test_loss_is_one_finite_float_per_sample(self, pipeline, latents, conditioning, guidance):
         loss = pipeline.loss(latents, conditioning, key=keys(0, 1, 2), guidance=guidance)
