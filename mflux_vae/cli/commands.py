@@ -204,7 +204,7 @@ def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
         folder = scan(given)
         if not folder.images:
             raise no_images(folder)
-        if text := folder.unused_text():
+        if text := folder.unused_text(texts=False):
             log.warning("not used in %s: %s", given, text)
         for file in folder.paths:
             yield given, file

@@ -129,12 +129,13 @@ class ImageFolder:
     def _index(self) -> _Index:
         return _Index(self.images)
 
-    def unused_text(self, *, uses: Collection[str] = (), repeats_flag: str | None = None) -> str:
+    def unused_text(self, *, uses: Collection[str] = (), texts: bool = True, repeats_flag: str | None = None) -> str:
         """The unused entries by reason, with counts, first names and remedies, in at most `MAX_LINE` characters or so;
-        empty if there are none, or only texts and the caller uses none.
+        empty if there are none.
 
         Args:
             uses: "masks", "captions": what the caller uses beside images.
+            texts: whether unused texts alone are worth a line.
             repeats_flag: flag that a folder in kohya's layout, ``10_sks dog``, corresponds to.
         """
         groups = [
@@ -145,7 +146,7 @@ class ImageFolder:
             groups.append((Reason(noun="mask"), sorted(masks)))
         if captions and "captions" not in uses:
             groups.append((Reason(noun="caption file"), sorted(map(str, captions))))
-        if "captions" not in uses and all(_is_text(name) for _, names in groups for name in names):
+        if not texts and all(_is_text(name) for _, names in groups for name in names):
             groups = []
         first = [self._subfolder_text(repeats_flag)] if self.images_below else []
         text = ""
@@ -278,6 +279,8 @@ def _kind(entry: os.DirEntry[str], *, recursive: bool, trust: bool) -> Reason | 
         return PARTIAL
     if suffix in _TEXT:
         return "text"
+    if suffix == ".thm":  # the thumbnail of a video, a JPEG file
+        return OTHER
     if trust and suffix in EXTENSIONS:
         return "image"
     try:

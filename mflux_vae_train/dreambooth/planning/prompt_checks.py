@@ -25,7 +25,7 @@ _SYNTAX = re.compile(
     r"|(?<!\S)(?:BREAK|AND|ADDCOMM|ADDROW|ADDCOL|ADDBASE)(?!\S)"
     r"|\{\{[^{}]*\}\}|\)[+-]+(?![^\s,])|(?<![cC])(?<=\w)\+{2,}(?!\w)|\)\d\.\d+"  # NovelAI, compel
     r"|(?<!\S)--(?:ar|no|niji|seed|stylize|style|v|q|s|neg|n|d|w|h|l|g)\b"  # Midjourney, kohya's sample prompts
-    r"|\\[()]"
+    r"|\\[()]|\|\|\|"
 )
 
 

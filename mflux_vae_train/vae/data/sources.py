@@ -276,7 +276,7 @@ class _Folders:
         """A folder; the content of its files is inspected if there were at most `MAX_INSPECTED` images before."""
         found = scan(self._root / inside, recursive=recursive, trust_extensions=self._count > MAX_INSPECTED)
         self._count += len(found.images)
-        if found.unused_text():
+        if found.unused_text(texts=False):
             self._unused.append(found)
         return found
 
@@ -308,7 +308,7 @@ class _Folders:
     def unused_text(self) -> str:
         """What is not used; empty if nothing."""
         more = len(self._unused) - MAX_FOLDERS
-        text = "; ".join(f"{one.folder}: {one.unused_text()}" for one in self._unused[:MAX_FOLDERS])
+        text = "; ".join(f"{one.folder}: {one.unused_text(texts=False)}" for one in self._unused[:MAX_FOLDERS])
         return text + (f"; and in {more} more folders" if more > 0 else "")
 
     def warn(self) -> None:

@@ -190,10 +190,11 @@ def test_other_programs_texts_are_worth_no_warning_where_texts_are_not_used(tmp_
     paint(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a star")
     (tmp_path / "notes.txt").write_text("")
-    assert not scan(tmp_path).unused_text()
+    assert not scan(tmp_path).unused_text(texts=False)
     assert "notes.txt" in scan(tmp_path).unused_text(uses=("captions",))
+    assert "1 caption file (a.txt)" in scan(tmp_path).unused_text()
     (tmp_path / "a.npz").write_bytes(b"PK")
-    assert "a.npz" in scan(tmp_path).unused_text()
+    assert "a.npz" in scan(tmp_path).unused_text(texts=False)
 
 
 @cache

@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import image_text, load_image, save_image
+from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data import class_images
 from tests.contracts.fake import FakePipeline
 
@@ -115,3 +116,17 @@ def test_long_prompts_are_shortened_in_the_error(tmp_path):
 
 def test_missing_folder_has_no_images(tmp_path):
     assert class_images.check_class_images(tmp_path / "nowhere", PROMPT) == []
+
+
+def test_what_a_class_folder_holds_and_is_not_used_is_named(tmp_path):
+    save_image(tmp_path / "1_dog" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    save_image(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b.txt").write_text("a dog")
+    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    concept = Concept(
+        instance_data_dir="x", instance_prompt="a sks dog", class_prompt=PROMPT, class_data_dir=str(tmp_path)
+    )
+    (folder,) = class_images.scan_class_folders([concept], count=3)
+    assert folder.present == 1 and len(folder.missing) == 2
+    for word in ("1 image in subfolders ('1_dog')", "c.heic", "b.txt"):
+        assert word in folder.unused

@@ -102,7 +102,16 @@ def test_a_pipeline_that_cannot_tell(pipeline, run, monkeypatch):
     "text",
     [
         *("(sks star:1.3)", "((sks star))", "[cat:dog:0.5]", "[cat|dog]", "{red|blue}", "__colour__", "{{sks}}"),
-        *("<lora:star:0.8>", "a BREAK b", "a AND b", "sks++ star", "(sks)1.3", "a star --ar 16:9", "embedding:bad"),
+        *(
+            "<lora:star:0.8>",
+            "a BREAK b",
+            "a AND b",
+            "sks++ star",
+            "(sks)1.3",
+            "a star --ar 16:9",
+            "embedding:bad",
+            "sks ||| star",
+        ),
     ],
 )
 def test_syntax_of_other_tools(run, text):
