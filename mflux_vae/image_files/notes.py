@@ -27,10 +27,11 @@ BROKEN_PROFILE = Kind("colour profile unusable, so colours are taken as sRGB ({}
 INKS = Kind("CMYK without a colour profile, so colours are approximate", logging.WARNING)
 FRAMES = Kind("several frames or pages, of which the first is used", logging.WARNING)
 TRANSPARENT = Kind("transparency laid over white", logging.INFO)
+CLIPPED = Kind("values outside [0, 65535], which are clipped", logging.WARNING)
 UNIFORM_MASK = Kind("mask of one level, so it weighs all positions the same", logging.WARNING)
 PILLOW = Kind("{}", logging.WARNING)
 
-_ORDER = (BROKEN_PROFILE, INKS, FRAMES, UNIFORM_MASK, PILLOW, CONVERTED, TRANSPARENT)
+_ORDER = (BROKEN_PROFILE, INKS, FRAMES, CLIPPED, UNIFORM_MASK, PILLOW, CONVERTED, TRANSPARENT)
 
 _MAX_DETAIL = 120
 

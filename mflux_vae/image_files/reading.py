@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -42,8 +42,10 @@ _TURNS = {
 }
 """What turns an image of each EXIF orientation upright."""
 
-_opening = Lock()
-"""Python's filters of warnings belong to all threads."""
+_SILENT = ("JPEG", "PNG", "WEBP")
+"""Formats that Pillow decodes without a warning once they are open, so several at a time."""
+
+_filtering = Lock()
 
 
 def read_file(path: str | Path, notes: ImageNotes, *, mask: bool = False) -> Image.Image:
@@ -53,14 +55,18 @@ def read_file(path: str | Path, notes: ImageNotes, *, mask: bool = False) -> Ima
         ImageError: the file is missing or too large, or its pixels are broken or floating-point numbers.
     """
     with _opened(path, notes) as (image, container):
-        image.load()
+        with _noting(path, notes) if image.format not in _SILENT else nullcontext():
+            image.load()
         profile = container.profile
         if profile is None and is_adobe_rgb(container.exif):
             profile = profiles.adobe_rgb()
         plain = to_levels(image, path) if mask else to_rgb(image, path, notes, profile=profile)
-        with suppress(Exception):  # of the second frame
-            if container.frames or getattr(image, "is_animated", False):
-                notes.add(kinds.FRAMES, path)
+        frames = container.frames
+        if not container.parts:
+            with _noting(path, notes), suppress(Exception):  # of the second frame
+                frames = getattr(image, "is_animated", False)
+        if frames:
+            notes.add(kinds.FRAMES, path)
         return _turned(plain, orientation(container.exif, container.xmp))
 
 
@@ -71,7 +77,7 @@ def read_image(image: Image.Image, name: str, notes: ImageNotes) -> Image.Image:
         return read_file(path, notes)  # Pillow reads tiles of a turned image wrong if it opened the file by name
     try:
         image.load()
-        return _turned(to_rgb(image, name, notes, profile=image.info.get("icc_profile")), _orientation(image))
+        return _turned(to_rgb(image, name, notes, profile=image.info.get("icc_profile") or None), _orientation(image))
     except ImageError:
         raise
     except Exception as error:  # Pillow raises many kinds
@@ -132,18 +138,23 @@ def _take_apart(
         return _open(joined(source, container.parts), [format], path, notes), container
     source.seek(0)
     image = _open(source, None, path, notes)
-    exif, xmp, profile = (_bytes(image.info.get(name)) for name in ("exif", "xmp", "icc_profile"))
+    exif, xmp, profile = (_bytes(image.info.get(name)) or None for name in ("exif", "xmp", "icc_profile"))
     return image, Container(parts=(), exif=exif, xmp=xmp, profile=profile)
 
 
 def _open(file: BinaryIO, formats: list[str] | None, path: str | Path, notes: ImageNotes) -> Image.Image:
-    """Open an image; Pillow's warnings become notes."""
-    with _opening, warnings.catch_warnings(record=True) as caught:
+    with _noting(path, notes):
+        return Image.open(file, formats=formats)
+
+
+@contextmanager
+def _noting(path: str | Path, notes: ImageNotes) -> Iterator[None]:
+    """Add Pillow's warnings to the notes. One thread at a time, as Python's filters of warnings belong to all."""
+    with _filtering, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        image = Image.open(file, formats=formats)
+        yield
     for warning in caught:
         notes.add(kinds.PILLOW, path, str(warning.message))
-    return image
 
 
 @cache
@@ -157,7 +168,7 @@ def _orientation(image: Image.Image) -> int:
     """The orientation of a loaded Pillow image. Pillow's reader of EXIF, which warns, is for images without a block."""
     if (exif := _bytes(image.info.get("exif"))) is not None:
         return orientation(exif, _bytes(image.info.get("xmp")))
-    with _opening, warnings.catch_warnings(), suppress(Exception):
+    with _filtering, warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         if isinstance(turn := image.getexif().get(0x112), int):
             return turn

@@ -233,3 +233,19 @@ def test_lines_are_of_readable_length():
     lines = notes.warnings
     assert len(lines) == 3 and all(len(line) < 300 and line.isprintable() for line in lines)
     assert "27 more" in lines[0]
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 65535), (-5, 9), (0, 70000)])
+def test_clipped_values_are_noted(tmp_path, least, most):
+    Image.fromarray(np.array([[least, most]], np.int32)).save(tmp_path / "a.tif")
+    notes = ImageNotes()
+    load_image(tmp_path / "a.tif", notes=notes)
+    assert (len(notes.warnings) == 1) == ((least, most) != (0, 65535))
+
+
+def test_an_empty_profile_is_none():
+    image = photo()
+    image.info["icc_profile"] = b""
+    notes = ImageNotes()
+    np.testing.assert_array_equal(load_images(image, notes=notes)[0], np.asarray(photo()))
+    assert not notes.warnings
