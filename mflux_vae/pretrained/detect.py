@@ -13,6 +13,7 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.networks.laq import code_counts
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.weights.keymaps import mlx_examples
+from mflux_vae.weights.kinds import kind_of
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -97,7 +98,10 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
     if not found:
         starts = sorted({".".join(key.split(".")[:2]) for key in keys})
         shown = first_few(starts, 5, 40) or "nothing"
-        raise WeightsError(f"{where}: no known autoencoder; its {len(keys)} tensors start with {shown}")
+        holds = f"it holds {kind}; " if (kind := kind_of(keys)) else ""
+        raise WeightsError(
+            f"{where}: no known autoencoder; {holds}its {len(keys)} tensors start with {shown}; give the file of a VAE"
+        )
     prefix, kind, naming = min(found, key=_rank)
     if naming == "compvis" and any(prefix + key in keys for key in _NESTED):
         naming = "bfl"

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.weights.keymaps.rules import Rule, matrix_to_mlx, to_mlx
+from mflux_vae.weights.kinds import kind_of
 
 Modules: TypeAlias = Mapping[str, Sequence[str]]
 """Name of a layer of the original network -> paths of its parts here, in the order of its outputs."""
@@ -74,7 +75,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module)\.")
 
 _BLOCK = re.compile(r"([a-z][a-z_]*?)[._](\d{1,6})[._]")
 _DENOISER = re.compile(r"(?:model\.)?diffusion_model\.|lora_(?:unet|transformer)_")
-_TEXT_ENCODER = re.compile(r"(?:lora_)?(?:te|text_encoder_?)(\d?)[._]")
+_TEXT_ENCODER = re.compile(
+    r"(?:lora_)?(?:te|text_encoder_?)(\d?)[._]|(?:text_encoders\.)?(?:clip_[lgh]|t5xxl|qwen\w*)\.(?:transformer\.)?"
+)
 
 
 def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -96,8 +99,8 @@ def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.a
             raise WeightsError(f"{where}: {first_few([source[new], key], 2, 80)} are the same tensor; remove one")
         found[new], source[new] = value, key
     if not any(key.endswith(A) for key in found):
-        some = first_few(sorted(tensors), 2, 80) or "none"
-        raise WeightsError(f"{where}: contains no adapter; its keys are {some}; give a file with LoRA weights")
+        some, kind = first_few(sorted(tensors), 2, 70) or "none", kind_of(tensors) or "other tensors"
+        raise WeightsError(f"{where}: contains no adapter, but {kind} ({some}); give a file with LoRA weights")
     return found, source
 
 
@@ -149,7 +152,8 @@ class LayerNames:
         if match := _DENOISER.match(name):
             return self._denoiser, name[match.end() :]
         if match := _TEXT_ENCODER.match(name):
-            return "text_encoder" + (f"_{match[1]}" if match[1] not in ("", "1") else ""), name[match.end() :]
+            number = match[1] or ""
+            return "text_encoder" + (f"_{number}" if number not in ("", "1") else ""), name[match.end() :]
         return ("text_encoder" if name.startswith("text_model.") else self._denoiser), name
 
 

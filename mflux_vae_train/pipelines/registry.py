@@ -28,7 +28,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mflux_vae.errors import PluginError, SettingsError
+from mflux_vae.errors import PluginError, SettingsError, WeightsError
 from mflux_vae.pretrained import hub
 from mflux_vae.utils.links import missing, naming_broken_links
 from mflux_vae.utils.text_files import parse_json, read_text
@@ -71,7 +71,9 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
             raise SettingsError(f"{', '.join(f'--{name}' for name in options)}: {folder} is a file, which has none")
         if (name := _class_that(known, "opens", folder)) is None:
             names = ", ".join(name for name in sorted(known) if not _is_class(name))
-            raise SettingsError(f"{folder}: nothing installed opens this file; give a folder, owner/name, or {names}")
+            raise SettingsError(
+                f"{folder}: nothing installed opens this file{_holds(folder)}; give a folder, owner/name, or {names}"
+            )
         return _open(known[name], str(folder), options)
     if reason := missing(folder, ""):
         raise SettingsError(f"--model {folder} {reason}")
@@ -89,6 +91,19 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
         index = hub.download(model, ["model_index.json"], revision)
         return _open(_entries_of(_class_of(index, known), model, known), model, options)
     raise SettingsError(_unknown(model, known))
+
+
+def _holds(file: Path) -> str:
+    """What a file holds, for messages."""
+    from mflux_vae.weights.formats.files import open_weights
+    from mflux_vae.weights.kinds import kind_of
+
+    try:
+        kind = kind_of(open_weights(file)[0])
+    except WeightsError:
+        return ""
+    adapter = ", which --lora_weights takes" if kind == "an adapter" else ""
+    return f", which holds {kind}{adapter}" if kind else ""
 
 
 def _entries_of(class_name: str, model: str, known: dict[str, list[EntryPoint]]) -> list[EntryPoint]:

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few, summarize
+from mflux_vae.weights.kinds import kind_of
 
 Transform: TypeAlias = Callable[[mx.array], mx.array]
 Tensors: TypeAlias = Mapping[str, mx.array]
@@ -125,10 +126,11 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
     }
     if any(faults.values()):
         fit = len(common) - len(faults["misshapen"])
-        listed = summarize([(f"{len(keys)} {what}: ", keys) for what, keys in faults.items()], 200)
+        listed = summarize([(f"{len(keys)} {what}: ", keys) for what, keys in faults.items()], 170)
+        holds = f"it holds {kind}; " if not fit and (kind := kind_of(tensors)) else ""
         raise WeightsError(
             f"{where}: weights do not fit this {type(module).__name__} ({fit} of {len(tensors)} match): {listed};"
-            " give a file of this network"
+            f" {holds}give a file of this network"
         )
     converted = {
         key: tensor.astype(dtype) if dtype is not None and mx.issubdtype(tensor.dtype, mx.floating) else tensor

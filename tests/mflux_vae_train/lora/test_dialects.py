@@ -137,6 +137,7 @@ REFUSED = {
     "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": "text_encoder",
     "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": "text_encoder_2",
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": "text_encoder",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "text_encoder",
 }
 
 
