@@ -79,7 +79,7 @@ def fixes(pipeline: Any, resolved: ResolvedSettings, work: Workload) -> list[lis
         _batch_sizes(pipeline, resolved),
         _images_at_once(resolved, work),
         _optimizers(resolved),
-        _quantizations(work),
+        _quantizations(resolved, work),
         _preservations(pipeline, resolved),
         _ranks(resolved),
         _resolutions(resolved, work, recommended.size_multiple),
@@ -127,9 +127,10 @@ def _optimizers(resolved: ResolvedSettings) -> Iterator[Fix]:
         yield Fix("--optimizer adamw8bit", lambda work: replace(work, state_bytes=min(work.state_bytes, state)))
 
 
-def _quantizations(work: Workload) -> Iterator[Fix]:
+def _quantizations(resolved: ResolvedSettings, work: Workload) -> Iterator[Fix]:
+    """Not with ``--fuse``, as quantized weights cannot hold an adapter."""
     for bits in (8, 4):
-        if work.adapter and (work.quantize is None or bits < work.quantize):
+        if work.adapter and not resolved.fuse and (work.quantize is None or bits < work.quantize):
 
             def quantized(work: Workload, bits: int = bits) -> Workload:
                 return replace(work, quantize=bits)
@@ -139,14 +140,17 @@ def _quantizations(work: Workload) -> Iterator[Fix]:
 
 def _preservations(pipeline: Any, resolved: ResolvedSettings) -> Iterator[Fix]:
     kind = resolved.prior_preservation
+    flag = "--prior_preservation"
+    if resolved.preservation_flag:  # the two flags must not contradict each other
+        flag = f"--no_with_prior_preservation {flag}"
     if kind == "class_images" and resolved.train_mode == "lora" and isinstance(pipeline, SupportsPrediction):
-        yield Fix("--prior_preservation dop", lambda work: replace(work, class_images=0))
+        yield Fix(f"{flag} dop", lambda work: replace(work, class_images=0))
     if kind != "none":
 
         def unpreserved(work: Workload) -> Workload:
             return replace(work, class_images=0, batch=max(1, work.batch // 2))
 
-        yield Fix("--prior_preservation none", unpreserved)
+        yield Fix(f"{flag} none", unpreserved)
 
 
 def _ranks(resolved: ResolvedSettings) -> Iterator[Fix]:

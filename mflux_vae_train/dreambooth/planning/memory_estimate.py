@@ -141,7 +141,7 @@ def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: 
     time_line = _time(footprint, resolved)
     lines = [*_lines(footprint, limit, resolved, work, time_known=time_line is not None)]
     lines += [] if time_line is None else [time_line]
-    if problem is not None:
+    if problem is not None and (resolved.dry_run or resolved.memory_limit is None):  # else it is the error
         lines.append(f"this run would not fit: {problem}")
     reducing = [] if resolved.dry_run else memory_advice.reducing(pipeline, resolved, work, _training_peak)
     return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem, reducing=reducing)

@@ -30,6 +30,7 @@ class ResolvedSettings(DreamBoothSettings):
     Attributes:
         rank, lora_alpha: None with ``--train_mode full``.
         prior_loss_weight: None without prior preservation.
+        preservation_flag: ``--with_prior_preservation`` was given, which another ``--prior_preservation`` contradicts.
         auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
         samples: instance samples of the whole run.
         sampling: how noise levels are drawn; None for the pipeline's default.
@@ -48,6 +49,7 @@ class ResolvedSettings(DreamBoothSettings):
     sample_batch_size: int
     prior_preservation: Kind
     with_prior_preservation: bool
+    preservation_flag: bool
     auto_batch_size: bool
     samples: int
     sampling: NoiseSampling | None
@@ -76,6 +78,7 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
         SettingsError: prior preservation is requested without a class prompt, a prompt has a placeholder of another
             tool, or a tracker is not installed.
     """
+    flagged = settings.with_prior_preservation is not None
     settings, replaced = fill_placeholders(settings)
     samples, per_update = _samples(settings, dataset.samples_per_epoch)
     updates = -(-samples // per_update)
@@ -127,6 +130,7 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
     }
     return ResolvedSettings(
         **(_values(settings) | answers),
+        preservation_flag=flagged,
         auto_batch_size=settings.train_batch_size is None,
         samples=samples,
         sampling=_sampling(settings, recommended),

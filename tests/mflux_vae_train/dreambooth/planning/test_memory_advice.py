@@ -118,6 +118,7 @@ def test_full_training_is_offered_an_adapter(settings) -> None:
         {"train_mode": "full", "prior_preservation": "class_images"},
         {"aspect_ratio_buckets": "16,16;8,32"},
         {"resolution": 64, "gradient_checkpointing": True, "prior_preservation": "dop"},
+        {"with_prior_preservation": True, "prior_preservation": "class_images", "fuse": True},
     ],
 )
 @pytest.mark.parametrize("limit", [1.5, 2.5, 4.5, 8.5])
