@@ -35,7 +35,12 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
     fit_batch_size,
     workload,
 )
-from mflux_vae_train.dreambooth.planning.prompt_checks import check_prompts, prompts_of, syntax_warnings
+from mflux_vae_train.dreambooth.planning.prompt_checks import (
+    check_prompts,
+    identifier_warnings,
+    prompts_of,
+    syntax_warnings,
+)
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES, RunFolder
 from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
@@ -105,8 +110,8 @@ def prepare(
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
     unused += [line for one in folders for line in one.warnings]
-    syntax = syntax_warnings(prompts_of(resolved, dataset))
-    resolved = replace(resolved, warnings=(*resolved.warnings, *unused, *syntax))
+    unused += [*identifier_warnings(resolved), *syntax_warnings(prompts_of(resolved, dataset))]
+    resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
 

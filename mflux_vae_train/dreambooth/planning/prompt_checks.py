@@ -12,7 +12,7 @@ from mflux_vae.utils.formatting import first_names
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
-from mflux_vae_train.dreambooth.data.placeholders import replace_placeholders
+from mflux_vae_train.dreambooth.data.placeholders import contains, replace_placeholders
 from mflux_vae_train.pipelines.capabilities import PromptTokens, SupportsPromptInspection
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -84,6 +84,23 @@ def fill_placeholders(settings: DreamBoothSettings) -> tuple[DreamBoothSettings,
     return replace(settings, validation_prompt=tuple(prompt for prompt, _ in filled)), lines
 
 
+def identifier_warnings(settings: DreamBoothSettings) -> list[str]:
+    """Lines about identifiers that do not separate a subject from its class or from the other subjects."""
+    lines = []
+    subjects: dict[str, list[str]] = defaultdict(list)
+    for one in settings.subjects:
+        if identifier := _identifier(one):
+            subjects[identifier.lower()].append(one.instance_prompt)
+            if one.class_prompt and contains(one.class_prompt, identifier):
+                lines.append(
+                    f"--class_prompt {one.class_prompt!r} has the identifier {identifier!r}: leave it out there"
+                )
+    for identifier, names in subjects.items():
+        if len(names) > 1:
+            lines.append(f"the identifier {identifier!r} stands for {len(names)} subjects ({first_names(names)})")
+    return lines
+
+
 def syntax_warnings(prompts: Sequence[Prompt]) -> list[str]:
     """One line if prompts have the syntax of other tools, which is text here."""
     places: dict[str, list[str]] = defaultdict(list)
@@ -116,7 +133,13 @@ def check_prompts(
             _check_class_prompt(pipeline, one.class_prompt, captions or {one.instance_prompt}, limit)
     prompts = prompts_of(resolved, dataset)
     tokens = _inspect(pipeline, [one.text for one in prompts], limit)
-    return None if tokens is None else [*_cut(prompts, tokens), *_equal(prompts, tokens), *_unknown(prompts, tokens)]
+    if tokens is None:
+        return None
+    lines = [*_cut(prompts, tokens), *_equal(prompts, tokens), *_unknown(prompts, tokens)]
+    most = max(each[0].limit for each in tokens.values())
+    if limit is not None and limit > most:
+        lines.append(f"--max_sequence_length {limit} has no effect: the model reads {most} tokens")
+    return lines
 
 
 def _check_class_prompt(

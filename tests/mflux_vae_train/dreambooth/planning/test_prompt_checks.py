@@ -6,9 +6,14 @@ import pytest
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import save_image
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import load_dataset
-from mflux_vae_train.dreambooth.planning.prompt_checks import check_prompts, prompts_of, syntax_warnings
+from mflux_vae_train.dreambooth.planning.prompt_checks import (
+    check_prompts,
+    identifier_warnings,
+    prompts_of,
+    syntax_warnings,
+)
 from mflux_vae_train.dreambooth.planning.resolve import resolve
 from mflux_vae_train.pipelines import tiny
 from tests.contracts.fake import FakePipeline
@@ -57,6 +62,24 @@ def test_an_identifier_before_the_limit_is_kept(pipeline, run):
 def test_a_prompt_limit_that_cuts_the_identifier(pipeline, run):
     (cut,) = check_prompts(pipeline, *run(max_sequence_length=4))
     assert "T5 reads 4" in cut and "CLIP reads 16 and cuts none" in cut and "'sks' is lost for T5 in 1" in cut
+
+
+def test_a_prompt_limit_above_the_models(pipeline, run):
+    (line,) = check_prompts(pipeline, *run(max_sequence_length=512))
+    assert "--max_sequence_length 512 has no effect" in line and "16" in line
+
+
+def test_identifiers_that_do_not_separate(run, tmp_path):
+    settings, _ = run(class_prompt="a sks star")
+    (line,) = identifier_warnings(settings)
+    assert "'sks'" in line and "--class_prompt" in line
+    concepts = tuple(
+        Concept(instance_data_dir=str(tmp_path), instance_prompt=f"a photo of {name}")
+        for name in ("sks star", "SKS dog")
+    )
+    (line,) = identifier_warnings(DreamBoothSettings(model="tiny", concepts=concepts))
+    assert "'sks' stands for 2 subjects" in line
+    assert identifier_warnings(run()[0]) == []
 
 
 def test_words_that_a_text_encoder_does_not_know(pipeline, run):
