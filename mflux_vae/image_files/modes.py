@@ -31,7 +31,7 @@ def to_rgb(image: Image.Image, name: str | Path, notes: ImageNotes, *, profile: 
         ImageError: floating-point numbers, or a mode that Pillow does not convert.
     """
     colours, opacity = _separated(image, name)
-    if colours.mode == "I" and not 0 <= colours.getextrema()[0] <= colours.getextrema()[1] <= 65535:
+    if colours.mode == "I" and (np.asarray(colours) != np.clip(np.asarray(colours), 0, 65535)).any():
         notes.add(kinds.CLIPPED, name)
     if profile is not None:
         colours = _in_srgb(colours, profile, name, notes)
