@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import zlib
 from collections import Counter
@@ -73,7 +74,7 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
             (latents,) = vae.encode_images(picture, tiling=tiling)
             unfinished.add(name, Entry(latents, picture.shape[:2], _crc32_of(files[name])))
     unfinished.finish(list(files))
-    notes.log(log)
+    _show(notes)
     print(f"{target}: latents of {_count(files)}, {len(missing)} of them new")
 
 
@@ -111,7 +112,7 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
         if output:
             panels = [picture, again, error_map(picture, again, amplify)]
             save_image(targets[name], strip(panels, gap=4), text={MARK: "reconstructed"})
-    notes.log(log)
+    _show(notes, conversions=not as_json)
     mean = {measure: mean_of([row[measure] for row in rows]) for measure in MEASURES}
     if as_json:
         answer = {"model": opening["model"], "pictures": rows, "mean": mean}
@@ -162,7 +163,7 @@ def compare(
     compared = comparison.run(candidates, squares, first=first_frame, lpips=network)
     for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
         shown += [(name, picture, again)] if index < SHEET_ROWS else []
-    notes.log(log)
+    _show(notes, conversions=not as_json)
     summaries = [candidate.summary() for candidate in candidates]
     save_image(target, report.sheet(shown, summaries, amplify), text={MARK: "compared"})
     measured = [
@@ -180,6 +181,14 @@ def compare(
         for note in report.notes(summary, side):
             print(f"{summary['name']}: {note}")
     print(f"{target}{f': the first {SHEET_ROWS}' if len(files) > SHEET_ROWS else ''}")
+
+
+def _show(notes: ImageNotes, *, conversions: bool = True) -> None:
+    """Warn of what was ignored, and print what was converted."""
+    for line in notes.warnings:
+        log.warning("%s", line)
+    for line in notes.lines(logging.INFO) if conversions else ():
+        print(line)
 
 
 def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:

@@ -13,10 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 from mflux_vae import VAE
 from mflux_vae.cli import commands, latent_file
 from mflux_vae.errors import ImageError
+from mflux_vae.image_files import profiles
 from mflux_vae.images import image_text, load_image, save_image
 from tests.conftest import Run
 from tests.helpers.program import answered
@@ -65,6 +67,21 @@ def test_pictures_to_latents_and_back(run: Run, model: Path, photos: Path, tmp_p
     assert "0 of them new" in run("decode", file, "--output", out)[1]
     again = run("decode", file, "--output", out, "--tiling", "blend", "--tile", 16)
     assert again[0] == 0 and "3 of them new" in again[1], again
+
+
+def test_one_line_says_what_was_converted_or_ignored(run: Run, model: Path, tmp_path: Path) -> None:
+    profile = profiles.matrix_profile("Display P3", profiles.DISPLAY_P3, profiles.SRGB_CURVE)
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        photo = Image.fromarray(np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        photo.save(tmp_path / "photos" / f"{index}.jpg", icc_profile=profile)
+        photo.save(tmp_path / "photos" / f"{index}.gif", save_all=True, append_images=[photo.rotate(90)])
+    for command in ("encode", "reconstruct"):
+        out = tmp_path / ("a.safetensors" if command == "encode" else "out")
+        status, stdout, err = run(command, tmp_path / "photos", "--model", model, "--output", out)
+        assert status == 0 and stdout.count("Display P3") == 1 and "0.jpg" in stdout
+        assert err.count("frames") == 1 and "0.gif" in err and "2 more" in err
+    assert "Display P3" not in run("reconstruct", tmp_path / "photos", "--model", model, "--json")[1]
 
 
 def test_interrupted_encode_resumes(

@@ -15,11 +15,13 @@ from PIL import Image
 
 from mflux_vae.errors import ImageError
 from mflux_vae.image_files import notes as kinds
+from mflux_vae.image_files import profiles
 from mflux_vae.image_files.notes import FRAMES, ImageNotes
 from mflux_vae.images import image_text, load_image, load_images, save_image
 from tests.helpers.damage_metadata import chunk
 from tests.mflux_vae.odd_images import deep_png
 
+P3 = profiles.matrix_profile("Display P3", profiles.DISPLAY_P3, profiles.SRGB_CURVE)
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 AVIF = b"\0\0\0\x1cftypavif\0\0\0\0mif1avifmiaf" + bytes(200)
 
@@ -249,3 +251,21 @@ def test_an_empty_profile_is_none():
     notes = ImageNotes()
     np.testing.assert_array_equal(load_images(image, notes=notes)[0], np.asarray(photo()))
     assert not notes.warnings
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".avif"])
+def test_heif_with_the_extra(tmp_path, suffix):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    rows, columns = np.mgrid[:48, :64]
+    picture = np.stack([rows * 5, columns * 3, rows + columns], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / f"plain{suffix}", quality=95)
+    Image.fromarray(picture).save(tmp_path / f"wide{suffix}", quality=95, icc_profile=P3)
+    os.rename(tmp_path / f"plain{suffix}", tmp_path / "plain.png")
+    assert np.abs(load_image(tmp_path / "plain.png").astype(int) - picture).mean() < 3
+    notes = ImageNotes()
+    load_image(tmp_path / f"wide{suffix}", notes=notes)
+    assert "Display P3" in notes.lines(logging.INFO)[0]
+    (tmp_path / "cut").write_bytes((tmp_path / "plain.png").read_bytes()[:300])
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path / "cut")
