@@ -27,6 +27,9 @@ TO_GENERATE = f"{CLASS_PICTURES} to generate"
 _LENGTHS = frozenset({"max_train_steps", "num_train_epochs"})
 """Settings whose change makes a run longer or shorter."""
 
+_LAYERS = ("rank", "lora_layers", "use_dora", "train_text_encoder", "base weights")
+"""Settings that decide the shapes of the trained arrays."""
+
 _STATE = ("train_mode", "optimizer")
 """Settings that decide what a checkpoint contains."""
 
@@ -204,8 +207,14 @@ def _check_state(
             " and another --output_dir"
         )
     if shapes is not None:
-        cure = "repeat rank and layers of that run, or start one with --lora_weights and another --output_dir"
-        checkpoint.check_shapes(path, shapes, cure=cure)
+        kept = [name for name in _LAYERS if fingerprint.get(name) != identity.get(name)]
+        changed = differences(
+            {name: fingerprint.get(name) for name in kept}, {name: identity.get(name) for name in kept}
+        )
+        cure = f"{listed(changed, 80)}: repeat that" if changed else "repeat the settings of that run"
+        checkpoint.check_shapes(
+            path, shapes, cure=f"{cure}, or start a run with --lora_weights and another --output_dir"
+        )
 
 
 def _refuse_foreign_files(folder: RunFolder, identity: Mapping[str, Any], ignored: Collection[str]) -> None:

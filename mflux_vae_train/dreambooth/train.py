@@ -191,8 +191,11 @@ def _train(
 
     start = processes.broadcast(resume)
     processes.broadcast_state(objects)
-    if processes.is_main:
-        run_folder.start(folder, identity, resolved.to_settings(), run.status.branch, run.status.abandoned)
+
+    def change_folder() -> None:
+        """Change the folder, when nothing can refuse the run any more."""
+        if processes.is_main:
+            run_folder.start(folder, identity, resolved.to_settings(), run.status.branch, run.status.abandoned)
 
     def save_checkpoint(updates: int) -> None:
         if not processes.is_main:
@@ -220,7 +223,9 @@ def _train(
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
     begin("training")
-    with Monitor(pipeline, validation, run, folder, start=start, processes=processes) as monitor:
+    with Monitor(
+        pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
+    ) as monitor:
 
         def report_update(record: Record) -> None:
             loss, eta = record.metrics["loss"], monitor.pace.left(record.update)

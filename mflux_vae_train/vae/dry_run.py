@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.utils.formatting import count_text
+from mflux_vae_train.monitoring.trackers import requested_trackers
 from mflux_vae_train.vae.build import latent_shape, parameter_count, set_training_mode
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.config_warnings import config_warnings
@@ -29,6 +30,7 @@ def dry_run(
         folder: the run folder.
         source: images that replace `settings.data`.
     """
+    requested_trackers("tensorboard" if settings.tensorboard else None)
     for line in config_warnings(settings):
         logger.warning("%s", line)
     train, held_out = open_images(settings, source)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, ProcessGroup
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar
-from mflux_vae_train.monitoring.trackers import TensorBoard
+from mflux_vae_train.monitoring.trackers import TensorBoard, requested_trackers
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.grouped import Grouped
@@ -51,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 _COLLAPSE_GRACE = 50
 """Updates before which a collapsed posterior is not reported: it may not have been trained yet."""
+
+_FIRST_LINES, _LINE_INTERVAL = 3, 15.0
+"""Validations are logged so many times, then at most once in so many seconds; validation.jsonl has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,7 @@ class VAETrainer:
 
     def _train(self, lock: Lock | None, processes: ProcessGroup) -> TrainingResult:
         settings, network, folder = self.settings, self.network, self.folder
+        requested_trackers("tensorboard" if settings.tensorboard else None)
         for line in config_warnings(settings):
             logger.warning("%s", line)
 
@@ -212,6 +217,8 @@ class VAETrainer:
 
         validation = Validation(objective, network, held_out, settings, folder / "samples", processes)
 
+        lines, last_line = 0, 0.0
+
         def validate(record: Record) -> None:
             with evaluation_mode():
                 validated["metrics"] = validation.measure()
@@ -220,11 +227,15 @@ class VAETrainer:
                 validated["without_improvement"] = 0 if better else validated["without_improvement"] + 1
                 if better and processes.is_main:
                     loading.save_network(network, best)
-            logger.info(
-                "epoch %d of %d, held out: %s%s",
-                record.update // plan.per_epoch, settings.num_epochs,
-                metrics_text(validated["metrics"], network.config.latent_channels), " (best so far)" if better else "",
-            )  # fmt: skip
+            nonlocal lines, last_line
+            if lines < _FIRST_LINES or time.monotonic() - last_line > _LINE_INTERVAL or record.update == record.total:
+                lines, last_line = lines + 1, time.monotonic()
+                logger.info(
+                    "epoch %d of %d, held out: %s%s",
+                    record.update // plan.per_epoch, settings.num_epochs,
+                    metrics_text(validated["metrics"], network.config.latent_channels),
+                    " (best so far)" if better else "",
+                )  # fmt: skip
             warning = collapse_warning(validated["metrics"], network)
             reported = validated["collapsed"]
             validated["collapsed"] = warning is not None and record.update > max(plan.total / 10, _COLLAPSE_GRACE)

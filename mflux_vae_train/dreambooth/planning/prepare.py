@@ -178,7 +178,8 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
     lines += [
         f"training {run.trainable.description}",
         f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} images, {epochs:.4g}"
-        f" {'epoch' if epochs == 1 else 'epochs'}; learning rate {resolved.learning_rate:g}, {resolved.lr_scheduler}",
+        f" {'epoch' if epochs == 1 else 'epochs'}; learning rate {resolved.learning_rate:g}, {resolved.lr_scheduler}"
+        f"{_checkpoints_text(resolved)}",
     ]
     if run.status.checkpoint is not None:
         lines.append(f"continuing after update {run.status.update}, from {run.status.checkpoint}")
@@ -189,6 +190,14 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
     if plan.accumulation < processes.size:
         lines.append(IDLE_WARNING % (processes.size, plan.accumulation, processes.size))
     return lines
+
+
+def _checkpoints_text(resolved: ResolvedSettings) -> str:
+    """How many checkpoints are kept, if not all."""
+    interval, limit = resolved.checkpointing_steps, resolved.checkpoints_total_limit
+    if interval is None or limit is None or -(-resolved.plan.updates // interval) <= limit:
+        return ""
+    return f"; a checkpoint every {interval}, the newest {limit} are kept (--checkpoints_total_limit)"
 
 
 def _estimate(

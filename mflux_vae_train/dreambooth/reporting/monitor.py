@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ class Monitor:
     Args:
         prompts: conditioning of each validation prompt, one row each.
         start: number of updates made before.
+        change_folder: called when the trackers are open, and before any file of the run changes.
 
     Attributes:
         observers: for `loop.fit`.
@@ -42,8 +43,10 @@ class Monitor:
         folder: RunFolder,
         *,
         start: int,
+        change_folder: Callable[[], None] = lambda: None,
         processes: ProcessGroup = SINGLE,
     ) -> None:
+        self._change_folder = change_folder
         self._pipeline, self._prompts, self._run, self._folder = pipeline, prompts, run, folder
         self._processes, self._start, self._update = processes, start, start
         self._total, self._report = run.resolved.max_train_steps, Report(pipeline.name, run, folder)
@@ -65,10 +68,11 @@ class Monitor:
             "settings": dataclasses.asdict(resolved.to_settings()),
             "start": start,
         }
-        # first, as it removes the metrics of updates that are made again
-        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
         names = resolved.trackers if is_main else ()
         trackers = [enter(open_tracker(name, logging_dir, **options)) for name in names]
+        self._change_folder()
+        # before the report is written, as it removes the metrics of updates that are made again
+        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
         subjects = preview_grid.subject_count(resolved.num_validation_images) if resolved.num_validation_images else 0
         self._previews = Previews(
             self._pipeline,

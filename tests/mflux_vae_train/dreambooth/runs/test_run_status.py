@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae.errors import MfluxVaeError, WeightsError
+from mflux_vae.errors import MfluxVaeError, SettingsError, WeightsError
 from mflux_vae.images import save_image
 from mflux_vae.weights.formats.files import header
 from mflux_vae_train.dreambooth import train as train_module
@@ -310,3 +310,21 @@ def test_a_checkpoint_without_an_adapter(settings: Make, tmp_path: Path) -> None
     train(settings(max_train_steps=2, train_mode="full"))
     with pytest.raises(WeightsError, match="checkpoint-2"):
         train(settings(lora_weights=str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "new")))
+
+
+def test_a_tracker_that_cannot_be_opened_changes_no_run(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise SettingsError("wandb: not logged in")
+
+    train(settings(max_train_steps=4))
+    names = ("run.json", "settings.yaml", "metrics.jsonl")
+    before = [(tmp_path / "out" / name).read_bytes() for name in names]
+    monkeypatch.setattr("mflux_vae_train.dreambooth.reporting.monitor.open_tracker", fails)
+    monkeypatch.setattr("mflux_vae_train.monitoring.trackers._installed", lambda name: True)
+    changes = {"resume_from_checkpoint": "checkpoint-2", "learning_rate": 0.5, "allow_changes": True}
+    with pytest.raises(SettingsError, match="wandb"):
+        train(settings(max_train_steps=4, report_to="wandb", **changes))
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
