@@ -42,7 +42,7 @@ class Profile:
     transform: ImageCms.ImageCmsTransform | None
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def read_profile(content: bytes) -> Profile:
     """Read an ICC profile.
 

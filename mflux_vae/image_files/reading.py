@@ -102,6 +102,10 @@ def text_chunks(path: str | Path) -> dict[str, Text]:
 def _opened(path: str | Path, notes: ImageNotes) -> Iterator[tuple[Image.Image, Container]]:
     """Open a file without its metadata. Every error, also of the caller with the image, is an `ImageError`."""
     format = None
+    if not isinstance(path, str | os.PathLike):
+        raise ImageError(
+            f"expected a file name, not a {type(path).__name__}; load_images takes arrays and Pillow images"
+        )
     try:
         with open(path, "rb") as file:
             source: BinaryIO = file if file.seekable() else io.BytesIO(file.read())

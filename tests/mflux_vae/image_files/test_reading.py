@@ -269,3 +269,11 @@ def test_heif_with_the_extra(tmp_path, suffix):
     (tmp_path / "cut").write_bytes((tmp_path / "plain.png").read_bytes()[:300])
     with pytest.raises(ImageError, match="cannot be read"):
         load_image(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("source", [np.zeros((4, 4, 3), np.uint8), photo(), None, 3, b"a.png", ["a.png"]])
+def test_what_is_not_a_file_name(source):
+    for read in (load_image, image_text):
+        with pytest.raises(ImageError, match="load_images") as error:
+            read(source)
+        assert len(str(error.value)) < 200
