@@ -7,6 +7,7 @@ from mflux_vae_train.lora.files import (
     load_adapter,
     save_adapter,
 )
+from mflux_vae_train.lora.from_checkpoint import ALPHAS
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
 from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
 from mflux_vae_train.lora.location import adapter_file
@@ -16,6 +17,7 @@ from mflux_vae_train.lora.targets import ALL_LAYERS, matching, patterns_of
 
 __all__ = [
     "ALL_LAYERS",
+    "ALPHAS",
     "METADATA_KEY",
     "Names",
     "Networks",

@@ -53,7 +53,9 @@ def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
         "use_dora": is_dora(first),
     }
     for name, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
-        if other := {path: value for path, value in values.items() if value != usual}:
+        # PEFT's patterns match the ends of paths, too
+        whole = {path: any(other.endswith(f".{path}") for other in adapted) for path in adapted}
+        if other := {f"^{path}" if whole[path] else path: one for path, one in values.items() if one != usual}:
             config[name] = other
     return {f"{prefix}.{key}": value for key, value in config.items()}
 
@@ -88,16 +90,19 @@ def save_adapter(networks: Networks, path: str | Path) -> None:
 
 
 def check_adapter_fits(
-    networks: Networks, path: str | Path, names: Names | None = None
-) -> dict[str, Mapping[str, int]]:
-    """Ranks by the paths that a file adapts, by prefix. If a network already has adapters, the paths must be equal.
+    networks: Networks, path: str | Path, names: Names | None = None, *, scale: float = 1.0
+) -> dict[str, Adapter]:
+    """The adapters in a file, by prefix. If a network already has adapters, the paths must be equal.
+
+    Args:
+        scale: as in `read_adapter`.
 
     Raises:
         WeightsError: missing or unknown keys, or values that are not finite; or as `read_adapter`.
     """
-    files = read_adapter(path, networks, names)
+    files = read_adapter(path, networks, names, scale=scale)
     _check(networks, files, path)
-    return {prefix: file.ranks for prefix, file in files.items()}
+    return files
 
 
 def load_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from mflux_vae_train.lora.dialects import MAGNITUDE, A, B
 from mflux_vae_train.lora.metadata import METADATA_KEY
 
 ARRAYS, VALUES = "state.safetensors", "state.json"
+ALPHAS = "alpha of each layer"
+"""Name in the fingerprint: alphas by prefix and path, if they or the ranks differ from the settings."""
+
 _ENDS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 
 
@@ -37,6 +41,7 @@ def checkpoint_adapter(path: Path, prefixes: Iterable[str]) -> tuple[dict[str, m
     if not isinstance(fingerprint, dict) or not any(name.rpartition("/")[2] == "lora_a" for name in stored):
         raise WeightsError(f"{path.parent}: a checkpoint without an adapter; give an adapter, or a run that trains one")
     alpha, rank, several = (fingerprint.get(name) for name in ("lora_alpha", "rank", "train_text_encoder"))
+    alphas = stated if isinstance(stated := fingerprint.get(ALPHAS), dict) else {}
     tensors: dict[str, mx.array] = {}
     ranks = set()
     for name, tensor in stored.items():
@@ -46,13 +51,20 @@ def checkpoint_adapter(path: Path, prefixes: Iterable[str]) -> tuple[dict[str, m
         tensors[f"{key}{_ENDS.get(end, f'.{end}')}"] = array.T if end in ("lora_a", "lora_b") else array
         if end == "lora_a":
             ranks.add(array.shape[1])
-    if alpha is None or ranks != {rank}:
+    if alpha is None or (ranks != {rank} and not alphas):
         raise WeightsError(
             f"{path.parent}: does not state the alpha of each layer; resume that run to its end, and take the adapter"
         )
-    return tensors, _metadata(alpha, {key.partition(".")[0] for key in tensors})
+    return tensors, _metadata(alpha, {key.partition(".")[0] for key in tensors}, alphas)
 
 
-def _metadata(alpha: object, prefixes: Iterable[str]) -> dict[str, str]:
-    config: Mapping[str, object] = {f"{prefix}.lora_alpha": alpha for prefix in prefixes}
+def _metadata(alpha: object, prefixes: Iterable[str], alphas: Mapping[str, object]) -> dict[str, str]:
+    config: dict[str, object] = {f"{prefix}.lora_alpha": alpha for prefix in prefixes}
+    for prefix in prefixes:
+        start = f"{prefix}."
+        config[f"{prefix}.alpha_pattern"] = {
+            f"^{re.escape(name.removeprefix(start))}$": value
+            for name, value in alphas.items()
+            if name.startswith(start)
+        }
     return {METADATA_KEY: json.dumps(config)}

@@ -29,12 +29,15 @@ class Trainable:
         targets: patterns of the adapted layers by network prefix; empty with ``--train_mode full``.
         weights: number of trained weights, without DoRA's magnitudes.
         shapes: shapes of the trained arrays by name in a checkpoint; None if all weights are trained.
+        alphas: by prefix and path, of the layers of a given adapter; empty if all layers have rank and alpha of the
+            settings.
         description: for the log.
     """
 
     targets: Mapping[str, Sequence[str]]
     weights: int
     shapes: Mapping[str, tuple[int, ...]] | None
+    alphas: Mapping[str, float]
     description: str
 
 
@@ -83,7 +86,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if resolved.rank is None:
         weights = tree_reduce(operator.add, tree_map(lambda array: array.size, denoiser.parameters()), 0)
-        return Trainable(targets={}, weights=weights, shapes=None, description=f"all {weights:,} weights")
+        return Trainable(targets={}, weights=weights, shapes=None, alphas={}, description=f"all {weights:,} weights")
     check_can_fuse(pipeline, resolved, denoiser)
     names = kohya_names(pipeline)
     targets = {pipeline.adapter_prefix: _denoiser_targets(pipeline, resolved.lora_layers)}
@@ -93,10 +96,17 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     for name in filter(str.strip, (resolved.lora_layers or "").split(",")):  # each one alone: one may be mistyped
         lora.matching(denoiser, _denoiser_targets(pipeline, name))
     ranks: Mapping[str, Mapping[str, int]] = {}
+    alphas: Mapping[str, float] = {}
     origin = f" ({', '.join(name for each in targets.values() for name in _preset_names(each, pipeline))})"
     if resolved.lora_weights is not None:
-        ranks = lora.check_adapter_fits(networks, resolved.lora_weights, adapter_names(pipeline))
+        names_read, scale = adapter_names(pipeline), _scale(resolved)
+        files = lora.check_adapter_fits(networks, resolved.lora_weights, names_read, scale=scale)
+        ranks = {prefix: file.ranks for prefix, file in files.items()}
         targets |= {prefix: list(of_layers) for prefix, of_layers in ranks.items()}
+        every_rank = {rank for file in files.values() for rank in file.ranks.values()}
+        alphas = {f"{prefix}.{path}": alpha for prefix, file in files.items() for path, alpha in file.alphas.items()}
+        if every_rank == {resolved.rank} and {*alphas.values()} == {resolved.lora_alpha}:
+            alphas = {}
         origin = f" from {resolved.lora_weights}"
     matched = {prefix: lora.matching(network, targets[prefix]) for prefix, network in networks.items()}
     if resolved.output_kohya_format:
@@ -116,7 +126,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
     description = f"a {kind} of {rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
     shapes = _shapes(networks, matched, resolved, ranks)
-    return Trainable(targets=targets, weights=weights, shapes=shapes, description=description)
+    return Trainable(targets=targets, weights=weights, shapes=shapes, alphas=alphas, description=description)
 
 
 def _shapes(
@@ -174,10 +184,16 @@ def attach(
     check_can_fuse(pipeline, resolved, pipeline.denoiser)
     dropout, seed = resolved.lora_dropout, resolved.seed
     if (file := resolved.lora_weights) is not None:
-        scale = resolved.lora_alpha / resolved.rank
-        lora.load_adapter(networks, file, adapter_names(pipeline), dropout=dropout, seed=seed, scale=scale)
+        names = adapter_names(pipeline)
+        lora.load_adapter(networks, file, names, dropout=dropout, seed=seed, scale=_scale(resolved))
     for prefix, patterns in targets.items():
         network = networks[prefix]
         if not lora.layers(network):
             rank, alpha = resolved.rank, resolved.lora_alpha
             lora.add_lora(network, patterns, rank=rank, alpha=alpha, dropout=dropout, dora=resolved.use_dora, seed=seed)
+
+
+def _scale(resolved: ResolvedSettings) -> float:
+    """Scale of layers whose alpha the given adapter does not state."""
+    assert resolved.rank is not None and resolved.lora_alpha is not None
+    return resolved.lora_alpha / resolved.rank

@@ -10,6 +10,7 @@ from typing import Any
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.links import missing
+from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import branch
 from mflux_vae_train.checkpointing.differences import BY_FILE, listed
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
@@ -122,6 +123,8 @@ def prepare(
                 raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {memory.problem}")
 
     identity = _identity(resolved, dataset)
+    if trainable.alphas:
+        identity[lora.ALPHAS] = dict(trainable.alphas)
     processes.assert_equal(identity)
     identity |= processes.broadcast(lambda: _class_identity(resolved, folders))
     requested = requested_files(folder, resolved)

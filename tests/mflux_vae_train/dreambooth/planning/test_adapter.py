@@ -77,6 +77,17 @@ def test_ranks_of_single_layers_are_trained_resumed_and_saved(train, tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     train(start, checkpointing_steps=1)
     assert result.read_bytes() == whole, "continued after update 1"
+    again, _ = train(str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "from checkpoint"))
+    assert scales(again) == scales(pipeline)
+
+
+def test_alphas_of_single_layers_are_known_from_a_checkpoint(train, tmp_path):
+    patterns = {"lora_alpha": 2, "alpha_pattern": {"proj_in": 0.3}}
+    start = file(tmp_path, dict.fromkeys(RANKS, 2), {lora.METADATA_KEY: json.dumps(patterns)})
+    pipeline, _ = train(start)
+    assert scales(pipeline) == {"blocks.0.to_out": 1.0, "proj_in": 0.15, "proj_out": 1.0}
+    again, _ = train(str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "from checkpoint"))
+    assert scales(again) == scales(pipeline)
 
 
 def test_a_folder_of_peft_is_where_training_begins(train, tmp_path):
