@@ -12,6 +12,7 @@ from mflux_vae.networks.laq import LAQConfig
 from mflux_vae.pretrained import loading, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.presets import PRESETS
+from mflux_vae.runtime.device import DEVICES, kind
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import size_text
 
@@ -45,7 +46,8 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
     )
     print(f"  latents: {_describe(latents)}")
     for what, sizes in needed.items() if sides else ():
-        print(f"  memory to {what}: {', '.join(f'{size} {size_text(number)}' for size, number in sizes.items())}")
+        memory = ", ".join(f"{size} {size_text(number)}" for size, number in sizes.items())
+        print(f"  memory to {what}: {memory} (this {DEVICES[kind()]})")
     if found.assumed:
         print(f"  {found.assumed}")
 

@@ -63,6 +63,10 @@ def assuming(cpu: bool) -> Iterator[None]:
         _assumed.cpu = before
 
 
+DEVICES = {"cpu": "CPU", "mac": "Mac", "cuda": "NVIDIA GPU"}
+"""Names of the answers of `kind`."""
+
+
 def kind() -> str:
     """The device that MLX computes on here: "mac", "cuda" or "cpu"."""
     if mx.default_device().type == mx.DeviceType.cpu:

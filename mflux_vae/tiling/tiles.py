@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import PluginError, SettingsError
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae.tiling.strips import StripRun
@@ -73,6 +73,9 @@ def array_function(network: nn.Module, operation: str) -> Function:
 
     def encode(pixels: mx.array) -> list[mx.array]:
         posterior = network.encode(pixels)
+        if not (hasattr(posterior, "mean") and hasattr(posterior, "logvar")):
+            found = "an array" if hasattr(posterior, "dtype") else f"a {type(posterior).__name__}"
+            raise PluginError(f"{type(network).__name__}.encode() returned {found}; expected a DiagonalGaussian")
         return [posterior.mean, posterior.logvar]
 
     def decode(latents: mx.array) -> list[mx.array]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 from mflux_vae import VAE, SettingsError
+from mflux_vae.errors import PluginError
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained.families import FAMILIES
 from tests.contracts.network_contract import check_network
@@ -35,3 +37,10 @@ def test_every_autoencoder_is_covered() -> None:
 def test_vae_names_missing_members() -> None:
     with pytest.raises(SettingsError, match=r"encode, .*config\.vectors"):
         VAE(network=nn.Linear(2, 2))
+
+
+def test_vae_names_a_result_of_another_kind() -> None:
+    network = small_kl()
+    broken = type("Broken", (type(network),), {"encode": lambda self, pixels: pixels})(network.config)
+    with pytest.raises(PluginError, match=r"Broken.encode\(\) returned an array; expected a DiagonalGaussian"):
+        VAE(network=broken).encode(mx.zeros((1, 3, 32, 32)))

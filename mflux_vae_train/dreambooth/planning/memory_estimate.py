@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.runtime.device import assuming, compute_dtype
+from mflux_vae.runtime.device import DEVICES, assuming, compute_dtype
 from mflux_vae.runtime.device import kind as device_kind
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import GB, size_text
@@ -34,9 +34,6 @@ from mflux_vae_train.training.hooks import Hook, Record
 
 TRAINING = "training"
 """Name of the phase whose operations are those of one update."""
-
-DEVICES = {"cpu": "CPU", "mac": "Mac", "cuda": "NVIDIA GPU"}
-"""Names of the values of ``--estimate_for``."""
 
 MIN_REPORTED_SECONDS = 120.0
 """Shorter time estimates are not logged."""

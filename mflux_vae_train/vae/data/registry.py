@@ -13,6 +13,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
+
 from mflux_vae.errors import MfluxVaeError, PluginError
 
 GROUP = "mflux_vae_train.data"
@@ -27,7 +29,7 @@ def open_registered(name: str, **settings: Any) -> Any:
     """Open a data set; for `settings` see above.
 
     Raises:
-        PluginError: the package cannot be imported, or its function does not return a source.
+        PluginError: the package cannot be imported, or its function does not return a source of uint8 images.
     """
     (entry, *_) = sorted(entry_points(group=GROUP, name=name), key=lambda entry: entry.value)
     try:
@@ -40,4 +42,16 @@ def open_registered(name: str, **settings: Any) -> Any:
     missing = [member for member in ("size", "channels", "starts", "item", "__len__") if not hasattr(source, member)]
     if missing:
         raise PluginError(f"data set {name!r}: {entry.value} returned a {type(source).__name__} without {missing[0]}")
+    _check_item(source, f"data set {name!r}: item() of the {type(source).__name__} from {entry.value}")
     return source
+
+
+def _check_item(source: Any, subject: str) -> None:
+    """Read the first image, as those of another kind would be converted silently."""
+    if not len(source):
+        return
+    image, shape = source.item(0), (source.size, source.size, source.channels)
+    if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (np.uint8, shape):
+        array = isinstance(image, np.ndarray)
+        found = f"an array {image.shape} of {image.dtype}" if array else f"a {type(image).__name__}"
+        raise PluginError(f"{subject} returned {found}; expected an array {shape} of uint8")

@@ -22,13 +22,22 @@ def none(**_: Any) -> list[int]:
     return [1, 2]
 
 
+class Floats(Digits):
+    def item(self, index: int) -> np.ndarray:
+        return super().item(index) / 255
+
+
+def floats(*, size: int, channels: int, seed: int, count: int) -> Digits:
+    return Floats(count, seed=seed, size=size, channels=channels)
+
+
 def refusing(**_: Any) -> None:
     raise SettingsError("not in grey")
 
 
 @pytest.fixture(autouse=True)
 def entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = [EntryPoint(name, f"{__name__}:{name}", registry.GROUP) for name in ("mine", "none", "refusing")]
+    known = [EntryPoint(name, f"{__name__}:{name}", registry.GROUP) for name in ("mine", "none", "floats", "refusing")]
     known.append(EntryPoint("broken", "no_such_module:data", registry.GROUP))
 
     def found(group: str, name: str | None = None) -> list[EntryPoint]:
@@ -50,8 +59,9 @@ def test_registered_data_get_size_channels_seed_and_count() -> None:
     [
         ("broken", PluginError, "no_such_module"),
         ("none", PluginError, "without size"),
+        ("floats", PluginError, r"\(12, 12, 1\) of float64; expected .* uint8"),
         ("refusing", SettingsError, "not in grey"),
-        ("absent", ImageError, r"digits, broken, mine, none, refusing"),
+        ("absent", ImageError, r"digits, broken, floats, mine, none, refusing"),
     ],
 )
 def test_broken_data_sets_are_named(name: str, error: type[Exception], key: str) -> None:
