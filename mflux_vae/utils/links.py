@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from mflux_vae.errors import InputError
 from mflux_vae.utils.formatting import first_few
+
+log = logging.getLogger("mflux_vae")
 
 REMEDY = "copy the files themselves, as cp -L does"
 
@@ -25,16 +28,24 @@ def missing(path: str | Path, otherwise: str = "does not exist", remedy: str = R
 
 @contextmanager
 def naming_broken_links(place: str | Path) -> Iterator[None]:
-    """Add the links in a folder that lead nowhere to errors about its files."""
+    """Name the links in a folder that lead nowhere: in place of an error about its files, or in a warning, as a file
+    that can be missing may be one of them.
+    """
     try:
         yield
     except InputError as error:
-        broken = _broken_links(Path(place))
-        if not broken or "which is not there" in str(error):
+        if "which is not there" in str(error) or not (text := _broken_text(place)):
             raise
-        listed = first_few([f"{link.relative_to(place)} -> {os.readlink(link)}" for link in broken], 1)
-        count = "a link" if len(broken) == 1 else f"{len(broken)} links"
-        raise type(error)(f"{place} holds {count} to a file which is not there ({listed}); {REMEDY}") from error
+        raise type(error)(text) from error
+    if text := _broken_text(place):
+        log.warning("%s", text)
+
+
+def _broken_text(place: str | Path) -> str:
+    broken = _broken_links(Path(place))
+    listed = first_few([f"{link.relative_to(place)} -> {os.readlink(link)}" for link in broken], 1)
+    count = "a link" if len(broken) == 1 else f"{len(broken)} links"
+    return f"{place} holds {count} to a file which is not there ({listed}); {REMEDY}" if broken else ""
 
 
 def _broken_links(folder: Path, depth: int = 2) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.utils.links import naming_broken_links
 
 FILES = (
     *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapters.safetensors"),
@@ -23,6 +24,11 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
+    with naming_broken_links(path):
+        return _file_in(path)
+
+
+def _file_in(path: Path) -> Path:
     found = next((path / name for name in FILES if (path / name).is_file()), None)
     if found is None and (checkpoints := list(path.glob("checkpoint-*/state.safetensors"))):
         newest = max((one.parent for one in checkpoints), key=lambda folder: (len(folder.name), folder.name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ class Statements:
         self.path = path
         self._sources: dict[str, Mapping[str, Any]] = {METADATA_KEY: self._json(metadata.get(METADATA_KEY, "{}"))}
         beside = path.with_name(PEFT_CONFIG)
-        if path.name in FILES and not path.name.startswith("pytorch_lora") and beside.is_file():
+        if path.name in FILES and not path.name.startswith("pytorch_lora") and os.path.lexists(beside):
             self._sources[PEFT_CONFIG] = _of_mlx_lm(read_json(beside))
         self._sources["metadata"] = metadata
 

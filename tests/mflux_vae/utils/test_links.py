@@ -16,6 +16,8 @@ from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import header, open_folder, read_json
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.lora.location import adapter_file
+from mflux_vae_train.lora.metadata import Statements
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.vae.data.batches import open_data
@@ -87,3 +89,25 @@ def test_a_single_link_among_the_files_of_a_pipeline(tmp_path):
     (folder / "tokenizer" / "tokenizer.json").symlink_to("/nope/blob")
     with pytest.raises(InputError, match=r"tokenizer\.json -> /nope/blob"):
         open_pipeline(str(folder))
+
+
+def test_a_link_that_no_file_is_needed_for_is_a_warning(tmp_path, caplog):
+    folder = tmp_path / "tiny"
+    shutil.copytree(WEIGHTS, folder)
+    (folder / "recommended.json").unlink()
+    (folder / "recommended.json").symlink_to("/nope/blob")
+    open_pipeline(str(folder))
+    assert "recommended.json -> /nope/blob" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+def test_links_in_the_folder_of_an_adapter(tmp_path, name):
+    (tmp_path / name).symlink_to("/nope/blob")
+    with pytest.raises(InputError, match=rf"{name} -> /nope/blob"):
+        adapter_file(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "adapter_config.json").symlink_to("/nope/config")
+    if name.startswith("adapter"):
+        with pytest.raises(InputError, match="/nope/config"):
+            Statements({}, tmp_path / name)
