@@ -1,8 +1,9 @@
-"""Read YAML files safely, and only values that all versions of YAML read alike."""
+"""Read YAML files safely, and only values that all versions of YAML read alike. Write YAML."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,22 @@ def parse_yaml(text: str, where: str) -> Any:
         return None if node is None else _Builder(where).value(node)
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a huge number
         raise SettingsError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """YAML of plain values, in order; `parse_yaml` reads the same values from it."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+        style = '"' if any(character in text for character in "\x85\u2028\u2029") else None  # PyYAML writes line breaks
+        return dumper.represent_scalar(f"{_PREFIX}str", text, style=style)
+
+    Dumper.add_representer(str, represent)
+    text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return text
 
 
 _PREFIX = "tag:yaml.org,2002:"

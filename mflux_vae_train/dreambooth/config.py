@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.optimizers import registry
@@ -15,6 +17,25 @@ OPTIMIZER_FLAGS = {
     **{f"prodigy_{option}": option for option in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")},
 }
 """The option of an optimizer that each flag sets, see `optimizers.registry`."""
+
+
+_CONCEPT_FIELDS = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
+
+_REPLACES = (
+    *(
+        ((name,), (other,))
+        for pair in (
+            ("max_train_steps", "num_train_epochs"),
+            ("validation_steps", "validation_epochs"),
+            ("prior_preservation", "with_prior_preservation"),
+            ("optimizer", "use_8bit_adam"),
+        )
+        for name, other in (pair, pair[::-1])
+    ),
+    (("lora_weights",), ("rank", "lora_alpha", "lora_layers", "use_dora")),
+    (("concepts",), _CONCEPT_FIELDS),
+    (_CONCEPT_FIELDS[:2], ("concepts",)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +63,16 @@ class DreamBoothSettings:
 
     A *step* is an optimizer update everywhere: warm-up, schedule, checkpoints and validation count updates.
 
+    Attributes:
+        REPLACES, EXCLUSIVE, COMPUTED: settings with several names, see `settings.origins`.
+
     Raises:
         SettingsError: a value has the wrong type or is out of range, or two settings exclude each other.
     """
+
+    REPLACES: ClassVar[Sequence[tuple[Sequence[str], Sequence[str]]]] = _REPLACES
+    EXCLUSIVE: ClassVar[Sequence[tuple[str, str]]] = (("num_train_epochs", "max_train_steps"),)
+    COMPUTED: ClassVar[Mapping[str, str]] = {"max_train_steps": "num_train_epochs"}
 
     model: str = flag(
         "name of a pipeline, folder of a model, owner/name on the Hugging Face Hub, or file with a denoiser's weights"
@@ -104,7 +132,7 @@ class DreamBoothSettings:
     prior_loss_weight: float | None = flag(
         "weight of the prior preservation loss (default: the pipeline's; 1 for dop)", None, least=0
     )
-    num_class_images: int = flag("number of class images", 10, least=1)
+    num_class_images: int = flag("number of class images; 0 for no prior preservation", 10, least=0)
     sample_batch_size: int | None = flag(
         "batch size for generating class images (default: a million pixels, at most sixteen images)", None, least=1
     )
@@ -307,5 +335,3 @@ _LORA_ONLY = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
     *("output_kohya_format", "fuse", "train_text_encoder"),
 )
-
-_CONCEPT_FIELDS = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")

@@ -6,7 +6,6 @@ weights before the training. The same command continues an unfinished run, see `
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import tempfile
@@ -71,12 +70,15 @@ def start(
     folder: RunFolder,
     identity: Mapping[str, Any],
     settings: DreamBoothSettings,
+    given: DreamBoothSettings,
     branch: Branch = None,
     abandoned: Sequence[Path] = (),
 ) -> None:
     """Write run.json and settings.yaml, which reproduces the run. Called when nothing can refuse the run any more.
 
     Args:
+        settings: resolved.
+        given: the settings that they were resolved from.
         branch, abandoned: see `checkpointing.branch`.
     """
     with _writing(folder):
@@ -84,8 +86,8 @@ def start(
             previews = folder.samples.glob("step-*.png")
             abandon(folder.root, abandoned, after=int(branch["update"]), moved=previews, copied=folder.metrics)
         write_json(folder.identity, _record(identity, branch, finished=False))
-        reproducing = dataclasses.replace(settings, resume_from_checkpoint=None, allow_changes=False, dry_run=False)
-        write_text(folder.settings, flags.to_yaml(reproducing))
+        of_one_call = ("resume_from_checkpoint", "allow_changes", "dry_run")
+        write_text(folder.settings, flags.to_yaml(settings, given, omit=of_one_call))
 
 
 def finish(folder: RunFolder, identity: Mapping[str, Any], result: Path, branch: Branch = None) -> None:

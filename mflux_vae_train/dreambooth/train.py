@@ -195,7 +195,8 @@ def _train(
     def change_folder() -> None:
         """Change the folder, when nothing can refuse the run any more."""
         if processes.is_main:
-            run_folder.start(folder, identity, resolved.to_settings(), run.status.branch, run.status.abandoned)
+            reproducing = resolved.to_settings(), resolved.given
+            run_folder.start(folder, identity, *reproducing, run.status.branch, run.status.abandoned)
 
     def save_checkpoint(updates: int) -> None:
         if not processes.is_main:

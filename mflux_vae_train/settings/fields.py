@@ -43,6 +43,16 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """Type hints of the fields of a settings class."""
+    if cls not in _hints:
+        _hints[cls] = typing.get_type_hints(cls)
+    return _hints[cls]
+
+
+_hints: dict[type, Mapping[str, Any]] = {}
+
+
 def field_type(hint: Any) -> tuple[type, bool]:
     """Type hint of a field -> (type of the value or, for a tuple, of its members; whether None is allowed)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -64,7 +74,7 @@ def check_fields(settings: Any) -> None:
     Raises:
         SettingsError: names the flag, its value and the allowed ones.
     """
-    hints = typing.get_type_hints(type(settings))
+    hints = hints_of(type(settings))
     for field in dataclasses.fields(settings):
         value = check_value(field, hints[field.name], getattr(settings, field.name))
         object.__setattr__(settings, field.name, value)  # the dataclass is frozen

@@ -25,6 +25,9 @@ POLYNOMIAL_END = 1e-7
 JUMP, NEGLIGIBLE = 1.2, 0.1
 """A rate that grows by more than this factor on resume jumps; below this share of the peak, updates change little."""
 
+MIN_CYCLE = 4
+"""Updates that a cycle of `RESTARTS` needs to resemble a cosine."""
+
 STEP_DECAY = "step_decay"
 """A shape that does not depend on the length of the run."""
 
@@ -39,6 +42,7 @@ def learning_rate(
     power: float = 1.0,
     gamma: float = 1.0,
     step_size: int = 1,
+    warn: Callable[[str], None] = logger.warning,
 ) -> Callable[[int], float]:
     """Update -> learning rate: linear warm-up over `warmup` updates, then `shape`, from `peak` to 0 at update `total`.
 
@@ -49,17 +53,14 @@ def learning_rate(
     Shapes are those of diffusers' `get_scheduler`. Differences: the first update has a rate above zero, and "constant"
     has a warm-up, too.
 
-    A warm-up as long as the run is shortened to a tenth of the run, with a warning in the log. A warm-up of more than
-    half of the run gets a warning only.
+    A warm-up as long as the run is shortened to a tenth of the run.
+
+    Args:
+        warn: receives each of `schedule_warnings`.
     """
-    if warmup >= total:
-        shorter = total // 10
-        logger.warning("warm-up of %d updates does not fit a run of %d; shortened to %d", warmup, total, shorter)
-        warmup = shorter
-    elif warmup > total / 2:
-        logger.warning(
-            "warm-up takes %d of %d updates; a shorter one leaves more updates at the full rate", warmup, total
-        )
+    for line in schedule_warnings(total=total, warmup=warmup, shape=shape, cycles=cycles):
+        warn(line)
+    warmup = warmup if warmup < total else total // 10
     decay = _decay(shape, peak, cycles, power)
 
     def rate(update: int) -> float:
@@ -92,6 +93,22 @@ def resume_warnings(
         lines.append(
             f"the learning rate of the remaining {total - start} updates is at most {highest:.2g} (peak {peak:g}): they"
             f" change little; to train further, {advice}"
+        )
+    return lines
+
+
+def schedule_warnings(*, total: int, warmup: int = 0, shape: str = "constant", cycles: int = 1) -> list[str]:
+    """One line for each part of a schedule that does not fit the length of the run."""
+    lines, shorter = [], total // 10
+    if warmup >= total:
+        lines.append(f"warm-up of {warmup} updates does not fit a run of {total}; shortened to {shorter}")
+    elif warmup > total / 2:
+        lines.append(f"warm-up takes {warmup} of {total} updates; a shorter one leaves more updates at the full rate")
+    left = total - (warmup if warmup < total else shorter)
+    if shape == RESTARTS and cycles > max(1, left // MIN_CYCLE):
+        lines.append(
+            f"{cycles} cycles of the learning rate do not fit {left} updates after the warm-up: the rate of an update"
+            f" is then arbitrary; use at most {max(1, left // MIN_CYCLE)}"
         )
     return lines
 

@@ -35,6 +35,8 @@ def dry_run(
         logger.warning("%s", line)
     train, held_out = open_images(settings, source)
     plan = Plan(settings, train)
+    for line in plan.warnings():
+        logger.warning("%s", line)
     objective = Objective(settings, network, dataset_size=len(train))
     batch = plan.batches(0, beta=objective.beta_at(0))[0]
     plan.close()

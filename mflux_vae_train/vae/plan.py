@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.images import to_pixels
+from mflux_vae.utils.formatting import count_text
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.training import lr_schedule
@@ -42,6 +43,26 @@ class Plan:
         options: dict[str, Any] = {"seed": settings.seed, "augmentation": augmentation}
         self._batches = Batches(train, batch=self.images, rows=self._rows, **options) if self._rows else None
 
+    def warnings(self) -> list[str]:
+        """One line for each setting that does not fit the length of the run."""
+        settings, lines = (
+            self._settings,
+            lr_schedule.schedule_warnings(total=self.total, warmup=self._settings.lr_warmup_steps),
+        )
+        epochs = f"the run has {count_text(settings.num_epochs, 'epoch')}"
+        if settings.lr_scheduler == "step" and settings.lr_step_epochs >= settings.num_epochs:
+            lines.append(f"--lr_step_epochs {settings.lr_step_epochs} has no effect: {epochs}")
+        if settings.early_stopping is not None and settings.early_stopping > settings.num_epochs // settings.val_every:
+            lines.append(f"--early_stopping {settings.early_stopping} has no effect: {epochs}")
+        if settings.disc_start is not None and settings.disc_start >= self.total:
+            lines.append(f"--disc_start {settings.disc_start} has no effect: the run has {self.total:,} updates")
+        if settings.loss_type == "beta_vae" and not settings.beta_cyclical and settings.beta_steps > self.total:
+            lines.append(
+                f"--beta_steps {settings.beta_steps}: beta does not reach --beta_end {settings.beta_end:g}, as the run"
+                f" has {self.total:,} updates"
+            )
+        return lines
+
     def learning_rate(self) -> Callable[[int], float]:
         """Function: update -> learning rate."""
         settings = self._settings
@@ -53,6 +74,7 @@ class Plan:
             shape=settings.lr_scheduler if step_epochs is None else lr_schedule.STEP_DECAY,
             gamma=settings.lr_gamma,
             step_size=self.per_epoch * (step_epochs or 1),
+            warn=lambda _: None,  # `warnings` has them
         )
 
     def batches(self, update: int, *, beta: float) -> list[MicroBatch]:

@@ -134,6 +134,8 @@ class VAETrainer:
         fingerprint = run_identity(settings, network, train, held_out)
         processes.assert_equal(fingerprint)
         plan = Plan(settings, train, processes)
+        for line in plan.warnings():
+            logger.warning("%s", line)
         if settings.gradient_accumulation_steps < processes.size:
             logger.warning("%s", IDLE_WARNING % (processes.size, settings.gradient_accumulation_steps, processes.size))
 

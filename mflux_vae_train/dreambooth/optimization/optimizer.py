@@ -92,4 +92,5 @@ def build_schedule(settings: DreamBoothSettings, *, peak: float, updates: int) -
         shape=settings.lr_scheduler,
         cycles=settings.lr_num_cycles,
         power=settings.lr_power,
+        warn=lambda _: None,  # `config_warnings` has them
     )

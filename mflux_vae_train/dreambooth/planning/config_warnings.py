@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
-from mflux_vae_train.dreambooth.optimization.optimizer import finds_rate
+from mflux_vae_train.dreambooth.optimization.optimizer import default_rate, finds_rate
 from mflux_vae_train.dreambooth.planning.preservation import Kind
 from mflux_vae_train.optimizers.registry import used_by, with_default_rate
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.settings.fields import ignored_settings
+from mflux_vae_train.training.lr_schedule import schedule_warnings
 
 USUAL = {
     "train_batch_size": (1, 4),
@@ -43,19 +44,22 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 
 def config_warnings(
-    settings: DreamBoothSettings, recommended: Recommended, *, preservation: Kind, updates: int
+    settings: DreamBoothSettings, recommended: Recommended, *, preservation: Kind, updates: int, per_update: int = 1
 ) -> list[str]:
     """One line for each setting outside its usual range, without effect, or known to give bad results.
 
     Args:
         settings: as the user gave them.
         updates: of the whole run.
+        per_update: instance images of an update.
     """
     low, high = recommended.usual_guidance or USUAL_GUIDANCE
     guidance = min(low, recommended.guidance), max(high, recommended.guidance)
     distilled = _distilled(settings, recommended)
     return [
         *_unusual(settings, {} if distilled else {"guidance": guidance}),
+        *_unusual_rate(settings, recommended, per_update),
+        *_schedule(settings, updates),
         *_without_effect(settings, recommended, preservation),
         *distilled,
         *_too_short(settings, updates),
@@ -64,14 +68,31 @@ def config_warnings(
 
 def _unusual(settings: DreamBoothSettings, more: Mapping[str, tuple[float, float]]) -> list[str]:
     """One line for each setting outside its usual range; `more` has ranges that depend on the pipeline."""
-    factor = finds_rate(settings)
-    rates = USUAL_FACTOR if factor else USUAL_RATE[settings.train_mode]
-    kind = f" with --optimizer {settings.optimizer}" if factor else f" with --train_mode {settings.train_mode}"
     return [
-        f"--{name} is {value:g}; usual{kind if name == 'learning_rate' else ''} is {low:g} to {high:g}"
-        for name, (low, high) in {**USUAL, "learning_rate": rates, **more}.items()
+        f"--{name} is {value:g}; usual is {low:g} to {high:g}"
+        for name, (low, high) in {**USUAL, **more}.items()
         if (value := getattr(settings, name)) is not None and not low <= value <= high
+        if (name, value) != ("num_class_images", 0)  # no prior preservation
     ]
+
+
+def _unusual_rate(settings: DreamBoothSettings, recommended: Recommended, per_update: int) -> list[str]:
+    """A line if the peak learning rate is outside its usual range and not the one that the pipeline recommends."""
+    default = default_rate(settings, recommended)
+    rate = default if settings.learning_rate is None else settings.learning_rate
+    rate *= per_update if settings.scale_lr else 1
+    factor = finds_rate(settings)
+    low, high = USUAL_FACTOR if factor else USUAL_RATE[settings.train_mode]
+    if low <= rate <= high or rate == default:
+        return []
+    scaled = f" after --scale_lr ({per_update} images per update)" if settings.scale_lr else ""
+    kind = f"--optimizer {settings.optimizer}" if factor else f"--train_mode {settings.train_mode}"
+    return [f"--learning_rate is {rate:g}{scaled}; usual with {kind} is {low:g} to {high:g}"]
+
+
+def _schedule(settings: DreamBoothSettings, updates: int) -> list[str]:
+    warmup, cycles = settings.lr_warmup_steps, settings.lr_num_cycles
+    return schedule_warnings(total=updates, warmup=warmup, shape=settings.lr_scheduler, cycles=cycles)
 
 
 def _without_effect(settings: DreamBoothSettings, recommended: Recommended, preservation: Kind) -> list[str]:
@@ -92,6 +113,8 @@ def _without_effect(settings: DreamBoothSettings, recommended: Recommended, pres
     if preservation != "class_images":
         images = ("class_data_dir", "num_class_images", "sample_batch_size")
         reasons |= dict.fromkeys(images, f"--prior_preservation {preservation} uses no class images")
+        if settings.num_class_images == 0:
+            del reasons["num_class_images"]
     if preservation == "none":
         reasons["prior_loss_weight"] = "there is no prior preservation"
     return ignored_settings(settings, _USED_BY, reasons)

@@ -104,9 +104,11 @@ def workload(
 
 
 def fit_batch_size(
-    pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload
+    pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload, processes: int = 1
 ) -> tuple[ResolvedSettings, Workload]:
     """Raise the batch size from 1 to the largest that fits into memory, with as many fewer micro-batches.
+
+    Several processes share the micro-batches: each gets as many as the others, or at least one, where possible.
 
     Raises:
         SettingsError: the memory is that of another machine, and not given.
@@ -117,6 +119,8 @@ def fit_batch_size(
             f"--train_batch_size auto --estimate_for {resolved.estimate_for}: give that machine's --memory_limit in GB"
         )
     sizes = [size for size in range(images, 0, -1) if images % size == 0]
+    equal = [size for size in sizes if images // size % processes == 0]
+    sizes = equal or [size for size in sizes if images // size >= processes] or [1]
     candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
     fitting = (one for one in candidates if pipeline.footprint(one[1]).peak <= limit)
     size, work = next(fitting, candidates[-1])

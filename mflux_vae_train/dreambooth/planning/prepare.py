@@ -100,11 +100,12 @@ def prepare(
     for name in ("output_dir", "encodings_dir", "logging_dir"):
         if reason := missing(getattr(settings, name) or ".", "", "remove the link"):
             raise SettingsError(f"--{name} {getattr(settings, name)} {reason}")
+    given = settings
     settings, adapter_warnings = with_adapter_settings(settings, pipeline)
     recommended = pipeline.recommended
     resolution = training_resolution(settings, recommended)
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
-    resolved = resolve(settings, recommended, dataset)
+    resolved = resolve(settings, recommended, dataset, given)
     resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
     resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings))
     trainable = plan_trainable(pipeline, resolved)
@@ -114,7 +115,10 @@ def prepare(
     unused += [*identifier_warnings(resolved), *syntax_warnings(prompts_of(resolved, dataset))]
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
-        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable)
+        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable, processes)
+    if (accumulation := resolved.plan.accumulation) < processes.size:
+        idle = IDLE_WARNING % (processes.size, accumulation, processes.size)
+        resolved = replace(resolved, warnings=(*resolved.warnings, idle))
 
     def announce() -> None:
         if memory is not None and not resolved.dry_run:
@@ -190,8 +194,6 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         lines.append(f"no checkpoint in {folder.root} yet: starting from the beginning")
     if run.estimate is not None and resolved.dry_run:
         lines += run.estimate.lines
-    if plan.accumulation < processes.size:
-        lines.append(IDLE_WARNING % (processes.size, plan.accumulation, processes.size))
     return lines
 
 
@@ -209,9 +211,13 @@ def _estimate(
     dataset: InstanceDataset,
     folders: Sequence[ClassFolder],
     trainable: Trainable,
+    processes: ProcessGroup,
 ) -> tuple[ResolvedSettings, Estimate | None]:
     """Settings with ``--train_batch_size auto`` decided, and the estimate if the pipeline can tell."""
     if not isinstance(pipeline, SupportsMemoryControl):
+        if resolved.auto_batch_size:
+            unknown = f"--train_batch_size auto is 1: {pipeline.name} does not estimate its memory"
+            resolved = replace(resolved, warnings=(*resolved.warnings, unknown))
         return resolved, None
     captions = {one.caption for one in dataset.images}
     work = workload(
@@ -223,7 +229,7 @@ def _estimate(
         class_images=sum(len(one.missing) for one in folders),
     )
     if resolved.auto_batch_size:
-        resolved, work = fit_batch_size(pipeline, resolved, work)
+        resolved, work = fit_batch_size(pipeline, resolved, work, processes.size)
     return resolved, estimate(pipeline, resolved, work)
 
 

@@ -38,12 +38,14 @@ class Preservation:
 def resolve_preservation(settings: DreamBoothSettings) -> Preservation:
     """
     Raises:
-        SettingsError: prior preservation is requested, and a class prompt is neither given nor can be derived.
+        SettingsError: prior preservation is requested, and a class prompt is neither given nor can be derived, or no
+            class images are wanted.
     """
     requested = _requested(settings)
     unpreserved = tuple(replace(one, class_prompt=None, class_data_dir=None) for one in settings.subjects)
     if requested == "none":
-        return Preservation(kind="none", concepts=unpreserved, notes=["prior preservation is off, as requested"])
+        why = ": --num_class_images 0" if settings.num_class_images == 0 else ", as requested"
+        return Preservation(kind="none", concepts=unpreserved, notes=[f"prior preservation is off{why}"])
     notes, prompts = [], []
     for one in settings.subjects:
         prompt, reason = (one.class_prompt, "") if one.class_prompt else derive_class_prompt(one.instance_prompt)
@@ -67,9 +69,17 @@ def resolve_preservation(settings: DreamBoothSettings) -> Preservation:
 
 
 def _requested(settings: DreamBoothSettings) -> str | None:
-    if settings.prior_preservation is not None or settings.with_prior_preservation is None:
-        return settings.prior_preservation
-    return "class_images" if settings.with_prior_preservation else "none"
+    requested = settings.prior_preservation
+    if requested is None and settings.with_prior_preservation is not None:
+        requested = "class_images" if settings.with_prior_preservation else "none"
+    if settings.num_class_images > 0 or requested == "dop":
+        return requested
+    if requested == "class_images":
+        raise SettingsError(
+            "--num_class_images 0: prior preservation by class images needs some; give a number, or"
+            " --prior_preservation none or dop"
+        )
+    return "none"
 
 
 def _folders(settings: DreamBoothSettings, prompts: list[str]) -> list[str | None]:

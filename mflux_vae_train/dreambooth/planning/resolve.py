@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import Plan
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
@@ -19,6 +20,8 @@ from mflux_vae_train.pipelines.protocol import Recommended
 
 PREVIEWS_PER_RUN = 8
 
+DEFAULT_UPDATES = next(f.default for f in fields(DreamBoothSettings) if f.name == "max_train_steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(DreamBoothSettings):
@@ -31,6 +34,7 @@ class ResolvedSettings(DreamBoothSettings):
         rank, lora_alpha: None with ``--train_mode full``.
         prior_loss_weight: None without prior preservation.
         preservation_flag: ``--with_prior_preservation`` was given, which another ``--prior_preservation`` contradicts.
+        given: the settings before anything was derived.
         auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
         samples: instance samples of the whole run.
         sampling: how noise levels are drawn; None for the pipeline's default.
@@ -50,6 +54,7 @@ class ResolvedSettings(DreamBoothSettings):
     prior_preservation: Kind
     with_prior_preservation: bool
     preservation_flag: bool
+    given: DreamBoothSettings
     auto_batch_size: bool
     samples: int
     sampling: NoiseSampling | None
@@ -71,19 +76,36 @@ class ResolvedSettings(DreamBoothSettings):
         return DreamBoothSettings(**_values(self))
 
 
-def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: InstanceDataset) -> ResolvedSettings:
+def resolve(
+    settings: DreamBoothSettings,
+    recommended: Recommended,
+    dataset: InstanceDataset,
+    given: DreamBoothSettings | None = None,
+) -> ResolvedSettings:
     """Answer what is open. ``--train_batch_size auto`` becomes 1; `memory_estimate.fit_batch_size` raises it.
+
+    Args:
+        given: what `settings` were derived from, for example without the rank of ``--lora_weights``; None if from
+            nothing else.
 
     Raises:
         SettingsError: prior preservation is requested without a class prompt, a prompt has a placeholder of another
             tool, or a tracker is not installed.
     """
+    given = given or settings
     flagged = settings.with_prior_preservation is not None
     settings, replaced = fill_placeholders(settings)
     samples, per_update = _samples(settings, dataset.samples_per_epoch)
     updates = -(-samples // per_update)
+    if settings.num_train_epochs is not None and settings.max_train_steps not in (DEFAULT_UPDATES, updates):
+        raise SettingsError(
+            f"--num_train_epochs {settings.num_train_epochs} is {updates} updates, and --max_train_steps is"
+            f" {settings.max_train_steps}; give one of them"
+        )
     preservation = resolve_preservation(settings)
-    warnings = config_warnings(settings, recommended, preservation=preservation.kind, updates=updates)
+    warnings = config_warnings(
+        settings, recommended, preservation=preservation.kind, updates=updates, per_update=per_update
+    )
     notes, first = list(preservation.notes), preservation.concepts[0]
     rate = default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
     if settings.scale_lr:
@@ -131,6 +153,7 @@ def resolve(settings: DreamBoothSettings, recommended: Recommended, dataset: Ins
     return ResolvedSettings(
         **(_values(settings) | answers),
         preservation_flag=flagged,
+        given=given,
         auto_batch_size=settings.train_batch_size is None,
         samples=samples,
         sampling=_sampling(settings, recommended),

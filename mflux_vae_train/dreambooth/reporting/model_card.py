@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
@@ -54,8 +55,6 @@ def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, fo
 
 def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None) -> str:
     """The YAML block that the Hub reads."""
-    import yaml
-
     adapter = resolved.train_mode == "lora"
     kinds = ["lora", "template:sd-lora", *(["dora"] if resolved.use_dora else [])] if adapter else []
     metadata: dict[str, Any] = {
@@ -67,4 +66,4 @@ def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None)
         metadata |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     if preview is not None:
         metadata["widget"] = [{"text": "; ".join(resolved.validation_prompt), "output": {"url": preview}}]
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n\n"
+    return f"---\n{dump_yaml(metadata)}---\n\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.yaml_io import parse_yaml, read_yaml
+from mflux_vae.utils.yaml_io import dump_yaml, parse_yaml, read_yaml
 
 READ: dict[str, Any] = {
     "10": 10,
@@ -79,3 +79,11 @@ def test_mappings_know_the_lines_of_their_keys_and_may_replace_merged_ones(tmp_p
     content = read_yaml(tmp_path / "a.yaml")
     assert content == {"base": {"x": 1, "y": 2}, "one": {"x": 3, "y": 2}}
     assert content.lines == {"base": 1, "one": 2} and content["one"].lines == {"x": 4}
+
+
+TEXTS = ("a\x85b", "a\u2028b ", "\u2029", "a\nb\r\tc", " 010", "010", "yes", "1:30", "⭐\ufeff", "\udce9", "#:")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_is_written_such_that_it_is_read_again(text: str) -> None:
+    assert parse_yaml(dump_yaml({"a": text, "b": [text]}), "x.yaml") == {"a": text, "b": [text]}

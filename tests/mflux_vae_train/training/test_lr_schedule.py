@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
-from mflux_vae_train.training.lr_schedule import POLYNOMIAL, POLYNOMIAL_END, RESTARTS, SHAPES, learning_rate
+from mflux_vae_train.training.lr_schedule import (
+    POLYNOMIAL,
+    POLYNOMIAL_END,
+    RESTARTS,
+    SHAPES,
+    learning_rate,
+    schedule_warnings,
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,3 +67,20 @@ def test_cosine_restarts_and_polynomial() -> None:
     assert rate(24) < 0.01 and rate(100) == 0
     rate = learning_rate(peak=1e-2, total=100, shape=POLYNOMIAL, power=2.0)
     assert [rate(update) for update in (0, 50, 100)] == pytest.approx([1e-2, 0.25e-2, POLYNOMIAL_END], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"total": 40, "warmup": 50}, "shortened to 4"),
+        ({"total": 40, "warmup": 30}, "30 of 40"),
+        ({"total": 40, "shape": RESTARTS, "cycles": 300}, "at most 10"),
+        ({"total": 40, "warmup": 20, "shape": RESTARTS, "cycles": 6}, "at most 5"),
+        ({"total": 40, "warmup": 20, "shape": RESTARTS, "cycles": 5}, None),
+        ({"total": 40, "cycles": 300}, None),
+        ({"total": 1, "shape": RESTARTS, "cycles": 1}, None),
+    ],
+)
+def test_what_does_not_fit_the_length_of_the_run_is_a_warning(given: dict[str, Any], word: str | None) -> None:
+    lines = schedule_warnings(**given)
+    assert len(lines) == (word is not None) and (word is None or word in lines[0])

@@ -273,6 +273,16 @@ def test_dry_run_logs_the_plan_and_writes_nothing(tmp_path: Path, caplog: pytest
     assert "24 images" in caplog.text and "9 updates" in caplog.text
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_the_length_of_the_run_leaves_without_effect_is_a_warning(
+    dry_run: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"lr_scheduler": "step", "lr_step_epochs": 30, "lr_warmup_steps": 50, "early_stopping": 9}
+    trained(tmp_path, **given, loss_type="beta_vae", num_epochs=1, dry_run=dry_run)
+    for word in ("--lr_step_epochs 30", "warm-up of 50", "--early_stopping 9", "--beta_steps 1000"):
+        assert sum(word in record.getMessage() for record in caplog.records) == 1
+
+
 def test_checkpoints_and_previews_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, original = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (saved.append(a[1]), original(*a, **k)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer
 from mflux_vae_train.dreambooth.planning.config_warnings import config_warnings
@@ -31,6 +32,36 @@ def test_settings_outside_usual_ranges_are_warnings():
     assert "usual with --optimizer prodigy is 0.1 to 2" in low
     unusual = {"train_batch_size": 5, "gradient_accumulation_steps": 9, "guidance": 4, "num_class_images": 200}
     assert sorted(line.split()[0] for line in warnings_for(**unusual)) == sorted(f"--{name}" for name in unusual)
+
+
+def test_the_rate_is_judged_after_scaling_and_the_chosen_one_as_a_given_one():
+    def rates(**given):
+        return [line for line in resolved(lr_warmup_steps=0, **given).warnings if line.startswith("--learning_rate")]
+
+    (line,) = rates(learning_rate=1e-4, scale_lr=True, gradient_accumulation_steps=8, train_batch_size=4)
+    assert "is 0.0032" in line
+    assert not rates(learning_rate=1e-6, scale_lr=True, gradient_accumulation_steps=8, train_batch_size=4)
+    for given in ({}, {"train_mode": "full"}, {"optimizer": "lion"}, {"optimizer": "prodigy"}):
+        assert not rates(**given) and not rates(**given, learning_rate=resolved(**given).learning_rate)
+    (line,) = rates(scale_lr=True)
+    assert "--scale_lr" in line
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_a_warning():
+    assert any("shortened" in line for line in resolved(max_train_steps=4).warnings)
+    given = {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 300, "max_train_steps": 40, "lr_warmup_steps": 0}
+    (line,) = resolved(**given).warnings
+    assert "300 cycles" in line
+
+
+def test_no_class_images_mean_no_prior_preservation():
+    run = resolved(num_class_images=0)
+    assert run.prior_preservation == "none" and not run.warnings
+    assert "--num_class_images 0" in " ".join(run.notes)
+    assert resolved(num_class_images=0, prior_preservation="dop").prior_preservation == "dop"
+    for given in ({"prior_preservation": "class_images"}, {"with_prior_preservation": True}):
+        with pytest.raises(SettingsError, match="--prior_preservation none"):
+            resolved(num_class_images=0, **given)
 
 
 def test_settings_without_effect_are_warnings():

@@ -219,6 +219,14 @@ def test_auto_batch_size_is_the_largest_that_fits(settings, limit, prior, size) 
     assert f"micro-batches of {size}" in found.notes[-1]
 
 
+@pytest.mark.parametrize(("processes", "size"), [(1, 12), (2, 6), (3, 4), (5, 2), (12, 1), (40, 1)])
+def test_auto_batch_size_leaves_micro_batches_for_every_process(settings, processes, size) -> None:
+    given = {"train_batch_size": None, "gradient_accumulation_steps": 12, "prior_preservation": "none"}
+    start = resolved_from(settings(**given, memory_limit=100, with_prior_preservation=False))
+    work = workload(Weighed(), start, trained=100, shape=(16, 16), prompts=3, class_images=0)
+    assert fit_batch_size(Weighed(), start, work, processes)[0].train_batch_size == size
+
+
 def test_auto_is_a_value_of_the_flag(instance_dir) -> None:
     flags = ["--model", "x", "--instance_data_dir", str(instance_dir), "--instance_prompt", "a"]
     assert settings_from(DreamBoothSettings, [*flags, "--train_batch_size", "auto"]).train_batch_size is None
