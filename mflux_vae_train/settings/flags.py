@@ -205,7 +205,8 @@ def to_yaml(settings: Any, given: Any = None, omit: Collection[str] = ()) -> str
         return dump_yaml(resolved)
     values, origins = dataclasses.asdict(given), origins_of(given)
     stated = {f.name for f in dataclasses.fields(given) if values[f.name] != f.default or f.name in origins}
-    names = [name for name in values if name in stated and name not in omit]
+    computed = {name for name, other in getattr(given, "COMPUTED", {}).items() if values[other] is not None}
+    names = [name for name in values if name in stated - computed - {*omit}]
     derived = {name: value for name, value in resolved.items() if name not in names or value != values[name]}
     return f"{dump_yaml({name: values[name] for name in names})}\n{_DERIVED_COMMENT}\n{dump_yaml({DERIVED: derived})}"
 

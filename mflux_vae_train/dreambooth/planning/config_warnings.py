@@ -60,7 +60,7 @@ def config_warnings(
         *_unusual(settings, {} if distilled else {"guidance": guidance}),
         *_unusual_rate(settings, recommended, per_update),
         *_schedule(settings, updates),
-        *_without_effect(settings, recommended, preservation),
+        *_without_effect(settings, recommended, preservation, updates),
         *distilled,
         *_too_short(settings, updates),
     ]
@@ -95,7 +95,9 @@ def _schedule(settings: DreamBoothSettings, updates: int) -> list[str]:
     return schedule_warnings(total=updates, warmup=warmup, shape=settings.lr_scheduler, cycles=cycles)
 
 
-def _without_effect(settings: DreamBoothSettings, recommended: Recommended, preservation: Kind) -> list[str]:
+def _without_effect(
+    settings: DreamBoothSettings, recommended: Recommended, preservation: Kind, updates: int
+) -> list[str]:
     """One line for each given setting that other settings disable."""
     settings = replace(settings, weighting_scheme=settings.weighting_scheme or recommended.weighting_scheme)
     reasons: dict[str, str] = {}
@@ -108,6 +110,8 @@ def _without_effect(settings: DreamBoothSettings, recommended: Recommended, pres
         }
     if settings.center_crop:
         reasons["num_crops"] = "it is for --no_center_crop"
+    if settings.num_train_epochs is not None and settings.max_train_steps != updates:
+        reasons["max_train_steps"] = f"--num_train_epochs {settings.num_train_epochs} is {updates} updates"
     if settings.report_to in (None, "none"):
         reasons["logging_dir"] = "it is for --report_to"
     if preservation != "class_images":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import Plan
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
@@ -19,8 +18,6 @@ from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
 
 PREVIEWS_PER_RUN = 8
-
-DEFAULT_UPDATES = next(f.default for f in fields(DreamBoothSettings) if f.name == "max_train_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +94,6 @@ def resolve(
     settings, replaced = fill_placeholders(settings)
     samples, per_update = _samples(settings, dataset.samples_per_epoch)
     updates = -(-samples // per_update)
-    if settings.num_train_epochs is not None and settings.max_train_steps not in (DEFAULT_UPDATES, updates):
-        raise SettingsError(
-            f"--num_train_epochs {settings.num_train_epochs} is {updates} updates, and --max_train_steps is"
-            f" {settings.max_train_steps}; give one of them"
-        )
     preservation = resolve_preservation(settings)
     warnings = config_warnings(
         settings, recommended, preservation=preservation.kind, updates=updates, per_update=per_update
