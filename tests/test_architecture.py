@@ -62,7 +62,8 @@ ON_DEMAND = {
 """Imports inside functions of the component."""
 
 LIGHT = (
-    *("", ".settings", ".settings.fields", ".settings.flags", ".optimizers", ".optimizers.registry"),
+    *("", ".settings", ".settings.fields", ".settings.flags", ".settings.origins", ".settings.values"),
+    *(".optimizers", ".optimizers.registry"),
     *(
         ".pipelines",
         ".pipelines.noise",
