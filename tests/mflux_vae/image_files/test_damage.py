@@ -27,6 +27,9 @@ DRAWN = 250
 """Examples of a property in a quick run; slow ones draw 3,000 in all."""
 
 
+QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
 def picture(height: int = 12, width: int = 20) -> Image.Image:
     """Without symmetry, so that every turn shows."""
     rows, columns = np.mgrid[:height, :width]
@@ -177,14 +180,14 @@ def check(path: Path, format: str, kind: str, data: bytes) -> None:
 
 
 @given(damaged())
-@settings(max_examples=DRAWN, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=DRAWN, derandomize=True, **QUIET)
 def test_any_damage_gives_the_pixels(path, drawn):
     check(path, *drawn)
 
 
 @pytest.mark.slow
 @given(damaged())
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3000, **QUIET)
 def test_any_damage_gives_the_pixels_3000_times(path, drawn):
     check(path, *drawn)
 
