@@ -97,7 +97,7 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
         return Match("", family, "diffusers")  # loading reports missing keys
     if not found:
         starts = sorted({".".join(key.split(".")[:2]) for key in keys})
-        shown = first_few(starts, 5, 40) or "nothing"
+        shown = first_few(starts, 4, 35) or "nothing"
         holds = f"it holds {kind}; " if (kind := kind_of(keys)) else ""
         raise WeightsError(
             f"{where}: no known autoencoder; {holds}its {len(keys)} tensors start with {shown}; give the file of a VAE"

@@ -17,7 +17,7 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def first_few(items: Sequence[str], count: int = 3, width: int = 100) -> str:
+def first_few(items: Sequence[str], count: int = 3, width: int = 80) -> str:
     """List the first items, long ones shortened: "a, b, c and 263 more"."""
     more = len(items) - count
     shown = ", ".join(shortened(item, width) for item in items[:count])

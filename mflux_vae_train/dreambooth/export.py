@@ -98,7 +98,11 @@ def _save_for_kohya(pipeline: DiffusionPipeline, resolved: ResolvedSettings, pat
     tensors: dict[str, mx.array] = {}
     for prefix, network in networks(pipeline, resolved).items():
         tensors |= lora.kohya_tensors(network, names[prefix])
-    write_safetensors(path, tensors, {**pipeline.kohya_naming().metadata, **_kohya_metadata(resolved)})
+    metadata = {**pipeline.kohya_naming().metadata, **_kohya_metadata(resolved)}
+    trained = [layer for network in networks(pipeline, resolved).values() for layer in lora.layers(network).values()]
+    if len({layer.lora_a.shape[1] for layer in trained}) > 1:
+        metadata |= dict.fromkeys(("ss_network_dim", "ss_network_alpha"), "Dynamic")  # as kohya's scripts do
+    write_safetensors(path, tensors, metadata)
 
 
 def _kohya_metadata(resolved: ResolvedSettings) -> Mapping[str, str]:

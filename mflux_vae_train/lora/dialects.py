@@ -7,7 +7,7 @@ Other kinds of adapters are refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -80,17 +80,29 @@ _TEXT_ENCODER = re.compile(
 )
 
 
+def check_kind(keys: Collection[str], where: str) -> None:
+    """Check that these are keys of a LoRA adapter.
+
+    Raises:
+        WeightsError: another kind of adapter, or no adapter.
+    """
+    for pattern, kind in _REFUSED.items():
+        if refused := [key for key in keys if re.search(pattern, key)]:
+            raise WeightsError(
+                f"{where}: holds {kind} ({first_few(refused, 1, 110)}), which is not supported; convert it to plain LoRA"
+            )
+    ends = [to_mlx({key: mx.array(0.0)}, RULES) for key in keys if "lora" in key]
+    if not any(key.endswith((A, B)) for names in ends for key in names):
+        some, kind = first_few(sorted(keys), 2, 70) or "none", kind_of(keys) or "other tensors"
+        raise WeightsError(f"{where}: contains no adapter, but {kind} ({some}); give a file with LoRA weights")
+
+
 def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Tensors by PEFT's ends of keys, and the key in the file of each.
 
     Raises:
-        WeightsError: another kind of adapter, no adapter, or two keys for one tensor.
+        WeightsError: two keys for one tensor.
     """
-    for pattern, kind in _REFUSED.items():
-        if keys := [key for key in tensors if re.search(pattern, key)]:
-            raise WeightsError(
-                f"{where}: holds {kind} ({first_few(keys, 1)}), which is not supported; convert it to plain LoRA"
-            )
     found: dict[str, mx.array] = {}
     source: dict[str, str] = {}
     for key, tensor in tensors.items():
@@ -98,9 +110,6 @@ def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.a
         if new in found:
             raise WeightsError(f"{where}: {first_few([source[new], key], 2, 80)} are the same tensor; remove one")
         found[new], source[new] = value, key
-    if not any(key.endswith(A) for key in found):
-        some, kind = first_few(sorted(tensors), 2, 70) or "none", kind_of(tensors) or "other tensors"
-        raise WeightsError(f"{where}: contains no adapter, but {kind} ({some}); give a file with LoRA weights")
     return found, source
 
 
@@ -142,6 +151,8 @@ class LayerNames:
         for spelled in (rest, rest.replace(".layers.", "."), f"{rest}.0"):  # MLX's Sequential; diffusers before PEFT
             if paths := flat.get(spelled.replace(".", "_")):
                 return prefix, paths
+        if paths := self._flat[self._denoiser].get(name.replace(".", "_")):  # its first level is called as a network
+            return self._denoiser, paths
         # transformers 5 leaves out the first level of CLIP
         ends = [paths for flat_name, paths in flat.items() if flat_name.endswith(f"_{rest.replace('.', '_')}")]
         return prefix, ends[0] if len(ends) == 1 and prefix != self._denoiser else ()

@@ -16,7 +16,18 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import count_text, first_few, shortened, summarize
-from mflux_vae_train.lora.dialects import ALPHA, MAGNITUDE, A, B, LayerNames, Modules, counterpart, outline, renamed
+from mflux_vae_train.lora.dialects import (
+    ALPHA,
+    MAGNITUDE,
+    A,
+    B,
+    LayerNames,
+    Modules,
+    check_kind,
+    counterpart,
+    outline,
+    renamed,
+)
 from mflux_vae_train.lora.from_checkpoint import checkpoint_adapter, is_checkpoint
 from mflux_vae_train.lora.kohya import split
 from mflux_vae_train.lora.layers import bases
@@ -95,6 +106,7 @@ def read_adapter(
         tensors, metadata = checkpoint_adapter(path, networks)
     else:
         stored, metadata = open_weights(path)
+        check_kind(stored, str(path))
         tensors = {key: tensor.load() for key, tensor in stored.items()}
     for key, tensor in tensors.items():
         if not mx.issubdtype(tensor.dtype, mx.floating) and not key.endswith(ALPHA):

@@ -167,3 +167,10 @@ def test_decode_takes_floats_only() -> None:
     vae = VAE(network=small_kl())
     with pytest.raises(ImageError, match="int32"):
         vae.decode(mx.zeros((1, vae.latent_channels, 2, 2), mx.int32))
+
+
+def test_a_gguf_file_is_called_so(tmp_path: Path) -> None:
+    for name in ("a.gguf", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+        with pytest.raises(WeightsError, match="GGUF"):
+            files.open_weights(tmp_path / name)

@@ -109,7 +109,7 @@ def test_loading_converts_floating_point_tensors_only(dtype: mx.Dtype | None) ->
     st.integers(0, 3000),
     st.sampled_from([mx.ones((1,)), mx.ones((3, 2)), mx.ones((3, 2), mx.uint8)]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_the_error_for_another_networks_file_stays_short(names: list[str], count: int, value: mx.array) -> None:
     network = nn.Sequential(*[nn.Linear(2, 3) for _ in range(50)])
     tensors = {**dict.fromkeys(names, value), **{f"layers.{i}.weight": value for i in range(count)}}
