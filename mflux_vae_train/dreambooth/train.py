@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import MfluxVaeError, TrainingError
+from mflux_vae.errors import MfluxVaeError, SettingsError, TrainingError
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -110,6 +110,10 @@ class DreamBooth:
             TrainingError: the loss is not finite, nothing is learned, a checkpoint is broken, or a disk is full.
             Interrupted: a signal arrived, see above.
         """
+        if not isinstance(settings, DreamBoothSettings):
+            raise SettingsError(f"settings is a {type(settings).__name__}; expected DreamBooth.Settings(...)")
+        if on_progress is not None and not callable(on_progress):
+            raise SettingsError(f"on_progress is a {type(on_progress).__name__}; expected a function of a Progress")
         folder = RunFolder(Path(settings.output_dir))
         processes = process_group.join()
         report = on_progress if on_progress is not None and processes.is_main else lambda progress: None

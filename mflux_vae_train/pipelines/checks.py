@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import PluginError
 from mflux_vae_train.pipelines import capabilities
+from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.noise import SCHEMES, NoiseSampling, Prediction
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline, Recommended
 
@@ -92,6 +93,21 @@ def skeleton(pipeline: capabilities.SupportsMemoryControl) -> nn.Module:
     network = pipeline.skeleton()
     _require(isinstance(network, nn.Module), pipeline, "skeleton", "returned", network, "an mlx.nn.Module")
     return network
+
+
+def footprint(pipeline: capabilities.SupportsMemoryControl, work: Workload) -> Footprint:
+    """Estimate of a run."""
+    found = pipeline.footprint(work)
+    valid = isinstance(found, Footprint) and all(isinstance(phase, Phase) for phase in found.phases) and found.phases
+    _require(bool(valid), pipeline, "footprint", "returned", found, "a footprint.Footprint with one or more phases")
+    return found
+
+
+def encoder_fingerprint(pipeline: capabilities.SupportsEncodingCache, use: capabilities.Use) -> str:
+    """Text that differs whenever encodings do."""
+    found = pipeline.encoder_fingerprint(use)
+    _require(isinstance(found, str) and bool(found), pipeline, "encoder_fingerprint", "returned", found, "a text")
+    return found
 
 
 def lora_targets(pipeline: DiffusionPipeline) -> list[str]:

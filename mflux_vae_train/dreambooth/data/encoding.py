@@ -269,4 +269,4 @@ def _masks(images: Sequence[InstanceImage], latents: Iterator[mx.array]) -> Iter
 
 
 def _encoder_identity(pipeline: DiffusionPipeline, use: Use) -> str:
-    return pipeline.encoder_fingerprint(use) if isinstance(pipeline, SupportsEncodingCache) else ""
+    return checks.encoder_fingerprint(pipeline, use) if isinstance(pipeline, SupportsEncodingCache) else ""

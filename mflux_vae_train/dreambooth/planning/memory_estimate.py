@@ -27,6 +27,7 @@ from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning import memory_advice
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
@@ -122,7 +123,7 @@ def fit_batch_size(
     equal = [size for size in sizes if images // size % processes == 0]
     sizes = equal or [size for size in sizes if images // size >= processes] or [1]
     candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
-    fitting = (one for one in candidates if pipeline.footprint(one[1]).peak <= limit)
+    fitting = (one for one in candidates if checks.footprint(pipeline, one[1]).peak <= limit)
     size, work = next(fitting, candidates[-1])
     note = f"--train_batch_size auto: {images // size} micro-batches of {size} for {images} images per update"
     notes = (*resolved.notes, note)
@@ -132,7 +133,7 @@ def fit_batch_size(
 
 def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload) -> Estimate:
     """Ask the pipeline what the run takes, and compare it with the available memory."""
-    footprint, limit = pipeline.footprint(work), _limit(resolved)
+    footprint, limit = checks.footprint(pipeline, work), _limit(resolved)
     problem = None
     if limit is not None and footprint.peak > limit:
         phase = max(footprint.phases, key=lambda phase: phase.peak)

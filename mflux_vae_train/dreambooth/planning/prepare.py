@@ -46,6 +46,7 @@ from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolv
 from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES, RunFolder
 from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
 from mflux_vae_train.fingerprint import settings_identity, weights_hash
+from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
     SupportsEncodingCache,
     SupportsMemoryControl,
@@ -275,7 +276,7 @@ def _weights_identity(pipeline: DiffusionPipeline) -> dict[str, Any]:
     identity: dict[str, Any] = {"base weights": weights_hash(pipeline.denoiser)}
     if isinstance(pipeline, SupportsEncodingCache):
         uses: tuple[Use, ...] = ("prompts", "images")
-        identity["encoders"] = [pipeline.encoder_fingerprint(use) for use in uses]
+        identity["encoders"] = [checks.encoder_fingerprint(pipeline, use) for use in uses]
     return identity
 
 

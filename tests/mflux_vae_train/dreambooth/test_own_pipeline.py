@@ -130,6 +130,20 @@ def test_a_loss_that_is_a_mean_is_named() -> None:
         checks.loss(pipeline, mx.zeros((2, 4, 4, 3)), {}, key=mx.zeros((2, 2)), guidance=1.0)
 
 
+def test_a_mean_ends_the_run_at_its_first_update(short_run) -> None:
+    members = {name: value for name, value in vars(FakePipeline).items() if name not in ("predict", "__dict__")}
+    members["recommended"] = recommended(weighting_scheme=None)
+    members["loss"] = lambda self, latents, conditioning, *, key, guidance: self.denoiser.proj_in.lora_b.mean()
+    pipeline = type("Broken", (), members)()
+    with pytest.raises(PluginError, match=r"Broken.loss\(\) returned an array \(\)"):
+        DreamBooth(pipeline).train(short_run(prior_preservation="none"))
+
+
+def test_settings_of_another_kind_are_named() -> None:
+    with pytest.raises(SettingsError, match=r"settings is a dict.*DreamBooth.Settings"):
+        DreamBooth(FakePipeline()).train({"model": "fake"})  # type: ignore[arg-type]
+
+
 def test_prompts_of_different_shapes_are_named() -> None:
     rows = [{"a": mx.zeros((1, 4))}, {"a": mx.zeros((1, 5))}]
     with pytest.raises(PluginError, match=r"encode_prompts\(\)\['a'\] is \(1, 4\) .* \(1, 5\)"):
