@@ -88,9 +88,8 @@ def check_kind(keys: Collection[str], where: str) -> None:
     """
     for pattern, kind in _REFUSED.items():
         if refused := [key for key in keys if re.search(pattern, key)]:
-            raise WeightsError(
-                f"{where}: holds {kind} ({first_few(refused, 1, 110)}), which is not supported; convert it to plain LoRA"
-            )
+            some = first_few(refused, 1, 110)
+            raise WeightsError(f"{where}: holds {kind} ({some}), which is not supported; convert it to plain LoRA")
     ends = [to_mlx({key: mx.array(0.0)}, RULES) for key in keys if "lora" in key]
     if not any(key.endswith((A, B)) for names in ends for key in names):
         some, kind = first_few(sorted(keys), 2, 70) or "none", kind_of(keys) or "other tensors"
