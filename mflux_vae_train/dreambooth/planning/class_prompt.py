@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 
+from mflux_vae.utils.formatting import first_few, shortened
 from mflux_vae_train.dreambooth.data.identifier import find_identifiers, is_identifier, split_words, word_set
 
 FUNCTION_WORDS = word_set(
@@ -37,17 +38,18 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
     >>> derive_class_prompt("a photo of sks dog")[0]
     'a photo of a dog'
     """
+    shown = shortened(repr(instance_prompt), 120)
     words = split_words(instance_prompt)
     positions = find_identifiers(words)
     if not positions:
-        return None, f"no identifier such as 'sks' found in {instance_prompt!r}"
+        return None, f"no identifier such as 'sks' found in {shown}"
     if len(positions) > 1:
-        found = ", ".join(words[index] for index in positions)
-        return None, f"{instance_prompt!r} contains several words that may be the identifier ({found})"
+        found = first_few([words[index] for index in positions])
+        return None, f"{shown} contains several words that may be the identifier ({found})"
     position = positions[0]
     before, identifier, after = words[:position], words[position], words[position + 1 :]
     if not after or not _names_a_class(*after[:2]) or identifier[-1] in ",.;:":
-        return None, f"no class word follows the identifier {identifier!r} in {instance_prompt!r}"
+        return None, f"no class word follows the identifier {identifier!r} in {shown}"
     noun = after[0].rstrip(",.;:!?")
     if before and before[-1].lower() in DETERMINERS:
         before = [*before[:-1], *_article(noun)]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import first_names
+from mflux_vae.utils.formatting import first_names, shortened
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
@@ -92,9 +92,8 @@ def identifier_warnings(settings: DreamBoothSettings) -> list[str]:
         if identifier := _identifier(one):
             subjects[identifier.lower()].append(one.instance_prompt)
             if one.class_prompt and contains(one.class_prompt, identifier):
-                lines.append(
-                    f"--class_prompt {one.class_prompt!r} has the identifier {identifier!r}: leave it out there"
-                )
+                shown = shortened(one.class_prompt, 120)
+                lines.append(f"--class_prompt {shown!r} has the identifier {identifier!r}: leave it out there")
     for identifier, names in subjects.items():
         if len(names) > 1:
             lines.append(f"the identifier {identifier!r} stands for {len(names)} subjects ({first_names(names)})")
