@@ -116,26 +116,29 @@ def _converted(field: dataclasses.Field[Any], kind: type, value: Any) -> Any:
         return value
 
 
-def ignored_settings(
-    settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]], reasons: Mapping[str, str]
-) -> list[str]:
-    """One line for each setting that differs from its default and has no effect.
+def unused_settings(settings: Any, used_by: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, str]:
+    """Settings without effect -> why.
 
     Args:
         used_by: for each choosing setting, such as `optimizer`: setting -> the choices that use it.
-        reasons: for other settings without effect: setting -> why.
     """
-    unused = {
+    return {
         name: f"only for --{chosen} {', '.join(values)}, not {getattr(settings, chosen)}"
         for chosen, names in used_by.items()
         for name, values in names.items()
         if getattr(settings, chosen) not in values
     }
+
+
+def ignored_settings(settings: Any, unused: Mapping[str, str]) -> list[str]:
+    """One line for each setting that differs from its default and has no effect.
+
+    Args:
+        unused: settings without effect -> why.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     return [
-        f"--{name} has no effect: {why}"
-        for name, why in {**unused, **reasons}.items()
-        if getattr(settings, name) != defaults[name]
+        f"--{name} has no effect: {why}" for name, why in unused.items() if getattr(settings, name) != defaults[name]
     ]
 
 

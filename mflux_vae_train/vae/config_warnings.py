@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.optimizers.registry import used_by, with_given_rate
-from mflux_vae_train.settings.fields import ignored_settings
+from mflux_vae_train.settings.fields import ignored_settings, unused_settings
 from mflux_vae_train.vae.config import OPTIMIZER_FLAGS, VAETrainingSettings
 
 _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -25,14 +25,19 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Choosing setting -> setting -> the choices that use it."""
 
 
-def config_warnings(settings: VAETrainingSettings) -> list[str]:
-    """One line per setting without effect and per combination that is known to fail."""
-    reasons: dict[str, str] = {}
+def without_effect(settings: VAETrainingSettings) -> dict[str, str]:
+    """Settings that other settings disable -> why."""
+    reasons = unused_settings(settings, _USED_BY)
     if settings.lpips is None:
         reasons["lpips_weight"] = "only for --lpips"
     if settings.disc_start is None:
         reasons["disc_weight"] = "only for --disc_start"
-    lines = ignored_settings(settings, _USED_BY, reasons)
+    return reasons
+
+
+def config_warnings(settings: VAETrainingSettings) -> list[str]:
+    """One line per setting without effect and per combination that is known to fail."""
+    lines = ignored_settings(settings, without_effect(settings))
     beta = settings.beta_end if settings.loss_type == "beta_vae" else settings.beta
     if settings.reduction == "mean" and beta > 0.01:
         lines.append(

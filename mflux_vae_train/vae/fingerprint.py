@@ -15,6 +15,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.fingerprint import file_hash, settings_identity, weights_hash
 from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.vae.config_warnings import without_effect
 from mflux_vae_train.vae.data.batches import Source
 from mflux_vae_train.vae.data.sources import Arrays, Files
 
@@ -47,7 +48,7 @@ _HASHED_FILES = 256
 
 def run_identity(settings: VAETrainingSettings, network: nn.Module, train: Source, held_out: Source) -> dict[str, Any]:
     """Plain values by name, compared when a run is resumed. `network` has its initial weights."""
-    identity = settings_identity(settings, resumable_changes(settings) | _CONTENTS)
+    identity = settings_identity(settings, RESUMABLE_CHANGES | _free(settings))
     if settings.init_from or settings.network_config:
         identity["initial weights"] = weights_hash(network)
     contents: dict[str, Any] = {}
@@ -61,8 +62,11 @@ def run_identity(settings: VAETrainingSettings, network: nn.Module, train: Sourc
 
 def resumable_changes(settings: VAETrainingSettings) -> frozenset[str]:
     """Settings that may change when this run is resumed, and the names of files whose contents count."""
-    free = {"num_epochs"} if settings.lr_scheduler in LENGTH_INDEPENDENT_SCHEDULES else set()
-    return (RESUMABLE_CHANGES | free) - _CONTENTS
+    return (RESUMABLE_CHANGES | _free(settings) | without_effect(settings).keys()) - _CONTENTS
+
+
+def _free(settings: VAETrainingSettings) -> frozenset[str]:
+    return frozenset({"num_epochs"} if settings.lr_scheduler in LENGTH_INDEPENDENT_SCHEDULES else ())
 
 
 def _hash(file: str) -> str:

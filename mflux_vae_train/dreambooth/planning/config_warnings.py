@@ -11,7 +11,7 @@ from mflux_vae_train.dreambooth.planning.preservation import Kind
 from mflux_vae_train.optimizers.registry import used_by, with_default_rate
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.pipelines.protocol import Recommended
-from mflux_vae_train.settings.fields import ignored_settings
+from mflux_vae_train.settings.fields import ignored_settings, unused_settings
 from mflux_vae_train.training.lr_schedule import schedule_warnings
 
 USUAL = {
@@ -60,7 +60,7 @@ def config_warnings(
         *_unusual(settings, {} if distilled else {"guidance": guidance}),
         *_unusual_rate(settings, recommended, per_update),
         *_schedule(settings, updates),
-        *_without_effect(settings, recommended, preservation, updates),
+        *ignored_settings(settings, without_effect(settings, recommended, preservation=preservation, updates=updates)),
         *distilled,
         *_too_short(settings, updates),
     ]
@@ -95,12 +95,12 @@ def _schedule(settings: DreamBoothSettings, updates: int) -> list[str]:
     return schedule_warnings(total=updates, warmup=warmup, shape=settings.lr_scheduler, cycles=cycles)
 
 
-def _without_effect(
-    settings: DreamBoothSettings, recommended: Recommended, preservation: Kind, updates: int
-) -> list[str]:
-    """One line for each given setting that other settings disable."""
+def without_effect(
+    settings: DreamBoothSettings, recommended: Recommended, *, preservation: Kind, updates: int
+) -> dict[str, str]:
+    """Settings that other settings disable -> why."""
     settings = replace(settings, weighting_scheme=settings.weighting_scheme or recommended.weighting_scheme)
-    reasons: dict[str, str] = {}
+    reasons = unused_settings(settings, _USED_BY)
     shared = {"text_encoder_lr": "--learning_rate", "adam_weight_decay_text_encoder": "--adam_weight_decay"}
     if not settings.train_text_encoder:
         reasons |= dict.fromkeys(shared, "it is for --train_text_encoder")
@@ -120,8 +120,8 @@ def _without_effect(
         if settings.num_class_images == 0:
             del reasons["num_class_images"]
     if preservation == "none":
-        reasons["prior_loss_weight"] = "there is no prior preservation"
-    return ignored_settings(settings, _USED_BY, reasons)
+        reasons |= dict.fromkeys(("prior_loss_weight", "class_prompt"), "there is no prior preservation")
+    return reasons
 
 
 def _distilled(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:

@@ -29,6 +29,7 @@ from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceIma
 from mflux_vae_train.dreambooth.export import requested_files, result_path
 from mflux_vae_train.dreambooth.optimization.optimizer import build_schedule, finds_rate
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
+from mflux_vae_train.dreambooth.planning.config_warnings import without_effect
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
     Estimate,
     assumed_device,
@@ -133,10 +134,13 @@ def prepare(
     processes.assert_equal(identity)
     identity |= processes.broadcast(lambda: _class_identity(resolved, folders))
     requested = requested_files(folder, resolved)
+    free = without_effect(
+        resolved, recommended, preservation=resolved.prior_preservation, updates=resolved.plan.updates
+    )
 
     def status(ignored: Collection[str] = ()) -> RunStatus:
         options: dict[str, Any] = {"requested": requested, "shapes": trainable.shapes, "updates": resolved.plan.updates}
-        options |= {"ignored": RESUMABLE_CHANGES | set(ignored), "allow_changes": resolved.allow_changes}
+        options |= {"ignored": {*RESUMABLE_CHANGES, *free, *ignored}, "allow_changes": resolved.allow_changes}
         resume_from = resolved.resume_from_checkpoint
         return _broadcast(processes, lambda: read_status(folder, identity, resume_from, **options))
 

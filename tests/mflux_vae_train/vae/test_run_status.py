@@ -76,7 +76,15 @@ def test_a_refused_command_changes_nothing(pictures: Path, out: Path) -> None:
 
 def test_flags_that_shape_no_result_make_no_other_run(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(pictures)
-    kept = {"samples_every": None, "save_every": 2, "log_images_every_n_steps": 3, "data_count": 9}
+    kept = {
+        "samples_every": None,
+        "save_every": 2,
+        "log_images_every_n_steps": 3,
+        "data_count": 9,
+        "lr_step_epochs": 3,
+        "free_bits": 0.0,
+    }
+    kept |= {"beta_end": 3.0, "layers_per_block": 1, "disc_weight": 2.0}
     assert train(pictures, **kept).updates == 0
     caplog.clear()
     with caplog.at_level(logging.INFO):

@@ -229,6 +229,7 @@ def test_a_branch_whose_origin_is_elsewhere(settings: Make, tmp_path: Path) -> N
         {"report_to": "none", "logging_dir": "elsewhere"},
         {"checkpointing_steps": 3, "checkpoints_total_limit": 1},
         {"sample_batch_size": 2, "gradient_checkpointing": False, "encodings_dir": "elsewhere"},
+        {"lr_power": 2.0, "num_crops": 7, "prodigy_decouple": False, "logit_mean": 0.5, "num_class_images": 3},
     ],
 )
 def test_flags_that_shape_no_result_make_no_other_run(settings: Make, changes: Any) -> None:
