@@ -11,6 +11,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.training import loop
+from mflux_vae_train.training.hooks import read_metrics
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -98,3 +99,20 @@ def test_cached_encodings_need_no_encoder(train, tmp_path, monkeypatch):
     first, second = ([one.prompts.t5.loaded, one.parts.vae.loaded] for one in opened)
     assert None not in first
     assert second == [None, None]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"train_text_encoder": True, "use_dora": True},
+        {"quantize": 8, "gradient_checkpointing": True},
+        {"quantize": 4, "use_dora": True, "prior_preservation": "none"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layers", ["all", "proj_out,norm_out.linear,*_embedder*"])
+def test_every_choice_of_layers_trains(train, layers, how):
+
+    lines = read_metrics(train("out", max_train_steps=2, lora_layers=layers, **how).with_name("metrics.jsonl"))
+    assert [line["update_size"] > 0 for line in lines] == [True, True]
