@@ -6,11 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mflux_vae.errors import ImageError, WeightsError
 from mflux_vae.networks.layers import Conv2d
 from mflux_vae.runtime.device import eval_each
 from mflux_vae.weights.formats.files import open_weights
+from mflux_vae.weights.formats.lazy_tensor import check_numbers
 from mflux_vae.weights.keymaps.rules import Rule, conv_from_mlx, conv_to_mlx, load_strict, to_mlx
 
 _BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -71,6 +73,7 @@ class LPIPS(nn.Module):
             tensors.update(to_mlx(found, TABLE))
         network = cls()
         load_strict(network, tensors, where=" and ".join(map(str, files)), dtype=mx.float32)
+        check_numbers(dict(tree_flatten(network.parameters())), " and ".join(map(str, files)), "weights")
         if any((weight < 0).any() for weight in network.linear):
             raise WeightsError(f"{files[-1]} has negative channel weights; give the VGG16 file of the `lpips` package")
         eval_each(network.parameters())

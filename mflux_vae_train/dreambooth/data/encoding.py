@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import count, islice
@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import averaged, load_image, load_mask, to_pixels
 from mflux_vae.runtime.threads import exclusive
@@ -101,6 +101,7 @@ def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: En
         encoded = checks.encode_prompts(pipeline, prompts[batch])
         with exclusive():
             mx.eval(encoded)
+        _check_values(encoded.values(), "encoded prompts", "text encoders")
         for index, row in enumerate(rows[batch]):
             if row is None:
                 rows[start + index] = new = {name: array[index : index + 1] for name, array in encoded.items()}
@@ -151,6 +152,7 @@ def encode_images(
         results = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
         with exclusive():
             mx.eval(results)
+        _check_values(results, "latents", "autoencoder")
         return results
 
     disable = None if batches and processes.is_main else True
@@ -166,6 +168,15 @@ def encode_images(
                         cache.put(keys[index], {"latents": latent})
                 bar.update(len(batch))
     return list(processes.broadcast_arrays(lambda: {str(i): latents[i] for i in range(len(images))}).values())
+
+
+def _check_values(arrays: Iterable[mx.array], what: str, whose: str) -> None:
+    """
+    Raises:
+        WeightsError: an array holds NaN.
+    """
+    if any(mx.issubdtype(array.dtype, mx.floating) and bool(mx.any(mx.isnan(array))) for array in arrays):
+        raise WeightsError(f"{what} have NaN values: weights of the {whose} are not finite; take another file of them")
 
 
 def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, object]]:

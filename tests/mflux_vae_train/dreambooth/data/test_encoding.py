@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data import encoding
@@ -250,3 +250,8 @@ def test_encodings_in_another_number_format_are_encoded_again(tmp_path) -> None:
     for latents in (mx.ones((2,), mx.uint8), mx.array([1, float("inf")])):
         mx.save_safetensors(str(path), {"latents": latents, "ids": ids})
         assert cache.get(key) is None
+
+
+def test_encoders_with_broken_weights_are_named_before_training(instance_dir) -> None:
+    with pytest.raises(WeightsError, match=r"latents have NaN.*autoencoder"):
+        encode_images(lambda pixels: pixels[:, ::4, ::4] * float("nan"), crops_of(instance_dir))
