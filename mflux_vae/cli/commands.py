@@ -31,7 +31,7 @@ from mflux_vae.images import image_text, load_image, load_images, save_image, st
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling.tiles import Tiling
-from mflux_vae.utils.formatting import count_text
+from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import printable
@@ -66,6 +66,8 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
         raise SettingsError(f"--output {target} must end in {SUFFIX}, such as {target.with_suffix(SUFFIX)}")
     vae, tiling = _open(**opening)
     unfinished = Unfinished(target, _settings(vae, opening))
+    if unfinished.replaced:
+        log.warning("%s: replacing latents of another model or other settings (%d)", target, unfinished.replaced)
     missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
     notes = ImageNotes()
     for name in _progress(missing, of=len(files)):
@@ -87,6 +89,7 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
     if encoder.get("weights") not in (None, weights):
         log.warning("%s was encoded with other weights than %s", latents, model or encoder["model"])
     marks = {name: f"decoded {_crc32(entry.latents):08x} {weights:08x} {opening}" for name, entry in entries.items()}
+    _say_replaced(targets, marks)
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):
         with _error_context(f"{latents}: {name}"):
@@ -101,6 +104,8 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     files = _unique_names(pictures)
     targets = _output_files(files, output) if output else {}
     vae, tiling = _open(**opening)
+    mark = f"reconstructed {opening}"
+    _say_replaced(targets, dict.fromkeys(targets, mark))
     rows: list[dict[str, Any]] = []
     notes = ImageNotes()
     for name in _progress(list(files), of=len(files)):
@@ -111,7 +116,7 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
         rows.append({"name": name, "height": height, "width": width, **quality(picture, again)})
         if output:
             panels = [picture, again, error_map(picture, again, amplify)]
-            save_image(targets[name], strip(panels, gap=4), text={MARK: "reconstructed"})
+            save_image(targets[name], strip(panels, gap=4), text={MARK: mark})
     _show(notes, conversions=not as_json)
     mean = {measure: mean_of([row[measure] for row in rows]) for measure in MEASURES}
     if as_json:
@@ -165,7 +170,9 @@ def compare(
         shown += [(name, picture, again)] if index < SHEET_ROWS else []
     _show(notes, conversions=not as_json)
     summaries = [candidate.summary() for candidate in candidates]
-    save_image(target, report.sheet(shown, summaries, amplify), text={MARK: "compared"})
+    mark = f"compared {', '.join(models)}"
+    _say_replaced({"": target}, {"": mark})
+    save_image(target, report.sheet(shown, summaries, amplify), text={MARK: mark})
     measured = [
         {**summary, "source": model, "pictures": dict(zip(files, candidate.qualities, strict=True))}
         for summary, model, candidate in zip(summaries, models, candidates, strict=True)
@@ -230,6 +237,14 @@ def _output_files(names: Iterable[str], folder: str) -> dict[str, Path]:
         if target.exists() and _mark(target) is None:
             raise ImageError(f"{target} exists and was not written by mflux-vae; give another --output")
     return targets
+
+
+def _say_replaced(targets: Mapping[str, Path], marks: Mapping[str, str]) -> None:
+    """Warn about our files of another model, other settings or other latents."""
+    others = [target for name, target in targets.items() if target.exists() and _mark(target) != marks[name]]
+    if others:
+        folder, names = others[0].parent, first_names([target.name for target in others])
+        log.warning("%s: replacing %s of another model or other settings: %s", folder, _count(others), names)
 
 
 def _mark(target: Path) -> str | None:

@@ -81,6 +81,9 @@ class Unfinished:
         path: final file. Its images are kept if settings and image are unchanged.
         settings: what the latents depend on.
 
+    Attributes:
+        replaced: number of images in `path` that another model or other settings encoded.
+
     Raises:
         WeightsError: `path` exists and is no latent file.
     """
@@ -90,8 +93,7 @@ class Unfinished:
         self.settings = dict(settings)
         self.parts = self.path.with_name(f".{self.path.name}.parts")
         self.entries: dict[str, Entry] = {}
-        if self.path.exists():
-            self._load(self.path)
+        self.replaced = self._load(self.path) if self.path.exists() else 0
         for part in sorted(self.parts.glob("*.safetensors")):
             try:
                 self._load(part)
@@ -113,8 +115,11 @@ class Unfinished:
         write(self.path, {name: self.entries[name] for name in names}, self.settings)
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def _load(self, file: Path) -> None:
+    def _load(self, file: Path) -> int:
+        """Take the images of a file; returns the number of those of other settings, which are not taken."""
         entries, settings = read(file)
-        if settings == self.settings:
-            mx.eval([entry.latents for entry in entries.values()])  # evaluate before the file is replaced
-            self.entries.update(entries)
+        if settings != self.settings:
+            return len(entries)
+        mx.eval([entry.latents for entry in entries.values()])  # evaluate before the file is replaced
+        self.entries.update(entries)
+        return 0

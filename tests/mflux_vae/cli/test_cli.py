@@ -172,6 +172,26 @@ def test_latents_of_other_weights_are_decoded_with_a_warning(
     assert status == 2 and "expected (B, 8, h, w)" in err and str(file) in err
 
 
+def test_files_of_another_model_are_replaced_with_a_warning(
+    run: Run, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    other, out, file = tmp_path / "other", tmp_path / "out", tmp_path / "latents.safetensors"
+    VAE(network=small_kl(seed=1)).save_pretrained(other)
+    commands = (
+        (("encode", photos, "--output", file), file.name, "--model"),
+        (("reconstruct", photos, "--output", out), "3 images", "--model"),
+        (("compare", "--images", photos, "--output", tmp_path / "compared"), "comparison.png", None),
+    )
+    for words, name, flag in commands:
+        for given, expected in ((model, False), (model, False), (other, True)):
+            model_words = (flag, given) if flag else (given,)
+            status, _, err = run(words[0], *model_words, *words[1:])
+            assert status == 0 and ("replacing" in err) == expected and (name in err) >= expected, err
+    for given, expected in ((other, False), (other, False), (model, True)):
+        status, _, err = run("decode", file, "--model", given, "--output", tmp_path / "decoded")
+        assert status == 0 and ("replacing 3 images" in err) == expected, err
+
+
 def test_reconstruct_shows_and_measures(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, stdout, err = run("reconstruct", photos, "--model", model, "--output", out, "--amplify", 2)

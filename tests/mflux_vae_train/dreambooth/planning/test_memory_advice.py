@@ -221,3 +221,13 @@ def test_an_update_beyond_the_memory_names_flags_that_are_left(settings, caplog,
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "more than the available" in warning and "reduce it with --" in warning
     assert "--gradient_checkpointing" not in warning and "--train_batch_size" not in warning
+
+
+def test_a_time_or_that_it_is_unknown(settings, monkeypatch) -> None:
+    resolved = resolved_from(settings(quantize=4, max_train_steps=10))
+    work = workload(Weighed(), resolved, trained=100, shape=(16, 16), prompts=3, class_images=0)
+    for speed, known in ((1e7, True), (1e12, False)):
+        monkeypatch.setattr(memory_estimate, "_operations_per_second", lambda speed=speed: speed)
+        lines = memory_estimate.estimate(Weighed(), resolved, work).lines
+        assert any(line.startswith("time: at least") for line in lines) == known
+        assert any("time unknown until the first updates" in line for line in lines) != known
