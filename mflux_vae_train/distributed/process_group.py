@@ -24,6 +24,7 @@ from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.text_files import read_text
 from mflux_vae_train.checkpointing import state
+from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed import heartbeat, interrupts
 from mflux_vae_train.distributed.messages import ALIGNMENT, Spec, pack, padded_size, spec_of, unpack
 from mflux_vae_train.distributed.watchdog import Watchdog, socket_descriptors, time_limit
@@ -106,12 +107,12 @@ class ProcessGroup:
         return value
 
     def assert_equal(self, value: Mapping[str, Any]) -> None:
-        """Check that all processes have equal JSON values under each name.
+        """Check that all processes have equal JSON values under each name, except explanations of others.
 
         Raises:
             SettingsError: in all processes, naming what differs where.
         """
-        values = self.gather(dict(value))
+        values = self.gather({name: one for name, one in value.items() if not name.endswith(BY_FILE)})
         for rank, other in enumerate(values):
             if differences := [
                 f"{name} is {other.get(name)!r}, not {values[0].get(name)!r}"

@@ -90,7 +90,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_train_steps": 12}, ["--lora_weights", "--output_dir NEW", "--allow_changes", "warm restart"]),
     ({"resume_from_checkpoint": "checkpoint-5"}, ["checkpoint-8, checkpoint-6, checkpoint-4, checkpoint-2"]),
     ({"resume_from_checkpoint": "checkpoint-4", "learning_rate": 0.5}, ["learning_rate"]),
-    ({"seed": 3, "lora_dropout": 0.25, "lr_scheduler": "linear", "num_crops": 7, "random_flip": True}, ["and 2 more"]),
+    ({"seed": 3, "lora_dropout": 0.25, "lr_scheduler": "linear", "num_crops": 7, "random_flip": True}, ["seed was 0"]),
     ({"instance_prompt": "a photo of sks dog " + "in the rain " * 50}, ["instance_prompt"]),
 ]
 
@@ -156,6 +156,15 @@ def test_other_class_images_are_named_although_the_run_is_finished(settings: Mak
     refused(settings(**changes), "class pictures", "dog-1.png is gone", out=out)
     save_image(folder / "dog-1.png", np.full((16, 16, 3), 200, np.uint8))
     refused(settings(**changes), "class pictures", "dog-1.png has other content", out=out)
+
+
+def test_a_resume_is_refused_before_class_images_are_drawn(settings: Make, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"prior_preservation": "class_images", "num_class_images": 2, "max_train_steps": 2}
+    train(settings(**changes))
+    shutil.rmtree(tmp_path / "out" / "class_images")
+    more = {**changes, "max_train_steps": 4, "allow_changes": True}
+    refused(settings(**more, rank=4), "rank was 2, is now 4", out=tmp_path / "out")
+    assert train(settings(**more)).updates == 2
 
 
 # going back
@@ -270,7 +279,9 @@ def test_a_longer_schedule_that_jumps_or_ends_is_announced(settings: Make, caplo
     assert "change little" in caplog.text and "--lora_weights" in caplog.text
 
 
-def test_a_requested_file_is_added_to_a_finished_run(settings: Make, tmp_path: Path) -> None:
+def test_a_requested_file_is_added_to_a_finished_run(
+    settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline
 
     options: dict[str, Any] = {"max_train_steps": 1, "resolution": 32}
@@ -280,6 +291,11 @@ def test_a_requested_file_is_added_to_a_finished_run(settings: Make, tmp_path: P
     assert train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "two")).updates == 0
     assert (tmp_path / "out" / "pytorch_lora_weights_kohya.safetensors").is_file()
     assert adapter.read_bytes() == before
+    assert "estimated peak memory" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "three"))
+    assert "already complete" in caplog.text and "estimated" not in caplog.text
 
 
 # an adapter to start from
