@@ -111,7 +111,7 @@ class VAETrainer:
         Raises:
             SettingsError: the folder contains another run, or cannot be written.
             TrainingError: the loss is not finite, or a checkpoint is broken.
-            Interrupted: a signal arrived; a checkpoint was saved.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved. It is a KeyboardInterrupt, not an Error.
         """
         with process_group.join() as processes, interrupts.handling(processes):
             if self.settings.dry_run:

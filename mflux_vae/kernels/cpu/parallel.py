@@ -85,7 +85,8 @@ def overlapping() -> Iterator[None]:
 
     Matrix products use one thread each, as in chunks.
     """
-    mx.synchronize()  # see `_one_product_per_core`
+    if device.is_cpu():
+        mx.synchronize()  # see `_one_product_per_core`
     with _flag_set("overlapping"), device.one_blas_thread():
         try:
             yield
