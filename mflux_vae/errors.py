@@ -72,5 +72,7 @@ class TrainingError(RunError):
 
 def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
     """Suffix for a message about an unknown name: the nearest known one with `dashes` in front, or an empty string."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
+    names = sorted(known)
+    within = [name for name in names if word in name] if len(word) > 2 else []
+    near = difflib.get_close_matches(word, names, n=1) or difflib.get_close_matches(word, within, n=1, cutoff=0)
     return f"; did you mean {dashes}{near[0]}?" if near else ""

@@ -15,3 +15,9 @@
 Imports: `mflux_vae` <- core (the first seven) <- `dreambooth`, `vae`; `mflux_vae` <- `pipelines` <- `dreambooth`.
 `tests/test_architecture.py` checks them.
 """
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  (a checkout that pip did not install)
+    print("mflux_vae_train: error: needs Python 3.10 or newer, this is %s" % sys.version.split()[0], file=sys.stderr)  # noqa: UP031
+    raise SystemExit(2)

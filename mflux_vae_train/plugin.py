@@ -24,6 +24,7 @@ The contract:
 from __future__ import annotations
 
 from mflux_vae.errors import InputError, MfluxVaeError, PluginError, RunError
+from mflux_vae.runtime import device  # noqa: F401  (first: one clear error where MLX cannot be imported)
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth, TrainingResult

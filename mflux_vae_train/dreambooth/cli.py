@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 
 PROG = "mflux-train-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
@@ -28,10 +30,14 @@ def _run(argv: Sequence[str] | None) -> None:
     from mflux_vae_train.dreambooth.config import DreamBoothSettings
     from mflux_vae_train.dreambooth.ignored_flags import IGNORED_FLAGS
     from mflux_vae_train.settings.flags import settings_from
+    from mflux_vae_train.settings.values import MissingSettings
 
-    settings = settings_from(
-        DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
-    )
+    try:
+        settings = settings_from(
+            DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
+        )
+    except MissingSettings as error:
+        raise MissingSettings(f"{error}; for example: {_example()}") from None
     import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
     # transformers provides tokenizers; without this it warns at import that PyTorch is missing
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -56,6 +62,13 @@ def _description() -> str:
         "Teach a diffusion pipeline a subject from a few images (DreamBooth). The same command continues an"
         f" interrupted run. Installed pipelines: {pipelines or 'none'}."
     )
+
+
+def _example() -> str:
+    """A command that runs as it is: on the embedded pipeline and images."""
+    images = Path(__file__).parents[1] / "pipelines" / "tiny" / "example"
+    prompt = "--instance_prompt 'a photo of sks star' --max_train_steps 100 --output_dir star"
+    return f"{PROG} --model tiny --instance_data_dir {shlex.quote(str(images))} {prompt}"
 
 
 if __name__ == "__main__":

@@ -64,12 +64,20 @@ class DreamBoothSettings:
     A *step* is an optimizer update everywhere: warm-up, schedule, checkpoints and validation count updates.
 
     Attributes:
+        MAIN: flags that ``--help`` shows.
+        NEEDED: settings that must be given unless another one is.
         REPLACES, EXCLUSIVE, COMPUTED: settings with several names, see `settings.origins`.
 
     Raises:
         SettingsError: a value has the wrong type or is out of range, or two settings exclude each other.
     """
 
+    MAIN: ClassVar[Sequence[str]] = (
+        *("model", "instance_data_dir", "instance_prompt", "output_dir", "resolution", "prior_preservation", "rank"),
+        *("quantize", "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
+        *("learning_rate", "validation_prompt", "dry_run"),
+    )
+    NEEDED: ClassVar[Mapping[str, str]] = {"instance_data_dir": "concepts", "instance_prompt": "concepts"}
     REPLACES: ClassVar[Sequence[tuple[Sequence[str], Sequence[str]]]] = _REPLACES
     EXCLUSIVE: ClassVar[Sequence[tuple[str, str]]] = (("num_train_epochs", "max_train_steps"),)
     COMPUTED: ClassVar[Mapping[str, str]] = {"max_train_steps": "num_train_epochs"}

@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (--help lists all flags)")
+        raise SettingsError(f"{message} (--help lists flags)")
 
 
 def parser_from(
@@ -95,6 +95,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets = NON
     add("--config", metavar="FILE", help="YAML file of settings; flags override it")
     if presets:
         add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags override it")
+    if main := getattr(cls, "MAIN", ()):
+        _shorten_help(parser, main, count=len(dataclasses.fields(cls)))
     hints = hints_of(cls)
     for field in dataclasses.fields(cls):
         if heading := field.metadata.get("group"):
@@ -121,6 +123,30 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets = NON
                 add(name, dest=field.name, action="store_false", help=shown)
 
 
+def _shorten_help(parser: argparse.ArgumentParser, main: Sequence[str], count: int) -> None:
+    """Let ``--help`` show the flags of `main` only, and ``--help-all`` all."""
+
+    class ShortHelp(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+            formatter = parser._get_formatter()
+            formatter.add_usage(parser.usage, [], [])
+            formatter.add_text(parser.description)
+            for group in parser._action_groups:
+                general = group is parser._optionals
+                formatter.start_section(group.title)
+                formatter.add_arguments([each for each in group._group_actions if general or each.dest in main])
+                formatter.end_section()
+            formatter.add_text(f"These are the main flags of {count}; --help-all lists all.")
+            print(formatter.format_help(), end="")
+            parser.exit()
+
+    general, hidden = parser._optionals, argparse.SUPPRESS
+    general.conflict_handler = "resolve"  # replaces the --help that argparse added
+    general.add_argument("-h", "--help", action=ShortHelp, nargs=0, dest=hidden, default=hidden, help="show main flags")
+    general.conflict_handler = "error"
+    parser.add_argument("--help-all", "--help_all", action="help", help="show all flags")
+
+
 def settings_from(
     cls: type[T],
     argv: Sequence[str] | None = None,
@@ -138,12 +164,12 @@ def settings_from(
     """
     parser = parser_from(cls, ignored_flags=ignored_flags, **parser_options)
     namespace, unknown = parser.parse_known_args(argv)
-    known = set(hints_of(cls))
+    known = {word.lstrip("-").replace("-", "_") for word in parser._option_string_actions}
     for word in unknown:
         if word.startswith("-"):
             flag = word.split("=")[0]
-            hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known | {"config"}, "--")
-            raise SettingsError(f"unknown flag {flag}{hint} (--help lists all flags)")
+            hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known, "--")
+            raise SettingsError(f"unknown flag {flag}{hint} (--help lists flags)")
         raise SettingsError(f"{word!r} follows no flag; quote a value that contains spaces")
     return settings_of(cls, vars(namespace), ignored_flags=ignored_flags)
 
@@ -174,7 +200,7 @@ def settings_of(
     try:
         settings = build(cls, {**_preset(preset, presets), **file, **flags}, "--")
     except SettingsError as error:
-        raise SettingsError(f"{error}{places_of(str(error), flags, file)}") from None
+        raise type(error)(f"{error}{places_of(str(error), flags, file)}") from None
     set_origins(settings, flags, file)
     return settings
 

@@ -34,6 +34,10 @@ DERIVED = "derived"
 """Key of a settings file: a mapping with the settings that were derived from the others."""
 
 
+class MissingSettings(SettingsError):
+    """Settings without a default are not given."""
+
+
 class Values(dict[str, Any]):
     """Values of a settings file by field name.
 
@@ -183,8 +187,12 @@ def _nested(cls: Any, name: str, value: Any, where: str) -> Any:
 def build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     required: Any = cls
     fields = [field.name for field in dataclasses.fields(required) if field.default is dataclasses.MISSING]
-    if missing := [name for name in fields if name not in values]:
+    missing = [name for name in fields if name not in values]
+    missing += [
+        name for name, other in getattr(cls, "NEEDED", {}).items() if not values.get(name) and values.get(other) is None
+    ]
+    if missing:
         if prefix == "--":
-            raise SettingsError(f"missing: {', '.join(f'--{name}' for name in missing)} (--help lists all flags)")
-        raise SettingsError(f"{prefix}missing: {', '.join(missing)}")
+            raise MissingSettings(f"missing: {', '.join(f'--{name}' for name in missing)} (--help explains them)")
+        raise MissingSettings(f"{prefix}missing: {', '.join(missing)}")
     return cls(**values)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.formatting import first_few
@@ -22,9 +22,25 @@ class VAETrainingSettings:
 
     An update is one optimizer step. An epoch is one pass over the training images.
 
+    Attributes:
+        MAIN: flags that ``--help`` shows.
+        REPLACES, EXCLUSIVE: settings with several names, see `settings.origins`.
+
     Raises:
         SettingsError: a value has the wrong type or is out of range, or two settings exclude each other.
     """
+
+    MAIN: ClassVar[Sequence[str]] = (
+        *("experiment_name", "output_dir", "data", "image_size", "in_channels", "network", "hidden_dims", "latent_dim"),
+        *("init_from", "loss_type", "beta", "batch_size", "num_epochs", "learning_rate", "dry_run"),
+    )
+    REPLACES: ClassVar[Sequence[tuple[Sequence[str], Sequence[str]]]] = (
+        (("max_filters",), ("hidden_dims",)),
+        (("hidden_dims",), ("max_filters",)),
+        (("init_from",), ("network_config", "init")),
+        (("network_config",), ("init_from",)),
+    )
+    EXCLUSIVE: ClassVar[Sequence[tuple[str, str]]] = (("max_filters", "hidden_dims"),)
 
     experiment_name: str | None = flag(
         "name of the run (default: built from data, widths and latent size)", None, group="output"

@@ -106,8 +106,11 @@ def test_help_needs_no_back_end(module: str, arguments: list[str], broken_mlx: t
     assert done.returncode == 0 and "usage" in done.stdout and not done.stderr
 
 
-def test_without_a_back_end_the_package_says_so(broken_mlx: tuple[Path, str]) -> None:
+@pytest.mark.parametrize(
+    "code", ["import mflux_vae; mflux_vae.SettingsError; mflux_vae.VAE", "import mflux_vae_train.plugin"]
+)
+def test_without_a_back_end_the_package_says_so(code: str, broken_mlx: tuple[Path, str]) -> None:
     path, word = broken_mlx
-    done = run("-c", "import mflux_vae; mflux_vae.SettingsError; mflux_vae.VAE", path=path)
+    done = run("-c", code, path=path)
     assert done.returncode == 1
     assert "BackendError" in done.stderr.splitlines()[-1] and word in done.stderr.splitlines()[-1]
