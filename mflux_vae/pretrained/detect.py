@@ -11,7 +11,7 @@ from typing import Any
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.networks.laq import code_counts
-from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.weights.keymaps import mlx_examples
 from mflux_vae.weights.kinds import kind_of
 
@@ -97,10 +97,10 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
         return Match("", family, "diffusers")  # loading reports missing keys
     if not found:
         starts = sorted({".".join(key.split(".")[:2]) for key in keys})
-        shown = first_few(starts, 4, 35) or "nothing"
+        shown = ", ".join([shortened(start, 35) for start in starts[:4]] + ["..."] * (len(starts) > 4)) or "nothing"
         holds = f"it holds {kind}; " if (kind := kind_of(keys)) else ""
         raise WeightsError(
-            f"{where}: no known autoencoder; {holds}its {len(keys)} tensors start with {shown}; give the file of a VAE"
+            f"{where}: no known autoencoder; {holds}give the file of a VAE; its {len(keys)} tensors start with {shown}"
         )
     prefix, kind, naming = min(found, key=_rank)
     if naming == "compvis" and any(prefix + key in keys for key in _NESTED):
