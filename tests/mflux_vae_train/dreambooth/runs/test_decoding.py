@@ -22,21 +22,21 @@ CROPS = ["--no_center_crop", "--num_crops=3", "--random_flip", "--use_aspect_rat
 def counts(monkeypatch):
     """Decodes and hashes of each file until all images are encoded."""
     decoded, hashed = Counter(), Counter()
-    read, file_hash, encode = images._read, dataset.file_hash, precompute.encode_dataset
+    read, file_hash, encode = images.read_file, dataset.file_hash, precompute.encode_dataset
 
     def count(counter, function):
-        def counted(path):
+        def counted(path, *rest, **options):
             counter[Path(path).name] += 1
-            return function(path)
+            return function(path, *rest, **options)
 
         return counted
 
     def until_encoded(*args, **options):
         encoded = encode(*args, **options)
-        monkeypatch.setattr(images, "_read", read)
+        monkeypatch.setattr(images, "read_file", read)
         return encoded
 
-    monkeypatch.setattr(images, "_read", count(decoded, read))
+    monkeypatch.setattr(images, "read_file", count(decoded, read))
     for module in (dataset, encoding):
         monkeypatch.setattr(module, "file_hash", count(hashed, file_hash))
     monkeypatch.setattr(precompute, "encode_dataset", until_encoded)
