@@ -20,6 +20,13 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 AVIF = b"\0\0\0\x1cftypavif\0\0\0\0mif1miafavif"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_the_extra_for_heif():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mflux_vae.image_files.formats.find_spec", lambda _: None)
+        yield
+
+
 def paint(path: Path, color="red", *, mode: str = "RGB", format: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, (4, 4), color).save(path, format=format)

@@ -96,12 +96,12 @@ def test_captions_that_are_not_used_are_named(folder):
     (folder / "0.txt").write_text(" \n")
     (folder / "1.txt").write_text("replaced")
     (folder / "2.txt").write_text("a star\nof two lines")
-    (folder / "5.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    rows(folder, {"file_name": "1.png", "text": "x"}, {"file_name": "5.heic", "text": "x"})
+    (folder / "5.psd").write_bytes(b"8BPS\0\1")
+    rows(folder, {"file_name": "1.png", "text": "x"}, {"file_name": "5.psd", "text": "x"})
     found = read(folder)
     assert found.texts == {"0.png": PROMPT, "1.png": "x", "2.png": "a star of two lines", "3.png": PROMPT}
     assert [next(word for word in line.split() if word[0].isdigit()) for line in found.warnings] == ["1"] * 5
-    for word in ("empty caption (0.txt)", "(3.png)", "not used (1.txt)", "several lines", "5.heic"):
+    for word in ("empty caption (0.txt)", "(3.png)", "not used (1.txt)", "several lines", "5.psd"):
         assert any(word in line for line in found.warnings)
 
 

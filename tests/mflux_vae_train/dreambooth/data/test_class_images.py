@@ -122,11 +122,11 @@ def test_what_a_class_folder_holds_and_is_not_used_is_named(tmp_path):
     save_image(tmp_path / "1_dog" / "a.png", np.zeros((8, 8, 3), np.uint8))
     save_image(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
     (tmp_path / "b.txt").write_text("a dog")
-    (tmp_path / "c.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "c.psd").write_bytes(b"8BPS\0\1")
     concept = Concept(
         instance_data_dir="x", instance_prompt="a sks dog", class_prompt=PROMPT, class_data_dir=str(tmp_path)
     )
     (folder,) = class_images.scan_class_folders([concept], count=3)
     assert folder.present == 1 and len(folder.missing) == 2
-    for word in ("1 image in subfolders ('1_dog')", "c.heic", "b.txt"):
+    for word in ("1 image in subfolders ('1_dog')", "c.psd", "b.txt"):
         assert word in folder.unused

@@ -39,7 +39,7 @@ def out(tmp_path_factory):
         save_image(folder / "instance" / f"picture-{index}.png", subject(index))
     save_image(folder / "instance" / "x<b>&y.png", subject(7))
     (folder / "instance" / "x<b>&y.txt").write_text(f"a sks dog {EVIL}", encoding="utf-8")
-    (folder / "instance" / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "instance" / "photo.psd").write_bytes(b"8BPS\0\1")
     train(folder / "instance", folder / "out")
     return folder / "out"
 
@@ -92,7 +92,7 @@ def test_page_lists_what_is_not_used(out):
     warnings = [line.partition(" WARNING ")[2] for line in log if " WARNING " in line]
     shown = [text for tag, text in page_of(out).texts if tag == "li"]
     assert {*warnings} <= {*shown}
-    for word in ("photo.HEIC", "5 of 6 images have no caption"):
+    for word in ("photo.psd", "5 of 6 images have no caption"):
         assert sum(word in line for line in warnings) == 1
 
 

@@ -79,19 +79,19 @@ def test_folders_are_read_recursively_sorted_by_name(tmp_path):
 def test_what_a_folder_holds_and_is_not_used_is_named(tmp_path, videos, caplog):
     painted(tmp_path / "data" / "a.jpg", 10)
     painted(tmp_path / "data" / "b" / "c.png", 20)
-    for name in ("data/b/fake.png", "data/IMG_1.HEIC", "videos/1/00010.heic"):
-        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    for name in ("data/b/fake.png", "data/IMG_1.psd", "videos/1/00010.psd"):
+        (tmp_path / name).write_bytes(b"8BPS\0\1")
     painted(tmp_path / "data" / "b" / "c-mask.png", 20)
     (tmp_path / "data" / "d.png").symlink_to("/nope/d.png")
     assert values(open_data(tmp_path / "data", size=4, channels=1)[0]) == [10, 20]
     (warning,) = [record.message for record in caplog.records]
-    assert all(name in warning for name in ("IMG_1.HEIC", "fake.png", "c-mask.png", "/nope/d.png"))
+    assert all(name in warning for name in ("IMG_1.psd", "fake.png", "c-mask.png", "/nope/d.png"))
     painted(videos / "beside.jpg", 1)
     assert values(open_data(videos, size=4, channels=1, kind="frames")[0]) == [10, 11, 12, 20, 30, 31]
-    assert "beside.jpg" in caplog.text and "00010.heic" in caplog.text
+    assert "beside.jpg" in caplog.text and "00010.psd" in caplog.text
     (tmp_path / "data" / "a.jpg").unlink()
     (tmp_path / "data" / "b" / "c.png").unlink()
-    with pytest.raises(ImageError, match=r"IMG_1\.HEIC.*sips"):
+    with pytest.raises(ImageError, match=r"IMG_1\.psd.*convert"):
         open_data(tmp_path / "data", size=4, channels=1)
 
 
@@ -99,7 +99,7 @@ def test_extensions_are_trusted_in_large_data_sets(tmp_path, monkeypatch):
     for index in range(3):
         painted(tmp_path / "a" / f"{index}.png", 10)
     painted(tmp_path / "b" / "0.png", 20)
-    (tmp_path / "b" / "fake.png").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "b" / "fake.png").write_bytes(b"8BPS\0\1")
     assert len(sources.folder(tmp_path, size=4, channels=1)) == 4
     monkeypatch.setattr(sources, "MAX_INSPECTED", 2)
     assert len(sources.folder(tmp_path, size=4, channels=1)) == 5
