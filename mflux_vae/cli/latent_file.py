@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.utils.text_files import parse_json
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
@@ -50,7 +51,7 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         raise WeightsError(f"{path} was not written by `mflux-vae encode`")
     check_numbers(tensors, str(path), "latents")
     try:
-        settings, pictures = json.loads(metadata["settings"]), json.loads(metadata["pictures"])
+        settings, pictures = parse_json(metadata["settings"]), parse_json(metadata["pictures"])
         if not isinstance(settings, dict):
             raise TypeError("settings are not an object")
         entries = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from mflux_vae.pretrained import detect, hub, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.links import missing, naming_broken_links
+from mflux_vae.utils.text_files import parse_json
 from mflux_vae.utils.yaml_io import read_yaml
 from mflux_vae.weights.formats.files import SUFFIXES, open_folder, open_weights, read_json
 from mflux_vae.weights.formats.lazy_tensor import LazyTensor
@@ -231,7 +231,7 @@ def _stored_config(metadata: Mapping[str, str], where: str) -> dict[str, Any] | 
     if CONFIG_KEY not in metadata:
         return None
     try:
-        config = json.loads(metadata[CONFIG_KEY])
+        config = parse_json(metadata[CONFIG_KEY])
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{where}: the configuration in its metadata is not readable ({error})") from error
     if not isinstance(config, dict):

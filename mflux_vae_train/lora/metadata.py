@@ -7,7 +7,6 @@ kohya's scripts write them.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import shortened
+from mflux_vae.utils.text_files import parse_json
 from mflux_vae.weights.formats.files import read_json
 from mflux_vae_train.lora.location import FILES
 
@@ -159,7 +159,7 @@ class Statements:
 
     def _json(self, text: str, what: str = METADATA_KEY) -> Mapping[str, Any]:
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if not isinstance(content, dict):
                 raise ValueError("not an object")
             return content

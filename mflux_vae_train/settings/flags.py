@@ -189,19 +189,19 @@ def settings_of(
     given = dict(given)
     config, preset, ignored = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
     file = Values() if config is None else read_file(cls, Path(expand(config)), presets, ignored_flags, translate)
-    for name in [*file.pop(IGNORED, []), *ignored]:
-        logger.warning("--%s has no effect: %s", name, ignored_flags[name])
+    unused = [f"--{name} has no effect: {ignored_flags[name]}" for name in [*file.pop(IGNORED, []), *ignored]]
     file.pop(DERIVED, None)
     preset_in_file = file.pop("preset", None)
     preset = preset_in_file if preset is None else preset
     flags = {name: convert(cls, name, value) for name, value in given.items()}
-    for line in settle_spellings(cls, flags, file):
+    unused += settle_spellings(cls, flags, file)
+    for line in unused:
         logger.warning("%s", line)
     try:
         settings = build(cls, {**_preset(preset, presets), **file, **flags}, "--")
     except SettingsError as error:
         raise type(error)(f"{error}{places_of(str(error), flags, file)}") from None
-    set_origins(settings, flags, file)
+    set_origins(settings, flags, file, unused)
     return settings
 
 

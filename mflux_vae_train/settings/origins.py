@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.settings.values import Values
 
-_ATTRIBUTE = "_origins"
+_ATTRIBUTE, _UNUSED = "_origins", "_unused"
 _ONLY_WRITTEN = {"dry_run", "allow_changes"}
 """Settings that a file with all settings has; nobody writes both by hand."""
 
@@ -27,10 +27,16 @@ def origins_of(settings: Any) -> Mapping[str, str]:
     return getattr(settings, _ATTRIBUTE, {})
 
 
-def set_origins(settings: Any, flags: Mapping[str, Any], file: Values) -> None:
-    """Record where the settings come from."""
+def unused_of(settings: Any) -> Sequence[str]:
+    """One line for each flag and setting of a file that was not used; empty unless a command line was parsed."""
+    return getattr(settings, _UNUSED, ())
+
+
+def set_origins(settings: Any, flags: Mapping[str, Any], file: Values, unused: Sequence[str]) -> None:
+    """Record where the settings come from, and what was not used."""
     places = {name: file.places[name] for name in file if name in file.places}
     object.__setattr__(settings, _ATTRIBUTE, {**places, **{name: f"--{name}" for name in flags}})  # it is frozen
+    object.__setattr__(settings, _UNUSED, tuple(unused))
 
 
 def places_of(message: str, flags: Mapping[str, Any], file: Values) -> str:

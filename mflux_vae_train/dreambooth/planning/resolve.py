@@ -16,8 +16,21 @@ from mflux_vae_train.dreambooth.planning.prompt_checks import fill_placeholders
 from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.settings.origins import origins_of
 
 PREVIEWS_PER_RUN = 8
+
+_DEFAULTS = {field.name: field.default for field in fields(DreamBoothSettings)}
+_RECOMMENDED = (
+    "resolution",
+    "learning_rate",
+    "guidance",
+    "caption_dropout",
+    "prior_loss_weight",
+    "rank",
+    "weighting_scheme",
+)
+"""Settings that the pipeline recommends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,17 @@ class ResolvedSettings(DreamBoothSettings):
         return Plan(
             samples=self.samples, batch_size=self.train_batch_size, accumulation=self.gradient_accumulation_steps
         )
+
+    def origin(self, name: str) -> str:
+        """Who gave a setting: the flag, file and line, "given" by a program, "the pipeline", "default" or "derived"."""
+        value, default = getattr(self.given, name), _DEFAULTS[name]
+        if place := origins_of(self.given).get(name):
+            return place
+        if value != default:
+            return "given"
+        if getattr(self, name) == value:
+            return "default"
+        return "the pipeline" if name in _RECOMMENDED else "derived"
 
     def to_settings(self) -> DreamBoothSettings:
         """The settings that reproduce the run."""

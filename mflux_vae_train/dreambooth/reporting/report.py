@@ -31,6 +31,7 @@ from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.monitoring.report.charts import format_number
 from mflux_vae_train.monitoring.report.curves import smoothed
 from mflux_vae_train.monitoring.report.page import PageHeader, Section, image_element, page, table
+from mflux_vae_train.settings.origins import unused_of
 from mflux_vae_train.training.hooks import peak_memory, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,12 @@ class Report:
             progress=update / total,
             stats=_figures(records, update, total),
         )
+        unused = [*unused_of(resolved.given), *resolved.warnings]
         sections = [
             ("previews", "Previews", self._preview_section(), "Each row starts from the same noise."),
             ("curves", "Training curves", charts(records, resolved.max_grad_norm, total), ""),
             ("data", "Training images", self._data_section(), ""),
-            ("unused", "Not used", _list(resolved.warnings), "Ignored, cut, changed or unusual."),
+            ("unused", "Not used", _list(unused), "Ignored, cut, changed or unusual."),
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]
@@ -160,7 +162,8 @@ class Report:
             value = getattr(settings, field.name)
             if value is None or field.name in ("resume_from_checkpoint", "dry_run", "allow_changes"):
                 continue
-            groups[-1][1].append((field.name, _value_text(value), field.metadata["help"], value != field.default))
+            explanation = f"{field.metadata['help']} ({self._run.resolved.origin(field.name)})"
+            groups[-1][1].append((field.name, _value_text(value), explanation, value != field.default))
         tables = [f"<div><h3>{escape(heading)}</h3>{table(rows)}</div>" for heading, rows in groups if rows]
         command = f"mflux-train-dreambooth --config {shlex.quote(str(self._folder.settings))}"
         versions = ", ".join(f"{name} {version(name)}" for name in ("mflux-vae", "mlx"))

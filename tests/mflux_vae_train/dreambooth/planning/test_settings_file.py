@@ -20,7 +20,7 @@ from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES
 from mflux_vae_train.fingerprint import settings_identity
 from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import from_yaml, settings_from, to_yaml
-from mflux_vae_train.settings.origins import origins_of
+from mflux_vae_train.settings.origins import origins_of, unused_of
 from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved_from
 
 NEEDED = {"model": "fake", "instance_data_dir": "pictures", "instance_prompt": "a photo of sks dog"}
@@ -163,3 +163,17 @@ def test_concepts_are_the_same_run(tmp_path: Path) -> None:
     path.write_text(to_yaml(run_of(chosen).to_settings(), chosen))
     again = settings_from(DreamBoothSettings, [f"--config={path}"])
     assert again == chosen and identity(run_of(again)) == identity(run_of(chosen))
+
+
+def test_each_setting_knows_who_gave_it(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: fake\nseed: 5\nold: 3\nmax_train_steps: 80\n")
+    flags = [f"--config={tmp_path / 'run.yaml'}", "--num_train_epochs=2", "--instance-prompt=a photo of sks dog"]
+    ignored = {"old": "there is nothing old"}
+    chosen = settings_from(DreamBoothSettings, [*flags, "--instance_data_dir=pictures"], ignored_flags=ignored)
+    run = run_of(chosen)
+    names = ("model", "seed", "instance_prompt", "rank", "lora_alpha", "max_train_steps", "repeats")
+    assert [run.origin(name).removeprefix(f"{tmp_path}/") for name in names] == [
+        *("run.yaml, line 1", "run.yaml, line 2", "--instance_prompt", "the pipeline", "derived", "derived", "default")
+    ]
+    assert run_of(DreamBoothSettings(**NEEDED, seed=5)).origin("seed") == "given"
+    assert [line.split()[0] for line in unused_of(chosen)] == ["--old", "not"]
