@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.command_line import check_spellings
+from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.paths import expand
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae_train.settings.fields import field_type, hints_of, is_tuple
@@ -92,7 +93,7 @@ def parser_from(
 def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets = NONE) -> None:
     """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets."""
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--config", metavar="FILE", help="YAML file of settings; flags override it")
+    add("--config", metavar="FILE", action="append", help="YAML or JSON file of settings; flags override it")
     if presets:
         add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags override it")
     if main := getattr(cls, "MAIN", ()):
@@ -187,12 +188,17 @@ def settings_of(
         SettingsError: as `settings_from`, or an unknown preset.
     """
     given = dict(given)
-    config, preset, ignored = given.pop("config", None), given.pop("preset", None), given.pop(IGNORED, [])
-    file = Values() if config is None else read_file(cls, Path(expand(config)), presets, ignored_flags, translate)
+    configs, preset, ignored = given.pop("config", []), given.pop("preset", None), given.pop(IGNORED, [])
+    if len(configs) > 1:
+        raise SettingsError(f"--config is given {len(configs)} times ({first_few(configs)}); give one file")
+    file = read_file(cls, Path(expand(configs[0])), presets, ignored_flags, translate) if configs else Values()
     unused = [f"--{name} has no effect: {ignored_flags[name]}" for name in [*file.pop(IGNORED, []), *ignored]]
     file.pop(DERIVED, None)
     preset_in_file = file.pop("preset", None)
-    preset = preset_in_file if preset is None else preset
+    if preset is None:
+        preset = preset_in_file
+    elif kept := [name for name in file if name in _preset(preset, presets)]:
+        unused.append(f"--preset {preset} does not set {first_few(kept)}: {configs[0]} does")
     flags = {name: convert(cls, name, value) for name, value in given.items()}
     unused += settle_spellings(cls, flags, file)
     for line in unused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.optimizers.registry import used_by, with_given_rate
@@ -35,9 +36,23 @@ def without_effect(settings: VAETrainingSettings) -> dict[str, str]:
     return reasons
 
 
+_NETWORK = ("network", "hidden_dims", "max_filters", "latent_dim", "batch_norm", "upsampling", "last_conv", "output")
+"""Settings that ``--network_config`` and ``--init_from`` replace."""
+
+
+def _other_network(settings: VAETrainingSettings) -> list[str]:
+    """A line if the network does not come from the settings that describe one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    source = next((name for name in ("network_config", "init_from") if getattr(settings, name)), None)
+    unused = [f"--{name}" for name in (*_NETWORK, "layers_per_block") if getattr(settings, name) != defaults[name]]
+    if source is None or not unused:
+        return []
+    return [f"no effect: {', '.join(unused)}; the network is that of --{source} {getattr(settings, source)}"]
+
+
 def config_warnings(settings: VAETrainingSettings) -> list[str]:
     """One line per setting without effect and per combination that is known to fail."""
-    lines = ignored_settings(settings, without_effect(settings))
+    lines = [*ignored_settings(settings, without_effect(settings)), *_other_network(settings)]
     beta = settings.beta_end if settings.loss_type == "beta_vae" else settings.beta
     if settings.reduction == "mean" and beta > 0.01:
         lines.append(

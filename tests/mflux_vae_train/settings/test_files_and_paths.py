@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -14,8 +15,8 @@ from mflux_vae import cli as vae_cli
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.paths import expand, printable
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
-from mflux_vae_train.settings.flags import from_yaml, settings_from
-from mflux_vae_train.vae.config import VAETrainingSettings
+from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_from, settings_of
+from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
 
 NEEDED = {"model": "tiny", "instance_data_dir": "pictures", "instance_prompt": "a photo of sks dog"}
 WORDS = [f"--{name}={value}" for name, value in NEEDED.items()]
@@ -60,6 +61,20 @@ def test_words_for_true_and_false_are_text_where_text_belongs(tmp_path: Path) ->
 def test_only_plain_decimal_numbers_are_numbers(word: str) -> None:
     with pytest.raises(SettingsError, match="--learning_rate"):
         settings_from(DreamBoothSettings, [*WORDS, f"--learning_rate={word}"])
+
+
+def test_a_file_is_given_once_and_a_preset_says_what_the_file_keeps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text("latent_dim: 3\nbeta: 2\n")
+    config = f"--config={tmp_path / 'run.yaml'}"
+    with pytest.raises(SettingsError, match="2 times"):
+        settings_from(DreamBoothSettings, [*WORDS, config, config])
+    parser = argparse.ArgumentParser()
+    add_flags(parser, VAETrainingSettings, PRESETS)
+    found = settings_of(VAETrainingSettings, vars(parser.parse_args([config, "--preset=kl-f8"])), PRESETS)
+    assert (found.latent_dim, found.network) == (3, "kl")
+    assert "--preset kl-f8 does not set latent_dim, beta" in caplog.text
 
 
 def test_a_json_file_is_read_as_json(tmp_path: Path) -> None:

@@ -202,6 +202,13 @@ def test_settings_that_will_collapse_are_warned_about() -> None:
     assert not any(config_warnings(preset(name)) for name in PRESETS)
 
 
+def test_a_network_from_elsewhere_leaves_the_flags_of_one_without_effect() -> None:
+    for given in ({"init_from": "sd1"}, {"network_config": "a.json"}):
+        (line,) = config_warnings(preset("kl-f8", **given))
+        assert ("--hidden_dims, --latent_dim" in line and "a.json" in line) or "sd1" in line
+        assert not config_warnings(VAETrainingSettings(**given))
+
+
 @pytest.mark.parametrize(
     ("name", "other", "chosen_by"),
     [
