@@ -5,6 +5,8 @@ so several times, and its transcendental functions are scalar; `mflux_vae.kernel
 Every function returns the dtype of its (first) argument; half precision is computed in float32 where it would lose
 more than its own rounding.
 
+`gpu_fusion`, `gpu_attention`  formulas and attention on Metal and CUDA
+
 `cpu.parallel`          fills an output in place, chunk by chunk, on every core
 `cpu.im2col`            gathers and sums the windows of an image
 `cpu.conv_algorithms`   convolution algorithms and the choice between them
@@ -13,7 +15,7 @@ more than its own rounding.
 """
 
 from mflux_vae.kernels.activations import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
-from mflux_vae.kernels.attention import MAX_SCORES, attention, softmax
+from mflux_vae.kernels.attention import attention, softmax
 from mflux_vae.kernels.conv import (
     FUSED,
     Padding,
@@ -26,6 +28,8 @@ from mflux_vae.kernels.conv import (
 from mflux_vae.kernels.conv_transpose import conv_transpose2d
 from mflux_vae.kernels.cpu.fusion import compiles
 from mflux_vae.kernels.cpu.parallel import deferred, map_batch, overlapping, run_parallel, streams
+from mflux_vae.kernels.gpu_attention import MAX_SCORES
+from mflux_vae.kernels.gpu_fusion import widened
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -68,5 +72,6 @@ __all__ = [
     "streams",
     "tanh",
     "upsample_nearest_2x",
+    "widened",
     "workspace_bytes",
 ]

@@ -2,7 +2,7 @@
 
 On a CPU, MLX computes the exponentials of softmax one at a time, and attention would hold the scores of all queries
 and keys. When evaluated eagerly (see `cpu.parallel`), attention processes a few heads or queries at a time, and
-divides the result by the row sums instead of normalizing every score.
+divides the result by the row sums instead of normalizing every score. For Metal and CUDA see `gpu_attention`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mflux_vae.kernels import gpu_attention
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_deferred, is_eager, streams
 from mflux_vae.runtime import device
@@ -21,12 +22,8 @@ CHUNK_SCORES = 1 << 20
 """Scores per chunk on a CPU."""
 _MIN_SCORES = 1 << 15
 """With fewer scores, splitting into chunks does not pay off."""
-MAX_SCORES = 1 << 23
-"""Scores computed at a time on Metal and CUDA for heads wider than `_FUSED_MAX_WIDTH`."""
 _MAX_SPLITS = 16
 """Parts that a row is split into to find its maximum."""
-_FUSED_MAX_WIDTH = 128
-"""Widest head for which MLX's attention on Metal and CUDA does not materialize the scores."""
 
 
 def softmax(x: mx.array, axis: int = -1) -> mx.array:
@@ -66,24 +63,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
         dtype = q.dtype
         q, k, v = (a.astype(mx.float32) for a in (q, k, v))
         return _chunked_attention(q, k, v, scale, mask).astype(dtype)
-    queries = max(MAX_SCORES // (scores // q.shape[2]), 1)
-    if device.is_cpu() or queries >= q.shape[2] or q.shape[3] <= _FUSED_MAX_WIDTH or is_deferred():
+    if device.is_cpu() or is_deferred():
         return _attention(q, k, v, scale, mask)
-    outputs = []
-    for start in range(0, q.shape[2], queries):
-        rows = slice(start, start + queries)
-        part = None if mask is None else _mask_part(mask, (slice(None), slice(None), rows))
-        outputs.append(_attention(q[:, :, rows], k, v, scale, part))
-        try:
-            mx.eval(outputs[-1])
-        except ValueError:  # inside a trace nothing can be evaluated, so parts would save no memory
-            return _attention(q, k, v, scale, mask)
-    return mx.concatenate(outputs, axis=2)
+    return gpu_attention.attention(q, k, v, scale=scale, mask=mask)
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    if not device.is_cpu():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     scores = _scores(q, k, scale, mask)
     if not can_fuse(scores):
         return softmax(scores) @ v

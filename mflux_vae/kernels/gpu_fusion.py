@@ -19,7 +19,7 @@ _custom_function: Any = mx.custom_function  # MLX's stubs type its result as `ob
 
 
 def widened(formula: F, *, shapeless: bool = False) -> F:
-    """Compile an element-wise formula of arrays: computed in float32, returned in the dtype of the first argument.
+    """Compile a formula of element-wise operations and norms: float32 inside, result in the dtype of the first array.
 
     Its backward pass computes the formula again from the arguments. It depends on the cotangent, or the compilation of
     a training step would merge it with the forward pass, and keep all intermediate results.

@@ -1,4 +1,4 @@
-"""DoRA's layer, which takes quantised weights in full width one layer at a time. (Importing it takes seconds.)"""
+"""DoRA's layer, which widens the weights of one layer at a time. (Importing it takes seconds.)"""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner import dora
 
+from mflux_vae.runtime.device import is_cpu
+from mflux_vae_train.lora.linear import low_rank
 from mflux_vae_train.lora.targets import dimensions
 
 
 class DoRALinear(dora.DoRALinear):
-    """mlx-lm's layer. Over quantised weights W it computes m / |W'| (W x + s B A x) + b, W' = W + s B A, as
+    """mlx-lm's layer. On a GPU or over quantised weights it computes m / |W'| (W x + s B A x) + b, W' = W + s B A, as
 
-        f (quantised(x) + s B A x) + (1 - f) b,    f = m / |W'|,    quantised(x) = W x + b
+        f (layer(x) + s B A x) + (1 - f) b,    f = m / |W'|,    layer(x) = W x + b
 
-    so that no layer's W is kept in full width until the backward pass.
+    so that no layer's W is kept in full width until the backward pass, and (on a GPU) no x in float32.
     """
 
     @staticmethod
@@ -25,9 +27,9 @@ class DoRALinear(dora.DoRALinear):
         return layer
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not self._is_quantized():
+        if is_cpu() and not self._is_quantized():
             return super().__call__(x)
-        z = (self.dropout(x) @ self.lora_a) @ self.lora_b
+        z = low_rank(self, x)
         factor = (self.m / self._norms(x)).astype(x.dtype)
         y = factor * (self.linear(x) + (self.scale * z).astype(x.dtype))
         return y + (1 - factor) * self.linear.bias if "bias" in self.linear else y
@@ -35,7 +37,8 @@ class DoRALinear(dora.DoRALinear):
     def _norms(self, x: mx.array) -> mx.array:
         """|W'| of each row, without a gradient (arXiv:2402.09353, section 4.3)."""
         linear = self.linear
-        (packed,) = mx.depends([linear.weight], [x])  # not before: all layers' weights would be there together
-        scheme = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        weight = mx.dequantize(packed, linear.scales, linear.biases, **scheme)
+        (weight,) = mx.depends([linear.weight], [x])  # not before: all layers' weights would be there together
+        if self._is_quantized():
+            scheme = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+            weight = mx.dequantize(weight, linear.scales, linear.biases, **scheme)
         return mx.stop_gradient(mx.linalg.norm(weight + (self.scale * self.lora_b.T) @ self.lora_a.T, axis=1))

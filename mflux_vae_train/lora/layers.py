@@ -52,9 +52,9 @@ def add_lora(
     Raises:
         SettingsError: no linear layer matches; names some existing layers.
     """
-    from mlx_lm.tuner.lora import LoRALinear  # imports transformers: seconds
-
+    # these import transformers, which takes seconds
     from mflux_vae_train.lora.dora import DoRALinear
+    from mflux_vae_train.lora.linear import LoRALinear
 
     if layers(module):
         raise ValueError("the module already has adapters; fuse them first")
@@ -66,7 +66,7 @@ def add_lora(
     for path in targets:
         kind = DoRALinear if dora else LoRALinear
         size = (ranks or {}).get(path, rank)
-        layer = kind.from_base(originals[path], r=size, scale=(size if alpha is None else alpha) / size)
+        layer: Any = kind.from_base(originals[path], r=size, scale=(size if alpha is None else alpha) / size)
         _, inputs = dimensions(originals[path])
         salt = zlib.crc32(path.encode())
         limit = 1 / math.sqrt(inputs)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mflux_vae.kernels import silu
+from mflux_vae.runtime.device import is_cpu
 
 SINUSOIDAL_CHANNELS = 256
 ROPE_THETA = 10_000.0
@@ -77,15 +78,19 @@ def rotation(ids: mx.array, axes_dims: Sequence[int]) -> Rotation:
 
 def rotate(x: mx.array, angles: Rotation) -> mx.array:
     """Rotate pairs of neighbouring channels of (B, N, heads, head_dim) by their position's angles, in float32."""
-    rotated = cast(mx.array, _rotate_with_vjp(x.astype(mx.float32), *angles))
-    return rotated.astype(x.dtype)
+    return cast(mx.array, _rotate_with_vjp(x, *angles))
 
 
 def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return (_rotate_pairs if is_cpu() else _rotate_pairs_compiled)(x, cos, sin)
+
+
+def _rotate_pairs(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     other_of_pair = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-    return x * cos + other_of_pair * sin
+    return (x.astype(mx.float32) * cos + other_of_pair.astype(mx.float32) * sin).astype(x.dtype)
 
 
+_rotate_pairs_compiled = mx.compile(_rotate_pairs)
 _rotate_with_vjp = mx.custom_function(_rotate)
 
 

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu
+from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu, widened
+from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.config_check import JSONConfig
 from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
 from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
@@ -70,7 +71,14 @@ class Modulation(nn.Module):
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     """Layer norm without weights, then scale and shift by (B, 1, D)."""
+    return _modulated_norm(x, shift, scale) if is_cpu() else _modulated_norm_gpu(x, shift, scale)
+
+
+def _modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
+
+
+_modulated_norm_gpu = widened(_modulated_norm)
 
 
 class HeadNorm(nn.Module):

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mflux_vae.runtime.device import compute_dtype
 from mflux_vae_train import lora
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.pipelines.flux1 import memory, naming
@@ -63,7 +64,8 @@ def measured(stack: Stack) -> int:
 
     def loss(model: nn.Module, given: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         levels = mx.full((batch,), 0.5)
-        velocity = model(given["latents"], given["prompt"], given["pooled"], levels, *ids)
+        inputs = (given[name].astype(compute_dtype()) for name in ("latents", "prompt", "pooled"))
+        velocity = model(*inputs, levels, *ids).astype(mx.float32)
         return mx.square(velocity - given["target"]).mean(), {}
 
     step = Step(network, AdamW(), loss)
@@ -89,10 +91,12 @@ def estimated(stack: Stack) -> int:
 
 
 def _filled(network: FluxTransformer) -> FluxTransformer:
-    """With weights that cost little to make, one layer after the other."""
+    """With weights that cost little to make, one layer after the other, in the dtype of this device."""
+    dtype = compute_dtype()
 
     def values(array: mx.array) -> mx.array:
-        return ((mx.arange(array.size) % 997).astype(mx.float32) / 997 - 0.5).reshape(array.shape) * 0.05
+        spread = ((mx.arange(array.size) % 997).astype(mx.float32) / 997 - 0.5) * 0.05
+        return spread.reshape(array.shape).astype(dtype)
 
     network.update(tree_map(values, network.parameters()))
     for _, array in tree_flatten(network.parameters()):

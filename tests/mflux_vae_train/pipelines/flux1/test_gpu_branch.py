@@ -1,0 +1,72 @@
+"""FLUX trains on Metal and CUDA as on a CPU: the code for them, run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mflux_vae_train import lora
+from mflux_vae_train.optimizers.adam import AdamW
+from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.training.step import MicroBatch, Step
+from tests.helpers import gpu_branch
+from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
+
+SIDE, TEXT = 8, 6
+
+
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """Compilation for a CPU takes a minute; `test_compiled_update` covers it."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def trained(updates: int, dtype: mx.Dtype, *, dora: bool = False) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Adapter and losses after some updates."""
+    network = drawn(FluxTransformer(small_config(num_single_layers=1)), 0)
+    network.set_dtype(dtype)
+    lora.add_lora(network, ["*transformer_blocks.*"], rank=4, dora=dora)
+    config, ids = network.config, (image_ids(SIDE, SIDE), text_ids(TEXT))
+    shapes = {
+        "latents": (2, SIDE**2 // 4, config.in_channels),
+        "prompt": (2, TEXT, config.joint_attention_dim),
+        "pooled": (2, config.pooled_projection_dim),
+        "target": (2, SIDE**2 // 4, config.in_channels),
+    }
+
+    def loss(model: nn.Module, arrays: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        inputs = (arrays[name].astype(dtype) for name in ("latents", "prompt", "pooled"))
+        velocity = model(*inputs, mx.array([0.3, 0.7]), *ids).astype(mx.float32)
+        return mx.square(velocity - arrays["target"]).mean(), {}
+
+    step, losses = Step(network, AdamW(), loss), []
+    for update in range(updates):
+        keys = mx.random.split(mx.random.key(update), len(shapes))
+        arrays = {name: mx.random.normal(shapes[name], key=key) for name, key in zip(shapes, keys, strict=True)}
+        losses.append(step(update, [MicroBatch(arrays=arrays, weight=2)], 1e-3)["loss"])
+    return {name: np.array(array) for name, array in tree_flatten(network.trainable_parameters())}, losses
+
+
+@pytest.mark.parametrize(("updates", "dora"), [(24, False), (4, True)])
+def test_an_adapter_in_float32_equals_that_of_a_cpu(updates: int, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_branch.force(monkeypatch, cpu=True)
+    expected, _ = trained(updates, mx.float32, dora=dora)
+    gpu_branch.force(monkeypatch)
+    found, _ = trained(updates, mx.float32, dora=dora)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=name)
+
+
+def test_losses_in_bfloat16_are_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_branch.force(monkeypatch)
+    (_, half), (_, full) = (trained(8, dtype) for dtype in (mx.bfloat16, mx.float32))
+    assert np.mean(np.abs(np.subtract(half, full)) / full) < 0.02
