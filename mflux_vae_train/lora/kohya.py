@@ -84,11 +84,12 @@ def split(
     owners = _owners(used, rank)
     if owners is None:
         return [(down, part) for part in rows]
-    blocks = [np.flatnonzero(owners == part) for part in range(len(rows))]
-    return [
-        (down[int(own[0]) : int(own[-1]) + 1], part[:, int(own[0]) : int(own[-1]) + 1]) if own.size else None
-        for own, part in zip(blocks, rows, strict=True)
-    ]
+    parts: list[tuple[mx.array, mx.array] | None] = []
+    for index, part in enumerate(rows):
+        block = np.flatnonzero(owners == index)  # adjacent columns
+        columns = slice(int(block[0]), int(block[-1]) + 1) if block.size else None
+        parts.append(None if columns is None else (down[columns], part[:, columns]))
+    return parts
 
 
 def _owners(used: np.ndarray, rank: int | None) -> np.ndarray | None:
