@@ -284,6 +284,7 @@ def test_a_requested_file_is_added_to_a_finished_run(
 ) -> None:
     from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline
 
+    caplog.set_level(logging.INFO)
     options: dict[str, Any] = {"max_train_steps": 1, "resolution": 32}
     train(settings(**options), small_pipeline(tmp_path / "one"))
     adapter = tmp_path / "out" / "pytorch_lora_weights.safetensors"
@@ -293,8 +294,7 @@ def test_a_requested_file_is_added_to_a_finished_run(
     assert adapter.read_bytes() == before
     assert "estimated peak memory" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.INFO):
-        train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "three"))
+    train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "three"))
     assert "already complete" in caplog.text and "estimated" not in caplog.text
 
 
