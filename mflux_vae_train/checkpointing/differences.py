@@ -26,13 +26,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, ignored: C
 
 
 def _text(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    details = f"{name}{BY_FILE}"
-    if before.get(details) is not None and now.get(details) is not None:
-        texts = file_differences(before[details], now[details])
-        if texts:
-            return f"{name} was changed ({listed(texts, 100)})"
+    sides = [file_rows(side, name) for side in (before, now)]
+    if None not in sides and (texts := file_differences(sides[0] or [], sides[1] or [])):
+        return f"{name} was changed ({listed(texts, 100)})"
     was, now_is = _excerpts(repr(before.get(name)), repr(now.get(name)))
     return f"{name} was {was}, is now {now_is}"
+
+
+def file_rows(fingerprint: Mapping[str, Any], name: str) -> list[list[str]] | None:
+    """The rows that explain a hash; None if there are none, or they are broken."""
+    rows = fingerprint.get(name + BY_FILE)
+    if not isinstance(rows, list) or not all(isinstance(row, list) and row for row in rows):
+        return None
+    return rows if all(isinstance(text, str) for row in rows for text in row) else None
 
 
 def file_differences(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> list[str]:

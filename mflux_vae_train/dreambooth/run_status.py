@@ -12,7 +12,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_few
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.checkpointing.branch import Branch, began_at, find, going_back, newest
-from mflux_vae_train.checkpointing.differences import BY_FILE, differences, file_differences, listed
+from mflux_vae_train.checkpointing.differences import BY_FILE, differences, file_differences, file_rows, listed
 from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.training.hooks import read_metrics
@@ -103,7 +103,7 @@ def read_status(
         explicit = find(folder.root, str(resume_from))
     latest = newest(folder.root, branch)
     if before["finished"] and not changed and explicit in (None, latest):
-        result = folder.root / before.get("result", folder.adapter.name)
+        result = folder.root / str(before.get("result", folder.adapter.name))
         if result.exists() and (latest is None or all(path.exists() for path in requested)):
             return RunStatus(complete=True, branch=branch, compared=[before["identity"]])
     if (path := explicit or latest) is None:
@@ -163,7 +163,7 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any], igno
     if CLASS_PICTURES not in before or TO_GENERATE in now:
         ignored.add(CLASS_PICTURES)
     found = differences(before, now, ignored=ignored)
-    if TO_GENERATE in now and (then := before.get(details)) is not None:
+    if TO_GENERATE in now and (then := file_rows(before, CLASS_PICTURES)) is not None:
         present = {*(row[0] for row in now[details])}
         generated = [row for row in then if row[0] in now[TO_GENERATE] and row[0] not in present]
         if texts := file_differences(then, sorted([*now[details], *generated], key=lambda row: row[0])):
