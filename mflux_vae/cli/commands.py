@@ -34,7 +34,7 @@ from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
-from mflux_vae.utils.paths import printable
+from mflux_vae.utils.paths import file_name, printable
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
@@ -230,7 +230,9 @@ def _output_files(names: Iterable[str], folder: str) -> dict[str, Path]:
     """PNG files for the images, by name; existing files must be ours."""
     stems = {name: str(Path(name).with_suffix("")) for name in names}
     taken = Counter(stems.values())
-    targets = {name: Path(folder) / f"{stem if taken[stem] == 1 else name}.png" for name, stem in stems.items()}
+    targets = {
+        name: Path(folder) / file_name(f"{stem if taken[stem] == 1 else name}.png") for name, stem in stems.items()
+    }
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SettingsError(f"{folder} is a file; --output takes a folder")
     for target in targets.values():

@@ -23,3 +23,8 @@ def expand(path: str) -> str:
 def printable(path: str | os.PathLike[str]) -> str:
     """A path for texts in UTF-8: bytes of its name that are not UTF-8 are written as ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def file_name(text: str) -> str:
+    """The file name, or path, that shows as a text: the inverse of `printable` for UTF-8, in any locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))

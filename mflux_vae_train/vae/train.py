@@ -20,6 +20,7 @@ from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae.utils.formatting import count_text
+from mflux_vae.utils.paths import file_name
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.distributed import interrupts, process_group
@@ -101,7 +102,7 @@ class VAETrainer:
         if self.settings.mixed_precision and is_cpu():
             raise SettingsError("--mixed_precision: not supported on a CPU; leave it out")
         self.source = source
-        self.folder = Path(self.settings.output_dir) / "checkpoints" / self.settings.name
+        self.folder = Path(self.settings.output_dir) / "checkpoints" / file_name(self.settings.name)
         self.best, self.last = (self.folder / f"{which}_model.safetensors" for which in ("best", "last"))
         self.network = build(self.settings)
 

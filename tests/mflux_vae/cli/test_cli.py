@@ -322,6 +322,16 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_names_are_the_same_where_the_locale_is_not_utf_8(tmp_path: Path, model: Path) -> None:
+    save_image(tmp_path / "é⭐" / "狗.png", np.zeros((16, 16, 3), np.uint8))
+    command = program("reconstruct", tmp_path / "é⭐", "--model", model, "--output", tmp_path / "out ⭐")
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out ⭐").iterdir()] == ["狗.png"]
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
 def test_a_file_name_that_is_not_utf_8_is_encoded_and_decoded(tmp_path: Path, model: Path, run: Run) -> None:
     name = os.fsdecode(b"caf\xe9")

@@ -13,7 +13,7 @@ import pytest
 
 from mflux_vae import cli as vae_cli
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.paths import expand, printable
+from mflux_vae.utils.paths import expand, file_name, printable
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_from, settings_of
 from mflux_vae_train.vae.config import PRESETS, VAETrainingSettings
@@ -165,7 +165,7 @@ def test_a_user_who_does_not_exist_is_refused() -> None:
 def test_names_that_are_not_utf_8_are_paths_but_no_text() -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
     assert DreamBoothSettings(**{**NEEDED, "output_dir": name}).output_dir == name and printable(name) == "caf\\xe9"
-    assert json.loads(json.dumps(name)) == name
+    assert json.loads(json.dumps(name)) == name and file_name(name) == name and file_name("é⭐") == "é⭐"
     with pytest.raises(SettingsError, match="--instance_prompt"):
         DreamBoothSettings(**{**NEEDED, "instance_prompt": name})
     arrived = "ein ⭐".encode().decode("ascii", "surrogateescape")  # where the locale is C
