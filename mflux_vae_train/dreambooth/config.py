@@ -158,8 +158,8 @@ class DreamBoothSettings:
     )
     use_dora: bool = flag("also train the magnitude of each weight row (DoRA)", False)
     lora_weights: str | None = flag(
-        "adapter to start from, a file or a folder with one, in PEFT's or kohya's naming; it sets rank, alpha and"
-        " layers",
+        "adapter to start from: a file, or the folder of a run, adapter or checkpoint, in PEFT's or kohya's naming; it"
+        " sets rank, alpha and layers",
         None,
         path=True,
     )
@@ -273,7 +273,7 @@ class DreamBoothSettings:
     )
     checkpoints_total_limit: int | None = flag("number of newest checkpoints to keep (none: all)", 2, least=1)
     resume_from_checkpoint: str | None = flag(
-        "latest (in --output_dir), or the folder of a checkpoint", None, path=True
+        "latest, or a checkpoint to go back to: its name in --output_dir, or a path", None, path=True
     )
     allow_changes: bool = flag("continue a run although its data, model or settings have changed", False)
     seed: int = flag("seed of all random numbers", 0, least=0, below=2**32)

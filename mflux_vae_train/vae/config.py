@@ -169,9 +169,7 @@ class VAETrainingSettings:
     save_every_n_steps: int | None = flag("updates between additional checkpoints, for long epochs", None, least=1)
     tensorboard: bool = flag("write TensorBoard events (extra: tensorboard)", False)
     resume_from_checkpoint: str | None = flag(
-        "latest, or a checkpoint to go back to: its name in the run folder or its path (default: latest)",
-        None,
-        path=True,
+        "latest, or a checkpoint to go back to: its name in the run folder, or a path", None, path=True
     )
     allow_changes: bool = flag("resume even if data, initial weights or settings have changed", False)
     seed: int = flag("random seed", 0, least=0, below=2**32)

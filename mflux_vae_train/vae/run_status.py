@@ -163,7 +163,15 @@ def _unwritable(folder: Path, error: OSError) -> SettingsError:
 
 
 def _refuse(place: Path, changed: Sequence[str], settings: VAETrainingSettings) -> None:
-    if changed and not settings.allow_changes:
+    if settings.allow_changes:
+        return
+    if changed and all(text.startswith("num_epochs ") for text in changed):
+        raise SettingsError(
+            f"{place} holds a run of another length ({listed(changed)}): train its result further by --init_from and"
+            " another --experiment_name, or continue it with --allow_changes, a warm restart: the learning rate follows"
+            " the schedule of the new length"
+        )
+    if changed:
         raise SettingsError(
             f"{place} belongs to another run ({listed(changed)}): repeat its settings to continue it, give another"
             " --experiment_name, or continue with these changes by --allow_changes"

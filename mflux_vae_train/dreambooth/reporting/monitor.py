@@ -87,7 +87,7 @@ class Monitor:
         if start == 0:
             self._previews(0)
             self._write_report("running", update=0)
-        self._preview_seconds = time.monotonic() - began
+        self._preview_seconds = time.monotonic() - began if start == 0 else self._expected_preview
         if is_main:
             bar = enter(ProgressBar(self._total, start, extra=self._speed, pace=self.pace))
             self.observers += [*files, bar, *trackers]
@@ -109,6 +109,13 @@ class Monitor:
             self._write_report("running", update=record.update, note=note)
 
         return self.pace.timed_every(self._run.resolved.validation_steps, preview, seconds=self._preview_seconds)
+
+    def _expected_preview(self) -> float:
+        """Seconds, from the time of updates. A forward pass takes about a third of the forward and backward pass."""
+        resolved, plan = self._run.resolved, self._run.resolved.plan
+        images = resolved.num_validation_images * len(resolved.validation_prompt)
+        per_image = self.pace.per_update / (3 * plan.accumulation * plan.batch_size)
+        return images * self._pipeline.recommended.steps * per_image
 
     def finish(self, note: str) -> None:
         """Write the final report."""

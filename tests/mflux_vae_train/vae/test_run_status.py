@@ -58,7 +58,7 @@ def test_a_refused_command_changes_nothing(pictures: Path, out: Path) -> None:
     before = content(out)
     for changes, words in (
         ({"learning_rate": 1e-5}, ["learning_rate was 0.001, is now 1e-05"]),
-        ({"num_epochs": 5}, ["num_epochs"]),
+        ({"num_epochs": 5}, ["num_epochs", "--init_from", "--allow_changes"]),
         ({"num_epochs": 2, "allow_changes": True}, ["ends after 4"]),
         ({"learning_rate": 1e-5, "allow_changes": True}, ["nothing is left", "--num_epochs"]),
         ({"latent_dim": 4, "num_epochs": 5, "allow_changes": True}, ["network/"]),
