@@ -21,6 +21,7 @@ from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_com
 from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.command_line import check_spellings
 from mflux_vae.utils.console import run_command
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.paths import expand
 
 PROG = "mflux-vae"
@@ -153,12 +154,12 @@ class _Parser(argparse.ArgumentParser):
         if self.commands is not None:
             named = next((word for word in words if not word.startswith("-")), None)
             if named is not None and named not in self.commands:
-                self.error(f"unknown command {named}{did_you_mean(named, self.commands)}")
+                self.error(f"unknown command {shortened(named, 100)}{did_you_mean(named, self.commands)}")
         else:
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             for flag in flags:
                 if flag not in self._option_string_actions:
-                    self.error(f"unknown flag {flag}{did_you_mean(flag, self._option_string_actions)}")
+                    self.error(f"unknown flag {shortened(flag, 100)}{did_you_mean(flag, self._option_string_actions)}")
             check_spellings(self, words)
         return super().parse_known_args(words, namespace)
 

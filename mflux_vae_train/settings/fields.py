@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.paths import expand
 from mflux_vae.utils.redaction import redacted
 
@@ -92,7 +93,7 @@ def check_value(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     members: Sequence[Any] = value if is_tuple(hint) and isinstance(value, list | tuple) else (value,)
     members = tuple(_converted(field, kind, member) for member in members)
     if not members or not all(_fits(field, kind, member) for member in members):
-        raise SettingsError(f"--{field.name} is {value!r}; {_allowed(field, kind, members)}")
+        raise SettingsError(f"--{field.name} is {shortened(repr(value), 100)}; {_allowed(field, kind, members)}")
     return members if is_tuple(hint) else members[0]
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.command_line import check_spellings
-from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.formatting import first_few, shortened
 from mflux_vae.utils.paths import expand
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae_train.settings.fields import field_type, hints_of, is_tuple
@@ -170,8 +170,8 @@ def settings_from(
         if word.startswith("-"):
             flag = word.split("=")[0]
             hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known, "--")
-            raise SettingsError(f"unknown flag {flag}{hint} (--help lists flags)")
-        raise SettingsError(f"{word!r} follows no flag; quote a value that contains spaces")
+            raise SettingsError(f"unknown flag {shortened(flag, 100)}{hint} (--help lists flags)")
+        raise SettingsError(f"{shortened(repr(word), 100)} follows no flag; quote a value that contains spaces")
     return settings_of(cls, vars(namespace), ignored_flags=ignored_flags)
 
 
@@ -245,7 +245,7 @@ def to_yaml(settings: Any, given: Any = None, omit: Collection[str] = ()) -> str
 
 def _preset(name: Any, presets: Presets) -> Mapping[str, Any]:
     if name is not None and name not in presets:
-        raise SettingsError(f"--preset is {name!r}; allowed are {', '.join(presets)}")
+        raise SettingsError(f"--preset is {shortened(repr(name), 100)}; allowed are {', '.join(presets)}")
     return {} if name is None else presets[name]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.text_files import Table, parse_json_tables, read_text
 from mflux_vae.utils.yaml_io import parse_yaml, read_yaml
 from mflux_vae_train.settings.fields import check_value, field_type, hints_of, is_tuple
@@ -68,7 +69,9 @@ def read_file(
     values = _by_field(cls, content, str(path), presets, ignored_flags)
     if derived is not None:
         if not isinstance(derived, dict):
-            raise SettingsError(f"{path}: {DERIVED} contains {derived!r}; expected 'name: value' pairs")
+            raise SettingsError(
+                f"{path}: {DERIVED} contains {shortened(repr(derived), 100)}; expected 'name: value' pairs"
+            )
         values[DERIVED] = _by_field(cls, derived, str(path))
     return values
 
@@ -102,7 +105,7 @@ def _by_field(
             values.setdefault(IGNORED, []).append(name)
             continue
         if name not in known and not (presets and name == "preset"):
-            raise SettingsError(f"{place}unknown setting {key!r}{did_you_mean(name, known)}")
+            raise SettingsError(f"{place}unknown setting {shortened(repr(key), 100)}{did_you_mean(name, known)}")
         name = known.get(name, name)
         if name in keys:
             raise SettingsError(
@@ -169,7 +172,7 @@ def _member(kind: Any, name: str, value: Any, where: str) -> Any:
         with suppress(ValueError):  # more digits than Python converts
             return kind(text)
     noun = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, kind.__name__)
-    raise SettingsError(f"--{name} is {value[:100]!r}; {noun} is allowed")
+    raise SettingsError(f"--{name} is {shortened(repr(value), 100)}; {noun} is allowed")
 
 
 def _nested(cls: Any, name: str, value: Any, where: str) -> Any:
@@ -177,7 +180,7 @@ def _nested(cls: Any, name: str, value: Any, where: str) -> Any:
     content = parse_yaml(value, f"--{name}") if isinstance(value, str) else value
     place = f"--{name}" if isinstance(value, str) or not where else where
     if not isinstance(content, dict):
-        raise SettingsError(f"{place}: --{name} contains {content!r}; expected 'name: value' pairs")
+        raise SettingsError(f"{place}: --{name} contains {shortened(repr(content), 100)}; expected 'name: value' pairs")
     begins = f"{place}: --{name}: " if place != f"--{name}" else f"--{name}: "
     if isinstance(content, Table) and content.lines and place == where:
         begins = f"{where}, line {min(content.lines.values())}: --{name}: "

@@ -52,6 +52,15 @@ def test_mistakes_in_a_file_name_file_line_and_key(text: str, words: str, tmp_pa
         read(text, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["{0}: 1", "rank: {0}", "concepts: [{{{0}: 1}}]", "? [{0}]\n: 1", "seed: 1\n{0}", "a: !{0} 1"]
+)
+def test_a_mistake_of_any_length_is_a_readable_line(text: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(text.format("x" * 5000), tmp_path)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 450
+
+
 def test_words_for_true_and_false_are_text_where_text_belongs(tmp_path: Path) -> None:
     settings = read("center_crop: off\nrandom_flip: yes\ninstance_prompt: on\noptimizer: AdamW\n", tmp_path)
     assert (settings.center_crop, settings.random_flip, settings.optimizer) == (False, True, "adamw")
