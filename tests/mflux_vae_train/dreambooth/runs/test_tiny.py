@@ -100,3 +100,10 @@ def test_each_network_is_quantized_once(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "quantize", counted)
     train(tmp_path / "out", **SMALL, quantize=4)
     assert sorted(given) == ["FluxTransformer", "T5Encoder"]
+
+
+def test_a_run_begins_with_at_most_fifteen_lines(tmp_path, caplog):
+    caplog.set_level("INFO", "mflux_vae_train")
+    changes = {"max_train_steps": 2, "num_class_images": 2, "resolution": 32, "lora_dropout": 0.0}
+    train(tmp_path / "out", **changes, checkpointing_steps=200, num_validation_images=1)
+    assert 5 < len([record for record in caplog.records if record.levelname == "INFO"]) <= 15
