@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.paths import printable
 from mflux_vae_train.training.hooks import Record
 
 NAMES = ("tensorboard", "wandb")
@@ -70,7 +71,8 @@ def open_tracker(name: str, folder: Path, *, run: str, settings: Mapping[str, An
         SettingsError: it is not installed, or refuses to start.
     """
     kinds: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
-    return kinds[name](folder / name, run=run, settings=settings, start=start)
+    shown = {key: printable(value) if isinstance(value, str) else value for key, value in settings.items()}
+    return kinds[name](folder / name, run=printable(run), settings=shown, start=start)
 
 
 class TensorBoard:
