@@ -229,12 +229,13 @@ def write_safetensors(
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """`mx.save_safetensors` for any file name."""
+    """`mx.save_safetensors` for any file name, and for metadata that contains file names."""
+    texts = {key: printable(text) for key, text in (metadata or {}).items()}
     if _mlx_opens(path):
-        mx.save_safetensors(str(path), dict(arrays), dict(metadata or {}))
+        mx.save_safetensors(str(path), dict(arrays), texts)
         return
     with path.open("wb") as file:
-        mx.save_safetensors(file, dict(arrays), dict(metadata or {}))
+        mx.save_safetensors(file, dict(arrays), texts)
 
 
 def _mlx_opens(path: Path) -> bool:

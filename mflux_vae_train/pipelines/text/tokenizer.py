@@ -199,7 +199,9 @@ def _open_tokenizer_json(path: Path) -> Backend:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(read_text(path, WeightsError))
+    except WeightsError:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise WeightsError(f"{path} is not a tokenizer: {error}") from error
 

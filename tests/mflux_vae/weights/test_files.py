@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -241,6 +243,14 @@ def test_broken_json_is_refused(text: str, word: str, tmp_path: Path) -> None:
         files.read_json(tmp_path / "a.json")
     with pytest.raises(WeightsError, match="no such file"):
         files.read_json(tmp_path / "b.json")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_names_that_are_not_utf_8_are_files_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    files.write_safetensors(path, {"a": mx.arange(5)}, {"name": path.stem})
+    tensors, metadata = files.read_safetensors(path)
+    assert tensors["a"].tolist() == [0, 1, 2, 3, 4] and metadata["name"] == "caf\\xe9"
 
 
 def test_json_there_and_back(tmp_path: Path) -> None:
