@@ -178,7 +178,9 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
     """What the run is going to do, one line each."""
     resolved, plan = run.resolved, run.resolved.plan
     if run.status.complete:
-        return [f"already complete: {result_path(pipeline, resolved.train_mode, folder)}"]
+        missing = [path.name for path in requested_files(folder, resolved) if not path.exists()]
+        lacking = f"; without a checkpoint {', '.join(missing)} cannot be added" if missing else ""
+        return [f"already complete: {result_path(pipeline, resolved.train_mode, folder)}{lacking}"]
     epochs = plan.samples / run.dataset.samples_per_epoch
     lines = [f"pipeline {pipeline.name}, {resolved.resolution}x{resolved.resolution} pixels"]
     lines += [*run.dataset.summary(resolved.subjects), *resolved.notes]

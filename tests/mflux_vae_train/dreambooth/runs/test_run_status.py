@@ -296,6 +296,10 @@ def test_a_requested_file_is_added_to_a_finished_run(
     caplog.clear()
     train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "three"))
     assert "already complete" in caplog.text and "estimated" not in caplog.text
+    (tmp_path / "out" / "pytorch_lora_weights_kohya.safetensors").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1")
+    train(settings(output_kohya_format=True, **options), small_pipeline(tmp_path / "four"))
+    assert "kohya.safetensors cannot be added" in caplog.text
 
 
 # an adapter to start from
