@@ -7,6 +7,9 @@ the blocks and from measuring stacks of blocks at full width; a test repeats the
 Measured at full size (random weights, MLX 0.32.4 on a CPU, float32): schnell with `--quantize 4
 --gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1` had its peak of 9.58 GB in the
 update; the estimate was 9.7 GB. The process held 11.9 GB with MLX's cache of freed memory.
+
+For Metal and CUDA the code for them was measured on the CPU, in bfloat16, with a compiled update and the order of
+evaluation that MLX has on Metal (MLX_BFS_MAX_WIDTH=20). It was not measured on a Mac.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Literal, TypeVar
 
 import mlx.nn as nn
 
+from mflux_vae.kernels import MAX_SCORES
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
@@ -34,15 +38,19 @@ from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 C = TypeVar("C")
 
-KEPT_DOUBLE, KEPT_SINGLE = 13.5, 17.5
-"""Kept by a block, per token and D: inputs of norms and of layers with an adapter, queries, keys, values."""
+KEPT = {4: (13.5, 17.5), 2: (18.5, 17.0)}
+"""Kept by a double and by a single block, per token and D: inputs of norms, of GELU and of layers with an adapter,
+queries, keys, values. By bytes of a number: float32 was measured on a CPU, half precision with the code for GPUs."""
 
-WORKING = {4: (52.5, 52.5), 2: (142.0, 90.0)}
+WORKING = {4: (52.5, 52.5), 2: (85.0, 75.0)}
 """Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
-with gradient checkpointing. In half precision the products of adapters are float32, which counts twice."""
+with gradient checkpointing. In half precision some gradients are float32, which counts twice."""
 
 ATTENDING, SCORES = 20.0, 4.0
-"""Temporary while attention is differentiated: per token and D, and per score. All devices compute scores then."""
+"""Temporary while attention is differentiated: per token and D; and per score, on a CPU."""
+
+GPU_SCORES, GPU_BLOCKS = 5, 12
+"""Temporary float32 numbers on a GPU, per score or per score of a block of rows, of which several exist at a time."""
 
 FORWARD = 26.0
 """Temporary, per token and D, while a block is computed without gradients."""
@@ -72,7 +80,7 @@ class Precision:
 
     Attributes:
         width: bytes of a number in the networks.
-        fused: whether attention is MLX's fused kernel (Metal, CUDA), which keeps no scores for the backward pass.
+        fused: whether attention keeps no scores for the backward pass (Metal, CUDA).
     """
 
     width: int
@@ -134,7 +142,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
 
 def learning_bytes(work: Workload, precision: Precision) -> int:
     """Trained weights, gradients (twice, while they are accumulated) and optimizer state."""
-    trained = work.trained * (_FULL if work.adapter else precision.width)
+    # sums of half-precision gradients are float32
+    trained = work.trained * (_FULL if work.adapter or work.micro_batches > 1 else precision.width)
     return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
 
 
@@ -149,15 +158,19 @@ def training_bytes(
     rows, width = batch * sum(tokens), config.width
     pairs = batch * config.num_attention_heads * sum(tokens) ** 2
     number = precision.width * width * rows
-    kept = (config.num_layers * KEPT_DOUBLE + config.num_single_layers * KEPT_SINGLE) * number
+    double, single = KEPT[precision.width]
+    kept = (config.num_layers * double + config.num_single_layers * single) * number
     if not precision.fused:
         kept += (config.num_layers + config.num_single_layers) * SCORES_KEPT * precision.width * pairs
     blocks = config.num_layers + config.num_single_layers
     if checkpointing and blocks:
-        largest = max(KEPT_DOUBLE, KEPT_SINGLE) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
+        largest = max(double, single) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
         kept = blocks * INPUTS * number + largest
     working = WORKING[precision.width][checkpointing]
-    return int(kept + max(working * number, ATTENDING * number + SCORES * precision.width * pairs))
+    scores = SCORES * precision.width * pairs
+    if precision.fused:
+        scores = _FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
+    return int(kept + max(working * number, ATTENDING * number + scores))
 
 
 def clip_bytes(config: CLIPTextConfig, batch: int) -> int:

@@ -45,6 +45,27 @@ def test_memory_of_a_small_stack_matches_the_estimate(recompute: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("gpu_branch")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("double", "single"), [(1, 1), (3, 1), (1, 3)])
+def test_memory_of_a_stack_on_a_gpu_matches_the_estimate(double: int, single: int, recompute: bool) -> None:
+    stack = Stack(heads=4, double=double, single=single, recompute=recompute)
+    found, expected = measured(stack), estimated(stack)
+    print(f"{stack}: measured {found / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
+    assert expected == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("gpu_branch")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_full_width_on_a_gpu_matches_the_estimate(recompute: bool) -> None:
+    stack = Stack(double=1, single=2, side=16, recompute=recompute)
+    assert estimated(stack) == pytest.approx(measured(stack), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stack", FULL, ids=str)
 def test_memory_of_a_full_width_stack_matches_the_estimate(stack: Stack) -> None:
     found, expected = measured(stack), estimated(stack)
