@@ -48,10 +48,10 @@ def dry_run(
     status = read_status(folder, identity, settings, network=network, total=plan.total, schedule=plan.learning_rate())
     for line in status.warnings:
         logger.warning("%s", line)
-    if status.checkpoint is None:
-        would = "would start a new run"
-    elif status.complete:
+    if status.complete:
         would = f"already complete: {folder}"
+    elif status.checkpoint is None:
+        would = "would start a new run"
     else:
         would = f"would resume from {status.checkpoint}"
     for line in (

@@ -36,7 +36,7 @@ class RunStatus:
     """
     Attributes:
         complete: the run is finished.
-        checkpoint: where to continue; None to start from the beginning.
+        checkpoint: where to continue; None to start from the beginning, or if a complete run has none any more.
         update: of the checkpoint.
         branch, abandoned: see `checkpointing.branch`.
         warnings: what the run does differently from the one before, one line each.
@@ -89,8 +89,9 @@ def read_status(
     name, explicit = settings.resume_from_checkpoint, None
     if name not in (None, "latest") and (changed or not branches.began_at(folder, str(name), branch)):
         explicit = branches.find(folder, str(name))
+    finished = record is not None and record["finished"] == total and len(weights) == len(WEIGHTS) and not changed
     if (path := explicit or branches.newest(folder, branch)) is None:
-        return RunStatus(warnings=_changes(folder, changed))
+        return RunStatus(complete=finished, warnings=_changes(folder, changed))
     content = checkpoint.read(path)
     start, differing = int(content["step"]), differences(content["fingerprint"], identity, ignored=ignored)
     _refuse(path, differing, settings)
@@ -105,8 +106,7 @@ def read_status(
             f"{path} is of the last update, so nothing is left for the changes ({listed(changed, 80)}); raise"
             " --num_epochs, go back to an earlier checkpoint, or give another --experiment_name"
         )
-    finished = record is not None and record["finished"] == total and weights and not changed
-    if finished and path == branches.newest(folder, branch):
+    if finished and not changed and path == branches.newest(folder, branch):
         return RunStatus(complete=True, checkpoint=path, update=start, branch=branch)
     abandoned: Sequence[Path] = ()
     if explicit is not None:

@@ -183,6 +183,10 @@ class VAETrainer:
             for line in status.warnings:
                 logger.warning("%s", line)
             if status.checkpoint is None:
+                if status.complete:
+                    network.update(loading.open_network(self.last, mx.float32).parameters())
+                    if ema is not None:
+                        ema.state["average"] = network.trainable_parameters()
                 return 0
             start = checkpoint.load(status.checkpoint, objects, compared=())
             if status.starts_branch:  # the best weights are those of abandoned updates

@@ -145,6 +145,7 @@ def test_weights_of_unknown_origin_are_not_overwritten(pictures: Path, out: Path
     for path in [*out.glob("checkpoint-*"), out / "samples"]:
         shutil.rmtree(path)
     before = content(out)
+    assert train(pictures).updates == 0
     with pytest.raises(SettingsError, match="learning_rate"):
         train(pictures, learning_rate=1e-5)
     (out / "run.json").unlink()
