@@ -189,6 +189,7 @@ def settings_of(
     """
     given = dict(given)
     configs, preset, ignored = given.pop("config", []), given.pop("preset", None), given.pop(IGNORED, [])
+    configs = [configs] if isinstance(configs, str) else configs
     if len(configs) > 1:
         raise SettingsError(f"--config is given {len(configs)} times ({first_few(configs)}); give one file")
     file = read_file(cls, Path(expand(configs[0])), presets, ignored_flags, translate) if configs else Values()
