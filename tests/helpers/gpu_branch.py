@@ -19,11 +19,13 @@ a test starts run as usual."""
 
 SHARE = (
     "mflux_vae/kernels",
+    "mflux_vae/networks/test_half_precision.py",
     "mflux_vae/networks/test_networks.py",
     "mflux_vae/tiling/test_tiling.py",
     "mflux_vae_train/training",
-    "mflux_vae_train/lora/test_lora.py",
+    "mflux_vae_train/lora",
     "mflux_vae_train/optimizers",
+    "mflux_vae_train/pipelines/flux1/test_gpu_branch.py",
     "mflux_vae_train/pipelines/flux1/test_transformer.py",
     "mflux_vae_train/pipelines/text/test_text.py",
 )
