@@ -211,7 +211,7 @@ def two_at_once(at: Try) -> str:
     statuses = sorted(status for status, _ in ended)
     if statuses == [0, 0]:  # the second came after the end of the first
         return "one after the other"
-    if statuses != [0, 2] or sum("another process is at work" in said for _, said in ended) != 1:
+    if statuses != [0, 2] or sum("another process is using this folder" in said for _, said in ended) != 1:
         raise Wrong(f"exit statuses {statuses}: {[said[-200:] for _, said in ended]}")
     return "refused"
 
