@@ -13,9 +13,9 @@ DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 MEMORY_BYTES = 12 << 30
 
 HELP = """run the chosen share of the suite with the code for Metal and CUDA: is_cpu() is False everywhere, the default
-dtype is the given one (bfloat16 without a value), the step of a training is compiled, and the device has 12 GB. MLX's
-CPU operations compute all of it, so this finds errors of this project's code, not of MLX's GPU kernels. Programs that
-a test starts run as usual."""
+dtype is the given one (bfloat16 without a value; before a path write --as-gpu=bfloat16), the step of a training is
+compiled, and the device has 12 GB. MLX's CPU operations compute all of it, so this finds errors of this project's
+code, not of MLX's GPU kernels. Programs that a test starts run as usual."""
 
 SHARE = (
     "mflux_vae/kernels",
