@@ -56,7 +56,9 @@ MASK_FOLDERS = ("masks", "mask")
 MAX_LINE = 300
 """Characters of a line about unused entries."""
 
-_MASK = re.compile(r"(?P<name>.+)[-_. ]mask(label)?|mask[-_. ](?P<first>.+)", re.IGNORECASE)
+_MASK = re.compile(
+    r"(?P<name>.+)[-_. ]masks?(label)?(?P<number>[-_. ]?\d+)?|masks?[-_. ](?P<first>.+)|masks?", re.IGNORECASE
+)
 _CONDITIONING = re.compile(r".+[-_. ]condlabel", re.IGNORECASE)
 _KOHYA = re.compile(r"(?P<repeats>\d+)_.+")
 
@@ -171,7 +173,7 @@ class ImageFolder:
         count, names = sum(self.images_below.values()), list(self.images_below)
         cure = "give that folder" if len(names) == 1 else "give one of them"
         kohya = _KOHYA.fullmatch(names[0].rpartition("/")[2])
-        if kohya and repeats_flag:
+        if kohya and repeats_flag and len(names) == 1:
             cure += f", {repeats_flag} {int(kohya['repeats'])}"
         return f"{count_text(count, 'image')} in subfolders ({first_few([_quoted(one) for one in names], 2)}): {cure}"
 
@@ -222,7 +224,7 @@ def scan(
 def no_images(scanned: ImageFolder, *, repeats_flag: str | None = None) -> ImageError:
     """The error for a folder without images, which names what it holds instead."""
     files = sum(len(names) for reason, names in scanned.unused.items() if reason not in (SUBFOLDER, EMPTY_SUBFOLDER))
-    among = f" among its {files} files" if files else ""
+    among = f" among {count_text(files, 'file')}" if files else ""
     text = scanned.unused_text(uses=("masks", "captions"), repeats_flag=repeats_flag)
     reasons = f": {text}" if text else ""
     return ImageError(f"{scanned.folder} has no images{among}{reasons}; supported: {', '.join(EXTENSIONS)}")
@@ -314,13 +316,17 @@ def _take_masks(
         return {}, [name for name in images if name not in conditioning]
     kept = [name for name in images if name not in found and name not in conditioning]
     index = _Index(kept)
-    prefixed = [name for name, match in found.items() if match["name"] is None and not index.by_name(match["first"])]
-    for name in prefixed:  # mask_01.png is a mask only beside 01.png
+    prefixed = [
+        name
+        for name, match in found.items()
+        if (match["first"] or match["number"]) and not index.by_name(match["first"] or match["name"])
+    ]
+    for name in prefixed:  # mask_01.png and 01_mask2.png are masks only beside 01.png
         del found[name]
     if prefixed:
         kept = sorted({*kept, *prefixed})
         index = _Index(kept)
-    candidates = [(match["name"] or match["first"], name) for name, match in found.items()]
+    candidates = [(match["name"] or match["first"] or "", name) for name, match in found.items()]
     for below in inside:
         kinds = _kinds(folder / below, trust=trust)
         names = {name: _mask_stem(name, index) for name, kind in kinds.items() if kind == "image"}
@@ -343,7 +349,7 @@ def _mask_stem(name: str, index: _Index) -> str:
     """The stem of the image that a file in a folder of masks belongs to: masks/0.png or masks/0-mask.png."""
     stem = Path(name).stem
     match = None if index.by_name(stem) else _MASK.fullmatch(stem)
-    return (match["name"] or match["first"]) if match else stem
+    return (match["name"] or match["first"] or stem) if match else stem
 
 
 def _without_twins(folder: Path, images: list[str], unused: dict[Reason, list[str]]) -> list[str]:
@@ -401,8 +407,9 @@ def _take_subfolders(folder: Path, folders: Iterable[str], unused: dict[Reason, 
     """Number of images in each folder below that has some."""
     below: dict[str, int] = {}
     for name in sorted(folders):
-        found = dict(_count_images(folder, name))
-        unused[SUBFOLDER if found else EMPTY_SUBFOLDER].append(name)
+        circular = os.path.samefile(folder / name, folder)
+        found = {} if circular else dict(_count_images(folder, name))
+        unused[LINKED_FOLDER if circular else SUBFOLDER if found else EMPTY_SUBFOLDER].append(name)
         below |= found
     return below
 
@@ -418,7 +425,7 @@ def _count_images(root: Path, inside: str, depth: int = 2) -> Iterator[tuple[str
     if count := sum(entry.name.lower().endswith(suffixes) for entry in entries):
         yield inside, count
     for entry in sorted(entries, key=lambda entry: entry.name):
-        if depth and entry.is_dir():
+        if depth and entry.is_dir(follow_symlinks=False):
             yield from _count_images(root, f"{inside}/{entry.name}", depth - 1)
 
 

@@ -289,3 +289,29 @@ def test_used_and_not_used_are_all_entries(tmp_path_factory, pictures, others, l
     assert len(text) < MAX_LINE + 300
     if not found.images:
         assert str(folder) in str(no_images(found))
+
+
+def test_masks_without_a_name_or_with_a_number_are_not_images(tmp_path):
+    for name in ("0.png", "0-masks.png", "0_mask_1.png", "mask.png", "carnival mask 2.png"):
+        paint(tmp_path / name)
+    found = scan(tmp_path)
+    assert found.images == ("0.png", "carnival mask 2.png") and found.masks["0.png"] == "0-masks.png"
+    assert reasons(found)["mask without an image of that name"] == ("mask.png",)
+    assert reasons(found)["second mask of an image"] == ("0_mask_1.png",)
+
+
+def test_links_in_a_circle_are_not_followed(tmp_path):
+    below = tmp_path / "below"
+    below.mkdir()
+    for link, target in (("self", "."), ("a.png", "b.png"), ("b.png", "a.png"), ("below/up", "..")):
+        (tmp_path / link).symlink_to(target)
+    paint(below / "c.png")
+    found = scan(tmp_path)
+    assert not found.images and found.images_below == {"below": 1}
+    assert {"a.png", "b.png"} == {*next(names for reason, names in reasons(found).items() if "not there" in reason)}
+    assert ("self",) in reasons(found).values()
+
+
+def test_counts_of_one_file_are_singular(tmp_path):
+    (tmp_path / "0.txt").write_text("a")
+    assert "1 file:" in str(no_images(scan(tmp_path)))
