@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from mflux_vae.errors import ImageError
 from mflux_vae.image_files.modes import eight_bits, to_rgb
 from mflux_vae.image_files.notes import ImageNotes
+from mflux_vae.image_files.reading import content_hash as content_hash
 from mflux_vae.image_files.reading import image_text as image_text
 from mflux_vae.image_files.reading import read_file, read_image
 

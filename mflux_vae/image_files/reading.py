@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -82,6 +83,33 @@ def read_image(image: Image.Image, name: str, notes: ImageNotes) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises many kinds
         raise ImageError(f"{name} cannot be read ({_one_line(error)})") from error
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of what decides the pixels of an image file: the file without metadata, its orientation and colours.
+
+    That of the whole file for a file without metadata, and for formats that are not taken apart.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        format = format_of(file.read(HEAD), path)
+        container = None
+        if format in _CONTAINERS and format != "TIFF":  # its metadata are among the pixels
+            with suppress(struct.error, ValueError, IndexError):
+                container = _CONTAINERS[format](file)
+        source = file if container is None else joined(file, container.parts)
+        source.seek(0)
+        while block := source.read(1 << 22):
+            digest.update(block)
+        if container is not None:
+            turn, profile = orientation(container.exif, container.xmp), container.profile
+            described = turn, profile, profile is None and is_adobe_rgb(container.exif)
+            if described != (1, None, False):
+                digest.update(repr(described).encode())
+    return digest.hexdigest()
 
 
 def image_text(path: str | Path) -> dict[str, str]:

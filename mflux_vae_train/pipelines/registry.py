@@ -82,7 +82,7 @@ def open_pipeline(model: str, *, revision: str | None = None, variant: str | Non
             raise SettingsError(f"--revision {revision}: {folder} is a folder, which has none")
         with naming_broken_links(folder):
             return _open(_entries_of(_class_of(folder, known), str(folder), known), str(folder), options)
-    repository = model.removeprefix(HUB).strip("/")
+    repository = model.removeprefix(HUB).rstrip("/")
     if hub.split(repository) == (repository, ""):
         model = repository
         if revision is None and (name := _class_that(known, "knows", model)) is not None:

@@ -126,7 +126,8 @@ def load_strict(module: nn.Module, tensors: Tensors, *, where: str, dtype: mx.Dt
     }
     if any(faults.values()):
         fit = len(common) - len(faults["misshapen"])
-        listed = summarize([(f"{len(keys)} {what}: ", keys) for what, keys in faults.items()], 170)
+        limit = 260 if sum(map(len, faults.values())) <= 4 else 170
+        listed = summarize([(f"{len(keys)} {what}: ", keys) for what, keys in faults.items()], limit)
         holds = f"it holds {kind}; " if not fit and (kind := kind_of(tensors)) else ""
         raise WeightsError(
             f"{where}: weights do not fit this {type(module).__name__} ({fit} of {len(tensors)} match): {listed};"

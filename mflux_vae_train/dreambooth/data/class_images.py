@@ -17,7 +17,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
-from mflux_vae.images import load_image, save_image, to_pictures
+from mflux_vae.images import content_hash, load_image, save_image, to_pictures
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
@@ -26,7 +26,6 @@ from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import images_per_batch
-from mflux_vae_train.fingerprint import file_hash
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -152,7 +151,7 @@ def class_identity(files: Iterable[Sequence[Path]]) -> dict[str, Any]:
     unique = list(dict.fromkeys(path for paths in files for path in paths))
     several = len({path.parent for path in unique}) > 1
     names = [f"{path.parent.name}/{path.name}" if several else path.name for path in unique]
-    contents = list(prefetch(file_hash, unique))
+    contents = list(prefetch(content_hash, unique))
     digest = hashlib.sha256(b"".join(map(bytes.fromhex, contents)))
     rows = [[name, content[:12]] for name, content in zip(names, contents, strict=True)]
     return {CLASS_PICTURES: digest.hexdigest()[:16], CLASS_PICTURES + BY_FILE: rows}

@@ -15,7 +15,7 @@ import numpy as np
 from mflux_vae.errors import ImageError
 from mflux_vae.image_files.notes import UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
-from mflux_vae.images import image_text, load_image, load_mask
+from mflux_vae.images import content_hash, image_text, load_image, load_mask
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
@@ -104,7 +104,7 @@ class InstanceDataset:
         """Hash of images, prompts and masks. File names do not matter."""
         digest = hashlib.sha256()
         for image in self.images:
-            mask = file_hash(image.mask) if image.mask is not None else ""
+            mask = content_hash(image.mask) if image.mask is not None else ""
             digest.update(repr((image.content, image.concept, image.caption, mask)).encode())
         return digest.hexdigest()[:16]
 
@@ -126,11 +126,6 @@ class InstanceDataset:
         if masked := sum(image.mask is not None for image in self.images):
             lines.append(f"{masked} of {len(self.images)} images have a mask")
         return [*lines, *self.notes]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> InstanceDataset:
@@ -175,7 +170,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         plain = [square, *(row[0] for row in rows)] if used < MAX_PIXEL_BYTES else []
         return InstanceImage(
             path=path,
-            content=file_hash(path),
+            content=content_hash(path),
             concept=concept,
             caption=caption,
             mask=mask,

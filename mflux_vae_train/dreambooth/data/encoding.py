@@ -14,7 +14,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.image_files.notes import ImageNotes
-from mflux_vae.images import averaged, load_image, load_mask, to_pixels
+from mflux_vae.images import averaged, content_hash, load_image, load_mask, to_pixels
 from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.prefetch import prefetch
@@ -23,7 +23,7 @@ from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
-from mflux_vae_train.dreambooth.data.dataset import InstanceImage, file_hash
+from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Use
@@ -182,7 +182,7 @@ def _check_values(arrays: Iterable[mx.array], what: str, whose: str) -> None:
 def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, object]]:
     contents = {image.path: image.content for image in images}
     unknown = [path for path, content in contents.items() if content is None]
-    contents |= dict(zip(unknown, prefetch(file_hash, unknown), strict=True))
+    contents |= dict(zip(unknown, prefetch(content_hash, unknown), strict=True))
     return [{"image": contents[one.path], "crop": astuple(one.crop), "encoder": encoder} for one in images]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.images import content_hash
 from mflux_vae.utils.links import missing
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import branch
@@ -25,7 +26,7 @@ from mflux_vae_train.dreambooth.data.class_images import (
     scan_class_folders,
 )
 from mflux_vae_train.dreambooth.data.crops import training_resolution
-from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceImage, file_hash, load_dataset
+from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceImage, load_dataset
 from mflux_vae_train.dreambooth.export import requested_files, result_path
 from mflux_vae_train.dreambooth.optimization.optimizer import build_schedule, finds_rate
 from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
@@ -46,7 +47,7 @@ from mflux_vae_train.dreambooth.planning.prompt_checks import (
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings, resolve
 from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES, RunFolder
 from mflux_vae_train.dreambooth.run_status import NEEDS_WEIGHTS, TO_GENERATE, RunStatus, read_status
-from mflux_vae_train.fingerprint import settings_identity, weights_hash
+from mflux_vae_train.fingerprint import file_hash, settings_identity, weights_hash
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
     SupportsEncodingCache,
@@ -191,8 +192,9 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         lines += one.notes
     lines += [
         f"training {run.trainable.description}",
-        f"{plan.updates} updates of {plan.accumulation} x {plan.batch_size} images, {epochs:.4g}"
-        f" {'epoch' if epochs == 1 else 'epochs'}; learning rate {resolved.learning_rate:g}, {resolved.lr_scheduler}"
+        f"{plan.updates} update{'' if plan.updates == 1 else 's'} of {plan.accumulation} x {plan.batch_size} images,"
+        f" {epochs:.4g} {'epoch' if epochs == 1 else 'epochs'}; learning rate {resolved.learning_rate:g},"
+        f" {resolved.lr_scheduler}"
         f"{_checkpoints_text(resolved)}",
     ]
     if run.status.checkpoint is not None:
@@ -250,7 +252,7 @@ def _identity(resolved: ResolvedSettings, dataset: InstanceDataset) -> dict[str,
                 _name(one, several=len(resolved.subjects) > 1),
                 one.content[:12],
                 one.caption,
-                file_hash(one.mask)[:12] if one.mask is not None else "",
+                content_hash(one.mask)[:12] if one.mask is not None else "",
             ]
             for one in dataset.images
         ],

@@ -94,6 +94,10 @@ def identifier_warnings(settings: DreamBoothSettings) -> list[str]:
             if one.class_prompt and contains(one.class_prompt, identifier):
                 shown = shortened(one.class_prompt, 120)
                 lines.append(f"--class_prompt {shown!r} has the identifier {identifier!r}: leave it out there")
+    words = [identifier for one in settings.subjects if (identifier := _identifier(one))]
+    without = [one for one in settings.validation_prompt or () if not any(contains(one, word) for word in words)]
+    if without and len(words) == len(settings.subjects):
+        lines.append(f"--validation_prompt {shortened(without[0], 120)!r} has no identifier ({first_names(words)})")
     for identifier, names in subjects.items():
         if len(names) > 1:
             lines.append(f"the identifier {identifier!r} stands for {len(names)} subjects ({first_names(names)})")

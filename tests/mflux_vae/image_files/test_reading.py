@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -11,13 +12,13 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mflux_vae.errors import ImageError
 from mflux_vae.image_files import notes as kinds
 from mflux_vae.image_files import profiles
 from mflux_vae.image_files.notes import FRAMES, ImageNotes
-from mflux_vae.images import image_text, load_image, load_images, save_image
+from mflux_vae.images import content_hash, image_text, load_image, load_images, save_image
 from tests.helpers.damage_metadata import chunk
 from tests.mflux_vae.odd_images import deep_png
 
@@ -277,3 +278,24 @@ def test_what_is_not_a_file_name(source):
         with pytest.raises(ImageError, match="load_images") as error:
             read(source)
         assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_the_hash_of_contents_depends_on_pixels_orientation_and_colours_alone(tmp_path, format):
+    picture = Image.effect_noise((32, 24), 90).convert("RGB")
+
+    def hashed(**options) -> str:
+        path = tmp_path / "a"
+        picture.save(path, format=format, **options)
+        return content_hash(path)
+
+    exif, other, turned = Image.Exif(), Image.Exif(), Image.Exif()
+    exif[0x10F], other[0x10F], turned[0x112] = "a camera", "another camera", 6
+    plain = hashed()
+    assert plain == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest() or format == "WEBP"
+    assert hashed(exif=exif) == hashed(exif=other)
+    assert plain == hashed(exif=exif) or format == "WEBP"  # whose header says what follows
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert len({plain, hashed(exif=turned), hashed(icc_profile=profile)}) == 3
+    picture = picture.rotate(180)
+    assert hashed() != plain

@@ -166,3 +166,8 @@ def test_repositories_with_known_configurations_open_without_the_hub(install, mo
         assert isinstance(registry.open_pipeline(name), FakePipeline)
     with pytest.raises(pytest.fail.Exception):
         registry.open_pipeline("owner/known", revision="main")
+
+
+def test_an_absolute_path_is_not_a_repository():
+    with pytest.raises(SettingsError, match="/nowhere/model"):
+        registry.open_pipeline("/nowhere/model")

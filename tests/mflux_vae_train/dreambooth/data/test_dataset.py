@@ -43,7 +43,7 @@ def test_images_are_sorted_counted_and_fingerprinted(instance_dir, load):
 
 def test_folder_without_images_is_rejected(tmp_path, load):
     (tmp_path / "Thumbs.db").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"1 files.*\.png"):
+    with pytest.raises(ImageError, match=r"1 file\b.*\.png"):
         load(concepts=[Concept(instance_data_dir=tmp_path, instance_prompt=PROMPT)])
 
 

@@ -82,6 +82,11 @@ def test_identifiers_that_do_not_separate(run, tmp_path):
     assert identifier_warnings(run()[0]) == []
 
 
+def test_validation_prompts_without_the_identifier(run):
+    (line,) = identifier_warnings(run(validation_prompt=("a SKS star", "a star"))[0])
+    assert "--validation_prompt 'a star'" in line and "sks" in line
+
+
 def test_words_that_a_text_encoder_does_not_know(pipeline, run):
     (unknown,) = check_prompts(pipeline, *run(prompt="a photo of \u2b50 star"))
     assert "T5 does not know '\u2b50'" in unknown and "star" not in unknown.replace("'\u2b50'", "")

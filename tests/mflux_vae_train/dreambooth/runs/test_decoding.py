@@ -22,7 +22,7 @@ CROPS = ["--no_center_crop", "--num_crops=3", "--random_flip", "--use_aspect_rat
 def counts(monkeypatch):
     """Decodes and hashes of each file until all images are encoded."""
     decoded, hashed = Counter(), Counter()
-    read, file_hash, encode = images.read_file, dataset.file_hash, precompute.encode_dataset
+    read, content_hash, encode = images.read_file, dataset.content_hash, precompute.encode_dataset
 
     def count(counter, function):
         def counted(path, *rest, **options):
@@ -38,7 +38,7 @@ def counts(monkeypatch):
 
     monkeypatch.setattr(images, "read_file", count(decoded, read))
     for module in (dataset, encoding):
-        monkeypatch.setattr(module, "file_hash", count(hashed, file_hash))
+        monkeypatch.setattr(module, "content_hash", count(hashed, content_hash))
     monkeypatch.setattr(precompute, "encode_dataset", until_encoded)
     monkeypatch.setattr(registry, "open_pipeline", lambda model, **_: FakePipeline())
     return decoded, hashed
