@@ -11,8 +11,11 @@ def expand(path: str) -> str:
     """A path with a leading ``~`` replaced by the home folder. The shell does not do so after ``=`` and in files.
 
     Raises:
-        SettingsError: ``~name``, and there is no such user.
+        SettingsError: ``~name``, and there is no such user; or empty text, which is a variable of the shell without a
+            value more often than this folder.
     """
+    if not path:
+        raise SettingsError("a path is empty; write . for this folder")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.split("/")[0]

@@ -70,7 +70,7 @@ RULES = (
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora_a", "lora_b"), (".down.", ".up."))
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module|state_dict)\.")
 """Levels that PEFT, torch.compile and data parallelism insert."""
 
 _BLOCK = re.compile(r"([a-z][a-z_]*?)[._](\d{1,6})[._]")
@@ -91,8 +91,14 @@ def check_kind(keys: Collection[str], where: str) -> None:
             some = first_few(refused, 1, 110)
             raise WeightsError(f"{where}: holds {kind} ({some}), which is not supported; convert it to plain LoRA")
     ends = [to_mlx({key: mx.array(0.0)}, RULES) for key in keys if "lora" in key]
+    if not keys:
+        raise WeightsError(f"{where}: holds no tensors; give a file with LoRA weights")
     if not any(key.endswith((A, B)) for names in ends for key in names):
-        some, kind = first_few(sorted(keys), 2, 70) or "none", kind_of(keys) or "other tensors"
+        some, kind = first_few(sorted(keys), 2, 70), kind_of(keys) or "other tensors"
+        if kind == "an adapter":
+            raise WeightsError(
+                f"{where}: holds an adapter whose keys are not known ({some}); convert it to PEFT's names"
+            )
         raise WeightsError(f"{where}: contains no adapter, but {kind} ({some}); give a file with LoRA weights")
 
 

@@ -110,7 +110,9 @@ def _converted(field: dataclasses.Field[Any], kind: type, value: Any) -> Any:
     if redacted(value) != value:  # settings are written to files
         raise SettingsError(f"--{field.name} contains an access token; use `hf auth login` or HF_TOKEN instead")
     if field.metadata.get("path"):
-        return expand(value)
+        if not value and field.default != value:
+            raise SettingsError(f"--{field.name} is empty; leave it out, or write . for this folder")
+        return expand(value) if value else value
     try:  # a command line where the locale is not UTF-8
         return os.fsencode(value).decode()
     except UnicodeError:

@@ -120,6 +120,21 @@ def _is_torch_file(path: Path) -> bool:
     return path.suffix != ".safetensors" and start[8:] != b"{"
 
 
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "a pointer of Git LFS: git lfs pull gets the file"),
+    (b"PK", "a zip archive, as torch and .npz files are"),
+    (b"\x93NUMPY", "a .npy file"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"<", "a web page"),
+)
+
+
+def _other_format(start: bytes) -> str:
+    """What a file is by its first bytes; empty if unknown."""
+    return next((text for mark, text in _OTHER_FORMATS if start.lstrip().startswith(mark)), "")
+
+
 def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read the header of a safetensors file: (shape, dtype, first byte) by tensor name, and metadata.
 
@@ -139,6 +154,9 @@ def header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if size < _LENGTH_BYTES:
                 raise ValueError(f"only {size} bytes")
             if length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+                file.seek(0)
+                if known := _other_format(file.read(64)):
+                    raise ValueError(f"it is {known}")
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             text = file.read(length)
         content = json.loads(text.decode(), object_pairs_hook=_unique_keys)

@@ -258,3 +258,18 @@ def test_json_there_and_back(tmp_path: Path) -> None:
     files.write_json(tmp_path / "deep" / "a.json", content)
     assert files.read_json(tmp_path / "deep" / "a.json") == content
     assert list(json.loads((tmp_path / "deep" / "a.json").read_text())) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(60), "zip archive"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+    ],
+)
+def test_files_of_other_formats_are_named(tmp_path, content, word):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=word):
+        files.header(path)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.weights.formats.files import write_safetensors
+from mflux_vae.weights.formats.files import open_weights, write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.lora.dialects import check_kind
 from mflux_vae_train.lora.kohya import split
 from mflux_vae_train.pipelines.flux1 import naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L
@@ -334,3 +335,11 @@ def test_numbers_that_are_no_adapter(tmp_path: Path) -> None:
     for value, word in ((FILE[key].astype(mx.uint8), "uint8"), (FILE[key] * math.nan, "NaN")):
         with pytest.raises(WeightsError, match=rf"out\.lora_A\.weight .*{word}"):
             scales(FILE | {key: value}, {"lora_alpha": "4"}, tmp_path)
+
+
+@pytest.mark.parametrize(("key", "word"), [("transformer.x.lora_a.weight", "keys are not known"), (None, "no tensors")])
+def test_adapters_of_unknown_naming_and_empty_files(tmp_path, key, word):
+    path = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(path), {key: mx.zeros((2, 2))} if key else {})
+    with pytest.raises(WeightsError, match=word):
+        check_kind(open_weights(path)[0], str(path))

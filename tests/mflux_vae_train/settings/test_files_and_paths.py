@@ -179,3 +179,11 @@ def test_names_that_are_not_utf_8_are_paths_but_no_text() -> None:
         DreamBoothSettings(**{**NEEDED, "instance_prompt": name})
     arrived = "ein ⭐".encode().decode("ascii", "surrogateescape")  # where the locale is C
     assert DreamBoothSettings(**{**NEEDED, "instance_prompt": arrived}).instance_prompt == "ein ⭐"
+
+
+@pytest.mark.parametrize("name", ["output_dir", "class_data_dir"])
+def test_an_empty_path_is_not_this_folder(name):
+    with pytest.raises(SettingsError, match=f"--{name} is empty"):
+        DreamBoothSettings(model="tiny", instance_data_dir="x", instance_prompt="sks", **{name: ""})
+    with pytest.raises(SettingsError, match="empty"):
+        expand("")
