@@ -29,9 +29,10 @@ FRAMES = Kind("several frames or pages, of which the first is used", logging.WAR
 TRANSPARENT = Kind("transparency laid over white", logging.INFO)
 CLIPPED = Kind("values outside [0, 65535], which are clipped", logging.WARNING)
 UNIFORM_MASK = Kind("mask of one level, so it weighs all positions the same", logging.WARNING)
+ENLARGED = Kind("smaller than the training images, so enlarged", logging.WARNING)
 PILLOW = Kind("{}", logging.WARNING)
 
-_ORDER = (BROKEN_PROFILE, INKS, FRAMES, CLIPPED, UNIFORM_MASK, PILLOW, CONVERTED, TRANSPARENT)
+_ORDER = (BROKEN_PROFILE, INKS, FRAMES, CLIPPED, UNIFORM_MASK, ENLARGED, PILLOW, CONVERTED, TRANSPARENT)
 
 _MAX_DETAIL = 120
 

@@ -62,7 +62,8 @@ def read_file(
     if content is None:
         return Values()
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: contains a {type(content).__name__}; expected 'name: value' lines")
+        kind = "text" if isinstance(content, str) else f"a {type(content).__name__}"
+        raise SettingsError(f"{path}: contains {kind}; expected 'name: value' lines")
     derived = content.pop(DERIVED, None)
     if translate is not None:
         content = translate(content, f"{path}: ")
@@ -121,7 +122,7 @@ def _by_field(
             value = convert(cls, name, value, where)
             values[name] = check_value(fields[name], hints[name], value)
         except SettingsError as error:
-            raise error if nested else SettingsError(f"{place}{error}") from None
+            raise error if nested and str(error).startswith(where) else SettingsError(f"{place}{error}") from None
     return values
 
 
@@ -178,7 +179,7 @@ def _member(kind: Any, name: str, value: Any, where: str) -> Any:
 def _nested(cls: Any, name: str, value: Any, where: str) -> Any:
     """Nested settings from a mapping or its YAML."""
     content = parse_yaml(value, f"--{name}") if isinstance(value, str) else value
-    place = f"--{name}" if isinstance(value, str) or not where else where
+    place = where or f"--{name}"
     if not isinstance(content, dict):
         raise SettingsError(f"{place}: --{name} contains {shortened(repr(content), 100)}; expected 'name: value' pairs")
     begins = f"{place}: --{name}: " if place != f"--{name}" else f"--{name}: "
@@ -197,5 +198,5 @@ def build(cls: type[T], values: dict[str, Any], prefix: str) -> T:
     if missing:
         if prefix == "--":
             raise MissingSettings(f"missing: {', '.join(f'--{name}' for name in missing)} (--help explains them)")
-        raise MissingSettings(f"{prefix}missing: {', '.join(missing)}")
+        raise SettingsError(f"{prefix}missing: {', '.join(missing)}")
     return cls(**values)

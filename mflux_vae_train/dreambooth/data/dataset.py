@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mflux_vae.errors import ImageError
-from mflux_vae.image_files.notes import UNIFORM_MASK, ImageNotes
+from mflux_vae.image_files.notes import ENLARGED, UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
 from mflux_vae.images import content_hash, image_text, load_image, load_mask
 from mflux_vae.utils.formatting import count_text, first_names
@@ -167,6 +167,9 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         image = load_image(path, notes=notes)
         size = image.shape[0], image.shape[1]
         rows = crops(size, nearest_shape(size, shapes), count=count, mirror=settings.random_flip)
+        shape = rows[0][0].shape
+        if shape[0] > size[0] or shape[1] > size[1]:
+            notes.add(ENLARGED, path)
         plain = [square, *(row[0] for row in rows)] if used < MAX_PIXEL_BYTES else []
         return InstanceImage(
             path=path,

@@ -103,6 +103,9 @@ def prepare(
     for name in ("output_dir", "encodings_dir", "logging_dir"):
         if reason := missing(getattr(settings, name) or ".", "", "remove the link"):
             raise SettingsError(f"--{name} {getattr(settings, name)} {reason}")
+        place = Path(getattr(settings, name) or ".")
+        if file := next((one for one in (place, *place.parents) if one.is_file()), None):
+            raise SettingsError(f"--{name} {place}: {file} is a file, not a folder")
     given = settings
     settings, adapter_warnings = with_adapter_settings(settings, pipeline)
     recommended = pipeline.recommended

@@ -206,3 +206,11 @@ def test_ignored_flags_are_logged_and_the_run_continues(run):
     assert status == 0
     ignored = [line.split(": ")[1] for line in err.splitlines() if "has no effect" in line]
     assert ignored == [f"--{name} has no effect" for name in ("allow_tf32", "local_rank", "mixed_precision")]
+
+
+def test_a_file_in_place_of_a_folder_is_refused_before_the_run(instance_dir, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    given = ["--model=tiny", f"--instance_data_dir={instance_dir}", "--instance_prompt=a sks dog", "--dry_run"]
+    assert cli.main([*given, f"--encodings_dir={file}", f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert "--encodings_dir" in capsys.readouterr().err and not (tmp_path / "out").exists()

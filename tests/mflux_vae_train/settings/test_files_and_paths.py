@@ -187,3 +187,11 @@ def test_an_empty_path_is_not_this_folder(name):
         DreamBoothSettings(model="tiny", instance_data_dir="x", instance_prompt="sks", **{name: ""})
     with pytest.raises(SettingsError, match="empty"):
         expand("")
+
+
+@pytest.mark.parametrize("value", ["[]", "[a folder]", "{instance_data_dir: x}"])
+def test_errors_about_concepts_name_the_file(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"concepts: {value}")
+    with pytest.raises(SettingsError, match=r"c\.yaml.*--concepts"):
+        from_yaml(DreamBoothSettings, path)

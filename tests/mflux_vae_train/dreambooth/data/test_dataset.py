@@ -200,3 +200,10 @@ def test_crops_of_each_image(instance_dir, load):
     bucketed = load(use_aspect_ratio_buckets=True)
     assert [one.shape for one in bucketed.images] == [(16, 16), (24, 12)]
     assert "shapes: 16x16 1, 24x12 1" in bucketed.summary([Concept(instance_data_dir="x", instance_prompt=PROMPT)])
+
+
+def test_images_smaller_than_training_images_are_a_warning(instance_dir, load):
+    assert not any("enlarged" in line for line in load().warnings)
+    save_image(instance_dir / "picture-1.png", picture(16, 12))
+    (line,) = [line for line in load().warnings if "enlarged" in line]
+    assert "picture-1.png" in line
