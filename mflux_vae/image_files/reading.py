@@ -147,6 +147,8 @@ def _opened(path: str | Path, notes: ImageNotes) -> Iterator[tuple[Image.Image, 
         raise
     except FileNotFoundError:
         raise ImageError(f"{path} {missing(path)}") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder, so it cannot be read as an image; give the files in it") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller") from None
     except Exception as error:  # Pillow raises many kinds

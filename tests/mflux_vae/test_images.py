@@ -155,3 +155,9 @@ def test_grey_images_stay_grey_and_failed_saves_leave_nothing(tmp_path):
 def test_strip_has_white_gaps(channels):
     left, right = np.full((4, 6, channels), 10, np.uint8), np.full((4, 3, channels), 20, np.uint8)
     assert images.strip([left, right], gap=2)[2, :, 0].tolist() == [10] * 6 + [255] * 2 + [20] * 3
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path):
+    for load in (images.load_image, images.load_images, images.image_text, lambda path: images.load_images([path])):
+        with pytest.raises(ImageError, match="folder"):
+            load(tmp_path)
