@@ -96,6 +96,11 @@ class VAE(nn.Module):
         return self.config.vectors
 
     @property
+    def _latent_axes(self) -> str:
+        """Axes of the latents of one image, for messages."""
+        return f"{self.latent_channels}" + ("" if self._vectors else ", h, w")
+
+    @property
     def dtype(self) -> mx.Dtype:
         """dtype of the weights."""
         return next((weight.dtype for weight in _weights(self.network)), mx.float32)
@@ -192,10 +197,10 @@ class VAE(nn.Module):
         Raises:
             ImageError: wrong number of axes or channels, no floats, or an impossible size.
         """
-        expected = f"(B, {self.latent_channels}" + (")" if self._vectors else ", h, w)")
+        expected = f"(B, {self._latent_axes})"
         axes, latent = 2 if self._vectors else 4, as_array(latent, "latents are", expected, LATENTS)
         if latent.ndim != axes or latent.shape[1] != self.latent_channels or not latent.size:
-            raise ImageError(f"latents are {tuple(latent.shape)}; expected {expected}")
+            raise _misshapen("latents are", latent, expected, (axes, 0, self.latent_channels))
         if not mx.issubdtype(latent.dtype, mx.floating):
             raise ImageError(f"latents are {str(latent.dtype).removeprefix('mlx.core.')}; expected floats")
         high, wide = latent.shape[2:] or (1, 1)
@@ -253,13 +258,19 @@ class VAE(nn.Module):
         Raises:
             ImageError: as `decode`, or numbers of sizes and latents differ.
         """
+        decoded, axes, channels = [], 2 if self._vectors else 4, self.latent_channels
+        expected = f"(B, {self._latent_axes}) or a list of ({self._latent_axes})"
+        if isinstance(latents, mx.array | np.ndarray) and latents.ndim != axes:
+            latents = as_array(latents, "latents are", expected, LATENTS)
+            raise _misshapen("latents are", latents, expected, (axes, 0, channels))
+        if isinstance(latents, str | bytes) or not isinstance(latents, Iterable):
+            as_array(latents, "latents are", expected, LATENTS)
         if sizes is not None and len(sizes) != len(latents):
             raise ImageError(f"{len(sizes)} sizes for {len(latents)} latents")
-        decoded = []
-        if isinstance(latents, str | bytes) or not isinstance(latents, Iterable):
-            as_array(latents, "latents are", f"({self.latent_channels}, h, w) each", LATENTS)
         for index, each in enumerate(latents):
-            each = as_array(each, "latents are", f"({self.latent_channels}, h, w)", LATENTS)
+            each = as_array(each, "latents are", f"({self._latent_axes})", LATENTS)
+            if each.ndim != axes - 1 or each.shape[0] != channels or not each.size:
+                raise ImageError(f"latents of image {index} are {tuple(each.shape)}; expected {expected}")
             image = self.decode(each[None], size=sizes[index] if sizes else None, tiling=tiling)[0].transpose(1, 2, 0)
             if mx.any(mx.isnan(image)):
                 log.warning("image %d has NaN values, drawn black: latents or weights are not finite", index)
@@ -281,7 +292,8 @@ class VAE(nn.Module):
         expected = f"(B, H, W, {self.config.in_channels})"
         pixels = as_array(pixels, "image is", expected, FILES)
         if pixels.ndim != 4 or pixels.shape[3] != self.config.in_channels or not pixels.size:
-            raise ImageError(f"image is {tuple(pixels.shape)}; expected {expected} with values in [-1, 1]")
+            expected += " with values in [-1, 1]"
+            raise _misshapen("image is", pixels, expected, (4, -1, self.config.in_channels))
         return self.scaled(self._encode(padded(pixels, self.spatial_scale), tiling).mode())
 
     @thread_safe
@@ -289,8 +301,9 @@ class VAE(nn.Module):
         """Scaled latents (B, h, w, latent_channels) -> (B, H, W, C), about [-1, 1], not clipped; for MLX pipelines."""
         expected = f"(B, {'' if self._vectors else 'h, w, '}{self.latent_channels})"
         latents = as_array(latents, "latents are", expected, LATENTS)
-        if latents.ndim != (2 if self._vectors else 4) or latents.shape[-1] != self.latent_channels or not latents.size:
-            raise ImageError(f"latents are {tuple(latents.shape)}; expected {expected}")
+        axes = 2 if self._vectors else 4
+        if latents.ndim != axes or latents.shape[-1] != self.latent_channels or not latents.size:
+            raise _misshapen("latents are", latents, expected, (axes, -1, self.latent_channels))
         return self._decode(self.network.from_scaled(latents), tiling)
 
     def scaled(self, latents: mx.array) -> mx.array:
@@ -331,12 +344,25 @@ class VAE(nn.Module):
     def _check(self, image: mx.array) -> None:
         channels = self.config.in_channels
         if image.ndim != 4 or image.shape[1] != channels or not image.size:
-            raise ImageError(f"image is {tuple(image.shape)}; expected (B, {channels}, H, W) with values in [0, 255]")
+            raise _misshapen("image is", image, f"(B, {channels}, H, W) with values in [0, 255]", (4, 0, channels))
         height, width = image.shape[2:]
         if self._vectors and max(height, width) > (side := self.spatial_scale):  # checked before padding
             raise ImageError(f"this autoencoder takes images of {side} x {side}, not {height} x {width}; resize them")
         if mx.issubdtype(image.dtype, mx.floating):
             _check_range(image)
+
+
+def _misshapen(what: str, array: mx.array, expected: str, batch: tuple[int, int, int]) -> ImageError:
+    """Error about a shape, with advice if only the batch axis is missing.
+
+    Args:
+        what: subject and verb.
+        batch: number of axes of a batch, channel axis of one sample, number of channels.
+    """
+    axes, axis, channels = batch
+    single = array.size and array.ndim == axes - 1 and array.shape[axis] == channels
+    hint = f"; add a batch axis: {what.split()[0]}[None]" if single else ""
+    return ImageError(f"{what} {tuple(array.shape)}; expected {expected}{hint}")
 
 
 def _weights(network: nn.Module) -> list[mx.array]:

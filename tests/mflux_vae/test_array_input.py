@@ -78,3 +78,19 @@ def test_numbers_in_lists_stay_accepted(vae):
     assert mx.array_equal(vae.encode(image.tolist()), vae.encode(image.astype(np.float32)))
     reconstruction, _ = vae(image.tolist())
     assert reconstruction.shape == image.shape
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [("decode", (4, 5, 6)), ("decode_images", (4, 5, 6)), ("decode_nhwc", (5, 6, 4)), ("encode", (3, 16, 24))],
+)
+def test_one_sample_without_a_batch_axis_is_named_as_given(vae, method, shape):
+    with pytest.raises(ImageError, match=r"\[None\]") as error:
+        getattr(vae, method)(mx.zeros(shape))
+    assert str(shape) in str(error.value)
+
+
+def test_latents_in_a_list_are_named_as_given(vae):
+    with pytest.raises(ImageError, match="image 1") as error:
+        vae.decode_images([mx.zeros((4, 2, 2)), mx.zeros((1, 4, 2, 2))])
+    assert "(1, 4, 2, 2)" in str(error.value) and "[None]" not in str(error.value)
