@@ -247,7 +247,8 @@ def settings_of(config: Config) -> dict[str, Any]:
                 return preset.config.to_dict()
             if folder := presets.registered(str(config)):
                 return read_json(folder / "config.json")
-            known = f"no such file or preset; known presets: {', '.join(presets.PRESETS)}"
+            hint = did_you_mean(str(config), presets.names()) or ";"
+            known = f"no such file or preset{hint} known presets: {', '.join(presets.names())}"
             raise SettingsError(f"config {config}: {missing(path, known)}")
         config = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if "_class_name" in config or "block_out_channels" in config:

@@ -246,7 +246,8 @@ def to_yaml(settings: Any, given: Any = None, omit: Collection[str] = ()) -> str
 
 def _preset(name: Any, presets: Presets) -> Mapping[str, Any]:
     if name is not None and name not in presets:
-        raise SettingsError(f"--preset is {shortened(repr(name), 100)}; allowed are {', '.join(presets)}")
+        hint = did_you_mean(str(name), presets) or ";"
+        raise SettingsError(f"--preset is {shortened(repr(name), 100)}{hint} allowed are {', '.join(presets)}")
     return {} if name is None else presets[name]
 
 

@@ -280,7 +280,8 @@ def preset(name: str, **changes: Any) -> VAETrainingSettings:
         SettingsError: unknown preset or setting.
     """
     if name not in PRESETS:
-        raise SettingsError(f"unknown preset {name!r}; allowed are {', '.join(PRESETS)}")
+        hint = did_you_mean(str(name), PRESETS) or ";"
+        raise SettingsError(f"unknown preset {name!r}{hint} allowed are {', '.join(PRESETS)}")
     return settings_from_dict({**PRESETS[name], **changes})
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mflux_vae import VAE, cli
+from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import add_flags, from_yaml, settings_of, to_yaml
@@ -68,6 +69,12 @@ def test_every_flag_reaches_its_field(name: str, tmp_path: Path) -> None:
 def test_flags_override_presets(name: str) -> None:
     assert settings("--preset", name) == preset(name)
     assert settings("--preset", name, "--lr", "0.5") == preset(name, learning_rate=0.5)
+
+
+def test_the_nearest_preset_is_suggested() -> None:
+    for build in (preset, lambda name: settings("--preset", name)):
+        with pytest.raises(SettingsError, match="did you mean mnist"):
+            build("mnsit")
 
 
 def test_a_preset_flag_overrides_the_preset_of_a_file(tmp_path: Path) -> None:
