@@ -99,18 +99,23 @@ def resume_warnings(
 
 def schedule_warnings(*, total: int, warmup: int = 0, shape: str = "constant", cycles: int = 1) -> list[str]:
     """One line for each part of a schedule that does not fit the length of the run."""
-    lines, shorter = [], total // 10
-    if warmup >= total:
-        lines.append(f"warm-up of {warmup} updates does not fit a run of {total}; shortened to {shorter}")
-    elif warmup > total / 2:
-        lines.append(f"warm-up takes {warmup} of {total} updates; a shorter one leaves more updates at the full rate")
-    left = total - (warmup if warmup < total else shorter)
+    lines = warmup_warnings(total=total, warmup=warmup)
+    left = total - (warmup if warmup < total else total // 10)
     if shape == RESTARTS and cycles > max(1, left // MIN_CYCLE):
         lines.append(
             f"{cycles} cycles of the learning rate do not fit {left} updates after the warm-up: the rate of an update"
             f" is then arbitrary; use at most {max(1, left // MIN_CYCLE)}"
         )
     return lines
+
+
+def warmup_warnings(*, total: int, warmup: int) -> list[str]:
+    """A line if the warm-up does not fit the length of the run."""
+    if warmup >= total:
+        return [f"warm-up of {warmup} updates does not fit a run of {total}; shortened to {total // 10}"]
+    if warmup > total / 2:
+        return [f"warm-up takes {warmup} of {total} updates; a shorter one leaves more updates at the full rate"]
+    return []
 
 
 def _decay(shape: str, peak: float, cycles: int, power: float) -> Callable[[float], float]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import count_text, first_names
+from mflux_vae.utils.formatting import count_text, first_names, shortened
 from mflux_vae_train.dreambooth.data.captions import Captions
 from mflux_vae_train.dreambooth.data.identifier import identifier_of, split_words
 
@@ -34,10 +34,11 @@ def adapt_captions(
     """
     replace_placeholders(instance_prompt, None, "--instance_prompt")
     identifier = identifier_of(instance_prompt, class_prompt)
+    cure = cure_without_identifier(instance_prompt)
     texts, replaced = dict(captions.texts), defaultdict(list)
     for image in captions.texts:
         if image in captions.captioned:
-            texts[image], found = replace_placeholders(texts[image], identifier, f"the caption of {image}")
+            texts[image], found = replace_placeholders(texts[image], identifier, f"the caption of {image}", cure)
             for word in found:
                 replaced[word].append(image)
     lines = []
@@ -58,18 +59,35 @@ def adapt_captions(
     return texts, lines
 
 
-def replace_placeholders(prompt: str, identifier: str | None, where: str) -> tuple[str, list[str]]:
+def cure_without_identifier(instance_prompt: str) -> str:
+    """What to do about a placeholder if the instance prompt has no identifier."""
+    shown = shortened(repr(instance_prompt), 120)
+    return (
+        f"--instance_prompt {shown} has no identifier to put there: put a rare word such as sks before its class word,"
+        " or write the prompt without the placeholder"
+    )
+
+
+def replace_placeholders(
+    prompt: str,
+    identifier: str | None,
+    where: str,
+    cure: str = "write the word that names the subject, such as sks, here and in --instance_prompt",
+) -> tuple[str, list[str]]:
     """A prompt with placeholders replaced, and the placeholders that it had.
+
+    Args:
+        cure: what to do if there is a placeholder and no identifier.
 
     Raises:
         SettingsError: see `adapt_captions`.
     """
     if match := _FILE_WORDS.search(prompt):
-        cure = "write the caption of each image into NAME.txt"
-        raise SettingsError(f"{where}: {match[0]} is a placeholder of another tool; {cure}")
+        raise SettingsError(
+            f"{where}: {match[0]} is a placeholder of another tool; write the caption of each image into NAME.txt"
+        )
     found = list(dict.fromkeys(match[0] for match in _PLACEHOLDER.finditer(prompt)))
     if found and identifier is None:
-        cure = "write the word that names the subject, such as sks, here and in --instance_prompt"
         raise SettingsError(f"{where}: {found[0]} is a placeholder of another tool; {cure}")
     return _PLACEHOLDER.sub(lambda _: identifier or "", prompt), found
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
+from mflux_vae_train.dreambooth.data.identifier import find_identifiers, split_words
 from mflux_vae_train.dreambooth.planning.class_prompt import derive_class_prompt
 
 Kind = Literal["class_images", "dop", "none"]
@@ -50,7 +51,10 @@ def resolve_preservation(settings: DreamBoothSettings) -> Preservation:
     for one in settings.subjects:
         prompt, reason = (one.class_prompt, "") if one.class_prompt else derive_class_prompt(one.instance_prompt)
         if prompt is None and requested is None:
-            line = f"prior preservation is off: {reason}; give --class_prompt to turn it on"
+            cure = "give --class_prompt to turn it on"
+            if not find_identifiers(split_words(one.instance_prompt)):
+                cure = f"put a rare word such as sks before the class word, or {cure}"
+            line = f"prior preservation is off: {reason}; {cure}"
             return Preservation(kind="none", concepts=unpreserved, notes=[], warnings=(line,))
         if prompt is None:
             flag = "--with_prior_preservation" if settings.prior_preservation is None else "--prior_preservation"

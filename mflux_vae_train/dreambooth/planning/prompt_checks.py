@@ -12,7 +12,7 @@ from mflux_vae.utils.formatting import first_names, shortened
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
-from mflux_vae_train.dreambooth.data.placeholders import contains, replace_placeholders
+from mflux_vae_train.dreambooth.data.placeholders import contains, cure_without_identifier, replace_placeholders
 from mflux_vae_train.pipelines.capabilities import PromptTokens, SupportsPromptInspection
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -78,7 +78,12 @@ def fill_placeholders(settings: DreamBoothSettings) -> tuple[DreamBoothSettings,
         return settings, []
     known = {_identifier(one) for one in settings.subjects}
     identifier = known.pop() if len(known) == 1 else None
-    filled = [replace_placeholders(prompt, identifier, "--validation_prompt") for prompt in settings.validation_prompt]
+    single = len(settings.subjects) == 1
+    options = {"cure": cure_without_identifier(settings.subjects[0].instance_prompt)} if single else {}
+    filled = [
+        replace_placeholders(prompt, identifier, "--validation_prompt", **options)
+        for prompt in settings.validation_prompt
+    ]
     words = list(dict.fromkeys(word for _, found in filled for word in found))
     lines = [f"{first_names(words)} in --validation_prompt is replaced by {identifier!r}"] if words else []
     return replace(settings, validation_prompt=tuple(prompt for prompt, _ in filled)), lines

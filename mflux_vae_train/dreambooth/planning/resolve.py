@@ -17,6 +17,7 @@ from mflux_vae_train.monitoring import trackers
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.settings.origins import origins_of
+from mflux_vae_train.training.lr_schedule import warmup_warnings
 
 PREVIEWS_PER_RUN = 8
 
@@ -123,6 +124,10 @@ def resolve(
         settings, recommended, preservation=preservation.kind, updates=updates, per_update=per_update
     )
     notes, first = list(preservation.notes), preservation.concepts[0]
+    if settings.lr_warmup_steps == _DEFAULTS["lr_warmup_steps"] and "lr_warmup_steps" not in origins_of(given):
+        by_default = warmup_warnings(total=updates, warmup=settings.lr_warmup_steps)
+        warnings = [line for line in warnings if line not in by_default]
+        notes += by_default
     rate = default_rate(settings, recommended) if settings.learning_rate is None else settings.learning_rate
     if settings.scale_lr:
         notes.append(f"learning rate {rate:g} x {per_update} images per update: {rate * per_update:g}")

@@ -83,7 +83,7 @@ class Report:
             ("previews", "Previews", self._preview_section(), "Each row starts from the same noise."),
             ("curves", "Training curves", charts(records, resolved.max_grad_norm, total), ""),
             ("data", "Training images", self._data_section(), ""),
-            ("unused", "Not used", _list(unused), "Ignored, cut, changed or unusual."),
+            ("unused", "Not used, cut or changed", _list(unused), "Also what is unusual."),
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]

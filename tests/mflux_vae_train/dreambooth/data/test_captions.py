@@ -115,7 +115,7 @@ def test_placeholders_are_replaced_by_the_identifier(folder):
         and "3 captions" in lines[0]
         and "'sks' of --instance_prompt is missing in 1 of 4 captions (3.png)" in lines[-1]
     )
-    with pytest.raises(SettingsError, match="placeholder"):
+    with pytest.raises(SettingsError, match=r"placeholder.*'a photo of a star' has no identifier"):
         adapt_captions(read(folder), "a photo of a star")
 
 

@@ -48,7 +48,11 @@ def test_the_rate_is_judged_after_scaling_and_the_chosen_one_as_a_given_one():
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_a_warning():
-    assert any("shortened" in line for line in resolved(max_train_steps=4).warnings)
+    assert any("shortened" in line for line in resolved(max_train_steps=4, lr_warmup_steps=40).warnings)
+    default = resolved(max_train_steps=4)  # nobody asked for that warm-up
+    assert any("shortened" in line for line in default.notes) and not any(
+        "warm-up" in line for line in default.warnings
+    )
     given = {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 300, "max_train_steps": 40, "lr_warmup_steps": 0}
     (line,) = resolved(**given).warnings
     assert "300 cycles" in line

@@ -168,4 +168,6 @@ def test_placeholders_in_validation_prompts_are_replaced(run):
 @pytest.mark.parametrize("prompt", ["a photo of Rex", "a photo of TOK", "a photo of (sks star:1.3)"])
 def test_preservation_that_nobody_turned_off_is_a_warning(run, prompt):
     assert any(line.startswith("prior preservation is off") for line in run(prompt=prompt)[0].warnings)
+    (line,) = [line for line in run(prompt="a photo of a dog")[0].warnings if line.startswith("prior preservation")]
+    assert "before the class word, or give --class_prompt" in line
     assert not any("prior" in line for line in run(prompt=prompt, prior_preservation="none")[0].warnings)
