@@ -214,7 +214,8 @@ def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
     for given in map(Path, pictures):
         if not given.is_dir():
             if not given.is_file():
-                raise ImageError(f"{given} {missing(given)}")
+                what = "is a device or pipe" if given.exists() else "does not exist"
+                raise ImageError(f"{given} {missing(given, what)}")
             yield given, given
             continue
         folder = scan(given)

@@ -168,6 +168,8 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
 
 def _local(source: Source) -> tuple[Path, str | None]:
     """Local file or folder, downloaded if necessary; and the name of the preset, if any."""
+    if not isinstance(source, str | Path) or not str(source):
+        raise WeightsError(f"the model is {source!r}; give a folder, a file, a preset or a hub id")
     path = Path(source).expanduser()
     with suppress(OSError):  # the name may be too long for a file
         if path.exists():

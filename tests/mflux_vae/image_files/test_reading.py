@@ -299,3 +299,8 @@ def test_the_hash_of_contents_depends_on_pixels_orientation_and_colours_alone(tm
     assert len({plain, hashed(exif=turned), hashed(icc_profile=profile)}) == 3
     picture = picture.rotate(180)
     assert hashed() != plain
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(ImageError, match="is a folder"):
+        load_image(tmp_path)

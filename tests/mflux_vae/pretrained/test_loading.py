@@ -333,3 +333,9 @@ def test_tensors_are_read_when_they_are_used(tmp_path: Path) -> None:
 
 def test_plain_networks_still_need_no_table() -> None:
     assert isinstance(small_plain(), PlainAutoencoder) and list(FAMILIES["PlainAutoencoder"].tables) == ["diffusers"]
+
+
+@pytest.mark.parametrize("source", [None, 5, ""])
+def test_a_model_without_a_name_is_refused(source):
+    with pytest.raises(WeightsError, match="the model is"):
+        loading.open_network(source)
