@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 BY_FILE = " by file"
 """``NAME by file`` lists the files that the hash `NAME` of a fingerprint covers: rows of (name, content hash, caption,
 mask hash), of which the last two may be missing. It explains a difference and is not compared."""
+
+_HASH = re.compile(r"[0-9a-f]{16,64}")
+_FLAGS = {"adapter to start from": " (--lora_weights)", "initial weights": " (--init_from, --network_config)"}
+"""By name of a hash: the flags that choose what it covers."""
 
 MAX_VALUE, MAX_TEXT = 48, 130
 """Characters of a value, and of all differences together, in a message."""
@@ -29,8 +34,17 @@ def _text(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     sides = [file_rows(side, name) for side in (before, now)]
     if None not in sides and (texts := file_differences(sides[0] or [], sides[1] or [])):
         return f"{name} was changed ({listed(texts, 100)})"
+    if any(_is_hash(side.get(name)) for side in (before, now)):
+        return f"{name}{_FLAGS.get(name, '')} changed"
     was, now_is = _excerpts(repr(before.get(name)), repr(now.get(name)))
     return f"{name} was {was}, is now {now_is}"
+
+
+def _is_hash(value: object) -> bool:
+    """Whether a value is a hash, or a list of hashes: it differs, and its digits explain nothing."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_hash, value))
+    return isinstance(value, str) and bool(_HASH.fullmatch(value))
 
 
 def file_rows(fingerprint: Mapping[str, Any], name: str) -> list[list[str]] | None:

@@ -44,7 +44,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, update: int | None = None, *, saved: bool = True) -> None:
         kept = "finished work is kept"
         if update is not None:
-            kept = "a checkpoint was saved" if saved else "no checkpoint was requested"
+            kept = "a checkpoint was saved; the same command resumes" if saved else "no checkpoint was requested"
         where = "" if update is None else f" after update {update}"
         super().__init__(f"interrupted by {signal.Signals(number).name}{where}; {kept}")
         self.exit_code = 128 + number

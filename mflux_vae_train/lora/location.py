@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.utils.links import naming_broken_links
+from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.links import missing, naming_broken_links
 
 FILES = (
     *("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapters.safetensors"),
@@ -19,9 +20,11 @@ def adapter_file(path: str | Path) -> Path:
     """`path` itself, or the adapter in it if it is a folder.
 
     Raises:
-        WeightsError: the folder holds none of `FILES`.
+        WeightsError: the folder holds none of `FILES`, or is a checkpoint that does not exist.
     """
     path = Path(path)
+    if not path.exists() and path.name.startswith("checkpoint-"):
+        _refuse_missing_checkpoint(path)
     if not path.is_dir():
         return path
     with naming_broken_links(path):
@@ -36,3 +39,10 @@ def _file_in(path: Path) -> Path:
     if found is None:
         raise WeightsError(f"{path}: holds no adapter ({FILES[0]} or {FILES[1]}); give the path of its file")
     return found
+
+
+def _refuse_missing_checkpoint(path: Path) -> None:
+    numbers = [one.name.removeprefix("checkpoint-") for one in path.parent.glob("checkpoint-*")]
+    there = [f"checkpoint-{number}" for number in sorted(filter(str.isdecimal, numbers), key=int)]
+    has = f"{path.parent} has {first_few(there, 6)}" if there else f"{path.parent} has no checkpoint"
+    raise WeightsError(f"{path}: {missing(path, 'no such folder')}; {has}")

@@ -44,6 +44,14 @@ def test_rows_explain_a_hash_and_are_not_compared() -> None:
     assert differences(before, {**before, "seed": 1}, ignored={"seed"}) == []
 
 
+def test_hashes_are_not_shown() -> None:
+    one, other = "0609dd6b" * 2, "a" * 64
+    for was, now in ((one, other), (None, other), ([one, one], [one, other])):
+        assert differences({"base weights": was}, {"base weights": now}) == ["base weights changed"]
+    assert differences({}, {"adapter to start from": one}) == ["adapter to start from (--lora_weights) changed"]
+    assert differences({"prompt": "sks"}, {"prompt": one[:8]}) == ["prompt was 'sks', is now '0609dd6b'"]
+
+
 def test_long_values_are_cut_around_the_difference() -> None:
     long = "a photo of a dog " * 30
     (text,) = differences({"prompt": long + "asleep"}, {"prompt": long + "awake"})

@@ -96,7 +96,11 @@ def test_an_unknown_pipeline_is_bad_input(run, monkeypatch):
         (TrainingError("it broke"), 1, "error: it broke"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (Interrupted(signal.SIGTERM, 3, saved=True), 143, "interrupted by SIGTERM after update 3"),
+        (
+            Interrupted(signal.SIGTERM, 3, saved=True),
+            143,
+            "interrupted by SIGTERM after update 3; a checkpoint was saved; the same command resumes",
+        ),
     ],
 )
 def test_exit_codes(run, monkeypatch, error, expected, words):

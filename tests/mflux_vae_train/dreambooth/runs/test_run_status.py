@@ -322,6 +322,8 @@ def test_a_run_starts_from_the_adapter_of_a_checkpoint(settings: Make, tmp_path:
 
     assert starts_from("checkpoint-4") == starts_from("") == starts_from("checkpoint-4/state.safetensors")
     assert starts_from("checkpoint-2") != starts_from("checkpoint-4")
+    with pytest.raises(WeightsError, match=r"checkpoint-9: no such .* has .*checkpoint-4"):
+        starts_from("checkpoint-9")
     (out / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(WeightsError, match="checkpoint-4"):
         starts_from("")
