@@ -53,7 +53,7 @@ class Description:
         config: content of a config.json.
         tensors, parameters: counts.
         dtypes: stored dtypes; empty for a published autoencoder that is not downloaded.
-        preset: preset with the same architecture and scaling, or None.
+        preset: preset with the same architecture and scaling, or registered for this folder, or None.
         assumed: a sentence about what the file does not specify, or None.
     """
 
@@ -148,7 +148,7 @@ def describe(source: Source, *, config: Config | None = None) -> Description:
             prod(tensor.shape) for name, tensor in opened.tensors.items() if name.split(".")[-1] not in _NOT_PARAMETERS
         ),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored})),
-        preset=opened.preset or equal_preset(opened),
+        preset=opened.preset or equal_preset(opened) or presets.registered_name(opened.where),
         assumed=opened.assumed,
     )
 

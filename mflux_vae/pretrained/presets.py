@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -270,6 +271,16 @@ def registered(name: str) -> Path | None:
             return Path(entry.load())
         except Exception as error:  # any error of a plugin
             raise PluginError(f"preset {name!r} is broken ({entry.value}: {type(error).__name__}: {error})") from error
+    return None
+
+
+def registered_name(folder: str | Path) -> str | None:
+    """Name under which an installed package registered this folder, or the pipeline around it; or None."""
+    places = [Path(folder).resolve()] + ([Path(folder).resolve().parent] if Path(folder).name == "vae" else [])
+    for entry in entry_points(group=GROUP):
+        with suppress(PluginError):
+            if (known := registered(entry.name)) and known.resolve() in places:
+                return entry.name
     return None
 
 
