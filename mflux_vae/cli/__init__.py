@@ -58,8 +58,8 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
         added.set_defaults(run=lambda **settings: _run(name, settings))
         return added
 
-    info = command("info", "Describe a weights file or folder: family, parameters, scaling, memory.")
-    info.add_argument("model", type=expand, nargs="?", help=f"{MODEL} (default: list the presets)")
+    info = command("info", "Describe a weights file or folder (family, parameters, scaling, memory) or a latent file.")
+    info.add_argument("model", type=expand, nargs="?", help=f"{MODEL}; or a latent file (default: list the presets)")
     info.add_argument("--config", type=expand, help=CONFIG)
     info.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
 

@@ -8,7 +8,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,13 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
         raise SettingsError(f"--output {target} must end in {SUFFIX}, such as {target.with_suffix(SUFFIX)}")
     vae, tiling = _open(**opening)
     unfinished = Unfinished(target, _settings(vae, opening))
-    if unfinished.replaced:
-        log.warning("%s: replacing latents of another model or other settings (%d)", target, unfinished.replaced)
+    if replaced := unfinished.replaced:
+        others = [name for name in replaced if name not in files]
+        rest = f", {len(others)} of images not given now: {first_names(others)}" if others else ""
+        log.warning("%s: replacing latents of another model or other settings (%d%s)", target, len(replaced), rest)
+    if dropped := [name for name in unfinished.entries if name not in files]:
+        text = f"drops the latents of {_count(dropped)} not given now ({first_names(dropped)})"
+        log.warning("%s: %s; give another --output to keep them", target, text)
     missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
     notes = ImageNotes()
     for name in _progress(missing, of=len(files)):
@@ -90,6 +95,7 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
         log.warning("%s was encoded with other weights than %s", latents, model or encoder["model"])
     marks = {name: f"decoded {_crc32(entry.latents):08x} {weights:08x} {opening}" for name, entry in entries.items()}
     _say_replaced(targets, marks)
+    _say_kept(targets, output, "decoded")
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):
         with _error_context(f"{latents}: {name}"):
@@ -106,6 +112,8 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     vae, tiling = _open(**opening)
     mark = f"reconstructed {opening}"
     _say_replaced(targets, dict.fromkeys(targets, mark))
+    if output:
+        _say_kept(targets, output, "reconstructed")
     rows: list[dict[str, Any]] = []
     notes = ImageNotes()
     for name in _progress(list(files), of=len(files)):
@@ -128,6 +136,8 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     for row in [*rows, {"name": f"mean of {len(rows)}", **mean}]:
         size = f"{row['height']}x{row['width']}" if "height" in row else ""
         print(f"{row['name']:{width}}  {size:>9}  {row['psnr']:9.2f}  {row['ssim']:6.4f}")
+    if output:
+        print(f"{output}: {_count(targets)}")
 
 
 def compare(
@@ -243,11 +253,26 @@ def _output_files(names: Iterable[str], folder: str) -> dict[str, Path]:
 
 
 def _say_replaced(targets: Mapping[str, Path], marks: Mapping[str, str]) -> None:
-    """Warn about our files of another model, other settings or other latents."""
+    """Warn about our files of another image, another model or other settings."""
     others = [target for name, target in targets.items() if target.exists() and _mark(target) != marks[name]]
     if others:
         folder, names = others[0].parent, first_names([target.name for target in others])
-        log.warning("%s: replacing %s of another model or other settings: %s", folder, _count(others), names)
+        what = f"replacing {_count(others)} of another input, model or other settings"
+        log.warning("%s: %s: %s", folder, what, names)
+
+
+def _say_kept(targets: Mapping[str, Path], folder: str, command: str) -> None:
+    """Warn about files in the folder that an earlier run of the command wrote and this one does not."""
+    top, ours = Path(folder), set(targets.values())
+    others = [file for file in sorted([*top.glob("*.png"), *top.glob("*/*.png")]) if file not in ours]
+    if kept := [str(file.relative_to(top)) for file in others if _is_output(file, command)]:
+        log.warning("%s: keeps %s of an earlier run: %s", folder, _count(kept), first_names(kept))
+
+
+def _is_output(file: Path, command: str) -> bool:
+    with suppress(ImageError):
+        return (_mark(file) or "").startswith(f"{command} ")
+    return False
 
 
 def _mark(target: Path) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+from mflux_vae.cli import latent_file
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
 from mflux_vae.networks.laq import LAQConfig
 from mflux_vae.pretrained import loading, presets
@@ -14,7 +15,7 @@ from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.presets import PRESETS
 from mflux_vae.runtime.device import DEVICES, kind
 from mflux_vae.tiling import plan as tiling_plan
-from mflux_vae.utils.formatting import size_text
+from mflux_vae.utils.formatting import count_text, first_names, size_text
 
 SIDES = (512, 1024, 2048)
 """Image sizes (pixels) for the memory estimate."""
@@ -23,9 +24,12 @@ WHAT: tuple[Literal["encode", "decode"], ...] = ("encode", "decode")
 
 
 def info(*, model: str | None, config: str | None, as_json: bool) -> None:
-    """Describe a weights file or folder; without one, list the presets."""
+    """Describe a weights file or folder, or a latent file; without one, list the presets."""
     if model is None:
         _list_presets(as_json)
+        return
+    if config is None and latent_file.is_latent_file(model):
+        _describe_latents(model, as_json)
         return
     found = loading.describe(model, config=config)
     network = FAMILIES[found.family].build(found.config).eval()
@@ -39,7 +43,8 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
         print(json.dumps({**asdict(found), "latents": latents, "memory_bytes": needed}, indent=2))
         return
     stored = " and ".join(found.dtypes) or "not downloaded"
-    preset = PRESETS[found.preset].title if found.preset else "no preset"
+    row = PRESETS.get(found.preset or "")
+    preset = row.title if row else f"preset {found.preset}" if found.preset else "no preset"
     print(f"{found.source}: {preset}")
     print(
         f"  {found.family}, {found.naming} naming, {found.parameters:,} parameters in {found.tensors} tensors, {stored}"
@@ -50,6 +55,17 @@ def info(*, model: str | None, config: str | None, as_json: bool) -> None:
         print(f"  memory to {what}: {memory} (this {DEVICES[kind()]})")
     if found.assumed:
         print(f"  {found.assumed}")
+
+
+def _describe_latents(path: str, as_json: bool) -> None:
+    entries, settings = latent_file.read(path)
+    if as_json:
+        pictures = {name: {"size": entry.size, "latents": entry.latents.shape} for name, entry in entries.items()}
+        print(json.dumps({"source": path, "settings": settings, "pictures": pictures}, indent=2))
+        return
+    encoder = f"{settings.get('model', 'an unknown model')} in {settings.get('dtype', 'an unknown dtype')}"
+    print(f"{path}: latents of {count_text(len(entries), 'image')}, encoded by {encoder}")
+    print(f"  {first_names(list(entries))}")
 
 
 def _list_presets(as_json: bool) -> None:

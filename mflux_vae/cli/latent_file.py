@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.text_files import parse_json
-from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
+from mflux_vae.weights.formats.files import header, read_safetensors, write_safetensors
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
 FORMAT = "mflux-vae latents 1"
@@ -38,6 +39,13 @@ class Entry:
     latents: mx.array
     size: tuple[int, int]
     crc32: int
+
+
+def is_latent_file(path: str | Path) -> bool:
+    """Whether this is a file that `write` wrote. Reads its metadata only."""
+    with suppress(WeightsError, OSError):
+        return Path(path).is_file() and header(Path(path))[1].get("format") == FORMAT
+    return False
 
 
 def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
@@ -83,7 +91,7 @@ class Unfinished:
         settings: what the latents depend on.
 
     Attributes:
-        replaced: number of images in `path` that another model or other settings encoded.
+        replaced: names of images in `path` that another model or other settings encoded.
 
     Raises:
         WeightsError: `path` exists and is no latent file.
@@ -94,7 +102,7 @@ class Unfinished:
         self.settings = dict(settings)
         self.parts = self.path.with_name(f".{self.path.name}.parts")
         self.entries: dict[str, Entry] = {}
-        self.replaced = self._load(self.path) if self.path.exists() else 0
+        self.replaced = self._load(self.path) if self.path.exists() else []
         for part in sorted(self.parts.glob("*.safetensors")):
             try:
                 self._load(part)
@@ -116,11 +124,11 @@ class Unfinished:
         write(self.path, {name: self.entries[name] for name in names}, self.settings)
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def _load(self, file: Path) -> int:
-        """Take the images of a file; returns the number of those of other settings, which are not taken."""
+    def _load(self, file: Path) -> list[str]:
+        """Take the images of a file; returns the names of those of other settings, which are not taken."""
         entries, settings = read(file)
         if settings != self.settings:
-            return len(entries)
+            return list(entries)
         mx.eval([entry.latents for entry in entries.values()])  # evaluate before the file is replaced
         self.entries.update(entries)
-        return 0
+        return []

@@ -115,6 +115,43 @@ def test_interrupted_encode_resumes(
     assert "2 of them new" in run(*command, "--tiling", "off")[1]  # other settings, other latents
 
 
+def test_images_of_earlier_runs_are_named(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "latents.safetensors", tmp_path / "out"
+    encode, decode = ("encode", "--model", model, "--output", file), ("decode", file, "--output", out)
+    save_image(out / "photo.png", np.zeros((8, 8, 3), np.uint8))  # not ours, so not named
+    run(*encode, photos)
+    assert run(*decode)[2] == ""
+    err = run(*encode, photos / "a.png")[2]
+    assert "drops" in err and "2 images" in err and "b.png, c.jpg" in err and "a.png" not in err
+    err = run(*decode)[2]
+    assert "keeps 2 images" in err and "b.png, c.png" in err and "photo" not in err
+    save_image(photos / "a.png", np.zeros((8, 8, 3), np.uint8))  # another image of the same name
+    assert "drops" not in run(*encode, photos / "a.png")[2]
+    assert "replacing 1 image of another input" in run(*decode)[2]
+    err = run(*encode, photos / "b.png", "--tiling", "off")[2]
+    assert "replacing" in err and "1 of images not given now: a.png" in err and "drops" not in err
+
+    command = ("reconstruct", "--model", model, "--output", out)
+    assert "keeps" not in run(*command, photos / "b.png")[2]  # files of decode are of another kind
+    _, stdout, err = run(*command, photos / "c.jpg")
+    assert stdout.endswith(f"{out}: 1 image\n") and "keeps 1 image" in err and "b.png" in err
+
+
+def test_info_describes_latent_files(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latents.safetensors"
+    run("encode", photos, "--model", model, "--output", file)
+    status, stdout, err = run("info", file)
+    assert status == 0 and "latents of 3 images" in stdout and str(model) in stdout and "c.jpg" in stdout, err
+    answer = json.loads(run("info", file, "--json")[1])
+    assert answer["pictures"]["b.png"] == {"size": [17, 9], "latents": [4, 3, 2]}
+    assert answer["settings"]["model"] == str(model)
+
+
+def test_info_names_registered_presets(run: Run) -> None:
+    assert "preset tiny" in run("info", "tiny")[1]
+    assert json.loads(run("info", "tiny", "--json")[1])["preset"] == "tiny"
+
+
 def test_what_a_crash_left_behind_is_made_again(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "latents.safetensors"
     parts = tmp_path / ".latents.safetensors.parts"
