@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +107,28 @@ class InstanceDataset:
             mask = content_hash(image.mask) if image.mask is not None else ""
             digest.update(repr((image.content, image.concept, image.caption, mask)).encode())
         return digest.hexdigest()[:16]
+
+    def repetition_warnings(self) -> list[str]:
+        """Lines about the only image of a subject, and about images with the same content."""
+        lines = []
+        same: dict[str, list[Path]] = defaultdict(list)
+        subjects: dict[int, list[Path]] = defaultdict(list)
+        for one in self.images:
+            same[one.content].append(one.path)
+            subjects[one.concept].append(one.path)
+        if single := [paths[0].name for paths in subjects.values() if len(paths) == 1]:
+            lines.append(
+                f"a single image of the subject ({first_names(single)}): the run learns that image; add others"
+            )
+        several = len(subjects) > 1
+        if twice := [
+            first_names([f"{path.parent.name}/{path.name}" if several else path.name for path in paths])
+            for paths in same.values()
+            if len(paths) > 1
+        ]:
+            more = f"; and {len(twice) - 1} more" if len(twice) > 1 else ""
+            lines.append(f"the same image twice: {twice[0]}{more}; copies weigh more than the other images")
+        return lines
 
     def summary(self, concepts: Sequence[Concept]) -> list[str]:
         """Lines for the start of a run."""

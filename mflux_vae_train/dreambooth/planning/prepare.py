@@ -118,6 +118,7 @@ def prepare(
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
     unused += [line for one in folders for line in one.warnings]
+    unused += dataset.repetition_warnings()
     unused += [*identifier_warnings(resolved), *syntax_warnings(prompts_of(resolved, dataset))]
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):

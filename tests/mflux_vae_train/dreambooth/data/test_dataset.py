@@ -55,6 +55,17 @@ def test_broken_image_is_named(instance_dir, load, broken):
         load()
 
 
+def test_a_single_image_and_copies_are_warnings(instance_dir, load):
+    assert load().repetition_warnings() == []
+    (instance_dir / "copy.png").write_bytes((instance_dir / "picture-1.png").read_bytes())
+    (twice,) = load().repetition_warnings()
+    assert "copy.png, picture-1.png" in twice
+    for path in instance_dir.glob("picture-*.png"):
+        path.unlink()
+    (single,) = load().repetition_warnings()
+    assert "single image" in single and "copy.png" in single
+
+
 # prompts
 
 
