@@ -185,9 +185,7 @@ def _cut(prompts: Sequence[Prompt], tokens: Mapping[str, Sequence[PromptTokens]]
         if cut:
             first = f"first {prompts[cut[0]].where} of {each[cut[0]].count}"
             parts.append(f"{name} reads {each[0].limit} tokens and cuts {len(cut)} of {len(each)} prompts ({first})")
-        else:
-            parts.append(f"{name} reads {each[0].limit} and cuts none")
-    if not any(one.is_cut for each in tokens.values() for one in each):
+    if not parts:
         return
     lost: dict[tuple[str, ...], list[Prompt]] = defaultdict(list)
     for index, one in enumerate(prompts):
