@@ -91,8 +91,8 @@ def prepare(
     """Inspect everything and change nothing.
 
     Args:
-        log: receives the memory estimate before weights are read. A dry run does not read weights; `summary` has its
-            estimate.
+        log: receives the pipeline and the memory estimate before weights are read. A dry run does not read weights;
+            `summary` has its estimate.
         processes: output folder and class images are those of the main process.
 
     Raises:
@@ -129,7 +129,7 @@ def prepare(
 
     def announce() -> None:
         if memory is not None and not resolved.dry_run:
-            log(memory.lines)
+            log([_heading(pipeline, resolved), *memory.lines])
             if resolved.memory_limit is not None and memory.problem is not None:
                 raise SettingsError(f"--memory_limit {resolved.memory_limit:g}: {memory.problem}")
 
@@ -187,7 +187,10 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         lacking = f"; without a checkpoint {', '.join(missing)} cannot be added" if missing else ""
         return [f"already complete: {result_path(pipeline, resolved.train_mode, folder)}{lacking}"]
     epochs = plan.samples / run.dataset.samples_per_epoch
-    lines = [f"pipeline {pipeline.name}, {resolved.resolution}x{resolved.resolution} pixels"]
+    announced = run.estimate is not None and not resolved.dry_run
+    lines = [] if announced else [_heading(pipeline, resolved)]
+    if run.estimate is not None and not announced:
+        lines += run.estimate.lines
     lines += [*run.dataset.summary(resolved.subjects), *resolved.notes]
     for one in run.class_folders:
         wanted = resolved.num_class_images
@@ -205,9 +208,11 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         lines.append(f"continuing after update {run.status.update}, from {run.status.checkpoint}")
     elif resolved.resume_from_checkpoint == "latest":
         lines.append(f"no checkpoint in {folder.root} yet: starting from the beginning")
-    if run.estimate is not None and resolved.dry_run:
-        lines += run.estimate.lines
     return lines
+
+
+def _heading(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> str:
+    return f"pipeline {pipeline.name}, {resolved.resolution}x{resolved.resolution} pixels"
 
 
 def _checkpoints_text(resolved: ResolvedSettings) -> str:

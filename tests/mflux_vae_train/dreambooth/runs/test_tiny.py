@@ -105,5 +105,15 @@ def test_each_network_is_quantized_once(tmp_path, monkeypatch):
 def test_a_run_begins_with_at_most_fifteen_lines(tmp_path, caplog):
     caplog.set_level("INFO", "mflux_vae_train")
     changes = {"max_train_steps": 2, "num_class_images": 2, "resolution": 32, "lora_dropout": 0.0}
+
+    def order() -> list[str]:
+        words = [record.getMessage().partition(" ")[0] for record in caplog.records]
+        return [word for word in words if word in ("pipeline", "estimated", "training")]
+
+    with pytest.raises(FileNotFoundError, match="metrics"):  # a dry run writes none
+        train(tmp_path / "dry", **changes, dry_run=True)
+    assert order() == ["pipeline", "estimated", "training"]
+    caplog.clear()
     train(tmp_path / "out", **changes, checkpointing_steps=200, num_validation_images=1)
     assert 5 < len([record for record in caplog.records if record.levelname == "INFO"]) <= 15
+    assert order()[:3] == ["pipeline", "estimated", "training"]
