@@ -42,7 +42,7 @@ def run(program: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_dreambooth_offers_and_trains_with_an_added_optimizer(tmp_path: Path) -> None:
-    assert "signs" in run(DREAMBOOTH, "--help").stdout
+    assert "signs" in run(DREAMBOOTH, "--help-all").stdout
     done = run(
         DREAMBOOTH, "--model", "tiny", "--optimizer", "signs", "--instance_data_dir", EXAMPLE,
         "--instance_prompt", "a photo of xyz star", "--max_train_steps", 2, "--lr_warmup_steps", 0,
@@ -53,7 +53,7 @@ def test_dreambooth_offers_and_trains_with_an_added_optimizer(tmp_path: Path) ->
 
 
 def test_the_autoencoder_trainer_offers_and_trains_with_an_added_optimizer(tmp_path: Path) -> None:
-    assert "signs" in run(AUTOENCODER, "train", "--help").stdout
+    assert "signs" in run(AUTOENCODER, "train", "--help-all").stdout
     run(
         AUTOENCODER, "train", "--optimizer", "signs", "--network", "plain", "--hidden_dims", 8, 8, "--latent_dim", 2,
         "--data_count", 16, "--image_size", 8, "--batch_size", 8, "--num_epochs", 1, "--learning_rate", 1e-4,
