@@ -60,7 +60,8 @@ def dump_yaml(content: Mapping[str, Any]) -> str:
         pass
 
     def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-        style = '"' if any(character in text for character in "\x85\u2028\u2029") else None  # PyYAML writes line breaks
+        breaks = any(character in text for character in "\x85\u2028\u2029")  # PyYAML writes them as line breaks
+        style = '"' if breaks or _AMBIGUOUS.fullmatch(text) else None
         return dumper.represent_scalar(f"{_PREFIX}str", text, style=style)
 
     Dumper.add_representer(str, represent)
