@@ -222,11 +222,16 @@ def _weights(build: Callable[[C], nn.Module], config: C, width: int, bits: int |
 
 
 @cache
+def _network(config: str) -> nn.Module:
+    """An autoencoder whose weights are lazy and never computed."""
+    return new_network(json.loads(config))
+
+
 def _autoencoder(
     config: str, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
     """Bytes of the weights, which are float32 on every device, and of a call with one batch of images."""
-    network, (height, wide) = new_network(json.loads(config)), shape
+    network, (height, wide) = _network(config), shape
     batch = max(1, min(images, DECODED_AT_ONCE // (height * wide)))
     return stored_bytes(network, _FULL), tiling_plan.peak_bytes(network, what, batch, height, wide)
 
