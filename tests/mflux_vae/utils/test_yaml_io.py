@@ -81,7 +81,21 @@ def test_mappings_know_the_lines_of_their_keys_and_may_replace_merged_ones(tmp_p
     assert content.lines == {"base": 1, "one": 2} and content["one"].lines == {"x": 4}
 
 
-TEXTS = ("a\x85b", "a\u2028b ", "\u2029", "a\nb\r\tc", " 010", "010", "yes", "1:30", "⭐\ufeff", "\udce9", "#:", "008", "1_0e4")
+TEXTS = (
+    "a\x85b",
+    "a\u2028b ",
+    "\u2029",
+    "a\nb\r\tc",
+    " 010",
+    "010",
+    "yes",
+    "1:30",
+    "⭐\ufeff",
+    "\udce9",
+    "#:",
+    "008",
+    "1_0e4",
+)
 
 
 @pytest.mark.parametrize("text", TEXTS)
