@@ -218,9 +218,9 @@ def test_npz(tmp_path, mnist):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2, 4, 4) + bytes(31)), "2 images"),
+        ("a.gz", gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2, 4, 4) + bytes(31), mtime=0), "2 images"),
         ("a", b"\0\0\x08\x01" + bytes(20), "IDX"),
-        ("a.gz", gzip.compress(bytes(100))[:20], "read"),
+        ("a.gz", gzip.compress(bytes(100), mtime=0)[:20], "read"),
         ("a.npz", b"PK\3\4", "read"),
         ("a.npz", b"\x93NUMPY", "read"),
         ("a.npz", {"x_train": np.zeros((2, 3, 3))}, "float64"),
