@@ -11,6 +11,7 @@ import pytest
 from mflux_vae import kernels
 from mflux_vae.kernels.cpu import parallel
 from mflux_vae.runtime import device, threads
+from tests.helpers import gpu_branch
 
 
 @pytest.fixture
@@ -54,7 +55,10 @@ def test_products_use_all_cores_after_an_error(limits: list[str]) -> None:
     assert error.value.__traceback__ is not None and limits[-1] == "all"
 
 
-def test_running_products_end_before_the_number_of_threads_changes(limits: list[str]) -> None:
+def test_running_products_end_before_the_number_of_threads_changes(
+    limits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_branch.force(monkeypatch, cpu=True)  # elsewhere nothing is waited for
     with kernels.overlapping():
         assert limits == ["sync", "one"]
     assert limits[-2:] == ["sync", "all"]
