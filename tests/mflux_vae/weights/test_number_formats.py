@@ -51,7 +51,8 @@ def test_eight_bit_floats_are_read_as_the_values_they_stand_for(dtype: str, valu
     again = decode_fp8(mx.array(CODES), dtype.lower()).astype(mx.float32)
     assert mx.isnan(again).sum() == (2 if dtype == "F8_E4M3" else 6)
     if dtype == "F8_E4M3":
-        assert mx.array_equal(again, mx.from_fp8(mx.array(CODES), mx.float32), equal_nan=True)
+        finite = mx.array(np.flatnonzero(CODES & 0x7F != 0x7F))  # MLX 0.32.2 reads NaN as 480
+        assert mx.array_equal(again[finite], mx.from_fp8(mx.array(CODES), mx.float32)[finite])
 
 
 def test_torch_files_with_eight_bit_floats(tmp_path: Path) -> None:
