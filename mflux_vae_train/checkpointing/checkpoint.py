@@ -164,6 +164,25 @@ def load(
     return int(content["step"])
 
 
+def check_update(path: Path, update: int, total: int, changed: Sequence[str], *, length: str, folder: str) -> None:
+    """Check that a run can continue after a checkpoint's update.
+
+    Args:
+        changed: differences from the run before, one text each.
+        length, folder: flags, for messages.
+
+    Raises:
+        SettingsError: the run ends before the update, or at it and there are changes.
+    """
+    if update > total:
+        raise SettingsError(f"{path} is of update {update}, and this run ends after {total}; raise {length}")
+    if changed and update == total:
+        raise SettingsError(
+            f"{path} is of the last update, so nothing is left for the changes ({listed(changed, 80)}); raise"
+            f" {length}, go back to an earlier checkpoint, or give another {folder}"
+        )
+
+
 def check_shapes(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], *, cure: str) -> None:
     """Compare the arrays of the first object in `shapes` with those of a checkpoint; reads only its header.
 

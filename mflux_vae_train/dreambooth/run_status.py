@@ -115,13 +115,7 @@ def read_status(
             checkpoint.refuse_changes(path, differing)
         changed = changed or differing
     _check_state(path, fingerprint, identity, shapes)
-    if start > updates:
-        raise SettingsError(f"{path} is of update {start}, and this run ends after {updates}")
-    if changed and start == updates:
-        raise SettingsError(
-            f"{path} is of the last update, so nothing is left for the changes ({listed(changed, 80)}); raise"
-            " --max_train_steps, go back to an earlier checkpoint, or give another --output_dir"
-        )
+    checkpoint.check_update(path, start, updates, changed, length="--max_train_steps", folder="--output_dir")
     abandoned: Sequence[Path] = ()
     if explicit is not None:
         branch, abandoned = going_back(folder.root, explicit, start, branch)

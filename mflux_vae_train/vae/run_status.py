@@ -99,13 +99,7 @@ def read_status(
     parameters: dict[str, Any] = dict(tree_flatten(network.trainable_parameters()))
     shapes = {f"network/{name.replace('.', '/')}": tuple(one.shape) for name, one in parameters.items()}
     checkpoint.check_shapes(path, shapes, cure="repeat the settings of that network, or give another --experiment_name")
-    if start > total:
-        raise SettingsError(f"{path} is of update {start}, and this run ends after {total}; raise --num_epochs")
-    if changed and start == total:
-        raise SettingsError(
-            f"{path} is of the last update, so nothing is left for the changes ({listed(changed, 80)}); raise"
-            " --num_epochs, go back to an earlier checkpoint, or give another --experiment_name"
-        )
+    checkpoint.check_update(path, start, total, changed, length="--num_epochs", folder="--experiment_name")
     if finished and not changed and path == branches.newest(folder, branch):
         return RunStatus(complete=True, checkpoint=path, update=start, branch=branch)
     abandoned: Sequence[Path] = ()
