@@ -1,4 +1,4 @@
-"""Write diffusers' own answers for small autoencoders, which the tests compare with where diffusers is absent.
+"""Write the answers of diffusers and transformers for small networks, for tests where these packages are absent.
 
     python -m tests.parity.make_golden
 
@@ -6,7 +6,8 @@ Each folder holds a network as diffusers saves it (half precision) and `golden.s
 encoder's `moments` (TAESD's: its latents), and `decoded`, the image of their mean; FLUX.2's also `scaled`, what its
 pipeline makes of that mean. NCHW, computed in float32. `laq` holds LAPA's quantizer as LAPA saves it, of which
 `tests/parity/lapa.py` gives the answers: `difference` and `codes` of the frames `first` and `last`, in [0, 1], and
-`decoded`, the second frame.
+`decoded`, the second frame. The folders of `TEXT_GOLDEN` hold text encoders as transformers saves them, and for
+`input_ids` all hidden states, `last` after the final norm, and the output `pooled` and, with a projection, projected.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, Flux2Pipeline
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mflux_vae.networks.laq import LAQConfig
 from tests.parity.references.lapa import TheirLatentActionQuantization
@@ -62,6 +64,14 @@ NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 """By folder: class and settings."""
+
+TEXT_GOLDEN = Path(__file__).parents[1] / "mflux_vae_train" / "pipelines" / "text" / "golden"
+TEXT_ENCODERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "clip_l": (CLIPTextModel, {"hidden_act": "quick_gelu"}),
+    "openclip_h": (CLIPTextModel, {"hidden_act": "gelu", "num_hidden_layers": 2}),
+    "openclip_bigg": (CLIPTextModelWithProjection, {"hidden_act": "gelu", "projection_dim": 12}),
+}
+"""By folder: class and settings beside those of `write_text_encoder`."""
 
 LAQ = LAQConfig(
     dim=16, quant_dim=8, image_size=32, patch_size=4, spatial_depth=2, temporal_depth=1, dim_head=8, heads=2
@@ -110,10 +120,41 @@ def main() -> None:
         tensors = {"pixels": pixels, **answers(model, pixels)}
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "golden.safetensors")
     write_laq(GOLDEN / "laq")
-    for folder in (*(GOLDEN / name for name in NETWORKS), GOLDEN / "laq"):
+    for name in TEXT_ENCODERS:
+        write_text_encoder(name)
+    written_folders = *(GOLDEN / name for name in (*NETWORKS, "laq")), *(TEXT_GOLDEN / name for name in TEXT_ENCODERS)
+    for folder in written_folders:
         written = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         if written > SIZE_LIMIT:
             raise SystemExit(f"{folder} has {written} bytes, more than {SIZE_LIMIT}")
+
+
+@torch.no_grad()
+def write_text_encoder(name: str) -> None:
+    """A text encoder's folder anew."""
+    kind, settings = TEXT_ENCODERS[name]
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    model = kind(CLIPTextConfig(**sizes | settings))
+    randomise(model)
+    model.half().save_pretrained(TEXT_GOLDEN / name)
+    model = kind.from_pretrained(TEXT_GOLDEN / name, dtype=torch.float32).eval()
+    ids = torch.randint(3, 50, (3, 12), generator=torch.Generator().manual_seed(1))
+    for row, end in enumerate((1, 6, 11)):
+        ids[row, end], ids[row, end + 1 :] = 59, 0
+    found = model(ids, output_hidden_states=True)
+    tensors = {f"hidden.{index}": state for index, state in enumerate(found.hidden_states)}
+    pooled = found.text_embeds if kind is CLIPTextModelWithProjection else found.pooler_output
+    tensors |= {"input_ids": ids.int(), "last": found.last_hidden_state, "pooled": pooled}
+    save_file({key: one.contiguous() for key, one in tensors.items()}, TEXT_GOLDEN / name / "golden.safetensors")
 
 
 @torch.no_grad()

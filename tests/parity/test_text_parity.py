@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,35 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from transformers.models.t5.modeling_t5 import T5Attention as TheirT5Attention  # noqa: E402
 
+from mflux_vae_train import lora  # noqa: E402
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer  # noqa: E402
 from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer  # noqa: E402
+from tests.mflux_vae_train.pipelines.text.clip_folders import LAYOUTS, write_clip_folder  # noqa: E402
 
-CLIP_L = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_attention_heads=12,
-    num_hidden_layers=12,
-    eos_token_id=2,
-    bos_token_id=0,
-)
+PUBLISHED_CLIP = {
+    "CLIP-L": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12),
+    "OpenCLIP-H": dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23),
+    "OpenCLIP-bigG": dict(
+        hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+    ),
+}
+PUBLISHED_COUNTS = {"CLIP-L": (123_060_480, 196), "OpenCLIP-H": (340_387_840, 372), "OpenCLIP-bigG": (694_659_840, 517)}
+"""Parameters and tensors."""
+
+KINDS = {
+    False: (clip.CLIPTextModel, clip.CLIPTextConfig, transformers.CLIPTextModel),
+    True: (
+        clip.CLIPTextModelWithProjection,
+        clip.CLIPTextConfigWithProjection,
+        transformers.CLIPTextModelWithProjection,
+    ),
+}
+"""Our classes and theirs, by whether the pooled output is projected."""
 T5_XXL = dict(
     d_model=4096,
     d_ff=10240,
@@ -92,6 +107,73 @@ def test_clip_agrees(act: str, eos: int) -> None:
     assert relative_error(pooled, expected.pooler_output) <= 1e-4
 
 
+def pair(projected: bool, act: str, **changes) -> tuple:
+    """A small encoder of ours and theirs with the same weights."""
+    torch.manual_seed(0)
+    model, config, their_model = KINDS[projected]
+    settings = dict(SMALL_CLIP, hidden_act=act, initializer_factor=3.0, projection_dim=20) | changes
+    theirs = shaken(their_model(transformers.CLIPTextConfig(**settings)))
+    ours = model(config(**settings))
+    load(ours, clip.published_names(theirs.state_dict()))
+    return ours, theirs
+
+
+def end_marked_ids() -> torch.Tensor:
+    """Token ids (4, 13): the end token at different places, padding after it."""
+    ids = torch.randint(3, 57, (4, 13), generator=torch.Generator().manual_seed(0))
+    for row, end in enumerate((1, 5, 9, 12)):
+        ids[row, end], ids[row, end + 1 :] = 98, 0
+    return ids
+
+
+@pytest.mark.parametrize(("projected", "act"), [(False, "quick_gelu"), (False, "gelu"), (True, "gelu")])
+def test_every_hidden_state_of_clip_agrees(projected: bool, act: str) -> None:
+    ours, theirs = pair(projected, act, eos_token_id=2)
+    ids = end_marked_ids()
+    read = mx.array(ids.numpy())
+    expected = theirs(ids, output_hidden_states=True)
+    pooled = expected.text_embeds if projected else expected.pooler_output
+    assert pooled.shape[1] == (20 if projected else 48)
+    norm = (theirs.text_model if projected else theirs).final_layer_norm
+    assert len(expected.hidden_states) == 4
+    for skip, state in enumerate(reversed(expected.hidden_states)):
+        assert relative_error(ours.hidden_state(read, skip=skip), state) <= 1e-4
+        assert relative_error(ours.hidden_state(read, skip=skip, final_norm=True), norm(state)) <= 1e-4
+        hidden, of_all = ours.hidden_and_pooled(read, skip=skip)
+        assert relative_error(hidden, state) <= 1e-4
+        assert relative_error(of_all, pooled) <= 1e-4
+    assert relative_error(ours(read)[1], pooled) <= 1e-4
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_gradients_of_adapters_on_clip_agree(projected: bool) -> None:
+    """The loss reads the penultimate state and the pooled output, as SDXL's does."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = pair(projected, "gelu", eos_token_id=2)
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=names, init_lora_weights=False))
+    lora.add_lora(ours, [f"*.self_attn.{name}" for name in names], rank=4)
+    trained = {name: value for name, value in theirs.named_parameters() if value.requires_grad}
+    factors = clip.published_names(
+        {name.replace(".default.weight", "").replace("_A", "_a").replace("_B", "_b"): v for name, v in trained.items()}
+    )
+    ours.load_weights([(name, mx.array(value.detach().numpy().T)) for name, value in factors.items()], strict=False)
+
+    ids = end_marked_ids()
+    output = theirs(ids, output_hidden_states=True)
+    pooled = output.text_embeds if projected else output.pooler_output
+    (output.hidden_states[-2].square().mean() + pooled.square().mean()).backward()
+
+    def loss(model) -> mx.array:
+        hidden, pooled = model.hidden_and_pooled(mx.array(ids.numpy()), skip=1)
+        return hidden.square().mean() + pooled.square().mean()
+
+    found = dict(tree_flatten(nn.value_and_grad(ours, loss)(ours)[1]))
+    assert found.keys() == factors.keys() and len(found) == 3 * 4 * 2
+    for name, gradient in found.items():
+        assert relative_error(gradient, factors[name].grad.T) <= 1e-4, name
+
+
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_t5_agrees(kind: str, masked: bool) -> None:
@@ -115,11 +197,15 @@ def test_relative_position_buckets_agree(buckets: int, distance: int) -> None:
     assert np.array_equal(t5.relative_position_buckets(600, buckets, distance), expected)
 
 
-def test_clip_large_has_the_published_keys() -> None:
+@pytest.mark.parametrize("name", PUBLISHED_CLIP)
+def test_published_clip_encoders_have_the_published_keys(name: str) -> None:
+    settings = dict(PUBLISHED_CLIP[name], hidden_act="quick_gelu" if name == "CLIP-L" else "gelu", eos_token_id=2)
+    model, config, theirs = KINDS[name == "OpenCLIP-bigG"]
     with torch.device("meta"):
-        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
-    ours = clip.CLIPTextModel(clip.CLIPTextConfig(**CLIP_L))
-    assert shapes(ours) == {key: tuple(v.shape) for key, v in clip.published_names(theirs.state_dict()).items()}
+        state = theirs(transformers.CLIPTextConfig(**settings)).state_dict()
+    found = shapes(model(config(**settings)))
+    assert found == {key: tuple(value.shape) for key, value in clip.published_names(state).items()}
+    assert (sum(map(math.prod, found.values())), len(found)) == PUBLISHED_COUNTS[name]
 
 
 def test_t5_xxl_has_the_published_keys() -> None:
@@ -143,15 +229,19 @@ def loaded_without_complaint(kind, folder: Path):
     return model.eval()
 
 
-def test_transformers_opens_our_clip_folder(tmp_path: Path) -> None:
-    config = clip.CLIPTextConfig(**SMALL_CLIP, eos_token_id=57)
-    ours = clip.CLIPTextModel(config)
+@pytest.mark.parametrize("projected", [False, True])
+def test_transformers_opens_our_clip_folder(tmp_path: Path, projected: bool) -> None:
+    model, kind, their_model = KINDS[projected]
+    config = kind(**SMALL_CLIP, eos_token_id=57)
+    ours = model(config)
     clip.init_weights(ours, mx.random.key(0))
     write_folder(tmp_path, ours, config)
-    theirs = loaded_without_complaint(transformers.CLIPTextModel, tmp_path)
+    theirs = loaded_without_complaint(their_model, tmp_path)
     ids = np.arange(52, 64)[None]
-    assert relative_error(ours(mx.array(ids))[1], theirs(torch.tensor(ids)).pooler_output) <= 1e-4
-    assert clip.CLIPTextConfig.from_dict(theirs.config.to_dict()) == config
+    output = theirs(torch.tensor(ids))
+    expected = output.text_embeds if projected else output.pooler_output
+    assert relative_error(ours(mx.array(ids))[1], expected) <= 1e-4
+    assert kind.from_dict(theirs.config.to_dict()) == config
 
 
 def test_transformers_opens_our_t5_folder(tmp_path: Path) -> None:
@@ -165,15 +255,16 @@ def test_transformers_opens_our_t5_folder(tmp_path: Path) -> None:
     assert t5.T5Config.from_dict(theirs.config.to_dict()) == config
 
 
-@pytest.mark.parametrize("which", ["clip", "t5"])
+@pytest.mark.parametrize("which", ["clip", "clip with projection", "t5"])
 def test_fresh_weights_have_transformers_spread(which: str) -> None:
     """Standard deviation of every kind of weight, averaged over layers, within the error of sampling."""
     torch.manual_seed(0)
-    if which == "clip":
+    if which != "t5":
         settings = dict(SMALL_CLIP, hidden_size=96)
-        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings))
+        kind, config, their_kind = KINDS["projection" in which]
+        model = their_kind(transformers.CLIPTextConfig(**settings))
         theirs = clip.published_names(model.state_dict())
-        ours = clip.CLIPTextModel(clip.CLIPTextConfig(**settings))
+        ours = kind(config(**settings))
         clip.init_weights(ours, mx.random.key(0))
     else:
         settings = dict(SMALL_T5, d_model=96, feed_forward_proj="gated-gelu")
@@ -206,6 +297,7 @@ TEXTS = [
     "</s> x <pad> y<unk> <extra_id_0>",
     "▁a ▁photo",
     "dog</w> a</w>",
+    "hello! a star! a ! dog!! !",
 ]
 
 
@@ -254,6 +346,17 @@ def test_clip_tokenizers_agree_on_folders_like_the_published_ones(tmp_path: Path
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert_same_ids(transformers.CLIPTokenizer.from_pretrained(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokenizers_of_stable_diffusion_agree(tmp_path: Path, layout: str) -> None:
+    """As published, and as saved by transformers 5, which writes `tokenizer.json` alone with its settings."""
+    write_clip_folder(WORDS, tmp_path / "published", layout)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "published")
+    assert theirs.pad_token == LAYOUTS[layout]
+    assert_same_ids(theirs, tmp_path / "published")
+    theirs.save_pretrained(tmp_path / "saved")
+    assert_same_ids(theirs, tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

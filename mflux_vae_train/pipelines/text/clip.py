@@ -1,6 +1,7 @@
 """CLIP's text encoder: causal pre-norm transformer, pooled at the end-of-text token.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4.
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4. OpenCLIP's
+text encoders, as transformers publishes them, are the same network with other sizes and GELU.
 Parameter paths are the keys of the published `text_encoder/model.safetensors`.
 """
 
@@ -35,8 +36,8 @@ class CLIPTextConfig(JSONConfig):
     Attributes:
         hidden_act: "quick_gelu" or "gelu".
         eos_token_id: token of the pooled output; 2 means the highest id, see `CLIPTextModel`.
-        projection_dim, attention_dropout, initializer_range, pad_token_id, bos_token_id: part of the file
-            format; unused here.
+        projection_dim: width of the projected output; unused without projection.
+        attention_dropout, initializer_range, pad_token_id, bos_token_id: part of the file format; unused here.
         initializer_factor: scales every standard deviation of `init_weights`.
     """
 
@@ -67,6 +68,13 @@ class CLIPTextConfig(JSONConfig):
                 f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfigWithProjection(CLIPTextConfig):
+    """`config.json` of a CLIP text encoder with projection. `from_dict` does not check a file's `architectures`."""
+
+    kinds: ClassVar = {"model_type": "clip_text_model", "architectures": ["CLIPTextModelWithProjection"]}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -125,8 +133,8 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        for layer in self.layers:
+    def __call__(self, x: mx.array, mask: mx.array, layers: slice = slice(None)) -> mx.array:
+        for layer in self.layers[layers]:
             x = layer(x, mask)
         return x
 
@@ -154,23 +162,44 @@ class CLIPTextTransformer(nn.Module):
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, input_ids: mx.array) -> mx.array:
+    def __call__(self, input_ids: mx.array, *, skip: int = 0, final_norm: bool = True) -> mx.array:
+        """State before the last `skip` layers, which are not computed."""
+        return self._run(*self._embed(input_ids), slice(self._depth - skip), final_norm=final_norm)
+
+    def hidden_and_last(self, input_ids: mx.array, *, skip: int) -> tuple[mx.array, mx.array]:
+        """State before the last `skip` layers, and the last one after the final norm."""
+        x, mask = self._embed(input_ids)
+        hidden = self._run(x, mask, slice(self._depth - skip), final_norm=False)
+        return hidden, self._run(hidden, mask, slice(self._depth - skip, None), final_norm=True)
+
+    @property
+    def _depth(self) -> int:
+        return len(self.encoder.layers)
+
+    def _embed(self, input_ids: mx.array) -> tuple[mx.array, mx.array]:
+        """Embedded tokens and the causal mask (1, 1, L, L)."""
         x = self.embeddings(input_ids)
         length = x.shape[1]
         future = mx.arange(length)[:, None] < mx.arange(length)[None, :]
         mask = mx.where(future, mx.array(mx.finfo(x.dtype).min, x.dtype), mx.array(0, x.dtype))
-        return kernels.map_batch(self._encoded, x, mask[None, None])
+        return x, mask[None, None]
 
-    def _encoded(self, x: mx.array, mask: mx.array) -> mx.array:
-        return self.final_layer_norm(self.encoder(x, mask))
+    def _run(self, x: mx.array, mask: mx.array, layers: slice, *, final_norm: bool) -> mx.array:
+        def run(x: mx.array, mask: mx.array) -> mx.array:
+            x = self.encoder(x, mask, layers)
+            return self.final_layer_norm(x) if final_norm else x
+
+        return kernels.map_batch(run, x, mask)
 
 
 class CLIPTextModel(nn.Module):
-    """CLIP text encoder without projection, as FLUX.1 uses it.
+    """CLIP text encoder without projection: FLUX.1's, Stable Diffusion's, and the first one of SDXL.
 
     The pooled output is the final state at the first end-of-text token. Configurations older than the
     `eos_token_id` they were trained with say 2; then the position of the highest id is used, which for
     OpenAI's vocabulary is the same token (and the first token of a row without one).
+
+    Token ids are (B, L), L <= max_position_embeddings; all methods raise SettingsError if there are more.
     """
 
     def __init__(self, config: CLIPTextConfig):
@@ -179,23 +208,46 @@ class CLIPTextModel(nn.Module):
         self.text_model = CLIPTextTransformer(config)
 
     def __call__(self, input_ids: mx.array) -> tuple[mx.array, mx.array]:
-        """Token ids (B, L), L <= max_position_embeddings -> last hidden state (B, L, D), pooled (B, D).
-
-        Raises:
-            SettingsError: more tokens than there are positions.
-        """
+        """Token ids -> last hidden state (B, L, D) after the final norm, pooled (B, D)."""
         hidden = self.text_model(input_ids)
+        return hidden, self._pool(hidden, input_ids)
+
+    def hidden_state(self, input_ids: mx.array, *, skip: int = 0, final_norm: bool = False) -> mx.array:
+        """Token ids -> state before the last `skip` layers (B, L, D), transformers' ``hidden_states[-(skip + 1)]``.
+
+        Args:
+            final_norm: apply the norm that follows the last layer.
+        """
+        return self.text_model(input_ids, skip=skip, final_norm=final_norm)
+
+    def hidden_and_pooled(self, input_ids: mx.array, *, skip: int) -> tuple[mx.array, mx.array]:
+        """`hidden_state` without the norm, and the pooled output of all layers, as `__call__` returns it."""
+        hidden, last = self.text_model.hidden_and_last(input_ids, skip=skip)
+        return hidden, self._pool(last, input_ids)
+
+    def _pool(self, hidden: mx.array, input_ids: mx.array) -> mx.array:
         eos = self.config.eos_token_id
         marks = input_ids if eos == 2 else (input_ids == eos).astype(mx.int32)
         place = mx.argmax(marks, axis=-1)[:, None, None]
-        return hidden, mx.take_along_axis(hidden, place, axis=1)[:, 0]
+        return mx.take_along_axis(hidden, place, axis=1)[:, 0]
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """CLIP text encoder whose pooled output is projected: the second one of SDXL."""
+
+    def __init__(self, config: CLIPTextConfigWithProjection):
+        super().__init__(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim or config.hidden_size, bias=False)
+
+    def _pool(self, hidden: mx.array, input_ids: mx.array) -> mx.array:
+        return self.text_projection(super()._pool(hidden, input_ids))
 
 
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Tensors of any CLIP text encoder file under the names FLUX.1 publishes, which are `CLIPTextModel`'s.
+    """Tensors of any CLIP text encoder file under the names of the published ones, which are `CLIPTextModel`'s.
 
-    transformers 5 writes no `text_model.` prefix. Files of transformers before 4.31 contain `position_ids`,
-    which are 0, 1, 2, ... and dropped.
+    transformers 5 writes no `text_model.` prefix, except with a projection. Files of transformers before 4.31 contain
+    `position_ids`, which are 0, 1, 2, ... and dropped.
     """
     outside = (_PREFIX, "text_projection.")  # the projection lies beside the text model
     named = {key if key.startswith(outside) else _PREFIX + key: value for key, value in tensors.items()}
@@ -218,5 +270,6 @@ def init_weights(model: CLIPTextModel, key: mx.array, *, embedding_std: float | 
         "position_embedding": 0.02 * factor if embedding_std is None else embedding_std,
         "out_proj": config.hidden_size**-0.5 * factor,
         "fc1": (2 * config.hidden_size) ** -0.5 * factor,
+        "text_projection": config.hidden_size**-0.5 * factor,
     } | dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), config.hidden_size**-0.5 * residual * factor)
     draw_weights(model, key, std)

@@ -133,7 +133,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
     special = folder / "special_tokens_map.json"
     if special.is_file():
-        # as in transformers: without descriptions of the tokens, as in SD 2, this file counts
+        # as in transformers: without descriptions of the tokens, as in Stable Diffusion 2, this file counts
         described = "added_tokens_decoder" in settings
         settings = _read_json(special) | settings if described else settings | _read_json(special)
 
@@ -231,12 +231,14 @@ def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
     marked = {token.content for token in backend.get_added_tokens_decoder().values()}
     tokens: dict[str, dict[str, bool]] = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        text = _content(settings.get(name))
+        token = settings.get(name)
+        text = _content(token)
         if text is not None and text not in marked and backend.token_to_id(text) is not None:
-            tokens[text] = {"normalized": False}
+            table = token if isinstance(token, dict) else {}
+            tokens[text] = {flag: bool(table.get(flag)) for flag in flags}
     described = settings.get("added_tokens_decoder") or {}
     for index in sorted(described, key=int):  # tokens new to the vocabulary get ids in this order
-        tokens[described[index]["content"]] = {name: bool(described[index].get(name)) for name in flags}
+        tokens[described[index]["content"]] = {flag: bool(described[index].get(flag)) for flag in flags}
     backend.add_special_tokens([AddedToken(text, **kind) for text, kind in tokens.items()])
 
 

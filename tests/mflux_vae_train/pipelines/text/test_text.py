@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,7 +12,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.weights.keymaps.rules import load_strict
 from mflux_vae_train.pipelines.text import clip, t5
+
+GOLDEN = Path(__file__).parent / "golden"
+PROJECTED = (clip.CLIPTextModelWithProjection, clip.CLIPTextConfigWithProjection)
 
 CLIP = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2)
 T5 = dict(vocab_size=60, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu")
@@ -67,6 +74,34 @@ def test_clip_pooled_output_ignores_padding() -> None:
     assert close(padded, model(mx.array(ids[:, :7]))[1])
     ids[0, 8:] = 5
     assert close(padded, model(mx.array(ids))[1])
+
+
+@pytest.mark.parametrize("name", ["clip_l", "openclip_h", "openclip_bigg"])
+def test_clip_answers_as_transformers_does(name: str) -> None:
+    """Written by `tests/parity/make_golden.py`."""
+    folder = GOLDEN / name
+    kind, config = PROJECTED if name == "openclip_bigg" else (clip.CLIPTextModel, clip.CLIPTextConfig)
+    model = kind(config.from_dict(json.loads((folder / "config.json").read_text())))
+    load_strict(model, clip.published_names(mx.load(str(folder / "model.safetensors"))), where=name, dtype=mx.float32)
+    golden = mx.load(str(folder / "golden.safetensors"))
+    ids = golden["input_ids"]
+    last, pooled = model(ids)
+    assert close(last, golden["last"]) and close(pooled, golden["pooled"])
+    depth = model.config.num_hidden_layers
+    assert close(model.hidden_state(ids, final_norm=True), last, 0)
+    for skip in range(depth + 1):
+        expected = golden[f"hidden.{depth - skip}"]
+        assert close(model.hidden_state(ids, skip=skip), expected)
+        hidden, of_all = model.hidden_and_pooled(ids, skip=skip)
+        assert close(hidden, expected) and close(of_all, golden["pooled"])
+
+
+def test_clip_does_not_compute_skipped_layers() -> None:
+    model = fresh_clip()
+    model.text_model.encoder.layers[-1].mlp.fc1.weight *= float("nan")
+    ids = mx.array(tokens((2, 12)))
+    assert bool(mx.isfinite(model.hidden_state(ids, skip=1, final_norm=True)).all())
+    assert not bool(mx.isfinite(model.hidden_state(ids)).all())
 
 
 def test_too_many_tokens_for_clip_raise() -> None:
@@ -167,7 +202,8 @@ def test_initial_standard_deviation_option() -> None:
 
 
 def test_config_file_round_trip() -> None:
-    for config in (clip.CLIPTextConfig(**CLIP, hidden_act="gelu"), t5.T5Config(**T5)):
+    _, projected = PROJECTED
+    for config in (clip.CLIPTextConfig(**CLIP, hidden_act="gelu"), projected(**CLIP), t5.T5Config(**T5)):
         bookkeeping = {"_name_or_path": "x", "torch_dtype": "bfloat16", "transformers_version": "4.43.3"}
         assert type(config).from_dict(config.to_dict() | bookkeeping) == config
 
@@ -192,5 +228,7 @@ def test_published_names() -> None:
     assert clip.published_names({"final_layer_norm.bias": one}) == expected
     old = {"text_model.embeddings.position_ids": two, "text_model.final_layer_norm.bias": one}
     assert clip.published_names(old) == expected
+    newest = {**expected, "text_projection.weight": two}  # prefix and projection
+    assert clip.published_names(newest) == newest
     assert t5.published_names({"shared.weight": one, "encoder.embed_tokens.weight": two}) == {"shared.weight": one}
     assert t5.published_names({"encoder.embed_tokens.weight": two}) == {"shared.weight": two}

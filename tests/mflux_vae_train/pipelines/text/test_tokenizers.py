@@ -12,6 +12,7 @@ import pytest
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train.pipelines.text.tokenizer import Tokenizer, load_tokenizer
 from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from tests.mflux_vae_train.pipelines.text.clip_folders import LAYOUTS, write_clip_folder
 
 WORDS = "a an and are area blue dog grass in light night of on photo sks star starry stars tree zwx".split()
 BUILDERS = {"clip": build_clip_tokenizer, "t5": build_t5_tokenizer}
@@ -142,17 +143,15 @@ def test_max_length(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Pa
             load_tokenizer(folder).encode(["a"])
 
 
-def test_the_map_of_special_tokens_counts_unless_the_configuration_describes_them(
-    tmp_path: Path, folders: dict[str, Path]
-) -> None:
-    vocabulary = json.loads((folders["clip"] / "vocab.json").read_text())
-    (folder := copied(folders["clip"], tmp_path / "a", pad_token="<|endoftext|>")).joinpath(
-        "special_tokens_map.json"
-    ).write_text(json.dumps({"pad_token": "!"}))
-    assert load_tokenizer(folder).pad_id == vocabulary["!"]
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": {}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(folder).pad_id == vocabulary["<|endoftext|>"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_of_stable_diffusions_tokenizers(tmp_path: Path, layout: str) -> None:
+    """The map of special tokens counts where the settings have no `added_tokens_decoder`, as in SD 2."""
+    end = write_clip_folder(WORDS, tmp_path, layout, 16) - 1
+    tokenizer = load_tokenizer(tmp_path)
+    pad, mark = (0, 0) if LAYOUTS[layout] == "!" else (end, 256)  # "!" of a prompt is the padding token, too
+    assert tokenizer.pad_id == pad
+    row = ids(tokenizer, "dog star!")
+    assert row[3:] == [mark, end] + [pad] * 11
 
 
 def copied(folder: Path, target: Path, **settings: object) -> Path:
