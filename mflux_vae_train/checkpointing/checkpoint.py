@@ -250,9 +250,14 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk. On macOS `fsync` ends at the cache of the drive."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        try:
+            from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+
+            fcntl(handle, F_FULLFSYNC)
+        except (ImportError, OSError):  # another system, or a volume without it, such as a network share
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,23 @@ def test_the_error_for_entries_that_do_not_fit_stays_short(count: int) -> None:
     assert len(str(caught.value)) <= 300
     for word in ("missing", "unknown", "float32(2,)"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("volume", ["local", "network", "other system"])
+def test_files_reach_the_disk_as_each_system_wants_it(
+    volume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+
+    def fake_fcntl(handle: int, command: int) -> None:
+        assert command == 51
+        if volume == "network":
+            raise OSError("not supported")
+        flushed.append("all the way")
+
+    if volume != "other system":
+        monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+        monkeypatch.setattr(fcntl, "fcntl", fake_fcntl)
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append("fsync"))
+    checkpoint.save(tmp_path, 1, holder()[1])
+    assert flushed == ["all the way" if volume == "local" else "fsync"] * 4
