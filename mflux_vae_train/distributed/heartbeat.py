@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -33,6 +34,9 @@ _POLL = 1.0
 
 _CONNECT_TIMEOUT = 15.0
 """Seconds in which all processes must connect."""
+
+_RESOLVE_TIMEOUT = 2.0
+"""Seconds for the addresses of a host name. A system may look for an unknown name for half a minute."""
 
 _WELCOME = "welcome"
 _READY = b"+"
@@ -208,7 +212,7 @@ def connect(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> tuple[d
 
 def _connect_to_main(offer: Mapping[str, Any], rank: int) -> socket.socket | None:
     """None if none of the offered addresses leads to the main process."""
-    for address in offer["addresses"]:
+    for address in chain.from_iterable(map(_resolve, offer["addresses"])):
         with suppress(OSError):
             connection = socket.create_connection((address, offer["port"]), timeout=3.0)
             connection.sendall(f"{offer['token']} {rank}\n".encode())
@@ -231,7 +235,19 @@ def _own_addresses() -> list[str]:
     with suppress(OSError, ValueError, TypeError, LookupError, AttributeError, SettingsError):
         nodes = json.loads(read_text(os.environ.get("MLX_HOSTFILE", "")))
         candidates += [address.rpartition(":")[0] for address in nodes[0]]
-    with suppress(OSError):
-        candidates += socket.gethostbyname_ex(name)[2]
-    candidates += [name, f"{name}.local", "127.0.0.1"]
+    candidates += [*_resolve(name), name, f"{name}.local", "127.0.0.1"]
     return [address for address in dict.fromkeys(candidates) if address]
+
+
+def _resolve(name: str) -> list[str]:
+    """The IP addresses of a host name, or of an IP address; none if they are not found in time."""
+    found: list[str] = []
+
+    def look_up() -> None:
+        with suppress(OSError):
+            found.extend(socket.gethostbyname_ex(name)[2])
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(_RESOLVE_TIMEOUT)
+    return list(found)
