@@ -34,7 +34,7 @@ from mflux_vae.tiling.tiles import Tiling
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
-from mflux_vae.utils.paths import file_name, printable
+from mflux_vae.utils.paths import file_name, printable, same_place
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
@@ -214,7 +214,7 @@ def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:
     several = sum(Path(given).is_dir() for given in pictures) > 1
     for given, file in _files(pictures):
         name = printable(f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name)
-        if files.setdefault(name, file).resolve() != file.resolve():
+        if not same_place(files.setdefault(name, file), file):
             raise ImageError(f"{files[name]} and {file} have the same name, {name}; encode them separately")
     return files
 

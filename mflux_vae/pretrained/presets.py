@@ -13,6 +13,7 @@ from mflux_vae.errors import PluginError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTinyConfig
+from mflux_vae.utils.paths import same_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +280,7 @@ def registered_name(folder: str | Path) -> str | None:
     places = [Path(folder).resolve()] + ([Path(folder).resolve().parent] if Path(folder).name == "vae" else [])
     for entry in entry_points(group=GROUP):
         with suppress(PluginError):
-            if (known := registered(entry.name)) and known.resolve() in places:
+            if (known := registered(entry.name)) and any(same_place(known, one) for one in places):
                 return entry.name
     return None
 

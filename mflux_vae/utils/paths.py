@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import unicodedata
+from pathlib import Path
 
 from mflux_vae.errors import SettingsError
 
@@ -31,3 +34,21 @@ def printable(path: str | os.PathLike[str]) -> str:
 def file_name(text: str) -> str:
     """The file name, or path, that shows as a text: the inverse of `printable` for UTF-8, in any locale."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to the same file or folder: through links, or on a volume that ignores case.
+
+    Paths that do not exist yet are the same if their parents are and their names are equal; macOS's volumes ignore
+    case and normalization.
+    """
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        if os.path.exists(one) or os.path.exists(other):
+            return False
+    paths = [Path(os.path.realpath(path)) for path in (one, other)]
+    names = [path.name for path in paths]
+    if sys.platform == "darwin":
+        names = [unicodedata.normalize("NFC", name).casefold() for name in names]
+    return names[0] == names[1] and (not names[0] or same_place(paths[0].parent, paths[1].parent))

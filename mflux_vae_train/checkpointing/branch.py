@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_few
+from mflux_vae.utils.paths import same_place
 from mflux_vae_train.checkpointing import checkpoint
 
 ABANDONED = "abandoned"
@@ -54,9 +55,11 @@ def began_at(root: Path, name: str, branch: Branch) -> bool:
     """Whether the branch in the folder began at the checkpoint that `find` finds by this name."""
     if branch is None:
         return False
-    began = (root / branch["checkpoint"]).resolve()
-    given = {Path(name).resolve(), (root / name).resolve()}
-    return began in given or (began.parent in given and began.parent != root.resolve())
+    began, given = root / branch["checkpoint"], (Path(name), root / name)
+    if any(same_place(began, one) for one in given):
+        return True
+    folder = began.resolve().parent
+    return any(same_place(folder, one) for one in given) and not same_place(folder, root)
 
 
 def newest(root: Path, branch: Branch) -> Path | None:
@@ -78,7 +81,7 @@ def newest(root: Path, branch: Branch) -> Path | None:
 
 def going_back(root: Path, path: Path, update: int, branch: Branch) -> tuple[Branch, list[Path]]:
     """The branch of a run that continues from the checkpoint at `path`, and the checkpoints that it abandons."""
-    here = path.parent.resolve() == root.resolve()
+    here = same_place(path.parent, root)
     abandoned = [
         root / f"checkpoint-{number}" for number, _ in checkpoint.numbered(root) if number > update or not here
     ]

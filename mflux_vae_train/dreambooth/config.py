@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.paths import same_place
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.settings.fields import check_fields, flag
@@ -285,14 +285,16 @@ class DreamBoothSettings:
         for name in ("model", "output_dir"):
             if not getattr(self, name).strip():
                 raise SettingsError(f"--{name} is empty")
-        folders = {os.path.realpath(self.output_dir): "output_dir"}
+        folders = [("output_dir", self.output_dir)]
         for concept in self.subjects:
             for name in ("instance_data_dir", "class_data_dir"):
                 if (folder := getattr(concept, name)) is None:
                     continue
                 # images that a run writes into one folder would be read as images of the other
-                if (other := folders.setdefault(os.path.realpath(folder), name)) != name:
-                    raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; give two folders")
+                for other, its_folder in folders:
+                    if other != name and same_place(its_folder, folder):
+                        raise SettingsError(f"--{other} and --{name} are the same folder, {folder}; give two folders")
+                folders.append((name, folder))
         flagged, named = self.with_prior_preservation, self.prior_preservation
         if None not in (flagged, named) and flagged != (named == "class_images"):
             raise SettingsError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from mflux_vae.errors import SettingsError
 from mflux_vae.image_folder.scan import METADATA, ImageFolder, match_key
 from mflux_vae.utils.formatting import count_text, first_names
+from mflux_vae.utils.paths import same_place
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae_train.settings.fields import is_valid_text
 
@@ -161,7 +161,7 @@ def _find_image(folder: ImageFolder, name: str, where: str, unused: set[str]) ->
         SettingsError: no such file, or several images whose names differ in case or normalization.
     """
     plain = posixpath.normpath(name if name in folder.images else name.replace("\\", "/"))
-    if posixpath.isabs(plain) and os.path.realpath(posixpath.dirname(plain)) == os.path.realpath(folder.folder):
+    if posixpath.isabs(plain) and same_place(posixpath.dirname(plain), folder.folder):
         plain = posixpath.basename(plain)
     found = folder.find(plain)
     if len(found) == 1:

@@ -21,6 +21,7 @@ from mflux_vae.images import content_hash, load_image, save_image, to_pictures
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
+from mflux_vae.utils.paths import same_place
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -89,6 +90,7 @@ def scan_class_folders(
                 raise SettingsError(f"--class_data_dir {folder} {reason}")
             if folder.exists() and not folder.is_dir():
                 raise SettingsError(f"--class_data_dir {folder} is a file, not a folder")
+            folder = next((other for other in found if same_place(other, folder)), folder)
             if folder in found and found[folder]["prompt"] != prompt:
                 raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
             notes = ImageNotes()
