@@ -63,7 +63,7 @@ ON_DEMAND = {
 
 LIGHT = (
     *("", ".settings", ".settings.fields", ".settings.flags", ".settings.origins", ".settings.values"),
-    *(".optimizers", ".optimizers.registry"),
+    *(".optimizers", ".optimizers.registry", ".training.awake"),
     *(
         ".pipelines",
         ".pipelines.noise",

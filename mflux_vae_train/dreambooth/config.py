@@ -11,6 +11,7 @@ from mflux_vae.utils.paths import same_place
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.pipelines.noise import SCHEMES
 from mflux_vae_train.settings.fields import check_fields, flag
+from mflux_vae_train.training import awake
 
 OPTIMIZER_FLAGS = {
     **{f"adam_{option}": option for option in ("beta1", "beta2", "epsilon", "weight_decay")},
@@ -277,6 +278,7 @@ class DreamBoothSettings:
     )
     allow_changes: bool = flag("continue a run although its data, model or settings have changed", False)
     seed: int = flag("seed of all random numbers", 0, least=0, below=2**32)
+    caffeinate: bool = flag(awake.HELP, True)
     dry_run: bool = flag("show what the command would do, and stop", False)
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ from mflux_vae_train.dreambooth.run_status import TO_GENERATE
 from mflux_vae_train.monitoring.progress import OnProgress, Progress
 from mflux_vae_train.pipelines.checks import check_pipeline
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.training.awake import awake
 from mflux_vae_train.training.hooks import Record, every, peak_memory, read_metrics
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.pending_hooks import PendingHooks
@@ -139,7 +140,10 @@ class DreamBooth:
             if lock is not None:
                 run_folder.claim(folder, lock)
             try:
-                with run_folder.log_to_file(folder.log) if processes.is_main else nullcontext():
+                with (
+                    run_folder.log_to_file(folder.log) if processes.is_main else nullcontext(),
+                    awake(settings.caffeinate),
+                ):
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
                     pipeline_features.apply(self.pipeline, run.resolved)
                     return _train(self.pipeline, run, folder, processes, report)

@@ -11,6 +11,7 @@ from mflux_vae.errors import SettingsError, did_you_mean
 from mflux_vae.utils.formatting import first_few
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.settings.fields import check_fields, flag
+from mflux_vae_train.training import awake
 
 OPTIMIZER_FLAGS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "weight_decay": "weight_decay"}
 """Flag -> option of an optimizer, see `optimizers.registry`."""
@@ -174,6 +175,7 @@ class VAETrainingSettings:
     allow_changes: bool = flag("resume even if data, initial weights or settings have changed", False)
     seed: int = flag("random seed", 0, least=0, below=2**32)
     cpu: bool = flag("run on the CPU", False)
+    caffeinate: bool = flag(awake.HELP, True)
     dry_run: bool = flag("print the plan, compute the loss of one batch, write nothing", False)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from mflux_vae_train.vae.data.sources import Arrays, Files
 RESUMABLE_CHANGES = frozenset(
     {
         *("experiment_name", "output_dir", "samples_every", "save_every", "tensorboard", "cpu", "allow_changes"),
-        *("save_every_n_steps", "log_images_every_n_steps", "dry_run", "resume_from_checkpoint"),
+        *("save_every_n_steps", "log_images_every_n_steps", "dry_run", "resume_from_checkpoint", "caffeinate"),
         *(
             "data",
             "init_from",

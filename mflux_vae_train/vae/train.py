@@ -30,6 +30,7 @@ from mflux_vae_train.monitoring.trackers import TensorBoard, requested_trackers
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.training.awake import awake
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, every
 from mflux_vae_train.training.loop import fit
@@ -287,6 +288,7 @@ class VAETrainer:
         epoch = plan.per_epoch
         with ExitStack() as stack:
             stack.callback(plan.close)
+            stack.enter_context(awake(settings.caffeinate))
             pace = Pace(plan.total)
             observers: list[Hook] = [pace]
             validation_logs: list[MetricsLog] = []
