@@ -20,6 +20,9 @@ OPTIMIZER_FLAGS = {
 """The option of an optimizer that each flag sets, see `optimizers.registry`."""
 
 
+OFFSET_NOISE = 0.1
+"""Size of the noise offset in diffusers' scripts with ``--offset_noise``."""
+
 _CONCEPT_FIELDS = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
 
 _REPLACES = (
@@ -214,6 +217,18 @@ class DreamBoothSettings:
     )
     logit_std: float = flag("standard deviation of these schemes", 1.0, above=0)
     mode_scale: float = flag("how strongly mode prefers medium noise levels", 1.29, least=-1, most=1.75)
+    snr_gamma: float | None = flag(
+        "limit of the Min-SNR weight of the loss, 5 is usual (default: no such weight); for discrete noise schedules",
+        None,
+        above=0,
+    )
+    noise_offset: float | None = flag(
+        "add a random constant of this size to the noise of each channel, 0.1 is usual (default: none); for discrete"
+        " noise schedules",
+        None,
+        least=0,
+    )
+    offset_noise: bool | None = flag("same as --noise_offset 0.1", None)
     guidance: float | None = flag(
         "guidance scale of class images and previews (default: the pipeline's)",
         None,
@@ -302,6 +317,8 @@ class DreamBoothSettings:
             raise SettingsError(
                 f"--{'' if flagged else 'no_'}with_prior_preservation contradicts --prior_preservation {named}"
             )
+        if self.offset_noise and self.noise_offset is None:
+            object.__setattr__(self, "noise_offset", OFFSET_NOISE)
         if self.validation_steps is not None and self.validation_epochs is not None:
             raise SettingsError("--validation_steps and --validation_epochs exclude each other; give one of them")
         if self.train_mode == "full" and self.prior_preservation == "dop":

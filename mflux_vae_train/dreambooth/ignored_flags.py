@@ -25,9 +25,6 @@ _REASONS = {
         "dataset_name dataset_config_name image_column"
     ),
     "images are resized with the Lanczos filter": "image_interpolation_mode",
-    # objective
-    "noise levels are weighted with --weighting_scheme": "snr_gamma",
-    "noise is drawn without an offset, as the models were trained": "offset_noise noise_offset",
     # text encoders
     "the adapters of text encoder and denoiser are saved in one file": "skip_save_text_encoder",
     # hub

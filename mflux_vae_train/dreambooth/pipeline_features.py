@@ -10,11 +10,13 @@ from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
     SupportsMemoryControl,
+    SupportsNoiseCheck,
     SupportsPrediction,
     SupportsPromptLimit,
     SupportsTextEncoderTraining,
     Use,
 )
+from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 
@@ -35,6 +37,8 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         "--train_text_encoder": (settings.train_text_encoder, SupportsTextEncoderTraining),
         "--masked_loss": (settings.masked_loss, SupportsPrediction),
         "--weighting_scheme": (settings.weighting_scheme is not None, SupportsPrediction),
+        "--snr_gamma": (settings.snr_gamma is not None, SupportsNoiseCheck),
+        "--noise_offset": (bool(settings.noise_offset), SupportsNoiseCheck),
         "--prior_preservation dop": (settings.prior_preservation == "dop", SupportsPrediction),
     }
     for flag, (requested, capability) in needs.items():
@@ -44,6 +48,15 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
             raise SettingsError(
                 f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
             )
+
+
+def check_sampling(pipeline: DiffusionPipeline, sampling: NoiseSampling | None) -> None:
+    """
+    Raises:
+        SettingsError: the pipeline cannot draw or weight noise so.
+    """
+    if sampling is not None and isinstance(pipeline, SupportsNoiseCheck):
+        pipeline.check_sampling(sampling)
 
 
 def warnings(pipeline: DiffusionPipeline) -> list[str]:

@@ -49,6 +49,18 @@ class SupportsPrediction(Protocol):
 
 
 @runtime_checkable
+class SupportsNoiseCheck(Protocol):
+    """A pipeline that refuses what its `predict` does not support. ``--snr_gamma`` and ``--noise_offset`` need it."""
+
+    def check_sampling(self, sampling: NoiseSampling) -> None:
+        """
+        Raises:
+            SettingsError: an option that `predict` does not support.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsMemoryControl(Protocol):
     """A pipeline that loads its parts on demand, can save memory, and estimates the memory of a run."""
 

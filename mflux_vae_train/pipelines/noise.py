@@ -24,6 +24,7 @@ SCHEMES: Mapping[str, Sequence[str]] = {
     "sigma_sqrt": (),
     "flux_shift": ("logit_mean", "logit_std"),
     "schnell": (),
+    "debiased": (),
 }
 """Weighting schemes and the parameters of `NoiseSampling` that each reads."""
 
@@ -44,10 +45,14 @@ class NoiseSampling:
     - ``sigma_sqrt``: u is uniform; the error is multiplied by s^-2.
     - ``flux_shift``: as logit_normal, then shifted towards noise, further for larger images.
     - ``schnell``: s is 1/4, 2/4, 3/4 or 1, with equal probability.
+    - ``debiased``: u is uniform; the error is weighted as in debiased estimation (Yu et al. 2023). Discrete schedules.
 
     Attributes:
         logit_mean: above 0 means less noise (kohya's scripts draw the noise level itself: there it means more).
         mode_scale: from -1 to 2 / (pi - 2); other values give levels outside [0, 1].
+        snr_gamma: limit of the Min-SNR weight of instance samples (Hang et al. 2023), for discrete schedules; None for
+            no such weight.
+        noise_offset: standard deviation of a constant that is added to the noise of each channel; learns brightness.
 
     Raises:
         SettingsError: an unknown scheme.
@@ -57,6 +62,8 @@ class NoiseSampling:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:

@@ -51,9 +51,12 @@ def dreambooth_loss(
     if BASE_PREDICTION in arrays:
         instance_target, _ = mx.split(predicted.target, 2)
         predicted = predicted._replace(target=mx.concatenate([instance_target, arrays[BASE_PREDICTION]]))
+    count = len(latents) // (1 if prior_loss_weight is None else 2)
+    if sampling is not None and sampling.snr_gamma is not None:  # as in diffusers, of instance samples alone
+        instance, prior = predicted.weight[:count], predicted.weight[count:]
+        predicted = predicted._replace(weight=mx.concatenate([instance, mx.ones_like(prior)]))
     per_sample = predicted.loss(arrays.get("mask"))
     loss, parts = combine(per_sample, prior_loss_weight)
-    count = len(per_sample) // (1 if prior_loss_weight is None else 2)
     return loss, parts | loss_by_noise.bin_sums(per_sample[:count] / predicted.weight[:count], predicted.sigma[:count])
 
 

@@ -112,6 +112,7 @@ def prepare(
     resolution = training_resolution(settings, recommended)
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
     resolved = resolve(settings, recommended, dataset, given)
+    pipeline_features.check_sampling(pipeline, resolved.sampling)
     resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
     resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings))
     trainable = plan_trainable(pipeline, resolved)

@@ -201,7 +201,12 @@ def _sampling(settings: DreamBoothSettings, recommended: Recommended) -> NoiseSa
     if scheme is None:
         return None
     sampling = NoiseSampling(
-        scheme=scheme, logit_mean=settings.logit_mean, logit_std=settings.logit_std, mode_scale=settings.mode_scale
+        scheme=scheme,
+        logit_mean=settings.logit_mean,
+        logit_std=settings.logit_std,
+        mode_scale=settings.mode_scale,
+        snr_gamma=settings.snr_gamma,
+        noise_offset=settings.noise_offset or 0.0,
     )
     default = recommended.weighting_scheme
     return None if default is not None and sampling == NoiseSampling(scheme=default) else sampling

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
+from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule, noised
 from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, error_weight
 
@@ -30,12 +31,27 @@ def predict(
         key: (B, 2); row i alone determines noise and noise level of sample i.
         image_tokens: tokens of an image in the transformer, for schemes that shift by size.
     """
+    check_sampling(sampling)
     keys = mx.vmap(lambda one: mx.random.split(one, 2))(key)
     clean = latents.astype(mx.float32)
     noise = normal(keys[:, 0], latents.shape[1:])
     sigma = schedule.training_sigmas(keys[:, 1], sampling, image_tokens=image_tokens)
     predicted = velocity(noised(clean, noise, sigma), sigma)
     return Prediction(predicted, noise - clean, error_weight(sigma, sampling), sigma)
+
+
+def check_sampling(sampling: NoiseSampling) -> None:
+    """
+    Raises:
+        SettingsError: an option of discrete schedules.
+    """
+    given = [f"--{name}" for name in ("snr_gamma", "noise_offset") if getattr(sampling, name)]
+    if sampling.scheme == "debiased":
+        given.append("--weighting_scheme debiased")
+    if given:
+        raise SettingsError(
+            f"{', '.join(given)}: for models with a discrete noise schedule, this one is a rectified flow"
+        )
 
 
 def normal(key: mx.array, shape: tuple[int, ...]) -> mx.array:

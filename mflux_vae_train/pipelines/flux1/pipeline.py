@@ -14,7 +14,7 @@ from mflux_vae.pretrained.hub import cache_folder
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.capabilities import KohyaNaming, PromptTokens, Use
-from mflux_vae_train.pipelines.flow.predict import normal, predict
+from mflux_vae_train.pipelines.flow.predict import check_sampling, normal, predict
 from mflux_vae_train.pipelines.flow.sample import decode, sample
 from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
@@ -219,6 +219,12 @@ class FluxPipeline:
     def lora_targets(self) -> Sequence[str]:
         """Attention and feed-forward layers of all blocks."""
         return naming.PRESETS["attention+mlp"]
+
+    # capabilities.SupportsNoiseCheck
+
+    def check_sampling(self, sampling: NoiseSampling) -> None:
+        """See `flow.predict.check_sampling`."""
+        check_sampling(sampling)
 
     # capabilities.SupportsMemoryControl
 

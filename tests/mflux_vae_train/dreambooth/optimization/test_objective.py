@@ -15,7 +15,7 @@ from mflux_vae_train.dreambooth.optimization.objective import (
     combine,
     dreambooth_loss,
 )
-from mflux_vae_train.pipelines.noise import Prediction
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
 from mflux_vae_train.training.step import Arrays, Step, global_norm
 from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.data.small_dataset import small_dataset
@@ -30,6 +30,16 @@ def test_prior_loss_is_weighted_and_reported_unweighted():
 def test_without_prior_the_loss_is_the_mean():
     loss, parts = combine(mx.array([1.0, 3.0]), None)
     assert loss.item() == 2 and parts.keys() == {"instance_loss"}
+
+
+def test_min_snr_weights_instance_samples_alone(monkeypatch):
+    """As in diffusers' scripts; other weights are of all samples."""
+    prediction = Prediction(mx.array([[1.0]] * 4), mx.zeros((4, 1)), mx.array([0.5] * 4), mx.zeros(4))
+    monkeypatch.setattr(FakePipeline, "predict", lambda *_, **__: prediction)
+    arrays = {"latents": mx.zeros((4, 1)), "conditioning": {}, "key": mx.zeros((4, 2), mx.uint32)}
+    for sampling, expected in ((NoiseSampling(), 0.5 + 2 * 0.5), (NoiseSampling(snr_gamma=5.0), 0.5 + 2 * 1)):
+        loss, _ = dreambooth_loss(FakePipeline(), arrays, guidance=1.0, prior_loss_weight=2.0, sampling=sampling)
+        assert loss.item() == pytest.approx(expected)
 
 
 def test_prior_of_weight_zero_has_no_gradient():

@@ -160,6 +160,11 @@ def test_noise_levels_default_to_the_pipelines():
     assert not any("logit" in line for line in run.warnings)
 
 
+def test_offset_noise_is_a_noise_offset():
+    assert resolved(offset_noise=True).sampling == NoiseSampling(scheme="uniform", noise_offset=0.1)
+    assert resolved(offset_noise=True, noise_offset=0.05).sampling == NoiseSampling(scheme="uniform", noise_offset=0.05)
+
+
 def test_every_weighting_scheme_is_a_choice():
     flag = next(field for field in dataclasses.fields(DreamBoothSettings) if field.name == "weighting_scheme")
     assert flag.metadata["choices"] == tuple(SCHEMES)

@@ -15,6 +15,7 @@ from mflux_vae.images import save_image
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.dataset import load_dataset
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.training import loop
 from mflux_vae_train.training.hooks import read_metrics
 from tests.contracts.fake import FakePipeline
@@ -162,6 +163,8 @@ def test_dop_starts_at_zero_and_preserves_the_class(settings, tmp_path):
         ({"masked_loss": True}, "--masked_loss: pipeline fake does not offer it"),
         ({"weighting_scheme": "uniform"}, "--weighting_scheme: pipeline"),
         ({"prior_preservation": "dop"}, "--prior_preservation dop: pipeline"),
+        ({"snr_gamma": 5.0}, "--snr_gamma: pipeline"),
+        ({"offset_noise": True}, "--noise_offset: pipeline"),
     ],
 )
 def test_unsupported_settings_are_refused(settings, changes, message):
@@ -175,6 +178,14 @@ def test_unsupported_settings_are_refused(settings, changes, message):
 def test_an_unsupported_weighting_scheme_is_refused(settings):
     with pytest.raises(SettingsError, match="no weighting scheme cosmap"):
         DreamBooth(FakePipeline()).train(settings(weighting_scheme="cosmap"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"snr_gamma": 5.0}, {"noise_offset": 0.1}, {"weighting_scheme": "debiased"}], ids=str
+)
+def test_options_of_discrete_schedules_are_refused_by_a_rectified_flow(settings, changes):
+    with pytest.raises(SettingsError, match=next(iter(changes))):
+        DreamBooth(open_pipeline("tiny")).train(settings(model="tiny", dry_run=True, **changes))
 
 
 def test_masked_loss_without_masks_is_refused(settings, instance_dir):
