@@ -5,7 +5,7 @@ so several times, and its transcendental functions are scalar; `mflux_vae.kernel
 Every function returns the dtype of its (first) argument; half precision is computed in float32 where it would lose
 more than its own rounding.
 
-`gpu_fusion`, `gpu_attention`  formulas and attention on Metal and CUDA
+`gpu_fusion`, `gpu_attention`, `gpu_conv`  formulas, attention and gradients of convolutions on Metal and CUDA
 
 `cpu.parallel`          fills an output in place, chunk by chunk, on every core
 `cpu.im2col`            gathers and sums the windows of an image
@@ -39,6 +39,7 @@ from mflux_vae.kernels.normalization import (
     layer_norm,
     rms_norm,
 )
+from mflux_vae.kernels.quantized import product_choice, quantized_product
 
 __all__ = [
     "FUSED",
@@ -61,6 +62,8 @@ __all__ = [
     "map_batch",
     "norm_silu_conv2d",
     "overlapping",
+    "product_choice",
+    "quantized_product",
     "quick_gelu",
     "relu",
     "repeat_conv2d",

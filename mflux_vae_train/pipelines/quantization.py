@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mflux_vae.errors import WeightsError
-from mflux_vae.runtime import device
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.kernels import product_choice, quantized_product
 from mflux_vae.utils.modules import replace_layers
 
 GROUP_SIZES = (64, 32)
@@ -26,27 +26,12 @@ _STORED_GROUPS = (32, 64, 128)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's layer. CPUs multiply quantized matrices slowly: there, each product dequantizes the weights first."""
+    """MLX's layer, which dequantizes the weights for products with many rows: see `kernels.quantized`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not device.is_cpu():
-            return super().__call__(x)
-        y = self._product(x)
+        scheme = {"group_size": self.group_size, "bits": self.bits}
+        y = quantized_product(x, self.weight, self.scales, self["biases"], **scheme)
         return y + self["bias"] if "bias" in self else y
-
-    def _product(self, x: mx.array) -> mx.array:
-        def dequantized(needed_for: mx.array) -> mx.array:
-            # depend on the input, or the weights of all layers are dequantized at the same time
-            (packed,) = mx.depends([self.weight], [needed_for])
-            return mx.dequantize(packed, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
-
-        run: Any = mx.custom_function(lambda x: x @ dequantized(x).T)
-
-        @run.vjp
-        def gradient(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-            return cotangent @ dequantized(cotangent)
-
-        return run(x)
 
 
 def group_size(inputs: int) -> int | None:
@@ -60,9 +45,20 @@ def quantize(module: nn.Module, bits: int, selects: Callable[[str], bool]) -> No
     Args:
         bits: 4 or 8.
         selects: whether to quantize the layer at a path. Layers whose inputs no group size divides are kept.
+
+    Raises:
+        SettingsError: the environment variable that chooses the products has an unknown value.
     """
+    _check_choice()
     paths = [path for path, layer in module.named_modules() if selects(path) and _group_size_of(layer) is not None]
     replace_layers(module, paths, partial(_quantized, bits=bits))
+
+
+def _check_choice() -> None:
+    try:
+        product_choice()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _quantized(layer: nn.Linear, bits: int) -> QuantizedLinear:
@@ -95,7 +91,9 @@ def adopt_quantization(
 
     Raises:
         WeightsError: scales that do not fit the layer, or another scheme than MLX's affine one.
+        SettingsError: see `quantize`.
     """
+    _check_choice()
     ready = dict(tensors)
     layers = dict(module.named_modules())
     for key, scales in tensors.items():
