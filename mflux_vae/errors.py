@@ -8,6 +8,7 @@
     │   ├── BackendError      MLX cannot be imported or is too old (an ImportError, too)
     │   └── PluginError       an entry point that cannot be loaded, or a name taken twice
     └── RunError              a failure: a command exits with status 1
+        ├── DeviceError       MLX's device ran out of memory or failed (`runtime.device_errors` translates its errors)
         └── TrainingError     loss not finite, nothing learns, a checkpoint that cannot be restored
 
 Messages are one line: what is wrong, where, and what to do. Line breaks in messages of libraries are removed, and
@@ -64,6 +65,26 @@ class PluginError(InputError):
 
 class RunError(MfluxVaeError):
     """The work failed."""
+
+
+class DeviceError(RunError):
+    """MLX's device ran out of memory or failed.
+
+    Args:
+        problem: what failed.
+        cure: what to do.
+        kept: what is saved of the work.
+        memory: whether memory ran out.
+    """
+
+    def __init__(self, problem: str, *, cure: str = "", kept: str = "", memory: bool = False) -> None:
+        super().__init__("; ".join(part for part in (problem, cure, kept) if part))
+        self.parts = {"problem": problem, "cure": cure, "kept": kept}
+        self.memory = memory
+
+    def but(self, **parts: str) -> DeviceError:
+        """The same error with another `problem`, `cure` or `kept`."""
+        return type(self)(memory=self.memory, **{**self.parts, **parts})
 
 
 class TrainingError(RunError):

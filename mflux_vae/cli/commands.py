@@ -24,13 +24,16 @@ from mflux_vae.cli.latent_file import Entry, Unfinished
 from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import First, open_codec
 from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, to_nchw, without_infinities
-from mflux_vae.errors import ImageError, MfluxVaeError, SettingsError
+from mflux_vae.errors import ImageError, MfluxVaeError, RunError, SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import no_images, scan
 from mflux_vae.images import image_text, load_image, load_images, save_image, strip
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
+from mflux_vae.runtime.device_errors import device_errors
+from mflux_vae.tiling.plan import SMALLEST_TILE
 from mflux_vae.tiling.tiles import Tiling
+from mflux_vae.utils.arrays import flaw, one_colour
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
@@ -76,9 +79,10 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
     missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
     notes = ImageNotes()
     for name in _progress(missing, of=len(files)):
-        with _error_context(str(files[name])):
+        with _error_context(str(files[name]), opening):
             (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
             (latents,) = vae.encode_images(picture, tiling=tiling)
+            _check_result(latents, "latents have", vae, varies=not one_colour(picture))
             unfinished.add(name, Entry(latents, picture.shape[:2], _crc32_of(files[name])))
     unfinished.finish(list(files))
     _show(notes)
@@ -98,9 +102,11 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
     _say_kept(targets, output, "decoded")
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
     for name in _progress(new, of=len(targets)):
-        with _error_context(f"{latents}: {name}"):
-            (image,) = vae.decode_images([entries[name].latents], [entries[name].size], tiling=tiling)
-            save_image(targets[name], np.array(image), text={MARK: marks[name]})
+        with _error_context(f"{latents}: {name}", opening):
+            image = vae.decode(entries[name].latents[None], size=entries[name].size, tiling=tiling)[0]
+            _check_result(image, "the image has", vae, varies=False)
+            picture = np.array(mx.round(image).astype(mx.uint8)).transpose(1, 2, 0)
+            save_image(targets[name], picture, text={MARK: marks[name]})
     print(f"{output}: {_count(targets)}, {len(new)} of them new")
 
 
@@ -117,9 +123,11 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     rows: list[dict[str, Any]] = []
     notes = ImageNotes()
     for name in _progress(list(files), of=len(files)):
-        with _error_context(str(files[name])):
+        with _error_context(str(files[name]), opening):
             (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
-            again = from_chw(vae(to_nchw(picture), tiling=tiling)[0][0])
+            image = vae(to_nchw(picture), tiling=tiling)[0][0]
+            _check_result(image, "the reconstruction has", vae, varies=False)
+            again = from_chw(image)
         height, width = picture.shape[:2]
         rows.append({"name": name, "height": height, "width": width, **quality(picture, again)})
         if output:
@@ -176,8 +184,9 @@ def compare(
     squares = (load_image(files[name], resolution=side, notes=notes) for name in _progress(list(files), of=len(files)))
     shown = []
     compared = comparison.run(candidates, squares, first=first_frame, lpips=network)
-    for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
-        shown += [(name, picture, again)] if index < SHEET_ROWS else []
+    with device_errors(lambda: f"{_less_memory(tiling, tile)}, or --size {side // 2}"):
+        for index, (name, (picture, again)) in enumerate(zip(files, compared, strict=True)):
+            shown += [(name, picture, again)] if index < SHEET_ROWS else []
     _show(notes, conversions=not as_json)
     summaries = [candidate.summary() for candidate in candidates]
     mark = f"compared {', '.join(models)}"
@@ -297,6 +306,25 @@ def _plan(tiling: str, tile: int) -> Tiling | bool | None:
     return False if tiling == "off" else Tiling(tiling, tile=tile)  # type: ignore[arg-type]
 
 
+def _check_result(result: mx.array, what: str, vae: VAE, *, varies: bool) -> None:
+    """
+    Raises:
+        RunError: `utils.arrays.flaw` finds something.
+    """
+    if found := flaw(result, varies=varies):
+        half = vae.dtype != mx.float32
+        cure = "give --dtype float32" if half else "run the command again, or take another file of the model"
+        raise RunError(f"{what} {found}; {cure}")
+
+
+def _less_memory(tiling: str, tile: int) -> str:
+    """Flags with which a call needs less memory than with these."""
+    smaller = f"--tile {max(tile // 2, SMALLEST_TILE)}"
+    return {"auto": f"give --tiling exact {smaller}", "off": "give --tiling exact"}.get(
+        tiling, f"give {smaller}" + (", or --tiling blend" if tiling == "exact" else "")
+    )
+
+
 def _check_amplify(amplify: float) -> None:
     if not 0 < amplify < math.inf:
         raise SettingsError(f"--amplify must be positive, not {amplify}")
@@ -340,9 +368,10 @@ def _count(pictures: Sized) -> str:
 
 
 @contextmanager
-def _error_context(what: str) -> Iterator[None]:
-    """Add the subject to errors that lack it."""
+def _error_context(what: str, opening: Mapping[str, Any]) -> Iterator[None]:
+    """Add the subject to errors that lack it, and flags that need less memory to those of missing memory."""
     try:
-        yield
+        with device_errors(lambda: _less_memory(opening["tiling"], opening["tile"])):
+            yield
     except MfluxVaeError as error:
         raise error if what in str(error) else type(error)(f"{what}: {error}") from error

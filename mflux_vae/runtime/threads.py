@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import InputError
 from mflux_vae.runtime import device
+from mflux_vae.runtime.device_errors import device_error
 
 MAX_STREAMS = 8
 """CPU streams for parallel kernels, at most."""
@@ -77,7 +78,8 @@ def exclusive() -> Iterator[None]:
 def thread_safe(function: Callable[P, T]) -> Callable[P, T]:
     """Run one call at a time, and return arrays that every thread may use.
 
-    The function raises InputError if it needs an array that another thread described and did not compute.
+    The function raises InputError if it needs an array that another thread described and did not compute, and
+    DeviceError if the device runs out of memory or fails while it computes (on a GPU possibly later, as MLX's error).
 
     Args:
         function: returns arrays, or a tuple, list, mapping or dataclass of arrays. They are computed on a CPU and
@@ -92,6 +94,8 @@ def thread_safe(function: Callable[P, T]) -> Callable[P, T]:
                 _compute(result)
                 return result
         except RuntimeError as error:
+            if (failure := device_error(error)) is not None:
+                raise failure from error
             if _FOREIGN not in str(error):
                 raise
             cure = "call mx.eval on arguments and weights in the thread that created them"

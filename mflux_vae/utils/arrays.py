@@ -10,6 +10,9 @@ from mflux_vae.errors import ImageError
 FILES = "give files and Pillow images to encode_images"
 """Advice for callers that have no array of an image."""
 
+NOISE_LEVELS = 16
+"""Difference between the pixels of a plain area in a lossy format, at most."""
+
 LATENTS = "encode_images returns latents; mx.load reads them from a file"
 """Advice for callers that have no array of latents."""
 
@@ -45,3 +48,21 @@ def kind_text(value: object) -> str:
     shown = str(value)
     kind = f"a {type(value).__name__}"
     return f"{kind} ({shown[:60]!r})" if isinstance(value, str | bytes) or hasattr(value, "__fspath__") else kind
+
+
+def flaw(computed: mx.array, *, varies: bool = True) -> str | None:
+    """What is wrong with the result of a network, such as "NaN or infinite values"; None if nothing is.
+
+    Args:
+        varies: whether one value in all places and channels is wrong: a device that fails may leave zeros.
+    """
+    if not mx.all(mx.isfinite(computed)):
+        return "NaN or infinite values"
+    if varies and computed.size > 1 and mx.all(computed == computed.reshape(-1)[0]):
+        return "the same value everywhere"
+    return None
+
+
+def one_colour(picture: np.ndarray) -> bool:
+    """Whether an image, uint8 (H, W, C), is one colour but for the noise of a lossy format: latents may be constant."""
+    return bool((np.ptp(picture, axis=(0, 1)) <= NOISE_LEVELS).all())

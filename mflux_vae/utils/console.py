@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from mflux_vae.errors import MfluxVaeError
+from mflux_vae.runtime.device_errors import device_error
 from mflux_vae.utils.redaction import redacted
 
 
@@ -111,6 +112,8 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at exit
         return 141
     except Exception as error:  # a full disk, too little memory
+        if (failure := device_error(error)) is not None and not debug:
+            return _fail(program, f"error: {failure}", failure.exit_code)
         known = isinstance(error, OSError)
         if debug or (debug is None and not known):
             raise

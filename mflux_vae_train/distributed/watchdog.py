@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from mflux_vae.errors import TrainingError
+from mflux_vae.runtime.device_errors import device_error
 from mflux_vae_train.distributed.heartbeat import Heartbeat, PeerExit
 
 _GRACE = 2.0
@@ -62,6 +63,7 @@ class Watchdog:
 
         Raises:
             ProcessLost: one of them is gone.
+            DeviceError: this process's device failed.
         """
         if self._lost is not None or (self._peer is not None and not self._peer.finished):
             raise ProcessLost(self._lost or self._describe(self._peer))
@@ -71,6 +73,8 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:  # raised by the ring when a connection breaks
+            if (failure := device_error(error)) is not None:
+                raise failure from error
             deadline = time.monotonic() + _GRACE
             while self._heartbeat is not None and self._peer is None and time.monotonic() < deadline:
                 time.sleep(0.05)

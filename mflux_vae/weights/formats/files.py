@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import printable
@@ -247,13 +248,19 @@ def write_safetensors(
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """`mx.save_safetensors` for any file name, and for metadata that contains file names."""
+    """`mx.save_safetensors` for any file name, and for metadata that contains file names.
+
+    Raises:
+        RuntimeError: the disk is full.
+        DeviceError: arrays that are not computed yet cannot be computed.
+    """
     texts = {key: printable(text) for key, text in (metadata or {}).items()}
-    if _mlx_opens(path):
-        mx.save_safetensors(str(path), dict(arrays), texts)
-        return
-    with path.open("wb") as file:
-        mx.save_safetensors(file, dict(arrays), texts)
+    with device_errors():
+        if _mlx_opens(path):
+            mx.save_safetensors(str(path), dict(arrays), texts)
+            return
+        with path.open("wb") as file:
+            mx.save_safetensors(file, dict(arrays), texts)
 
 
 def _mlx_opens(path: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.weights.formats.files import read_safetensors, write_safetensors
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
 
@@ -42,7 +43,8 @@ class EncodingCache:
             return None
         try:
             arrays, _ = read_safetensors(path)
-            mx.eval(arrays)
+            with device_errors():
+                mx.eval(arrays)
             check_numbers({name: one for name, one in arrays.items() if one.dtype not in _IDS}, str(path), "encodings")
         except (WeightsError, OSError, RuntimeError, ValueError):
             return None

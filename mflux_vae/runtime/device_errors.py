@@ -1,0 +1,137 @@
+"""Errors of MLX's devices as one line with a cure. MLX raises RuntimeError for all; their texts tell them apart.
+
+The texts are those of MLX's sources: its allocators and command buffers of Metal and CUDA, and the names of CUDA's
+libraries. MLX's allocator for CPUs raises nothing: the system ends a process that has no memory left.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mflux_vae.errors import DeviceError
+from mflux_vae.utils.formatting import shortened
+
+_LONGEST = 200
+"""Characters of MLX's text in a message."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """
+    Attributes:
+        texts: regular expression for MLX's texts.
+        cure: may have groups of the expression, and `kernels`, the folder of compiled kernels.
+    """
+
+    texts: str
+    problem: str
+    cure: str
+    memory: bool = False
+
+
+_KINDS = (
+    _Kind(
+        r"out of memory|OutOfMemory|Insufficient Memory|Unable to allocate|bad_alloc|ALLOC(ATION)?_FAILED"
+        r"|maximum (allowed|Metal) buffer size|\[metal::malloc\] Resource limit"
+        r"|\bcublas\w*\(.*\) failed with code: 3\b",  # CUBLAS_STATUS_ALLOC_FAILED
+        "out of memory",
+        "compute less at a time (smaller images or batches, or tiling), or close other programs",
+        memory=True,
+    ),
+    _Kind(
+        r"Cache thrashing .*variable (?P<variable>\w+) .* than (?P<size>\d+)",
+        "MLX's cache of compiled work is full",
+        "set the environment variable {variable}={size}0 and run the command again",
+    ),
+    _Kind(
+        r"Failed to load compiled|kernel image is invalid|named symbol not found",
+        "a compiled kernel is broken",
+        "delete the folder {kernels} and run the command again",
+    ),
+    _Kind(
+        r"no kernel image|unsupported toolchain|Failed to compile kernel|locations of CUDA headers",
+        "MLX has no kernel for this GPU",
+        "install the MLX that fits the GPU and its driver, or set CUDA_HOME to the folder of a CUDA toolkit",
+    ),
+    _Kind(r"driver version is insufficient", "the GPU's driver is too old for MLX", "update the driver"),
+    _Kind(
+        r"No Metal device|no CUDA-capable device|devices are busy or unavailable|\[gpu::\w+\] GPU backend is not",
+        "no GPU is available",
+        "log in at the machine itself, end other programs that use the GPU, or use a CPU",
+    ),
+    _Kind(
+        r"CUDNN_|\bcudnn\w*\(.*\) failed|\bgraph(\.|->)\w+\(.*\) failed",
+        "cuDNN failed",
+        "set the environment variable MLX_CUDA_USE_CUDNN_SDPA=0, or update the driver",
+    ),
+    _Kind(
+        r"\[METAL\].*(Timeout|Hang|Interactivity)",
+        "macOS stopped the GPU's work",
+        "close programs that draw much, or compute less at a time, and run the command again",
+    ),
+    _Kind(
+        r"\[METAL\].*(Permission|NotPermitted)",
+        "macOS does not let this program use the GPU",
+        "run the command in the session of a user who is logged in",
+    ),
+    _Kind(
+        r"\[METAL\] Command buffer",
+        "the GPU failed",
+        "run the command again, after a restart of the machine if this happens twice",
+    ),
+    _Kind(r"\[metal::|metallib|Metal::", "MLX's Metal back end failed", "install MLX again, or another version of it"),
+    _Kind(
+        r"\b(cu|nv)\w*\(.*\) failed|illegal memory access|device-side assert|\bECC\b",
+        "the GPU failed",
+        "look at it with nvidia-smi and run the command again",
+    ),
+)
+"""The first one that fits counts."""
+
+
+def device_error(error: BaseException) -> DeviceError | None:
+    """The translation of an error, if it is one of MLX's device or of missing memory."""
+    if isinstance(error, DeviceError):
+        return error
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    text = " ".join(str(error).split()) or ("bad_alloc" if isinstance(error, MemoryError) else "")
+    for kind in _KINDS:
+        if match := re.search(kind.texts, text):
+            cure = kind.cure.format(**match.groupdict(), kernels=_kernels())
+            shown = shortened(text.rstrip("."), _LONGEST)
+            return DeviceError(f"{kind.problem} ({shown})", cure=cure, memory=kind.memory)
+    return None
+
+
+@contextmanager
+def device_errors(cure: str | Callable[[], str] = "") -> Iterator[None]:
+    """Translate errors of MLX's device in the block.
+
+    Args:
+        cure: what to do when memory runs out; of nested blocks the outermost one that has a cure counts.
+
+    Raises:
+        DeviceError: in place of MLX's RuntimeError, or of MemoryError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, DeviceError) as error:
+        found = device_error(error)
+        if found is None:
+            raise
+        better = (cure if isinstance(cure, str) else cure()) if found.memory else ""
+        if found is error and not better:
+            raise
+        raise (found.but(cure=better) if better else found) from error
+
+
+def _kernels() -> Path:
+    """Where MLX keeps compiled CUDA kernels."""
+    return Path(os.environ.get("MLX_PTX_CACHE_DIR") or Path(tempfile.gettempdir()) / "mlx")
