@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -94,6 +94,32 @@ class SupportsPromptLimit(Protocol):
     """
 
     prompt_limit: int | None
+
+
+class CropGeometry(NamedTuple):
+    """Where a training image comes from; each is (height, width) or (top, left) in pixels.
+
+    Attributes:
+        original: size of the image file, after its orientation was applied.
+        corner: of the crop in the resized image, mirrored if the crop is.
+        target: size of the crop.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+    target: tuple[int, int]
+
+
+@runtime_checkable
+class SupportsSizeConditioning(Protocol):
+    """A pipeline that is conditioned on the size and crop of each training image (Podell et al. 2023, section 2.2).
+
+    Training adds the arrays to the conditioning of the image's prompt. `sample` uses an image that is not cropped.
+    """
+
+    def encode_crops(self, crops: Sequence[CropGeometry]) -> Conditioning:
+        """Arrays with one row per crop, under names that `encode_prompts` does not use."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

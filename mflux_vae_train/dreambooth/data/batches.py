@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.training.step import MicroBatch
 
 INSTANCE, CLASS = 0, 1
 """The source of a sample, a part of the keys of its random draws. Class images of concept i have CLASS + i."""
+
+
+ClassKey: TypeAlias = "tuple[int, tuple[int, ...]]"
+"""Concept, and shape of its instance latents that the class images are cropped for."""
 
 
 @lru_cache(maxsize=8)
@@ -78,8 +83,10 @@ class EncodedDataset:
         samples: the samples of an epoch.
         latents: one array per crop of an instance image, without a batch axis.
         masks: loss weight of each latent position, (h, w, 1) per array in `latents`; None without masks.
+        crops: conditioning on size and crop, one row per array in `latents`; None if the pipeline has none.
         class_latents: latents of the class images by (concept, shape of the instance latent); None without class
             images.
+        class_crops: conditioning on their size and crop, as `crops`.
         conditioning: arrays with one row per prompt.
         empty_prompt: row of the empty prompt.
         preserves_output: whether each instance sample is repeated with its class prompt, see
@@ -89,8 +96,10 @@ class EncodedDataset:
     samples: Sequence[Sample]
     latents: Sequence[mx.array]
     masks: Sequence[mx.array] | None = None
-    class_latents: Mapping[tuple[int, tuple[int, ...]], Sequence[mx.array]] | None = None
-    conditioning: Mapping[str, mx.array]
+    crops: Conditioning | None = None
+    class_latents: Mapping[ClassKey, Sequence[mx.array]] | None = None
+    class_crops: Mapping[ClassKey, Conditioning] | None = None
+    conditioning: Conditioning
     empty_prompt: int
     preserves_output: bool = False
 
@@ -139,6 +148,7 @@ def micro_batches(
 
     def build(draws: Sequence[_Draw]) -> MicroBatch:
         latents = [dataset.latents[draw.latent] for draw in draws]
+        crops = [_row(dataset.crops, draw.latent) for draw in draws]
         prompts = [draw.sample.prompt for draw in draws]
         streams = noise = [2 * draw.slot + INSTANCE for draw in draws]
         if dataset.class_latents is not None or dataset.preserves_output:
@@ -147,15 +157,20 @@ def micro_batches(
             # output preservation compares with the base model on the same latents and noise as the instance
             noise = streams + (streams if dataset.class_latents is None else class_streams)
             streams = streams + class_streams
-            latents += (
-                latents if dataset.class_latents is None else [_class_latent(dataset, one, seed) for one in draws]
-            )
+            if dataset.class_latents is None:
+                latents, crops = latents * 2, crops * 2
+            else:
+                prior = [_class_sample(dataset, one, seed) for one in draws]
+                latents, crops = latents + [one for one, _ in prior], crops + [crop for _, crop in prior]
         rows = mx.array(list(map(prompt_row, streams, prompts)))
         arrays: dict[str, Any] = {
             "latents": mx.stack(latents),
             "key": sample_keys(seed, Stream.NOISE, update, noise),
             "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, streams),
-            "conditioning": {name: array[rows] for name, array in dataset.conditioning.items()},
+            "conditioning": {
+                **{name: array[rows] for name, array in dataset.conditioning.items()},
+                **{name: mx.concatenate([crop[name] for crop in crops]) for name in crops[0]},
+            },
         }
         if dataset.masks is not None:
             masks = [dataset.masks[draw.latent] for draw in draws]
@@ -166,8 +181,14 @@ def micro_batches(
     return [build(draws[i : i + size]) for draws in by_shape.values() for i in range(0, len(draws), size)]
 
 
-def _class_latent(dataset: EncodedDataset, draw: _Draw, seed: int) -> mx.array:
+def _class_sample(dataset: EncodedDataset, draw: _Draw, seed: int) -> tuple[mx.array, Conditioning]:
+    """Latent of a class image, and its row of `class_crops`."""
     assert dataset.class_latents is not None
-    concept = draw.sample.concept
-    latents = dataset.class_latents[concept, dataset.latents[draw.latent].shape]
-    return latents[shuffled_index(seed, CLASS + concept, len(latents), draw.position)]
+    key = draw.sample.concept, dataset.latents[draw.latent].shape
+    latents = dataset.class_latents[key]
+    index = shuffled_index(seed, CLASS + draw.sample.concept, len(latents), draw.position)
+    return latents[index], _row(None if dataset.class_crops is None else dataset.class_crops[key], index)
+
+
+def _row(arrays: Conditioning | None, index: int) -> Conditioning:
+    return {name: array[index : index + 1] for name, array in (arrays or {}).items()}

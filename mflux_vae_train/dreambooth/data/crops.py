@@ -12,6 +12,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import covered
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.pipelines.capabilities import CropGeometry
 from mflux_vae_train.pipelines.protocol import Recommended
 
 Shape: TypeAlias = "tuple[int, int]"
@@ -41,6 +42,16 @@ class Crop:
     def mirror(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (*shape, C), flipped if the crop is mirrored."""
         return np.ascontiguousarray(pixels[:, ::-1]) if self.mirrored else pixels
+
+    def geometry(self, size: Shape) -> CropGeometry:
+        """Of this crop of an image with this height and width."""
+        scale = min(size[0] / self.shape[0], size[1] / self.shape[1])
+        place = self.offset, 1 - self.offset if self.mirrored else self.offset
+        top, left = (
+            round((side / scale - cropped) * share)
+            for side, cropped, share in zip(size, self.shape, place, strict=True)
+        )
+        return CropGeometry(original=(size[0], size[1]), corner=(top, left), target=self.shape)
 
     @property
     def unmirrored(self) -> Crop:

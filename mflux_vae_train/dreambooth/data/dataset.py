@@ -39,6 +39,7 @@ class InstanceImage:
     Attributes:
         path: the image file.
         content: SHA-256 of the file, in hexadecimal.
+        size: height and width of the image.
         concept: index of the concept that the image shows.
         caption: its prompt.
         mask: file with the loss weight of each position; None if all weigh the same.
@@ -49,6 +50,7 @@ class InstanceImage:
 
     path: Path
     content: str
+    size: Shape
     concept: int
     caption: str
     mask: Path | None
@@ -196,6 +198,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         return InstanceImage(
             path=path,
             content=content_hash(path),
+            size=size,
             concept=concept,
             caption=caption,
             mask=mask,

@@ -21,12 +21,12 @@ from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
-from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Sample
+from mflux_vae_train.dreambooth.data.batches import ClassKey, EncodedDataset, Sample
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape
 from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.pipelines import checks
-from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Use
+from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsSizeConditioning, Use
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
 PROMPTS_PER_BATCH = 16
@@ -247,7 +247,11 @@ def encode_dataset(
     ]
 
     # class images are cropped to each shape of their concept's instance images
-    class_latents: dict[tuple[int, tuple[int, ...]], Sequence[mx.array]] | None = None
+    class_latents: dict[ClassKey, Sequence[mx.array]] | None = None
+    crops: Conditioning | None = None
+    class_crops: dict[ClassKey, Conditioning] | None = None
+    if isinstance(pipeline, SupportsSizeConditioning):
+        crops = pipeline.encode_crops([crop.geometry(one.size) for one in images for row in one.crops for crop in row])
     if class_images is not None:
         shapes = {
             (one.concept, one.shape): latents[rows[0][0]].shape for one, rows in zip(images, indices, strict=True)
@@ -256,15 +260,28 @@ def encode_dataset(
             (concept, shape): encode([CroppedImage(path, Crop(shape=pixels)) for path in class_images[concept]])
             for (concept, pixels), shape in shapes.items()
         }
+        if isinstance(pipeline, SupportsSizeConditioning):
+            sizes = processes.broadcast(lambda: [list(prefetch(_size, paths)) for paths in class_images])
+            class_crops = {
+                (concept, shape): pipeline.encode_crops([Crop(shape=pixels).geometry(one) for one in sizes[concept]])
+                for (concept, pixels), shape in shapes.items()
+            }
     return EncodedDataset(
         samples=samples,
         latents=latents,
         masks=list(_masks(images, iter(latents))) if any(image.mask for image in images) else None,
+        crops=crops,
         class_latents=class_latents,
+        class_crops=class_crops,
         conditioning=prompts.conditioning,
         empty_prompt=prompts.rows[""],
         preserves_output=preserves_output,
     )
+
+
+def _size(path: Path) -> Shape:
+    height, width = load_image(path, notes=ImageNotes()).shape[:2]
+    return height, width
 
 
 def _masks(images: Sequence[InstanceImage], latents: Iterator[mx.array]) -> Iterator[mx.array]:

@@ -9,6 +9,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import averaged, covered
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.crops import Crop, bucket_shapes, crops, nearest_shape
+from mflux_vae_train.pipelines.capabilities import CropGeometry
 
 
 def settings(**changes) -> DreamBoothSettings:
@@ -19,6 +20,21 @@ def ramp(height: int, width: int) -> np.ndarray:
     """Red increases to the right, green downwards."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([255 * columns / width, 255 * rows / height, 0 * rows], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "corner"),
+    [
+        ((100, 200), Crop(shape=(50, 50)), (0, 25)),
+        ((100, 200), Crop(shape=(50, 50), offset=0.0), (0, 0)),
+        ((100, 200), Crop(shape=(50, 50), offset=0.0, mirrored=True), (0, 50)),
+        ((300, 100), Crop(shape=(200, 200), offset=1.0, mirrored=True), (400, 0)),
+        ((64, 64), Crop(shape=(64, 64), offset=0.7), (0, 0)),
+    ],
+)
+def test_the_corner_of_a_crop_is_in_pixels_of_the_resized_image(size, crop, corner):
+    geometry = crop.geometry(size)
+    assert geometry == CropGeometry(original=size, corner=corner, target=crop.shape)
 
 
 def test_default_shape_is_a_square():

@@ -10,6 +10,7 @@ from mflux_vae.errors import ImageError, SettingsError, WeightsError
 from mflux_vae.images import load_image, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data import encoding
+from mflux_vae_train.dreambooth.data.batches import Plan, micro_batches
 from mflux_vae_train.dreambooth.data.crops import Crop
 from mflux_vae_train.dreambooth.data.dataset import load_dataset
 from mflux_vae_train.dreambooth.data.encoding import (
@@ -216,6 +217,38 @@ def test_every_crop_has_a_latent_and_class_images_match_instance_shapes(instance
     assert all(latent.shape == shape for (_, shape), latents in cache.class_latents.items() for latent in latents)
     plain, mirrored = (cache.latents[entry] for entry in cache.samples[0].latents[0])
     np.testing.assert_allclose(plain[:, ::-1], mirrored, atol=0.02)
+
+
+class SizeConditioned(FakePipeline):
+    def encode_crops(self, crops):
+        return {"sizes": mx.array([[*crop.original, *crop.corner, *crop.target] for crop in crops], mx.float32)}
+
+
+@pytest.mark.parametrize("preservation", ["class_images", "dop", "none"])
+def test_each_image_has_the_conditioning_of_its_own_size_and_crop(instance_dir, tmp_path, preservation):
+    save_image(instance_dir / "wide.png", np.zeros((40, 80, 3), np.uint8))
+    options = {"random_flip": True, "prior_preservation": preservation, "center_crop": False, "num_crops": 2}
+    if preservation != "none":
+        options["class_prompt"] = "a photo of a dog"
+    cache = cache_of(instance_dir, SizeConditioned(), tmp_path, **options)
+    plan = Plan(samples=24, batch_size=4, accumulation=1)
+    batches = [
+        batch
+        for update in range(plan.updates)
+        for batch in micro_batches(cache, plan, update=update, seed=0, caption_dropout=0.5)
+    ]
+    rows = np.concatenate([np.array(batch.arrays["conditioning"]["sizes"][:4]) for batch in batches])
+    assert {tuple(row) for row in rows} == {
+        *((20, 16, top, 0, 16, 16) for top in (0, 4)),  # 16 px wide: nothing is cut from left and right
+        *((40, 80, 0, left, 16, 16) for left in (0, 16)),
+    }
+    for batch in batches:
+        assert len(batch.arrays["conditioning"]["sizes"]) == len(batch.arrays["latents"])
+        instance, prior = batch.arrays["conditioning"]["sizes"][:4], batch.arrays["conditioning"]["sizes"][4:]
+        if preservation == "class_images":
+            np.testing.assert_array_equal(prior, [[20, 16, 2, 0, 16, 16]] * 4)
+        elif preservation == "dop":
+            np.testing.assert_array_equal(prior, instance)
 
 
 def test_masks_are_averaged_to_latent_positions(instance_dir, tmp_path):
