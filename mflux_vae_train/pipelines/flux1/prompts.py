@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae.runtime.threads import exclusive, thread_safe
+from mflux_vae.runtime.threads import thread_safe
 from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.prompts import PromptEncoder
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 CLIP = "text_encoder"
@@ -21,8 +23,8 @@ EMBEDS, POOLED, TOKENS = "prompt_embeds", "pooled", "clip_tokens"
 """Arrays of a conditioning: T5's output (B, L, D), CLIP's (B, P), or instead of the latter CLIP's input (B, N)."""
 
 
-class FluxPrompts:
-    """Encodes prompts, and keeps the encoding of the empty one for classifier-free guidance.
+class FluxPrompts(PromptEncoder):
+    """Encodes prompts.
 
     Padding is encoded and attended to, as in training of the published models.
 
@@ -34,13 +36,13 @@ class FluxPrompts:
     """
 
     def __init__(self, parts: Parts, *, guidance_embeds: bool) -> None:
+        super().__init__()
         self.clip: Lazy[CLIPTextModel] = parts.networks[CLIP]
         self.t5: Lazy[T5Encoder] = parts.networks["text_encoder_2"]
         self._clip_tokenizer, self._t5_tokenizer = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
         self._longest = 512 if guidance_embeds else 256
         self._limit: int | None = None
         self._clip_in_step = False
-        self._empty: Conditioning | None = None
 
     @property
     def limit(self) -> int | None:
@@ -49,7 +51,8 @@ class FluxPrompts:
 
     @limit.setter
     def limit(self, tokens: int | None) -> None:
-        self._limit, self._empty = tokens, None
+        self._limit = tokens
+        self.forget()
 
     @property
     def clip_in_step(self) -> bool:
@@ -58,7 +61,8 @@ class FluxPrompts:
 
     @clip_in_step.setter
     def clip_in_step(self, on: bool) -> None:
-        self._clip_in_step, self._empty = on, None
+        self._clip_in_step = on
+        self.forget()
 
     @property
     def longest(self) -> int:
@@ -75,19 +79,15 @@ class FluxPrompts:
         """`tokens`, without opening the tokenizer for it."""
         return self.longest if self._t5_tokenizer.loaded is None else self.tokens
 
-    @thread_safe
-    def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
+    def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Prompts -> `prompt_embeds` (B, L, D) from T5, and `pooled` (B, P) from CLIP or its input `clip_tokens`."""
         clip_tokens = self._clip_tokenizer.get().encode(prompts)
         t5_tokens = self._t5_tokenizer.get().encode(prompts, self.tokens)
         encoded = {EMBEDS: self.t5.get()(t5_tokens), TOKENS: clip_tokens}
-        if not self.clip_in_step:
-            encoded = self.finish(encoded)
-        if "" in prompts:
-            index = list(prompts).index("")
-            self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
-            mx.eval(self._empty)  # another thread may need it
-        return encoded
+        return encoded if self.clip_in_step else self.finish(encoded)
+
+    def _running(self) -> Sequence[Lazy[Any]]:
+        return [self.t5] if self.clip_in_step else [self.t5, self.clip]
 
     @thread_safe
     def inspect(self, prompts: Sequence[str], limit: int | None) -> dict[str, list[PromptTokens]]:
@@ -104,28 +104,6 @@ class FluxPrompts:
         if TOKENS in encoded:
             _, encoded[POOLED] = self.clip.get()(encoded.pop(TOKENS))
         return encoded
-
-    def with_unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's rows, then the given ones: (2 B, ...)."""
-        empty = self.unconditional()
-        return {
-            name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
-            for name, value in conditioning.items()
-        }
-
-    @exclusive()
-    def unconditional(self) -> Conditioning:
-        """The empty prompt's row, encoded once; or every time if the caller owns the text encoder and may change it."""
-        if self._empty is None or not self.t5.reloadable:
-            was_loaded = self.t5.loaded is not None
-            self.encode([""])  # stores it
-            mx.eval(self._empty)
-            if not was_loaded:
-                self.clip.release()
-                self.t5.release()
-                mx.clear_cache()
-        assert self._empty is not None
-        return self._empty
 
     def fingerprint(self) -> str:
         """Settings that the encodings depend on."""

@@ -1,0 +1,65 @@
+"""What encoders of prompts share: they keep the encoding of the empty prompt for classifier-free guidance."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mflux_vae.runtime.threads import exclusive, thread_safe
+from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.protocol import Conditioning
+
+
+class PromptEncoder(ABC):
+    """Base of classes that encode prompts. Subclasses call `forget` when a setting changes encodings."""
+
+    def __init__(self) -> None:
+        self._empty: Conditioning | None = None
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
+        """Prompts -> conditioning."""
+
+    @abstractmethod
+    def _running(self) -> Sequence[Lazy[Any]]:
+        """The text encoders that `encode` runs."""
+
+    @thread_safe
+    def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
+        """Prompts -> conditioning, one row each."""
+        encoded = self._encode(prompts)
+        if "" in prompts:
+            index = list(prompts).index("")
+            self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
+            mx.eval(self._empty)  # another thread may need it
+        return encoded
+
+    def forget(self) -> None:
+        """Encode the empty prompt again when it is next needed."""
+        self._empty = None
+
+    def with_unconditional(self, conditioning: Conditioning) -> Conditioning:
+        """The empty prompt's rows, then the given ones: (2 B, ...)."""
+        empty = self.unconditional()
+        return {
+            name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
+            for name, value in conditioning.items()
+        }
+
+    @exclusive()
+    def unconditional(self) -> Conditioning:
+        """The empty prompt's row, encoded once; or every time if the caller owns a text encoder and may change it."""
+        encoders = self._running()
+        if self._empty is None or not all(encoder.reloadable for encoder in encoders):
+            absent = [encoder for encoder in encoders if encoder.loaded is None]
+            self.encode([""])  # stores it
+            mx.eval(self._empty)
+            for encoder in absent:
+                encoder.release()
+            if absent:
+                mx.clear_cache()
+        assert self._empty is not None
+        return self._empty
