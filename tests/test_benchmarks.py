@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from benchmarks import convolutions, dreambooth_quality
 from benchmarks.__main__ import SCRIPTS
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.cli import Options, select
 from benchmarks.harness.measure import Disagreement, measure, relative_error
@@ -239,3 +242,34 @@ def test_convolution_benchmark_covers_every_algorithm(
     *_, names, first, second = capsys.readouterr().out.splitlines()
     assert "winograd" in names and first.count("*") == second.count("*") == 1
     assert len(first.split()) == 6 + 5 and len(second.split()) == 6 + 2
+
+
+UPDATES = {"memory:training", "memory:small_graphs"}
+"""Sections of updates take seconds; the tests of FLUX's memory run the same stack."""
+
+
+@pytest.mark.parametrize("build", sorted({one.build for one in gpu.SECTIONS} - UPDATES))
+def test_gpu_sections_run_at_small_sizes(build: str) -> None:
+    module, function = build.split(":")
+    settings = {"weights": None} if function == "autoencoder" else {}
+    mx.disable_compile()  # compilation for a CPU takes a minute
+    try:
+        figures = getattr(import_module(f"benchmarks.gpu.{module}"), function)(quick=True, **settings).run()
+    finally:
+        mx.enable_compile()
+    assert figures and all(np.isfinite(value) and value >= 0 for value, _ in figures.values())
+    missed = [name for name, (value, limit) in figures.items() if value > limit and "estimate" not in name]
+    assert not missed  # a CPU's memory is not that of a GPU
+
+
+def test_gpu_benchmark_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    broken = gpu.Section(name="lost", build="numbers:nothing")
+    monkeypatch.setattr(gpu, "SECTIONS", (broken, gpu.SECTIONS[0]))
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "| lost | failed: " in out and "no figures of a GPU" in out and "[2/2] convolution" in err
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert not report["gpu"] and "failed" in report["sections"][0]["failure"]
+    assert all(figure["met"] in (True, None) for figure in report["sections"][1]["figures"])

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from benchmarks.gpu.flux_stack import Stack, estimated, measured
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.weights.formats.files import convert_safetensors
 from mflux_vae_train import lora
@@ -23,7 +24,6 @@ from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from tests.helpers.peak_memory import peak_of
-from tests.mflux_vae_train.pipelines.flux1.flux_stack import Stack, estimated, measured
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
 
 HALF = memory.Precision(width=2, fused=True)
