@@ -167,7 +167,9 @@ class DreamBoothSettings:
         None,
         path=True,
     )
-    train_text_encoder: bool = flag("also train an adapter on the text encoder that the pipeline offers", False)
+    train_text_encoder: bool = flag(
+        "also train the text encoders that the pipeline offers, an adapter or all weights as --train_mode says", False
+    )
     output_kohya_format: bool = flag("also save the adapter in kohya's naming", False)
     fuse: bool = flag("also save the whole pipeline with the adapter fused into its weights", False)
     quantize: int | None = flag(
@@ -240,7 +242,10 @@ class DreamBoothSettings:
         "peak learning rate (default: the pipeline's for the train mode)", None, above=0, group="optimizer"
     )
     text_encoder_lr: float | None = flag(
-        "learning rate of the text encoder (default: learning_rate / 20; unused by prodigy)", None, above=0
+        "learning rate of the text encoders (default: learning_rate / 20, or with --train_mode full the same; unused by"
+        " prodigy)",
+        None,
+        above=0,
     )
     scale_lr: bool = flag("multiply --learning_rate by the number of images per update", False)
     lr_scheduler: str = flag(
@@ -261,7 +266,7 @@ class DreamBoothSettings:
         "decay of the second moment (default: 0.999, or 0.99 for lion; unused by adafactor)", None, least=0, below=1
     )
     adam_weight_decay: float = flag("decoupled weight decay", 1e-4, least=0)
-    adam_weight_decay_text_encoder: float = flag("weight decay of the text encoder (unused by prodigy)", 1e-3, least=0)
+    adam_weight_decay_text_encoder: float = flag("weight decay of the text encoders (unused by prodigy)", 1e-3, least=0)
     adam_epsilon: float = flag("epsilon of adamw and prodigy", 1e-8, above=0)
     prodigy_beta3: float | None = flag(
         "decay of prodigy's rate estimate (default: square root of --adam_beta2)", None, above=0, below=1
@@ -362,5 +367,5 @@ class DreamBoothSettings:
 
 _LORA_ONLY = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
-    *("output_kohya_format", "fuse", "train_text_encoder"),
+    *("output_kohya_format", "fuse"),
 )

@@ -40,7 +40,7 @@ def check_can_fuse(pipeline: DiffusionPipeline, resolved: ResolvedSettings, deno
     """
     if not resolved.fuse:
         return
-    if not _saves_itself(pipeline):
+    if not saves_itself(pipeline):
         raise SettingsError(f"--fuse: a {type(pipeline).__name__} cannot save itself; load the adapter instead")
     if resolved.quantize is not None or any(isinstance(layer, nn.QuantizedLinear) for layer in denoiser.modules()):
         raise SettingsError("--fuse: quantized weights cannot hold an adapter; fuse it into the full weights")
@@ -50,7 +50,7 @@ def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder)
     """File or folder of the run's result."""
     if train_mode == "lora":
         return folder.adapter
-    return folder.root / ("pipeline" if _saves_itself(pipeline) else "denoiser.safetensors")
+    return folder.root / ("pipeline" if saves_itself(pipeline) else "denoiser.safetensors")
 
 
 def requested_files(folder: RunFolder, settings: DreamBoothSettings) -> list[Path]:
@@ -72,7 +72,7 @@ def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder:
         lora.save_adapter(networks(pipeline, resolved), path)
         if resolved.output_kohya_format:
             _save_for_kohya(pipeline, resolved, folder.root / KOHYA)
-    elif _saves_itself(pipeline):
+    elif saves_itself(pipeline):
         _save_whole(pipeline, path)
     else:
         write_safetensors(path, dict(tree_flatten(pipeline.denoiser.parameters())), {"format": "mlx"})
@@ -131,5 +131,5 @@ def _save_whole(pipeline: DiffusionPipeline, path: Path) -> None:
     partial.rename(path)
 
 
-def _saves_itself(pipeline: DiffusionPipeline) -> bool:
+def saves_itself(pipeline: DiffusionPipeline) -> bool:
     return callable(getattr(pipeline, "save_pretrained", None))

@@ -168,9 +168,10 @@ def _train(
     if resolved.train_mode == "lora":
         attach(pipeline, trained, resolved, run.trainable.targets)
     else:
-        pipeline.denoiser.unfreeze()
+        for network in trained.values():
+            network.unfreeze()
     model = combined(trained)
-    optimizer = build_optimizers(resolved, text_encoder=[*trained][-1])
+    optimizer = build_optimizers(resolved, text_encoders=[*trained][1:])
     step = Step(
         model,
         optimizer,

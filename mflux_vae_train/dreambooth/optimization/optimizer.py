@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ SMALL = 50_000_000
 """Parameters of a network up to which micro-batches run concurrently on a CPU. Each keeps activations."""
 
 TEXT_ENCODER_SHARE = 0.05
-"""Text encoder's share of the denoiser's learning rate: 5e-6 and 1e-4 are the defaults of diffusers' script."""
+"""Text encoders' share of the denoiser's learning rate with an adapter: 5e-6 and 1e-4 are diffusers' defaults."""
 
 
 def should_compile(updates: int) -> bool:
@@ -61,20 +61,20 @@ def default_rate(settings: DreamBoothSettings, recommended: Recommended) -> floa
     return rate * (registry.OPTIMIZERS[settings.optimizer].rate_scale or 1.0)
 
 
-def build_optimizers(settings: DreamBoothSettings, text_encoder: str) -> optim.Optimizer:
-    """The optimizer of all trained networks. A text encoder has a separate rate and weight decay.
+def build_optimizers(settings: DreamBoothSettings, text_encoders: Sequence[str]) -> optim.Optimizer:
+    """The optimizer of all trained networks. Text encoders have a separate rate and weight decay.
 
     Args:
         settings: with learning rates resolved.
-        text_encoder: first component of the text encoder's parameter paths.
+        text_encoders: first components of their parameter paths.
     """
     optimizer = build_optimizer(settings)
-    if not settings.train_text_encoder or finds_rate(settings):
+    if not text_encoders or finds_rate(settings):
         return optimizer
     assert settings.text_encoder_lr is not None and settings.learning_rate is not None
     other = build_optimizer(replace(settings, adam_weight_decay=settings.adam_weight_decay_text_encoder))
     share = settings.text_encoder_lr / settings.learning_rate
-    return Grouped([(other, share, lambda path, _: path.startswith(f"{text_encoder}.")), (optimizer, 1.0, None)])
+    return Grouped([(other, share, lambda path, _: path.partition(".")[0] in text_encoders), (optimizer, 1.0, None)])
 
 
 def build_optimizer(settings: DreamBoothSettings) -> Optimizer | Grouped:

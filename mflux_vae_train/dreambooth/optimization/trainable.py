@@ -1,4 +1,4 @@
-"""The networks that a run trains: the denoiser and, with ``--train_text_encoder``, a text encoder."""
+"""The networks that a run trains: the denoiser and, with ``--train_text_encoder``, text encoders."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_map, tree_reduce
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.export import check_can_fuse
+from mflux_vae_train.dreambooth.export import check_can_fuse, saves_itself
 from mflux_vae_train.dreambooth.optimization.trainable import adapter_names, kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.lora.targets import dimensions, linears
@@ -85,8 +85,13 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     if any(map(lora.layers, networks.values())):
         raise SettingsError(f"pipeline {pipeline.name} carries an adapter already: open it anew to train another")
     if resolved.rank is None:
-        weights = tree_reduce(operator.add, tree_map(lambda array: array.size, denoiser.parameters()), 0)
-        return Trainable(targets={}, weights=weights, shapes=None, alphas={}, description=f"all {weights:,} weights")
+        if len(networks) > 1 and not saves_itself(pipeline):
+            raise SettingsError(f"--train_text_encoder: a {type(pipeline).__name__} cannot save its text encoders")
+        parameters = [network.parameters() for network in networks.values()]
+        weights = tree_reduce(operator.add, tree_map(lambda array: array.size, parameters), 0)
+        of_what = f" of {' and '.join(networks)}" if len(networks) > 1 else ""
+        description = f"all {weights:,} weights{of_what}"
+        return Trainable(targets={}, weights=weights, shapes=None, alphas={}, description=description)
     check_can_fuse(pipeline, resolved, denoiser)
     names = kohya_names(pipeline)
     targets = {pipeline.adapter_prefix: _denoiser_targets(pipeline, resolved.lora_layers)}

@@ -151,7 +151,7 @@ def resolve(
         rank = settings.rank or recommended.rank
         defaults |= {"rank": rank, "lora_alpha": float(rank)}
     if settings.train_text_encoder and not finds_rate(settings):
-        defaults["text_encoder_lr"] = rate * TEXT_ENCODER_SHARE
+        defaults["text_encoder_lr"] = rate * (TEXT_ENCODER_SHARE if settings.train_mode == "lora" else 1)
     chosen = {name: value for name, value in defaults.items() if value is not None and getattr(settings, name) is None}
     if chosen:
         notes.insert(0, "chosen: " + ", ".join(f"{name} {_text(value)}" for name, value in chosen.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -234,11 +235,47 @@ def test_clip_stays_loaded_and_t5_is_released(pipeline, settings, tmp_path, monk
     assert any(lora.layers(opened.prompts.clip.get())), "what was learnt is not forgotten"
 
 
+class Unsaved(FakePipeline):
+    """Offers a text encoder and cannot save itself."""
+
+    def encode_text_in_step(self, on):
+        pass
+
+    def text_encoders_to_train(self):
+        return {"text_encoder": nn.Linear(2, 2)}
+
+    def text_encoder_skeletons(self):
+        return self.text_encoders_to_train()
+
+    def text_encoder_targets(self):
+        return {"text_encoder": ["*"]}
+
+
 def test_training_an_unsupported_text_encoder_is_refused(settings) -> None:
     with pytest.raises(SettingsError, match="--train_text_encoder"):
         DreamBooth(FakePipeline()).train(settings())
-    with pytest.raises(SettingsError, match="--train_mode"):
-        settings(train_mode="full")
+    with pytest.raises(SettingsError, match="save"):
+        DreamBooth(Unsaved()).train(settings(train_mode="full"))
+
+
+def test_all_weights_of_denoiser_and_text_encoder_are_trained(pipeline, settings, tmp_path) -> None:
+    before = pipeline.encode_prompts(PROMPTS)
+    full = {"train_mode": "full", "learning_rate": 1e-3, "text_encoder_lr": None, "checkpointing_steps": 2}
+    result = DreamBooth(pipeline).train(settings(**full)).result
+    trained = FluxPipeline.from_pretrained(result)
+    after = trained.encode_prompts(PROMPTS)
+    drift = {name: mx.abs(before[name] - after[name]).max().item() for name in before}
+    assert drift["prompt_embeds"] < 5e-3 < drift["pooled"], "half precision on disk; T5 is not trained"
+    np.testing.assert_allclose(sampled(trained), sampled(pipeline), atol=5e-2)  # half precision on disk
+    assert "text_encoder_lr: 0.001" in (tmp_path / "out" / "settings.yaml").read_text()
+
+    for updates in (2, 3):
+        again = small_pipeline(tmp_path / "parts", guidance_embeds=True, recommended=RECOMMENDED)
+        DreamBooth(again).train(settings("again", max_train_steps=updates, allow_changes=True, **full))
+    networks = [[one.denoiser, one.prompts.clip.get()] for one in (pipeline, again)]
+    for whole, resumed in zip(*networks, strict=True):
+        weights = [dict(tree_flatten(network.parameters())) for network in (whole, resumed)]
+        assert all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_text_encoder_lr_without_text_encoder_is_a_warning(pipeline, settings, caplog) -> None:
