@@ -11,22 +11,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from mflux_vae.errors import BackendError
-from mflux_vae.runtime import process
+from mflux_vae.runtime import cuda, process
 
-_INSTALL = "pip install 'mflux-vae[cpu]' (or [cuda])"
+_INSTALL = "pip install 'mflux-vae[cpu]' (or [cuda], [cuda12])"
 
 blas: str | None = None
 """Path of the BLAS that was opened for MLX; None where MLX uses the one it came with."""
 
-_early = process.tunes() and not process.has_cuda()
-if _early:
-    blas, _fix = process.open_blas()
+if process.tunes() and cuda.wheel() is None:
+    blas, _ = process.open_blas()
 
 try:
     import mlx.core as mx  # binds its BLAS symbols while it is imported
     from mlx.utils import tree_flatten
 except ImportError as error:
-    raise BackendError(f"MLX has no back end here ({error}); {_INSTALL}") from error
+    raise BackendError(f"MLX has no back end here ({error}); {cuda.import_cure(str(error)) or _INSTALL}") from error
 
 
 def _numbers(version: str) -> list[int]:
@@ -36,6 +35,9 @@ def _numbers(version: str) -> list[int]:
 if _numbers(mx.__version__) < _numbers(process.OLDEST_MLX):  # type: ignore[attr-defined]
     raise BackendError(f"MLX {mx.__version__} is too old, {process.OLDEST_MLX} is needed; {_INSTALL}")  # type: ignore[attr-defined]
 
+_warnings = [cuda.conflict(), *(cuda.prepare(mx, tune=process.tunes()) if mx.cuda.is_available() else ())]
+for _message in filter(None, _warnings):
+    warnings.warn(_message, RuntimeWarning, stacklevel=1)
 
 GPU_DTYPE: mx.Dtype = mx.bfloat16
 """Dtype of denoisers and text encoders on Metal and CUDA, unless another one is asked for."""
@@ -113,10 +115,13 @@ def one_blas_thread() -> Iterator[None]:
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
     """The dtype to compute in: float32 on a CPU, where half precision is thirty times slower, else what is asked for.
 
+    On NVIDIA's cards without bfloat16 it is float32, too: float16 overflows in text encoders.
+
     Args:
         requested: wanted dtype; None means `GPU_DTYPE`.
     """
-    return mx.float32 if is_cpu() else (requested or GPU_DTYPE)
+    dtype = mx.float32 if is_cpu() else (requested or GPU_DTYPE)
+    return dtype if dtype != mx.bfloat16 or cuda.has_bfloat16(mx.device_info()) else mx.float32
 
 
 def eval_each(tree: Any) -> None:
@@ -130,10 +135,24 @@ def eval_each(tree: Any) -> None:
         mx.eval(array)
 
 
-if process.tunes() and is_cpu():
-    if not _early:
-        blas, _fix = process.open_blas()
+def _tune_for_cpu() -> None:
+    global blas
+    if not (process.tunes() and is_cpu()):
+        return
+    cure = ""
+    if blas is None:
+        blas, cure = process.open_blas()
     process.tune(mx)
     if blas is None:
-        _message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {_fix}"
-        warnings.warn(_message, RuntimeWarning, stacklevel=1)
+        message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {cure}"
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
+
+
+def use_cpu() -> None:
+    """Compute on the CPU from now on."""
+    if not is_cpu():
+        mx.set_default_device(mx.cpu)
+        _tune_for_cpu()
+
+
+_tune_for_cpu()

@@ -1,6 +1,6 @@
-"""What importing this package changes in the process, on Linux CPUs alone.
+"""What importing this package changes in the process, on Linux.
 
-Set `MFLUX_VAE_TUNE=0` to leave the process as it is. Metal and CUDA compute without these changes.
+Set `MFLUX_VAE_TUNE=0` to leave the process as it is. With CUDA it sets the variables of `cuda`, and on a CPU:
 
 | change | why | gain | override |
 |---|---|---|---|
@@ -42,7 +42,6 @@ BLAS_VARIABLE = "MFLUX_VAE_BLAS"
 _MKL = "libmkl_rt.so"
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 _CBLAS = "cblas_"
-_CUDA_WHEELS = ("mlx-cuda-13", "mlx-cuda-12")
 _CACHE_SHARE = 0.25
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_FROM_HEAP, _MOST_KEPT_FREE = 32 << 20, 1 << 30
@@ -51,17 +50,6 @@ _LARGEST_FROM_HEAP, _MOST_KEPT_FREE = 32 << 20, 1 << 30
 def tunes() -> bool:
     """Whether this process may be changed: on Linux, unless the user forbids it."""
     return sys.platform == "linux" and os.environ.get(TUNE_VARIABLE, "1") != "0"
-
-
-def has_cuda() -> bool:
-    """Whether MLX is installed with its CUDA back end, found without importing it."""
-    for name in _CUDA_WHEELS:
-        try:
-            importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return True
-    return False
 
 
 def open_blas() -> tuple[str | None, str]:

@@ -262,9 +262,9 @@ def _check_not_of_another_model(file: Path, model: str) -> None:
 
 def _use_cpu(cpu: bool) -> None:
     if cpu:
-        import mlx.core as mx
+        from mflux_vae.runtime import device
 
-        mx.set_default_device(mx.cpu)
+        device.use_cpu()
 
 
 def _add_expected(parser: ArgumentParser) -> None:

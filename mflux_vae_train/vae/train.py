@@ -18,7 +18,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.pretrained import loading
-from mflux_vae.runtime.device import is_cpu
+from mflux_vae.runtime.device import compute_dtype, use_cpu
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.paths import file_name
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -99,9 +99,9 @@ class VAETrainer:
     def __init__(self, config: VAETrainingSettings | Mapping[str, Any], source: Source | None = None) -> None:
         self.settings = config if isinstance(config, VAETrainingSettings) else settings_from_dict(config)
         if self.settings.cpu:
-            mx.set_default_device(mx.cpu)
-        if self.settings.mixed_precision and is_cpu():
-            raise SettingsError("--mixed_precision: not supported on a CPU; leave it out")
+            use_cpu()
+        if self.settings.mixed_precision and compute_dtype(mx.bfloat16) != mx.bfloat16:
+            raise SettingsError("--mixed_precision: not supported on a CPU or a GPU without bfloat16; leave it out")
         self.source = source
         self.folder = Path(self.settings.output_dir) / "checkpoints" / file_name(self.settings.name)
         self.best, self.last = (self.folder / f"{which}_model.safetensors" for which in ("best", "last"))
