@@ -213,16 +213,17 @@ class LinearAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with padding at the right and bottom, as in the published autoencoders.
+    """Halve height and width.
 
     Args:
         conv: False: average 2x2 pixels.
+        padding: of the convolution; at the right and bottom in the published autoencoders.
     """
 
-    def __init__(self, channels: int, *, conv: bool = True):
+    def __init__(self, channels: int, *, conv: bool = True, padding: kernels.Padding = ((0, 1), (0, 1))):
         super().__init__()
         if conv:
-            self.conv = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)))
+            self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.conv(x) if "conv" in self else avg_pool_2x(x)

@@ -38,12 +38,17 @@ class JSONConfig:
         key, expected = next(iter(cls.kinds.items()))
         if (kind := values.get(key, expected)) != expected:
             raise SettingsError(f"config of a {kind!r}, which is not supported; {expected} is")
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{name: _frozen(value) for name, value in known.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers or diffusers read."""
         return {**self.kinds, **asdict(self)}
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, also inside of lists, as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def check_config(build: Callable[[], T], file: object) -> T:
