@@ -181,6 +181,12 @@ class DreamBoothSettings:
     )
     gradient_checkpointing: bool = flag("recompute activations in the backward pass to save memory", False)
     max_sequence_length: int | None = flag("maximum number of tokens of a prompt (default: the model's)", None, least=1)
+    clip_skip: int | None = flag(
+        "last layers of the text encoder to leave out, beyond those that the model leaves out; one less than in kohya's"
+        " scripts and AUTOMATIC1111 (default: 0)",
+        None,
+        least=0,
+    )
     memory_limit: float | None = flag(
         "refuse a run whose estimated memory exceeds this many GB (default: log a warning if it exceeds the available"
         " memory)",

@@ -9,6 +9,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
+    SupportsClipSkip,
     SupportsMemoryControl,
     SupportsNoiseCheck,
     SupportsPrediction,
@@ -34,6 +35,7 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         "--memory_limit": (settings.memory_limit is not None, SupportsMemoryControl),
         "--estimate_for": (settings.estimate_for is not None, SupportsMemoryControl),
         "--max_sequence_length": (settings.max_sequence_length is not None, SupportsPromptLimit),
+        "--clip_skip": (settings.clip_skip is not None, SupportsClipSkip),
         "--train_text_encoder": (settings.train_text_encoder, SupportsTextEncoderTraining),
         "--masked_loss": (settings.masked_loss, SupportsPrediction),
         "--weighting_scheme": (settings.weighting_scheme is not None, SupportsPrediction),
@@ -48,6 +50,10 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
             raise SettingsError(
                 f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
             )
+    if isinstance(pipeline, SupportsClipSkip) and (settings.clip_skip or 0) > (most := pipeline.max_clip_skip):
+        raise SettingsError(
+            f"--clip_skip {settings.clip_skip}: pipeline {pipeline.name} leaves out at most {most} layers"
+        )
 
 
 def check_sampling(pipeline: DiffusionPipeline, sampling: NoiseSampling | None) -> None:
@@ -72,6 +78,8 @@ def apply(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> None:
     """Turn the requested features on."""
     if resolved.max_sequence_length is not None and isinstance(pipeline, SupportsPromptLimit):
         pipeline.prompt_limit = resolved.max_sequence_length
+    if isinstance(pipeline, SupportsClipSkip):
+        pipeline.clip_skip = resolved.clip_skip
     if isinstance(pipeline, SupportsTextEncoderTraining):
         pipeline.encode_text_in_step(resolved.train_text_encoder)
     if isinstance(pipeline, SupportsMemoryControl):

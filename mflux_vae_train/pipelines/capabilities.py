@@ -96,6 +96,22 @@ class SupportsPromptLimit(Protocol):
     prompt_limit: int | None
 
 
+@runtime_checkable
+class SupportsClipSkip(Protocol):
+    """A pipeline whose text encoders can leave out their last layers, as for models that were trained so.
+
+    Attributes:
+        clip_skip: layers beyond those that the model always leaves out, as diffusers counts; None for none. Prompts,
+            the empty one included, are encoded so from now on.
+        max_clip_skip: most layers that can be left out.
+    """
+
+    clip_skip: int | None
+
+    @property
+    def max_clip_skip(self) -> int: ...
+
+
 class CropGeometry(NamedTuple):
     """Where a training image comes from; each is (height, width) or (top, left) in pixels.
 

@@ -59,19 +59,20 @@ class SDPrompts(PromptEncoder):
 
     @property
     def clip_skip(self) -> int | None:
-        """Last layers that are skipped beyond the model's usual ones, as diffusers counts; None for none.
-
-        It holds for the empty prompt, too; diffusers' pipelines apply it to the prompt alone.
-        """
+        """See `SupportsClipSkip`. diffusers' pipelines apply it to the prompt, not to the negative or empty one."""
         return self._clip_skip
 
     @clip_skip.setter
     def clip_skip(self, layers: int | None) -> None:
-        most = self._layers - 1 - self._joined
-        if layers is not None and not 0 <= layers <= most:
-            raise SettingsError(f"clip_skip is {layers}: the text encoder has {self._layers} layers; give 0 to {most}")
+        if layers is not None and not 0 <= layers <= self.max_clip_skip:
+            raise SettingsError(f"clip_skip is {layers}; give 0 to {self.max_clip_skip}")
         self._clip_skip = layers
         self.forget()
+
+    @property
+    def max_clip_skip(self) -> int:
+        """Most layers that can be left out: one is always computed."""
+        return max(0, self._layers - 1 - self._joined)
 
     @property
     def in_step(self) -> tuple[str, ...]:

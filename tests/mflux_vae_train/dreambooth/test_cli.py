@@ -61,6 +61,7 @@ def test_trains_and_logs_the_settings(run, tmp_path):
         (["--rank=many"], "--rank is 'many'"),
         (["--resolution=18"], "a multiple of 4"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--clip_skip=1"], "--clip_skip: pipeline fake does not offer it"),
         (["--max_sequence_length=77"], "--max_sequence_length: pipeline fake does not offer it"),
         (["--with_prior_preservation", "--instance_prompt=a photo of xyz"], "needs --class_prompt"),
     ],

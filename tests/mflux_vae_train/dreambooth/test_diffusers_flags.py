@@ -42,7 +42,7 @@ FLUX = {
     "set_grads_to_none": True, "snr_gamma": "5", "text_encoder_use_attention_mask": True, "tokenizer_max_length": "77",
     "tokenizer_name": "x", "use_dora": True, "validation_steps": "9", "class_labels_conditioning": "x",
     "validation_scheduler": "x", "skip_save_text_encoder": True, "validation_images": "x",
-    "num_dataloader_workers": "1",
+    "num_dataloader_workers": "1", "clip_skip": "2",
 }  # fmt: skip
 """Example values; True for flags without a value."""
 

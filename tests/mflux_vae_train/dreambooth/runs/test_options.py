@@ -188,6 +188,36 @@ def test_options_of_discrete_schedules_are_refused_by_a_rectified_flow(settings,
         DreamBooth(open_pipeline("tiny")).train(settings(model="tiny", dry_run=True, **changes))
 
 
+class SkippingPipeline(FakePipeline):
+    """Has a text encoder with layers to leave out."""
+
+    clip_skip: int | None = None
+    max_clip_skip = 3
+
+    def encoder_fingerprint(self, use):
+        return f"{super().encoder_fingerprint(use)} {self.clip_skip}"
+
+    def encode_prompts(self, prompts):
+        return {name: array * (1 + (self.clip_skip or 0)) for name, array in super().encode_prompts(prompts).items()}
+
+
+def test_skipped_layers_are_part_of_a_run(settings, tmp_path):
+    def train(clip_skip: int, **changes) -> SkippingPipeline:
+        pipeline = SkippingPipeline()
+        shared = {"encodings_dir": str(tmp_path / "encodings"), "prior_preservation": "none", "max_train_steps": 1}
+        DreamBooth(pipeline).train(settings(clip_skip=clip_skip, **shared, **changes))
+        return pipeline
+
+    first = train(2)
+    assert first.clip_skip == 2 and first.prompts_encoded
+    assert not train(2, output_dir=str(tmp_path / "same")).prompts_encoded
+    assert train(1, output_dir=str(tmp_path / "other")).prompts_encoded, "the encodings of other layers were used"
+    with pytest.raises(SettingsError, match="clip_skip"):
+        train(1)
+    with pytest.raises(SettingsError, match="at most 3"):
+        train(4, dry_run=True)
+
+
 def test_masked_loss_without_masks_is_refused(settings, instance_dir):
     (instance_dir / "other-2-mask.png").unlink()
     with pytest.raises(ImageError, match="--masked_loss"):
