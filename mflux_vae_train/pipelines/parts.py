@@ -1,8 +1,12 @@
-"""Networks and tokenizers of a pipeline: loaded on first use, quantized, fingerprinted, freed and saved."""
+"""Networks and tokenizers of a pipeline: loaded on first use, quantized, fingerprinted, freed and saved.
+
+`PartsPipeline` is the base of pipelines that consist of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +16,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import weights_hash
-from mflux_vae_train.pipelines.capabilities import Use
+from mflux_vae_train.pipelines.capabilities import PromptTokens, Use
 from mflux_vae_train.pipelines.folder import copy_files, save_network
 from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
+from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
 from mflux_vae_train.pipelines.quantization import quantize
+from mflux_vae_train.pipelines.snapshot import Snapshot
+from mflux_vae_train.pipelines.text.prompts import PromptEncoder
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 
 
@@ -85,6 +94,108 @@ class Parts:
 
     def _text_encoders(self) -> list[Lazy[Any]]:
         return list(self.networks.values())[1:]
+
+
+class PartsPipeline(ABC):
+    """Base of pipelines with an autoencoder and text encoders. Latents are (B, H/8, W/8, C), scaled.
+
+    Args:
+        parts: networks and tokenizers; the denoiser's name is `adapter_prefix`.
+        prompts: encodes prompts with the text encoders of `parts`.
+        snapshot: where parts are downloaded from, if they are.
+        base_model: repository of the published model that all parts belong to.
+    """
+
+    adapter_prefix: str
+    prompts: Any
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: PromptEncoder,
+        recommended: Recommended,
+        *,
+        name: str,
+        snapshot: Snapshot | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        self.parts, self.recommended, self.name, self.base_model = parts, recommended, name, base_model
+        self.prompts, self._snapshot = prompts, snapshot
+        self._denoiser: Lazy[Any] = parts.networks[self.adapter_prefix]
+
+    @property
+    def denoiser(self) -> Any:
+        return self._denoiser.get()
+
+    @property
+    def vae(self) -> VAE:
+        return self.parts.vae.get()
+
+    def encode_images(self, pixels: mx.array) -> mx.array:
+        """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
+        self._download()
+        return self._encode_images(pixels)
+
+    @thread_safe
+    def _encode_images(self, pixels: mx.array) -> mx.array:
+        return self.vae.encode_nhwc(pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See `PromptEncoder.encode`."""
+        self._download()
+        return self.prompts.encode(prompts)
+
+    def _download(self) -> None:
+        """Download all parts, while other threads may compute; at once if they are there."""
+        if self._snapshot is not None:
+            self._snapshot()
+
+    def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
+        """Weighted squared error at a random noise level, averaged over each sample: (B,) float32."""
+        return self.predict(latents, conditioning, key=key, guidance=guidance).loss()
+
+    @abstractmethod
+    def predict(
+        self,
+        latents: mx.array,
+        conditioning: Conditioning,
+        *,
+        key: mx.array,
+        guidance: float,
+        sampling: NoiseSampling | None = None,
+    ) -> Prediction:
+        """See `capabilities.SupportsPrediction`."""
+
+    # capabilities.SupportsMemoryControl, without skeleton and footprint
+
+    def release(self, *uses: Use) -> None:
+        """See `Parts.release`."""
+        self.parts.release(*uses)
+
+    def quantize(self, bits: int) -> None:
+        """See `Parts.quantize`."""
+        self.parts.quantize(bits)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep only the inputs of the denoiser's blocks for the backward pass, which runs the blocks again."""
+        self._denoiser.apply(lambda module: setattr(module, "gradient_checkpointing", on))
+
+    # capabilities.SupportsPromptInspection
+
+    def inspect_prompts(
+        self, prompts: Sequence[str], *, limit: int | None = None
+    ) -> Mapping[str, Sequence[PromptTokens]] | None:
+        """See `PromptEncoder.inspect`."""
+        if self._snapshot is not None and not self._snapshot.is_cached():
+            return None
+        return self.prompts.inspect(prompts, limit)
+
+    # capabilities.SupportsEncodingCache
+
+    def encoder_fingerprint(self, use: Use) -> str:
+        """Hash of weights and tokenizers, precision, and for prompts the settings of their encoding."""
+        fingerprint = self.parts.encoder_fingerprint(use)
+        return fingerprint if use == "images" else f"{fingerprint} {self.prompts.fingerprint()}"
 
 
 def _quantize(module: nn.Module, *, bits: int, selects: Callable[[str], bool]) -> None:

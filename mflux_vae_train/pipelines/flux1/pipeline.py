@@ -12,8 +12,7 @@ import mlx.nn as nn
 from mflux_vae.errors import SettingsError
 from mflux_vae.pretrained.hub import cache_folder
 from mflux_vae.runtime.threads import thread_safe
-from mflux_vae.vae import VAE
-from mflux_vae_train.pipelines.capabilities import KohyaNaming, PromptTokens, Use
+from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
 from mflux_vae_train.pipelines.flow.predict import check_sampling, normal, predict
 from mflux_vae_train.pipelines.flow.sample import decode, sample
 from mflux_vae_train.pipelines.flux1 import folder as folders
@@ -23,27 +22,22 @@ from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids
 from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
-from mflux_vae_train.pipelines.parts import Parts
+from mflux_vae_train.pipelines.parts import Parts, PartsPipeline
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.snapshot import Snapshot
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 
 
-class FluxPipeline:
-    """FLUX.1 behind the `DiffusionPipeline` protocol. Latents are (B, H/8, W/8, C), scaled.
+class FluxPipeline(PartsPipeline):
+    """FLUX.1 behind the `DiffusionPipeline` protocol.
 
     Args:
-        parts: networks and tokenizers, see `flux1.parts.flux_parts`.
-        snapshot: where parts are downloaded from, if they are.
-        base_model: repository of the published model that all parts belong to.
-
-    Attributes:
-        prompts: encodes prompts with the text encoders of `parts`.
+        parts: see `flux1.parts.flux_parts`.
     """
 
     adapter_prefix = "transformer"
+    prompts: FluxPrompts
 
     def __init__(
         self,
@@ -54,12 +48,11 @@ class FluxPipeline:
         snapshot: Snapshot | None = None,
         base_model: str | None = None,
     ) -> None:
-        self.parts, self.configs = parts, configs
-        self.name, self.recommended, self.schedule = name, configs.recommended, configs.schedule
-        self.base_model, self._snapshot = base_model, snapshot
+        self.configs, self.schedule = configs, configs.schedule
         self._guidance_embeds = configs.transformer.guidance_embeds
-        self._transformer: Lazy[FluxTransformer] = parts.networks["transformer"]
-        self.prompts = FluxPrompts(parts, guidance_embeds=self._guidance_embeds)
+        prompts = FluxPrompts(parts, guidance_embeds=self._guidance_embeds)
+        options: dict[str, Any] = {"name": name, "snapshot": snapshot, "base_model": base_model}
+        super().__init__(parts, prompts, configs.recommended, **options)
 
     @classmethod
     def from_pretrained(
@@ -92,45 +85,10 @@ class FluxPipeline:
         folders.write(self.parts, self.configs, Path(folder), dtype or half)
 
     @property
-    def denoiser(self) -> FluxTransformer:
-        return self._transformer.get()
-
-    @property
-    def vae(self) -> VAE:
-        return self.parts.vae.get()
-
-    @property
     def dtype(self) -> mx.Dtype:
         """Dtype that the transformer computes in."""
         embedder: Any = self.denoiser.x_embedder
         return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
-
-    def encode_images(self, pixels: mx.array) -> mx.array:
-        """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
-        self._download()
-        return self._encode_images(pixels)
-
-    @thread_safe
-    def _encode_images(self, pixels: mx.array) -> mx.array:
-        return self.vae.encode_nhwc(pixels)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """See `FluxPrompts.encode`."""
-        self._download()
-        return self.prompts.encode(prompts)
-
-    def _download(self) -> None:
-        """Download all parts, while other threads may compute; at once if they are there."""
-        if self._snapshot is not None:
-            self._snapshot()
-
-    def loss(self, latents: mx.array, conditioning: Conditioning, *, key: mx.array, guidance: float) -> mx.array:
-        """Weighted squared error of the velocity at a random noise level, averaged over each sample: (B,) float32.
-
-        Args:
-            guidance: input of models with embedded guidance; unused by others.
-        """
-        return self.predict(latents, conditioning, key=key, guidance=guidance).loss()
 
     def predict(
         self,
@@ -232,19 +190,11 @@ class FluxPipeline:
         """See `Parts.release`. The encoding of the empty prompt is kept if classifier-free guidance needs it."""
         if "prompts" in uses and self.prompts.t5.loaded is not None and not self._guidance_embeds:
             self.prompts.unconditional()  # encoded now
-        self.parts.release(*uses)
-
-    def quantize(self, bits: int) -> None:
-        """Hold the linear layers of the transformer's blocks and of T5 in 4 or 8 bits from now on."""
-        self.parts.quantize(bits)
-
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Keep only the inputs of the transformer's blocks for the backward pass, which runs the blocks again."""
-        self._transformer.apply(lambda module: setattr(module, "gradient_checkpointing", on))
+        super().release(*uses)
 
     def skeleton(self) -> nn.Module:
         """The transformer if it is loaded; else its layers with random weights, which are lazy."""
-        return self._transformer.loaded or FluxTransformer(self.configs.transformer)
+        return self._denoiser.loaded or FluxTransformer(self.configs.transformer)
 
     def footprint(self, work: Workload) -> Footprint:
         """Estimate what a run needs, from configurations alone."""
@@ -267,16 +217,6 @@ class FluxPipeline:
     def prompt_limit(self, tokens: int | None) -> None:
         self.prompts.limit = tokens
 
-    # capabilities.SupportsPromptInspection
-
-    def inspect_prompts(
-        self, prompts: Sequence[str], *, limit: int | None = None
-    ) -> Mapping[str, Sequence[PromptTokens]] | None:
-        """See `FluxPrompts.inspect`."""
-        if self._snapshot is not None and not self._snapshot.is_cached():
-            return None
-        return self.prompts.inspect(prompts, limit)
-
     # capabilities.SupportsTextEncoderTraining
 
     def encode_text_in_step(self, on: bool) -> None:
@@ -294,13 +234,6 @@ class FluxPipeline:
     def text_encoder_targets(self) -> Mapping[str, Sequence[str]]:
         """The four projections of CLIP's attention, as in diffusers' scripts."""
         return {CLIP: naming.CLIP_ATTENTION}
-
-    # capabilities.SupportsEncodingCache
-
-    def encoder_fingerprint(self, use: Use) -> str:
-        """Hash of weights and tokenizers, precision, and for prompts their length."""
-        fingerprint = self.parts.encoder_fingerprint(use)
-        return fingerprint if use == "images" else f"{fingerprint} {self.prompts.fingerprint()}"
 
     # capabilities.SupportsAdapterExport
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae.runtime.threads import exclusive, thread_safe
+from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.protocol import Conditioning
 
@@ -22,6 +23,14 @@ class PromptEncoder(ABC):
     @abstractmethod
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Prompts -> conditioning."""
+
+    @abstractmethod
+    def inspect(self, prompts: Sequence[str], limit: int | None) -> dict[str, list[PromptTokens]]:
+        """What each text encoder reads of each prompt, with at most `limit` tokens."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Settings that the encodings depend on."""
 
     @abstractmethod
     def _running(self) -> Sequence[Lazy[Any]]:
