@@ -20,8 +20,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -57,7 +60,7 @@ def compiles() -> bool:
     """
     if shutil.which("g++") is None:
         return False
-    problem = _folder_problem(_cache_folder()) or _compiler_problem()
+    problem = _tools_problem() or _folder_problem(_cache_folder()) or _compiler_problem()
     if problem:
         mx.disable_compile()
         logger.info("formulas are not compiled, activations take four times as long: %s", problem)
@@ -94,6 +97,16 @@ def _folder_problem(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}); {fix}"
     return None
+
+
+def _tools_problem() -> str | None:
+    """Error message on a Mac whose `g++` would open a dialog, as its compiler is not installed; else None."""
+    if sys.platform != "darwin":
+        return None
+    with suppress(OSError):
+        if not subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
+            return None
+    return "the command line tools are missing; xcode-select --install"
 
 
 def _compiler_problem() -> str | None:

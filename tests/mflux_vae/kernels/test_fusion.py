@@ -84,3 +84,18 @@ def test_unusable_folder_is_logged_once(
         fusion.compiles.cache_clear()
     (record,) = caplog.records
     assert str(folder) in record.getMessage() and "TMPDIR" in record.getMessage()
+
+
+@pytest.mark.parametrize("status", [0, 2, None])
+def test_a_mac_is_asked_for_its_compiler_without_a_dialog(
+    status: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if status is not None:
+        program = tmp_path / "xcode-select"
+        program.write_text(f"#!/bin/sh\nexit {status}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert fusion._tools_problem() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    problem = fusion._tools_problem()
+    assert problem is None if status == 0 else "xcode-select --install" in (problem or "")
