@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from mflux_vae.runtime import device
 from mflux_vae_train.distributed import interrupts
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -14,6 +16,8 @@ from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.training.hooks import Hook, Record
 from mflux_vae_train.training.pending_hooks import PendingHooks
 from mflux_vae_train.training.step import SAMPLES, MicroBatch
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -81,6 +85,8 @@ def fit(
     ):
         if pending.record is not None and pending.record.update == start:
             run_hooks(dataclasses.replace(pending.record, total=total))
+        if start < total and device.kind() == "cuda":
+            logger.info("the first update may take minutes: MLX compiles kernels for this GPU, once")
         for update in range(start, total):
             began = time.monotonic()
             window = batches(update)

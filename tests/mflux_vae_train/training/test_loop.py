@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mflux_vae.runtime import device
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.distributed.interrupts import Interrupted
@@ -280,3 +281,20 @@ def test_the_bar_begins_with_the_remaining_time(monkeypatch: pytest.MonkeyPatch)
             bar(Record(update=update, total=7, metrics={"loss": 1.0, "learning_rate": 1e-4}, seconds=2.0))
     last = sys.stderr.getvalue().split("\r")[-1]
     assert "update/s, 4 s left, loss 1.0000, rate 1.0e-04, more text]" in last.replace("s/update", "update/s")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mac", "cuda"])
+def test_compiling_for_a_gpu_is_announced_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(device, "kind", lambda: kind)
+    for start in (0, 3):
+        fit(
+            step=lambda update, batches, rate: {"loss": 1.0},
+            batches=lambda update: [],
+            learning_rate=lambda update: 1.0,
+            total=3,
+            start=start,
+        )
+    assert caplog.text.count("compiles kernels") == (kind == "cuda")
