@@ -28,6 +28,10 @@ Two Macs, by Thunderbolt or Ethernet:
 
 MLX's other back ends (`--backend jaccl`, `nccl`, `mpi`) were never run here; the ring was, by TCP on one machine.
 
+NVIDIA GPUs: MLX's launcher takes NCCL, with one GPU for each process, so `-n` is at most the number of GPUs. From MLX's
+source: an error of NCCL ends its process at once, and a process that waits in a kernel for a lost one cannot be woken.
+Nothing is saved then, and the same command goes on from the last checkpoint; see `--checkpointing_steps`.
+
 Traffic of two processes per update (`python -m benchmarks.communication`): 0.26 GB for a LoRA of rank 16 of FLUX.1
 (0.03 s by Thunderbolt 5, 0.2 s by 10 GbE, 2 s by 1 GbE at nominal rates), 23.8 GB for all weights.
 """
