@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,10 @@ import pytest
 
 from mflux_vae import cli
 from tests.helpers import gpu_branch as branch
+
+os.environ.setdefault(
+    "MLX_ENABLE_TF32", "0"
+)  # products in full float32 on an M5 and on NVIDIA's cards, for comparisons
 
 Run: TypeAlias = Callable[..., tuple[int, str, str]]
 
