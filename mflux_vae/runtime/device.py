@@ -135,6 +135,19 @@ def eval_each(tree: Any) -> None:
         mx.eval(array)
 
 
+def copy_with_cuda(array: mx.array) -> mx.array:
+    """A copy in the memory of an NVIDIA card, bit for bit; on other devices the array itself.
+
+    An array that NumPy made or read stays in memory of the host, which each kernel may read over the bus (WSL).
+    """
+    if kind() != "cuda":
+        return array
+    copy = mx.where(mx.array(True), array, array)
+    mx.eval(copy)  # while `array` is in use, so that its memory cannot serve for the copy
+    mx.clear_cache()  # of arrays before this one, whose memory others would get
+    return copy
+
+
 def _tune_for_cpu() -> None:
     global blas
     if not (process.tunes() and is_cpu()):

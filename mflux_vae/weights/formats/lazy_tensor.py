@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.runtime.device import copy_with_cuda
 from mflux_vae.utils.formatting import shortened
 
 MAX_DIMENSION_SIZE = 2**31 - 1
@@ -91,7 +92,7 @@ def read_numbers(
     else:
         numbers = data[: len(data) // size * size].view(kind)
         view = np.lib.stride_tricks.as_strided(numbers, shape, [size * stride for stride in strides])
-    loaded = mx.array(np.require(view, _READ_AS.get(dtype, dtype), ["C", "ALIGNED"]))
+    loaded = copy_with_cuda(mx.array(np.require(view, _READ_AS.get(dtype, dtype), ["C", "ALIGNED"])))
     if dtype in FP8:
         return decode_fp8(loaded, dtype)
     return loaded.view(mx.bfloat16) if dtype == "bfloat16" else loaded

@@ -157,3 +157,16 @@ def test_the_process_is_tuned_when_the_cpu_becomes_the_default_device(monkeypatc
     for _ in range(2):
         device.use_cpu()
     assert chosen == [mx.cpu] and tuned == [mx] and device.blas == "/lib/libblas.so"
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint8, mx.int64, mx.bool_])
+def test_copies_are_other_arrays_of_the_same_bits(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = mx.array(
+        [0.0, -0.0, 1.5, float("nan"), float("inf")] if mx.issubdtype(dtype, mx.floating) else [0, 1], dtype
+    )
+    mx.eval(array)
+    assert device.copy_with_cuda(array) is array
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    copy = device.copy_with_cuda(array)
+    assert copy is not array and copy.dtype == dtype and mx.array_equal(copy.view(mx.uint8), array.view(mx.uint8))
+    assert memoryview(copy.view(mx.uint8)).tobytes() == memoryview(array.view(mx.uint8)).tobytes()
