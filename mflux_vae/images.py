@@ -21,6 +21,7 @@ from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.reading import content_hash as content_hash
 from mflux_vae.image_files.reading import image_text as image_text
 from mflux_vae.image_files.reading import read_file, read_image
+from mflux_vae.image_files.reading import stored_size as stored_size
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name extensions of images, case-insensitive."""

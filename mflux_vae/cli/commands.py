@@ -7,7 +7,7 @@ import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -27,9 +27,10 @@ from mflux_vae.compare.measuring import error_map, from_chw, mean_of, quality, t
 from mflux_vae.errors import ImageError, MfluxVaeError, RunError, SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_folder.scan import no_images, scan
-from mflux_vae.images import image_text, load_image, load_images, save_image, strip
+from mflux_vae.images import image_text, load_image, load_images, save_image, stored_size, strip
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained import loading
+from mflux_vae.runtime import device
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.tiling.plan import SMALLEST_TILE
 from mflux_vae.tiling.tiles import Tiling
@@ -78,7 +79,7 @@ def encode(*, pictures: Sequence[str], output: str, **opening: Any) -> None:
         log.warning("%s: %s; give another --output to keep them", target, text)
     missing = [name for name, file in files.items() if not unfinished.has(name, _crc32_of(file))]
     notes = ImageNotes()
-    for name in _progress(missing, of=len(files)):
+    for name in _progress(_by_size(missing, lambda name: stored_size(files[name])), of=len(files)):
         with _error_context(str(files[name]), opening):
             (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
             (latents,) = vae.encode_images(picture, tiling=tiling)
@@ -101,7 +102,7 @@ def decode(*, latents: str, output: str, model: str | None, **opening: Any) -> N
     _say_replaced(targets, marks)
     _say_kept(targets, output, "decoded")
     new = [name for name, target in targets.items() if not (target.exists() and _mark(target) == marks[name])]
-    for name in _progress(new, of=len(targets)):
+    for name in _progress(_by_size(new, lambda name: entries[name].size), of=len(targets)):
         with _error_context(f"{latents}: {name}", opening):
             image = vae.decode(entries[name].latents[None], size=entries[name].size, tiling=tiling)[0]
             _check_result(image, "the image has", vae, varies=False)
@@ -120,20 +121,21 @@ def reconstruct(*, pictures: Sequence[str], output: str | None, amplify: float, 
     _say_replaced(targets, dict.fromkeys(targets, mark))
     if output:
         _say_kept(targets, output, "reconstructed")
-    rows: list[dict[str, Any]] = []
+    measured: dict[str, dict[str, Any]] = {}
     notes = ImageNotes()
-    for name in _progress(list(files), of=len(files)):
+    for name in _progress(_by_size([*files], lambda name: stored_size(files[name])), of=len(files)):
         with _error_context(str(files[name]), opening):
             (picture,) = load_images(files[name], channels=vae.config.in_channels, notes=notes)
             image = vae(to_nchw(picture), tiling=tiling)[0][0]
             _check_result(image, "the reconstruction has", vae, varies=False)
             again = from_chw(image)
         height, width = picture.shape[:2]
-        rows.append({"name": name, "height": height, "width": width, **quality(picture, again)})
+        measured[name] = {"name": name, "height": height, "width": width, **quality(picture, again)}
         if output:
             panels = [picture, again, error_map(picture, again, amplify)]
             save_image(targets[name], strip(panels, gap=4), text={MARK: mark})
     _show(notes, conversions=not as_json)
+    rows = [measured[name] for name in files]
     mean = {measure: mean_of([row[measure] for row in rows]) for measure in MEASURES}
     if as_json:
         answer = {"model": opening["model"], "pictures": rows, "mean": mean}
@@ -347,7 +349,7 @@ def _crc32_of(file: Path) -> int:
 
 
 def _crc32(array: mx.array, before: int = 0) -> int:
-    return zlib.crc32(np.array(array.reshape(-1).view(mx.uint8)).tobytes(), before)
+    return zlib.crc32(np.array(device.copy_with_cuda(array.reshape(-1).view(mx.uint8))).tobytes(), before)
 
 
 def _crc32_of_weights(vae: VAE) -> int:
@@ -355,6 +357,11 @@ def _crc32_of_weights(vae: VAE) -> int:
     for _, weight in sorted(dict(tree_flatten(vae.network.parameters())).items()):
         total = _crc32(weight, total)
     return total
+
+
+def _by_size(names: Sequence[str], size_of: Callable[[str], tuple[int, int]]) -> Sequence[str]:
+    """With CUDA, images of one size after another: MLX plans each convolution for each size, and keeps some plans."""
+    return sorted(names, key=size_of) if device.kind() == "cuda" else names
 
 
 def _progress(names: Sequence[str], *, of: int) -> Iterable[str]:

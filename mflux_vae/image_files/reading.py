@@ -112,6 +112,13 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def stored_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in a file, before its orientation; (0, 0) if it cannot be read."""
+    with suppress(ImageError), _opened(path, ImageNotes()) as (image, _):
+        return image.height, image.width
+    return 0, 0
+
+
 def image_text(path: str | Path) -> dict[str, str]:
     """Text chunks of a PNG file before its pixels, which are not read; empty for other formats."""
     return {name: chunk.text for name, chunk in text_chunks(path).items()}
