@@ -12,13 +12,16 @@ from mflux_vae_train import lora
 from mflux_vae_train.training.hooks import Record
 
 PATIENCE = 3
-"""Consecutive updates with a zero gradient that end a run. A single one may come from black areas of a mask."""
+"""Updates in a row that end a run if their gradient is zero, or if they are the first and leave one network unchanged.
+
+Single ones do not: black areas of a mask have no gradient, and dropped captions may have none in the text encoder.
+"""
 
 
 class LearningCheck:
     """Hook that ends a run which learns nothing. (`Step` ends a run whose loss or gradient is not finite.)
 
-    Checks the gradient after every update. After the first update with a gradient, checks that the weights changed.
+    Checks the gradient after every update. After the first updates with a gradient, checks that the weights changed.
 
     Args:
         networks: the networks that train.
@@ -28,7 +31,8 @@ class LearningCheck:
     """
 
     def __init__(self, *networks: nn.Module) -> None:
-        self._networks, self._first, self._zero_gradients = networks, True, 0
+        self._networks, self._zero_gradients = networks, 0
+        self._first = 0  # first updates that were checked; -1 once all networks have changed
 
     def __call__(self, record: Record) -> None:
         if record.metrics["grad_norm"] == 0:
@@ -41,17 +45,21 @@ class LearningCheck:
                 )
             return
         self._zero_gradients = 0
-        if not self._first or record.metrics["learning_rate"] == 0:
+        if self._first < 0 or record.metrics["learning_rate"] == 0:
             return
-        self._first = False
+        self._first += 1
         if record.metrics["update_size"] == 0:
             raise TrainingError(
                 "the first update changed no weight: its steps are below the precision of the weights;"
                 " raise --learning_rate, or train an adapter"
             )
-        if any(lora.layers(network) and not _has_effect(network) for network in self._networks):
+        idle = [network for network in self._networks if lora.layers(network) and not _has_effect(network)]
+        if not idle:
+            self._first = -1
+        elif len(idle) == len(self._networks) or self._first == PATIENCE:
+            updates = "the first update" if self._first == 1 else f"the first {self._first} updates"
             raise TrainingError(
-                "the first update changed nothing in one network: lora_b of all its adapters is still zero; raise its"
+                f"{updates} changed nothing in one network: lora_b of all its adapters is still zero; raise its"
                 " learning rate (--learning_rate or --text_encoder_lr)"
             )
 

@@ -40,6 +40,20 @@ def test_first_update_with_a_gradient_must_change_weights(denoiser, metrics, wor
         learning(record(update + 1, **metrics))
 
 
+def test_one_of_two_networks_may_be_unchanged_for_few_updates():
+    """As a text encoder is while all captions are dropped and the empty prompt's encoding is zero."""
+    idle = adapted(0.0)
+    learning = LearningCheck(adapted(0.1), idle)
+    for update in range(1, PATIENCE):
+        learning(record(update))
+    lora.layers(idle)["proj_in"].lora_b += 0.1
+    learning(record(PATIENCE))
+    learning = LearningCheck(adapted(0.1), adapted(0.0))
+    with pytest.raises(TrainingError, match="lora_b"):
+        for update in range(1, PATIENCE + 1):
+            learning(record(update))
+
+
 def test_few_updates_may_have_no_gradient():
     learning = LearningCheck(adapted(0.1))
     for update in range(1, 20):  # never three in a row

@@ -96,6 +96,22 @@ def test_clip_answers_as_transformers_does(name: str) -> None:
         assert close(hidden, expected) and close(of_all, golden["pooled"])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "projected", "parameters", "tensors"),
+    [
+        ((768, 3072, 12, 12), False, 123_060_480, 196),  # CLIP-L
+        ((1024, 4096, 16, 23), False, 340_387_840, 372),  # OpenCLIP-H, whose last layer is not published
+        ((1280, 5120, 20, 32), True, 694_659_840, 517),  # OpenCLIP-bigG
+    ],
+)
+def test_published_sizes_of_clip(sizes, projected: bool, parameters: int, tensors: int) -> None:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    kind, config = PROJECTED if projected else (clip.CLIPTextModel, clip.CLIPTextConfig)
+    model = kind(config(**dict(zip(names, sizes, strict=True)), projection_dim=sizes[0]))  # its weights are lazy
+    found = tree_flatten(model.parameters())
+    assert (sum(value.size for _, value in found), len(found)) == (parameters, tensors)
+
+
 def test_clip_does_not_compute_skipped_layers() -> None:
     model = fresh_clip()
     model.text_model.encoder.layers[-1].mlp.fc1.weight *= float("nan")
