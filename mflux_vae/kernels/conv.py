@@ -21,11 +21,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mflux_vae.kernels import gpu_conv
 from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu import conv_parallel, winograd
 from mflux_vae.kernels.cpu.conv_algorithms import (
     Padding,
-    Sides,
     choose_algorithm,
     convolve,
     flipped,
@@ -75,7 +75,7 @@ def conv2d(
             f"does not fit kernel {weight.shape} (O, kh, kw, C)"
         )
     if not device.is_cpu() or stride > 2:
-        y = (_native if device.is_cpu() else _widened)(x, weight, stride, sides)
+        y = (gpu_conv.native if device.is_cpu() else gpu_conv.conv2d)(x, weight, stride, sides)
         return y if bias is None else (y + bias).astype(y.dtype)
     if x.dtype != mx.float32:  # half-precision products are thirty times slower
         y = conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride=stride, padding=padding).astype(x.dtype)
@@ -185,40 +185,6 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     }
     extra = intermediates * input_values // (2 if algorithm == "shifted_gemm" else 1)
     return 4 * chunk_cells * (values[algorithm] + extra)
-
-
-def _native(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array:
-    """MLX's own convolution."""
-    (top, bottom), (left, right) = sides
-    # MLX 0.32.2 computes wrong gradients if the padding is not less than the kernel: pad beforehand
-    if top == bottom < weight.shape[1] and left == right < weight.shape[2]:
-        return mx.conv2d(x, weight, stride=stride, padding=(top, left))
-    return mx.conv2d(zero_pad(x, sides), weight, stride=stride)
-
-
-def _widened(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array:
-    """`_native` in float32, returned in the dtype of x. The backward pass keeps x and weight in their dtypes.
-
-    Metal's 3x3 convolution is Winograd's F(6x6, 3x3), which stores transformed weights, inputs and products in the
-    dtype of its arguments. In bfloat16 each convolution then has an error of 5.6 % (root mean square, relative to the
-    deviation of the result), in float16 of 0.7 %, in float32 of 4e-6. A float32 copy of the input is smaller than what
-    Winograd's transforms take, and Apple's GPUs multiply float32 as fast as half precision.
-    """
-
-    def wide(x: mx.array, weight: mx.array) -> mx.array:
-        return _native(x.astype(mx.float32), weight.astype(mx.float32), stride, sides).astype(x.dtype)
-
-    if x.dtype == weight.dtype == mx.float32:
-        return _native(x, weight, stride, sides)
-    run = _custom_function(wide)
-
-    @run.vjp
-    def backward(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        # wait for the cotangent, or `mx.compile` merges these float32 copies with those of the forward pass
-        return mx.vjp(wide, mx.depends(list(primals), [cotangent]), [cotangent])[1]
-
-    y: mx.array = run(x, weight)
-    return y
 
 
 def _space_to_depth(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:

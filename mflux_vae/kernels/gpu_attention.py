@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mflux_vae.kernels.gpu_fusion import after
 from mflux_vae.runtime import device
 
 MAX_SCORES = 1 << 23
@@ -39,7 +40,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, **_FORCED)
         outputs: list[mx.array] = []
         for part in rows:
-            block = _after(outputs[-1:], q[:, :, part])[0]
+            block = after(outputs[-1:], q[:, :, part])[0]
             rest = None if mask is None else _mask_rows(mask, part)
             outputs.append(mx.fast.scaled_dot_product_attention(block, k, v, scale=scale, mask=rest))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
@@ -66,11 +67,6 @@ def _rows(q: mx.array, k: mx.array) -> list[slice]:
     return [slice(start, min(start + count, queries)) for start in range(0, queries, count)]
 
 
-def _after(done: Sequence[mx.array], *arrays: mx.array) -> list[mx.array]:
-    """The arrays, which MLX computes after those of `done`."""
-    return list(mx.depends(list(arrays), list(done))) if done else list(arrays)
-
-
 def _mask_rows(mask: mx.array, part: slice) -> mx.array:
     """Rows of a mask, which is broadcast over axes of length 1 and those that it lacks."""
     return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., part, :]
@@ -89,7 +85,7 @@ def _gradients(primals: Sequence[mx.array], cotangent: mx.array, scale: float, r
     of_mask: list[mx.array] = []
     for part in rows:
         before = [] if of_k is None or of_v is None else [of_q[-1], of_k, of_v]
-        block, slope = (a.astype(mx.float32) for a in _after(before, q[:, :, part], cotangent[:, :, part]))
+        block, slope = (a.astype(mx.float32) for a in after(before, q[:, :, part], cotangent[:, :, part]))
         block = block * scale
         scores = block @ wide_k.swapaxes(-1, -2)
         if masks:

@@ -44,3 +44,8 @@ def widened(formula: F, *, shapeless: bool = False) -> F:
         return cast(mx.array, run(*arrays))
 
     return cast(F, call)
+
+
+def after(done: Sequence[mx.array], *arrays: mx.array) -> list[mx.array]:
+    """The arrays, which MLX computes after those of `done`."""
+    return list(mx.depends(list(arrays), list(done))) if done else list(arrays)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from mflux_vae import kernels
 from mflux_vae.kernels.cpu import conv_algorithms, conv_gradients, conv_parallel
-from tests.helpers import gpu_branch
 
 FORWARD, BACKWARD = 1e-4, 1e-3
 
@@ -107,14 +106,6 @@ def test_matches_mlx_for_autoencoder_shapes(
     padding = 1 if stride == 1 else ((0, 1), (0, 1))
     compare(shape, 8, (3, 3), stride, padding, True)
     compare_closed_form(shape, 72, (3, 3), stride, padding)
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(convolutions())
-def test_matches_mlx_for_any_shape_on_gpu_path(case: tuple[Any, ...]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        gpu_branch.force(patch)
-        compare(*case)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
