@@ -7,6 +7,7 @@ time, in float32. The forward pass is MLX's kernel for the head widths that have
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ MAX_SCORES = 1 << 23
 METAL_WIDTHS = (64, 72, 80, 96, 128)
 """Head widths for which Metal has an attention kernel for more than `_METAL_FEW_QUERIES` queries."""
 _METAL_FEW_QUERIES = 8
-_CUDNN_MAX_WIDTH, _CUDNN_MULTIPLE = 128, 8
+_CUDNN_MAX_WIDTH, _CUDNN_MULTIPLE, _AMPERE = 128, 8, 8
+_CUDNN_TILE = 128
+"""MLX takes cuDNN's backward pass for multiples of this many queries, else it computes all scores at once."""
 _HALF = (mx.float16, mx.bfloat16)
 
 _custom_function: Any = mx.custom_function  # MLX's stubs type its result as `object`
@@ -29,15 +32,16 @@ _custom_function: Any = mx.custom_function  # MLX's stubs type its result as `ob
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None = None) -> mx.array:
     """`kernels.attention`."""
     kind = device.kind()
-    if kind == "cuda" and q.dtype in _HALF and q.shape[3] % _CUDNN_MULTIPLE == 0 and q.shape[3] <= _CUDNN_MAX_WIDTH:
+    has_kernel = _has_cudnn(q, v) if kind == "cuda" else kind == "mac" and _has_metal(q)
+    if has_kernel and kind == "cuda" and q.shape[2] % _CUDNN_TILE == 0:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)  # cuDNN's, which keeps no scores
-    has_kernel = kind == "mac" and q.shape[3] in METAL_WIDTHS and q.shape[2] > _METAL_FEW_QUERIES
+    forced = _FORCED if kind == "mac" else {}
     rows = _rows(q, k)
 
     def forward(q: mx.array, k: mx.array, v: mx.array, *masks: mx.array) -> mx.array:
         mask = masks[0] if masks else None
         if has_kernel:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, **_FORCED)
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, **forced)
         outputs: list[mx.array] = []
         for part in rows:
             block = after(outputs[-1:], q[:, :, part])[0]
@@ -54,6 +58,20 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
 
     y: mx.array = run(q, k, v, *([] if mask is None else [mask]))
     return y
+
+
+def _has_metal(q: mx.array) -> bool:
+    """Whether Metal has a kernel."""
+    return q.shape[3] in METAL_WIDTHS and q.shape[2] > _METAL_FEW_QUERIES
+
+
+def _has_cudnn(q: mx.array, v: mx.array) -> bool:
+    """Whether MLX gives the forward pass to cuDNN."""
+    if q.dtype not in _HALF or q.shape[2] == 1 or os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") == "0":
+        return False
+    if any(width % _CUDNN_MULTIPLE or width > _CUDNN_MAX_WIDTH for width in (q.shape[3], v.shape[3])):
+        return False
+    return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
 
 
 _FORCED: Any = {"force_fused": True} if "force_fused" in (mx.fast.scaled_dot_product_attention.__doc__ or "") else {}

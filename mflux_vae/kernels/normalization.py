@@ -37,9 +37,9 @@ def group_norm_statistics(x: mx.array, groups: int) -> tuple[mx.array, mx.array]
     batch, channels, width = x.shape[0], x.shape[-1], x.shape[-2]
     if is_eager(x):
         return _chunked_statistics(x.reshape(batch, -1, channels), groups)
-    x = x.reshape(batch, -1, channels).astype(mx.float32)
-    mean = group_mean(_pixel_mean(x, width), groups)
-    return mean, group_mean(_pixel_mean(mx.square(x - mean[:, None]), width), groups)
+    x = x.reshape(batch, -1, channels)
+    mean = group_mean(_pixel_mean(x.astype(mx.float32), width), groups)
+    return mean, group_mean(_pixel_mean(_square_from(mean[:, None], x), width), groups)
 
 
 def group_norm_apply(
@@ -79,6 +79,16 @@ def _affine_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -
 def _affine_silu_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     y = (x - mean) * scale + shift
     return y * mx.sigmoid(y)
+
+
+def _square_from(mean: mx.array, x: mx.array) -> mx.array:
+    """(x - mean)^2 in float32."""
+    return mx.square(x.astype(mx.float32) - mean) if device.is_cpu() else _square_from_gpu(mean, x)
+
+
+@widened
+def _square_from_gpu(mean: mx.array, x: mx.array) -> mx.array:
+    return mx.square(x - mean)
 
 
 def group_norm_affine(
@@ -146,10 +156,15 @@ def group_mean(values: mx.array, groups: int) -> mx.array:
 
 
 def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean and (biased) variance per channel, in two passes. (N, C) -> (C,) each.
+    """Mean and (biased) variance per channel, in two passes. (N, C) -> (C,) each, float32.
 
-    Sums are matrix products with ones, which are vectorized and use all cores.
+    On a CPU, sums are matrix products with ones, which are vectorized and use all cores. On a GPU such products are
+    slow, and with TF32 they would round every number to 10 bits.
     """
+    if not device.is_cpu():
+        mean = mx.mean(x.astype(mx.float32), axis=0)
+        return mean, mx.mean(_square_from_gpu(mean, x), axis=0)
+    x = x.astype(mx.float32)
     ones = mx.full((1, x.shape[0]), 1 / x.shape[0])
     mean = (ones @ x)[0]
     return mean, (ones @ mx.square(x - mean))[0]
@@ -166,7 +181,7 @@ def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tup
         the normalized x, and mean and (biased) variance, (C,) each, float32.
     """
     if x.dtype != mx.float32 or not is_eager(x, weight, bias):
-        mean, variance = batch_statistics(x.astype(mx.float32).reshape(-1, x.shape[-1]))
+        mean, variance = batch_statistics(x.reshape(-1, x.shape[-1]))
         return batch_norm_apply(x, mean, variance, weight, bias, eps), mean, variance
     flat = x.reshape(1, -1, x.shape[-1])
     mean, variance = (values[0] for values in group_norm_statistics(flat, x.shape[-1]))
@@ -181,6 +196,8 @@ def batch_norm_apply(
 ) -> mx.array:
     """(x - mean) / sqrt(variance + eps) * weight + bias, in float32. x: (..., C); the others: (C,)."""
     scale = mx.rsqrt(variance + eps) * weight
+    if not device.is_cpu():
+        return _affine_gpu(x, mean, scale, bias)
     return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
 
 

@@ -99,6 +99,7 @@ def test_memory_of_a_gradient_is_that_of_a_block_of_rows(compiled: bool, monkeyp
         ("mac", (1, 2, 32, 160), mx.bfloat16, False),
         ("mac", (1, 2, 8, 128), mx.bfloat16, False),
         ("cuda", (1, 2, 32, 40), mx.bfloat16, True),
+        ("cuda", (1, 2, 128, 40), mx.bfloat16, True),
         ("cuda", (1, 2, 32, 128), mx.float32, False),
         ("cuda", (1, 2, 32, 512), mx.bfloat16, False),
     ],
@@ -119,3 +120,30 @@ def test_whole_attention_is_computed_where_a_kernel_exists(
     ours(q, q, q)
     assert (len(calls) == 1 and calls[0][0] == shape[2]) == kernel
     assert not kernel or calls[0][1] == (kind == "mac" and bool(gpu_attention._FORCED))
+
+
+@pytest.mark.parametrize(("queries", "whole"), [(128, True), (50, False)])
+def test_scores_of_all_rows_are_left_to_cudnn_alone(queries: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a backward pass MLX on CUDA has cuDNN compute multiples of 128 rows, and all scores of others at once."""
+    blocks, native = [], gpu_attention._gradients
+
+    def gradients(*arguments: object) -> list[mx.array]:
+        blocks.append(arguments[-1])
+        return native(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(gpu_attention, "MAX_SCORES", 2 * 10 * queries)
+    monkeypatch.setattr(gpu_attention, "_gradients", gradients)
+    q, k, v = (normal(1, 2, queries, 16, seed=seed).astype(mx.bfloat16) for seed in range(3))
+    mx.eval(mx.grad(lambda q: ours(q, k, v).sum())(q))
+    assert (not blocks) == whole and all(len(rows) > 1 for rows in blocks)
+
+
+@pytest.mark.parametrize("reason", ["card", "variable"])
+def test_cards_and_settings_without_cudnn_compute_rows(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    major = 7 if reason == "card" else 8
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": major})
+    if reason == "variable":
+        monkeypatch.setenv("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    q = mx.zeros((1, 2, 128, 64), mx.bfloat16)
+    assert not gpu_attention._has_cudnn(q, q)

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from mflux_vae import kernels
 from tests.helpers import gpu_branch as branch
+from tests.helpers.peak_memory import peak_of
 
 HALF = {mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 
 
 @pytest.fixture(params=["cpu", "other"], autouse=True)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run each test with the CPU kernels and with the MLX operations used on Metal and CUDA."""
     branch.force(monkeypatch, cpu=request.param == "cpu")
-    yield
+    yield request.param
 
 
 def assert_close(ours: mx.array, theirs: mx.array | np.ndarray, limit: float) -> None:
@@ -136,6 +137,49 @@ def test_group_norm_in_half_precision(dtype: mx.Dtype) -> None:
     assert ours.dtype == dtype
     wide = kernels.group_norm(*(a if isinstance(a, int) else a.astype(mx.float32) for a in (x, 4, weight, bias)), 1e-6)
     assert_close(ours, wide, HALF[dtype])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_batch_norm_and_its_gradients(dtype: mx.Dtype) -> None:
+    x = (normal(3, 50, 40, 6) + 30).astype(dtype)
+    weight, bias = (normal(6, seed=seed).astype(dtype) for seed in (1, 2))
+    wide = np.array(x.astype(mx.float32), np.float64)
+    ours, mean, variance = kernels.batch_norm(x, weight, bias, 1e-5)
+    assert ours.dtype == dtype and mean.dtype == variance.dtype == mx.float32
+    assert_close(mean, wide.mean(axis=(0, 1, 2)), 1e-6)
+    assert_close(variance, wide.var(axis=(0, 1, 2)), 1e-4)
+
+    def formula(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        centred = x - x.mean(axis=(0, 1, 2))
+        return centred / mx.sqrt(mx.square(centred).mean(axis=(0, 1, 2)) + 1e-5) * weight + bias
+
+    full = [array.astype(mx.float32) for array in (x, weight, bias)]
+    limit = HALF.get(dtype, 1e-4)
+    assert_close(ours, formula(*full), limit)
+    slopes = gradients_of(lambda *given: kernels.batch_norm(*given, 1e-5)[0], x, weight, bias)
+    for a, b in zip(slopes, gradients_of(formula, *full), strict=True):
+        assert_close(a, b, 2 * limit)
+
+
+def test_norms_keep_no_float32_copies_on_gpus(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("a CPU computes in float32")
+    x, one, zero = normal(2, 32, 32, 32).astype(mx.bfloat16), mx.ones((32,)), mx.zeros((32,))
+    mx.eval(x)
+
+    def kept(norm: Callable[[mx.array], mx.array]) -> float:
+        def peak(layers: int) -> int:
+            def loss(x: mx.array) -> mx.array:
+                for _ in range(layers):
+                    x = norm(x)
+                return x.astype(mx.float32).sum()
+
+            return peak_of(lambda: mx.grad(loss)(x))
+
+        return (peak(24) - peak(8)) / 16 / x.nbytes
+
+    assert kept(lambda x: kernels.group_norm(x, 4, one, zero, 1e-6)) < 1.3
+    assert kept(lambda x: kernels.batch_norm(x, one, zero, 1e-6)[0]) < 1.3
 
 
 @pytest.mark.parametrize("affine", [True, False])
