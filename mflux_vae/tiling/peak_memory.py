@@ -174,9 +174,9 @@ class _CountedArray(LazyArray):
             batch, height, width, channels = self.shape
             times = 2 if function is kernels.repeat_conv2d else 1
             shape = batch, times * height, times * width, channels
-            weight = args[_WEIGHT_ARGUMENT[function]]
+            weight = args[_WEIGHT_ARGUMENT[function]].shape
             transient += _convolution_workspace(shape, weight, kwargs.get("stride", 1), _INTERMEDIATES.get(function, 0))
-        elif function is kernels.conv_transpose2d and is_cpu():
+        elif function is kernels.conv_transpose2d:
             phase_shape = (*self.shape[:3], 4 * example.shape[3])  # reordered later
             counter.record(_transposed_workspace(self.shape, args[1]) + 4 * prod(phase_shape))
             phased = _CountedArray(counter, phase_shape, example.dtype, 4 * prod(phase_shape))
@@ -202,7 +202,7 @@ class _DryRun(_MemoryCounter):
             batch, _, *rest = x.shape
             rows = prod((batch, end - first, *rest)) * x.dtype.size if copied else 0
             workspace = _convolution_workspace(
-                (batch, (stop - start) * buffer.stride, *rest), buffer.weight, buffer.stride
+                (batch, (stop - start) * buffer.stride, *rest), buffer.weight.shape, buffer.stride
             )
             self.record(max(copied, rows + workspace + strip.nbytes))
         elif isinstance(buffer, WholeArray):
@@ -254,13 +254,11 @@ _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 """Functions that cannot reuse the memory of their argument."""
 
 
-def _convolution_workspace(shape: Sequence[int], weight: mx.array, stride: int, intermediates: int = 0) -> int:
+def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1, intermediates: int = 0) -> int:
     """Workspace of a convolution in bytes; on Metal and CUDA a copy of the padded image."""
-    return (
-        kernels.workspace_bytes(shape, weight.shape, stride, intermediates=intermediates)
-        if is_cpu()
-        else 4 * prod(shape)
-    )
+    if not is_cpu():
+        return 4 * prod(shape)
+    return kernels.workspace_bytes(shape, weight, stride, intermediates=intermediates)
 
 
 def _transposed_workspace(shape: Sequence[int], weight: mx.array) -> int:
@@ -268,7 +266,7 @@ def _transposed_workspace(shape: Sequence[int], weight: mx.array) -> int:
     and the workspace of the convolution."""
     out, _, _, channels = weight.shape
     weights = 4 * 16 * out * channels
-    return weights + max(weights, kernels.workspace_bytes(shape, (4 * out, 2, 2, channels)))
+    return weights + max(weights, _convolution_workspace(shape, (4 * out, 2, 2, channels)))
 
 
 def _attention_workspace(shape: Sequence[int]) -> int:

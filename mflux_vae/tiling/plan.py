@@ -21,6 +21,10 @@ logger = logging.getLogger("mflux_vae")
 
 TilingOption: TypeAlias = bool | Literal["exact", "blend"] | Tiling | None
 SMALLEST_TILE = 128
+_GPU_TILES = (2048, 1024)
+"""Further tiles for exact mode on Metal and CUDA, which wait after every strip and layer."""
+_GPU_SHARE = 0.75
+"""Share of the available memory that they may need: the estimate knows little of MLX's temporary arrays there."""
 
 
 def plan(
@@ -38,8 +42,9 @@ def plan(
         operation: "encode" or "decode".
         batch, height, width: number of images and their size in pixels.
         option: None tiles only if memory is short, in exact mode with the largest tile of 512, 256 and 128 pixels that
-            fits, else blended. False never tiles. True and "exact" give the result of the untiled call, "blend" gives
-            blended tiles, both with tiles of 512 pixels. A `Tiling` is used as given.
+            fits (on Metal and CUDA also 2048 and 1024, with memory to spare), else blended. False never tiles. True and
+            "exact" give the result of the untiled call, "blend" gives blended tiles, both with tiles of 512 pixels. A
+            `Tiling` is used as given.
 
     Raises:
         SettingsError: unknown option, or tiling with a network whose latents are vectors.
@@ -72,11 +77,12 @@ def _fit_to_memory(
         return None
     if untiled <= available:
         return None
+    large = [] if is_cpu() else [(Tiling("exact", tile), _GPU_SHARE) for tile in _GPU_TILES]
     tiles = [512, 256, SMALLEST_TILE]
-    candidates = [Tiling(mode, tile) for mode in ("exact", "blend") for tile in tiles]
-    for chosen in candidates:
+    candidates = [*large, *((Tiling(mode, tile), 1.0) for mode in ("exact", "blend") for tile in tiles)]
+    for chosen, share in candidates:
         needed = peak_bytes(network, operation, batch, height, width, chosen)
-        if needed <= available:
+        if needed <= share * available:
             break
     logger.info(
         "%s of %d x %d x %d pixels: %s needed, %s available; using %s tiling with tiles of %d pixels (%s)",

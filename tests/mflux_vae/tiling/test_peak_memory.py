@@ -236,6 +236,25 @@ def test_tiles_only_if_memory_is_short(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert blended.mode == "blend"
 
 
+def test_gpus_try_larger_strips_first(gpu_branch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {None: 1000, 2048: 600, 1024: 300, 512: 200, 256: 150, 128: 100}
+
+    def peak_bytes(*arguments: Any) -> int:
+        tiling = arguments[5] if len(arguments) > 5 else None
+        return needed[tiling and tiling.tile]
+
+    def planned(available: int) -> Tiling | None:
+        monkeypatch.setattr(tiling_plan, "available_bytes", lambda: available)
+        return tiling_plan.plan(small_kl(), "decode", 1, 2048, 2048)
+
+    monkeypatch.setattr(tiling_plan, "peak_bytes", peak_bytes)
+    assert planned(1000) is None
+    expected = {999: 2048, 800: 2048, 799: 1024, 400: 1024, 399: 512, 200: 512, 199: 256}  # 3/4 of it for large tiles
+    assert {available: planned(available) for available in expected} == {
+        available: Tiling("exact", tile) for available, tile in expected.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("option", "plan"),
     [
