@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def prepare(core: Any, *, tune: bool) -> list[str]:
     if tune:
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault(KERNELS_VARIABLE, str(kernels_folder(core.__version__, info["architecture"])))
+        _keep_kernels(core.__version__, info["architecture"])
     return [text for text in (_card_warning(info), _wsl_warning()) if text is not None]
 
 
@@ -103,6 +104,15 @@ def _why_none() -> str:
     if visible is not None:
         return f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}"
     return f"see nvidia-smi; the extra cuda needs driver {DRIVERS['mlx-cuda-13']}, cuda12 {DRIVERS['mlx-cuda-12']}"
+
+
+def _keep_kernels(version: str, architecture: str) -> None:
+    """Set `KERNELS_VARIABLE`. Without a home that can be written MLX uses its folder of temporary files."""
+    with suppress(OSError, RuntimeError):
+        folder = kernels_folder(version, architecture)
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault(KERNELS_VARIABLE, str(folder))
 
 
 def kernels_folder(version: str, architecture: str) -> Path:

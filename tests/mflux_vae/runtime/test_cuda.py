@@ -60,6 +60,11 @@ def test_variables_are_set_before_the_first_operation_and_those_of_the_user_win(
     assert os.environ["MLX_ENABLE_CACHE_THRASHING_CHECK"] == "0"
     assert int(os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"]) > 400
     assert Path(os.environ[cuda.KERNELS_VARIABLE]).is_relative_to(tmp_path)
+    monkeypatch.delenv(cuda.KERNELS_VARIABLE)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cuda.prepare(core(), tune=True) == []
+    assert cuda.KERNELS_VARIABLE not in os.environ
 
 
 def test_compiled_kernels_are_shared_by_nobody_who_cannot_use_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,34 @@ def test_a_cuda_build_without_a_gpu_gets_a_blas_after_the_import(tmp_path: Path)
     assert found["blas"] == device.blas and found["caught"]  # the warning of several back ends
 
 
+CUDA = """
+import mlx.core as mx
+mx.cuda.is_available, mx.device_count = (lambda: True), (lambda kind: {count})
+card = {{"architecture": "sm_89", "compute_capability_major": 8, "compute_capability_minor": 9}}
+mx.device_info = lambda *_: card
+import mflux_vae
+from mflux_vae.cli import main
+print(os.environ.get("MLX_CUDA_CONV_CACHE_SIZE"), os.environ.get("MLX_PTX_CACHE_DIR"))
+sys.exit(main(["info", "sd1"]))
+"""
+
+
+@pytest.mark.parametrize(("count", "tune"), [(1, "1"), (1, "0"), (0, "1")])
+def test_mlx_for_cuda_is_prepared_though_it_was_imported_before(count: int, tune: str, tmp_path: Path) -> None:
+    code = "import os, sys\n" + CUDA.format(count=count)
+    variables = {process.TUNE_VARIABLE: tune, "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = run("-c", code, **variables)
+    set_to, folder, *_ = done.stdout.split()
+    if count and tune == "1":
+        assert set_to == "1024" and folder.startswith(str(tmp_path)) and "sm_89" in folder
+    else:
+        assert (set_to, folder) == ("None", "None")
+    assert done.returncode == (0 if count else 2)
+    if not count:
+        (line,) = done.stderr.splitlines()
+        assert "CUDA_VISIBLE_DEVICES" in line and "pip install" in line
+
+
 def test_the_oldest_mlx_is_that_of_the_package() -> None:
     assert f'"mlx>={process.OLDEST_MLX}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
