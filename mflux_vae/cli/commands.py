@@ -38,7 +38,7 @@ from mflux_vae.utils.arrays import flaw, one_colour
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
-from mflux_vae.utils.paths import file_name, printable, same_place
+from mflux_vae.utils.paths import file_name, name_key, printable, same_place
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import DTYPES, write_json
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
@@ -222,11 +222,13 @@ def _show(notes: ImageNotes, *, conversions: bool = True) -> None:
 def _unique_names(pictures: Sequence[str]) -> dict[str, Path]:
     """Name the input files: the file name, with the folder in front if there are several folders."""
     files: dict[str, Path] = {}
+    names: dict[str, str] = {}
     several = sum(Path(given).is_dir() for given in pictures) > 1
     for given, file in _files(pictures):
         name = printable(f"{given.resolve().name}/{file.name}" if several and given.is_dir() else file.name)
-        if not same_place(files.setdefault(name, file), file):
-            raise ImageError(f"{files[name]} and {file} have the same name, {name}; encode them separately")
+        other = files.setdefault(names.setdefault(name_key(name), name), file)
+        if not same_place(other, file):
+            raise ImageError(f"{other} and {file} have the same name, {name}; encode them separately")
     return files
 
 
@@ -251,9 +253,10 @@ def _files(pictures: Sequence[str]) -> Iterator[tuple[Path, Path]]:
 def _output_files(names: Iterable[str], folder: str) -> dict[str, Path]:
     """PNG files for the images, by name; existing files must be ours."""
     stems = {name: str(Path(name).with_suffix("")) for name in names}
-    taken = Counter(stems.values())
+    taken = Counter(map(name_key, stems.values()))
     targets = {
-        name: Path(folder) / file_name(f"{stem if taken[stem] == 1 else name}.png") for name, stem in stems.items()
+        name: Path(folder) / file_name(f"{stem if taken[name_key(stem)] == 1 else name}.png")
+        for name, stem in stems.items()
     }
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SettingsError(f"{folder} is a file; --output takes a folder")

@@ -39,8 +39,7 @@ def file_name(text: str) -> str:
 def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to the same file or folder: through links, or on a volume that ignores case.
 
-    Paths that do not exist yet are the same if their parents are and their names are equal; macOS's volumes ignore
-    case and normalization.
+    Paths that do not exist yet are the same if their parents are and their names have the same `name_key`.
     """
     try:
         return os.path.samefile(one, other)
@@ -48,7 +47,10 @@ def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bo
         if os.path.exists(one) or os.path.exists(other):
             return False
     paths = [Path(os.path.realpath(path)) for path in (one, other)]
-    names = [path.name for path in paths]
-    if sys.platform == "darwin":
-        names = [unicodedata.normalize("NFC", name).casefold() for name in names]
+    names = [name_key(path.name) for path in paths]
     return names[0] == names[1] and (not names[0] or same_place(paths[0].parent, paths[1].parent))
+
+
+def name_key(name: str) -> str:
+    """Text that is equal for names of the same file in one folder: macOS's volumes ignore case and normalization."""
+    return unicodedata.normalize("NFC", name).casefold() if sys.platform == "darwin" else name

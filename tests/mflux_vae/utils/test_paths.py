@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mflux_vae.cli import commands
 from mflux_vae.utils.paths import same_place
 
 
@@ -34,3 +35,5 @@ def test_volumes_that_ignore_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "platform", "darwin")
     assert same_place(tmp_path / "Class" / "Caf\u00e9", tmp_path / "class" / "Cafe\u0301")
     assert not same_place(tmp_path / "Class", tmp_path / "classes")
+    targets = commands._output_files(["IMG.jpg", "img.png", "other.png"], str(tmp_path / "out"))
+    assert [file.name for file in targets.values()] == ["IMG.jpg.png", "img.png.png", "other.png"]
