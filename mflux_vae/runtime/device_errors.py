@@ -115,7 +115,7 @@ def device_errors(cure: str | Callable[[], str] = "") -> Iterator[None]:
     """Translate errors of MLX's device in the block.
 
     Args:
-        cure: what to do when memory runs out; of nested blocks the outermost one that has a cure counts.
+        cure: what to do when memory runs out; of nested blocks the innermost one that has a cure counts.
 
     Raises:
         DeviceError: in place of MLX's RuntimeError, or of MemoryError.
@@ -126,7 +126,8 @@ def device_errors(cure: str | Callable[[], str] = "") -> Iterator[None]:
         found = device_error(error)
         if found is None:
             raise
-        better = (cure if isinstance(cure, str) else cure()) if found.memory else ""
+        general = found.memory and found.parts["cure"] == _KINDS[0].cure
+        better = (cure if isinstance(cure, str) else cure()) if general else ""
         if found is error and not better:
             raise
         raise (found.but(cure=better) if better else found) from error

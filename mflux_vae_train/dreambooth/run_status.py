@@ -33,6 +33,9 @@ _LAYERS = ("rank", "lora_layers", "use_dora", "train_text_encoder", "base weight
 _STATE = ("train_mode", "optimizer")
 """Settings that decide what a checkpoint contains."""
 
+UNCHANGEABLE = frozenset({*_LAYERS, *_STATE})
+"""Settings that a run which is continued cannot change."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:

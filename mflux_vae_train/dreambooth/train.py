@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, SettingsError, TrainingError
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -36,7 +37,7 @@ from mflux_vae_train.dreambooth.optimization.optimizer import (
 )
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
-from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update
+from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update, less_memory
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import precompute
@@ -108,6 +109,7 @@ class DreamBooth:
 
         Raises:
             InputError: settings, images or output folder cannot be used; raised before anything long starts.
+            DeviceError: memory ran out, or the device failed; the updates before are saved.
             TrainingError: the loss is not finite, nothing is learned, a checkpoint is broken, or a disk is full.
             Interrupted: a signal arrived, see above.
         """
@@ -117,7 +119,14 @@ class DreamBooth:
             raise SettingsError(f"on_progress is a {type(on_progress).__name__}; expected a function of a Progress")
         folder = RunFolder(Path(settings.output_dir))
         processes = process_group.join()
-        report = on_progress if on_progress is not None and processes.is_main else lambda progress: None
+        phase, update = "", 0
+
+        def report(progress: Progress) -> None:
+            nonlocal phase, update
+            phase, update = progress.phase, progress.update
+            if on_progress is not None and processes.is_main:
+                on_progress(progress)
+
         if settings.dry_run:
             with processes:
                 run = prepare(self.pipeline, settings, folder, processes=processes)
@@ -139,10 +148,15 @@ class DreamBooth:
                 return TrainingResult(result=result, updates=0)
             if lock is not None:
                 run_folder.claim(folder, lock)
+
+            def cure() -> str:
+                return less_memory(self.pipeline, run.resolved, run.estimate, phase, continues=update > 0)
+
             try:
                 with (
                     run_folder.log_to_file(folder.log) if processes.is_main else nullcontext(),
                     awake(settings.caffeinate),
+                    device_errors(cure),
                 ):
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
                     pipeline_features.apply(self.pipeline, run.resolved)

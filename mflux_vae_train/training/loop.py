@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import mlx.core as mx
+
+from mflux_vae.errors import DeviceError, MfluxVaeError
 from mflux_vae.runtime import device
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae_train.distributed import interrupts
 from mflux_vae_train.distributed.interrupts import Interrupted
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.training.hooks import Hook, Record
 from mflux_vae_train.training.pending_hooks import PendingHooks
-from mflux_vae_train.training.step import SAMPLES, MicroBatch
+from mflux_vae_train.training.step import SAMPLES, MicroBatch, UpdateFailed
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +50,14 @@ def fit(
         hooks: called in order after the observers. Put the checkpoint before the preview, so that a failing preview
             loses nothing. Long work in a hook is `interrupts.interruptible`; hooks that were interrupted, and those
             after them, are called again when the run continues.
-        checkpoint: called with the number of updates made when a signal or the loss of a process stops the run.
+        checkpoint: called with the number of updates made when a signal, the loss of a process or an error of the
+            device stops the run.
         pending: hooks that an earlier part of the run did not call; kept up to date, to be stored in checkpoints.
 
     Raises:
         Interrupted: after SIGINT, SIGTERM or, with several processes, SIGHUP. A second signal terminates the process.
         ProcessLost: another process is gone.
+        DeviceError: memory ran out, or the device failed.
         TrainingError: from the step, if the loss is not finite.
     """
     pending = PendingHooks() if pending is None else pending
@@ -65,8 +72,9 @@ def fit(
         while pending.count and not processes.signal:
             pending.count -= 1  # before the call: one of the hooks writes checkpoints
             try:
-                hooks[len(hooks) - pending.count - 1](record)
-            except ProcessLost:
+                with device_errors():
+                    hooks[len(hooks) - pending.count - 1](record)
+            except (ProcessLost, DeviceError):
                 pending.count += 1
                 raise
             except Interrupted:  # in all processes; the hook runs again when the run continues
@@ -81,7 +89,7 @@ def fit(
     with (
         interrupts.handling(processes),
         interrupts.deferred(),
-        _save_on_process_loss(processes, save if checkpoint else None) as reached,
+        _save_on_failure(processes, save if checkpoint else None, pending, start) as reached,
     ):
         if pending.record is not None and pending.record.update == start:
             run_hooks(dataclasses.replace(pending.record, total=total))
@@ -106,10 +114,15 @@ def fit(
 
 
 @contextmanager
-def _save_on_process_loss(
-    processes: ProcessGroup, checkpoint: Callable[[int], object] | None
+def _save_on_failure(
+    processes: ProcessGroup, checkpoint: Callable[[int], object] | None, pending: PendingHooks, start: int
 ) -> Iterator[Callable[[int], None]]:
-    """If another process is lost in the block, save a checkpoint of the last update that it `reached`."""
+    """If another process is lost in the block or the device fails, save the last update that the block `reached`.
+
+    After an error of the device parameters and optimizer state are those of the last whole update, unless the step
+    raises `UpdateFailed`. An error of a Mac's GPU is over once it is raised. CUDA may still be running the work that
+    failed: its arrays stay alive until the checkpoint is written, so that none of their memory is used again.
+    """
     last: int | None = None
 
     def reached(updates: int) -> None:
@@ -117,10 +130,36 @@ def _save_on_process_loss(
         last = updates
 
     try:
-        yield reached
+        with device_errors():
+            yield reached
     except ProcessLost as error:
         if checkpoint is None or last is None:
             raise
         with processes.saving():
             checkpoint(last)
         raise ProcessLost(f"{error}; the same command continues after update {last}") from error
+    except DeviceError as error:
+        if device.kind() != "cuda":
+            _release(error)
+        if checkpoint is None:
+            raise
+        saved = start if pending.saved_update is None else pending.saved_update
+        failed = ""
+        if last is not None and not isinstance(error, UpdateFailed):
+            try:
+                with processes.saving(), device_errors():
+                    checkpoint(last)
+                saved = last
+            except (MfluxVaeError, OSError) as reason:
+                failed = f"update {last} could not be saved ({reason}); "
+        kept = f"the same command continues after update {saved}" if saved else "no update is saved"
+        raise error.but(kept=failed + kept) from error
+
+
+def _release(error: BaseException) -> None:
+    """Let go of the arrays that the functions which an error ended still hold, and of MLX's cache."""
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+    mx.clear_cache()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -17,10 +18,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
-from mflux_vae.errors import TrainingError
+from mflux_vae.errors import DeviceError, TrainingError
 from mflux_vae.runtime.device import eval_each, is_cpu
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.threads import exclusive
-from mflux_vae_train.checkpointing.state import buffer_tree
+from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
@@ -68,6 +70,10 @@ def sequential(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
     return (run() for run in passes)
 
 
+class UpdateFailed(DeviceError):
+    """The device failed while parameters and optimizer state were replaced: those before the update are lost."""
+
+
 class Step:
     """Updates the trainable parameters of `model`, the optimizer's state and the moving average.
 
@@ -111,6 +117,14 @@ class Step:
         for single in singles:
             single.donates_gradients = True
         widens = all(isinstance(single, Optimizer) for single in singles)
+        self._state = {
+            "parameters": state.parameters(model),
+            "optimizer": state.tree_state(optimizer.state),
+            "buffers": state.Stateful(read=lambda: self._buffers(), write=model.update),
+        }
+        if ema is not None:
+            self._state["average"] = state.tree_state(ema.state)
+        self._holds_state = 2 * _bytes(model.trainable_parameters()) <= _bytes(model.parameters())
         # unevaluated arrays would be computed again in every compiled call
         with exclusive():
             eval_each([model.parameters(), optimizer.state])
@@ -155,8 +169,8 @@ class Step:
         if not is_cpu() if compile is None else compile:
             self._gradients = mx.compile(traced)
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction would be computed per element
-                state = [optimizer.state, *([ema.state] if ema is not None else [])]
-                self._apply = mx.compile(apply, inputs=state, outputs=state)
+                captured = [optimizer.state, *([ema.state] if ema is not None else [])]
+                self._apply = mx.compile(apply, inputs=captured, outputs=captured)
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """Make update `update` (0-based, for messages) from `batches` and those of the other processes.
@@ -168,6 +182,7 @@ class Step:
 
         Raises:
             TrainingError: loss or gradients are not finite; the parameters are unchanged.
+            UpdateFailed: the device failed, and the parameters are lost. After other errors of it they are unchanged.
         """
         sums, metrics = self._accumulate(batches)
         # other threads may compute while this one waits for other processes
@@ -229,11 +244,13 @@ class Step:
                 fix = f"{len(broken)} weights have NaN or infinite values, first {broken[0]}: take another file"
             raise TrainingError(f"update {update + 1}: loss is {mean_loss:g}, gradient norm {grad_norm:g}; {fix}")
         parameters, before = self.model.trainable_parameters(), self._buffers()
-        self.optimizer.learning_rate = learning_rate
-        parameters, size = self._apply(parameters, gradients, norm, mx.array(samples, mx.float32))
-        self.model.update(parameters)
-        self.model.update(tree_map(lambda then, change: then + (change / samples).astype(then.dtype), before, changes))
-        mx.eval(parameters, size, self.optimizer.state, self.ema.state if self.ema is not None else [])
+        with self._unchanged_on_failure():
+            self.optimizer.learning_rate = learning_rate
+            parameters, size = self._apply(parameters, gradients, norm, mx.array(samples, mx.float32))
+            self.model.update(parameters)
+            after = tree_map(lambda then, change: then + (change / samples).astype(then.dtype), before, changes)
+            self.model.update(after)
+            mx.eval(parameters, size, after, self.optimizer.state, self.ema.state if self.ema is not None else [])
         return {
             "loss": mean_loss,
             "grad_norm": grad_norm,
@@ -244,13 +261,32 @@ class Step:
             **averages,
         }
 
+    @contextmanager
+    def _unchanged_on_failure(self) -> Iterator[None]:
+        """Restore parameters, buffers, optimizer state and averages if the device fails in the block.
+
+        Arrays that are held for this cannot be donated to the update. An adapter's are small beside the frozen weights.
+
+        Raises:
+            UpdateFailed: there are too many trained weights to hold.
+        """
+        held = state.flatten(self._state) if self._holds_state else None
+        try:
+            with device_errors():
+                yield
+        except DeviceError as error:
+            if held is None:
+                raise UpdateFailed(**error.parts, memory=error.memory) from error
+            state.restore(self._state, *held, where="state before the update")
+            raise
+
 
 def _never_trained(model: nn.Module) -> list[str]:
     """Names of the arrays that even an unfrozen model does not train."""
     frozen = [(part, set(part._no_grad)) for part in model.modules()]
     for part, _ in frozen:  # one by one: modules may override `unfreeze`
         part.unfreeze(recurse=False)
-    names = list(dict(tree_flatten(buffer_tree(model))))
+    names = list(dict(tree_flatten(state.buffer_tree(model))))
     for part, names_before in frozen:
         part._no_grad = names_before
     return names
@@ -260,6 +296,10 @@ def _arrays(model: nn.Module, names: Sequence[str]) -> Any:
     """Arrays of a model by name, as a tree."""
     flat = dict(tree_flatten(model.parameters()))
     return tree_unflatten([(name, flat[name]) for name in names]) if names else {}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
 
 
 def widened(array: mx.array) -> mx.array:

@@ -11,13 +11,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mflux_vae import kernels
-from mflux_vae.errors import SettingsError, TrainingError
+from mflux_vae.errors import DeviceError, SettingsError, TrainingError
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.networks.layers import batch_statistics, fold_statistics
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.training.step import Arrays, MicroBatch, Step
+from mflux_vae_train.training.step import Arrays, MicroBatch, Step, UpdateFailed
 from mflux_vae_train.training.tape import Tape, value_of
 from mflux_vae_train.vae.build import has_vector_latents, penultimate_features
 from mflux_vae_train.vae.config import VAETrainingSettings
@@ -215,24 +216,30 @@ class AdversarialStep:
         adversarial_batches = [
             MicroBatch(arrays={**b.arrays, "discriminator": parameters}, weight=b.weight) for b in batches
         ]
-        metrics = self.step(update, adversarial_batches, learning_rate)
-        self.discriminator.model.update(parameters)
+        try:
+            metrics = self.step(update, adversarial_batches, learning_rate)
+        finally:  # differentiation leaves placeholders in the discriminator
+            self.discriminator.model.update(parameters)
+        try:
+            with device_errors():
+                other = self.discriminator(update, self._inputs(batches), learning_rate)
+        except ProcessLost as error:  # the network is one update ahead: this state must not become a checkpoint
+            raise TrainingError(str(error)) from error
+        except DeviceError as error:
+            raise UpdateFailed(**error.parts, memory=error.memory) from error
+        return {**metrics, **{f"discriminator_{name}": other[name] for name in ("loss", "grad_norm")}}
+
+    def _inputs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Pixels and their reconstructions by the updated network, lazy."""
         network: Any = self.step.model
         inputs = []
         for batch in batches:
             z = sample_latents(network.encode(batch.arrays["pixels"]), batch.arrays["key"])
             reconstruction = network.decode(z).astype(mx.float32)
             batch_statistics(network)
-            inputs.append(
-                MicroBatch(
-                    arrays={"pixels": batch.arrays["pixels"], "reconstruction": reconstruction}, weight=batch.weight
-                )
-            )
-        try:
-            other = self.discriminator(update, inputs, learning_rate)
-        except ProcessLost as error:  # the network is one update ahead: this state must not become a checkpoint
-            raise TrainingError(str(error)) from error
-        return {**metrics, **{f"discriminator_{name}": other[name] for name in ("loss", "grad_norm")}}
+            arrays = {"pixels": batch.arrays["pixels"], "reconstruction": reconstruction}
+            inputs.append(MicroBatch(arrays=arrays, weight=batch.weight))
+        return inputs
 
 
 def discriminator_loss(discriminator: Any, arrays: Arrays) -> tuple[mx.array, Mapping[str, mx.array]]:

@@ -15,6 +15,8 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
+from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES
+from mflux_vae_train.dreambooth.run_status import UNCHANGEABLE
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl, SupportsPrediction
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
@@ -60,6 +62,38 @@ def reducing(
     before = memory(pipeline.footprint(work))
     firsts = [group[0] for group in fixes(pipeline, resolved, work)]
     return [fix.flags for fix in firsts if memory(pipeline.footprint(fix.change(work))) < before]
+
+
+def after_failure(
+    pipeline: Any, resolved: ResolvedSettings, work: Workload | None, phase: str, *, continues: bool
+) -> str:
+    """Flags for a run that ran out of memory, the mildest first; a clause without a full stop.
+
+    Args:
+        work: None if the pipeline does not estimate its memory.
+        phase: what ran out of it, see `Footprint.phases`.
+        continues: there is a checkpoint, which only some flags can continue.
+    """
+    if work is None:
+        side = Workload(resolution=resolved.resolution, trained=0)
+        groups = [_batch_sizes(pipeline, resolved), _resolutions(resolved, side, pipeline.recommended.size_multiple)]
+        flags = [group[0].flags for group in map(list, groups) if group]
+    else:
+
+        def memory(footprint: Footprint) -> int:
+            peaks = [one.peak for one in footprint.phases if one.name == phase]
+            return max(peaks, default=footprint.peak)
+
+        flags = reducing(pipeline, resolved, work, memory)
+    if not continues:
+        return f"give {' or '.join(flags[:MAX_OFFERS])}" if flags else ""
+    names = {each: {word[2:].removeprefix("no_") for word in each.split() if word[:2] == "--"} for each in flags}
+    free = [each for each in flags if names[each] <= RESUMABLE_CHANGES]
+    others = [each for each in flags if each not in free and not names[each] & UNCHANGEABLE]
+    offers = [f"give {' or '.join(free)}"] if free else []
+    if others:
+        offers.append(f"{'or change' if free else 'change'} by --allow_changes {' or '.join(others[:MAX_OFFERS])}")
+    return ", ".join(offers)
 
 
 def state_bytes(resolved: ResolvedSettings) -> float:

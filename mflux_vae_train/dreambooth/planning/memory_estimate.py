@@ -51,6 +51,7 @@ class Estimate:
         lines: for the log.
         problem: why the run does not fit and which flags help; None if it fits.
         reducing: flags that reduce the memory of an update.
+        work: what the footprint is of.
     """
 
     footprint: Footprint
@@ -58,6 +59,7 @@ class Estimate:
     lines: Sequence[str]
     problem: str | None
     reducing: Sequence[str] = ()
+    work: Workload | None = None
 
 
 def workload(
@@ -146,7 +148,7 @@ def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: 
     if problem is not None and (resolved.dry_run or resolved.memory_limit is None):  # else it is the error
         lines.append(f"this run would not fit: {problem}")
     reducing = [] if resolved.dry_run else memory_advice.reducing(pipeline, resolved, work, _training_peak)
-    return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem, reducing=reducing)
+    return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem, reducing=reducing, work=work)
 
 
 def assumed_device(resolved: ResolvedSettings) -> AbstractContextManager[None]:
@@ -160,6 +162,14 @@ def _elsewhere(resolved: ResolvedSettings) -> bool:
 
 def _training_peak(footprint: Footprint) -> int:
     return max((phase.peak for phase in footprint.phases if phase.name == TRAINING), default=0)
+
+
+def less_memory(
+    pipeline: DiffusionPipeline, resolved: ResolvedSettings, estimate: Estimate | None, phase: str, *, continues: bool
+) -> str:
+    """Flags for a run that ran out of memory in a phase; see `memory_advice.after_failure`."""
+    work = None if estimate is None else estimate.work
+    return memory_advice.after_failure(pipeline, resolved, work, phase, continues=continues)
 
 
 def compare_first_update(estimate: Estimate | None) -> Hook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +11,8 @@ import numpy as np
 
 from mflux_vae.errors import PluginError, RunError
 from mflux_vae.images import grid, save_image
+from mflux_vae.runtime import device
+from mflux_vae.runtime.device_errors import device_error
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.dreambooth.data.class_images import sample_images
@@ -29,14 +31,18 @@ class Previews:
     """Called with the number of updates made; writes a row of images per prompt, and the grid of all previews so far.
 
     Image i of a prompt starts from the same noise each time, so that previews differ only by the training. Errors
-    are logged and do not end the run.
+    are logged and do not end the run, except those of a CUDA device: its memory may hold anything after one.
 
     Args:
         conditioning: of each validation prompt, one row each.
         subject: instance images for the top row of the grid, uint8 (resolution, resolution, 3).
         samples: output folder.
         trackers: also receive the images.
+        cure: what to do when memory runs out.
         processes: share the sampling; the first one writes.
+
+    Raises:
+        DeviceError: the CUDA device failed.
     """
 
     def __init__(
@@ -48,8 +54,10 @@ class Previews:
         subject: Sequence[np.ndarray],
         samples: Path,
         trackers: Sequence[Tracker] = (),
+        cure: Callable[[], str] = lambda: "",
         processes: ProcessGroup = SINGLE,
     ) -> None:
+        self._cure = cure
         self._pipeline, self._conditioning = pipeline, conditioning
         self._resolved, self._processes = resolved, processes
         self._subject, self._samples, self._trackers = subject, samples, trackers
@@ -67,7 +75,15 @@ class Previews:
         except Exception as error:  # a failing pipeline or disk must not end hours of training
             if isinstance(error, PluginError) and update == 0:
                 raise
-            logger.warning("preview after update %d failed (%s: %s)", update, type(error).__name__, error)
+            failure, cure = device_error(error), ""
+            if failure is not None and failure.memory:
+                cure = self._cure() or "give --num_validation_images 0"
+                failure = failure.but(cure=cure)
+            if failure is not None and device.kind() == "cuda":
+                raise failure from error
+            logger.warning(
+                "preview after update %d failed (%s: %s)%s", update, type(error).__name__, error, cure and f"; {cure}"
+            )
         release(self._pipeline, "images")
         mx.clear_cache()
 

@@ -102,10 +102,11 @@ def test_other_errors_stay(error: Exception) -> None:
     assert caught.value is error
 
 
-def test_the_outermost_cure_counts() -> None:
-    with pytest.raises(DeviceError) as caught, device_errors(lambda: "give --less"), device_errors("inner"):
+def test_the_innermost_cure_counts() -> None:
+    inner = device_errors(lambda: "give --less")
+    with pytest.raises(DeviceError) as caught, device_errors("outer"), inner, device_errors():
         raise MemoryError
-    assert str(caught.value).endswith("; give --less") and "inner" not in str(caught.value)
+    assert str(caught.value).endswith("; give --less") and "outer" not in str(caught.value)
     with pytest.raises(DeviceError, match="nvidia-smi"), device_errors("give --less"):
         raise RuntimeError("cudaGraphLaunch(x) failed: unknown error")
 
