@@ -31,7 +31,8 @@ from mflux_vae.weights.formats.files import (
     read_json,
     write_json,
 )
-from mflux_vae.weights.keymaps.rules import Tensors, load_strict
+from mflux_vae.weights.keymaps.diffusers import SAME_NAMES
+from mflux_vae.weights.keymaps.rules import Tensors, from_mlx, load_strict
 from mflux_vae_train.pipelines.config_check import check_config
 from mflux_vae_train.pipelines.lazy import Lazy
 from mflux_vae_train.pipelines.noise import NoiseSampling
@@ -103,7 +104,7 @@ def save_network(network: Lazy[Any], folder: Path, stem: str, dtype: str) -> Non
     if dtype not in DTYPES:
         raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
     module = network.borrow()
-    config, tensors = module.config.to_dict(), dict(tree_flatten(module.parameters()))
+    config, tensors = module.config.to_dict(), from_mlx(dict(tree_flatten(module.parameters())), SAME_NAMES)
     del module  # a network that was loaded for this is freed tensor by tensor
     with exclusive():
         convert_safetensors(folder / f"{stem}.safetensors", tensors, DTYPES[dtype])

@@ -30,7 +30,7 @@ from mflux_vae.weights.formats.lazy_tensor import (
 )
 from mflux_vae.weights.formats.npz import is_npz, read_npz
 from mflux_vae.weights.formats.scaled_weights import unscaled
-from mflux_vae.weights.formats.torch_files import read_torch
+from mflux_vae.weights.formats.torch_files import open_torch
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -65,7 +65,7 @@ def open_weights(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
     """Open a weights file (safetensors, torch or .npz, detected by content): lazy tensors and metadata.
 
     Raises:
-        WeightsError: the file is missing or broken; see `header`, `torch_files.read_torch`, `npz.read_npz` and
+        WeightsError: the file is missing or broken; see `header`, `torch_files.open_torch`, `npz.read_npz` and
             `scaled_weights.unscaled`.
     """
     tensors, metadata = _open_stored(Path(path))
@@ -77,7 +77,7 @@ def _open_stored(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if is_npz(path):
         return read_npz(path), {}
     if _is_torch_file(path):
-        return read_torch(path), {}
+        return open_torch(path)
     return _open_safetensors(path)
 
 
@@ -268,7 +268,9 @@ def _mlx_opens(path: Path) -> bool:
     return printable(path) == str(path)
 
 
-def convert_safetensors(path: str | Path, tensors: dict[str, mx.array], dtype: mx.Dtype) -> None:
+def convert_safetensors(
+    path: str | Path, tensors: dict[str, mx.array], dtype: mx.Dtype, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors in another precision, one at a time, atomically.
 
     Args:
@@ -280,7 +282,8 @@ def convert_safetensors(path: str | Path, tensors: dict[str, mx.array], dtype: m
     """
     path = Path(path)
     dtypes = {name: dtype if mx.issubdtype(one.dtype, mx.floating) else one.dtype for name, one in tensors.items()}
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    texts = {key: printable(text) for key, text in (metadata or {}).items()}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **texts}}
     first = 0
     for name in sorted(tensors):
         end = first + tensors[name].size * dtypes[name].size

@@ -24,10 +24,18 @@ from mflux_vae.weights.formats.zip_archive import MAGIC, Archive
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MAX_KEY_LENGTH = 1000
 
+STEPS = "global_step"
+
 
 def read_torch(path: str | Path) -> dict[str, LazyTensor]:
-    """Open the tensors of a torch file lazily; keys of nested dictionaries are joined with dots.
+    """The tensors of `open_torch`."""
+    return open_torch(path)[0]
 
+
+def open_torch(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Open the tensors of a torch file lazily; keys of nested dictionaries are joined with dots. And its metadata.
+
+    The metadata is the number of updates, `global_step`, which PyTorch Lightning stores beside the tensors.
     float64 is read as float32, 8-bit floats as bfloat16; other dtypes are unchanged.
 
     Raises:
@@ -40,7 +48,9 @@ def read_torch(path: str | Path) -> dict[str, LazyTensor]:
             start = file.read(len(MAGIC))
             content, ranges = (_read_zip if start == MAGIC else _read_old)(file)
         data = np.memmap(path, np.uint8, "r")
-        return {name: _lazy_tensor(path, name, tensor, ranges, data) for name, tensor in _flatten(content)}
+        tensors = {name: _lazy_tensor(path, name, tensor, ranges, data) for name, tensor in _flatten(content)}
+        steps = content.get(STEPS)
+        return tensors, {STEPS: str(steps)} if type(steps) is int else {}
 
 
 _Ranges: TypeAlias = "dict[str, tuple[int, int]]"

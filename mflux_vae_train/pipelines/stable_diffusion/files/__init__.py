@@ -1,0 +1,1 @@
+"""Files of Stable Diffusion: folders in diffusers' layout, single files, and the hub."""
