@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import BackendError
+from mflux_vae.runtime.process import launched_rank
 
 CPU_WHEEL = "mlx-cpu"
 DRIVERS = {"mlx-cuda-13": "580", "mlx-cuda-12": "550"}
@@ -32,7 +33,6 @@ VARIABLES = {
 KERNELS_VARIABLE = "MLX_PTX_CACHE_DIR"
 """Variable of MLX: folder of the kernels that it compiled on this machine."""
 
-_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _ON_CPU = f"for the CPU: pip uninstall -y {' '.join(DRIVERS)} {CPU_WHEEL} && pip install 'mflux-vae[cpu]'"
 _OLDEST, _WITH_BFLOAT16 = (7, 5), (8, 0)
 _LEFT_OUT = ((10, 3), (11, 0))
@@ -99,7 +99,7 @@ def prepare(core: Any, *, tune: bool) -> list[str]:
 
 def _why_none() -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and any(name in os.environ for name in _RANKS):
+    if visible is not None and launched_rank() is not None:
         return f"CUDA_VISIBLE_DEVICES is {visible}; start one process for each GPU (mlx.launch -n)"
     if visible is not None:
         return f"CUDA_VISIBLE_DEVICES is {visible or 'empty'}"
@@ -118,8 +118,7 @@ def _keep_kernels(version: str, architecture: str) -> None:
 def kernels_folder(version: str, architecture: str) -> Path:
     """Folder for compiled kernels of this user, MLX, kind of card and, where several start together, process."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
-    return Path(base).expanduser() / "mflux-vae" / "kernels" / version / architecture / rank
+    return Path(base).expanduser() / "mflux-vae" / "kernels" / version / architecture / str(launched_rank() or 0)
 
 
 def capability(info: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -52,6 +52,12 @@ def tunes() -> bool:
     return sys.platform == "linux" and os.environ.get(TUNE_VARIABLE, "1") != "0"
 
 
+def launched_rank() -> int | None:
+    """Number of this process among those of a launcher, MLX's or MPI's, found without MLX; None without a launcher."""
+    ranks = (os.environ.get(name, "") for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return next((int(rank) for rank in ranks if rank.isdigit()), None)
+
+
 def open_blas() -> tuple[str | None, str]:
     """Open a fast BLAS with RTLD_GLOBAL, and bind MLX to it where `mlx.core` was imported before.
 

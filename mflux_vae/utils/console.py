@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from mflux_vae.errors import MfluxVaeError
 from mflux_vae.runtime.device_errors import device_error
+from mflux_vae.runtime.process import launched_rank
 from mflux_vae.utils.redaction import redacted
 
 
@@ -52,9 +53,8 @@ class ConsoleHandler(logging.Handler):
 
 
 def _is_first_process() -> bool:
-    """`ProcessGroup.is_main` before MLX is imported: the rank that the launcher passes, MLX's or MPI's."""
-    ranks = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+    """`ProcessGroup.is_main` before MLX is imported."""
+    return not launched_rank()
 
 
 @contextmanager
