@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.runtime.device import is_cpu
+from mflux_vae.runtime import memory_limits
+from mflux_vae.runtime.device import is_cpu, kind
 from mflux_vae.tiling.peak_memory import VECTORS_ERROR
 from mflux_vae.tiling.peak_memory import peak_bytes as peak_bytes
 from mflux_vae.tiling.tiles import Tiling
@@ -85,8 +86,8 @@ def _fit_to_memory(
         if needed <= share * available:
             break
     logger.info(
-        "%s of %d x %d x %d pixels: %s needed, %s available; using %s tiling with tiles of %d pixels (%s)",
-        operation, batch, height, width, size_text(untiled), size_text(available),
+        "%s of %d x %d x %d pixels: %s needed, %s: %s; using %s tiling with tiles of %d pixels (%s)",
+        operation, batch, height, width, size_text(untiled), limit_name(), size_text(available),
         chosen.mode, chosen.tile, size_text(needed),
     )  # fmt: skip
     return chosen
@@ -95,14 +96,17 @@ def _fit_to_memory(
 def available_bytes() -> int:
     """Bytes available for arrays on the default device.
 
-    Metal and CUDA: the recommended or total device memory, minus active MLX memory. CPU: available system memory, at
-    most the rest of the container's limit (cgroup); MLX's buffer cache counts as available.
+    Metal and CUDA: see `runtime.memory_limits`. CPU: available system memory, at most the rest of the container's limit
+    (cgroup); MLX's buffer cache counts as available.
     """
     if not is_cpu():
-        device = mx.device_info()
-        total = device.get("max_recommended_working_set_size") or device.get("total_memory") or device["memory_size"]
-        return max(int(total) - mx.get_active_memory(), 0)
+        return memory_limits.free_bytes()
     return min(_system_bytes(), _cgroup_bytes()) + mx.get_cache_memory()
+
+
+def limit_name() -> str:
+    """What `available_bytes` are, for messages: on a Mac other programs use some of them."""
+    return "GPU limit" if kind() == "mac" else "available"
 
 
 def _system_bytes() -> int:
