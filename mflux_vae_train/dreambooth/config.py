@@ -179,7 +179,9 @@ class DreamBoothSettings:
         most=8,
         group="memory",
     )
-    gradient_checkpointing: bool = flag("recompute activations in the backward pass to save memory", False)
+    gradient_checkpointing: bool | None = flag(
+        "recompute activations in the backward pass to save memory (default: if the run does not fit without)", None
+    )
     max_sequence_length: int | None = flag("maximum number of tokens of a prompt (default: the model's)", None, least=1)
     clip_skip: int | None = flag(
         "last layers of the text encoder to leave out, beyond those that the model leaves out; one less than in kohya's"

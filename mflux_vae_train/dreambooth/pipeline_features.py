@@ -30,7 +30,7 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         raise SettingsError(f"--estimate_for {settings.estimate_for}: only with --dry_run; this machine trains")
     needs = {
         "--quantize": (settings.quantize is not None, SupportsMemoryControl),
-        "--gradient_checkpointing": (settings.gradient_checkpointing, SupportsMemoryControl),
+        "--gradient_checkpointing": (bool(settings.gradient_checkpointing), SupportsMemoryControl),
         "--train_batch_size auto": (settings.train_batch_size is None, SupportsMemoryControl),
         "--memory_limit": (settings.memory_limit is not None, SupportsMemoryControl),
         "--estimate_for": (settings.estimate_for is not None, SupportsMemoryControl),

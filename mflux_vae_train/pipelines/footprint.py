@@ -27,6 +27,7 @@ class Workload:
         quantize: bits of the frozen weights; None for the pipeline's precision.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         text_encoder: whether a text encoder is trained, and stays loaded.
+        fuse: whether the adapter is fused into the weights after the training, and the whole pipeline saved.
     """
 
     resolution: int
@@ -48,6 +49,7 @@ class Workload:
     quantize: int | None = None
     gradient_checkpointing: bool = False
     text_encoder: bool = False
+    fuse: bool = False
 
     @property
     def trained_shape(self) -> tuple[int, int]:
@@ -95,3 +97,8 @@ class Footprint:
     @property
     def peak(self) -> int:
         return max(phase.peak for phase in self.phases)
+
+    @property
+    def work(self) -> int:
+        """Bytes besides weights that a phase needs at most."""
+        return max(phase.work for phase in self.phases)

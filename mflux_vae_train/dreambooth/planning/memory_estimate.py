@@ -39,6 +39,9 @@ TRAINING = "training"
 MIN_REPORTED_SECONDS = 120.0
 """Shorter time estimates are not logged."""
 
+SIDES, PRODUCTS = {"cpu": 1024, "mac": 2048, "cuda": 4096}, 20
+"""Side of the matrices whose products are timed, and their number in a graph on a GPU."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,10 +103,29 @@ def workload(
             quantize=resolved.quantize,
             gradient_checkpointing=resolved.gradient_checkpointing,
             text_encoder=resolved.train_text_encoder,
+            fuse=resolved.fuse,
         ),
         resolved.train_batch_size,
         resolved.gradient_accumulation_steps,
     )
+
+
+def fit_gradient_checkpointing(
+    pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload
+) -> tuple[ResolvedSettings, Workload]:
+    """Turn gradient checkpointing on where the updates do not fit into memory without, unless the user decided."""
+    limit = _limit(resolved)
+    if resolved.given.gradient_checkpointing is not None or limit is None:
+        return resolved, work
+    checkpointed = replace(work, gradient_checkpointing=True)
+    before, after = (_training_peak(checks.footprint(pipeline, one)) for one in (work, checkpointed))
+    if before <= limit or after >= before:
+        return resolved, work
+    warning = (
+        f"gradient checkpointing is on: without it training takes {size_text(before)} of {size_text(limit)}, with it"
+        f" {size_text(after)} and more time; --no_gradient_checkpointing turns it off"
+    )
+    return replace(resolved, gradient_checkpointing=True, warnings=(*resolved.warnings, warning)), checkpointed
 
 
 def fit_batch_size(
@@ -111,6 +133,7 @@ def fit_batch_size(
 ) -> tuple[ResolvedSettings, Workload]:
     """Raise the batch size from 1 to the largest that fits into memory, with as many fewer micro-batches.
 
+    It stays 1 where `fit_gradient_checkpointing` turned that on: the run can continue on a machine with less memory.
     Several processes share the micro-batches: each gets as many as the others, or at least one, where possible.
 
     Raises:
@@ -124,6 +147,8 @@ def fit_batch_size(
     sizes = [size for size in range(images, 0, -1) if images % size == 0]
     equal = [size for size in sizes if images // size % processes == 0]
     sizes = equal or [size for size in sizes if images // size >= processes] or [1]
+    if resolved.gradient_checkpointing and not resolved.given.gradient_checkpointing:
+        sizes = [1]
     candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
     fitting = (one for one in candidates if checks.footprint(pipeline, one[1]).peak <= limit)
     size, work = next(fitting, candidates[-1])
@@ -190,8 +215,8 @@ def compare_first_update(estimate: Estimate | None) -> Hook:
         if estimate.limit is not None and before < estimate.limit < peak:
             reduce = f"; reduce it with {', or '.join(estimate.reducing[:3])}" if estimate.reducing else ""
             logger.warning(
-                "the first update used more than the available %s: the machine may swap or stop%s",
-                size_text(estimate.limit), reduce,
+                "the first update used more than the %s %s: the machine may swap or stop%s",
+                tiling_plan.limit_name(), size_text(estimate.limit), reduce,
             )  # fmt: skip
 
     return compare
@@ -214,7 +239,7 @@ def _lines(
     footprint: Footprint, limit: int | None, resolved: ResolvedSettings, work: Workload, *, time_known: bool
 ) -> Iterator[str]:
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak)}" for phase in footprint.phases)
-    where = "available" if resolved.memory_limit is None else "--memory_limit"
+    where = tiling_plan.limit_name() if resolved.memory_limit is None else "--memory_limit"
     limited = "" if limit is None else f" ({where}: {size_text(limit)})"
     name = resolved.estimate_for or device_kind()
     device = f"{'an' if name == 'cuda' else 'a'} {DEVICES[name]}" if _elsewhere(resolved) else f"this {DEVICES[name]}"
@@ -252,16 +277,22 @@ def _time(footprint: Footprint, resolved: ResolvedSettings) -> str | None:
     )
 
 
-def _operations_per_second(side: int = 1024, repeats: int = 4) -> float:
-    """The fastest of a few matrix products: others may have shared the cores."""
-    matrix = mx.ones((side, side), compute_dtype())
-    mx.eval(matrix @ matrix)
+def _operations_per_second(side: int | None = None, repeats: int = 4) -> float:
+    """The fastest of a few measurements: others may have shared the cores.
+
+    A GPU starts a product later than it computes one: there a measurement is one graph of `PRODUCTS`.
+    """
+    name = device_kind()
+    side, count = side or SIDES[name], 1 if name == "cpu" else PRODUCTS
+    matrix = mx.full((side, side), 1 / side, compute_dtype())  # its powers are equal to it
     seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mx.eval(matrix @ matrix)
+    for _ in range(1 + repeats):  # the first one starts threads or compiles
+        start, product = time.perf_counter(), matrix
+        for _ in range(count):
+            product = product @ matrix
+        mx.eval(product)
         seconds.append(time.perf_counter() - start)
-    return 2.0 * side**3 / min(seconds)
+    return 2.0 * side**3 * count / min(seconds[1:])
 
 
 def _seconds_text(seconds: float) -> str:

@@ -36,6 +36,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
     assumed_device,
     estimate,
     fit_batch_size,
+    fit_gradient_checkpointing,
     workload,
 )
 from mflux_vae_train.dreambooth.planning.prompt_checks import (
@@ -232,7 +233,7 @@ def _estimate(
     trainable: Trainable,
     processes: ProcessGroup,
 ) -> tuple[ResolvedSettings, Estimate | None]:
-    """Settings with ``--train_batch_size auto`` decided, and the estimate if the pipeline can tell."""
+    """Settings with what depends on memory decided, and the estimate if the pipeline can tell."""
     if not isinstance(pipeline, SupportsMemoryControl):
         if resolved.auto_batch_size:
             unknown = f"--train_batch_size auto is 1: {pipeline.name} does not estimate its memory"
@@ -247,6 +248,7 @@ def _estimate(
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
     )
+    resolved, work = fit_gradient_checkpointing(pipeline, resolved, work)
     if resolved.auto_batch_size:
         resolved, work = fit_batch_size(pipeline, resolved, work, processes.size)
     return resolved, estimate(pipeline, resolved, work)

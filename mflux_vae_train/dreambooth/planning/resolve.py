@@ -62,6 +62,7 @@ class ResolvedSettings(DreamBoothSettings):
     validation_steps: int
     train_batch_size: int
     sample_batch_size: int
+    gradient_checkpointing: bool
     prior_preservation: Kind
     with_prior_preservation: bool
     preservation_flag: bool
@@ -104,7 +105,8 @@ def resolve(
     dataset: InstanceDataset,
     given: DreamBoothSettings | None = None,
 ) -> ResolvedSettings:
-    """Answer what is open. ``--train_batch_size auto`` becomes 1; `memory_estimate.fit_batch_size` raises it.
+    """Answer what is open. ``--train_batch_size auto`` becomes 1 and gradient checkpointing is off, unless it is given:
+    `memory_estimate` changes both.
 
     Args:
         given: what `settings` were derived from, for example without the rank of ``--lora_weights``; None if from
@@ -169,6 +171,7 @@ def resolve(
         "class_data_dir": first.class_data_dir,
         "prior_loss_weight": None if preservation.kind == "none" else settings.prior_loss_weight,
         "train_batch_size": settings.train_batch_size or 1,
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
         "sample_batch_size": settings.sample_batch_size or images_per_batch(dataset.resolution),
     }
     return ResolvedSettings(

@@ -6,15 +6,18 @@ import logging
 
 import mlx.nn as nn
 import pytest
+import yaml
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.runtime import device
 from mflux_vae.utils.formatting import GB
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization import optimizer
 from mflux_vae_train.dreambooth.planning import memory_estimate
-from mflux_vae_train.dreambooth.planning.memory_estimate import fit_batch_size, workload
+from mflux_vae_train.dreambooth.planning.memory_estimate import fit_batch_size, fit_gradient_checkpointing, workload
 from mflux_vae_train.dreambooth.reporting import report
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.monitoring.progress import Progress
 from mflux_vae_train.pipelines import flux1, tiny
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.tiny import WEIGHTS
@@ -119,7 +122,7 @@ def test_a_run_logs_the_memory_of_its_first_update(settings, caplog) -> None:
 def test_a_dry_run_logs_the_estimate_and_reads_no_weights(settings, caplog, tmp_path) -> None:
     pipeline = Weighed()
     with caplog.at_level(logging.INFO):
-        DreamBooth(pipeline).train(settings(dry_run=True, memory_limit=1.6))
+        DreamBooth(pipeline).train(settings(dry_run=True, memory_limit=1.6, gradient_checkpointing=False))
     assert "this run would not fit: training takes 2.0 GB of 1.6 GB" in log_text(caplog)
     assert "it would fit with --gradient_checkpointing (1.5 GB)" in log_text(caplog)
     assert not pipeline.prompts_encoded and not (tmp_path / "out").exists()
@@ -144,7 +147,7 @@ def test_guidance_is_no_warning_for_a_guided_model(settings) -> None:
 
 def test_a_run_beyond_the_limit_is_refused_with_flags_that_help(settings, tmp_path) -> None:
     with pytest.raises(SettingsError, match=r"--memory_limit.*--gradient_checkpointing \(1\.5"):
-        DreamBooth(Weighed()).train(settings(memory_limit=1.6))
+        DreamBooth(Weighed()).train(settings(memory_limit=1.6, gradient_checkpointing=False))
     with pytest.raises(SettingsError, match="no flag"):
         DreamBooth(Weighed()).train(settings(memory_limit=0.5))
     assert not (tmp_path / "out" / "run.json").exists()
@@ -195,6 +198,78 @@ def test_the_largest_image_and_prompt_limit_are_estimated(settings) -> None:
 def test_invalid_quantizations_are_refused(settings, changes) -> None:
     with pytest.raises(SettingsError, match="--quantize"):
         settings(**changes)
+
+
+# automatic gradient checkpointing
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "given", "on"), [(1.6, None, True), (1.6, False, False), (2.1, None, False), (2.1, True, True)]
+)
+def test_checkpointing_turns_itself_on_where_a_run_does_not_fit(
+    settings, caplog, monkeypatch, limit, given, on, dry_run
+) -> None:
+    monkeypatch.setattr(memory_estimate.tiling_plan, "available_bytes", lambda: int(limit * GB))
+    pipeline = Weighed()
+    with caplog.at_level(logging.INFO):
+        DreamBooth(pipeline).train(settings(gradient_checkpointing=given, dry_run=dry_run))
+    assert pipeline.requests[-1].gradient_checkpointing == on and pipeline.recomputes in (on, None)
+    lines = [line for line in warnings_of(caplog) if "gradient checkpointing is on" in line]
+    assert len(lines) == (on and given is None)
+    assert ("it would fit with --gradient_checkpointing" in log_text(caplog)) == (given is False)
+
+
+def test_checkpointing_is_a_derived_setting_that_may_change_on_resume(settings, tmp_path, monkeypatch) -> None:
+    available = [1.6 * GB]
+    monkeypatch.setattr(memory_estimate.tiling_plan, "available_bytes", lambda: int(available[0]))
+
+    def stop(progress: Progress) -> None:
+        if progress.update == 1 and progress.loss is not None:
+            raise KeyError
+
+    pipelines = [Weighed(), Weighed()]
+    with pytest.raises(KeyError):
+        DreamBooth(pipelines[0]).train(settings(), on_progress=stop)
+    written = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
+    assert written["derived"]["gradient_checkpointing"] is True and "gradient_checkpointing" not in written
+    available[0] = 100 * GB
+    assert DreamBooth(pipelines[1]).train(settings()).updates == 1
+    assert [pipeline.recomputes for pipeline in pipelines] == [True, False]
+
+
+def test_checkpointing_needs_a_known_limit_and_a_smaller_update(settings) -> None:
+    other = "cuda" if device.kind() == "mac" else "mac"
+    for changes, on in (({}, False), ({"memory_limit": 1.6}, True), ({"memory_limit": 0.9}, True)):
+        resolved = resolved_from(settings(dry_run=True, estimate_for=other, **changes))
+        work = workload(Weighed(), resolved, trained=100, shape=(16, 16), prompts=3, class_images=0)
+        assert fit_gradient_checkpointing(Weighed(), resolved, work)[0].gradient_checkpointing == on
+
+    class Constant(Weighed):
+        def footprint(self, work: Workload) -> Footprint:
+            return Footprint(phases=[Phase("training", GB, GB, 0)])
+
+    resolved = resolved_from(settings(memory_limit=1))
+    assert fit_gradient_checkpointing(Constant(), resolved, work) == (resolved, work)
+
+
+def test_auto_batch_size_stays_one_with_automatic_checkpointing(settings) -> None:
+    """A run that continues with less memory is the same run."""
+    for given, size in ((None, 1), (True, 4)):
+        pipeline = Weighed()
+        changes = {"gradient_checkpointing": given, "train_batch_size": None, "memory_limit": 1.9 if size == 1 else 3.1}
+        DreamBooth(pipeline).train(settings(dry_run=True, **changes))
+        assert (pipeline.requests[-1].batch, pipeline.requests[-1].gradient_checkpointing) == (size, True)
+
+
+def test_the_flag_has_an_opposite(instance_dir) -> None:
+    flags = ["--model", "x", "--instance_data_dir", str(instance_dir), "--instance_prompt", "a"]
+    for more, value in (([], None), (["--gradient_checkpointing"], True), (["--no_gradient_checkpointing"], False)):
+        assert settings_from(DreamBoothSettings, [*flags, *more]).gradient_checkpointing is value
 
 
 # micro-batches
@@ -285,6 +360,18 @@ def test_encoders_are_released_during_training(settings, monkeypatch) -> None:
         settings(model="tiny", instance_data_dir=str(EXAMPLE), instance_prompt="a photo of xyz star")
     )
     assert seen and all(gone == [True, True, True] for gone in seen)
+
+
+def test_speed_on_a_gpu_is_that_of_one_graph_of_products(monkeypatch) -> None:
+    evaluations = []
+    monkeypatch.setattr(memory_estimate.mx, "eval", lambda product: evaluations.append(product))
+    seconds = iter(range(100))
+    monkeypatch.setattr(memory_estimate.time, "perf_counter", lambda: next(seconds))
+    for kind, products in (("cpu", 1), ("mac", 20), ("cuda", 20)):
+        monkeypatch.setattr(memory_estimate, "device_kind", lambda kind=kind: kind)
+        evaluations.clear()
+        assert memory_estimate._operations_per_second(side=8, repeats=2) == products * 2 * 8**3
+        assert len(evaluations) == 3
 
 
 def test_times_are_formatted() -> None:
