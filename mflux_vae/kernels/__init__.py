@@ -5,7 +5,8 @@ so several times, and its transcendental functions are scalar; `mflux_vae.kernel
 Every function returns the dtype of its (first) argument; half precision is computed in float32 where it would lose
 more than its own rounding.
 
-`gpu_fusion`, `gpu_attention`, `gpu_conv`  formulas, attention and gradients of convolutions on Metal and CUDA
+`gpu_fusion`, `gpu_attention`, `gpu_conv`   the same on Metal and CUDA, where MLX alone is not enough
+`quantized`             products with quantized weights on every device
 
 `cpu.parallel`          fills an output in place, chunk by chunk, on every core
 `cpu.im2col`            gathers and sums the windows of an image

@@ -73,3 +73,29 @@ def test_chunks_run_on_the_current_default_stream() -> None:
     for stream in outside[1:]:
         with mx.stream(stream):
             assert parallel._streams() == outside, "within a chunk"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_evaluated_on_gpus(compiled: bool, gpu_branch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(mx, "eval", refuse)
+    monkeypatch.setattr(mx, "async_eval", refuse)
+    kernel, one = mx.zeros((32, 3, 3, 32)), mx.ones((32,))
+    norm = 4, one, one, 1e-6
+
+    def everything(x: mx.array) -> mx.array:
+        x = kernels.norm_silu_conv2d(kernels.group_norm(x, *norm), norm, kernel, one, padding=1, residual=x)
+        x = kernels.conv2d(kernels.repeat_conv2d(x, kernel, padding=1), kernel, stride=2, padding=1)
+        x = kernels.batch_norm(kernels.conv_transpose2d(x, kernel), one, one, 1e-6)[0]
+        x = kernels.layer_norm(kernels.rms_norm(x, one, 1e-6), one, one, 1e-6)
+        for activation in (kernels.relu, kernels.silu, kernels.gelu, kernels.gelu_tanh, kernels.tanh, kernels.sigmoid):
+            x = activation(x)
+        x = x.reshape(2, 4, -1, 32)
+        x = kernels.map_batch(lambda x: kernels.attention(x, x, x, scale=0.1), kernels.softmax(x))
+        return kernels.quantized_product(x, *mx.quantize(mx.ones((64, 32)), 32, 4), group_size=32, bits=4)
+
+    gradient = mx.grad(lambda x: everything(x).sum())
+    x = mx.zeros((2, 64, 64, 32))
+    assert (mx.compile(gradient) if compiled else gradient)(x).shape == x.shape
