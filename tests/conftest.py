@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import huggingface_hub.constants
+import mlx.core as mx
 import pytest
 
 from mflux_vae import cli
@@ -32,16 +33,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("as_gpu"):
-        chosen = [item for item in items if branch.in_share(item.path)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    as_gpu = config.getoption("as_gpu")
+    chosen = [item for item in items if (branch.in_share(item.path) if as_gpu else item.path.name != branch.ALONE)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture
 def gpu_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """This test runs the code for Metal and CUDA, with bfloat16 as the default."""
     branch.force(monkeypatch)
+
+
+@pytest.fixture
+def gpu_dtype(pytestconfig: pytest.Config) -> mx.Dtype:
+    """The default dtype of a session with `--as-gpu`."""
+    return branch.DTYPES[pytestconfig.getoption("as_gpu")]
 
 
 @pytest.fixture

@@ -31,6 +31,9 @@ SHARE = (
 )
 """Test files and folders that hold on every device."""
 
+ALONE = "test_as_gpu.py"
+"""Name of test files that run in such a session only."""
+
 
 def force(patch: pytest.MonkeyPatch, *, cpu: bool = False, dtype: mx.Dtype = mx.bfloat16) -> None:
     """Let `is_cpu` answer `cpu` in every thread; without one, compute in `dtype` and have `MEMORY_BYTES`."""
@@ -45,4 +48,4 @@ def force(patch: pytest.MonkeyPatch, *, cpu: bool = False, dtype: mx.Dtype = mx.
 def in_share(path: Path) -> bool:
     """Whether a test file runs in a session with `--as-gpu`."""
     root = Path(__file__).parents[1]
-    return any(path.is_relative_to(root / part) for part in SHARE)
+    return path.name == ALONE or any(path.is_relative_to(root / part) for part in SHARE)
