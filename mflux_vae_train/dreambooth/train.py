@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import MfluxVaeError, SettingsError, TrainingError
 from mflux_vae.runtime.device_errors import device_errors
+from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -40,7 +42,7 @@ from mflux_vae_train.dreambooth.planning.adapter import attach
 from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update, less_memory
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
-from mflux_vae_train.dreambooth.precompute import precompute
+from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
@@ -157,12 +159,19 @@ class DreamBooth:
                     run_folder.log_to_file(folder.log) if processes.is_main else nullcontext(),
                     awake(settings.caffeinate),
                     device_errors(cure),
+                    _memory_limits(run),
                 ):
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
                     pipeline_features.apply(self.pipeline, run.resolved)
                     return _train(self.pipeline, run, folder, processes, report)
             except OSError as error:
                 raise TrainingError(f"{error}; repeat the command to continue when it can be written again") from error
+
+
+def _memory_limits(run: Preparation) -> AbstractContextManager[None]:
+    if run.estimate is None:
+        return limited()
+    return limited(peak=run.estimate.footprint.peak, work=run.estimate.footprint.work)
 
 
 def _train(
@@ -176,6 +185,39 @@ def _train(
 
     precomputed = precompute(pipeline, run, folder.encodings, processes, begin)
     mx.clear_cache()
+    identity = {name: value for name, value in run.identity.items() if name != TO_GENERATE}
+    identity |= precomputed.class_identity
+    start, monitor = _optimize(pipeline, run, precomputed, identity, folder, processes, report)
+    del precomputed
+    gc.collect()  # the compiled step, which holds all weights, and the optimizer: both refer to themselves
+    mx.clear_cache()
+    result = result_path(pipeline, resolved.train_mode, folder)
+    if not processes.is_main:
+        return TrainingResult(result=result, updates=plan.updates - start)
+    write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
+    if resolved.fuse:
+        _log([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, resolved, folder)}"])
+    write_model_card(pipeline, resolved, folder, result)
+    run_folder.finish(folder, identity, result, run.status.branch)
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    peak = size_text(peak_memory(read_metrics(folder.metrics)))
+    _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
+    monitor.finish(f"after {minutes}:{seconds:02} minutes")
+    report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
+    return TrainingResult(result=result, updates=plan.updates - start)
+
+
+def _optimize(
+    pipeline: DiffusionPipeline,
+    run: Preparation,
+    precomputed: Precomputed,
+    identity: Mapping[str, Any],
+    folder: RunFolder,
+    processes: ProcessGroup,
+    report: OnProgress,
+) -> tuple[int, Monitor]:
+    """Make the updates and save the result; the update that it started after, and what shows the run."""
+    resolved, plan = run.resolved, run.resolved.plan
 
     # model, optimizer, loss
     trained = networks(pipeline, resolved)
@@ -201,8 +243,6 @@ def _train(
     objects = {"denoiser": state.parameters(model), "optimizer": state.tree_state(optimizer.state)}
     pending = PendingHooks()
     objects["pending_hooks"] = pending.stateful()
-    identity = {name: value for name, value in run.identity.items() if name != TO_GENERATE}
-    identity |= precomputed.class_identity
 
     def resume() -> int:
         if (path := run.status.checkpoint) is None:
@@ -246,7 +286,7 @@ def _train(
 
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
-    begin("training")
+    report(Progress(phase="training", update=run.status.update, total=plan.updates))
     with Monitor(
         pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
     ) as monitor:
@@ -279,20 +319,7 @@ def _train(
 
     if start == plan.updates:
         save()  # a finished run that lacks a requested file
-    result = result_path(pipeline, resolved.train_mode, folder)
-    if not processes.is_main:
-        return TrainingResult(result=result, updates=plan.updates - start)
-    write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
-    if resolved.fuse:
-        _log([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, resolved, folder)}"])
-    write_model_card(pipeline, resolved, folder, result)
-    run_folder.finish(folder, identity, result, run.status.branch)
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    peak = size_text(peak_memory(read_metrics(folder.metrics)))
-    _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
-    monitor.finish(f"after {minutes}:{seconds:02} minutes")
-    report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
-    return TrainingResult(result=result, updates=plan.updates - start)
+    return start, monitor
 
 
 def _loss(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Loss:

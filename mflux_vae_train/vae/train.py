@@ -19,6 +19,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import compute_dtype, use_cpu
+from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.paths import file_name
 from mflux_vae_train.checkpointing import checkpoint, state
@@ -121,7 +122,8 @@ class VAETrainer:
                 return TrainingResult(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
             with Lock(self.folder) if processes.is_main else nullcontext() as lock:
                 try:
-                    return self._train(lock, processes)
+                    with limited():
+                        return self._train(lock, processes)
                 except OSError as error:
                     raise TrainingError(f"{error}; run the same command again to resume") from error
 

@@ -125,6 +125,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     # forward pass, gradients of inputs; and recomputation, gradients of all weights
     passes = 2 + work.gradient_checkpointing + (not work.adapter)
     previews = [Phase("previews", transformer + learning, drawing, 0.0)] if work.previews else []
+    adapted = transformer + _FULL * work.trained
+    fusing = [Phase("fusing", adapted, max(fusing_bytes(configs, here), autoencoder), 0.0)] if work.fuse else []
     return [
         *phases,
         Phase("latents", held + autoencoder, encoding, 0.0),
@@ -137,6 +139,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
             one_trained * passes * work.batch * work.micro_batches,
         ),
         *previews,
+        *fusing,
     ]
 
 
@@ -182,6 +185,14 @@ def clip_bytes(config: CLIPTextConfig, batch: int) -> int:
 def dequantized_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
     """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
     return 0 if precision.fused else int(DEQUANTIZED * (1 + MLP_RATIO) * config.width**2 * precision.width)
+
+
+def fusing_bytes(configs: Configs, precision: Precision) -> int:
+    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
+    the dtype of a file to the network's and then to that of another file."""
+    layer = (1 + MLP_RATIO) * configs.transformer.width**2
+    embedding = configs.text_encoder_2.vocab_size * configs.text_encoder_2.d_model
+    return int(max(layer * (_FULL + precision.width), embedding * (2 + precision.width + 2)))
 
 
 def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:

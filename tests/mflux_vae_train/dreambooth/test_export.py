@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +15,9 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.weights.formats.files import read_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.dreambooth import train
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.export import FUSED, KOHYA
+from mflux_vae_train.dreambooth.export import FUSED, KOHYA, save_fused
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
@@ -107,7 +109,20 @@ def test_interrupted_equals_uninterrupted(changes, settings, tmp_path, monkeypat
     assert_equal_adapters(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_exports_for_other_programs(settings, tmp_path):
+def test_exports_for_other_programs(settings, tmp_path, monkeypatch):
+    references, held = [], []
+
+    class Watched(train.Step):
+        def __init__(self, model, optimizer, *arguments, **named) -> None:
+            super().__init__(model, optimizer, *arguments, **named)
+            references.extend(weakref.ref(one) for one in (self, optimizer))
+
+    def fuse(*arguments):
+        held.extend(reference() for reference in references)
+        return save_fused(*arguments)
+
+    monkeypatch.setattr(train, "Step", Watched)
+    monkeypatch.setattr(train, "save_fused", fuse)
     given = {"output_kohya_format": True, "fuse": True, "num_validation_images": 1, "resolution": 32}
     pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED)
     base = dict(tree_flatten(small_pipeline(tmp_path / "parts").denoiser.parameters()))
@@ -123,6 +138,8 @@ def test_exports_for_other_programs(settings, tmp_path):
         moved[name] = float(mx.abs(b @ a).max())
     assert len(moved) == len(tensors) // 2 and max(moved.values()) > 2e-2
     assert not adapted(pipeline), "the adapter is in the weights, and would count twice"
+
+    assert held == [None, None], "the step would hold the weights before fusing, the optimizer its state"
 
     # kohya's naming
     tensors, metadata = read_safetensors(out / KOHYA)

@@ -121,6 +121,12 @@ def test_four_bit_flux_trains_within_12_gb(embeds: bool, tokens: int) -> None:
     assert phases[3].weights > 6e9
 
 
+def test_fusing_takes_less_than_training_and_no_second_network() -> None:
+    *_, learning, _, fusing = memory.phases(published(True), training(fuse=True), text_tokens=512, precision=HALF)
+    assert (learning.name, fusing.name) == ("training", "fusing")
+    assert fusing.weights < learning.weights and fusing.work < 0.1 * fusing.weights
+
+
 def test_each_memory_option_reduces_the_estimate() -> None:
     def peak(**changes) -> int:
         phases = memory.phases(published(True), training(**changes), text_tokens=512, precision=HALF)
