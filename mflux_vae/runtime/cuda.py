@@ -108,11 +108,13 @@ def _why_none() -> str:
 
 def _keep_kernels(version: str, architecture: str) -> None:
     """Set `KERNELS_VARIABLE`. Without a home that can be written MLX uses its folder of temporary files."""
+    if KERNELS_VARIABLE in os.environ:
+        return
     with suppress(OSError, RuntimeError):
         folder = kernels_folder(version, architecture)
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
-            os.environ.setdefault(KERNELS_VARIABLE, str(folder))
+            os.environ[KERNELS_VARIABLE] = str(folder)
 
 
 def kernels_folder(version: str, architecture: str) -> Path:
@@ -150,4 +152,4 @@ def _card_warning(info: Mapping[str, Any]) -> str | None:
 def _wsl_warning() -> str | None:
     if "microsoft" not in platform.release().lower():
         return None
-    return "under WSL a GPU keeps arrays that NumPy made or read in the memory of the host, which is slow; prefer Linux"
+    return "under WSL arrays that come from NumPy stay in the memory of the host, and the GPU is slow; use Linux itself"

@@ -138,7 +138,7 @@ def eval_each(tree: Any) -> None:
 def copy_with_cuda(array: mx.array) -> mx.array:
     """A copy in the memory of an NVIDIA card, bit for bit; on other devices the array itself.
 
-    An array that NumPy made or read stays in memory of the host, which each kernel may read over the bus (WSL).
+    An array that comes from NumPy stays in the memory of the host, and under WSL each kernel reads it over the bus.
     """
     if kind() != "cuda":
         return array

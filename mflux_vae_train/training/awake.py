@@ -39,7 +39,7 @@ def _start() -> subprocess.Popen[bytes] | None:
         return None
     command = [program, "-i", "-w", str(os.getpid())]  # it ends with this process at the latest
     try:
-        # in a session of its own, which Ctrl-C does not reach
+        # in another session, which Ctrl-C does not reach
         return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
     except OSError as error:
         logger.debug("%s: not started (%s)", program, error)

@@ -53,6 +53,10 @@ def test_variables_are_set_before_the_first_operation_and_those_of_the_user_win(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLX_CUDA_CONV_CACHE_SIZE", "7")
+    monkeypatch.setenv(cuda.KERNELS_VARIABLE, "/kernels")
+    cuda.prepare(core(), tune=True)
+    assert os.environ.pop(cuda.KERNELS_VARIABLE) == "/kernels" and not [*tmp_path.iterdir()]
+    del os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"]
     assert cuda.prepare(core(), tune=False) == []
     assert cuda.KERNELS_VARIABLE not in os.environ and "MLX_CUDA_GRAPH_CACHE_SIZE" not in os.environ
     assert cuda.prepare(core(), tune=True) == []
