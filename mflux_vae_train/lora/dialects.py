@@ -26,11 +26,13 @@ A, B, MAGNITUDE, ALPHA = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_ve
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 """Ends of kohya's keys."""
 
+DORA_SCALE = ".dora_scale"
+"""End of kohya's keys of DoRA's magnitudes: (out, 1), or (1, in) where they are of columns."""
+
 _REFUSED = {
     r"\.processor\.(qkv|proj)_lora\d*\.": "XLabs' form",
     r"\.lokr_": "LoKr",
     r"\.hada_": "LoHa",
-    r"\.dora_scale$": "DoRA in kohya's form",
     r"\.(oft|boft)_": "OFT",
     r"\.(ia3_l|on_input)": "(IA)3",
     r"\.lora_mid\.": "LoCon with a third matrix",
@@ -63,8 +65,11 @@ RULES = (
     *_pair("{path}.lora_linear_layer.down.weight", "{path}.lora_linear_layer.up.weight"),
     Rule("{path}.processor.{name}_lora.down.weight", f"{{path}}.{{name}}{A}"),
     Rule("{path}.processor.{name}_lora.up.weight", f"{{path}}.{{name}}{B}"),
+    Rule("{path}.self_attn.to_{name}_lora.down.weight", f"{{path}}.self_attn.{{name}}_proj{A}"),
+    Rule("{path}.self_attn.to_{name}_lora.up.weight", f"{{path}}.self_attn.{{name}}_proj{B}"),
     *_pair("{path}.lora_a", "{path}.lora_b", transposed=True),  # mlx-lm, mlx-examples
     Rule("{path}.lora_magnitude_vector.{adapter}", f"{{path}}{MAGNITUDE}"),
+    Rule(f"{{path}}{DORA_SCALE}", f"{{path}}{MAGNITUDE}", mx.flatten),
 )
 """Ends of keys, which are read and never written: this project writes PEFT's and kohya's."""
 
@@ -76,8 +81,10 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module|stat
 _BLOCK = re.compile(r"([a-z][a-z_]*?)[._](\d{1,6})[._]")
 _DENOISER = re.compile(r"(?:model\.)?diffusion_model\.|lora_(?:unet|transformer)_")
 _TEXT_ENCODER = re.compile(
-    r"(?:lora_)?(?:te|text_encoder_?)(\d?)[._]|(?:text_encoders\.)?(?:clip_[lgh]|t5xxl|qwen\w*)\.(?:transformer\.)?"
+    r"(?:lora_)?(?:te|text_encoder_?)(\d?)[._]|(?:text_encoders\.)?(clip_[lgh]|t5xxl|qwen\w*)\.(?:transformer\.)?"
 )
+_SECOND = ("clip_g", "t5xxl")
+"""Text encoders that come second wherever they are used."""
 
 
 def check_kind(keys: Collection[str], where: str) -> None:
@@ -100,6 +107,20 @@ def check_kind(keys: Collection[str], where: str) -> None:
                 f"{where}: holds an adapter whose keys are not known ({some}); convert it to PEFT's names"
             )
         raise WeightsError(f"{where}: contains no adapter, but {kind} ({some}); give a file with LoRA weights")
+
+
+def check_magnitudes(tensors: Mapping[str, mx.array], where: str) -> None:
+    """Check that kohya's magnitudes of DoRA are those of outputs, as PEFT's are.
+
+    Raises:
+        WeightsError: names the first that is not.
+    """
+    for key, tensor in tensors.items():
+        if key.endswith(DORA_SCALE) and tensor.size != (tensor.shape or (0,))[0]:
+            raise WeightsError(
+                f"{where}: holds DoRA with magnitudes of inputs ({first_few([key], 1, 110)}), which is not supported;"
+                " convert it to plain LoRA"
+            )
 
 
 def renamed(tensors: Mapping[str, mx.array], where: str) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -148,10 +169,10 @@ class LayerNames:
         """Prefix of the network, and paths of the layers that this layer of a file stands for; none if unknown."""
         if name in self._exact:
             return self._exact[name]
-        prefix, rest = self._network(name)
+        prefix, rest = self.network(name)
         if paths := self._flat.get(prefix, {}).get(rest.replace(".", "_")):
             return prefix, paths
-        prefix, rest = self._network(_WRAPPERS.sub("", name))
+        prefix, rest = self.network(_WRAPPERS.sub("", name))
         flat = self._flat.get(prefix, {})
         for spelled in (rest, rest.replace(".layers.", "."), f"{rest}.0"):  # MLX's Sequential; diffusers before PEFT
             if paths := flat.get(spelled.replace(".", "_")):
@@ -162,13 +183,14 @@ class LayerNames:
         ends = [paths for flat_name, paths in flat.items() if flat_name.endswith(f"_{rest.replace('.', '_')}")]
         return prefix, ends[0] if len(ends) == 1 and prefix != self._denoiser else ()
 
-    def _network(self, name: str) -> tuple[str, str]:
+    def network(self, name: str) -> tuple[str, str]:
+        """Prefix of the network that a layer of a file belongs to, and the rest of its name."""
         if found := next((prefix for prefix in self._flat if name.startswith(f"{prefix}.")), None):
             return found, name.removeprefix(f"{found}.")
         if match := _DENOISER.match(name):
             return self._denoiser, name[match.end() :]
         if match := _TEXT_ENCODER.match(name):
-            number = match[1] or ""
+            number = "2" if match[2] in _SECOND else match[1] or ""
             return "text_encoder" + (f"_{number}" if number not in ("", "1") else ""), name[match.end() :]
         return ("text_encoder" if name.startswith("text_model.") else self._denoiser), name
 
@@ -186,7 +208,7 @@ def outline(layers: Iterable[tuple[str, int]]) -> tuple[int, list[int]] | None:
     counts: dict[str, int] = {}
     widths = set()
     for name, inputs in layers:
-        if match := _BLOCK.search(_DENOISER.sub("", _WRAPPERS.sub("", name))):
+        if match := _BLOCK.search(_WRAPPERS.sub("", name).replace(".", "_")):
             counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
             widths.add(inputs)
     ordered = sorted(counts, key=lambda name: (len(name), name))

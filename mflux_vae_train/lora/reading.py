@@ -18,12 +18,14 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import count_text, first_few, shortened, summarize
 from mflux_vae_train.lora.dialects import (
     ALPHA,
+    DORA_SCALE,
     MAGNITUDE,
     A,
     B,
     LayerNames,
     Modules,
     check_kind,
+    check_magnitudes,
     counterpart,
     outline,
     renamed,
@@ -114,6 +116,7 @@ def read_adapter(
             raise WeightsError(
                 f"{path}: {shortened(key, 100)} is {dtype}, and an adapter has floats; save it as float32"
             )
+    check_magnitudes(tensors, str(path))
     found, source = renamed(tensors, str(path))
     statements = Statements(metadata, path)
     statements.check(networks)
@@ -137,9 +140,11 @@ def _placed(
             faults["unknown "].append(source[key])
         else:
             by_layer.setdefault(key.removesuffix(end), {})[end] = tensor
-    lookup = LayerNames({prefix: bases(module) for prefix, module in networks.items()}, names)
+    linears = {prefix: bases(module) for prefix, module in networks.items()}
+    lookup = LayerNames(linears, names)
     placed: list[_Layer] = []
     others: dict[str, list[str]] = {}
+    convolutions: list[str] = []
     taken: dict[tuple[str, tuple[str, ...]], str] = {}
     for name, parts in by_layer.items():
         prefix, paths = lookup.find(name)
@@ -147,19 +152,26 @@ def _placed(
         layer = _Layer(name=name, prefix=prefix, paths=paths, tensors=parts)
         if prefix not in networks:
             others.setdefault(prefix, []).extend(keys)
+        elif any(parts[end].ndim == 4 for end in (A, B) if end in parts) or not linears[prefix].keys() >= {*paths}:
+            convolutions += keys
         elif not paths or (A not in parts and B not in parts):
             faults["unknown "] += keys
         elif A not in parts or B not in parts:
             faults["missing "].append(counterpart(keys[0]))
-        elif wrong := _wrong_shapes(layer, bases(networks[prefix]), source):
+        elif wrong := _wrong_shapes(layer, linears[prefix], source):
             faults[""].append(wrong)
         elif (first := taken.setdefault((prefix, tuple(paths)), keys[0])) != keys[0]:
             faults[""].append(f"{first} and {keys[0]} are for one layer")
         else:
             placed.append(layer)
+    if convolutions:
+        raise WeightsError(
+            f"{path}: adapts convolutions ({count_text(len(convolutions), 'key')}, such as"
+            f" {shortened(convolutions[0], 110)}), which is not supported; give an adapter of linear layers"
+        )
     if any(faults.values()):
         fit = sum(len(one.tensors) for one in placed)
-        _refuse(path, by_layer, networks, faults, f"{fit} of {len(tensors)} keys match", nothing=not placed)
+        _refuse(path, by_layer, lookup, networks, faults, f"{fit} of {len(tensors)} keys match", nothing=not placed)
     if others:
         (prefix, keys), *_ = others.items()
         raise WeightsError(
@@ -188,6 +200,7 @@ def _wrong_shapes(layer: _Layer, linears: Mapping[str, Any], source: Mapping[str
 def _refuse(
     path: Path,
     by_layer: Mapping[str, Mapping[str, mx.array]],
+    lookup: LayerNames,
     networks: Networks,
     faults: Mapping[str, Sequence[str]],
     matches: str,
@@ -196,7 +209,12 @@ def _refuse(
 ) -> NoReturn:
     """Say which model the file was made for, if that shows, or which keys do not fit."""
     prefix, module = next(iter(networks.items()))
-    theirs = outline((name, parts[A].shape[-1]) for name, parts in by_layer.items() if A in parts and parts[A].ndim)
+    theirs = outline(
+        (rest, parts[A].shape[-1])
+        for name, parts in by_layer.items()
+        for its, rest in [lookup.network(name)]
+        if its == prefix and A in parts and parts[A].ndim
+    )
     ours = outline((name, dimensions(layer)[1]) for name, layer in bases(module).items())
     if theirs is not None and ours is not None:
         same = len(theirs[1]) == len(ours[1])
@@ -226,7 +244,9 @@ def _adapter(
     _check_statements(found, statements, given, rank_pattern)
     dora = any(MAGNITUDE in one.tensors for one in found)
     if without := [one.name for one in found if dora and MAGNITUDE not in one.tensors]:
-        raise WeightsError(f"{path}: missing {first_few([name + MAGNITUDE for name in without], 2)}; take a whole file")
+        of_kohya = any(key.endswith(DORA_SCALE) for key in source.values())
+        missing = [f"{name}{DORA_SCALE if of_kohya else MAGNITUDE}" for name in without]
+        raise WeightsError(f"{path}: missing {first_few(missing, 2)}; take a whole file")
     if statements.flag("use_dora", prefix) and not dora:
         raise WeightsError(f"{path}: states use_dora and has no magnitudes; take a whole file")
     tensors: dict[str, mx.array] = {}

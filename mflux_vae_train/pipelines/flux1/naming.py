@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
+from mflux_vae_train.pipelines.text.clip_naming import CLIP_ATTENTION as CLIP_ATTENTION
+from mflux_vae_train.pipelines.text.clip_naming import kohya_modules
 
 ATTENTION = (
     *(f"*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -19,9 +21,6 @@ MLP = (
     "*.proj_out",  # of single blocks; the transformer's last layer is just "proj_out"
 )
 PRESETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *MLP)}
-
-CLIP_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-CLIP_ATTENTION = tuple(f"*.self_attn.{name}" for name in CLIP_PROJECTIONS)
 
 _DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -90,12 +89,6 @@ def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNa
         for i in range(count):
             for name, members in names.items():
                 modules[f"lora_unet_{kind}_{i}_{name}"] = tuple(f"{blocks}.{i}.{member}" for member in members)
-    layers = [
-        f"text_model.encoder.layers.{i}.{layer}"
-        for i in range(clip.num_hidden_layers)
-        for layer in (*(f"self_attn.{name}" for name in CLIP_PROJECTIONS), "mlp.fc1", "mlp.fc2")
-    ]
-    clip_modules = {f"lora_te1_{path.replace('.', '_')}": (path,) for path in layers}
     kind = "dev" if config.guidance_embeds else "schnell"
     metadata = {
         "modelspec.architecture": f"flux-1-{kind}/lora",
@@ -109,7 +102,7 @@ def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNa
         for name, path in _MFLUX.items()
     }
     return KohyaNaming(
-        modules={"transformer": modules, "text_encoder": clip_modules},
+        modules={"transformer": modules, "text_encoder": kohya_modules(clip, "lora_te1")},
         metadata=metadata,
         read_only={"transformer": read_only},
     )

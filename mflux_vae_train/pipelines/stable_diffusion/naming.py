@@ -1,0 +1,94 @@
+"""Groups of the UNet's layers, their names in kohya's scripts, and instructions for using an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mflux_vae_train.pipelines.capabilities import KohyaNaming
+from mflux_vae_train.pipelines.stable_diffusion.configs import Configs
+from mflux_vae_train.pipelines.stable_diffusion.files import keys
+from mflux_vae_train.pipelines.stable_diffusion.unet_config import UNetConfig
+from mflux_vae_train.pipelines.text.clip_naming import kohya_modules
+
+ATTENTION = tuple(f"*.attn?.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+MLP = ("*.ff.net.0.proj", "*.ff.net.2")
+PROJECTIONS = ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
+PRESETS: Mapping[str, Sequence[str]] = {
+    "attention": ATTENTION,
+    "attention+mlp": (*ATTENTION, *MLP),
+    "attention+mlp+proj": (*ATTENTION, *MLP, *PROJECTIONS),
+}
+"""The last one has the layers that kohya's scripts adapt. In Stable Diffusion 1, projections are convolutions."""
+
+_BLOCK = (
+    *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj", "ff.net.2"),
+)
+"""Layers of a transformer block."""
+
+_BASE_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2_v",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+}
+"""kohya's name of a base model, by ModelSpec's."""
+
+
+def kohya_naming(configs: Configs) -> KohyaNaming:
+    """Names for the layers of the UNet and the text encoders: CompVis' in SDXL, diffusers' in Stable Diffusion 1 and 2.
+
+    The other naming is read, too.
+    """
+    layers, xl = _linear_layers(configs.unet), configs.generation == 3
+    original, ours = ({_flat(pair[place]): (pair[1],) for pair in layers} for place in (0, 1))
+    prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"} if xl else {"text_encoder": "lora_te"}
+    text = {part: kohya_modules(config, prefixes[part]) for part, config in configs.text_encoders.items()}
+    architecture = configs.architecture
+    return KohyaNaming(
+        modules={"unet": {f"lora_unet_{name}": paths for name, paths in (original if xl else ours).items()}, **text},
+        metadata={
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if xl else "diffusers",
+            "modelspec.prediction_type": configs.schedule.prediction_type.removesuffix("_prediction"),
+            "ss_base_model_version": _BASE_VERSIONS[architecture],
+            "ss_network_module": "networks.lora",
+            "ss_v2": str(configs.generation == 2),
+        },
+        read_only={"unet": ours if xl else original},
+    )
+
+
+def usage(base: str | None, adapter: str, prompt: str, configs: Configs, *, dora: bool) -> dict[str, str]:
+    """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
+    name = configs.class_name
+    python = f"""```python
+import torch
+from diffusers import {name}
+
+pipeline = {name}.from_pretrained({base or "path/to/the/base/model"!r}, torch_dtype=torch.float16)
+pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
+image = pipeline({prompt!r}).images[0]
+```"""
+    others = (
+        "Train with `--output_kohya_format` and copy `pytorch_lora_weights_kohya.safetensors` into `models/loras`"
+        " (ComfyUI) or `models/Lora` (AUTOMATIC1111, where a prompt ends with `<lora:NAME:1>`)."
+    )
+    no_dora = "kohya's format stores no magnitudes of DoRA. Train with `--fuse` to get a whole pipeline instead."
+    return {"diffusers": python, "ComfyUI and AUTOMATIC1111": no_dora if dora else others}
+
+
+def _linear_layers(config: UNetConfig) -> list[tuple[str, str]]:
+    """CompVis' and our names of linear layers that kohya's scripts adapt, and of those that embed the time."""
+    found = []
+    for theirs, ours in keys.unet_layers(config).items():
+        if ours.endswith(".time_emb_proj"):
+            found.append((theirs, ours))
+    for theirs, ours, depth in keys.transformers(config):
+        names = [f"transformer_blocks.{index}.{layer}" for index in range(depth) for layer in _BLOCK]
+        found += [(f"{theirs}.{layer}", f"{ours}.{layer}") for layer in ("proj_in", *names, "proj_out")]
+    return found
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")

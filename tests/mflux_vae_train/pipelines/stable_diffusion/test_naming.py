@@ -1,0 +1,213 @@
+"""Adapters of Stable Diffusion in the namings of diffusers, kohya's scripts and ComfyUI: the same weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mflux_vae.errors import WeightsError
+from mflux_vae.weights.formats.files import write_safetensors
+from mflux_vae_train import lora
+from mflux_vae_train.lora.targets import dimensions, linears
+from mflux_vae_train.pipelines.stable_diffusion import naming
+from mflux_vae_train.pipelines.stable_diffusion.configs import SD_1, SD_2, SD_2_BASE, SDXL, Configs
+from mflux_vae_train.pipelines.stable_diffusion.files import keys
+from mflux_vae_train.pipelines.stable_diffusion.unet import UNet
+from mflux_vae_train.pipelines.text import clip
+from mflux_vae_train.pipelines.text.clip_naming import CLIP_ATTENTION
+from tests.mflux_vae_train.pipelines.stable_diffusion.files.small_models import small_configs
+
+RANK = 3
+
+
+def networks(configs: Configs) -> dict[str, nn.Module]:
+    found = {"unet": UNet(configs.unet), "text_encoder": clip.CLIPTextModel(configs.text_encoder)}
+    if configs.text_encoder_2 is not None:
+        found["text_encoder_2"] = clip.CLIPTextModelWithProjection(configs.text_encoder_2)
+    return found
+
+
+def names(configs: Configs) -> dict[str, dict]:
+    its = naming.kohya_naming(configs)
+    return {prefix: {**its.read_only.get(prefix, {}), **modules} for prefix, modules in its.modules.items()}
+
+
+def matrices(configs: Configs, patterns: tuple[str, ...] = naming.ATTENTION) -> dict[str, tuple[mx.array, mx.array]]:
+    """(A, B) of layers of all networks, by network and path."""
+    draws, found = np.random.default_rng(0), {}
+    for prefix, network in networks(configs).items():
+        layers = linears(network)
+        for path in lora.matching(network, patterns if prefix == "unet" else CLIP_ATTENTION):
+            outputs, inputs = dimensions(layers[path])
+            shapes = (RANK, inputs), (outputs, RANK)
+            found[f"{prefix}.{path}"] = tuple(mx.array(draws.standard_normal(s, np.float32)) for s in shapes)
+    return found
+
+
+def read(configs: Configs, tensors: Mapping[str, mx.array], path: Path) -> dict[str, np.ndarray]:
+    """Weight changes that a file makes, by network and path."""
+    write_safetensors(path, dict(tensors), {})
+    trained = networks(configs)
+    lora.load_adapter(trained, path, names(configs))
+    return {
+        f"{prefix}.{name}": np.array(layer.scale * (layer.lora_a @ layer.lora_b).T)
+        for prefix, network in trained.items()
+        for name, layer in lora.layers(network).items()
+    }
+
+
+def kohya(name: str, xl: bool) -> str:
+    prefix, _, path = name.partition(".")
+    starts = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if xl else "lora_te_", "text_encoder_2": "lora_te2_"}
+    return starts[prefix] + path.replace(".", "_")
+
+
+def spelled(configs: Configs, dialect: str) -> dict[str, mx.array]:
+    """The adapter of `matrices` in another spelling, with alpha twice the rank where it states one."""
+    tensors, xl = {}, configs.text_encoder_2 is not None
+    original = {ours: theirs for theirs, ours, _ in keys.transformers(configs.unet)}
+    for name, (down, up) in matrices(configs).items():
+        layer, ends = name, ("lora_A.weight", "lora_B.weight")
+        of_text = name.startswith("text_encoder")
+        if dialect.startswith("diffusers"):
+            kind = ".lora_linear_layer" if of_text else ".lora"
+            ends = f"{kind[1:]}.down.weight", f"{kind[1:]}.up.weight"
+            if "processor" in dialect and not of_text:
+                head, _, last = name.removesuffix(".0").rpartition(".")
+                layer, ends = f"{head}.processor.{last}_lora", ("down.weight", "up.weight")
+            if "without prefix" in dialect:
+                layer = layer.removeprefix("unet.")
+        elif dialect == "oldest of text":
+            if of_text:
+                head, _, last = name.removesuffix("_proj").rpartition(".")
+                layer, ends = f"{head}.to_{last}_lora", ("down.weight", "up.weight")
+        elif dialect != "PEFT":
+            ends = "lora_down.weight", "lora_up.weight"
+            layer = kohya(name, xl)
+            if "original" in dialect and not of_text:
+                block = next(ours for ours in original if name.startswith(f"unet.{ours}."))
+                layer = name.replace(f"unet.{block}", original[block])
+                layer = f"diffusion_model.{layer}" if "dots" in dialect else f"lora_unet_{layer.replace('.', '_')}"
+            tensors[f"{layer}.alpha"] = mx.array(2.0 * RANK)
+        if dialect == "kernels":
+            down, up = down[..., None, None], up[..., None, None]
+        tensors |= {f"{layer}.{end}": tensor for end, tensor in zip(ends, (down, up), strict=True)}
+    return tensors
+
+
+DIALECTS = (
+    *(
+        "PEFT",
+        "diffusers before PEFT",
+        "diffusers, processor",
+        "diffusers, processor, without prefix",
+        "oldest of text",
+    ),
+    *("kohya", "kohya, original", "kohya, original, dots", "kernels"),
+)
+
+
+@pytest.mark.parametrize(("kind", "dialect"), [("sd2", one) for one in DIALECTS] + [("sdxl", one) for one in DIALECTS])
+def test_every_spelling_is_the_same_adapter(kind: str, dialect: str, tmp_path: Path) -> None:
+    configs = small_configs(kind)
+    found = read(configs, spelled(configs, dialect), tmp_path / "a.safetensors")
+    expected = matrices(configs)
+    assert found.keys() == expected.keys()
+    factor = 2.0 if ("kohya" in dialect or dialect == "kernels") else 1.0
+    for name, (a, b) in expected.items():
+        np.testing.assert_allclose(found[name], factor * np.array(b @ a), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_what_is_written_for_kohya_is_read_back(kind: str, tmp_path: Path) -> None:
+    configs, tensors = small_configs(kind), {}
+    trained = networks(configs)
+    for prefix, network in trained.items():
+        patterns = naming.PRESETS["attention+mlp+proj"] if prefix == "unet" else CLIP_ATTENTION
+        lora.add_lora(network, patterns, rank=2, alpha=1.0)
+        for index, layer in enumerate(lora.layers(network).values()):
+            layer.lora_b = mx.sin(mx.arange(layer.lora_b.size) + index).reshape(layer.lora_b.shape)
+        tensors |= lora.kohya_tensors(network, naming.kohya_naming(configs).modules[prefix])
+    starts = {name.split(".")[0].split("_text_model")[0].split("_blocks")[0] for name in tensors}
+    assert {"lora_unet_input", "lora_te1", "lora_te2"} <= starts if kind == "sdxl" else "lora_unet_down" in starts
+    found = read(configs, tensors, tmp_path / "a.safetensors")
+    for prefix, network in trained.items():
+        for name, layer in lora.layers(network).items():
+            expected = layer.scale * (layer.lora_a @ layer.lora_b).T
+            np.testing.assert_allclose(found.pop(f"{prefix}.{name}"), expected, rtol=1e-4, atol=1e-5)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("configs", "unet", "text", "version", "some"),
+    [
+        (SD_1, 192, [72], "sd_v1", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"),
+        (SD_2_BASE, 192, [138], "sd_v2", "lora_unet_mid_block_attentions_0_proj_in"),
+        (SD_2, 192, [138], "sd_v2_v", "lora_te_text_model_encoder_layers_22_mlp_fc2"),
+        (SDXL, 722, [72, 192], "sdxl_base_v1-0", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"),
+    ],
+)
+def test_the_modules_of_kohyas_scripts(configs: Configs, unet: int, text: list, version: str, some: str) -> None:
+    its = naming.kohya_naming(configs)
+    modules = {prefix: list(names) for prefix, names in its.modules.items()}
+    without_time = [name for name in modules["unet"] if "emb" not in name]
+    assert [len(without_time), *map(len, list(modules.values())[1:])] == [unet, *text]
+    assert any(some in names for names in modules.values())
+    assert its.metadata["ss_base_model_version"] == version
+    assert its.metadata["ss_v2"] == str("v2" in version)
+    assert its.metadata["modelspec.architecture"].startswith("stable-diffusion-")
+
+
+@pytest.mark.parametrize(("configs", "attention", "mlp"), [(SD_1, 128, 160), (SDXL, 560, 700)])
+def test_the_presets_have_the_layers_of_diffusers_scripts(configs: Configs, attention: int, mlp: int) -> None:
+    unet = UNet(configs.unet)
+    matched = {name: lora.matching(unet, patterns) for name, patterns in naming.PRESETS.items()}
+    assert (len(matched["attention"]), len(matched["attention+mlp"])) == (attention, mlp)
+    assert sum(matched["attention"].values()) == (199_296 if configs is SD_1 else 1_451_520)
+    assert len(matched["attention+mlp+proj"]) == (160 if configs is SD_1 else 722)
+
+
+def test_magnitudes_of_kohyas_dora_are_those_of_outputs(tmp_path: Path) -> None:
+    configs = small_configs("sd2")
+    tensors = spelled(configs, "kohya")
+    down = next(key for key in tensors if key.endswith("attn2_to_k.lora_down.weight"))
+    start = down.removesuffix("lora_down.weight")
+    outputs, inputs = tensors[f"{start}lora_up.weight"].shape[0], tensors[down].shape[1]
+    one = {key: value for key, value in tensors.items() if key.startswith(start)}
+    write_safetensors(tmp_path / "a.safetensors", one | {f"{start}dora_scale": mx.arange(1.0, outputs + 1)[:, None]})
+    trained = {"unet": UNet(configs.unet)}
+    lora.load_adapter(trained, tmp_path / "a.safetensors", names(configs))
+    (layer,) = lora.layers(trained["unet"]).values()
+    np.testing.assert_array_equal(layer.m, np.arange(1.0, outputs + 1))
+    write_safetensors(tmp_path / "a.safetensors", one | {f"{start}dora_scale": mx.ones((1, inputs))})
+    with pytest.raises(WeightsError, match="DoRA with magnitudes of inputs"):
+        lora.load_adapter({"unet": UNet(configs.unet)}, tmp_path / "a.safetensors", names(configs))
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "word"),
+    [
+        ("down_blocks_0_resnets_0_conv1", ((RANK, 4, 3, 3), (4, RANK, 1, 1)), "convolutions"),
+        ("down_blocks_1_attentions_0_proj_in", ((RANK, 8, 1, 1), (8, RANK, 1, 1)), "convolutions"),
+        ("nowhere", ((RANK, 8), (8, RANK)), "unknown"),
+    ],
+)
+def test_convolutions_are_refused_by_name(name: str, shapes: tuple, word: str, tmp_path: Path) -> None:
+    tensors = spelled(small_configs("sd1"), "kohya")
+    for end, shape in zip(("lora_down", "lora_up"), shapes, strict=True):
+        tensors[f"lora_unet_{name}.{end}.weight"] = mx.ones(shape)
+    with pytest.raises(WeightsError, match=word) as caught:
+        read(small_configs("sd1"), tensors, tmp_path / "a.safetensors")
+    assert name in str(caught.value)
+
+
+def test_usage_names_the_class_and_the_file() -> None:
+    for configs, dora in ((SD_1, False), (SDXL, True)):
+        found = naming.usage(None, "adapter.safetensors", "a photo", configs, dora=dora)
+        assert configs.class_name in found["diffusers"] and "adapter.safetensors" in found["diffusers"]
+        assert ("--fuse" in found["ComfyUI and AUTOMATIC1111"]) == dora
