@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,15 @@ def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:
     """
     dtype = mx.float32 if is_cpu() else (requested or GPU_DTYPE)
     return dtype if dtype != mx.bfloat16 or cuda.has_bfloat16(mx.device_info()) else mx.float32
+
+
+def release_arrays(error: BaseException) -> None:
+    """Let go of the arrays that functions which an error ended still hold in its traceback, and of MLX's cache."""
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+    mx.clear_cache()
 
 
 def eval_each(tree: Any) -> None:

@@ -37,7 +37,7 @@ class _Kind:
 
 _KINDS = (
     _Kind(
-        r"out of memory|OutOfMemory|Insufficient Memory|Unable to allocate|bad_alloc|ALLOC(ATION)?_FAILED"
+        r"out of memory|OutOfMemory|Insufficient Memory|MemoryError|Unable to allocate|bad_alloc|ALLOC(ATION)?_FAILED"
         r"|maximum (allowed|Metal) buffer size|\[metal::malloc\] Resource limit"
         r"|\bcublas\w*\(.*\) failed with code: 3\b",  # CUBLAS_STATUS_ALLOC_FAILED
         "out of memory",
@@ -101,7 +101,7 @@ def device_error(error: BaseException) -> DeviceError | None:
         return error
     if not isinstance(error, RuntimeError | MemoryError):
         return None
-    text = " ".join(str(error).split()) or ("bad_alloc" if isinstance(error, MemoryError) else "")
+    text = " ".join(str(error).split()) or type(error).__name__
     for kind in _KINDS:
         if match := re.search(kind.texts, text):
             cure = kind.cure.format(**match.groupdict(), kernels=_kernels())

@@ -39,7 +39,8 @@ from mflux_vae_train.dreambooth.optimization.optimizer import (
 )
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach
-from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update, less_memory
+from mflux_vae_train.dreambooth.planning.memory_advice import after_failure
+from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
@@ -152,7 +153,8 @@ class DreamBooth:
                 run_folder.claim(folder, lock)
 
             def cure() -> str:
-                return less_memory(self.pipeline, run.resolved, run.estimate, phase, continues=update > 0)
+                work = None if run.estimate is None else run.estimate.work
+                return after_failure(self.pipeline, run.resolved, work, phase, continues=update > 0)
 
             try:
                 with (

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-import mlx.core as mx
 
 from mflux_vae.errors import DeviceError, MfluxVaeError
 from mflux_vae.runtime import device
@@ -140,7 +137,7 @@ def _save_on_failure(
         raise ProcessLost(f"{error}; the same command continues after update {last}") from error
     except DeviceError as error:
         if device.kind() != "cuda":
-            _release(error)
+            device.release_arrays(error)
         if checkpoint is None:
             raise
         saved = start if pending.saved_update is None else pending.saved_update
@@ -154,12 +151,3 @@ def _save_on_failure(
                 failed = f"update {last} could not be saved ({reason}); "
         kept = f"the same command continues after update {saved}" if saved else "no update is saved"
         raise error.but(kept=failed + kept) from error
-
-
-def _release(error: BaseException) -> None:
-    """Let go of the arrays that the functions which an error ended still hold, and of MLX's cache."""
-    one: BaseException | None = error
-    while one is not None:
-        traceback.clear_frames(one.__traceback__)
-        one = one.__cause__ or one.__context__
-    mx.clear_cache()

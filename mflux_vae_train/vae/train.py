@@ -19,6 +19,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError, TrainingError
 from mflux_vae.pretrained import loading
 from mflux_vae.runtime.device import compute_dtype, use_cpu
+from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.paths import file_name
@@ -46,6 +47,7 @@ from mflux_vae_train.vae.dry_run import dry_run
 from mflux_vae_train.vae.evaluation.formatting import Progress, metrics_text
 from mflux_vae_train.vae.evaluation.validation import Validation, collapse_warning
 from mflux_vae_train.vae.fingerprint import run_identity
+from mflux_vae_train.vae.memory_advice import less_memory
 from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import AdversarialStep, Objective, discriminator_loss
 from mflux_vae_train.vae.plan import Plan, open_images
@@ -113,6 +115,7 @@ class VAETrainer:
 
         Raises:
             SettingsError: the folder contains another run, or cannot be written.
+            DeviceError: memory ran out, or the device failed; the updates before are saved.
             TrainingError: the loss is not finite, or a checkpoint is broken.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved. It is a KeyboardInterrupt, not an Error.
         """
@@ -122,7 +125,7 @@ class VAETrainer:
                 return TrainingResult(best=self.best, last=self.last, folder=self.folder, updates=0, metrics=metrics)
             with Lock(self.folder) if processes.is_main else nullcontext() as lock:
                 try:
-                    with limited():
+                    with device_errors(lambda: less_memory(self.settings, self.network, self.folder)), limited():
                         return self._train(lock, processes)
                 except OSError as error:
                     raise TrainingError(f"{error}; run the same command again to resume") from error
@@ -231,12 +234,13 @@ class VAETrainer:
 
         def validate(record: Record) -> None:
             with evaluation_mode():
-                validated["metrics"] = validation.measure()
-                better = validated["metrics"]["loss"] < validated["best"]
-                validated["best"] = min(validated["best"], validated["metrics"]["loss"])
-                validated["without_improvement"] = 0 if better else validated["without_improvement"] + 1
+                metrics = validation.measure()
+                better = metrics["loss"] < validated["best"]
                 if better and processes.is_main:
                     loading.save_network(network, best)
+            # all of it after the last step that may fail: then a continued run validates again
+            validated["metrics"], validated["best"] = metrics, min(validated["best"], metrics["loss"])
+            validated["without_improvement"] = 0 if better else validated["without_improvement"] + 1
             nonlocal lines, last_line
             if lines < _FIRST_LINES or time.monotonic() - last_line > _LINE_INTERVAL or record.update == record.total:
                 lines, last_line = lines + 1, time.monotonic()
@@ -256,7 +260,7 @@ class VAETrainer:
 
         def preview(record: Record) -> None:
             def draw() -> dict[str, np.ndarray]:
-                return validation.save_previews(record.update) if processes.is_main else {}
+                return validation.draw(record.update) if processes.is_main else {}
 
             with evaluation_mode():
                 pictures = interrupts.interruptible(processes, draw)

@@ -189,14 +189,6 @@ def _training_peak(footprint: Footprint) -> int:
     return max((phase.peak for phase in footprint.phases if phase.name == TRAINING), default=0)
 
 
-def less_memory(
-    pipeline: DiffusionPipeline, resolved: ResolvedSettings, estimate: Estimate | None, phase: str, *, continues: bool
-) -> str:
-    """Flags for a run that ran out of memory in a phase; see `memory_advice.after_failure`."""
-    work = None if estimate is None else estimate.work
-    return memory_advice.after_failure(pipeline, resolved, work, phase, continues=continues)
-
-
 def compare_first_update(estimate: Estimate | None) -> Hook:
     """A hook that logs the memory of the first update beside its estimate.
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
-from mflux_vae_train.dreambooth.planning.memory_estimate import less_memory
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.previews import Previews
@@ -82,7 +81,6 @@ class Monitor:
             subject=[image.read(image.square) for image in run.dataset.images[:subjects]],
             samples=folder.samples,
             trackers=trackers,
-            cure=lambda: less_memory(self._pipeline, resolved, run.estimate, "previews", continues=True),
             processes=self._processes,
         )
         began = time.monotonic()

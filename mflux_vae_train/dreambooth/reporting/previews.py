@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,7 +38,6 @@ class Previews:
         subject: instance images for the top row of the grid, uint8 (resolution, resolution, 3).
         samples: output folder.
         trackers: also receive the images.
-        cure: what to do when memory runs out.
         processes: share the sampling; the first one writes.
 
     Raises:
@@ -54,10 +53,8 @@ class Previews:
         subject: Sequence[np.ndarray],
         samples: Path,
         trackers: Sequence[Tracker] = (),
-        cure: Callable[[], str] = lambda: "",
         processes: ProcessGroup = SINGLE,
     ) -> None:
-        self._cure = cure
         self._pipeline, self._conditioning = pipeline, conditioning
         self._resolved, self._processes = resolved, processes
         self._subject, self._samples, self._trackers = subject, samples, trackers
@@ -77,10 +74,12 @@ class Previews:
                 raise
             failure, cure = device_error(error), ""
             if failure is not None and failure.memory:
-                cure = self._cure() or "give --num_validation_images 0"
+                at_once = min(images_per_batch(self._resolved.resolution), self._count)
+                cure = f"give --num_validation_images {min(at_once - 1, 1)}"  # a run that is continued can take it
                 failure = failure.but(cure=cure)
             if failure is not None and device.kind() == "cuda":
                 raise failure from error
+            device.release_arrays(error)
             logger.warning(
                 "preview after update %d failed (%s: %s)%s", update, type(error).__name__, error, cure and f"; {cure}"
             )
