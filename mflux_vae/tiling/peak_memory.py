@@ -168,6 +168,8 @@ class _CountedArray(LazyArray):
         for array in lazy_args:
             array.evaluate()
         if function is kernels.group_norm:  # statistics are evaluated now, the rest is pixel by pixel
+            if not is_cpu():  # distances from the mean, in float32
+                counter.record(4 * prod(self.shape))
             return _CountedArray(counter, example.shape, example.dtype, 0, lazy_args)
         transient = example.nbytes
         if function in _WEIGHT_ARGUMENT:
@@ -255,10 +257,23 @@ _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 
 
 def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1, intermediates: int = 0) -> int:
-    """Workspace of a convolution in bytes; on Metal and CUDA a copy of the padded image."""
-    if not is_cpu():
+    """Workspace of a convolution in bytes. On Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
+    if is_cpu():
+        return kernels.workspace_bytes(shape, weight, stride, intermediates=intermediates)
+    out, *kernel, channels = weight
+    wide = channels % 32 == 0 and out % 32 == 0 and channels + out >= 256
+    if not (wide and kernel == [3, 3] and stride == 1 and prod(shape[:3]) >= 4096):
         return 4 * prod(shape)
-    return kernels.workspace_bytes(shape, weight, stride, intermediates=intermediates)
+    return _winograd_workspace(shape, out)
+
+
+def _winograd_workspace(shape: Sequence[int], out: int) -> int:
+    """Workspace (bytes) of `winograd_conv_2D_gpu` in mlx/backend/metal/conv.cpp: the padded image, and 8 x 8 points of
+    inputs and products for each tile of 6 x 6 pixels, and of weights. That of cuDNN is not known."""
+    batch, height, width, channels = shape
+    rows, columns = -(-height // 6), -(-width // 6)
+    padded = batch * (6 * rows + 2) * (6 * columns + 2) * channels
+    return 4 * (padded + 64 * (batch * rows * columns * (channels + out) + channels * out))
 
 
 def _transposed_workspace(shape: Sequence[int], weight: mx.array) -> int:

@@ -26,6 +26,7 @@ from mflux_vae.kernels import MAX_SCORES
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae.tiling.tiles import Tiling
 from mflux_vae_train.pipelines.flow.sample import DECODED_AT_ONCE
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
@@ -69,6 +70,9 @@ CLIP_KEPT = 12.0
 
 T5_WORKING = 6.0
 """Temporary in T5, per token, in units of its width plus that of its feed-forward layers."""
+
+LARGE_TILES = Tiling("exact", 1024)
+"""Of calls that the memory of a GPU does not suffice for."""
 
 _FULL = 4
 """Bytes of a float32 number: T5's residuals, adapters, gradients and moments."""
@@ -242,9 +246,18 @@ def _autoencoder(
     config: str, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
     """Bytes of the weights, which are float32 on every device, and of a call with one batch of images."""
-    network, (height, wide) = _network(config), shape
-    batch = max(1, min(images, DECODED_AT_ONCE // (height * wide)))
-    return stored_bytes(network, _FULL), tiling_plan.peak_bytes(network, what, batch, height, wide)
+    height, width = shape
+    batch = max(1, min(images, DECODED_AT_ONCE // (height * width)))
+    return stored_bytes(_network(config), _FULL), _call_bytes(config, what, batch, shape, device.is_cpu())
+
+
+@cache
+def _call_bytes(
+    config: str, what: Literal["encode", "decode"], batch: int, shape: tuple[int, int], is_cpu: bool
+) -> int:
+    """Bytes of a call. On a GPU, whose convolutions take several times the image, a call that does not fit is tiled."""
+    tilings = [None] if is_cpu else [None, LARGE_TILES]
+    return min(tiling_plan.peak_bytes(_network(config), what, batch, *shape, tiling) for tiling in tilings)
 
 
 def _tokens(height: int, width: int) -> int:

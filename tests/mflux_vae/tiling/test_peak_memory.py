@@ -22,6 +22,7 @@ from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles
+from mflux_vae.tiling.peak_memory import _convolution_workspace, _untiled_peak
 from mflux_vae.tiling.tiles import Tiling
 from tests.helpers.peak_memory import peak_of
 from tests.mflux_vae.small_models import drawn, small_flux2, small_kl
@@ -211,6 +212,26 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
             tiling_plan.peak_bytes(network, operation, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512))
         )
         assert exact < MAX_RATIO[operation] * whole
+
+
+def test_a_gpu_needs_workspaces_of_winograd_and_of_norms(gpu_branch: None) -> None:
+    pixels, tiles = 64 * 96, 11 * 16
+    winograd = 4 * ((6 * 11 + 2) * (6 * 16 + 2) * 128 + 64 * (tiles * 256 + 128 * 128))
+    assert _convolution_workspace((1, 64, 96, 128), (128, 3, 3, 128)) == winograd > 2 * 64 / 36 * 4 * 128 * pixels
+    for shape, weight, stride in (
+        ((1, 63, 64, 128), (128, 3, 3, 128), 1),  # few pixels
+        ((1, 64, 96, 64), (128, 3, 3, 64), 1),  # few channels
+        ((1, 64, 96, 144), (128, 3, 3, 144), 1),  # no multiple of 32
+        ((1, 64, 96, 128), (128, 1, 1, 128), 1),
+        ((1, 64, 96, 128), (128, 3, 3, 128), 2),
+    ):
+        assert _convolution_workspace(shape, weight, stride) == 4 * prod(shape)
+
+    def norm(x: Any) -> list[Any]:
+        return [kernels.group_norm(kernels.upsample_nearest_2x(x), 4, mx.ones(8), mx.zeros(8), 1e-6)]
+
+    size = 4 * 64 * 64 * 8
+    assert _untiled_peak(norm, (1, 32, 32, 8)) == (2 * size, size), "the image and its distances from the mean"
 
 
 def test_tiles_only_if_memory_is_short(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.gpu.flux_stack import Stack, estimated, measured
+from mflux_vae.pretrained.loading import new_network
+from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.weights.formats.files import convert_safetensors
 from mflux_vae_train import lora
@@ -119,6 +121,15 @@ def test_four_bit_flux_trains_within_12_gb(embeds: bool, tokens: int) -> None:
     assert all(phase.peak <= 12e9 for phase in phases), {phase.name: phase.peak / 1e9 for phase in phases}
     # and not by a mistake: six billion bytes of weights are there
     assert phases[3].weights > 6e9
+
+
+def test_images_are_decoded_in_tiles_on_a_gpu_where_memory_is_short() -> None:
+    whole = new_network(published(True).vae)
+    with device.assuming(cpu=False):
+        *_, latents, _, previews = memory.phases(published(True), training(resolution=1024), text_tokens=512)
+        encoding, decoding = (tiling_plan.peak_bytes(whole, what, 1, 1024, 1024) for what in ("encode", "decode"))
+    assert latents.name == "latents" and latents.work < encoding / 3
+    assert decoding > 7e9 and previews.work < decoding / 3
 
 
 def test_fusing_takes_less_than_training_and_no_second_network() -> None:
