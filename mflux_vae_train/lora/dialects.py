@@ -1,20 +1,27 @@
 """Keys of adapter files of other programs -> PEFT's keys, `{layer}.lora_A.weight`, and the layers of a network.
 
-Read are renamings, transposed matrices (mlx-examples), 1x1 kernels, and layers that are fused there (`kohya.split`).
-Other kinds of adapters are refused by name.
+Read are renamings, transposed matrices (mlx-examples), kernels of convolutions, and layers that are fused there
+(`kohya.split`). Other kinds of adapters are refused by name.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import first_few
-from mflux_vae.weights.keymaps.rules import Rule, matrix_to_mlx, to_mlx
+from mflux_vae.weights.keymaps.rules import (
+    Rule,
+    conv_from_mlx,
+    conv_to_mlx,
+    matrix_to_mlx,
+    pointwise_from_mlx,
+    to_mlx,
+)
 from mflux_vae.weights.kinds import kind_of
 
 Modules: TypeAlias = Mapping[str, Sequence[str]]
@@ -51,8 +58,20 @@ def _matrix_transposed(tensor: mx.array) -> mx.array:
     return tensor.T if tensor.ndim == 2 else tensor
 
 
+def _matrix(tensor: mx.array) -> mx.array:
+    """Kernel (O, I, kh, kw) -> matrix (O, kh * kw * I); other tensors unchanged."""
+    return matrix_to_mlx(conv_to_mlx(tensor).flatten(1) if tensor.ndim == 4 else tensor)
+
+
+def as_kernels(down: mx.array, up: mx.array, layer: Any) -> tuple[mx.array, mx.array]:
+    """A and B of a layer in the shapes of PEFT and kohya's scripts, which are kernels for a convolution."""
+    if layer.weight.ndim != 4:
+        return down, up
+    return conv_from_mlx(down.reshape(-1, *layer.weight.shape[1:])), pointwise_from_mlx(up)
+
+
 def _pair(first: str, second: str, *, transposed: bool = False) -> list[Rule]:
-    transform = _matrix_transposed if transposed else matrix_to_mlx
+    transform = _matrix_transposed if transposed else _matrix
     return [Rule(theirs, f"{{path}}{ours}", transform) for theirs, ours in ((first, A), (second, B))]
 
 

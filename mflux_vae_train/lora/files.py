@@ -1,7 +1,8 @@
 """Adapter files in PEFT's format, as diffusers loads them, for one network or several; see `reading` for others.
 
 Keys are ``{prefix}.{path}.lora_A.weight`` (rank, in), ``.lora_B.weight`` (out, rank) and, with DoRA,
-``.lora_magnitude_vector`` (out,); the prefix names the network. Alpha is in the metadata.
+``.lora_magnitude_vector`` (out,); the prefix names the network. Alpha is in the metadata. Matrices of convolutions
+are kernels, (rank, in, kh, kw) and (out, rank, 1, 1).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import mlx.nn as nn
 from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import summarize
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
-from mflux_vae_train.lora.dialects import MAGNITUDE, A, B
+from mflux_vae_train.lora.dialects import MAGNITUDE, A, B, as_kernels
 from mflux_vae_train.lora.layers import add_lora, is_dora, layers
 from mflux_vae_train.lora.metadata import METADATA_KEY
 from mflux_vae_train.lora.reading import Adapter, Names, Networks, read_adapter
@@ -27,8 +28,9 @@ def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
     """Tensors of all adapted layers, by key."""
     tensors = {}
     for path, layer in layers(module).items():
-        tensors[f"{prefix}.{path}{A}"] = layer.lora_a.T
-        tensors[f"{prefix}.{path}{B}"] = layer.lora_b.T
+        tensors[f"{prefix}.{path}{A}"], tensors[f"{prefix}.{path}{B}"] = as_kernels(
+            layer.lora_a.T, layer.lora_b.T, layer.linear
+        )
         if is_dora(layer):
             tensors[f"{prefix}.{path}{MAGNITUDE}"] = layer.m
     return tensors

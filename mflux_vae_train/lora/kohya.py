@@ -15,7 +15,7 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_few
-from mflux_vae_train.lora.dialects import ALPHA, DOWN, UP, Modules
+from mflux_vae_train.lora.dialects import ALPHA, DOWN, UP, Modules, as_kernels
 from mflux_vae_train.lora.layers import is_dora, layers
 from mflux_vae_train.lora.targets import dimensions, linears
 
@@ -35,6 +35,8 @@ def check_kohya(paths: Sequence[str], modules: Modules) -> None:
 
 def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
     """``{name}.lora_down.weight`` (rank, in), ``.lora_up.weight`` (out, rank) and ``.alpha``, equal to the rank.
+
+    Matrices of convolutions are kernels, as in `files`.
 
     The scale is multiplied into the weights, as some readers ignore the alpha of some layers.
 
@@ -58,8 +60,8 @@ def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
             up = mx.zeros((outputs, 0)) if layer is None else layer.scale * layer.lora_b.T
             rows.append(mx.pad(up, [(0, 0), (offset, down.shape[0] - offset - up.shape[1])]))
             offset += up.shape[1]
-        tensors[f"{name}{DOWN}"] = down
-        tensors[f"{name}{UP}"] = mx.concatenate(rows)
+        base = adapted[present[0]].linear
+        tensors[f"{name}{DOWN}"], tensors[f"{name}{UP}"] = as_kernels(down, mx.concatenate(rows), base)
         tensors[f"{name}{ALPHA}"] = mx.array(float(down.shape[0]))
     return tensors
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on the linear layers of any module.
+"""Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on linear layers and convolutions of any module.
 
 y = W x + b + (alpha / rank) B A x. Initially A (rank, in) is uniform in +-1/sqrt(in) and B (out, rank) is zero. DoRA
 scales each row of W + (alpha / rank) B A to a trained magnitude, initially the norm of W's row. The layers are
@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Conv2d
 from mflux_vae.runtime.device import eval_each
 from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.modules import replace_layers
@@ -36,13 +38,13 @@ def add_lora(
     seed: int = 0,
     ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """Adapt every `nn.Linear` whose path matches a pattern; freeze everything else.
+    """Adapt every linear layer and convolution whose path matches a pattern; freeze everything else.
 
     Args:
         patterns: fnmatch patterns over module paths, e.g. ``transformer_blocks.*.attn.to_q``.
         alpha: None means `rank`, which is a scale of 1.
         dropout: probability of dropping an input of A; has an effect only within `dropout_keys`.
-        dora: also train magnitudes.
+        dora: also train magnitudes; not of convolutions.
         seed: A depends only on the seed and the path of the layer.
         ranks: of single layers, by path, instead of `rank`.
 
@@ -50,9 +52,10 @@ def add_lora(
         the adapted paths, sorted.
 
     Raises:
-        SettingsError: no linear layer matches; names some existing layers.
+        SettingsError: no layer matches; names some existing layers. Or DoRA on a convolution.
     """
     # these import transformers, which takes seconds
+    from mflux_vae_train.lora.conv import LoRAConv2d
     from mflux_vae_train.lora.dora import DoRALinear
     from mflux_vae_train.lora.linear import LoRALinear
 
@@ -60,11 +63,14 @@ def add_lora(
         raise ValueError("the module already has adapters; fuse them first")
     originals = linears(module)
     targets = list(matching(module, patterns))
+    convolutions = [path for path in targets if isinstance(originals[path], Conv2d)]
+    if dora and convolutions:
+        raise SettingsError(f"DoRA on convolutions ({convolutions[0]}) is not supported; name linear layers only")
     module.freeze()
     keys = DropoutKeys()
     adapted = []
     for path in targets:
-        kind = DoRALinear if dora else LoRALinear
+        kind: Any = LoRAConv2d if path in convolutions else DoRALinear if dora else LoRALinear
         size = (ranks or {}).get(path, rank)
         layer: Any = kind.from_base(originals[path], r=size, scale=(size if alpha is None else alpha) / size)
         _, inputs = dimensions(originals[path])
@@ -86,7 +92,7 @@ def layers(module: nn.Module) -> dict[str, Any]:
 
 
 def bases(module: nn.Module) -> dict[str, Any]:
-    """Linear layers by path, of adapted layers the original one."""
+    """Layers that can be adapted, by path; of adapted layers the original one."""
     adapted = layers(module)
     inside = tuple(f"{path}." for path in adapted)
     plain = {path: layer for path, layer in linears(module).items() if not path.startswith(inside)}

@@ -1,7 +1,8 @@
-"""The layers to adapt: patterns over the paths of linear layers."""
+"""The layers to adapt: patterns over the paths of linear layers and convolutions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Conv2d
 from mflux_vae.utils.formatting import first_few
 
 ALL_LAYERS = "all"
@@ -34,13 +36,21 @@ def patterns_of(choice: str, presets: Mapping[str, Sequence[str]]) -> Sequence[s
 
 
 def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
-    """Sorted paths of the linear layers that match a pattern -> inputs + outputs: adapter weights per rank.
+    """Sorted paths of the layers that match a pattern -> inputs + outputs: adapter weights per rank.
+
+    The pattern "*" stands for all linear layers; others match convolutions, too.
 
     Raises:
         SettingsError: none matches; names some existing layers.
     """
     layers = linears(module)
-    matched = sorted(path for path in layers if any(fnmatchcase(path, pattern) for pattern in patterns))
+    matched = sorted(
+        path
+        for path, layer in layers.items()
+        if any(
+            fnmatchcase(path, pattern) and not (pattern == "*" and isinstance(layer, Conv2d)) for pattern in patterns
+        )
+    )
     if not matched:
         some = first_few(sorted(layers), 4, 50) or "none"
         raise SettingsError(f"no linear layer matches {first_few(patterns, 4, 50)}; the module has {some}")
@@ -48,11 +58,12 @@ def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
 
 
 def linears(module: nn.Module) -> dict[str, Any]:
-    """Linear layers, plain and quantized, by path."""
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.QuantizedLinear))}
+    """Layers that can be adapted, by path: linear ones, plain and quantized, and convolutions."""
+    kinds = nn.Linear, nn.QuantizedLinear, Conv2d
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, kinds)}
 
 
 def dimensions(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a plain or quantized linear layer."""
-    outputs, inputs = layer.weight.shape
+    """(outputs, inputs) of a layer; inputs of a convolution are the numbers in its window."""
+    outputs, inputs = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
     return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs
