@@ -26,6 +26,9 @@ _BLOCK = (
 )
 """Layers of a transformer block."""
 
+_OUTSIDE_TRANSFORMERS = (".time_emb_proj", ".conv1", ".conv2", ".conv_shortcut", "samplers.0.conv")
+"""Ends of the names of layers in resnets and between resolutions."""
+
 _BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
     "stable-diffusion-v2-512": "sd_v2",
@@ -40,7 +43,7 @@ def kohya_naming(configs: Configs) -> KohyaNaming:
 
     The other naming is read, too.
     """
-    layers, xl = _linear_layers(configs.unet), configs.generation == 3
+    layers, xl = _layers(configs.unet), configs.generation == 3
     original, ours = ({_flat(pair[place]): (pair[1],) for pair in layers} for place in (0, 1))
     prefixes = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"} if xl else {"text_encoder": "lora_te"}
     text = {part: kohya_modules(config, prefixes[part]) for part, config in configs.text_encoders.items()}
@@ -78,12 +81,9 @@ image = pipeline({prompt!r}).images[0]
     return {"diffusers": python, "ComfyUI and AUTOMATIC1111": no_dora if dora else others}
 
 
-def _linear_layers(config: UNetConfig) -> list[tuple[str, str]]:
-    """CompVis' and our names of linear layers that kohya's scripts adapt, and of those that embed the time."""
-    found = []
-    for theirs, ours in keys.unet_layers(config).items():
-        if ours.endswith(".time_emb_proj"):
-            found.append((theirs, ours))
+def _layers(config: UNetConfig) -> list[tuple[str, str]]:
+    """CompVis' and our names of the layers that kohya's scripts adapt; convolutions outside transformers on demand."""
+    found = [pair for pair in keys.unet_layers(config).items() if pair[1].endswith(_OUTSIDE_TRANSFORMERS)]
     for theirs, ours, depth in keys.transformers(config):
         names = [f"transformer_blocks.{index}.{layer}" for index in range(depth) for layer in _BLOCK]
         found += [(f"{theirs}.{layer}", f"{ours}.{layer}") for layer in ("proj_in", *names, "proj_out")]

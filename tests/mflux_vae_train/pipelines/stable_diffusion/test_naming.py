@@ -155,8 +155,11 @@ def test_what_is_written_for_kohya_is_read_back(kind: str, tmp_path: Path) -> No
 def test_the_modules_of_kohyas_scripts(configs: Configs, unet: int, text: list, version: str, some: str) -> None:
     its = naming.kohya_naming(configs)
     modules = {prefix: list(names) for prefix, names in its.modules.items()}
-    without_time = [name for name in modules["unet"] if "emb" not in name]
-    assert [len(without_time), *map(len, list(modules.values())[1:])] == [unet, *text]
+    inside = [name for name, (path,) in its.modules["unet"].items() if ".attentions." in path]
+    assert [len(inside), *map(len, list(modules.values())[1:])] == [unet, *text]
+    assert [
+        f"lora_unet_{name}" in modules["unet"] for name in ("down_blocks_0_resnets_1_conv2", "input_blocks_3_0_op")
+    ] == ([configs is not SDXL, configs is SDXL])
     assert any(some in names for names in modules.values())
     assert its.metadata["ss_base_model_version"] == version
     assert its.metadata["ss_v2"] == str("v2" in version)
