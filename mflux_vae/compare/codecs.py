@@ -14,6 +14,7 @@ from mflux_vae.networks.laq import LatentActionQuantizer
 from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.pretrained import loading
 from mflux_vae.tiling.plan import TilingOption
+from mflux_vae.utils.arrays import check_decoded
 from mflux_vae.vae import VAE
 
 First: TypeAlias = Literal["self", "previous"]
@@ -77,7 +78,9 @@ class ImageCodec:
     def decode(self, inputs: mx.array, latents: tuple[DiagonalGaussian, mx.array]) -> np.ndarray:
         scaled = latents[1] if latents[1].ndim == 2 else latents[1].transpose(0, 3, 1, 2)
         height, width = inputs.shape[2:]
-        return from_chw(self._vae.decode(scaled, size=(height, width), tiling=self._tiling)[0])
+        decoded = self._vae.decode(scaled, size=(height, width), tiling=self._tiling)
+        check_decoded(decoded)
+        return from_chw(decoded[0])
 
     def values(self, latents: tuple[DiagonalGaussian, mx.array]) -> np.ndarray:
         return np.array(latents[0].mean)
@@ -114,7 +117,9 @@ class PairCodec:
         return difference, codes
 
     def decode(self, inputs: tuple[mx.array, mx.array], latents: tuple[mx.array, mx.array]) -> np.ndarray:
-        return to_pictures(np.array(self.network.decode(inputs[0], latents[1]).astype(mx.float32))[0])
+        decoded = self.network.decode(inputs[0], latents[1]).astype(mx.float32)
+        check_decoded(decoded)
+        return to_pictures(np.array(decoded)[0])
 
     def values(self, latents: tuple[mx.array, mx.array]) -> np.ndarray:
         return np.array(latents[0])

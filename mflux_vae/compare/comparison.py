@@ -16,6 +16,7 @@ import numpy as np
 
 from mflux_vae.compare.codecs import Codec, First
 from mflux_vae.compare.measuring import mean_of, quality
+from mflux_vae.errors import RunError
 from mflux_vae.images import covered, load_images
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae.pretrained.loading import parameter_count
@@ -84,7 +85,11 @@ class Candidate:
         original = self._convert_channels(picture)
         inputs = self._prepare(picture, first)
         latents = self.codec.encode(inputs)
-        again = covered(self.codec.decode(inputs, latents), picture.shape[:2])
+        try:
+            decoded = self.codec.decode(inputs, latents)
+        except RunError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+        again = covered(decoded, picture.shape[:2])
         self.statistics.add(self.codec.values(latents))
         kl = self.codec.kl(latents)
         self.kl += [] if kl is None else [kl]

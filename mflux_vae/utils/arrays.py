@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.errors import ImageError
+from mflux_vae.errors import ImageError, RunError
 
 FILES = "give files and Pillow images to encode_images"
 """Advice for callers that have no array of an image."""
@@ -61,6 +61,16 @@ def flaw(computed: mx.array, *, varies: bool = True) -> str | None:
     if varies and computed.size > 1 and mx.all(computed == computed.reshape(-1)[0]):
         return "the same value everywhere"
     return None
+
+
+def check_decoded(images: mx.array, what: str = "image") -> None:
+    """
+    Raises:
+        RunError: one of the images (N, ...) has NaN or infinite values, which would be drawn black or white.
+    """
+    for index, image in enumerate(images):
+        if found := flaw(image, varies=False):
+            raise RunError(f"{what} {index} has {found}: weights are not finite, or the device failed")
 
 
 def one_colour(picture: np.ndarray) -> bool:

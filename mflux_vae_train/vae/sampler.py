@@ -14,6 +14,7 @@ from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import grid, labelled_rows, load_image, save_image, strip, to_pictures, to_pixels
 from mflux_vae.pretrained import loading
+from mflux_vae.utils.arrays import check_decoded
 from mflux_vae_train.randomness import Stream, sample_keys
 from mflux_vae_train.vae.build import has_vector_latents, latent_shape
 
@@ -100,12 +101,19 @@ class VAESampler:
         return mx.vmap(lambda key: mx.random.normal(self.latent_shape, key=key))(keys)
 
     def decode(self, latents: mx.array) -> np.ndarray:
-        """(N, *latent_shape) -> (N, H, W, C) in [0, 1]."""
+        """(N, *latent_shape) -> (N, H, W, C) in [0, 1].
+
+        Raises:
+            ImageError: latents of another shape.
+            RunError: an image has NaN or infinite values.
+        """
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ImageError(
                 f"latents have shape {tuple(latents.shape)}; expected (N, {', '.join(map(str, self.latent_shape))})"
             )
         parts = [self.model.decode(latents[start : start + _BATCH]) for start in range(0, len(latents), _BATCH)]
+        for part in parts:
+            check_decoded(part)
         pixels = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
         return np.clip(pixels * 0.5 + 0.5, 0, 1)
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import ImageError, RunError, SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
@@ -42,7 +42,7 @@ OLD_PROMPT_KEY = "prompt"
 
 _FILE_NAME = re.compile(r"class-\d{5}\.png")
 
-_SHOWN_PROMPT = 60
+SHOWN_PROMPT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +126,22 @@ def check_class_images(folder: Path, class_prompt: str, notes: ImageNotes | None
     paths, notes = find_class_images(folder), ImageNotes() if notes is None else notes
     for path, prompt in zip(paths, prefetch(lambda path: _read_prompt(path, notes), paths), strict=True):
         if prompt not in (None, class_prompt):
-            shown, wanted = (shortened(text, _SHOWN_PROMPT) for text in (prompt, class_prompt))
+            shown, wanted = (shortened(text, SHOWN_PROMPT) for text in (prompt, class_prompt))
             raise SettingsError(f"{path} was generated for {shown!r}, not {wanted!r}; use another --class_data_dir")
     return paths
 
 
 def _read_prompt(path: Path, notes: ImageNotes) -> str | None:
-    """The prompt that this program generated an image for; None for other images. Decodes the whole image."""
-    load_image(path, notes=notes)
+    """The prompt that this program generated an image for; None for other images. Decodes the whole image.
+
+    Raises:
+        ImageError: it cannot be read, or this program generated it and it is one colour.
+    """
+    image = load_image(path, notes=notes)
     texts = text_chunks(path)
     if PROMPT_KEY in texts:
+        if (image == image[:1, :1]).all():
+            raise ImageError(f"{path} was generated and is one colour, so the device failed; delete it")
         return texts[PROMPT_KEY].text
     old = texts.get(OLD_PROMPT_KEY)
     if old is None or old.kind != b"iTXt" or len(texts) > 1 or not _FILE_NAME.fullmatch(path.name):
@@ -200,7 +206,11 @@ def generate_class_images(
 
     def sample(batch: range) -> list[mx.array]:
         keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, batch)
-        images = sample_images(pipeline, conditioning, keys, resolution=resolution, guidance=guidance)
+        names = [f"class image {index} of {shortened(class_prompt, SHOWN_PROMPT)!r}" for index in batch]
+        images = sample_images(pipeline, conditioning, keys, names, resolution=resolution, guidance=guidance)
+        for name, image in zip(names, images, strict=True):
+            if (image == image[:1, :1]).all():
+                raise RunError(f"{name} is one colour, so the device failed; run the command again")
         return [mx.array(image) for image in images]
 
     disable = None if processes.is_main else True
@@ -213,12 +223,29 @@ def generate_class_images(
 
 
 def sample_images(
-    pipeline: DiffusionPipeline, conditioning: Conditioning, keys: mx.array, *, resolution: int, guidance: float
+    pipeline: DiffusionPipeline,
+    conditioning: Conditioning,
+    keys: mx.array,
+    names: Sequence[str],
+    *,
+    resolution: int,
+    guidance: float,
 ) -> list[np.ndarray]:
-    """Square images (uint8) of one prompt, one per key, with the pipeline's recommended number of steps."""
+    """Square images (uint8) of one prompt, one per key, with the pipeline's recommended number of steps.
+
+    Args:
+        names: of the images, for errors.
+
+    Raises:
+        RunError: an image has NaN or infinite values.
+    """
     rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
     pixels = checks.sample(
         pipeline, rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
     )
     # NumPy has no bfloat16, in which a host's pipeline may sample
-    return list(to_pictures(np.array(pixels.astype(mx.float32))))
+    values = np.array(pixels.astype(mx.float32))
+    for name, image in zip(names, values, strict=True):
+        if not np.isfinite(image).all():
+            raise RunError(f"{name} has NaN or infinite values: weights are not finite, or the device failed")
+    return list(to_pictures(values))

@@ -16,6 +16,8 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.images import averaged, content_hash, load_image, load_mask, to_pixels
 from mflux_vae.runtime.threads import exclusive
+from mflux_vae.utils.arrays import flaw, one_colour
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.distributed.interrupts import interruptible
@@ -30,6 +32,10 @@ from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, Suppor
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
 PROMPTS_PER_BATCH = 16
+
+_CAUSE = "weights of the {} are not finite, or the device failed; take another file of them, or run the command again"
+
+_SHOWN_PROMPT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +107,10 @@ def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: En
         encoded = checks.encode_prompts(pipeline, prompts[batch])
         with exclusive():
             mx.eval(encoded)
-        _check_values(encoded.values(), "encoded prompts", "text encoders")
         for index, row in enumerate(rows[batch]):
             if row is None:
                 rows[start + index] = new = {name: array[index : index + 1] for name, array in encoded.items()}
+                _check_embeddings(new.values(), prompts[start + index])
                 cache.put(keys[start + index], new)
     complete = [row for row in rows if row is not None]
     checks.check_rows(pipeline, complete)
@@ -135,7 +141,12 @@ def encode_images(
     cache = cache or EncodingCache(None)
     keys = _cache_keys(images, encoder) if processes.is_main else []
     cached = [cache.get(key) for key in keys]
-    latents = {index: arrays["latents"] for index, arrays in enumerate(cached) if arrays is not None}
+    # a failure of an earlier version may have left constant latents: those are computed again, and judged
+    latents = {
+        index: arrays["latents"]
+        for index, arrays in enumerate(cached)
+        if arrays is not None and flaw(arrays["latents"]) is None
+    }
     known = set(processes.broadcast(lambda: list(latents)))
     batches = [batch for batch in _batches(images) if not known.issuperset(batch)]
     files = prefetch(
@@ -148,19 +159,25 @@ def encode_images(
         """uint8 (B, H, W, 3) by rank."""
         return {str(rank): mx.array(np.stack(list(islice(files, len(one))))) for rank, one in enumerate(batches)}
 
-    def encoded(pixels: mx.array | None) -> list[mx.array]:
-        results = [] if pixels is None else [encode(mx.array(to_pixels(np.array(pixels))))]
+    def encoded(pixels: mx.array | None, batch: Sequence[int]) -> list[mx.array]:
+        if pixels is None:
+            return []
+        pictures = np.array(pixels)
+        result = encode(mx.array(to_pixels(pictures)))
         with exclusive():
-            mx.eval(results)
-        _check_values(results, "latents", "autoencoder")
-        return results
+            mx.eval(result)
+        for index, picture, one in zip(batch, pictures, result, strict=True):
+            if found := flaw(one, varies=not one_colour(picture)):
+                raise WeightsError(f"{images[index].path}: latents have {found}: {_CAUSE.format('autoencoder')}")
+        return [result]
 
     disable = None if batches and processes.is_main else True
     with item_bar(total=sum(map(len, batches)), desc="latents", unit="image", disable=disable) as bar:
         for start in range(0, len(batches), processes.size):
             group = batches[start : start + processes.size]
             pixels = processes.broadcast_arrays(partial(read, group)).get(str(processes.rank))
-            results = processes.gather_arrays(interruptible(processes, partial(encoded, pixels)))
+            mine = next(iter(processes.shard(group)), ())
+            results = processes.gather_arrays(interruptible(processes, partial(encoded, pixels, mine)))
             for batch, (batch_latents, *_) in zip(group, results, strict=False):
                 for index, latent in zip(batch, batch_latents, strict=True):
                     if processes.is_main and index not in latents:
@@ -170,13 +187,17 @@ def encode_images(
     return list(processes.broadcast_arrays(lambda: {str(i): latents[i] for i in range(len(images))}).values())
 
 
-def _check_values(arrays: Iterable[mx.array], what: str, whose: str) -> None:
+def _check_embeddings(arrays: Iterable[mx.array], prompt: str) -> None:
     """
     Raises:
-        WeightsError: an array holds NaN.
+        WeightsError: values are NaN or infinite; those of a mask may be minus infinity.
     """
-    if any(mx.issubdtype(array.dtype, mx.floating) and bool(mx.any(mx.isnan(array))) for array in arrays):
-        raise WeightsError(f"{what} have NaN values: weights of the {whose} are not finite; take another file of them")
+    for array in arrays:
+        if mx.issubdtype(array.dtype, mx.floating) and mx.any(mx.isnan(array) | (array == math.inf)):
+            shown = shortened(prompt, _SHOWN_PROMPT)
+            raise WeightsError(
+                f"the encoded prompt {shown!r} has NaN or infinite values: {_CAUSE.format('text encoders')}"
+            )
 
 
 def _cache_keys(images: Sequence[CroppedImage], encoder: str) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,9 +14,10 @@ from mflux_vae.errors import PluginError, RunError
 from mflux_vae.images import grid, save_image
 from mflux_vae.runtime import device
 from mflux_vae.runtime.device_errors import device_error
+from mflux_vae.utils.formatting import shortened
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.dreambooth.data.class_images import sample_images
+from mflux_vae_train.dreambooth.data.class_images import SHOWN_PROMPT, sample_images
 from mflux_vae_train.dreambooth.data.encoding import images_per_batch
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
@@ -64,7 +66,8 @@ class Previews:
         if not self._count:
             return
         try:
-            rows = [self._sample(conditioning) for conditioning in self._conditioning]
+            prompts = self._resolved.validation_prompt
+            rows = [self._sample(*one) for one in zip(prompts, self._conditioning, strict=True)]
             if self._processes.is_main:
                 self._write(update, rows)
         except ProcessLost:
@@ -91,10 +94,14 @@ class Previews:
         save_image(preview_grid.preview_file(self._samples, update), sheet)
         preview_grid.write_progress(self._samples, self._subject, columns=self._count)
         for prompt, row in zip(self._resolved.validation_prompt, rows, strict=True):
+            if plain := sum(bool((image == image[:1, :1]).all()) for image in row):
+                shown = shortened(prompt, SHOWN_PROMPT)
+                logger.warning("preview after update %d: %d of %d images of %r are one colour: training has diverged,"
+                    " or the device failed", update, plain, len(row), shown)  # fmt: skip
             for tracker in self._trackers:
                 tracker.image("preview", update, grid(row, self._count), prompt)
 
-    def _sample(self, conditioning: Conditioning) -> list[np.ndarray]:
+    def _sample(self, prompt: str, conditioning: Conditioning) -> list[np.ndarray]:
         """The images of one prompt, in all processes."""
         resolved, processes, count = self._resolved, self._processes, self._count
         size = min(images_per_batch(resolved.resolution), -(-count // processes.size))
@@ -103,9 +110,9 @@ class Previews:
         def sample(batch: range) -> list[mx.array]:
             keys = sample_keys(resolved.seed, Stream.PREVIEW, 0, batch)
             try:
-                images = sample_images(
-                    self._pipeline, conditioning, keys, resolution=resolved.resolution, guidance=resolved.guidance
-                )
+                names = [f"image {index} of {shortened(prompt, SHOWN_PROMPT)!r}" for index in batch]
+                options: dict[str, Any] = {"resolution": resolved.resolution, "guidance": resolved.guidance}
+                images = sample_images(self._pipeline, conditioning, keys, names, **options)
                 return [mx.array(image) for image in images]
             except Exception as error:  # raised below in all processes, so that none waits for this one
                 errors.append(error)

@@ -14,7 +14,7 @@ from mflux_vae.errors import DeviceError, RunError
 from mflux_vae.images import grid, save_image, to_pictures, to_pixels
 from mflux_vae.runtime import device
 from mflux_vae.runtime.device_errors import device_errors
-from mflux_vae.utils.arrays import flaw
+from mflux_vae.utils.arrays import check_decoded
 from mflux_vae.utils.formatting import first_few
 from mflux_vae_train.distributed.interrupts import interruptible
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -137,14 +137,8 @@ class Validation:
 
 
 def _pictures(pixels: mx.array, what: str) -> np.ndarray:
-    """(N, H, W, C) in [-1, 1] -> uint8.
-
-    Raises:
-        RunError: one of them has NaN or infinite values.
-    """
-    for index, image in enumerate(pixels):
-        if found := flaw(image, varies=False):
-            raise RunError(f"{what} {index} has {found}; lower --learning_rate")
+    """(N, H, W, C) in [-1, 1] -> uint8; errors of `check_decoded`."""
+    check_decoded(pixels, what)
     return to_pictures(np.array(pixels))
 
 
