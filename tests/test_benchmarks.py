@@ -244,11 +244,11 @@ def test_convolution_benchmark_covers_every_algorithm(
     assert len(first.split()) == 6 + 5 and len(second.split()) == 6 + 2
 
 
-UPDATES = {"memory:training", "memory:small_graphs"}
-"""Sections of updates take seconds; the tests of FLUX's memory run the same stack."""
+WITH_BLOCKS = {"memory:training", "memory:small_graphs", "memory:sampling"}
+"""Sections with blocks of FLUX take seconds; the tests of FLUX's memory run the same stack."""
 
 
-@pytest.mark.parametrize("build", sorted({one.build for one in gpu.SECTIONS} - UPDATES))
+@pytest.mark.parametrize("build", sorted({one.build for one in gpu.SECTIONS} - WITH_BLOCKS))
 def test_gpu_sections_run_at_small_sizes(build: str) -> None:
     module, function = build.split(":")
     settings = {"weights": None} if function == "autoencoder" else {}

@@ -13,6 +13,7 @@ at small sizes, to test it; those are no figures of a GPU.
 | quantised products | are they faster by MLX's kernel or dequantised first, and do they repeat to the bit? |
 | attention | does the backward pass keep scores? |
 | training, decoding | is the peak of memory near the estimate? how long does an update take? |
+| sampling | is a denoiser faster if it is compiled as a whole? |
 | small graphs, sizes | do many graphs and convolutions fill MLX's caches on CUDA? |
 """
 
@@ -84,6 +85,7 @@ SECTIONS = (
     Section(name="text encoders", build="numbers:text_encoders", share=20),
     Section(name="decoding", build="memory:decoding", share=20),
     Section(name="training", build="memory:training", share=90),
+    Section(name="sampling", build="memory:sampling"),
     Section(name="small graphs", build="memory:small_graphs", share=30, environment={"MLX_MAX_OPS_PER_BUFFER": "20"}),
     Section(name="sizes", build="memory:sizes", share=20),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -59,20 +60,10 @@ def updated(stack: Stack) -> tuple[int, float]:
         quantize(network, stack.bits, is_quantized_layer)
     lora.add_lora(network, naming.PRESETS["attention+mlp"], rank=RANK)
     network.gradient_checkpointing = stack.recompute
-    tokens, batch, config = stack.side**2 // 4, stack.batch, stack.config
-    arrays = {
-        "latents": mx.random.normal((batch, tokens, config.in_channels)),
-        "prompt": mx.random.normal((batch, stack.text, config.joint_attention_dim)),
-        "pooled": mx.random.normal((batch, config.pooled_projection_dim)),
-        "target": mx.random.normal((batch, tokens, config.in_channels)),
-    }
-    ids = image_ids(stack.side, stack.side), text_ids(stack.text)
+    arrays, batch = _arrays(stack), stack.batch
 
     def loss(model: nn.Module, given: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        levels = mx.full((batch,), 0.5)
-        inputs = (given[name].astype(compute_dtype()) for name in ("latents", "prompt", "pooled"))
-        velocity = model(*inputs, levels, *ids).astype(mx.float32)
-        return mx.square(velocity - given["target"]).mean(), {}
+        return mx.square(_velocity(model, stack, given) - given["target"]).mean(), {}
 
     step = Step(network, AdamW(), loss)
     for update in range(2):
@@ -81,6 +72,29 @@ def updated(stack: Stack) -> tuple[int, float]:
         start = time.perf_counter()
         step(update, [MicroBatch(arrays=arrays, weight=batch)], 1e-4)
     return mx.get_peak_memory() - before, time.perf_counter() - start
+
+
+def forward(stack: Stack) -> Callable[[], mx.array]:
+    """A forward pass without adapters."""
+    network, arrays = _filled(FluxTransformer(stack.config)), _arrays(stack)
+    mx.eval(arrays)
+    return lambda: _velocity(network, stack, arrays)
+
+
+def _arrays(stack: Stack) -> dict[str, mx.array]:
+    batch, config, latents = stack.batch, stack.config, (stack.batch, stack.side**2 // 4, stack.config.in_channels)
+    return {
+        "latents": mx.random.normal(latents),
+        "prompt": mx.random.normal((batch, stack.text, config.joint_attention_dim)),
+        "pooled": mx.random.normal((batch, config.pooled_projection_dim)),
+        "target": mx.random.normal(latents),
+    }
+
+
+def _velocity(model: nn.Module, stack: Stack, arrays: Arrays) -> mx.array:
+    inputs = (arrays[name].astype(compute_dtype()) for name in ("latents", "prompt", "pooled"))
+    levels, ids = mx.full((stack.batch,), 0.5), (image_ids(stack.side, stack.side), text_ids(stack.text))
+    return model(*inputs, levels, *ids).astype(mx.float32)
 
 
 def estimated(stack: Stack) -> int:

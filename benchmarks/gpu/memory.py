@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from benchmarks.gpu.figures import NONE, Figures, peak_bytes, seconds, section
-from benchmarks.gpu.flux_stack import Stack, estimated, updated
+from benchmarks.gpu.flux_stack import Stack, estimated, forward, updated
 from benchmarks.harness.rows import Work
 from mflux_vae import VAE, kernels
 from mflux_vae.pretrained.loading import new_network
@@ -56,6 +56,18 @@ def training(quick: bool) -> Work:
             found[f"peak{name}: off the estimate by (%)"] = 100 * abs(peak / estimated(stack) - 1), 15
             found[f"an update{name}: seconds"] = update, NONE
         return found
+
+    return section(figures)
+
+
+def sampling(quick: bool) -> Work:
+    """A forward pass of a double and two single blocks, as it is and compiled as a whole."""
+    stack = replace(STACKS[""], heads=2, side=8, text=16) if quick else STACKS[""]
+
+    def figures() -> Figures:
+        run = forward(stack)
+        kinds = {"as it is": run, "compiled": mx.compile(run)}
+        return {f"{name}: ms": (1e3 * seconds(kind, 5), NONE) for name, kind in kinds.items()}
 
     return section(figures)
 
