@@ -144,7 +144,6 @@ def _placed(
     lookup = LayerNames(linears, names)
     placed: list[_Layer] = []
     others: dict[str, list[str]] = {}
-    convolutions: list[str] = []
     taken: dict[tuple[str, tuple[str, ...]], str] = {}
     for name, parts in by_layer.items():
         prefix, paths = lookup.find(name)
@@ -152,9 +151,7 @@ def _placed(
         layer = _Layer(name=name, prefix=prefix, paths=paths, tensors=parts)
         if prefix not in networks:
             others.setdefault(prefix, []).extend(keys)
-        elif any(parts[end].ndim == 4 for end in (A, B) if end in parts) or not linears[prefix].keys() >= {*paths}:
-            convolutions += keys
-        elif not paths or (A not in parts and B not in parts):
+        elif not paths or not linears[prefix].keys() >= {*paths} or (A not in parts and B not in parts):
             faults["unknown "] += keys
         elif A not in parts or B not in parts:
             faults["missing "].append(counterpart(keys[0]))
@@ -164,11 +161,6 @@ def _placed(
             faults[""].append(f"{first} and {keys[0]} are for one layer")
         else:
             placed.append(layer)
-    if convolutions:
-        raise WeightsError(
-            f"{path}: adapts convolutions ({count_text(len(convolutions), 'key')}, such as"
-            f" {shortened(convolutions[0], 110)}), which is not supported; give an adapter of linear layers"
-        )
     if any(faults.values()):
         fit = sum(len(one.tensors) for one in placed)
         _refuse(path, by_layer, lookup, networks, faults, f"{fit} of {len(tensors)} keys match", nothing=not placed)

@@ -13,12 +13,17 @@ from mflux_vae_train.pipelines.text.clip_naming import kohya_modules
 ATTENTION = tuple(f"*.attn?.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 MLP = ("*.ff.net.0.proj", "*.ff.net.2")
 PROJECTIONS = ("*.attentions.*.proj_in", "*.attentions.*.proj_out")
+RESNETS = (
+    *(f"*.resnets.*.{name}" for name in ("conv1", "conv2", "conv_shortcut", "time_emb_proj")),
+    "*samplers.0.conv",
+)
 PRESETS: Mapping[str, Sequence[str]] = {
     "attention": ATTENTION,
     "attention+mlp": (*ATTENTION, *MLP),
     "attention+mlp+proj": (*ATTENTION, *MLP, *PROJECTIONS),
+    "attention+mlp+proj+resnets": (*ATTENTION, *MLP, *PROJECTIONS, *RESNETS),
 }
-"""The last one has the layers that kohya's scripts adapt. In Stable Diffusion 1, projections are convolutions."""
+"""The last two have the layers that kohya's scripts adapt, without and with `conv_dim` (LoCon)."""
 
 _BLOCK = (
     *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
