@@ -9,6 +9,7 @@ at small sizes, to test it; those are no figures of a GPU.
 | section | question |
 |---|---|
 | convolution, autoencoder | does half precision lose more than its rounding (Metal's Winograd convolution does)? |
+| weight gradient | is that of a convolution faster by parts than by MLX? |
 | activations, text encoders | the same for activations, CLIP and T5; attention with masks |
 | quantised products | are they faster by MLX's kernel or dequantised first, and do they repeat to the bit? |
 | attention | does the backward pass keep scores? |
@@ -77,6 +78,7 @@ class Result:
 
 SECTIONS = (
     Section(name="convolution", build="numbers:convolution"),
+    Section(name="weight gradient", build="numbers:weight_gradient", share=5),
     Section(name="activations", build="numbers:activations", share=5),
     Section(name="attention", build="memory:attention", share=5),
     Section(name="quantised products, MLX's kernel", build="products:quantized", environment={PRODUCT: "native"}),

@@ -12,10 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from benchmarks.gpu.figures import NONE, Figures, on_cpu, rms_error, seconds, section
+from benchmarks.gpu.figures import NONE, Figures, on_cpu, peak_bytes, rms_error, seconds, section
 from benchmarks.harness.rows import Work
 from mflux_vae import VAE, kernels
-from mflux_vae.kernels import conv
+from mflux_vae.kernels import gpu_conv
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L
 from mflux_vae_train.pipelines.text import clip, t5
@@ -47,6 +47,27 @@ def convolution(quick: bool) -> Work:
                 mx.eval(exact)
             found[f"{name}: error (%)"] = rms_error(kernels.conv2d(a, b, padding=1), exact), ROUNDING[name]
             found[f"{name}: error of mx.conv2d (%)"] = rms_error(mx.conv2d(a, b, padding=1), exact), NONE
+        return found
+
+    return section(figures)
+
+
+def weight_gradient(quick: bool) -> Work:
+    """Gradient of a 3x3 convolution for its weight: by parts, and by MLX, which gathers all windows."""
+    side, channels = (16, 32) if quick else (256, 128)
+    x, dy = (mx.random.normal((1, side, side, channels), key=mx.random.key(n)) for n in range(2))
+    weight = mx.zeros((channels, 3, 3, channels))
+
+    def gradient(convolve: Callable[..., mx.array]) -> mx.array:
+        return mx.vjp(lambda w: convolve(x, w, padding=1), [weight], [dy])[1][0]
+
+    def figures() -> Figures:
+        mx.eval(x, dy, weight)
+        runs = {"ours": partial(gradient, kernels.conv2d), "MLX": partial(gradient, mx.conv2d)}
+        found = {"difference (%)": (rms_error(*(run() for run in runs.values())), 0.1)}
+        for name, run in runs.items():
+            found[f"{name}: peak MB"] = peak_bytes(run) / 2**20, NONE
+            found[f"{name}: ms"] = 1e3 * seconds(run), NONE
         return found
 
     return section(figures)
@@ -122,27 +143,27 @@ def autoencoder(quick: bool, weights: str | None) -> Work:
 @contextmanager
 def _mlx_convolutions(native: bool) -> Iterator[None]:
     """Within the block, convolutions in half precision are MLX's own."""
-    before = conv._widened
-    conv._widened = conv._native if native else before
+    before = gpu_conv.conv2d
+    gpu_conv.conv2d = gpu_conv.native if native else before
     try:
         yield
     finally:
-        conv._widened = before
+        gpu_conv.conv2d = before
 
 
 def text_encoders(quick: bool) -> Work:
     """CLIP with its causal mask, T5's attention with bias and mask: forward passes in bfloat16."""
-    layers, length = (1, 16) if quick else (CLIP_L.num_hidden_layers, 256)
+    layers, length, width, heads = (1, 16, 64, 2) if quick else (CLIP_L.num_hidden_layers, 256, 1024, 64)
     text = clip.CLIPTextModel(replace(CLIP_L, vocab_size=99, num_hidden_layers=layers))
     clip.init_weights(text, mx.random.key(0))
-    prompt = t5.T5Encoder(t5.T5Config(vocab_size=99, d_model=1024, d_kv=64, d_ff=1024, num_layers=1, num_heads=64))
+    prompt = t5.T5Encoder(t5.T5Config(vocab_size=99, d_model=width, d_kv=64, d_ff=width, num_layers=1, num_heads=heads))
     t5.init_weights(prompt, mx.random.key(1))
     tokens = mx.random.randint(0, 99, (2, length), key=mx.random.key(2))
     seen = (mx.arange(length) < length // 2).astype(mx.int32)[None]
     clip_tokens = tokens[:, : min(length, 77)]
     runs: dict[str, tuple[nn.Module, Callable[[], mx.array]]] = {
         "CLIP-L": (text, lambda: text(clip_tokens)[0]),
-        "T5, 64 heads, masked": (prompt, partial(prompt, tokens, mx.broadcast_to(seen, tokens.shape))),
+        "T5, masked": (prompt, partial(prompt, tokens, mx.broadcast_to(seen, tokens.shape))),
     }
 
     def figures() -> Figures:
