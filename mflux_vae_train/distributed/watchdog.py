@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from mflux_vae.errors import TrainingError
+from mflux_vae.errors import DeviceError, TrainingError
 from mflux_vae.runtime.device_errors import device_error
 from mflux_vae_train.distributed.heartbeat import Heartbeat, PeerExit
 
@@ -54,7 +54,8 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Tell the other processes about an error that ends this one."""
         if self._heartbeat is not None:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            shown = error.but(kept="") if isinstance(error, DeviceError) else error  # others keep what they have
+            reason = str(shown).partition("\n")[0] or type(error).__name__
             self._heartbeat.leave(f"stopped: {reason}", finished=False)
 
     @contextmanager

@@ -1,9 +1,11 @@
 """Runs a module as `python -m` does, in a process that suffers from something.
 
-    python -m tests.faults.inject [--folder FOLDER] [--kill_before N [--by SIGNAL]] [--count] [--clock_back] MODULE ...
+    python -m tests.faults.inject [--folder FOLDER] [--kill_before N [--by SIGNAL]] [--count] [--clock_back]
+                                  [--fail_update N [--rank R]] MODULE ...
 
 `--kill_before N` sends the process a signal (SIGKILL) before the N-th change of a file below FOLDER, `--count` says how
-many there were. `--clock_back` lets the system's clock run backwards, as the process sees it.
+many there were. `--clock_back` lets the system's clock run backwards, as the process sees it. `--fail_update N` lets
+MLX run out of memory in update N, of several processes in that of rank R (0).
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import signal
 import sys
 import time
 from typing import Any
+
+import pytest
+
+from tests.helpers import device_failure
 
 _CHANGING = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir"})
 
@@ -35,11 +41,15 @@ def main() -> None:
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--folder", default=".")
     parser.add_argument("--clock_back", action="store_true")
+    parser.add_argument("--fail_update", type=int, metavar="N")
+    parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if given.kill_before is not None or given.count:
         _watch(given.folder, given.kill_before, given.by)
+    if given.fail_update is not None and int(os.environ.get("MLX_RANK", "0")) == given.rank:
+        device_failure.fail_update(pytest.MonkeyPatch(), given.fail_update)
     if given.clock_back:
         began, own = time.time(), time.time
         time.time = lambda: began - 3600 * (own() - began)

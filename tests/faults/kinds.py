@@ -225,6 +225,16 @@ def clock_back(at: Try) -> str:
     return "continued"
 
 
+def out_of_memory(at: Try) -> str:
+    """In a random update: the one before it is saved, and the line says so."""
+    update = at.chance.randint(1, at.updates)
+    kept_there = f"continues after update {update - 1}" if update > 1 else "no update is saved"
+    at.started(faulty=[f"--fail_update={update}"]).refused(1, "out of memory", kept_there)
+    if kept(at.folder) != update - 1:
+        raise Wrong(f"{kept(at.folder)} updates kept before update {update}")
+    return _left(at, update - 1)
+
+
 FAULTS: dict[str, tuple[Fault, int]] = {
     "killed": (killed, 50),
     "interrupted": (interrupted, 10),
@@ -235,6 +245,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "picture_gone": (picture_gone, 4),
     "two_at_once": (two_at_once, 4),
     "clock_back": (clock_back, 2),
+    "out_of_memory": (out_of_memory, 6),
 }
 """Each, and how often it is tried."""
 

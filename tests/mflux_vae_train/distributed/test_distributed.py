@@ -132,6 +132,7 @@ def test_a_signal_to_one_interrupts_long_work_in_all(tmp_path: Path) -> None:
     [
         ("kill", "process 2 of 2 ended without a message"),
         ("raise", "process 2 of 2 stopped: no such picture"),
+        ("memory", "process 2 of 2 stopped: out of memory ([malloc] Unable to allocate 8 bytes)"),
         ("stop", "process 2 of 2 has been silent"),
         ("engine", "process 2 of 2 has been silent"),
     ],
@@ -141,6 +142,7 @@ def test_after_the_loss_of_one_process_the_others_save_and_end(how: str, why: st
     assert status == 1 and f"ProcessLost: {why}" in said
     results = notes(tmp_path)
     assert results.keys() == {0} and why in results[0]["why"] and results[0]["seconds"] < 60
+    assert results[0]["why"].count("the same command") == 1
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
 
 

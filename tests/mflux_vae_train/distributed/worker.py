@@ -257,6 +257,8 @@ def lost(processes: ProcessGroup, folder: Path, how: str, asleep: str = "") -> N
         if processes.rank == processes.size - 1:
             if how == "raise":
                 raise ValueError("no such picture")
+            if how == "memory":
+                raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
             if how == "engine":  # the others wait for this one in the collective operation
                 processes._watchdog._heartbeat.barrier()  # type: ignore[union-attr]
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
