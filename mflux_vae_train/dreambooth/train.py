@@ -198,7 +198,9 @@ def _train(
         return TrainingResult(result=result, updates=plan.updates - start)
     write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
     if resolved.fuse:
-        _log([f"saved the whole pipeline with the adapter in its weights: {save_fused(pipeline, resolved, folder)}"])
+        with device_errors(f"the adapter is saved as {result}; leave out --fuse"):
+            fused = save_fused(pipeline, resolved, folder)
+        _log([f"saved the whole pipeline with the adapter in its weights: {fused}"])
     write_model_card(pipeline, resolved, folder, result)
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
