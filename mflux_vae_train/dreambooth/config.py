@@ -172,6 +172,9 @@ class DreamBoothSettings:
     )
     output_kohya_format: bool = flag("also save the adapter in kohya's naming", False)
     fuse: bool = flag("also save the whole pipeline with the adapter fused into its weights", False)
+    fuse_single_file: bool = flag(
+        "with --fuse or --train_mode full: also save the whole pipeline as one file for ComfyUI and others", False
+    )
     quantize: int | None = flag(
         "quantize the frozen weights to 4 or 8 bits, and train an adapter on them (QLoRA)",
         None,

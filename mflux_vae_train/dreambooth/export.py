@@ -18,11 +18,13 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, networks
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.run_folder import RunFolder
-from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
+from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsSingleFile
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
-KOHYA, FUSED = "pytorch_lora_weights_kohya.safetensors", "fused"
-"""File and folder in the output folder."""
+KOHYA, FUSED, TRAINED = "pytorch_lora_weights_kohya.safetensors", "fused", "pipeline"
+"""File and folders in the output folder; a folder's model in one file has its name with the suffix `SINGLE`."""
+
+SINGLE = ".safetensors"
 
 _KOHYA_SETTINGS = (
     *("learning_rate", "optimizer", "lr_scheduler", "lr_warmup_steps", "max_train_steps"),
@@ -46,16 +48,34 @@ def check_can_fuse(pipeline: DiffusionPipeline, resolved: ResolvedSettings, deno
         raise SettingsError("--fuse: quantized weights cannot hold an adapter; fuse it into the full weights")
 
 
+def check_single_file(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
+    """
+    Raises:
+        SettingsError: ``--fuse_single_file`` without a whole pipeline to save, or for one that has no such format.
+    """
+    if not settings.fuse_single_file:
+        return
+    if settings.train_mode == "lora" and not settings.fuse:
+        raise SettingsError("--fuse_single_file writes the whole pipeline; give --fuse, too")
+    if not isinstance(pipeline, SupportsSingleFile):
+        raise SettingsError(f"--fuse_single_file: {pipeline.name} is not published as one file; leave it out")
+
+
 def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder) -> Path:
     """File or folder of the run's result."""
     if train_mode == "lora":
         return folder.adapter
-    return folder.root / ("pipeline" if saves_itself(pipeline) else "denoiser.safetensors")
+    return folder.root / (TRAINED if saves_itself(pipeline) else "denoiser.safetensors")
 
 
 def requested_files(folder: RunFolder, settings: DreamBoothSettings) -> list[Path]:
     """Files and folders that the settings request beside the result."""
-    requested = {folder.root / KOHYA: settings.output_kohya_format, folder.root / FUSED: settings.fuse}
+    whole = FUSED if settings.train_mode == "lora" else TRAINED
+    requested = {
+        folder.root / KOHYA: settings.output_kohya_format,
+        folder.root / FUSED: settings.fuse,
+        folder.root / f"{whole}{SINGLE}": settings.fuse_single_file,
+    }
     return [path for path, wanted in requested.items() if wanted]
 
 
@@ -73,7 +93,7 @@ def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder:
         if resolved.output_kohya_format:
             _save_for_kohya(pipeline, resolved, folder.root / KOHYA)
     elif saves_itself(pipeline):
-        _save_whole(pipeline, path)
+        _save_whole(pipeline, path, single_file=resolved.fuse_single_file)
     else:
         write_safetensors(path, dict(tree_flatten(pipeline.denoiser.parameters())), {"format": "mlx"})
     return path
@@ -88,7 +108,7 @@ def save_fused(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: 
     path = folder.root / FUSED
     for network in networks(pipeline, resolved).values():
         lora.fuse(network)
-    _save_whole(pipeline, path)
+    _save_whole(pipeline, path, single_file=resolved.fuse_single_file)
     return path
 
 
@@ -123,12 +143,15 @@ def _kohya_metadata(resolved: ResolvedSettings) -> Mapping[str, str]:
     return {key: str(value) for key, value in metadata.items()}
 
 
-def _save_whole(pipeline: DiffusionPipeline, path: Path) -> None:
+def _save_whole(pipeline: DiffusionPipeline, path: Path, *, single_file: bool) -> None:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)  # type: ignore[attr-defined]
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+    if single_file:
+        assert isinstance(pipeline, SupportsSingleFile)  # see `check_single_file`
+        pipeline.save_single_file(path.with_name(f"{path.name}{SINGLE}"))
 
 
 def saves_itself(pipeline: DiffusionPipeline) -> bool:

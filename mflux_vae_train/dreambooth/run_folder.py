@@ -28,7 +28,7 @@ RESUMABLE_CHANGES = frozenset(
     {
         *("model", "instance_data_dir", "class_data_dir", "output_dir"),  # their contents count, not their paths
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
-        *("report_to", "logging_dir", "sample_batch_size", "output_kohya_format", "fuse"),
+        *("report_to", "logging_dir", "sample_batch_size", "output_kohya_format", "fuse", "fuse_single_file"),
         *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images"),
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
         *("revision", "variant"),  # the weights count

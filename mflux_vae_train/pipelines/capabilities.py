@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -230,6 +231,15 @@ class KohyaNaming:
     modules: Mapping[str, Mapping[str, Sequence[str]]]
     metadata: Mapping[str, str]
     read_only: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class SupportsSingleFile(Protocol):
+    """A pipeline whose models are also published as one file, with other names than in folders."""
+
+    def save_single_file(self, file: Path) -> None:
+        """Write all networks to one safetensors file, as other programs open it."""
+        ...
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from mlx.utils import tree_map, tree_reduce
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.export import check_can_fuse, saves_itself
+from mflux_vae_train.dreambooth.export import check_can_fuse, check_single_file, saves_itself
 from mflux_vae_train.dreambooth.optimization.trainable import adapter_names, kohya_names, skeletons
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.lora.targets import dimensions, linears
@@ -77,9 +77,10 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     """
     Raises:
         SettingsError: the pipeline carries an adapter already, no layer matches, the pipeline has no such preset,
-            or ``--fuse`` or ``--output_kohya_format`` cannot write the adapter.
+            or ``--fuse``, ``--fuse_single_file`` or ``--output_kohya_format`` cannot write the result.
         WeightsError: the adapter to start from does not fit.
     """
+    check_single_file(pipeline, resolved)
     networks = skeletons(pipeline, resolved)
     denoiser = networks[pipeline.adapter_prefix]
     if any(map(lora.layers, networks.values())):

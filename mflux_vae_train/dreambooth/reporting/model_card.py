@@ -7,7 +7,7 @@ from typing import Any
 
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae.weights.formats.files import write_text
-from mflux_vae_train.dreambooth.export import FUSED, KOHYA
+from mflux_vae_train.dreambooth.export import FUSED, KOHYA, SINGLE, TRAINED
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.run_folder import RunFolder
@@ -44,6 +44,9 @@ def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, fo
         parts += [f"## In {program}\n\n{text.strip()}" for program, text in usage.items()]
     files = [f"`{KOHYA}` is the same adapter in kohya's naming."] if resolved.output_kohya_format else []
     files += [f"`{FUSED}/` is the whole pipeline with the adapter fused into its weights."] if resolved.fuse else []
+    if resolved.fuse_single_file:
+        whole = FUSED if adapter else TRAINED
+        files.append(f"`{whole}{SINGLE}` is the whole model in one file, for ComfyUI and other programs.")
     if files:
         parts.append(" ".join(files))
     rows = [(name, getattr(resolved, name)) for name in _SETTINGS]

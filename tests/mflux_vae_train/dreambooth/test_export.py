@@ -193,6 +193,34 @@ def test_unsupported_exports_are_refused_early(settings):
             settings(train_mode="full", **given)
 
 
+class Published(FakePipeline):
+    """A fake pipeline whose model is also published as one file."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def save_single_file(self, file: Path) -> None:
+        mx.save_safetensors(str(file), dict(tree_flatten(self.denoiser.parameters())))
+
+
+def test_a_whole_model_in_one_file(settings):
+    for given, name in (({"fuse": True}, "fused"), ({"train_mode": "full"}, "pipeline")):
+        pipeline = Published()
+        out = DreamBooth(pipeline).train(settings(name, fuse_single_file=True, **given)).result.parent
+        tensors, _ = read_safetensors(out / f"{name}.safetensors")
+        trained = dict(tree_flatten(pipeline.denoiser.parameters()))
+        assert (out / name).is_dir() and tensors.keys() == trained.keys()
+        assert all(mx.array_equal(tensors[key], value) for key, value in trained.items())
+        assert f"`{name}.safetensors`" in (out / "README.md").read_text()
+
+
+def test_one_file_without_a_whole_model_is_refused(settings):
+    with pytest.raises(SettingsError, match="give --fuse"):
+        DreamBooth(Published()).train(settings(fuse_single_file=True))
+    with pytest.raises(SettingsError, match="one file"):
+        DreamBooth(FakePipeline()).train(settings(train_mode="full", fuse_single_file=True))
+
+
 def test_fusing_into_a_quantized_model_is_refused(settings, tmp_path):
     pipeline = small_pipeline(tmp_path, recommended=RECOMMENDED)
     pipeline.quantize(8)
