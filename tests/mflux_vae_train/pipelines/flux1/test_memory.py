@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from tests.helpers import gpu_branch
 from tests.helpers.peak_memory import peak_of
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
 
@@ -60,11 +62,17 @@ def test_memory_of_a_stack_on_a_gpu_matches_the_estimate(double: int, single: in
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("gpu_branch")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_of_full_width_on_a_gpu_matches_the_estimate(recompute: bool) -> None:
-    stack = Stack(double=1, single=2, side=16, recompute=recompute)
-    assert estimated(stack) == pytest.approx(measured(stack), rel=0.15)
+@pytest.mark.parametrize(("dtype", "side", "text"), [("bfloat16", 16, 64), ("float32", 64, 256)])
+def test_memory_of_full_width_on_a_gpu_matches_the_estimate(
+    dtype: str, side: int, text: int, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_branch.force(monkeypatch, dtype=gpu_branch.DTYPES[dtype])
+    assert os.environ.get("MLX_BFS_MAX_WIDTH", "20") == "20", "the order of evaluation on Metal"
+    stack = Stack(double=1, single=2, side=side, text=text, recompute=recompute)
+    found, expected = measured(stack), estimated(stack)
+    print(f"{dtype}, {stack}: measured {found / 1e6:.0f} MB, estimated {expected / 1e6:.0f} MB")
+    assert expected == pytest.approx(found, rel=0.15)
 
 
 @pytest.mark.slow
