@@ -24,6 +24,9 @@ from mflux_vae_train.pipelines.stable_diffusion.unet_config import UNetConfig
 
 Shapes = Mapping[str, Sequence[int]]
 
+STATE = "state_dict."
+"""Beginning of keys in checkpoints of PyTorch Lightning."""
+
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """Beginnings of the UNet's keys: in whole models, and in files that hold it alone."""
 
@@ -64,7 +67,8 @@ class Found:
 
 def is_known(keys: Collection[str]) -> bool:
     """Whether these are keys of Stable Diffusion's UNet in CompVis' naming, or of a related model."""
-    return _prefix(keys) is not None or _unsupported(keys) is not None or _DIFFUSERS in keys
+    names = {key.removeprefix(STATE) for key in keys}
+    return _prefix(names) is not None or _unsupported(names) is not None or _DIFFUSERS in names
 
 
 def detect(

@@ -1,4 +1,4 @@
-"""Key tables of Stable Diffusion's networks in single files (CompVis' naming), and of diffusers' UNet.
+"""Key tables of Stable Diffusion's networks in single files: CompVis' naming.
 
 Names here are diffusers' and transformers'. CompVis number the UNet's layers through; OpenCLIP, the text encoder of
 Stable Diffusion 2 and the second one of SDXL, stacks queries, keys and values and transposes the last projection.
@@ -47,6 +47,7 @@ OPEN_CLIP = (
     Rule("ln_final.{kind}", "text_model.final_layer_norm.{kind}"),
     Rule("text_projection", "text_projection.weight", mx.transpose, mx.transpose),
     Rule("logit_scale", None),
+    Rule("transformer.text_model.embeddings.position_ids", None),  # in files of ComfyUI
     *(
         Rule(f"transformer.resblocks.{{b}}.{theirs}", f"text_model.encoder.layers.{{b}}.{ours}")
         for theirs, ours in (

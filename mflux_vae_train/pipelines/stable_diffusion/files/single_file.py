@@ -28,9 +28,6 @@ from mflux_vae_train.pipelines.stable_diffusion.configs import Configs
 from mflux_vae_train.pipelines.stable_diffusion.files import detect, keys
 from mflux_vae_train.pipelines.text import clip
 
-_STATE = "state_dict."
-"""Beginning of keys in checkpoints of PyTorch Lightning."""
-
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _TEXT = {
     1: {"text_encoder": "cond_stage_model.transformer."},
@@ -97,8 +94,8 @@ def open_single_file(path: Path, *, configs: Configs | None = None, prediction_t
         SettingsError: a model with options that are not supported.
     """
     stored, metadata = open_weights(path)
-    if any(key.startswith(_STATE) for key in stored):
-        stored = {key.removeprefix(_STATE): one for key, one in stored.items() if key.startswith(_STATE)}
+    if any(key.startswith(detect.STATE) for key in stored):
+        stored = {key.removeprefix(detect.STATE): one for key, one in stored.items() if key.startswith(detect.STATE)}
     shapes = {key: one.shape for key, one in stored.items()}
     found = detect.detect(shapes, metadata, path, configs=configs, prediction_type=prediction_type)
     prefixes = {"unet": found.prefix, **_TEXT[found.configs.generation], "vae": _VAE}

@@ -60,7 +60,8 @@ def test_open_clip_stacks_projections_and_loses_its_last_layer() -> None:
     stacked = theirs["transformer.resblocks.1.attn.in_proj_weight"]
     np.testing.assert_array_equal(stacked[8:16], ours["text_model.encoder.layers.1.self_attn.k_proj.weight"])
     last = {key.replace("resblocks.1", "resblocks.2"): tensor for key, tensor in theirs.items() if "resblocks.1" in key}
-    extra = {"logit_scale": mx.array(1.0), "text_projection": mx.arange(12.0).reshape(4, 3)}
+    extra = {"transformer.text_model.embeddings.position_ids": mx.arange(3), "logit_scale": mx.array(1.0)}
+    extra |= {"text_projection": mx.arange(12.0).reshape(4, 3)}
     back = keys.from_open_clip(theirs | last | extra, 2)
     np.testing.assert_array_equal(back.pop("text_projection.weight"), extra["text_projection"].T)
     assert back.keys() == ours.keys() and all(mx.array_equal(back[name], ours[name]) for name in ours)

@@ -150,6 +150,7 @@ def test_the_refiner_is_refused() -> None:
 
 
 def test_flux_and_adapters_are_not_recognized() -> None:
+    assert is_known({f"state_dict.{key}": shape for key, shape in shapes("sd1").items()})
     assert not is_known({"double_blocks.0.img_mod.lin.weight", "single_blocks.0.linear1.weight"})
     assert not is_known({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "first_stage_model.decoder.x"})
 
