@@ -51,7 +51,8 @@ def _run(argv: Sequence[str] | None) -> None:
     requested_trackers(settings.report_to)
     with process_group.join() as processes, interrupts.handling(processes):
         check_files(settings)
-        DreamBooth(open_pipeline(settings.model, revision=settings.revision, variant=settings.variant)).train(settings)
+        options = {name: getattr(settings, name) for name in ("revision", "variant", "prediction_type")}
+        DreamBooth(open_pipeline(settings.model, **options)).train(settings)
 
 
 def _description() -> str:

@@ -95,6 +95,11 @@ class DreamBoothSettings:
     )
     revision: str | None = flag("branch, tag or commit of a model on the Hub", None)
     variant: str | None = flag("variant of the weight files, such as fp16", None)
+    prediction_type: str | None = flag(
+        "what the denoiser in a --model file predicts, if the file does not state it",
+        None,
+        choices=("epsilon", "v_prediction"),
+    )
     instance_data_dir: str = flag("folder with images of the subject [required]", "", path=True)
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(

@@ -11,6 +11,7 @@ import pytest
 from mflux_vae_train.pipelines import protocol, tiny
 from tests.contracts.fake import FakePipeline
 from tests.contracts.pipeline_contract import PipelineContract
+from tests.mflux_vae_train.pipelines.stable_diffusion.small_sd import small_pipeline
 
 
 def documented_example() -> protocol.DiffusionPipeline:
@@ -22,11 +23,18 @@ def documented_example() -> protocol.DiffusionPipeline:
     return names["Plain"]()
 
 
-PIPELINES = {"fake": FakePipeline, "tiny": tiny.load, "documented example": documented_example}
+PIPELINES = {
+    "fake": lambda folder: FakePipeline(),
+    "tiny": lambda folder: tiny.load(),
+    "stable diffusion": lambda folder: small_pipeline(folder, "sd1"),
+    "sdxl": lambda folder: small_pipeline(folder, "sdxl"),
+    "documented example": lambda folder: documented_example(),
+}
+"""Functions of a folder for files."""
 
 
 class TestPipelines(PipelineContract):
     @pytest.fixture(scope="class", params=PIPELINES.values(), ids=PIPELINES.keys())
     @classmethod
-    def pipeline(cls, request):
-        return request.param()
+    def pipeline(cls, request, tmp_path_factory):
+        return request.param(tmp_path_factory.mktemp("pipeline"))

@@ -305,7 +305,7 @@ def test_twenty_updates_follow_each_other(ours: FluxPipeline, batches) -> None:
         text_encoder_lr=TEXT_RATE,
         adam_weight_decay_text_encoder=TEXT_DECAY,
     )
-    optimizer = build_optimizers(settings, text_encoder="text_encoder")
+    optimizer = build_optimizers(settings, text_encoders=["text_encoder"] * settings.train_text_encoder)
     step = Step(learners, optimizer, our_loss(ours, "none"), max_grad_norm=1.0, compile=False)
     for update in range(UPDATES):
         expected = theirs.update(ours, batches(update), "none")

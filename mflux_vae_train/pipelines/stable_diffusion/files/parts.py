@@ -70,13 +70,13 @@ def open_parts(
             return VAE(network=open_network(place, dtype))
         return VAE(network=open_network(place if file is not None else of_variant, dtype, config=configs.vae))
 
-    second, projecting = configs.text_encoder_2, clip.CLIPTextModelWithProjection
+    second = configs.text_encoder_2
     return stable_diffusion_parts(
         unet=network("unet", lambda: UNet(configs.unet)),
         vae=lazy("vae", autoencoder),
-        text_encoder=network("text_encoder", lambda: clip.CLIPTextModel(configs.text_encoder)),
+        text_encoder=network("text_encoder", lambda: new_text_encoder(configs.text_encoder)),
         tokenizer=LazyTokenizer(lambda: folder() / "tokenizer"),
-        text_encoder_2=None if second is None else network("text_encoder_2", lambda: projecting(second)),
+        text_encoder_2=None if second is None else network("text_encoder_2", lambda: new_text_encoder(second)),
         tokenizer_2=None if second is None else LazyTokenizer(lambda: folder() / "tokenizer_2"),
     )
 
@@ -97,6 +97,13 @@ def stable_diffusion_parts(
         networks["text_encoder_2"], tokenizers["tokenizer_2"] = Lazy.of(text_encoder_2), tokenizer_2
         quantized["text_encoder_2"] = is_quantized_text_layer
     return Parts(networks=networks, vae=Lazy.of(vae), tokenizers=tokenizers, quantized=quantized)
+
+
+def new_text_encoder(config: clip.CLIPTextConfig) -> clip.CLIPTextModel:
+    """A text encoder with random weights, which are lazy."""
+    if isinstance(config, clip.CLIPTextConfigWithProjection):
+        return clip.CLIPTextModelWithProjection(config)
+    return clip.CLIPTextModel(config)
 
 
 def is_quantized_layer(path: str) -> bool:

@@ -25,11 +25,18 @@ _WIDTHS = {"sdxl_2": 24}
 
 
 def small_prompts(folder: Path, model: str, *, zeros_for_empty: bool = True) -> SDPrompts:
-    """Random text encoders; the tokenizers' files go into `folder`.
+    """Prompts of `small_parts`.
 
     Args:
         zeros_for_empty: used for SDXL alone.
     """
+    parts = small_parts(folder, model)
+    configs = {name: encoder.get().config for name, encoder in parts.networks.items()}
+    return SDPrompts(parts, configs, zeros_for_empty=zeros_for_empty and model == "sdxl")
+
+
+def small_parts(folder: Path, model: str) -> Parts:
+    """Random text encoders; the tokenizers' files go into `folder`."""
     encoders: dict[str, clip.CLIPTextModel] = {}
     tokenizers = {}
     for name, layout in zip(("", "_2"), LAYOUTS[model], strict=False):
@@ -52,11 +59,9 @@ def small_prompts(folder: Path, model: str, *, zeros_for_empty: bool = True) -> 
             encoder = clip.CLIPTextModel(clip.CLIPTextConfig(**settings))
         clip.init_weights(encoder, mx.random.key(len(name)), embedding_std=0.5)
         encoders[f"text_encoder{name}"], tokenizers[f"tokenizer{name}"] = encoder, LazyTokenizer(place)
-    parts = Parts(
+    return Parts(
         networks={name: Lazy.of(encoder) for name, encoder in encoders.items()},
         vae=Lazy(lambda: None),
         tokenizers=tokenizers,
         quantized={},
     )
-    configs = {name: encoder.config for name, encoder in encoders.items()}
-    return SDPrompts(parts, configs, zeros_for_empty=zeros_for_empty and model == "sdxl")
