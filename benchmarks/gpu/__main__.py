@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--json FILE] [--only NAME] [--vae PATH] [--quick]
 
-Takes about five minutes and 8 GB, needs no network and no other package. Each section runs in a process of its own: a
-section that fails or runs out of memory is a row, and the next one starts. On a CPU the sections run the code for GPUs
-at small sizes, to test it; those are no figures of a GPU.
+Needs 8 GB, no network and no other package, and should take five minutes; it was not run on a GPU yet. Each section
+runs in a process of its own: a section that fails or runs out of memory is a row, and the next one starts. On a CPU the
+sections run the code for GPUs at small sizes, to test it; those are no figures of a GPU.
 
 | section | question |
 |---|---|
@@ -70,7 +70,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         figures = [
-            {"name": name, "value": value, "limit": None if math.isnan(limit) else limit, "met": _met(value, limit)}
+            {"name": name, "value": _finite(value), "limit": _finite(limit), "met": _met(value, limit)}
             for name, (value, limit) in self.figures.items()
         ]
         return {"section": self.name, "seconds": self.seconds, "failure": self.failure, "figures": figures}
@@ -177,6 +177,11 @@ def table(results: Sequence[Result]) -> str:
             claim = "" if met is None else f"at most {limit:g}{'' if met else ' (missed)'}"
             lines.append(f"| {result.name} | {name} | {value:.4g} | {claim} |")
     return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _met(value: float, limit: float) -> bool | None:
