@@ -79,8 +79,8 @@ def test_photos_of_one_colour_train(short_run: Make, instance_dir: Path) -> None
 
 def test_generated_class_images_of_one_colour_are_refused(tmp_path: Path) -> None:
     black = np.zeros((16, 16, 3), np.uint8)
-    save_image(tmp_path / "own.png", black)
-    assert check_class_images(tmp_path, "a dog") == [tmp_path / "own.png"]
+    save_image(tmp_path / "photo.png", black)
+    assert check_class_images(tmp_path, "a dog") == [tmp_path / "photo.png"]
     save_image(tmp_path / "class-00000.png", black, text={PROMPT_KEY: "a dog"})
     with pytest.raises(ImageError, match=r"class-00000.png .* one colour"):
         check_class_images(tmp_path, "a dog")

@@ -32,7 +32,11 @@ def test_the_command_continues_from_the_update_before(
         flags = (
             *("--model=tiny", f"--instance_data_dir={EXAMPLE}", "--instance_prompt=a photo of xyz star"),
             *("--max_train_steps=10", "--rank=4", "--resolution=32", "--num_validation_images=0"),
-            *("--prior_preservation=none", f"--encodings_dir={tmp_path / 'encodings'}"),
+            *(
+                "--gradient_accumulation_steps=1",
+                "--prior_preservation=none",
+                f"--encodings_dir={tmp_path / 'encodings'}",
+            ),
         )
         return cli.main([*flags, f"--output_dir={tmp_path / name}"])
 
