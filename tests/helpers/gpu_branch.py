@@ -18,13 +18,13 @@ compiled, and the device has 12 GB. MLX's CPU operations compute all of it, so t
 code, not of MLX's GPU kernels. Programs that a test starts run as usual."""
 
 SHARE = (
-    "mflux_vae/kernels",
+    *(f"mflux_vae/kernels/test_{name}.py" for name in ("conv", "gpu_attention", "gpu_conv", "kernels", "quantized")),
     "mflux_vae/networks/test_half_precision.py",
     "mflux_vae/networks/test_networks.py",
     "mflux_vae/tiling/test_tiling.py",
     "mflux_vae_train/training",
-    "mflux_vae_train/lora",
-    "mflux_vae_train/optimizers",
+    *(f"mflux_vae_train/lora/test_{name}.py" for name in ("conv", "gpu_layers", "lora")),
+    *(f"mflux_vae_train/optimizers/test_{name}.py" for name in ("adam8bit", "optimizers", "prodigy")),
     "mflux_vae_train/pipelines/flux1/test_gpu_branch.py",
     "mflux_vae_train/pipelines/flux1/test_transformer.py",
     "mflux_vae_train/pipelines/text/test_text.py",
