@@ -37,7 +37,8 @@ HALVES = ("encoder", "decoder")
 COUNTER = "bn.num_batches_tracked"
 """LazyTensor by diffusers with FLUX.2's statistics; unused here."""
 
-_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Keys of a configuration that scale latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def _preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _same_scaling(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return all((a.get(key) or None) == (b.get(key) or None) for key in _SCALING)
+    return all((a.get(key) or None) == (b.get(key) or None) for key in SCALING)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> str:

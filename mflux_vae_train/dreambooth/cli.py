@@ -51,7 +51,8 @@ def _run(argv: Sequence[str] | None) -> None:
     requested_trackers(settings.report_to)
     with process_group.join() as processes, interrupts.handling(processes):
         check_files(settings)
-        options = {name: getattr(settings, name) for name in ("revision", "variant", "prediction_type")}
+        named = ("revision", "variant", "vae", "prediction_type")
+        options = {name: getattr(settings, name) for name in named}
         DreamBooth(open_pipeline(settings.model, **options)).train(settings)
 
 

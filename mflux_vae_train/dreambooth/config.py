@@ -93,6 +93,13 @@ class DreamBoothSettings:
         group="model and data",
         path=True,
     )
+    vae: str | None = flag(
+        "another autoencoder for the model: a name such as sdxl-fp16-fix, a folder, a file, or owner/name on the Hub"
+        " (default: the model's)",
+        None,
+        aliases=("pretrained_vae_model_name_or_path",),
+        path=True,
+    )
     revision: str | None = flag("branch, tag or commit of a model on the Hub", None)
     variant: str | None = flag("variant of the weight files, such as fp16", None)
     prediction_type: str | None = flag(

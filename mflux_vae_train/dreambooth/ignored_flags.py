@@ -1,11 +1,12 @@
-"""Flags of diffusers' DreamBooth scripts that are accepted and have no effect here, each with the reason for the log.
+"""Flags of diffusers' DreamBooth scripts that have no effect here, each with the reason for the log or the error.
 
-All their other flags are fields of `DreamBoothSettings` with the same names.
+All their other flags are fields of `DreamBoothSettings` with the same names. The scripts differ in their defaults; here
+the pipeline recommends resolution, rank and learning rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from mflux_vae_train.settings.values import IgnoredFlags, Refused
 
 _REASONS = {
     # machine
@@ -20,23 +21,49 @@ _REASONS = {
     "adapters are trained and saved in float32": "upcast_before_saving",
     # data
     "latents are always cached": "cache_latents",
-    "prompts are always encoded once, before training": "pre_compute_text_embeddings",
+    "prompts are encoded once before training, unless --train_text_encoder changes their encoder": (
+        "pre_compute_text_embeddings"
+    ),
     "images come from the folder --instance_data_dir, with prompts in metadata.jsonl, metadata.csv or .txt files": (
         "dataset_name dataset_config_name image_column"
     ),
-    "images are resized with the Lanczos filter": "image_interpolation_mode",
+    "images are resized with the Lanczos filter, the scripts' default": "image_interpolation_mode",
     # text encoders
-    "the adapters of text encoder and denoiser are saved in one file": "skip_save_text_encoder",
+    "trained text encoders are always saved, adapters in one file with the denoiser's": "skip_save_text_encoder",
+    "only pivotal tuning (--train_text_encoder_ti) has new tokens": (
+        "token_abstraction num_new_tokens_per_abstraction train_text_encoder_ti_frac"
+    ),
     # hub
     "nothing is uploaded; run `hf upload` on the output folder": "push_to_hub hub_model_id",
     "downloads use the token of `hf auth login` or HF_TOKEN, and nothing is uploaded": "hub_token",
     "downloads go to the Hub's cache; move it with the environment variable HF_HOME": "cache_dir",
     # pipeline
-    "the pipeline's tokenizers are used": "tokenizer_name tokenizer_max_length",
+    "the pipeline's tokenizers are used": "tokenizer_name",
+    "prompts are as long as the model was trained with; some models take --max_sequence_length": "tokenizer_max_length",
     "pipelines mask padding as their models were trained": "text_encoder_use_attention_mask",
-    "pipelines are conditioned on prompts alone": "class_labels_conditioning",
+    "only models for upscaling have class labels as an input": "class_labels_conditioning",
     "previews use the pipeline's sampler": "validation_scheduler",
     "previews are sampled from prompts: --validation_prompt": "validation_images",
 }
 
-IGNORED_FLAGS: Mapping[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+_REFUSED = {
+    "do_edm_style_training": Refused(
+        "the objective is that of the model, which predicts noise, v or velocity, never EDM's; leave it out"
+    ),
+    "train_text_encoder_ti": Refused(
+        "no new tokens are trained; name the subject by a rare word, such as sks, and give --train_text_encoder"
+    ),
+    "train_text_encoder_frac": Refused(
+        "text encoders are trained until the end; leave it out, and lower --text_encoder_lr", default=("1", "1.0")
+    ),
+    "use_blora": Refused("give --lora_layers b-lora instead"),
+    "lora_unet_blocks": Refused(
+        "give patterns of layers instead, for example --lora_layers 'up_blocks.0.attentions.0.*.to_*'"
+    ),
+}
+
+IGNORED_FLAGS: IgnoredFlags = {
+    **{name: reason for reason, names in _REASONS.items() for name in names.split()},
+    **_REFUSED,
+}
+"""Each flag of diffusers' DreamBooth scripts is a setting of the same name, or is ignored or refused with a reason."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import weights_hash
+from mflux_vae_train.pipelines.autoencoder import open_vae
 from mflux_vae_train.pipelines.capabilities import PromptTokens, Use
 from mflux_vae_train.pipelines.folder import copy_files, save_network
 from mflux_vae_train.pipelines.lazy import Lazy
@@ -108,6 +109,8 @@ class PartsPipeline(ABC):
 
     adapter_prefix: str
     prompts: Any
+    configs: Any
+    """Dataclass of the parts' configurations, `vae` among them."""
 
     def __init__(
         self,
@@ -130,6 +133,11 @@ class PartsPipeline(ABC):
     @property
     def vae(self) -> VAE:
         return self.parts.vae.get()
+
+    def replace_vae(self, source: str) -> None:
+        """Use another autoencoder, see `autoencoder.open_vae`."""
+        vae, config = open_vae(source, self.configs.vae)
+        self.parts, self.configs = replace(self.parts, vae=vae), replace(self.configs, vae=config)
 
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""

@@ -6,12 +6,12 @@ A new pipeline is a folder beside this file (see `protocol`) and an entry point:
     mine = "my_package:load"
     MyDiffusionPipeline = "my_package:load"
 
-The value is a callable ``load(model: str) -> DiffusionPipeline``; ``revision``, ``variant`` and ``prediction_type`` are
-passed as keywords if it accepts them. A name like ``mine`` is a value of ``--model``. A name that ends in ``Pipeline``
-is the class in the ``model_index.json`` of the folders and repositories that it opens: ``--model FOLDER`` calls
-``load(FOLDER)``. For files, and for folders without a ``model_index.json``, ``opens(path) -> bool`` is called in the
-modules of these entry points; for repositories on the hub, ``knows(repository) -> bool`` says which ones open without a
-download.
+The value is a callable ``load(model: str) -> DiffusionPipeline``; ``revision``, ``variant``, ``vae`` and
+``prediction_type`` are passed as keywords if it accepts them. A name like ``mine`` is a value of ``--model``. A name
+that ends in ``Pipeline`` is the class in the ``model_index.json`` of the folders and repositories that it opens:
+``--model FOLDER`` calls ``load(FOLDER)``. For files, and for folders without a ``model_index.json``, ``opens(path) ->
+bool`` is called in the modules of these entry points; for repositories on the hub, ``knows(repository) -> bool`` says
+which ones open without a download.
 
 Entry points are imported when they are needed. If two distributions register a name, a warning names both; this
 package's entry point is used first, then the others in order of their distributions' names. One that cannot be imported
@@ -50,29 +50,35 @@ def available() -> list[str]:
 
 
 def open_pipeline(
-    model: str, *, revision: str | None = None, variant: str | None = None, prediction_type: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    prediction_type: str | None = None,
 ) -> DiffusionPipeline:
     """Open a registered name, a folder in diffusers' layout, a file, or `owner/name` on the hub.
 
     Args:
         revision: of a repository on the hub: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
+        vae: another autoencoder, see `parts.open_vae`.
         prediction_type: of the denoiser in a file that does not state it.
 
     Raises:
-        SettingsError: no such name or folder (the message lists the names that work), or a revision or variant for a
-            pipeline without them.
+        SettingsError: no such name or folder (the message lists the names that work), or an option that the pipeline
+            does not support.
         WeightsError: no such repository, or it is gated or cannot be reached.
         PluginError: the entry point cannot be imported, or does not return a pipeline.
     """
     known = _by_name()
-    named = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
+    named = {"revision": revision, "variant": variant, "vae": vae, "prediction_type": prediction_type}
     options = {name: value for name, value in named.items() if value is not None}
     if model in known:
         return _open(known[model], model, options)
     folder = Path(model).expanduser()
     if folder.is_file():
-        if of_folder := [f"--{name}" for name in options if name != "prediction_type"]:
+        if of_folder := [f"--{name}" for name in ("revision", "variant") if name in options]:
             raise SettingsError(f"{', '.join(of_folder)}: {folder} is a file, which has none")
         if (name := _class_that(known, "opens", folder)) is None:
             names = ", ".join(name for name in sorted(known) if not _is_class(name))

@@ -28,6 +28,7 @@ from mflux_vae_train.settings.values import (
     NONE,
     IgnoredFlags,
     Presets,
+    Refused,
     Translate,
     Values,
     build,
@@ -51,8 +52,9 @@ _DERIVED_COMMENT = """\
 
 
 class _AppendIgnored(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, word: str | None = None) -> None:
-        setattr(namespace, IGNORED, [*getattr(namespace, IGNORED, ()), self.dest])
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, word: str | None = None) -> None:
+        given = (self.dest, " ".join(values), f"--{self.dest}")
+        setattr(namespace, IGNORED, [*getattr(namespace, IGNORED, ()), given])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,13 +82,16 @@ def parser_from(
     Raises (when parsing):
         SettingsError: an unknown flag or an invalid value; nothing is printed.
     """
-    names = ", ".join(f"--{name}" for name in ignored_flags)
-    epilog = f"Accepted and ignored, with a log line that says why: {names}." if names else None
+    parts = []
+    for refused, what in ((False, "Accepted and ignored, with a log line"), (True, "Refused, with an error")):
+        if names := [f"--{name}" for name, why in ignored_flags.items() if isinstance(why, Refused) == refused]:
+            parts.append(f"{what} that says why: {', '.join(names)}.")
+    epilog = " ".join(parts) or None
     parser = _Parser(prog=prog, usage=SHORT_USAGE, description=description, epilog=epilog, allow_abbrev=False)
     add_flags(parser, cls)
     for name in ignored_flags:
         spellings, hidden = _spellings(name), argparse.SUPPRESS
-        parser.add_argument(*spellings, action=_AppendIgnored, nargs="?", default=hidden, help=hidden)
+        parser.add_argument(*spellings, action=_AppendIgnored, nargs="*", default=hidden, help=hidden)
     return parser
 
 
@@ -157,7 +162,7 @@ def settings_from(
 ) -> T:
     """Settings from a command line (None: ``sys.argv``), which overrides ``--config``.
 
-    Logs a warning for each of `ignored_flags` on the command line or in the file.
+    Logs a warning for each of `ignored_flags` on the command line or in the file, unless it is refused.
 
     Raises:
         SettingsError: an unknown flag or key (with the closest known one), a missing required flag, or a value that the
@@ -193,7 +198,13 @@ def settings_of(
     if len(configs) > 1:
         raise SettingsError(f"--config is given {len(configs)} times ({first_few(configs)}); give one file")
     file = read_file(cls, Path(expand(configs[0])), presets, ignored_flags, translate) if configs else Values()
-    unused = [f"--{name} has no effect: {ignored_flags[name]}" for name in [*file.pop(IGNORED, []), *ignored]]
+    unused = []
+    for name, value, place in [*file.pop(IGNORED, []), *ignored]:
+        why = ignored_flags[name]
+        if isinstance(why, Refused):
+            why.check(value, f"{place}: ")
+        else:
+            unused.append(f"--{name} has no effect: {why}")
     file.pop(DERIVED, None)
     preset_in_file = file.pop("preset", None)
     if preset is None:

@@ -20,8 +20,30 @@ T = TypeVar("T")
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Preset name -> values of fields that replace the defaults."""
 
-IgnoredFlags: TypeAlias = Mapping[str, str]
-"""Flags of other programs that are accepted, with or without a value, and ignored: name -> reason."""
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A flag of other programs that would change the result.
+
+    Attributes:
+        reason: what to do instead.
+        default: values that change nothing, which are accepted, beside none and false.
+    """
+
+    reason: str
+    default: tuple[str, ...] = ()
+
+    def check(self, value: Any, place: str) -> None:
+        """
+        Raises:
+            SettingsError: the value is not a default.
+        """
+        if str(value).strip().lower() not in ("none", "null", "false", "no", "off", *self.default):
+            raise SettingsError(f"{place}{self.reason}")
+
+
+IgnoredFlags: TypeAlias = "Mapping[str, str | Refused]"
+"""Flags of other programs, with or without values: name -> why they have no effect, or are refused."""
 
 NONE: Mapping[str, Any] = {}
 
@@ -29,7 +51,7 @@ Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
 """(content of a settings file, beginning of error messages) -> content with the names of this program."""
 
 IGNORED = "ignored_flags"
-"""Name of the list of ignored flags, in values and in the namespace of a command line."""
+"""Name of the list of ignored flags, in values and in the namespace of a command line: (name, value, where)."""
 
 DERIVED = "derived"
 """Key of a settings file: a mapping with the settings that were derived from the others."""
@@ -103,7 +125,7 @@ def _by_field(
         place = f"{_place(content, key, where)}: "
         name = str(key).replace("-", "_")
         if name in ignored_flags:
-            values.setdefault(IGNORED, []).append(name)
+            values.setdefault(IGNORED, []).append((name, value, f"{place}{key}"))
             continue
         if name not in known and not (presets and name == "preset"):
             raise SettingsError(f"{place}unknown setting {shortened(repr(key), 100)}{did_you_mean(name, known)}")

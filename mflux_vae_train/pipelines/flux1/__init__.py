@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 
 
-def load(model: str, *, revision: str | None = None, variant: str | None = None) -> FluxPipeline:
+def load(
+    model: str, *, revision: str | None = None, variant: str | None = None, vae: str | None = None
+) -> FluxPipeline:
     """Open a published model by name, a folder, a file, or a repository on the hub.
 
     Weights are downloaded and read when they are first used, and for published models configurations, too.
@@ -19,9 +21,10 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
             transformer; the other parts are then those of the published model.
         revision: of the repository: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
+        vae: another autoencoder, see `PartsPipeline.replace_vae`.
 
     Raises:
-        SettingsError: a configuration needs an unsupported option.
+        SettingsError: a configuration needs an unsupported option, or the other autoencoder does not fit.
         WeightsError: the folder is incomplete, its weights are not FLUX.1's, or the repository cannot be reached.
     """
     from mflux_vae_train.pipelines.flux1 import hub
@@ -29,10 +32,14 @@ def load(model: str, *, revision: str | None = None, variant: str | None = None)
 
     place = Path(model).expanduser()
     if place.is_dir():
-        return FluxPipeline.from_pretrained(place, variant=variant)
-    if place.is_file():
-        return hub.open_file(place)
-    return hub.open_repository(model, revision=revision, variant=variant)
+        pipeline = FluxPipeline.from_pretrained(place, variant=variant)
+    elif place.is_file():
+        pipeline = hub.open_file(place)
+    else:
+        pipeline = hub.open_repository(model, revision=revision, variant=variant)
+    if vae is not None:
+        pipeline.replace_vae(vae)
+    return pipeline
 
 
 def opens(place: Path) -> bool:

@@ -22,8 +22,10 @@ PRESETS: Mapping[str, Sequence[str]] = {
     "attention+mlp": (*ATTENTION, *MLP),
     "attention+mlp+proj": (*ATTENTION, *MLP, *PROJECTIONS),
     "attention+mlp+proj+resnets": (*ATTENTION, *MLP, *PROJECTIONS, *RESNETS),
+    "b-lora": tuple(f"up_blocks.0.attentions.[01].{name}" for name in ATTENTION),
 }
-"""The last two have the layers that kohya's scripts adapt, without and with `conv_dim` (LoCon)."""
+"""`attention+mlp+proj` and `...+resnets` have the layers that kohya's scripts adapt, without and with `conv_dim` (LoCon).
+`b-lora` has the attention of SDXL's blocks for content and for style (arXiv 2403.14572)."""
 
 _BLOCK = (
     *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),

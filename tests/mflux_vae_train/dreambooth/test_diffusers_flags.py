@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import typing
+from pathlib import Path
 
 import pytest
 
+from mflux_vae.errors import SettingsError
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.ignored_flags import IGNORED_FLAGS
 from mflux_vae_train.settings.fields import field_type, is_tuple
 from mflux_vae_train.settings.flags import settings_from
+from mflux_vae_train.settings.values import Refused
 
 NEEDED = ["--model=tiny", "--instance_data_dir=pictures", "--instance_prompt=a photo of sks dog"]
 
@@ -42,9 +45,49 @@ FLUX = {
     "set_grads_to_none": True, "snr_gamma": "5", "text_encoder_use_attention_mask": True, "tokenizer_max_length": "77",
     "tokenizer_name": "x", "use_dora": True, "validation_steps": "9", "class_labels_conditioning": "x",
     "validation_scheduler": "x", "skip_save_text_encoder": True, "validation_images": "x",
-    "num_dataloader_workers": "1", "clip_skip": "2",
+    "num_dataloader_workers": "1", "clip_skip": "2", "pretrained_vae_model_name_or_path": "sdxl-fp16-fix",
+    "do_edm_style_training": True, "token_abstraction": "TOK", "num_new_tokens_per_abstraction": "2",
+    "train_text_encoder_ti": True, "train_text_encoder_ti_frac": "0.5", "train_text_encoder_frac": "0.8",
+    "use_blora": True, "lora_unet_blocks": "unet.up_blocks.0.attentions.0,unet.up_blocks.0.attentions.1",
 }  # fmt: skip
 """Example values; True for flags without a value."""
+
+_ALL = """
+    adam_beta1=0.9 adam_beta2=0.999 adam_epsilon=1e-08 allow_tf32 center_crop checkpointing_steps=500
+    checkpoints_total_limit class_data_dir class_prompt dataloader_num_workers=0
+    enable_xformers_memory_efficient_attention gradient_accumulation_steps=1 gradient_checkpointing hub_model_id
+    hub_token instance_data_dir instance_prompt local_rank=-1 logging_dir=logs lr_num_cycles=1 lr_power=1.0
+    lr_scheduler=constant lr_warmup_steps=500 max_grad_norm=1.0 max_train_steps mixed_precision num_class_images=100
+    num_train_epochs=1 num_validation_images=4 pretrained_model_name_or_path prior_generation_precision
+    prior_loss_weight=1.0 push_to_hub report_to=tensorboard resume_from_checkpoint revision sample_batch_size=4
+    scale_lr seed train_batch_size=4 train_text_encoder use_8bit_adam validation_prompt variant with_prior_preservation
+"""
+_SD = """
+    adam_weight_decay=0.01 class_labels_conditioning pre_compute_text_embeddings resolution=512
+    text_encoder_use_attention_mask tokenizer_max_length tokenizer_name validation_images
+"""
+_SDXL = """
+    adam_weight_decay=0.0001 cache_dir caption_column dataset_config_name dataset_name do_edm_style_training
+    image_column=image image_interpolation_mode=lanczos learning_rate=0.0001 lora_dropout=0.0 optimizer=AdamW
+    output_dir=lora-dreambooth-model pretrained_vae_model_name_or_path prodigy_beta3 prodigy_decouple=True
+    prodigy_safeguard_warmup=True prodigy_use_bias_correction=True random_flip rank=4 repeats=1 resolution=1024
+    snr_gamma text_encoder_lr=5e-06 use_dora validation_epochs=50
+"""
+SCRIPTS = {
+    "train_dreambooth": f"""{_ALL} {_SD}
+        learning_rate=5e-06 offset_noise output_dir=dreambooth-model set_grads_to_none skip_save_text_encoder snr_gamma
+        validation_scheduler=DPMSolverMultistepScheduler validation_steps=100""",
+    "train_dreambooth_lora": f"""{_ALL} {_SD}
+        image_interpolation_mode=lanczos learning_rate=0.0005 lora_dropout=0.0 output_dir=lora-dreambooth-model rank=4
+        validation_epochs=50""",
+    "train_dreambooth_lora_sdxl": f"""{_ALL} {_SDXL}
+        adam_weight_decay_text_encoder=0.001 output_kohya_format""",
+    "train_dreambooth_lora_sdxl_advanced": f"""{_ALL} {_SDXL}
+        adam_weight_decay_text_encoder cache_latents clip_skip lora_unet_blocks noise_offset=0
+        num_new_tokens_per_abstraction=2 token_abstraction=TOK train_text_encoder_frac=1.0 train_text_encoder_ti
+        train_text_encoder_ti_frac=0.5 use_blora""",
+}
+"""Flags of the scripts for Stable Diffusion, with their defaults."""
 
 FIELDS = {
     name: field for field in dataclasses.fields(DreamBoothSettings) for name in (field.name, *field.metadata["aliases"])
@@ -60,6 +103,10 @@ def test_every_diffusers_flag_is_a_setting_or_ignored(name: str, caplog: pytest.
     needed = [word for word in NEEDED if not word.startswith(f"--{name}=")]
     if name == "pretrained_model_name_or_path":
         needed = NEEDED[1:]
+    if isinstance(IGNORED_FLAGS.get(name), Refused):
+        with pytest.raises(SettingsError, match=f"--{name}: "):
+            settings_from(DreamBoothSettings, [*needed, *words], ignored_flags=IGNORED_FLAGS)
+        return
     given = settings_from(DreamBoothSettings, [*needed, *words], ignored_flags=IGNORED_FLAGS)
     messages = [record.getMessage() for record in caplog.records]
     if name in IGNORED_FLAGS:
@@ -78,6 +125,35 @@ def test_every_diffusers_flag_is_a_setting_or_ignored(name: str, caplog: pytest.
         assert found == kind(value)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_of_a_script_with_its_default(script: str, caplog: pytest.LogCaptureFixture) -> None:
+    words = SCRIPTS[script].split()
+    names = {word.split("=")[0] for word in words}
+    assert names <= FLUX.keys() and names <= FIELDS.keys() | IGNORED_FLAGS.keys()
+    stated = [f"--{word}" for word in words if "=" in word]
+    settings_from(DreamBoothSettings, [*NEEDED, *stated], ignored_flags=IGNORED_FLAGS)
+    ignored = {record.getMessage().split()[0].removeprefix("--") for record in caplog.records}
+    assert ignored == {
+        word.split("=")[0] for word in words if "=" in word and isinstance(IGNORED_FLAGS.get(word.split("=")[0]), str)
+    }
+
+
+def test_a_file_with_all_flags_of_a_script_off(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    refused = [name for name, why in IGNORED_FLAGS.items() if isinstance(why, Refused)]
+    file.write_text("".join(f"{name}: {'null' if i % 2 else 'false'}\n" for i, name in enumerate(refused)))
+    settings_from(DreamBoothSettings, [*NEEDED, f"--config={file}"], ignored_flags=IGNORED_FLAGS)
+    file.write_text("learning_rate: 1e-4\nuse_blora: true\n")
+    with pytest.raises(SettingsError, match="line 2: use_blora"):
+        settings_from(DreamBoothSettings, [*NEEDED, f"--config={file}"], ignored_flags=IGNORED_FLAGS)
+
+
+def test_an_ignored_flag_with_several_values() -> None:
+    words = [*NEEDED, "--validation_images", "a.png", "b.png", "--rank", "8"]
+    assert settings_from(DreamBoothSettings, words, ignored_flags=IGNORED_FLAGS).rank == 8
+
+
 def test_reasons_are_one_line() -> None:
-    for name, reason in IGNORED_FLAGS.items():
+    for name, why in IGNORED_FLAGS.items():
+        reason = why.reason if isinstance(why, Refused) else why
         assert len(reason) > 15 and "\n" not in reason and not reason.endswith("."), name

@@ -175,7 +175,8 @@ def test_the_modules_of_kohyas_scripts(configs: Configs, unet: int, text: list, 
 @pytest.mark.parametrize(("configs", "attention", "mlp"), [(SD_1, 128, 160), (SDXL, 560, 700)])
 def test_the_presets_have_the_layers_of_diffusers_scripts(configs: Configs, attention: int, mlp: int) -> None:
     unet = UNet(configs.unet)
-    matched = {name: lora.matching(unet, patterns) for name, patterns in naming.PRESETS.items()}
+    of_sdxl = {name: naming.PRESETS[name] for name in naming.PRESETS if configs is SDXL or name != "b-lora"}
+    matched = {name: lora.matching(unet, patterns) for name, patterns in of_sdxl.items()}
     assert (len(matched["attention"]), len(matched["attention+mlp"])) == (attention, mlp)
     assert sum(matched["attention"].values()) == (199_296 if configs is SD_1 else 1_451_520)
     assert len(matched["attention+mlp+proj"]) == (192 if configs is SD_1 else 722)
@@ -183,6 +184,8 @@ def test_the_presets_have_the_layers_of_diffusers_scripts(configs: Configs, atte
     named = {path for (path,) in modules.values()}
     assert named >= {*matched["attention+mlp+proj+resnets"]}
     assert all("conv_shortcut" in path for path in named - {*matched["attention+mlp+proj+resnets"]})
+    # two of SDXL's eleven transformers, each with ten blocks of eight layers
+    assert len(matched.get("b-lora", ())) == (0 if configs is SD_1 else 160)
 
 
 def test_magnitudes_of_kohyas_dora_are_those_of_outputs(tmp_path: Path) -> None:
