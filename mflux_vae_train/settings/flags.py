@@ -140,7 +140,8 @@ def _shorten_help(parser: argparse.ArgumentParser, main: Sequence[str], count: i
             for group in parser._action_groups:
                 general = group is parser._optionals
                 formatter.start_section(group.title)
-                formatter.add_arguments([each for each in group._group_actions if general or each.dest in main])
+                named = [each for each in group._group_actions if each.dest in main and each.const is not False]
+                formatter.add_arguments(group._group_actions if general else named)
                 formatter.end_section()
             formatter.add_text(f"These are the main flags of {count}; --help-all lists all.")
             print(formatter.format_help(), end="")
