@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Sequence[str]] = {
     "attention+mlp+proj+resnets": (*ATTENTION, *MLP, *PROJECTIONS, *RESNETS),
     "b-lora": tuple(f"up_blocks.0.attentions.[01].{name}" for name in ATTENTION),
 }
-"""`attention+mlp+proj` and `...+resnets` have the layers that kohya's scripts adapt, without and with `conv_dim` (LoCon).
+"""`attention+mlp+proj` and `...+resnets` have the layers of kohya's scripts, without and with `conv_dim` (LoCon).
 `b-lora` has the attention of SDXL's blocks for content and for style (arXiv 2403.14572)."""
 
 _BLOCK = (
