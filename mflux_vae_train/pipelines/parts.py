@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.pretrained.loading import describe, new_network, open_network
+from mflux_vae.pretrained.locate import SCALING, locate, not_downloaded
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import weights_hash
-from mflux_vae_train.pipelines.autoencoder import open_vae
 from mflux_vae_train.pipelines.capabilities import PromptTokens, Use
 from mflux_vae_train.pipelines.folder import copy_files, save_network
 from mflux_vae_train.pipelines.lazy import Lazy
@@ -29,6 +32,8 @@ from mflux_vae_train.pipelines.quantization import quantize
 from mflux_vae_train.pipelines.snapshot import Snapshot
 from mflux_vae_train.pipelines.text.prompts import PromptEncoder
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,7 @@ class PartsPipeline(ABC):
         return self.parts.vae.get()
 
     def replace_vae(self, source: str) -> None:
-        """Use another autoencoder, see `autoencoder.open_vae`."""
+        """Use another autoencoder, see `open_vae`."""
         vae, config = open_vae(source, self.configs.vae)
         self.parts, self.configs = replace(self.parts, vae=vae), replace(self.configs, vae=config)
 
@@ -204,6 +209,52 @@ class PartsPipeline(ABC):
         """Hash of weights and tokenizers, precision, and for prompts the settings of their encoding."""
         fingerprint = self.parts.encoder_fingerprint(use)
         return fingerprint if use == "images" else f"{fingerprint} {self.prompts.fingerprint()}"
+
+
+def open_vae(source: str, replaces: Mapping[str, Any]) -> tuple[Lazy[VAE], dict[str, Any]]:
+    """Open an autoencoder from anything that `VAE.from_pretrained` opens. Its weights are read on first use.
+
+    The scaling of latents that a file does not state is that of the replaced autoencoder.
+
+    Args:
+        replaces: configuration of the pipeline's autoencoder.
+
+    Returns:
+        the autoencoder and its configuration.
+
+    Raises:
+        WeightsError: files are missing, broken, or of an unknown kind.
+        SettingsError: its latents do not have the shape of the pipeline's.
+    """
+    try:
+        return _open_vae(source, replaces)
+    except (SettingsError, WeightsError) as error:
+        raise type(error)(f"--vae {source}: {str(error).removeprefix(f'{source}: ')}") from error
+
+
+def _open_vae(source: str, replaces: Mapping[str, Any]) -> tuple[Lazy[VAE], dict[str, Any]]:
+    config, stated = (found := describe(source)).config, found.assumed is None
+    if not stated:
+        config = config | {name: replaces[name] for name in SCALING if name in replaces}
+    ours, theirs = (VAE(network=new_network(each)) for each in (replaces, config))  # lazy, never computed
+    if (theirs.spatial_scale, theirs.latent_channels) != (ours.spatial_scale, ours.latent_channels):
+        raise SettingsError(
+            f"its latents have {theirs.latent_channels} channels at 1/{theirs.spatial_scale} of the size, the model's"
+            f" {ours.latent_channels} at 1/{ours.spatial_scale}; give an autoencoder of this kind of model"
+        )
+    if type(theirs.network) is type(ours.network) and theirs.scaling_factor != ours.scaling_factor:
+        logger.warning(
+            "--vae %s: its latents are scaled by %g, the model's by %g: it may belong to another model",
+            *(source, theirs.scaling_factor, ours.scaling_factor),
+        )
+    given = None if stated else config
+    vae = Lazy(lambda: VAE(network=open_network(source, config=given)), prepare=lambda: locate(source, given))
+    if not_downloaded(source) is None:
+        vae.get()  # compares names and shapes of its tensors
+        vae.release()
+    else:
+        logger.info("--vae %s: downloaded when it is first used", source)
+    return vae, config
 
 
 def _quantize(module: nn.Module, *, bits: int, selects: Callable[[str], bool]) -> None:
