@@ -21,7 +21,7 @@ def load(
             transformer; the other parts are then those of the published model.
         revision: of the repository: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
-        vae: another autoencoder, see `PartsPipeline.replace_vae`.
+        vae: another autoencoder, see `parts.open_vae`.
 
     Raises:
         SettingsError: a configuration needs an unsupported option, or the other autoencoder does not fit.

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str, *, revision: str | None = None, variant: str | None = None, prediction_type: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    prediction_type: str | None = None,
 ) -> StableDiffusionPipeline:
     """Open a published model by name, a folder, a file, or a repository on the hub.
 
@@ -23,10 +28,12 @@ def load(
             one file (safetensors, ckpt).
         revision: of the repository: a branch, a tag or a commit.
         variant: of the weights files, such as "fp16".
+        vae: another autoencoder, see `parts.open_vae`.
         prediction_type: "epsilon" or "v_prediction", for a file that does not state it.
 
     Raises:
-        SettingsError: a configuration needs an unsupported option, or it is another kind of Stable Diffusion.
+        SettingsError: a configuration needs an unsupported option, it is another kind of Stable Diffusion, or the other
+            autoencoder does not fit.
         WeightsError: the folder is incomplete, the file is broken, or the repository cannot be reached.
     """
     from mflux_vae_train.pipelines.stable_diffusion.files import hub
@@ -36,10 +43,14 @@ def load(
     if prediction_type is not None and not place.is_file():
         raise SettingsError(f"--prediction_type {prediction_type}: {model} states what it predicts; leave it out")
     if place.is_dir():
-        return StableDiffusionPipeline.from_pretrained(place, variant=variant)
-    if place.is_file():
-        return from_opened(hub.open_file(place, prediction_type=prediction_type))
-    return from_opened(hub.open_repository(model, revision=revision, variant=variant))
+        pipeline = StableDiffusionPipeline.from_pretrained(place, variant=variant)
+    elif place.is_file():
+        pipeline = from_opened(hub.open_file(place, prediction_type=prediction_type))
+    else:
+        pipeline = from_opened(hub.open_repository(model, revision=revision, variant=variant))
+    if vae is not None:
+        pipeline.replace_vae(vae)
+    return pipeline
 
 
 def opens(place: Path) -> bool:
