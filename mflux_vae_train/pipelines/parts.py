@@ -224,7 +224,7 @@ def open_vae(source: str, replaces: Mapping[str, Any]) -> tuple[Lazy[VAE], dict[
 
     Raises:
         WeightsError: files are missing, broken, or of an unknown kind.
-        SettingsError: its latents do not have the shape of the pipeline's.
+        SettingsError: it is another kind of network, or its latents have another shape.
     """
     try:
         return _open_vae(source, replaces)
@@ -237,18 +237,19 @@ def _open_vae(source: str, replaces: Mapping[str, Any]) -> tuple[Lazy[VAE], dict
     if not stated:
         config = config | {name: replaces[name] for name in SCALING if name in replaces}
     ours, theirs = (VAE(network=new_network(each)) for each in (replaces, config))  # lazy, never computed
-    if (theirs.spatial_scale, theirs.latent_channels) != (ours.spatial_scale, ours.latent_channels):
-        raise SettingsError(
-            f"its latents have {theirs.latent_channels} channels at 1/{theirs.spatial_scale} of the size, the model's"
-            f" {ours.latent_channels} at 1/{ours.spatial_scale}; give an autoencoder of this kind of model"
+    kinds = [(type(one.network).__name__, one.latent_channels, one.spatial_scale) for one in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        given, needed = (
+            f"{kind} with {count} latent channels at 1/{scale} of the size" for kind, count, scale in kinds
         )
-    if type(theirs.network) is type(ours.network) and theirs.scaling_factor != ours.scaling_factor:
+        raise SettingsError(f"holds {given}; the model needs {needed}")
+    if theirs.scaling_factor != ours.scaling_factor:
         logger.warning(
             "--vae %s: its latents are scaled by %g, the model's by %g: it may belong to another model",
             *(source, theirs.scaling_factor, ours.scaling_factor),
         )
-    given = None if stated else config
-    vae = Lazy(lambda: VAE(network=open_network(source, config=given)), prepare=lambda: locate(source, given))
+    stating = None if stated else config
+    vae = Lazy(lambda: VAE(network=open_network(source, config=stating)), prepare=lambda: locate(source, stating))
     if not_downloaded(source) is None:
         vae.get()  # compares names and shapes of its tensors
         vae.release()

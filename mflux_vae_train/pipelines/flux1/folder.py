@@ -42,6 +42,7 @@ _INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "tokenizer_2": ["transformers", "T5TokenizerFast"],
     "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
 }
 
 
@@ -117,8 +118,7 @@ def write(parts: Parts, configs: Configs, folder: Path, dtype: str) -> None:
     parts.save(folder, dtype, weights.STEMS)
     write_json(folder / "scheduler" / "scheduler_config.json", configs.schedule.to_dict())
     write_json(folder / RECOMMENDED, asdict(configs.recommended))
-    vae = configs.vae.get("_class_name", "AutoencoderKL")
-    write_json(folder / "model_index.json", {**_INDEX, "vae": ["diffusers", vae]})
+    write_json(folder / "model_index.json", _INDEX)
 
 
 def _config_json(folder: Path, part: str) -> dict[str, Any] | None:

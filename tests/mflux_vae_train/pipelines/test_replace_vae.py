@@ -13,10 +13,13 @@ import pytest
 
 from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae_train.pipelines import flux1, registry
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.stable_diffusion.pipeline import StableDiffusionPipeline
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_pipeline
+from tests.mflux_vae_train.pipelines.stable_diffusion import small_sd
 
 OTHER = AutoencoderKLConfig(
     block_out_channels=(4, 4, 4, 8),
@@ -57,7 +60,14 @@ def test_it_encodes_counts_and_is_saved(folder: Path, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "saved", "float32")
     again = FluxPipeline.from_pretrained(tmp_path / "saved")
     assert mx.array_equal(again.encode_images(PIXELS), latents)
-    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+
+
+def test_stable_diffusion_takes_it(tmp_path: Path) -> None:
+    small_sd.small_pipeline(tmp_path / "parts").save_pretrained(tmp_path / "saved", "float32")
+    other = written(tmp_path / "vae")
+    pipeline = registry.open_pipeline(str(tmp_path / "saved"), vae=str(tmp_path / "vae"))
+    assert isinstance(pipeline, StableDiffusionPipeline) and pipeline.configs.vae["scaling_factor"] == 1.5
+    np.testing.assert_allclose(np.array(pipeline.encode_images(PIXELS)), np.array(other.encode_nhwc(PIXELS)), atol=1e-6)
 
 
 def test_scaling_that_a_file_does_not_state_is_the_models(
@@ -91,6 +101,9 @@ def test_wrong_sources_are_refused_at_once(folder: Path, tmp_path: Path) -> None
     (tmp_path / "vae" / "config.json").write_text(json.dumps(replace(OTHER, layers_per_block=2).to_dict()))
     with pytest.raises(WeightsError, match="--vae"):
         flux1.load(str(folder), vae=str(tmp_path / "vae"))
+    VAE(network=AutoencoderTiny(AutoencoderTinyConfig())).save_pretrained(tmp_path / "taesd")
+    with pytest.raises(SettingsError, match="AutoencoderTiny"):
+        flux1.load(str(folder), vae=str(tmp_path / "taesd"))
     with pytest.raises(SettingsError, match="--vae"):
         registry.open_pipeline("tiny", vae="flux1")
 
