@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.weights.formats.files import open_weights, write_safetensors
 from mflux_vae.weights.keymaps.rules import from_mlx
+from mflux_vae_train.pipelines.capabilities import SupportsSingleFile
 from mflux_vae_train.pipelines.stable_diffusion.configs import REPOSITORIES, SD_2, SD_2_BASE, Configs
 from mflux_vae_train.pipelines.stable_diffusion.files import folder, keys
 from mflux_vae_train.pipelines.stable_diffusion.files.detect import detect, is_known
@@ -22,6 +23,7 @@ from mflux_vae_train.pipelines.stable_diffusion.files.single_file import open_si
 from mflux_vae_train.pipelines.stable_diffusion.unet import UNet
 from tests.mflux_vae_train.pipelines.stable_diffusion.files.small_models import small_configs, small_parts, small_unet
 from tests.mflux_vae_train.pipelines.stable_diffusion.files.test_keys import FULL
+from tests.mflux_vae_train.pipelines.stable_diffusion.small_sd import small_pipeline
 
 PREFIX = "model.diffusion_model."
 PATH = Path("model.safetensors")
@@ -167,3 +169,11 @@ def test_missing_parts_are_named_together_and_averages_are_noted(tmp_path: Path)
         assert len(found.notes) == (given is whole)
         with pytest.raises(WeightsError, match=r"text_encoder and no text_encoder_2 and no vae"):
             found.read("text_encoder")
+
+
+def test_a_pipeline_saves_itself_as_one_file(tmp_path: Path) -> None:
+    pipeline = small_pipeline(tmp_path / "parts", "sdxl")
+    assert isinstance(pipeline, SupportsSingleFile)
+    pipeline.save_single_file(tmp_path / "a.safetensors")
+    file = open_single_file(tmp_path / "a.safetensors", configs=pipeline.configs)
+    assert not file.missing and file.read("text_encoder_2")["text_projection.weight"].dtype == mx.float16
