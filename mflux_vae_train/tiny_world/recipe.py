@@ -1,14 +1,15 @@
-"""Sizes of the embedded pipeline's networks, and settings of its training."""
+"""Sizes of the embedded pipelines' networks, and settings of their training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.protocol import Recommended
+from mflux_vae_train.pipelines.stable_diffusion.unet_config import UNetConfig
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
 from mflux_vae_train.tiny_world.world import CAPTION_SHARES
@@ -59,6 +60,24 @@ RECOMMENDED = Recommended(
 )
 
 
+SD_VAE = replace(
+    VAE, block_out_channels=(16, 32, 64, 64), latent_channels=4, use_quant_conv=True, use_post_quant_conv=True
+)
+
+UNET = UNetConfig(
+    sample_size=SIZE // 8,
+    block_out_channels=(64, 128),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=(2, 4),
+    cross_attention_dim=WIDTH_TEXT,
+    norm_num_groups=16,
+)
+
+SD_RECOMMENDED = replace(RECOMMENDED, size_multiple=8, guidance=2.5, steps=25)
+
+
 def clip_config(vocabulary: int, eos: int, bos: int, pad: int) -> CLIPTextConfig:
     """CLIP's text model: two layers."""
     return CLIPTextConfig(
@@ -93,8 +112,8 @@ VAE_SETTINGS = Path(__file__).with_name("vae.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxRecipe:
-    """Training of transformer and text encoders together on cached latents.
+class Round:
+    """Training of a denoiser and its text encoders together on cached latents.
 
     Attributes:
         scenes, photos: numbers of captioned scenes and of crops of photographs.
@@ -132,18 +151,29 @@ class Recipe:
     """Settings of `build`.
 
     Attributes:
-        flux: rounds of training, each from the weights of the previous one. After the first round, prompts without a
-            colour still gave blended colours; the second round has new scenes and more captions of that kind.
+        vae: configuration of the autoencoder, without the scale and shift of its latents.
+        rounds: of training, each from the weights of the previous one. After the first round, prompts without a colour
+            still gave blended colours; the second round has new scenes and more captions of that kind.
     """
 
-    flux: tuple[FluxRecipe, ...] = (
-        FluxRecipe(),
-        FluxRecipe(
-            seed=1,
-            updates=3000,
-            batch=64,
-            scenes=36_000,
-            photos=1_800,
-            caption_shares={"full": 0.38, "open": 0.38, "individual": 0.22, "background": 0.02},
-        ),
-    )
+    vae: AutoencoderKLConfig
+    rounds: tuple[Round, ...]
+
+
+_SECOND = Round(
+    seed=1,
+    updates=3000,
+    batch=64,
+    scenes=36_000,
+    photos=1_800,
+    caption_shares={"full": 0.38, "open": 0.38, "individual": 0.22, "background": 0.02},
+)
+
+FLUX = Recipe(vae=VAE, rounds=(Round(), _SECOND))
+STABLE_DIFFUSION = Recipe(
+    vae=SD_VAE,
+    rounds=(
+        Round(weighting_scheme="uniform", adamw_rate=5e-4),
+        replace(_SECOND, weighting_scheme="uniform", adamw_rate=5e-4),
+    ),
+)

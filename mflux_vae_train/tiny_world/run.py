@@ -9,7 +9,7 @@ from pathlib import Path
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.checkpointing.state import parameters, tree_state
 from mflux_vae_train.monitoring.progress import ProgressBar
-from mflux_vae_train.tiny_world.recipe import FluxRecipe
+from mflux_vae_train.tiny_world.recipe import Round
 from mflux_vae_train.training.hooks import MetricsLog, every
 from mflux_vae_train.training.loop import fit
 from mflux_vae_train.training.step import MicroBatch, Step
@@ -22,7 +22,7 @@ def run(
     rate: Callable[[int], float],
     updates: int,
     checkpoint_every: int,
-    settings: FluxRecipe,
+    settings: Round,
 ) -> None:
     """Train up to `updates`, from the newest checkpoint in `folder`."""
     objects = {"model": parameters(step.model), "optimizer": tree_state(step.optimizer.state)}

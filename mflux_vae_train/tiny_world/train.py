@@ -1,12 +1,14 @@
-"""Train the embedded pipeline's transformer and text encoders, together, on latents of captioned scenes."""
+"""Train a denoiser and its text encoders, together, on latents of captioned scenes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,20 +19,12 @@ from mflux_vae import VAE
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.optimizers.muon import Muon
-from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
-from mflux_vae_train.pipelines.flux1 import transformer as flux
-from mflux_vae_train.pipelines.flux1.configs import Configs
-from mflux_vae_train.pipelines.flux1.parts import flux_parts
-from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.noise import NoiseSampling
-from mflux_vae_train.pipelines.text import clip, t5
-from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
+from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.tiny_world import corpus, recipe
 from mflux_vae_train.tiny_world.run import run
-from mflux_vae_train.tiny_world.tokenizers import build_clip_tokenizer, build_t5_tokenizer
-from mflux_vae_train.tiny_world.words import EXTRA_WORDS
-from mflux_vae_train.tiny_world.world import WORDS, training_example
+from mflux_vae_train.tiny_world.world import training_example
 from mflux_vae_train.training.ema import EMA
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
@@ -39,49 +33,23 @@ logger = logging.getLogger(__name__)
 _ENCODED_AT_ONCE = 64
 
 
-class JointModel(nn.Module):
-    """The networks that are trained together."""
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """A pipeline whose networks are trained together.
 
-    def __init__(self, pipeline: FluxPipeline):
-        super().__init__()
-        self.transformer = pipeline.denoiser
-        self.clip = pipeline.prompts.clip.get()
-        self.t5 = pipeline.prompts.t5.get()
+    Attributes:
+        networks: the denoiser, then the text encoders.
+        token_ids: captions -> arrays with one row each.
+        conditioning: rows of these arrays -> conditioning, differentiable in the text encoders.
+    """
 
-
-def new_pipeline(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> FluxPipeline:
-    """An untrained pipeline around a trained autoencoder."""
-    words = sorted({*WORDS, *EXTRA_WORDS})
-    build_clip_tokenizer(words, work / "tokenizer", recipe.TEXT_TOKENS)
-    build_t5_tokenizer(words, work / "tokenizer_2", recipe.TEXT_TOKENS)
-    tokenizer, tokenizer_2 = (LazyTokenizer(work / name) for name in ("tokenizer", "tokenizer_2"))
-    eos = tokenizer.get().pad_id  # rows of CLIP are padded with the end of text
-    configs = Configs(
-        transformer=recipe.TRANSFORMER,
-        text_encoder=recipe.clip_config(tokenizer.get().vocab_size, eos=eos, bos=eos - 1, pad=eos),
-        text_encoder_2=recipe.t5_config(tokenizer_2.get().vocab_size),
-        vae=vae.config.to_dict(),
-        schedule=FlowMatchSchedule(),
-        recommended=recipe.RECOMMENDED,
-    )
-    transformer = flux.FluxTransformer(configs.transformer)
-    text_encoder, text_encoder_2 = clip.CLIPTextModel(configs.text_encoder), t5.T5Encoder(configs.text_encoder_2)
-    keys = sample_keys(settings.seed, Stream.INIT, 0, range(3))
-    flux.init_weights(transformer, keys[0])
-    clip.init_weights(text_encoder, keys[1], embedding_std=settings.clip_embedding_std)
-    t5.init_weights(text_encoder_2, keys[2], relative_bias_std=settings.t5_bias_std)
-    parts = flux_parts(
-        transformer=transformer,
-        vae=vae,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-    )
-    return FluxPipeline(parts, configs, name="tiny")
+    pipeline: Any
+    networks: Mapping[str, nn.Module]
+    token_ids: Callable[[Sequence[str]], Arrays]
+    conditioning: Callable[[Arrays], Conditioning]
 
 
-def encode_examples(work: Path, vae: VAE, settings: recipe.FluxRecipe) -> tuple[np.ndarray, list[str]]:
+def encode_examples(work: Path, vae: VAE, settings: recipe.Round) -> tuple[np.ndarray, list[str]]:
     """Unscaled latents (N, h, w, C) float16 and captions of photographs, then of scenes; stored in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     parameters = dict(tree_flatten(vae.network.parameters()))
@@ -114,28 +82,26 @@ def _encode(vae: VAE, pictures: np.ndarray) -> np.ndarray:
     return np.array(vae.network.encode(pixels).mode(), np.float16)
 
 
-def train(work: Path, vae: VAE, rounds: Sequence[recipe.FluxRecipe], *, compile: bool = True) -> FluxPipeline:
-    """Train in rounds, continuing from checkpoints in `work`, and return the pipeline with averaged weights.
+def train(work: Path, name: str, joint: Joint, rounds: Sequence[recipe.Round], *, compile: bool = True) -> None:
+    """Train in rounds, continuing from checkpoints in `work`, and set the weights to averaged ones.
 
     Args:
+        name: start of the names of the rounds' folders.
         compile: compile the step, which takes a minute and saves more in hours of training.
     """
-    pipeline = new_pipeline(work, vae, rounds[0])
     for number, settings in enumerate(rounds, start=1):
-        train_round(work, f"flux-{number}", pipeline, settings, compile=compile)
-    return pipeline
+        train_round(work, f"{name}-{number}", joint, settings, compile=compile)
 
 
-def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.FluxRecipe, *, compile: bool) -> None:
+def train_round(work: Path, name: str, joint: Joint, settings: recipe.Round, *, compile: bool) -> None:
     """Train the pipeline and set its weights to the averaged ones; checkpoints are in `work / name`."""
-    vae = pipeline.vae
+    pipeline, vae = joint.pipeline, joint.pipeline.vae
     raw, captions = encode_examples(work, vae, settings)
     latents, examples = mx.array(raw), len(captions)
-    model = JointModel(pipeline)
-    ids = {
-        name: pipeline.parts.tokenizers[folder].get().encode([*captions, ""], recipe.TEXT_TOKENS)  # last: no caption
-        for name, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2"))
-    }
+    model = nn.Module()
+    for part, network in joint.networks.items():
+        setattr(model, part, network)
+    ids = joint.token_ids([*captions, ""])  # last: no caption
 
     def batch(update: int) -> list[MicroBatch]:
         epoch, place = divmod(update * settings.batch, examples - settings.batch)
@@ -145,8 +111,7 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
         rows = mx.array(np.where(dropped, examples, chosen))
         arrays = {
             "latents": vae.scaled(latents[mx.array(chosen)].astype(mx.float32)),
-            "clip": ids["clip"][rows],
-            "t5": ids["t5"][rows],
+            "tokens": {name: array[rows] for name, array in ids.items()},
             "key": sample_keys(settings.seed, Stream.NOISE, update, range(settings.batch)),
         }
         return [MicroBatch(arrays=arrays, weight=settings.batch)]
@@ -154,18 +119,19 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
     sampling = NoiseSampling(scheme=settings.weighting_scheme)
 
     def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
-        _, pooled = model.clip(arrays["clip"])
-        conditioning = {"prompt_embeds": model.t5(arrays["t5"]), "pooled": pooled}
+        conditioning = joint.conditioning(arrays["tokens"])
         predicted = pipeline.predict(
             arrays["latents"], conditioning, key=arrays["key"], guidance=1.0, sampling=sampling
         )
         return predicted.loss().mean(), {"words": word_contrast(conditioning)}
 
+    denoiser = next(iter(joint.networks))
+
     def is_text(path: str, _: mx.array) -> bool:
-        return not path.startswith("transformer.")
+        return not path.startswith(f"{denoiser}.")
 
     def is_block_matrix(path: str, weight: mx.array) -> bool:
-        return "transformer_blocks" in path and weight.ndim == 2 and ".norm" not in path
+        return path.startswith(f"{denoiser}.") and "_block" in path and weight.ndim > 1 and ".norm" not in path
 
     optimizer = Grouped(
         [
@@ -185,7 +151,7 @@ def train_round(work: Path, name: str, pipeline: FluxPipeline, settings: recipe.
     model.update(ema.state["average"])
 
 
-def word_contrast(conditioning: dict[str, mx.array]) -> mx.array:
-    """Deviation of pooled prompts in a batch relative to their norm. Near zero, the text encoders have collapsed."""
-    pooled = conditioning["pooled"]
-    return mx.sqrt(mx.var(pooled, axis=0).sum() / mx.square(pooled).sum(axis=1).mean())
+def word_contrast(conditioning: Conditioning) -> mx.array:
+    """Deviation of encoded prompts in a batch relative to their norm. Near zero, the text encoders have collapsed."""
+    encoded = conditioning.get("pooled", conditioning["prompt_embeds"]).flatten(1)
+    return mx.sqrt(mx.var(encoded, axis=0).sum() / mx.square(encoded).sum(axis=1).mean())
