@@ -50,6 +50,8 @@ def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, fo
     if files:
         parts.append(" ".join(files))
     rows = [(name, getattr(resolved, name)) for name in _SETTINGS]
+    if (vae := resolved.vae) is not None:
+        rows.append(("vae", Path(vae).name if Path(vae).exists() else vae))  # the card shows no paths
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
     parts.append(f"## Licence\n\nThis is a derivative of {link}; the licence of the base model applies.")

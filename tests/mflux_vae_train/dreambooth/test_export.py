@@ -164,8 +164,11 @@ def test_exports_for_other_programs(settings, tmp_path, monkeypatch):
 def test_model_card_names_base_model_and_programs(settings, tmp_path):
     base_model = "black-forest-labs/FLUX.1-schnell"
     pipeline = small_pipeline(tmp_path / "parts", recommended=RECOMMENDED, base_model=base_model)
-    out = DreamBooth(pipeline).train(settings(max_train_steps=1, use_dora=True)).result.parent
+    (tmp_path / "mine").mkdir()
+    changes = {"use_dora": True, "vae": str(tmp_path / "mine")}
+    out = DreamBooth(pipeline).train(settings(max_train_steps=1, **changes)).result.parent
     text = (out / "README.md").read_text()
+    assert "| vae | mine |" in text and str(tmp_path) not in text
     assert "dora" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "load_lora_weights" in text and "mflux reads no DoRA" in text and "mflux-generate" not in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == base_model
