@@ -27,6 +27,7 @@ SHARE = (
     *(f"mflux_vae_train/optimizers/test_{name}.py" for name in ("adam8bit", "optimizers", "prodigy")),
     "mflux_vae_train/pipelines/flux1/test_gpu_branch.py",
     "mflux_vae_train/pipelines/flux1/test_transformer.py",
+    "mflux_vae_train/pipelines/stable_diffusion/test_unet.py",
     "mflux_vae_train/pipelines/text/test_text.py",
 )
 """Test files and folders that hold on every device."""
