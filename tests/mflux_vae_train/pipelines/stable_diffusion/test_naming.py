@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import pytest
 from mflux_vae.errors import WeightsError
 from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train import lora
+from mflux_vae_train.lora.dialects import A, B
 from mflux_vae_train.lora.targets import dimensions, linears
 from mflux_vae_train.pipelines.stable_diffusion import naming
 from mflux_vae_train.pipelines.stable_diffusion.configs import SD_1, SD_2, SD_2_BASE, SDXL, Configs
@@ -37,27 +39,32 @@ def names(configs: Configs) -> dict[str, dict]:
     return {prefix: {**its.read_only.get(prefix, {}), **modules} for prefix, modules in its.modules.items()}
 
 
-def matrices(configs: Configs, patterns: tuple[str, ...] = naming.ATTENTION) -> dict[str, tuple[mx.array, mx.array]]:
-    """(A, B) of layers of all networks, by network and path."""
+@cache
+def skeletons(kind: str) -> dict[str, nn.Module]:
+    return networks(small_configs(kind))
+
+
+@cache
+def matrices(kind: str) -> dict[str, tuple[mx.array, mx.array]]:
+    """(A, B) of the attention layers of all networks, by network and path."""
     draws, found = np.random.default_rng(0), {}
-    for prefix, network in networks(configs).items():
+    for prefix, network in skeletons(kind).items():
         layers = linears(network)
-        for path in lora.matching(network, patterns if prefix == "unet" else CLIP_ATTENTION):
+        for path in lora.matching(network, naming.ATTENTION if prefix == "unet" else CLIP_ATTENTION):
             outputs, inputs = dimensions(layers[path])
             shapes = (RANK, inputs), (outputs, RANK)
             found[f"{prefix}.{path}"] = tuple(mx.array(draws.standard_normal(s, np.float32)) for s in shapes)
     return found
 
 
-def read(configs: Configs, tensors: Mapping[str, mx.array], path: Path) -> dict[str, np.ndarray]:
+def read(kind: str, tensors: Mapping[str, mx.array], path: Path) -> dict[str, np.ndarray]:
     """Weight changes that a file makes, by network and path."""
     write_safetensors(path, dict(tensors), {})
-    trained = networks(configs)
-    lora.load_adapter(trained, path, names(configs))
+    files = lora.read_adapter(path, skeletons(kind), names(small_configs(kind)))
     return {
-        f"{prefix}.{name}": np.array(layer.scale * (layer.lora_a @ layer.lora_b).T)
-        for prefix, network in trained.items()
-        for name, layer in lora.layers(network).items()
+        f"{prefix}.{layer}": np.array(alpha / file.ranks[layer] * file.tensors[layer + B] @ file.tensors[layer + A])
+        for prefix, file in files.items()
+        for layer, alpha in file.alphas.items()
     }
 
 
@@ -67,16 +74,16 @@ def kohya(name: str, xl: bool) -> str:
     return starts[prefix] + path.replace(".", "_")
 
 
-def spelled(configs: Configs, dialect: str) -> dict[str, mx.array]:
+def spelled(kind: str, dialect: str) -> dict[str, mx.array]:
     """The adapter of `matrices` in another spelling, with alpha twice the rank where it states one."""
-    tensors, xl = {}, configs.text_encoder_2 is not None
-    original = {ours: theirs for theirs, ours, _ in keys.transformers(configs.unet)}
-    for name, (down, up) in matrices(configs).items():
+    tensors, xl = {}, kind == "sdxl"
+    original = {ours: theirs for theirs, ours, _ in keys.transformers(small_configs(kind).unet)}
+    for name, (down, up) in matrices(kind).items():
         layer, ends = name, ("lora_A.weight", "lora_B.weight")
         of_text = name.startswith("text_encoder")
         if dialect.startswith("diffusers"):
-            kind = ".lora_linear_layer" if of_text else ".lora"
-            ends = f"{kind[1:]}.down.weight", f"{kind[1:]}.up.weight"
+            middle = "lora_linear_layer" if of_text else "lora"
+            ends = f"{middle}.down.weight", f"{middle}.up.weight"
             if "processor" in dialect and not of_text:
                 head, _, last = name.removesuffix(".0").rpartition(".")
                 layer, ends = f"{head}.processor.{last}_lora", ("down.weight", "up.weight")
@@ -114,9 +121,7 @@ DIALECTS = (
 
 @pytest.mark.parametrize(("kind", "dialect"), [("sd2", one) for one in DIALECTS] + [("sdxl", one) for one in DIALECTS])
 def test_every_spelling_is_the_same_adapter(kind: str, dialect: str, tmp_path: Path) -> None:
-    configs = small_configs(kind)
-    found = read(configs, spelled(configs, dialect), tmp_path / "a.safetensors")
-    expected = matrices(configs)
+    found, expected = read(kind, spelled(kind, dialect), tmp_path / "a.safetensors"), matrices(kind)
     assert found.keys() == expected.keys()
     factor = 2.0 if ("kohya" in dialect or dialect == "kernels") else 1.0
     for name, (a, b) in expected.items():
@@ -141,7 +146,7 @@ def test_what_is_written_for_kohya_is_read_back(kind: str, tmp_path: Path) -> No
     shapes = [tensors[f"lora_unet_{name}.lora_{end}.weight"].shape for name in (conv, proj) for end in ("down", "up")]
     ones = (1, 1) if kind == "sd1" else ()
     assert shapes == [(2, 4, 3, 3), (4, 2, 1, 1), (2, 8, *ones), (8, 2, *ones)]
-    found = read(configs, tensors, tmp_path / "a.safetensors")
+    found = read(kind, tensors, tmp_path / "a.safetensors")
     for prefix, network in trained.items():
         for name, layer in lora.layers(network).items():
             expected = layer.scale * (layer.lora_a @ layer.lora_b).T
@@ -190,7 +195,7 @@ def test_the_presets_have_the_layers_of_diffusers_scripts(configs: Configs, atte
 
 def test_magnitudes_of_kohyas_dora_are_those_of_outputs(tmp_path: Path) -> None:
     configs = small_configs("sd2")
-    tensors = spelled(configs, "kohya")
+    tensors = spelled("sd2", "kohya")
     down = next(key for key in tensors if key.endswith("attn2_to_k.lora_down.weight"))
     start = down.removesuffix("lora_down.weight")
     outputs, inputs = tensors[f"{start}lora_up.weight"].shape[0], tensors[down].shape[1]
@@ -206,11 +211,11 @@ def test_magnitudes_of_kohyas_dora_are_those_of_outputs(tmp_path: Path) -> None:
 
 
 def test_layers_that_a_unet_lacks_are_unknown(tmp_path: Path) -> None:
-    tensors = spelled(small_configs("sd1"), "kohya")
+    tensors = spelled("sd1", "kohya")
     name = "lora_unet_down_blocks_0_resnets_1_conv_shortcut"  # its channels do not change
     tensors |= {f"{name}.lora_down.weight": mx.ones((1, 4, 1, 1)), f"{name}.lora_up.weight": mx.ones((4, 1, 1, 1))}
     with pytest.raises(WeightsError, match=rf"unknown {name}"):
-        read(small_configs("sd1"), tensors, tmp_path / "a.safetensors")
+        read("sd1", tensors, tmp_path / "a.safetensors")
 
 
 def test_usage_names_the_class_and_the_file() -> None:
