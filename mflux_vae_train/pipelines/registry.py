@@ -105,14 +105,14 @@ def open_pipeline(
 
 
 def _holds(file: Path) -> str:
-    """What a file holds, for messages."""
+    """What a file holds, or why it cannot be read, for messages."""
     from mflux_vae.weights.formats.files import open_weights
     from mflux_vae.weights.kinds import kind_of
 
     try:
         kind = kind_of(open_weights(file)[0])
-    except WeightsError:
-        return ""
+    except WeightsError as error:
+        return f": {str(error).removeprefix(f'{file}: ')}"
     adapter = ", which --lora_weights takes" if kind == "an adapter" else ""
     return f", which holds {kind}{adapter}" if kind else ""
 

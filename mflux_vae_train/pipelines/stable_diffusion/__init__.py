@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, WeightsError
 
 if TYPE_CHECKING:
     from mflux_vae_train.pipelines.stable_diffusion.pipeline import StableDiffusionPipeline
@@ -58,7 +58,10 @@ def opens(place: Path) -> bool:
     from mflux_vae.weights.formats.files import open_weights
     from mflux_vae_train.pipelines.stable_diffusion.files import detect
 
-    return place.is_file() and detect.is_known(open_weights(place)[0].keys())
+    try:
+        return place.is_file() and detect.is_known(open_weights(place)[0].keys())
+    except WeightsError:
+        return False
 
 
 def knows(repository: str) -> bool:

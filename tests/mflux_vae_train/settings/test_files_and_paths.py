@@ -111,8 +111,8 @@ def test_two_names_of_one_flag_are_refused_and_of_one_name_the_last_counts(words
 
 
 LIKE_A_PATH = re.compile(r"dir$|file|folder|path|weights$|_from|_list$|_config$|^model$|^data$|^lpips$|^output$")
-NO_PATHS = {"output"}
-"""The activation of an autoencoder's decoder."""
+NO_PATHS = {"output", "fuse_single_file"}
+"""The activation of an autoencoder's decoder, and a switch."""
 
 
 @pytest.mark.parametrize("cls", [DreamBoothSettings, Concept, VAETrainingSettings])
