@@ -25,7 +25,9 @@ _custom_function: Any = mx.custom_function  # MLX's stubs type its result as `ob
 
 
 def conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array:
-    """Convolve in float32; the result has the dtype of x. The backward pass keeps x and weight in their dtypes.
+    """Convolve in float32; the result has the dtype of x.
+
+    The backward pass keeps weight and, unless the weight is frozen, x, in their dtypes.
 
     Metal's 3x3 convolution is Winograd's F(6x6, 3x3), which stores transformed weights, inputs and products in the
     dtype of its arguments. In bfloat16 each convolution then has an error of 5.6 % (root mean square, relative to the
@@ -41,8 +43,9 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array
 
     @run.vjp
     def backward(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        # wait for the cotangent, or `mx.compile` keeps the float32 copies of the forward pass
-        wide_x, wide_weight, dy = _wide(*after([cotangent], *primals), cotangent)
+        # Wait for the cotangent, or `mx.compile` keeps the float32 copies of the forward pass; one by one, so that x is
+        # not kept for its own gradient, which does not need it: that of the weight does, unless it is frozen.
+        wide_x, wide_weight, dy = _wide(*(after([cotangent], array)[0] for array in primals), cotangent)
         (of_x,) = mx.vjp(lambda x: native(x, wide_weight, stride, sides), [wide_x], [dy])[1]
         of_weight = weight_gradient(wide_x, dy, (weight.shape[1], weight.shape[2]), stride, sides)
         return [of_x.astype(x.dtype), of_weight.astype(weight.dtype)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import mlx.core as mx
@@ -26,6 +27,8 @@ def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: 
         groups: number of groups, a divisor of C.
         weight, bias: (C,).
     """
+    if not device.is_cpu():
+        return _group_norm_gpu(groups, eps)(x, weight, bias)
     return group_norm_apply(x, *group_norm_statistics(x, groups), weight, bias, eps)
 
 
@@ -57,8 +60,20 @@ def group_norm_silu(x: mx.array, groups: int, weight: mx.array, bias: mx.array, 
     """silu(group_norm(x, ...)), not in chunks; on Metal and CUDA in one pass after the statistics."""
     if device.is_cpu():
         return silu(group_norm(x, groups, weight, bias, eps))
-    spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
-    return _affine_silu_gpu(x, *_affine(*group_norm_statistics(x, groups), weight, bias, eps, spread))
+    return _group_norm_gpu(groups, eps, silu=True)(x, weight, bias)
+
+
+@cache
+def _group_norm_gpu(groups: int, eps: float, *, silu: bool = False) -> Callable[..., mx.array]:
+    """`group_norm` or `group_norm_silu` as one formula, whose backward pass keeps x alone."""
+
+    def formula(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        spread = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+        mean, scale, shift = _affine(*group_norm_statistics(x, groups), weight, bias, eps, spread)
+        y = (x - mean) * scale + shift
+        return y * mx.sigmoid(y) if silu else y
+
+    return widened(formula)
 
 
 def _affine(
@@ -73,12 +88,6 @@ def _affine(
 @widened
 def _affine_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     return (x - mean) * scale + shift
-
-
-@widened
-def _affine_silu_gpu(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
-    y = (x - mean) * scale + shift
-    return y * mx.sigmoid(y)
 
 
 def _square_from(mean: mx.array, x: mx.array) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mflux_vae import kernels
 from mflux_vae.kernels import gpu_conv
+from mflux_vae.networks import layers
 from mflux_vae.runtime import device
 from tests.helpers import gpu_branch as branch
 from tests.helpers.peak_memory import peak_of
@@ -102,3 +104,24 @@ def test_transposed_convolution(size: tuple[int, int], kind: str, monkeypatch: p
     expected = mx.vjp(theirs, [x, weight], [dy])
     for near, far in zip([*ours[0], *ours[1]], [*expected[0], *expected[1]], strict=True):
         assert relative_error(near, far) < 1e-5
+
+
+def test_frozen_layers_keep_only_their_inputs() -> None:
+    """Group norm, SiLU and convolution: the backward pass computes all but the input again."""
+    x = mx.random.normal((1, 32, 32, 32)).astype(mx.bfloat16)
+    network = [(layers.GroupNorm(8, 32), layers.Conv2d(32, 32, 3, padding=1)) for _ in range(14)]
+    for layer in chain.from_iterable(network):
+        layer.set_dtype(mx.bfloat16)
+        mx.eval(layer.parameters())
+
+    def loss(x: mx.array, count: int) -> mx.array:
+        for norm, conv in network[:count]:
+            x = layers.norm_silu_conv(norm, conv, x)
+        return x.astype(mx.float32).sum()
+
+    mx.disable_compile()
+    try:
+        few, many = (peak_of(lambda count=count: mx.grad(loss)(x, count)) for count in (4, 14))
+    finally:
+        mx.enable_compile()
+    assert many - few < 10 * 1.5 * x.nbytes
