@@ -47,8 +47,8 @@ class JSONConfig:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, also inside of lists, as tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    """Lists, and lists in them, as tuples."""
+    return tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
 
 
 def check_config(build: Callable[[], T], file: object) -> T:
