@@ -201,10 +201,10 @@ def _samples(settings: DreamBoothSettings, per_epoch: int) -> tuple[int, int]:
 
 def _sampling(settings: DreamBoothSettings, recommended: Recommended) -> NoiseSampling | None:
     scheme: Any = settings.weighting_scheme
-    if scheme is None:
+    if scheme is None and not settings.snr_gamma and not settings.noise_offset:
         return None
     sampling = NoiseSampling(
-        scheme=scheme,
+        scheme=scheme or "uniform",
         logit_mean=settings.logit_mean,
         logit_std=settings.logit_std,
         mode_scale=settings.mode_scale,

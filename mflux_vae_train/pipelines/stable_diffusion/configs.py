@@ -120,6 +120,7 @@ RECOMMENDED = Recommended(
     guidance=7.5,
     steps=50,
     rank=16,
+    weighting_scheme="uniform",
 )
 _FEW_STEPS: Mapping[str, Any] = {"guidance": 1.0, "steps": 4, "most_guidance": 1.0, "usual_guidance": (0.0, 1.0)}
 

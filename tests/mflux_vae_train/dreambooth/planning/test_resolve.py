@@ -165,6 +165,13 @@ def test_offset_noise_is_a_noise_offset():
     assert resolved(offset_noise=True, noise_offset=0.05).sampling == NoiseSampling(scheme="uniform", noise_offset=0.05)
 
 
+@pytest.mark.parametrize("scheme", [None, "uniform"])
+def test_options_of_noise_apply_whatever_the_pipeline_recommends(scheme):
+    given = DreamBoothSettings(model="x", instance_data_dir="y", instance_prompt="a photo of sks dog", snr_gamma=5.0)
+    run = resolved_from(given, dataclasses.replace(RECOMMENDED, weighting_scheme=scheme))
+    assert run.sampling == NoiseSampling(scheme="uniform", snr_gamma=5.0)
+
+
 def test_every_weighting_scheme_is_a_choice():
     flag = next(field for field in dataclasses.fields(DreamBoothSettings) if field.name == "weighting_scheme")
     assert flag.metadata["choices"] == tuple(SCHEMES)
