@@ -149,9 +149,8 @@ def test_prediction_and_gradient_are_those_of_diffusers(name: str) -> None:
     assert largest_difference(gradient, golden[f"{name}.gradient"]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["sdxl", "ssd"])
-def test_gradient_checkpointing_changes_no_bit(name: str) -> None:
-    model, given = drawn(UNet(SMALL[name]), 11), inputs(SMALL[name], SIZES[name])
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    model, given = drawn(UNet(SSD), 11), inputs(SSD, SIZES["ssd"])
     lora.add_lora(model, ["*.to_q", "*.to_v", "*.time_emb_proj", "*.ff.net.2"], rank=2, dropout=0.5)
     for layer in lora.layers(model).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape, scale=0.1, key=mx.random.key(3))
@@ -215,7 +214,7 @@ def test_gradient_reaches_every_parameter(config: UNetConfig) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("name", ["sd2", "ssd"])
+@pytest.mark.parametrize("name", ["sd2", "no middle"])
 def test_the_code_for_gpus_in_float32_equals_that_of_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (latents, *rest) = drawn(UNet(SMALL[name]), 11), inputs(SMALL[name], SIZES[name])
 
