@@ -144,6 +144,28 @@ class PartsPipeline(ABC):
         vae, config = open_vae(source, self.configs.vae)
         self.parts, self.configs = replace(self.parts, vae=vae), replace(self.configs, vae=config)
 
+    @property
+    @abstractmethod
+    def dtype(self) -> mx.Dtype:
+        """Dtype that the denoiser computes in."""
+
+    @abstractmethod
+    def _write(self, folder: Path, dtype: str) -> None:
+        """See `save_pretrained`."""
+
+    def save_pretrained(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Write a folder in diffusers' layout.
+
+        Args:
+            dtype: of the stored weights: float16, bfloat16 or float32; None for bfloat16 if the denoiser computes in
+                it, else float16.
+
+        Raises:
+            SettingsError: an unknown dtype.
+        """
+        half = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
+        self._write(Path(folder), dtype or half)
+
     def encode_images(self, pixels: mx.array) -> mx.array:
         """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C), the posterior's mode."""
         self._download()

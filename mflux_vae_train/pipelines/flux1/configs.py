@@ -12,7 +12,7 @@ from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
 from mflux_vae_train.pipelines.noise import SCHNELL_STEPS
 from mflux_vae_train.pipelines.protocol import Recommended
-from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
+from mflux_vae_train.pipelines.text.clip import CLIP_L, CLIPTextConfig
 from mflux_vae_train.pipelines.text.t5 import T5Config
 
 REPOSITORIES = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-forest-labs/FLUX.1-dev"}
@@ -39,14 +39,6 @@ class Configs:
     recommended: Recommended
 
 
-CLIP_L = CLIPTextConfig(
-    hidden_size=768,
-    intermediate_size=3072,
-    projection_dim=768,
-    num_attention_heads=12,
-    bos_token_id=0,
-    eos_token_id=2,
-)
 T5_XXL = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
 DEV = Recommended(

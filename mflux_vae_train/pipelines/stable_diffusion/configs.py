@@ -10,7 +10,7 @@ from mflux_vae.pretrained.presets import PRESETS
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.stable_diffusion.schedule import DiscreteSchedule
 from mflux_vae_train.pipelines.stable_diffusion.unet_config import UNetConfig
-from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextConfigWithProjection
+from mflux_vae_train.pipelines.text.clip import CLIP_L, CLIPTextConfig, CLIPTextConfigWithProjection
 
 REPOSITORIES = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -69,7 +69,6 @@ class Configs:
 
 
 _OF_CLIP: Mapping[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
-CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, **_OF_CLIP)
 OPEN_CLIP_H = CLIPTextConfig(
     hidden_size=1024,
     intermediate_size=4096,

@@ -86,15 +86,8 @@ class StableDiffusionPipeline(PartsPipeline):
         parts.check()
         return pipeline_class(configs)(parts, configs, name=place.resolve().name)
 
-    def save_pretrained(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Write a folder that `from_pretrained` and diffusers' pipeline open.
-
-        Args:
-            dtype: of the stored weights: float16, bfloat16 or float32; None for bfloat16 if the UNet computes in it,
-                else float16.
-        """
-        half = "bfloat16" if self.dtype == mx.bfloat16 else "float16"
-        folders.write(self.parts, self.configs, Path(folder), dtype or half)
+    def _write(self, folder: Path, dtype: str) -> None:
+        folders.write(self.parts, self.configs, folder, dtype)
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -70,6 +70,17 @@ class CLIPTextConfig(JSONConfig):
             )
 
 
+CLIP_L = CLIPTextConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    projection_dim=768,
+    num_attention_heads=12,
+    bos_token_id=0,
+    eos_token_id=2,
+)
+"""OpenAI's CLIP ViT-L/14, the text encoder of FLUX.1, Stable Diffusion 1 and SDXL."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfigWithProjection(CLIPTextConfig):
     """`config.json` of a CLIP text encoder with projection. `from_dict` does not check a file's `architectures`."""
