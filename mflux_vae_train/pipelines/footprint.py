@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
+
+import mlx.nn as nn
+
+from mflux_vae.pretrained.loading import new_network
+from mflux_vae.runtime import device
+from mflux_vae.tiling import plan as tiling_plan
+from mflux_vae.tiling.tiles import Tiling
+from mflux_vae_train.pipelines.flow.sample import DECODED_AT_ONCE
+from mflux_vae_train.pipelines.quantization import stored_bytes
+from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
+
+FULL = 4
+"""Bytes of a float32 number: T5's residuals, adapters, gradients and moments."""
+
+CLIP_KEPT = 12.0
+"""Kept by a layer of CLIP with adapters, per token and CLIP's width."""
+
+DEQUANTIZED = 3.2
+"""Temporary while MLX dequantizes a matrix on a CPU, in units of its unquantized size."""
+
+LARGE_TILES = Tiling("exact", 1024)
+"""Of calls that the memory of a GPU does not suffice for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +127,79 @@ class Footprint:
     def work(self) -> int:
         """Bytes besides weights that a phase needs at most."""
         return max(phase.work for phase in self.phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How a device computes.
+
+    Attributes:
+        width: bytes of a number in the networks.
+        fused: whether attention keeps no scores for the backward pass (Metal, CUDA).
+    """
+
+    width: int
+    fused: bool
+
+    @classmethod
+    def here(cls) -> Precision:
+        return cls(width=device.compute_dtype().size, fused=not device.is_cpu())
+
+
+def learning_bytes(work: Workload, precision: Precision) -> int:
+    """Trained weights, gradients (twice, while they are accumulated) and optimizer state."""
+    # sums of half-precision gradients are float32
+    trained = work.trained * (FULL if work.adapter or work.micro_batches > 1 else precision.width)
+    return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
+
+
+def clip_bytes(config: CLIPTextConfig, batch: int) -> int:
+    """Activations that CLIP keeps until the denoiser's backward pass is done."""
+    numbers = CLIP_KEPT * config.num_hidden_layers * config.hidden_size
+    return int(FULL * numbers * batch * config.max_position_embeddings)
+
+
+def dequantized_bytes(weights: float, precision: Precision) -> int:
+    """Temporary while the largest quantized layer is dequantized for a product, on a CPU.
+
+    Args:
+        weights: number of the layer's weights.
+    """
+    return 0 if precision.fused else int(DEQUANTIZED * weights * precision.width)
+
+
+@cache
+def weight_bytes(
+    build: Callable[[Any], nn.Module], config: Any, width: int, bits: int | None = None, selects: Any = None
+) -> int:
+    """Bytes of a network's weights, which are lazy and never computed; arguments as in `quantization.stored_bytes`."""
+    return stored_bytes(build(config), width, bits if selects else None, selects or bool)
+
+
+def autoencoder_bytes(
+    config: Mapping[str, Any], what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
+) -> tuple[int, int]:
+    """Bytes of the weights, which are float32 on every device, and of a call with one batch of images."""
+    height, width = shape
+    batch = max(1, min(images, DECODED_AT_ONCE // (height * width)))
+    return autoencoder_weights(config, FULL), _call_bytes(json.dumps(config), what, batch, shape, device.is_cpu())
+
+
+def autoencoder_weights(config: Mapping[str, Any], width: int) -> int:
+    """Bytes of an autoencoder's weights with `width` bytes each."""
+    return stored_bytes(_autoencoder(json.dumps(config)), width)
+
+
+@cache
+def _autoencoder(config: str) -> nn.Module:
+    """An autoencoder whose weights are lazy and never computed."""
+    return new_network(json.loads(config))
+
+
+@cache
+def _call_bytes(
+    config: str, what: Literal["encode", "decode"], batch: int, shape: tuple[int, int], is_cpu: bool
+) -> int:
+    """Bytes of a call. On a GPU, whose convolutions take several times the image, a call that does not fit is tiled."""
+    tilings = [None] if is_cpu else [None, LARGE_TILES]
+    return min(tiling_plan.peak_bytes(_autoencoder(config), what, batch, *shape, tiling) for tiling in tilings)

@@ -14,30 +14,27 @@ evaluation that MLX has on Metal (MLX_BFS_MAX_WIDTH=20). It was not measured on 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal, TypeVar
-
-import mlx.nn as nn
+from collections.abc import Callable, Collection
 
 from mflux_vae.kernels import MAX_SCORES
-from mflux_vae.pretrained.loading import new_network
-from mflux_vae.runtime import device
-from mflux_vae.tiling import plan as tiling_plan
-from mflux_vae.tiling.tiles import Tiling
-from mflux_vae_train.pipelines.flow.sample import DECODED_AT_ONCE
+from mflux_vae_train.pipelines import footprint
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.footprint import Phase, Workload
-from mflux_vae_train.pipelines.quantization import stored_bytes
-from mflux_vae_train.pipelines.text.clip import CLIPTextConfig, CLIPTextModel
+from mflux_vae_train.pipelines.footprint import (
+    FULL,
+    Phase,
+    Precision,
+    Workload,
+    autoencoder_bytes,
+    autoencoder_weights,
+    clip_bytes,
+    learning_bytes,
+    weight_bytes,
+)
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
-
-C = TypeVar("C")
 
 KEPT = {4: (13.5, 17.5), 2: (18.5, 17.0)}
 """Kept by a double and by a single block, per token and D: inputs of norms, of GELU and of layers with an adapter,
@@ -62,37 +59,8 @@ INPUTS = 1.0
 SCORES_KEPT = 1.0
 """Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
 
-DEQUANTIZED = 3.2
-"""Temporary while MLX dequantizes a matrix on a CPU, in units of its unquantized size."""
-
-CLIP_KEPT = 12.0
-"""Kept by a layer of CLIP with adapters, per token and CLIP's width."""
-
 T5_WORKING = 6.0
 """Temporary in T5, per token, in units of its width plus that of its feed-forward layers."""
-
-LARGE_TILES = Tiling("exact", 1024)
-"""Of calls that the memory of a GPU does not suffice for."""
-
-_FULL = 4
-"""Bytes of a float32 number: T5's residuals, adapters, gradients and moments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """How a device computes.
-
-    Attributes:
-        width: bytes of a number in the networks.
-        fused: whether attention keeps no scores for the backward pass (Metal, CUDA).
-    """
-
-    width: int
-    fused: bool
-
-    @classmethod
-    def here(cls) -> Precision:
-        return cls(width=device.compute_dtype().size, fused=not device.is_cpu())
 
 
 def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
@@ -107,12 +75,12 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     square = work.resolution, work.resolution
     tokens, trained_tokens = ((_tokens(*shape), text_tokens) for shape in (square, work.trained_shape))
 
-    clip = _weights(CLIPTextModel, configs.text_encoder, here.width, None) if work.text_encoder else 0
-    transformer = _weights(FluxTransformer, config, here.width, work.quantize) + clip
+    clip = weight_bytes(CLIPTextModel, configs.text_encoder, here.width) if work.text_encoder else 0
+    transformer = weight_bytes(FluxTransformer, config, here.width, work.quantize, is_quantized_layer) + clip
     learning = learning_bytes(work, here)
 
-    autoencoder, encoding = _autoencoder(json.dumps(configs.vae), "encode", 16, work.trained_shape)
-    decoding = sum(_autoencoder(json.dumps(configs.vae), "decode", work.images, square))
+    autoencoder, encoding = autoencoder_bytes(configs.vae, "encode", 16, work.trained_shape)
+    decoding = sum(autoencoder_bytes(configs.vae, "decode", work.images, square))
 
     rows = work.images * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
     wide = dequantized_bytes(config, here) if work.quantize else 0
@@ -129,7 +97,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     # forward pass, gradients of inputs; and recomputation, gradients of all weights
     passes = 2 + work.gradient_checkpointing + (not work.adapter)
     previews = [Phase("previews", transformer + learning, drawing, 0.0)] if work.previews else []
-    adapted = transformer + _FULL * work.trained
+    adapted = transformer + FULL * work.trained
     fusing = [Phase("fusing", adapted, max(fusing_bytes(configs, here), autoencoder), 0.0)] if work.fuse else []
     return [
         *phases,
@@ -145,13 +113,6 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         *previews,
         *fusing,
     ]
-
-
-def learning_bytes(work: Workload, precision: Precision) -> int:
-    """Trained weights, gradients (twice, while they are accumulated) and optimizer state."""
-    # sums of half-precision gradients are float32
-    trained = work.trained * (_FULL if work.adapter or work.micro_batches > 1 else precision.width)
-    return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
 
 
 def training_bytes(
@@ -176,19 +137,13 @@ def training_bytes(
     working = WORKING[precision.width][checkpointing]
     scores = SCORES * precision.width * pairs
     if precision.fused:
-        scores = _FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
+        scores = FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
     return int(kept + max(working * number, ATTENDING * number + scores))
-
-
-def clip_bytes(config: CLIPTextConfig, batch: int) -> int:
-    """Activations that CLIP keeps until the transformer's backward pass is done."""
-    numbers = CLIP_KEPT * config.num_hidden_layers * config.hidden_size
-    return int(_FULL * numbers * batch * config.max_position_embeddings)
 
 
 def dequantized_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
     """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
-    return 0 if precision.fused else int(DEQUANTIZED * (1 + MLP_RATIO) * config.width**2 * precision.width)
+    return footprint.dequantized_bytes((1 + MLP_RATIO) * config.width**2, precision)
 
 
 def fusing_bytes(configs: Configs, precision: Precision) -> int:
@@ -196,7 +151,7 @@ def fusing_bytes(configs: Configs, precision: Precision) -> int:
     the dtype of a file to the network's and then to that of another file."""
     layer = (1 + MLP_RATIO) * configs.transformer.width**2
     embedding = configs.text_encoder_2.vocab_size * configs.text_encoder_2.d_model
-    return int(max(layer * (_FULL + precision.width), embedding * (2 + precision.width + 2)))
+    return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
 
 
 def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
@@ -215,49 +170,12 @@ def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -
 def published_bytes(configs: Configs, parts: Collection[str]) -> int:
     """Bytes of some parts as they are published, in bfloat16."""
     networks: dict[str, Callable[[], int]] = {
-        "transformer": lambda: _weights(FluxTransformer, configs.transformer, 2, None),
-        "text_encoder_2": lambda: _weights(T5Encoder, configs.text_encoder_2, 2, None),
-        "text_encoder": lambda: _weights(CLIPTextModel, configs.text_encoder, 2, None),
-        "vae": lambda: stored_bytes(new_network(configs.vae), 2),
+        "transformer": lambda: weight_bytes(FluxTransformer, configs.transformer, 2),
+        "text_encoder_2": lambda: weight_bytes(T5Encoder, configs.text_encoder_2, 2),
+        "text_encoder": lambda: weight_bytes(CLIPTextModel, configs.text_encoder, 2),
+        "vae": lambda: autoencoder_weights(configs.vae, 2),
     }
     return sum(networks[part]() for part in parts)
-
-
-_QUANTIZED: Mapping[object, Callable[[str], bool]] = {
-    FluxTransformer: is_quantized_layer,
-    T5Encoder: is_quantized_text_layer,
-    CLIPTextModel: lambda _: False,
-}
-
-
-@cache
-def _weights(build: Callable[[C], nn.Module], config: C, width: int, bits: int | None) -> int:
-    """Bytes of a network's weights, which are lazy and never computed."""
-    return stored_bytes(build(config), width, bits, _QUANTIZED[build])
-
-
-@cache
-def _network(config: str) -> nn.Module:
-    """An autoencoder whose weights are lazy and never computed."""
-    return new_network(json.loads(config))
-
-
-def _autoencoder(
-    config: str, what: Literal["encode", "decode"], images: int, shape: tuple[int, int]
-) -> tuple[int, int]:
-    """Bytes of the weights, which are float32 on every device, and of a call with one batch of images."""
-    height, width = shape
-    batch = max(1, min(images, DECODED_AT_ONCE // (height * width)))
-    return stored_bytes(_network(config), _FULL), _call_bytes(config, what, batch, shape, device.is_cpu())
-
-
-@cache
-def _call_bytes(
-    config: str, what: Literal["encode", "decode"], batch: int, shape: tuple[int, int], is_cpu: bool
-) -> int:
-    """Bytes of a call. On a GPU, whose convolutions take several times the image, a call that does not fit is tiled."""
-    tilings = [None] if is_cpu else [None, LARGE_TILES]
-    return min(tiling_plan.peak_bytes(_network(config), what, batch, *shape, tiling) for tiling in tilings)
 
 
 def _tokens(height: int, width: int) -> int:
@@ -267,10 +185,11 @@ def _tokens(height: int, width: int) -> int:
 
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:
     t5, clip = configs.text_encoder_2, configs.text_encoder
-    weights = _weights(T5Encoder, t5, here.width, work.quantize) + _weights(CLIPTextModel, clip, here.width, None)
+    weights = weight_bytes(T5Encoder, t5, here.width, work.quantize, is_quantized_text_layer)
+    weights += weight_bytes(CLIPTextModel, clip, here.width)
     rows = min(work.prompts, work.prompts_per_batch) * length
     bias = t5.num_heads * length**2 * here.width
-    activations = int(T5_WORKING * _FULL * (t5.d_model + t5.d_ff) * rows) + 2 * bias
+    activations = int(T5_WORKING * FULL * (t5.d_model + t5.d_ff) * rows) + 2 * bias
     inner = t5.num_heads * t5.d_kv
     layer = 4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff
     return Phase("text encoding", weights, activations, 2.0 * work.prompts * length * t5.num_layers * layer)
