@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mflux_vae.errors import DeviceError
+from mflux_vae.errors import DeviceError, MfluxVaeError
 from mflux_vae.utils.formatting import shortened
 
 _LONGEST = 200
@@ -37,9 +37,9 @@ class _Kind:
 
 _KINDS = (
     _Kind(
-        r"out of memory|OutOfMemory|Insufficient Memory|MemoryError|Unable to allocate|bad_alloc|ALLOC(ATION)?_FAILED"
-        r"|maximum (allowed|Metal) buffer size|\[metal::malloc\] Resource limit"
-        r"|\bcublas\w*\(.*\) failed with code: 3\b",  # CUBLAS_STATUS_ALLOC_FAILED
+        r"(failed|error): out of memory|(CUDA|backend) out of memory|OutOfMemory|Insufficient Memory|bad_alloc"
+        r"|\[malloc\w*\] Unable to allocate|ALLOC(ATION)?_FAILED|maximum (allowed|Metal) buffer size"
+        r"|\[metal::malloc\] Resource limit|\bcublas\w*\(.*\) failed with code: 3\b",  # CUBLAS_STATUS_ALLOC_FAILED
         "out of memory",
         "compute less at a time (smaller images or batches, or tiling), or close other programs",
         memory=True,
@@ -50,7 +50,7 @@ _KINDS = (
         "set the environment variable {variable}={size}0 and run the command again",
     ),
     _Kind(
-        r"Failed to load compiled|kernel image is invalid|named symbol not found",
+        r"Failed to load compiled .*kernel|kernel image is invalid|named symbol not found",
         "a compiled kernel is broken",
         "delete the folder {kernels} and run the command again",
     ),
@@ -87,7 +87,7 @@ _KINDS = (
     ),
     _Kind(r"\[metal::|metallib|Metal::", "MLX's Metal back end failed", "install MLX again, or another version of it"),
     _Kind(
-        r"\b(cu|nv)\w*\(.*\) failed|illegal memory access|device-side assert|\bECC\b",
+        r"\b(cu(da|blas)?[A-Z]|nv(rtc|ml))\w*\(.*\) failed|illegal memory access|device-side assert|\bECC error",
         "the GPU failed",
         "look at it with nvidia-smi and run the command again",
     ),
@@ -96,14 +96,25 @@ _KINDS = (
 
 
 def device_error(error: BaseException) -> DeviceError | None:
-    """The translation of an error, if it is one of MLX's device or of missing memory."""
-    if isinstance(error, DeviceError):
-        return error
-    if not isinstance(error, RuntimeError | MemoryError):
-        return None
+    """The translation of an error, if it is one of MLX's device or of missing memory, or was raised because of one.
+
+    Other errors of this project have a message of their own, and stay.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, MfluxVaeError):
+            return one if isinstance(one, DeviceError) else None
+        if isinstance(one, RuntimeError | MemoryError) and (found := _translated(one)) is not None:
+            return found
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return None
+
+
+def _translated(error: RuntimeError | MemoryError) -> DeviceError | None:
     text = " ".join(str(error).split()) or type(error).__name__
     for kind in _KINDS:
-        if match := re.search(kind.texts, text):
+        match = re.search("" if kind.memory and isinstance(error, MemoryError) else kind.texts, text)
+        if match is not None:
             cure = kind.cure.format(**match.groupdict(), kernels=_kernels())
             shown = shortened(text.rstrip("."), _LONGEST)
             return DeviceError(f"{kind.problem} ({shown})", cure=cure, memory=kind.memory)
@@ -118,11 +129,11 @@ def device_errors(cure: str | Callable[[], str] = "") -> Iterator[None]:
         cure: what to do when memory runs out; of nested blocks the innermost one that has a cure counts.
 
     Raises:
-        DeviceError: in place of MLX's RuntimeError, or of MemoryError.
+        DeviceError: in place of MLX's RuntimeError, of MemoryError, or of an error that one of them caused.
     """
     try:
         yield
-    except (RuntimeError, MemoryError, DeviceError) as error:
+    except Exception as error:
         found = device_error(error)
         if found is None:
             raise

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mflux_vae.errors import DeviceError
+from mflux_vae.errors import DeviceError, SettingsError
 from mflux_vae.images import save_image
 from mflux_vae.runtime.device_errors import device_error, device_errors
 from mflux_vae.utils.arrays import flaw, one_colour
@@ -91,6 +91,9 @@ def test_other_failures_have_a_cure(text: str, monkeypatch: pytest.MonkeyPatch, 
         RuntimeError("[matmul] Last dimension of first input with shape (2,3) must match"),
         RuntimeError("[write] Unable to write 8 bytes to file."),
         RuntimeError("[ring] Receiving failed with errno 104"),
+        RuntimeError("out of memory budget of my model"),
+        RuntimeError("Unable to allocate a slot"),
+        RuntimeError("custom_loss(x) failed: no such layer"),
         ValueError("out of memory"),
         KeyError("x"),
     ],
@@ -100,6 +103,22 @@ def test_other_errors_stay(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, device_errors("cure"):
         raise error
     assert caught.value is error
+
+
+def test_what_a_device_error_caused_counts() -> None:
+    def within(inner: Exception, outer: Exception) -> Exception:
+        outer.__context__ = inner  # as if raised while `inner` is handled
+        return outer
+
+    for inner in (RuntimeError(OUT_OF_MEMORY[0]), MemoryError("no space for arrays"), DeviceError("x", memory=True)):
+        outer = within(inner, ValueError("cannot sample"))
+        found = device_error(outer)
+        assert found is not None and found.memory
+        outer.__suppress_context__ = True
+        assert device_error(outer) is None
+    with pytest.raises(DeviceError, match="METAL"), device_errors():
+        raise KeyError("x") from RuntimeError(METAL + "x")
+    assert device_error(within(RuntimeError(OUT_OF_MEMORY[0]), SettingsError("no such flag"))) is None
 
 
 def test_the_innermost_cure_counts() -> None:
