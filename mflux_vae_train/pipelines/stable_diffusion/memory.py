@@ -76,14 +76,14 @@ GPU_SCORES, GPU_BLOCKS = (4, 5), 12
 rows, of which several exist at a time."""
 
 WINOGRAD, WINOGRAD_WEIGHTS, WINOGRAD_PIXELS = 9.0, 5.0, 512
-"""Float32 numbers per pixel and channel of the gradient of a convolution's output, half as many per channel of the
-input's, and per weight, on a CPU; above so many pixels."""
+"""Float32 numbers of a convolution on a CPU per pixel and channel that it reads, half as many per channel that it
+writes, and per weight; above so many pixels."""
 
 WINDOWS, WINDOW_WEIGHTS = 11.0, {4: 1.0, 2: 3.0}
 """The same of other convolutions, and on a GPU."""
 
-FORWARD = 26.0
-"""Temporary, per pixel and channel, while a layer is computed without gradients."""
+FORWARD, FORWARD_SCORES = 26.0, 2.0
+"""Temporary while a layer is computed without gradients, per pixel and channel; and per score on a GPU, in float32."""
 
 CLIP_WORKING = 6.0
 """Temporary in a text encoder, per token, in units of its width plus that of its feed-forward layers."""
@@ -126,22 +126,32 @@ class Layer:
         numbers = batch * self.pixels * self.outputs
         if not self.heads:
             norms = RESNET_WORKING[here.width] * here.width * batch * self.pixels * max(self.inputs, self.outputs)
-            return norms + self._convolving(here, batch, full=full)
+            convolving = self._convolving(here, batch, self.outputs, self.inputs)
+            if full and not here.fused:
+                windows = WINDOWS * batch * self.pixels + TAPS * self.outputs
+                convolving = max(convolving, FULL * windows * self.inputs)
+            return norms + convolving
         working = WORKING[here.width] * here.width * numbers
         if not here.fused:
             return max(working, SCORES * here.width * batch * self.scores)
         scores = FULL * min(GPU_SCORES[checkpointing] * batch * self.scores, GPU_BLOCKS * MAX_SCORES)
         return max(working, ATTENDING * here.width * numbers + scores)
 
-    def _convolving(self, here: Precision, batch: int, *, full: bool) -> float:
-        pixels, weights = batch * self.pixels, TAPS * self.inputs * self.outputs
+    def forward(self, here: Precision, *, batch: int) -> float:
+        """Bytes that exist while a batch is computed without gradients."""
+        numbers = FORWARD * here.width * batch * self.pixels * self.outputs
+        if not here.fused:
+            return numbers
+        if self.heads:
+            return max(numbers, FORWARD_SCORES * FULL * min(batch * self.scores, MAX_SCORES))
+        return max(numbers, self._convolving(here, batch, self.inputs, self.outputs))
+
+    def _convolving(self, here: Precision, batch: int, read: int, written: int) -> float:
+        """Bytes of the workspace of a convolution between these numbers of channels."""
+        pixels, weights = batch * self.pixels, TAPS * read * written
         if not here.fused and pixels > WINOGRAD_PIXELS:
-            values = WINOGRAD * pixels * (self.outputs + self.inputs / 2) + WINOGRAD_WEIGHTS * weights
-        else:
-            values = pixels * (WINDOWS * self.outputs + self.inputs) + WINDOW_WEIGHTS[here.width] * weights
-        if full and not here.fused:
-            values = max(values, pixels * WINDOWS * self.inputs + weights)
-        return FULL * values
+            return FULL * (WINOGRAD * pixels * (read + written / 2) + WINOGRAD_WEIGHTS * weights)
+        return FULL * (pixels * (WINDOWS * read + written) + WINDOW_WEIGHTS[here.width] * weights)
 
     @property
     def scores(self) -> int:
@@ -243,7 +253,8 @@ def phases(configs: Configs, work: Workload, *, precision: Precision | None = No
         Phase("training", unet + learning - copied, max(activations + wide, copied), operations),
     ]
     if work.previews:
-        found.append(Phase("previews", unet + learning, drawing, 0.0))
+        held = unet + FULL * work.trained * work.adapter + int(work.trained * work.state_bytes)  # without gradients
+        found.append(Phase("previews", held, drawing, 0.0))
     if work.fuse:
         found.append(Phase("fusing", unet + FULL * work.trained, max(fusing_bytes(configs, here), autoencoder), 0.0))
     return found
@@ -273,8 +284,8 @@ def forward_bytes(config: UNetConfig, shape: tuple[int, int], batch: int, precis
     """Activations at the peak of a forward pass without gradients, in which attention computes scores in blocks."""
     every = list(layers(config, shape))
     skips = sum(layer.pixels * layer.outputs for layer in every[: len(every) // 2] if not layer.heads)
-    most = max(FORWARD * layer.pixels * layer.outputs for layer in every)
-    return int(batch * precision.width * (skips + most))
+    most = max(layer.forward(precision, batch=batch) for layer in every)
+    return int(batch * precision.width * skips + most)
 
 
 def forward_operations(config: UNetConfig, shape: tuple[int, int]) -> float:

@@ -55,6 +55,7 @@ def check(stack: Stack) -> None:
     assert expected == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"recompute": True}, {"recompute": True, "full": True}], ids=["plain", "checkpointing", "full"]
 )
