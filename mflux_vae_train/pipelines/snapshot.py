@@ -39,6 +39,7 @@ class Snapshot:
 
     Attributes:
         parts: names of the parts.
+        variant: as given.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Snapshot:
         is_stored: Callable[[Path, str, str | None], bool],
     ) -> None:
         self.repository, self.parts = repository, list(stems)
-        self._revision, self._variant, self._is_stored = revision, variant, is_stored
+        self.variant, self._revision, self._is_stored = variant, revision, is_stored
         self._patterns = [*SMALL_FILES, *weight_files(stems, variant)]
         self._single_files = single_files
         self._folder: Path | None = None
@@ -73,4 +74,4 @@ class Snapshot:
     def is_cached(self) -> bool:
         """Whether nothing has to be downloaded. The hub is not contacted."""
         folder = cached(self.repository, self._revision)
-        return folder is not None and all(self._is_stored(folder, part, self._variant) for part in self.parts)
+        return folder is not None and all(self._is_stored(folder, part, self.variant) for part in self.parts)

@@ -301,14 +301,15 @@ def fusing_bytes(configs: Configs, precision: Precision) -> int:
     return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
 
 
-def published_bytes(configs: Configs, parts: Collection[str]) -> int:
-    """Bytes of some parts as they are published, in float16."""
+def published_bytes(configs: Configs, parts: Collection[str], variant: str | None) -> int:
+    """Bytes of some parts as they are published: in float32, and as the variant "fp16"."""
+    width = 2 if variant == "fp16" else FULL
     networks: dict[str, Callable[[], int]] = {
-        "unet": lambda: weight_bytes(UNet, configs.unet, 2),
-        "vae": lambda: autoencoder_weights(configs.vae, 2),
+        "unet": lambda: weight_bytes(UNet, configs.unet, width),
+        "vae": lambda: autoencoder_weights(configs.vae, width),
     }
     encoders = configs.text_encoders
-    return sum(_encoder(encoders[part], 2, None) if part in encoders else networks[part]() for part in parts)
+    return sum(_encoder(encoders[part], width, None) if part in encoders else networks[part]() for part in parts)
 
 
 def _encoder(config: CLIPTextConfig, width: int, bits: int | None) -> int:

@@ -193,7 +193,7 @@ class StableDiffusionPipeline(PartsPipeline):
         phases = memory.phases(self.configs, work)
         if self._snapshot is None or self._snapshot.is_cached():
             return Footprint(phases=phases)
-        download = memory.published_bytes(self.configs, self._snapshot.parts)
+        download = memory.published_bytes(self.configs, self._snapshot.parts, self._snapshot.variant)
         return Footprint(phases=phases, download=download, cache=cache_folder())
 
     # capabilities.SupportsClipSkip

@@ -135,9 +135,10 @@ def test_each_memory_option_reduces_the_estimate() -> None:
     assert peak(adapter=False, trained=2_567_463_684) > 35e9
 
 
-def test_published_bytes_are_those_of_half_precision() -> None:
+@pytest.mark.parametrize(("variant", "width"), [("fp16", 2), (None, 4)])
+def test_published_bytes_are_those_of_the_variant(variant: str | None, width: int) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    found = memory.published_bytes(SDXL, ["unet", "text_encoder", "text_encoder_2", "vae"])
-    assert found == 2 * (2_567_463_684 + 123_060_480 + 694_659_840 + 83_653_863)
+    found = memory.published_bytes(SDXL, ["unet", "text_encoder", "text_encoder_2", "vae"], variant)
+    assert found == width * (2_567_463_684 + 123_060_480 + 694_659_840 + 83_653_863)
     assert mx.get_peak_memory() - before < 2**20
