@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -260,6 +261,20 @@ def test_gpu_sections_run_at_small_sizes(build: str) -> None:
     assert figures and all(np.isfinite(value) and value >= 0 for value, _ in figures.values())
     missed = [name for name, (value, limit) in figures.items() if value > limit and "estimate" not in name]
     assert not missed  # a CPU's memory is not that of a GPU
+
+
+def test_gpu_benchmark_shows_what_was_measured_before_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def run(section: gpu.Section, **_: Any) -> gpu.Result:
+        if section is gpu.SECTIONS[1]:
+            raise KeyboardInterrupt
+        return gpu.Result(name=section.name, seconds=1, figures={"error": (0.5, 1)})
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.main([]) == 1
+    out = capsys.readouterr().out
+    assert "| error | 0.5 |" in out and out.count("interrupted") == len(gpu.SECTIONS) - 1
 
 
 def test_gpu_benchmark_goes_on_after_a_failure(

@@ -130,14 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(sections: Sequence[Section], *, quick: bool, vae: str | None = None) -> list[Result]:
-    """Run the sections one after the other, and print the progress."""
+    """Run the sections one after the other, and print the progress. Ctrl-C ends them; what was measured remains."""
     results: list[Result] = []
     began, left = time.monotonic(), sum(section.share for section in sections)
     pace = 1.0
     for number, section in enumerate(sections, start=1):
         about = "" if quick else f", about {pace * left:.0f} s left"
         print(f"[{number}/{len(sections)}] {section.name}{about} ...", file=sys.stderr, flush=True)
-        results.append(run(section, quick=quick, vae=vae))
+        try:
+            results.append(run(section, quick=quick, vae=vae))
+        except KeyboardInterrupt:
+            return results + [Result(name=one.name, seconds=0, failure="interrupted") for one in sections[number - 1 :]]
         print(f"    {results[-1].failure or f'{results[-1].seconds:.0f} s'}", file=sys.stderr, flush=True)
         left -= section.share
         pace = (time.monotonic() - began) / (sum(one.share for one in sections) - left)

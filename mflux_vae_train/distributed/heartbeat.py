@@ -244,7 +244,7 @@ def _resolve(name: str) -> list[str]:
     found: list[str] = []
 
     def look_up() -> None:
-        with suppress(OSError):
+        with suppress(OSError, UnicodeError):  # of names such as "my..mac"
             found.extend(socket.gethostbyname_ex(name)[2])
 
     thread = threading.Thread(target=look_up, daemon=True)

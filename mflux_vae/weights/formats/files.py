@@ -87,7 +87,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
     @cache
     def loaded() -> dict[str, mx.array]:
         try:
-            return dict(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
+            with device_errors():
+                return dict(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{path}: cannot be read by MLX ({error})") from error
 
