@@ -32,11 +32,8 @@ def test_the_command_continues_from_the_update_before(
         flags = (
             *("--model=tiny", f"--instance_data_dir={EXAMPLE}", "--instance_prompt=a photo of xyz star"),
             *("--max_train_steps=10", "--rank=4", "--resolution=32", "--num_validation_images=0"),
-            *(
-                "--gradient_accumulation_steps=1",
-                "--prior_preservation=none",
-                f"--encodings_dir={tmp_path / 'encodings'}",
-            ),
+            *("--gradient_accumulation_steps=1", "--prior_preservation=none"),
+            f"--encodings_dir={tmp_path / 'encodings'}",
         )
         return cli.main([*flags, f"--output_dir={tmp_path / name}"])
 
@@ -55,19 +52,18 @@ def test_the_command_continues_from_the_update_before(
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("mode", "when", "kept"), [("full", PASSES, 6), ("full", REPLACING, 5)])
-def test_full_weights_and_previews_continue(
-    mode: str, when: str, kept: int, short_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {"train_mode": mode, "max_train_steps": 10, "checkpointing_steps": 5}
+def test_full_weights_and_previews_continue(short_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"train_mode": "full", "max_train_steps": 10, "checkpointing_steps": 5}
     given |= {"num_validation_images": 1, "validation_steps": 6, "num_class_images": 2}
     monkeypatch.setattr(device, "kind", lambda: "cuda")
     train(short_run(**given, output_dir=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch, pytest.raises(DeviceError, match=f"continues after update {kept}"):
-        fail_update(patch, 7, CUDA, when=when)
-        train(short_run(**given))
-    assert train(short_run(**given)).updates == 10 - kept
-    same(tmp_path / "out", left(tmp_path / "whole"))
+    for when, kept in ((PASSES, 6), (REPLACING, 5)):
+        out = tmp_path / when
+        with monkeypatch.context() as patch, pytest.raises(DeviceError, match=f"continues after update {kept}"):
+            fail_update(patch, 7, CUDA, when=when)
+            train(short_run(**given, output_dir=str(out)))
+        assert train(short_run(**given, output_dir=str(out))).updates == 10 - kept
+        same(out, left(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("text", [METAL, CUDA])
@@ -75,7 +71,6 @@ def test_a_preview_ends_a_run_on_cuda_only(
     text: str, short_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given: dict[str, Any] = {"num_validation_images": 2, "validation_steps": 3, "prior_preservation": "none"}
-    train(short_run(**given, output_dir=str(tmp_path / "whole")))
     original, calls = FakePipeline.sample, 0
 
     def sample(self: FakePipeline, *arguments: Any, **named: Any) -> mx.array:
@@ -100,6 +95,7 @@ def test_a_preview_ends_a_run_on_cuda_only(
             train(short_run(**given))
     assert "--num_validation_images" in str(caught.value)
     train(short_run(**given))
+    train(short_run(**given, output_dir=str(tmp_path / "whole")))
     same(tmp_path / "out", left(tmp_path / "whole"))
 
 

@@ -32,7 +32,7 @@ def settings(instance_dir, tmp_path):
             "lr_scheduler": "constant",
             "learning_rate": 1e-2,
             "gradient_accumulation_steps": 1,
-            "num_validation_images": 1,
+            "num_validation_images": 0,
             "snr_gamma": 5.0,
             "random_flip": True,
         }
@@ -45,17 +45,18 @@ EVERYTHING = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "clip_skip": 
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_adapters_of_unet_and_text_encoders_resume_to_the_bit(settings, tmp_path, model) -> None:
+def test_adapters_of_unet_and_text_encoders(settings, tmp_path, model) -> None:
     def train(out: str, **changes) -> dict[str, mx.array]:
         pipeline = small_pipeline(tmp_path / "parts", model)
         result = DreamBooth(pipeline).train(settings(out, **EVERYTHING, **changes)).result
         return read_safetensors(result)[0]
 
     whole = train("whole")
-    train("parts", max_train_steps=2)
-    resumed = train("parts", allow_changes=True)
-    assert whole.keys() == resumed.keys()
-    assert all(mx.array_equal(whole[name], resumed[name]) for name in whole)
+    if model == "sdxl":  # its inputs are those of the others and more; resumed to the bit
+        train("parts", max_train_steps=2)
+        resumed = train("parts", allow_changes=True)
+        assert whole.keys() == resumed.keys()
+        assert all(mx.array_equal(whole[name], resumed[name]) for name in whole)
     trained = {name.partition(".")[0] for name, value in whole.items() if "lora_B" in name and mx.any(value != 0)}
     assert trained == {"unet", "text_encoder", *(["text_encoder_2"] if model == "sdxl" else [])}
     names = read_safetensors(tmp_path / "whole" / KOHYA)[0]
@@ -68,7 +69,9 @@ def test_all_weights_of_unet_and_text_encoder(settings, tmp_path) -> None:
     pipeline = small_pipeline(tmp_path / "parts", "sd2")
     before = {name: np.array(value) for name, value in tree_flatten(pipeline.denoiser.parameters())}
     changes = {"train_mode": "full", "train_text_encoder": True, "learning_rate": 1e-3, "optimizer": "adafactor"}
+    changes |= {"num_validation_images": 1, "validation_steps": 3}
     result = DreamBooth(pipeline).train(settings(**changes)).result
+    assert len([*(tmp_path / "out" / "samples").glob("step-*")]) == 2
     opened = StableDiffusionPipeline.from_pretrained(result)
     after = dict(tree_flatten(opened.denoiser.parameters()))
     moved = [name for name, value in before.items() if np.abs(value - np.array(after[name])).max() > 2e-3]
