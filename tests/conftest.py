@@ -14,9 +14,8 @@ import pytest
 from mflux_vae import cli
 from tests.helpers import gpu_branch as branch
 
-os.environ.setdefault(
-    "MLX_ENABLE_TF32", "0"
-)  # products in full float32 on an M5 and on NVIDIA's cards, for comparisons
+# products in full float32 on an M5 and on NVIDIA's cards, for comparisons
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 Run: TypeAlias = Callable[..., tuple[int, str, str]]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--json FILE] [--only NAME] [--vae PATH] [--quick]
 
 Needs 8 GB, no network and no other package, and should take five minutes; it was not run on a GPU yet. Each section
-runs in a process of its own: a section that fails or runs out of memory is a row, and the next one starts. On a CPU the
+runs in a separate process: a section that fails or runs out of memory is a row, and the next one starts. On a CPU the
 sections run the code for GPUs at small sizes, to test it; those are no figures of a GPU.
 
 | section | question |
@@ -38,9 +38,8 @@ import numpy as np
 from benchmarks.harness.process import ImplementationFailed, Process
 from benchmarks.harness.rows import Implementation
 from benchmarks.harness.table import headline
+from mflux_vae.kernels.quantized import PRODUCT_VARIABLE
 from mflux_vae.runtime import device
-
-PRODUCT = "MFLUX_VAE_QUANTIZED_PRODUCT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +80,12 @@ SECTIONS = (
     Section(name="weight gradient", build="numbers:weight_gradient", share=5),
     Section(name="activations", build="numbers:activations", share=5),
     Section(name="attention", build="memory:attention", share=5),
-    Section(name="quantised products, MLX's kernel", build="products:quantized", environment={PRODUCT: "native"}),
-    Section(name="quantised products, dequantised", build="products:quantized", environment={PRODUCT: "dense"}),
+    Section(
+        name="quantised products, MLX's kernel", build="products:quantized", environment={PRODUCT_VARIABLE: "native"}
+    ),
+    Section(
+        name="quantised products, dequantised", build="products:quantized", environment={PRODUCT_VARIABLE: "dense"}
+    ),
     Section(name="autoencoder", build="numbers:autoencoder", share=60),
     Section(name="text encoders", build="numbers:text_encoders", share=20),
     Section(name="decoding", build="memory:decoding", share=20),
@@ -148,7 +151,7 @@ def measure(sections: Sequence[Section], *, quick: bool, vae: str | None = None)
 
 
 def run(section: Section, *, quick: bool, vae: str | None = None) -> Result:
-    """Measure one section in a process of its own."""
+    """Measure one section in a separate process."""
     settings = {"quick": quick} | ({"weights": vae} if section.name == "autoencoder" else {})
     # compilation for a CPU takes a minute
     compiled = {"MLX_DISABLE_COMPILE": "1"} if device.is_cpu() else {}

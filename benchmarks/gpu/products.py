@@ -13,7 +13,7 @@ ROWS = (512, 1536, 4096)
 
 
 def quantized(quick: bool) -> Work:
-    """A layer of FLUX in 4 bits, forward and gradient of its input. MFLUX_VAE_QUANTIZED_PRODUCT is the kind."""
+    """A layer of FLUX in 4 bits, forward and gradient of its input. By the kind of `PRODUCT_VARIABLE`."""
     inputs, outputs, repetitions = (128, 256, 3) if quick else (3072, 12288, 100)
     network = nn.Module()
     network.layer = nn.Linear(inputs, outputs, bias=False)

@@ -1,6 +1,6 @@
 """Products with quantized weights (`mx.quantize`), by MLX's kernel or with dequantized weights.
 
-MLX's kernel is made for a few rows. With the thousands of a training step it is slower than dequantizing the matrix and
+MLX's kernel suits a few rows. With the thousands of a training step it is slower than dequantizing the matrix and
 multiplying densely, most of all in the backward pass. From MLX's source, not measured here:
 
 - CPU: always dequantized.

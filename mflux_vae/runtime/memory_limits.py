@@ -48,7 +48,7 @@ def limited(*, peak: int | None = None, work: int | None = None) -> Iterator[Non
 def free_bytes() -> int:
     """Bytes of a Metal or CUDA device that this process may still allocate; MLX's cache counts as free.
 
-    On Metal the limit is the recommended working set, whatever other programs use. On CUDA their memory is subtracted.
+    On Metal this includes memory that other programs use; on CUDA theirs is subtracted.
     """
     info, active = mx.device_info(), mx.get_active_memory()
     if "free_memory" not in info:

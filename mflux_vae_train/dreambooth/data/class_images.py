@@ -26,7 +26,7 @@ from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
-from mflux_vae_train.dreambooth.data.encoding import images_per_batch
+from mflux_vae_train.dreambooth.data.encoding import SHOWN_PROMPT, images_per_batch
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
@@ -41,8 +41,6 @@ OLD_PROMPT_KEY = "prompt"
 """The key of earlier versions. ComfyUI writes a text of this name, too."""
 
 _FILE_NAME = re.compile(r"class-\d{5}\.png")
-
-SHOWN_PROMPT = 60
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ PROMPTS_PER_BATCH = 16
 
 _CAUSE = "weights of the {} are not finite, or the device failed; take another file of them, or run the command again"
 
-_SHOWN_PROMPT = 60
+SHOWN_PROMPT = 60
+"""Characters of a prompt in messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def _check_embeddings(arrays: Iterable[mx.array], prompt: str) -> None:
     """
     for array in arrays:
         if mx.issubdtype(array.dtype, mx.floating) and mx.any(mx.isnan(array) | (array == math.inf)):
-            shown = shortened(prompt, _SHOWN_PROMPT)
+            shown = shortened(prompt, SHOWN_PROMPT)
             raise WeightsError(
                 f"the encoded prompt {shown!r} has NaN or infinite values: {_CAUSE.format('text encoders')}"
             )

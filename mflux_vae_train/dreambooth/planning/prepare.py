@@ -233,7 +233,7 @@ def _estimate(
     trainable: Trainable,
     processes: ProcessGroup,
 ) -> tuple[ResolvedSettings, Estimate | None]:
-    """Settings with what depends on memory decided, and the estimate if the pipeline can tell."""
+    """Settings with what depends on memory decided, and the estimate, if the pipeline has one."""
     if not isinstance(pipeline, SupportsMemoryControl):
         if resolved.auto_batch_size:
             unknown = f"--train_batch_size auto is 1: {pipeline.name} does not estimate its memory"

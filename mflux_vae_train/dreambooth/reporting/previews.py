@@ -17,8 +17,8 @@ from mflux_vae.runtime.device_errors import device_error
 from mflux_vae.utils.formatting import shortened
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.dreambooth.data.class_images import SHOWN_PROMPT, sample_images
-from mflux_vae_train.dreambooth.data.encoding import images_per_batch
+from mflux_vae_train.dreambooth.data.class_images import sample_images
+from mflux_vae_train.dreambooth.data.encoding import SHOWN_PROMPT, images_per_batch
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid

@@ -76,7 +76,7 @@ def test_windows_are_gathered_in_parts(compiled: bool, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("size", [8, 7])
 def test_strided_convolutions_leave_a_row_out_on_cuda(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX's cuDNN plans of input gradients are told apart by it from those of convolutions with stride 1."""
+    """It distinguishes MLX's cuDNN plans of input gradients from those of convolutions with stride 1."""
     calls, native = [], mx.conv2d
 
     def conv2d(x: mx.array, weight: mx.array, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> mx.array:
