@@ -109,10 +109,12 @@ def quantized_product(
 
     @run.vjp
     def gradient(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        if not dense.backward:
-            return mx.quantized_matmul(cotangent, *arrays, transpose=False, **scheme)  # type: ignore[arg-type]
-        tiles = _tiles(arrays, 1, inputs, TILE_BYTES * inputs // (row * outputs), group_size)
-        return multiply(cotangent, tiles, transpose=False)
+        if dense.backward:
+            tiles = _tiles(arrays, 1, inputs, TILE_BYTES * inputs // (row * outputs), group_size)
+            of_x = multiply(cotangent, tiles, transpose=False)
+        else:
+            of_x = mx.quantized_matmul(cotangent, *arrays, transpose=False, **scheme)  # type: ignore[arg-type]
+        return of_x.astype(x.dtype)  # not that of the scales
 
     y: mx.array = run(x)
     return y

@@ -110,3 +110,11 @@ def test_one_part_of_one_layer_is_dequantized_at_a_time(compiled: bool, monkeypa
     peak = peak_of(lambda: run(x))
     print(f"{peak / matrix:.1f} matrices")
     assert peak < 3 * matrix < layers * matrix / 3
+
+
+@pytest.mark.parametrize("choice", ["dense", "native"])
+def test_gradients_have_the_dtype_of_the_input(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PRODUCT_VARIABLE, choice)
+    x, arrays = mx.ones((2, 64), HALF), mx.quantize(mx.ones((32, 64)), 64, 4)
+    slope = mx.grad(lambda x: quantized_product(x, *arrays, group_size=64, bits=4).sum())(x)
+    assert slope.dtype == HALF and mx.all(slope == 32)
