@@ -1,8 +1,8 @@
 """Latent files: latents of several images in one safetensors file, written image by image.
 
-One tensor (C, h, w) per image, under its name. Metadata: `format` (`FORMAT`), `settings` (JSON: what the latents depend
-on) and `pictures` (JSON: by name, `size` [height, width] and `crc32` of the image file). Until the file is complete,
-finished images are kept in the folder `.NAME.parts` beside it.
+One tensor (C, h, w) per image, or a vector (C,), under its name. Metadata: `format` (`FORMAT`), `settings` (JSON: what
+the latents depend on) and `pictures` (JSON: by name, `size` [height, width] and `crc32` of the image file). Until the
+file is complete, finished images are kept in the folder `.NAME.parts` beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Entry:
     """Latents of an image.
 
     Attributes:
-        latents: (C, h, w), scaled for the denoiser.
+        latents: (C, h, w) or (C,), scaled for the denoiser.
         size: (height, width) of the image, pixels.
         crc32: checksum of the image file.
     """
@@ -68,7 +68,7 @@ def read(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         }
         if wrong := [name for name in entries if Path(name).is_absolute() or {"", "..", "."} & set(name.split("/"))]:
             raise ValueError(f"{wrong[0]!r} is not a valid image name")
-        if wrong := [name for name, entry in entries.items() if entry.latents.ndim != 3]:
+        if wrong := [name for name, entry in entries.items() if entry.latents.ndim not in (1, 3)]:
             raise ValueError(f"latents of {wrong[0]} have {entries[wrong[0]].latents.ndim} axes")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
