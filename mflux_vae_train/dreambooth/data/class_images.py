@@ -138,13 +138,18 @@ def _read_prompt(path: Path, notes: ImageNotes) -> str | None:
     image = load_image(path, notes=notes)
     texts = text_chunks(path)
     if PROMPT_KEY in texts:
-        if (image == image[:1, :1]).all():
+        if _is_blank(image):
             raise ImageError(f"{path} was generated and is one colour, so the device failed; delete it")
         return texts[PROMPT_KEY].text
     old = texts.get(OLD_PROMPT_KEY)
     if old is None or old.kind != b"iTXt" or len(texts) > 1 or not _FILE_NAME.fullmatch(path.name):
         return None
     return old.text
+
+
+def _is_blank(image: np.ndarray) -> bool:
+    """Whether an image is one grey level, as that of a network whose results are all zero or NaN."""
+    return bool((image == image.flat[0]).all())
 
 
 def class_files(concepts: Sequence[Concept], count: int) -> list[list[Path]]:
@@ -207,7 +212,7 @@ def generate_class_images(
         names = [f"class image {index} of {shortened(class_prompt, SHOWN_PROMPT)!r}" for index in batch]
         images = sample_images(pipeline, conditioning, keys, names, resolution=resolution, guidance=guidance)
         for name, image in zip(names, images, strict=True):
-            if (image == image[:1, :1]).all():
+            if _is_blank(image):
                 raise RunError(f"{name} is one colour, so the device failed; run the command again")
         return [mx.array(image) for image in images]
 
