@@ -146,7 +146,7 @@ def test_batch_norm_and_its_gradients(dtype: mx.Dtype) -> None:
     wide = np.array(x.astype(mx.float32), np.float64)
     ours, mean, variance = kernels.batch_norm(x, weight, bias, 1e-5)
     assert ours.dtype == dtype and mean.dtype == variance.dtype == mx.float32
-    assert_close(mean, wide.mean(axis=(0, 1, 2)), 1e-6)
+    assert_close(mean, wide.mean(axis=(0, 1, 2)), 1e-5)  # a float32 sum of 6,000 numbers
     assert_close(variance, wide.var(axis=(0, 1, 2)), 1e-4)
 
     def formula(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
