@@ -175,6 +175,7 @@ def test_loss_and_gradients_agree(case) -> None:
         assert np.linalg.norm(gradient - reference) <= 1e-3 * np.linalg.norm(reference), name
 
 
+@pytest.mark.parametrize("case", [CASES[name] for name in ("sd1 snr", "sd2", "sdxl")], indirect=True)
 def test_twenty_updates_follow_each_other(case) -> None:
     ours, gamma, batches = case
     theirs, before = Theirs(ours, gamma), adapter_of(ours)
