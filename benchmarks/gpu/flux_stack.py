@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,8 @@ from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTra
 from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
+
+N = TypeVar("N", bound=nn.Module)
 
 RANK = 16
 
@@ -55,7 +58,7 @@ def updated(stack: Stack) -> tuple[int, float]:
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
-    network = _filled(FluxTransformer(stack.config))
+    network = filled(FluxTransformer(stack.config))
     if stack.bits:
         quantize(network, stack.bits, is_quantized_layer)
     lora.add_lora(network, naming.PRESETS["attention+mlp"], rank=RANK)
@@ -76,7 +79,7 @@ def updated(stack: Stack) -> tuple[int, float]:
 
 def forward(stack: Stack) -> Callable[[], mx.array]:
     """A forward pass without adapters."""
-    network, arrays = _filled(FluxTransformer(stack.config)), _arrays(stack)
+    network, arrays = filled(FluxTransformer(stack.config)), _arrays(stack)
     mx.eval(arrays)
     return lambda: _velocity(network, stack, arrays)
 
@@ -111,8 +114,8 @@ def estimated(stack: Stack) -> int:
     return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 
-def _filled(network: FluxTransformer) -> FluxTransformer:
-    """With weights that cost little to make, one layer after the other, in the dtype of this device."""
+def filled(network: N) -> N:
+    """The network with weights that cost little to compute, one layer after the other, in the dtype of this device."""
     dtype = compute_dtype()
 
     def values(array: mx.array) -> mx.array:

@@ -61,7 +61,7 @@ class UNet(nn.Module):
         text: mx.array,
         added: tuple[mx.array, mx.array] | None = None,
     ) -> mx.array:
-        """Predict the noise, or whatever the model was trained to predict.
+        """Predict the noise, or v in models that are trained to.
 
         Args:
             latents: (B, h, w, in_channels), scaled, of any size.

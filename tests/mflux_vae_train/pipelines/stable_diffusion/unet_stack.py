@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 
+from benchmarks.gpu.flux_stack import filled
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae_train import lora
 from mflux_vae_train.optimizers.adam import AdamW
@@ -38,7 +38,7 @@ def measured(stack: Stack, updates: int = 2) -> int:
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
-    network, config, batch = _filled(UNet(stack.config)), stack.config, stack.batch
+    network, config, batch = filled(UNet(stack.config)), stack.config, stack.batch
     if not stack.full:
         lora.add_lora(network, naming.PRESETS["attention"], rank=RANK)
     network.gradient_checkpointing = stack.recompute
@@ -76,17 +76,3 @@ def estimated(stack: Stack) -> int:
     )
     copied = weights if stack.full else 0
     return weights + learning_bytes(work, here) - copied + max(activations, copied)
-
-
-def _filled(network: UNet) -> UNet:
-    """With weights that cost little to make, one layer after the other, in the dtype of this device."""
-    dtype = compute_dtype()
-
-    def values(array: mx.array) -> mx.array:
-        spread = ((mx.arange(array.size) % 997).astype(mx.float32) / 997 - 0.5) * 0.05
-        return spread.reshape(array.shape).astype(dtype)
-
-    network.update(tree_map(values, network.parameters()))
-    for _, array in tree_flatten(network.parameters()):
-        mx.eval(array)
-    return network
