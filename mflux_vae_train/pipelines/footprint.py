@@ -15,7 +15,7 @@ from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime import device
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling.tiles import Tiling
-from mflux_vae_train.pipelines.flow.sample import DECODED_AT_ONCE
+from mflux_vae_train.pipelines.decoding import DECODED_AT_ONCE
 from mflux_vae_train.pipelines.quantization import stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 

@@ -131,3 +131,10 @@ def error_weight(sigma: mx.array, sampling: NoiseSampling) -> mx.array:
     if sampling.scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * mx.square(sigma)))
     return mx.ones_like(sigma)
+
+
+def normal(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Standard normal float32 (B, *shape); row i is a function of key[i]."""
+    import mlx.core as mx
+
+    return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)

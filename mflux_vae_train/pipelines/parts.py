@@ -24,12 +24,12 @@ from mflux_vae.runtime.threads import thread_safe
 from mflux_vae.vae import VAE
 from mflux_vae_train.fingerprint import weights_hash
 from mflux_vae_train.pipelines.capabilities import PromptTokens, Use
-from mflux_vae_train.pipelines.folder import copy_files, save_network
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.folder import copy_files, save_network
+from mflux_vae_train.pipelines.loading.lazy import Lazy
+from mflux_vae_train.pipelines.loading.snapshot import Snapshot
 from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
 from mflux_vae_train.pipelines.protocol import Conditioning, Recommended
 from mflux_vae_train.pipelines.quantization import quantize
-from mflux_vae_train.pipelines.snapshot import Snapshot
 from mflux_vae_train.pipelines.text.prompts import PromptEncoder
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 

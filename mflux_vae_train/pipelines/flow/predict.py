@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule, noised
-from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, error_weight
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, error_weight, normal
 
 Velocity: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 """Latents (B, ...) and noise levels (B,) -> velocity e - x0, float32, of the latents' shape."""
@@ -52,8 +52,3 @@ def check_sampling(sampling: NoiseSampling) -> None:
         raise SettingsError(
             f"{', '.join(given)}: for models with a discrete noise schedule, this one is a rectified flow"
         )
-
-
-def normal(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Standard normal float32 (B, *shape); row i is a function of key[i]."""
-    return mx.vmap(lambda one: mx.random.normal(shape, key=one))(key)

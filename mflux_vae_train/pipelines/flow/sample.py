@@ -1,4 +1,4 @@
-"""Sampling from a rectified flow with Euler steps and classifier-free guidance, and decoding in batches."""
+"""Sampling from a rectified flow with Euler steps and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.flow.predict import Velocity
 from mflux_vae_train.pipelines.flow.schedule import euler_step
-
-DECODED_AT_ONCE = 2**20
-"""Pixels decoded in one batch: one image of 1024 x 1024, or many small ones."""
 
 
 def sample(velocity: Velocity, noise: mx.array, sigmas: Sequence[float], *, guidance: float | None = None) -> mx.array:
@@ -34,14 +30,3 @@ def sample(velocity: Velocity, noise: mx.array, sigmas: Sequence[float], *, guid
         latents = euler_step(latents, step, sigma, next_sigma)
         mx.eval(latents)
     return latents
-
-
-def decode(vae: VAE, latents: mx.array) -> mx.array:
-    """Latents (B, h, w, C) -> images (B, H, W, 3), float32, not clipped; `DECODED_AT_ONCE` pixels per batch."""
-    pixels = latents.shape[1] * latents.shape[2] * vae.spatial_scale**2
-    images = []
-    for start in range(0, latents.shape[0], rows := max(1, DECODED_AT_ONCE // pixels)):
-        # float32 in any case: numpy has no bfloat16
-        images.append(vae.decode_nhwc(latents[start : start + rows]).astype(mx.float32))
-        mx.eval(images[-1])
-    return mx.concatenate(images)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.noise import NoiseSampling, training_levels
 
 Levels = TypeVar("Levels", mx.array, np.ndarray)

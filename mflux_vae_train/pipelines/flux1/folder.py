@@ -1,7 +1,7 @@
 """A FLUX.1 pipeline's folder: read into configurations and parts, and written.
 
-See `pipelines.folder` for the layout. The transformer may also be Black Forest Labs' single file beside the folders of
-the other parts. Folders saved by mflux need no configurations.
+See `pipelines.loading.folder` for the layout. The transformer may also be Black Forest Labs' single file beside the
+folders of the other parts. Folders saved by mflux need no configurations.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import read_json, write_json
-from mflux_vae_train.pipelines.config_check import check_config
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1 import weights
 from mflux_vae_train.pipelines.flux1.configs import Configs, published
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import flux_parts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
-from mflux_vae_train.pipelines.folder import RECOMMENDED, read_recommended, saved_by_mflux
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.config_check import check_config
+from mflux_vae_train.pipelines.loading.folder import RECOMMENDED, read_recommended, saved_by_mflux
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.text import clip, t5
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer

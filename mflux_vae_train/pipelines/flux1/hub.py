@@ -10,7 +10,7 @@ from mflux_vae.pretrained.hub import download
 from mflux_vae_train.pipelines.flux1 import folder, weights
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, REPOSITORIES, published, repository_of
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.snapshot import SMALL_FILES, Snapshot
+from mflux_vae_train.pipelines.loading.snapshot import SMALL_FILES, Snapshot
 
 logger = logging.getLogger(__name__)
 

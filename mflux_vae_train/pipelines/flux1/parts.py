@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mflux_vae.vae import VAE
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder

@@ -9,27 +9,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import SettingsError
 from mflux_vae.pretrained.hub import cache_folder
-from mflux_vae.runtime.threads import thread_safe
 from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
-from mflux_vae_train.pipelines.flow.predict import check_sampling, normal, predict
-from mflux_vae_train.pipelines.flow.sample import decode, sample
+from mflux_vae_train.pipelines.flow.pipeline import FlowPipeline
 from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
-from mflux_vae_train.pipelines.flux1.configs import SIZE_MULTIPLE, Configs, access
+from mflux_vae_train.pipelines.flux1.configs import Configs, access
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
 from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
-from mflux_vae_train.pipelines.parts import Parts, PartsPipeline
+from mflux_vae_train.pipelines.loading.snapshot import Snapshot
+from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
-from mflux_vae_train.pipelines.snapshot import Snapshot
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 
 
-class FluxPipeline(PartsPipeline):
+class FluxPipeline(FlowPipeline):
     """FLUX.1 behind the `DiffusionPipeline` protocol.
 
     Args:
@@ -37,6 +33,7 @@ class FluxPipeline(PartsPipeline):
     """
 
     adapter_prefix = "transformer"
+    latent_scale = VAE_FACTOR
     prompts: FluxPrompts
 
     def __init__(
@@ -83,74 +80,13 @@ class FluxPipeline(PartsPipeline):
         embedder: Any = self.denoiser.x_embedder
         return getattr(embedder, "linear", embedder).bias.dtype  # an adapter holds the layer as `linear`
 
-    def predict(
-        self,
-        latents: mx.array,
-        conditioning: Conditioning,
-        *,
-        key: mx.array,
-        guidance: float,
-        sampling: NoiseSampling | None = None,
-    ) -> Prediction:
-        """Velocity at a random noise level, and its target; see `flow.predict`.
+    @property
+    def latent_channels(self) -> int:
+        return self.configs.transformer.in_channels // PATCH**2
 
-        Args:
-            guidance: as in `loss`.
-            sampling: None for the recommended scheme.
-        """
-        height, width = latents.shape[1:3]
-        conditioning = self.prompts.finish(conditioning)
-        return predict(
-            lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
-            latents,
-            key=key,
-            schedule=self.schedule,
-            sampling=sampling or NoiseSampling(scheme=self.recommended.weighting_scheme or "uniform"),
-            image_tokens=height * width // PATCH**2,
-        )
-
-    @thread_safe
-    def sample(
-        self,
-        conditioning: Conditioning,
-        *,
-        size: tuple[int, int],
-        steps: int,
-        guidance: float,
-        key: mx.array,
-        latents: mx.array | None = None,
-    ) -> mx.array:
-        """Conditioning -> images (B, H, W, 3) in [-1, 1], float32.
-
-        Guidance is an input of the transformer if the model was trained so; otherwise, above 1, it is
-        classifier-free with the empty prompt.
-
-        Args:
-            size: (height, width) in pixels, multiples of 16.
-            key: (B, 2); row i determines the initial noise of sample i.
-            latents: initial noise (B, H/8, W/8, C) to use instead.
-
-        Raises:
-            SettingsError: a size that is not a multiple of 16, or no step.
-        """
-        height, width = size
-        if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise SettingsError(f"FLUX draws sizes that are multiples of {SIZE_MULTIPLE}, not {height}x{width}")
-        if latents is None:
-            channels = self.configs.transformer.in_channels // PATCH**2
-            latents = normal(key, (height // VAE_FACTOR, width // VAE_FACTOR, channels))
-        classifier_free = guidance > 1 and not self._guidance_embeds
-        if classifier_free:
-            conditioning = self.prompts.with_unconditional(conditioning)
-        conditioning = self.prompts.finish(conditioning)
-        mx.eval(conditioning)
-        drawn = sample(
-            lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
-            latents,
-            self.schedule.sigmas(steps, height * width // SIZE_MULTIPLE**2).tolist(),
-            guidance=guidance if classifier_free else None,
-        )
-        return mx.clip(decode(self.vae, drawn), -1, 1)
+    def _guidance_scale(self, guidance: float) -> float | None:
+        """See `FlowPipeline`. If the model embeds guidance, there is none beside it."""
+        return None if self._guidance_embeds else super()._guidance_scale(guidance)
 
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
         """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in `dtype`."""
@@ -170,12 +106,6 @@ class FluxPipeline(PartsPipeline):
     def lora_targets(self) -> Sequence[str]:
         """Attention and feed-forward layers of all blocks."""
         return naming.PRESETS["attention+mlp"]
-
-    # capabilities.SupportsNoiseCheck
-
-    def check_sampling(self, sampling: NoiseSampling) -> None:
-        """See `flow.predict.check_sampling`."""
-        check_sampling(sampling)
 
     # capabilities.SupportsMemoryControl
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae_train.pipelines.capabilities import PromptTokens
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel

@@ -14,14 +14,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import attention, gelu_tanh, layer_norm, rms_norm, silu, widened
-from mflux_vae.runtime.device import is_cpu
-from mflux_vae_train.pipelines.config_check import JSONConfig
-from mflux_vae_train.pipelines.flux1.embeddings import Rotation, TimeTextEmbedding, rotate, rotation
+from mflux_vae.kernels import attention, gelu_tanh, silu
 from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
+from mflux_vae_train.pipelines.layers.embeddings import SINUSOIDAL_CHANNELS, TwoLayerEmbedder, sinusoidal
+from mflux_vae_train.pipelines.layers.modulation import HeadNorm, Modulation, modulated_norm
+from mflux_vae_train.pipelines.layers.rotary import Rotation, rotate, rotation
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 
 MLP_RATIO = 4
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,41 +55,22 @@ class FluxTransformerConfig(JSONConfig):
         return self.num_attention_heads * self.attention_head_dim
 
 
-class Modulation(nn.Module):
-    """Shift, scale and gate of a block (adaLN-Zero, Peebles & Xie 2023): activated conditioning (B, D) -> `parts`
-    arrays (B, 1, D).
-    """
+class TimeTextEmbedding(nn.Module):
+    """Sum of embedded timestep, guidance (if the model has it) and pooled prompt: (B, D)."""
 
-    def __init__(self, width: int, parts: int) -> None:
+    def __init__(self, width: int, pooled: int, guidance_embeds: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, parts * width)
-        self._parts = parts
+        self.timestep_embedder = TwoLayerEmbedder(SINUSOIDAL_CHANNELS, width)
+        if guidance_embeds:
+            self.guidance_embedder = TwoLayerEmbedder(SINUSOIDAL_CHANNELS, width)
+        self.text_embedder = TwoLayerEmbedder(pooled, width)
 
-    def __call__(self, conditioning: mx.array) -> list[mx.array]:
-        return list(mx.split(self.linear(conditioning)[:, None], self._parts, axis=-1))
-
-
-def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """Layer norm without weights, then scale and shift by (B, 1, D)."""
-    return _modulated_norm(x, shift, scale) if is_cpu() else _modulated_norm_gpu(x, shift, scale)
-
-
-def _modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
-
-
-_modulated_norm_gpu = widened(_modulated_norm)
-
-
-class HeadNorm(nn.Module):
-    """RMS norm over the channels of a head."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.weight = mx.ones(head_dim)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, NORM_EPS)
+    def __call__(self, timestep: mx.array, guidance: mx.array | None, pooled: mx.array) -> mx.array:
+        # sinusoids in float32: bfloat16 cannot represent 1000 * sigma
+        embedding = self.timestep_embedder(sinusoidal(timestep).astype(pooled.dtype))
+        if guidance is not None:
+            embedding = embedding + self.guidance_embedder(sinusoidal(guidance).astype(pooled.dtype))
+        return embedding + self.text_embedder(pooled)
 
 
 class GeluProjection(nn.Module):

@@ -22,7 +22,7 @@ from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import load_strict, to_mlx
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.folder import TEXT_STEM, fill, read_file, read_tensors, saved_by_mflux
+from mflux_vae_train.pipelines.loading.folder import TEXT_STEM, fill, read_file, read_tensors, saved_by_mflux
 from mflux_vae_train.pipelines.quantization import adopt_quantization
 from mflux_vae_train.pipelines.text import clip, t5
 

@@ -14,13 +14,12 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.pretrained.hub import cache_folder
 from mflux_vae.runtime.threads import thread_safe
 from mflux_vae_train.pipelines.capabilities import CropGeometry, KohyaNaming
-from mflux_vae_train.pipelines.flow.predict import normal
-from mflux_vae_train.pipelines.flow.sample import decode
+from mflux_vae_train.pipelines.decoding import decode
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
-from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction
+from mflux_vae_train.pipelines.loading.snapshot import Snapshot
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, normal
 from mflux_vae_train.pipelines.parts import Parts, PartsPipeline
 from mflux_vae_train.pipelines.protocol import Conditioning
-from mflux_vae_train.pipelines.snapshot import Snapshot
 from mflux_vae_train.pipelines.stable_diffusion import memory, naming
 from mflux_vae_train.pipelines.stable_diffusion.configs import VAE_FACTOR, Configs
 from mflux_vae_train.pipelines.stable_diffusion.files import folder as folders
@@ -155,7 +154,7 @@ class StableDiffusionPipeline(PartsPipeline):
             key=key,
             guidance=guidance if classifier_free else None,
         )
-        return mx.clip(decode(self.vae, drawn), -1, 1)
+        return decode(self.vae, drawn)
 
     def _network(self, conditioning: Conditioning, size: tuple[int, int]) -> Network:
         """Latents at timesteps (B,) -> prediction, float32; the UNet computes in `dtype`."""

@@ -8,8 +8,7 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.flow.predict import normal
-from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, training_levels
+from mflux_vae_train.pipelines.noise import NoiseSampling, Prediction, normal, training_levels
 from mflux_vae_train.pipelines.stable_diffusion.schedule import DiscreteSchedule
 
 Network: TypeAlias = Callable[[mx.array, mx.array], mx.array]

@@ -6,7 +6,7 @@ import math
 
 import mlx.core as mx
 
-from mflux_vae_train.pipelines.flow.predict import normal
+from mflux_vae_train.pipelines.noise import normal
 from mflux_vae_train.pipelines.stable_diffusion.predict import Network
 from mflux_vae_train.pipelines.stable_diffusion.schedule import DiscreteSchedule, Level
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.kernels import silu
 from mflux_vae.networks.layers import Conv2d, Downsample, GroupNorm, Stage
-from mflux_vae_train.pipelines.flux1.embeddings import TwoLayerEmbedder, sinusoidal
 from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
+from mflux_vae_train.pipelines.layers.embeddings import TwoLayerEmbedder, sinusoidal
 from mflux_vae_train.pipelines.stable_diffusion.blocks import ResnetBlock, Transformer2D, Upsample, norm_silu_conv
 from mflux_vae_train.pipelines.stable_diffusion.unet_config import Level, UNetConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 
 C = TypeVar("C", bound="UNetConfig")
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
 _PREFIX = "text_model."

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae_train.pipelines.capabilities import PromptTokens
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.protocol import Conditioning
 
 
@@ -45,6 +45,10 @@ class PromptEncoder(ABC):
             self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
             mx.eval(self._empty)  # another thread may need it
         return encoded
+
+    def finish(self, conditioning: Conditioning) -> Conditioning:
+        """Run the text encoders that `encode` left to the training step, if any."""
+        return conditioning
 
     def forget(self) -> None:
         """Encode the empty prompt again when it is next needed."""

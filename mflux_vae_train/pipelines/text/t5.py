@@ -18,7 +18,7 @@ import numpy as np
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
 _FEED_FORWARDS = ("relu", "gated-gelu")

@@ -16,7 +16,7 @@ import numpy as np
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae_train.pipelines.capabilities import PromptTokens
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

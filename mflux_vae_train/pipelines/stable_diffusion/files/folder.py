@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline's folder, see `pipelines.folder`: read into configurations, and written."""
+"""A Stable Diffusion pipeline's folder, see `pipelines.loading.folder`: read into configurations, and written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import read_json, write_json
-from mflux_vae_train.pipelines.config_check import check_config
-from mflux_vae_train.pipelines.folder import RECOMMENDED, read_recommended
+from mflux_vae_train.pipelines.loading.config_check import check_config
+from mflux_vae_train.pipelines.loading.folder import RECOMMENDED, read_recommended
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.stable_diffusion.configs import VAE_FACTOR, Configs, recommended
 from mflux_vae_train.pipelines.stable_diffusion.files.parts import stems

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mflux_vae.pretrained.hub import download
+from mflux_vae_train.pipelines.loading.snapshot import SMALL_FILES, Snapshot
 from mflux_vae_train.pipelines.parts import Parts
-from mflux_vae_train.pipelines.snapshot import SMALL_FILES, Snapshot
 from mflux_vae_train.pipelines.stable_diffusion.configs import PUBLISHED, Configs, repository_of
 from mflux_vae_train.pipelines.stable_diffusion.files import folder
 from mflux_vae_train.pipelines.stable_diffusion.files.parts import is_stored, open_parts, stems

@@ -14,8 +14,8 @@ from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import open_folder
 from mflux_vae.weights.keymaps.diffusers import SAME_NAMES, STEM
 from mflux_vae.weights.keymaps.rules import to_mlx
-from mflux_vae_train.pipelines.folder import TEXT_STEM, fill, read_tensors
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.folder import TEXT_STEM, fill, read_tensors
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.stable_diffusion.configs import Configs
 from mflux_vae_train.pipelines.stable_diffusion.files.single_file import SingleFile

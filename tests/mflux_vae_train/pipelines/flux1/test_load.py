@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.folder import read_configs
 from mflux_vae_train.pipelines.flux1.weights import STEMS
 from mflux_vae_train.pipelines.footprint import Workload
-from mflux_vae_train.pipelines.snapshot import SMALL_FILES, weight_files
+from mflux_vae_train.pipelines.loading.snapshot import SMALL_FILES, weight_files
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
 
 

@@ -125,7 +125,7 @@ def test_decoding_in_batches_does_not_change_images(schnell: FluxPipeline, monke
     arguments = {"size": (32, 32), "steps": 1, "guidance": 1.0, "key": keys(0, 1, 2)}
     conditioning = schnell.encode_prompts(PROMPTS)
     whole = schnell.sample(conditioning, **arguments)
-    monkeypatch.setattr("mflux_vae_train.pipelines.flow.sample.DECODED_AT_ONCE", 2 * 32 * 32)
+    monkeypatch.setattr("mflux_vae_train.pipelines.decoding.DECODED_AT_ONCE", 2 * 32 * 32)
     np.testing.assert_allclose(schnell.sample(conditioning, **arguments), whole, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.stable_diffusion.prompts import SDPrompts
 from mflux_vae_train.pipelines.text import clip

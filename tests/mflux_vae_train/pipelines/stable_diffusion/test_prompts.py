@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.stable_diffusion.prompts import SDPrompts
 from tests.mflux_vae_train.pipelines.stable_diffusion.small_text import LAYOUTS, LENGTH, small_prompts
 

@@ -33,8 +33,8 @@ from mflux_vae.weights.formats.files import (
 )
 from mflux_vae.weights.keymaps.diffusers import SAME_NAMES
 from mflux_vae.weights.keymaps.rules import Tensors, from_mlx, load_strict
-from mflux_vae_train.pipelines.config_check import check_config
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.config_check import check_config
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.quantization import adopt_quantization

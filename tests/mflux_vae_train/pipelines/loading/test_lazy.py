@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mflux_vae.runtime.threads import exclusive
-from mflux_vae_train.pipelines.lazy import Lazy
+from mflux_vae_train.pipelines.loading.lazy import Lazy
 from tests.helpers.thread_programs import in_thread
 
 

@@ -1,0 +1,49 @@
+"""Normalization of diffusion transformers: modulated by conditioning, and of queries and keys."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mflux_vae.kernels import layer_norm, rms_norm, widened
+from mflux_vae.runtime.device import is_cpu
+
+NORM_EPS = 1e-6
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of a block (adaLN-Zero, Peebles & Xie 2023): activated conditioning (B, D) -> `parts`
+    arrays (B, 1, D).
+    """
+
+    def __init__(self, width: int, parts: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, parts * width, bias=bias)
+        self._parts = parts
+
+    def __call__(self, conditioning: mx.array) -> list[mx.array]:
+        return list(mx.split(self.linear(conditioning)[:, None], self._parts, axis=-1))
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """Layer norm without weights, then scale and shift by (B, 1, D)."""
+    return _modulated_norm(x, shift, scale) if is_cpu() else _modulated_norm_gpu(x, shift, scale)
+
+
+def _modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
+
+
+_modulated_norm_gpu = widened(_modulated_norm)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the channels of a head."""
+
+    def __init__(self, head_dim: int, eps: float = NORM_EPS) -> None:
+        super().__init__()
+        self.weight = mx.ones(head_dim)
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self._eps)
