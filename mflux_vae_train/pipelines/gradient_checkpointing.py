@@ -8,13 +8,22 @@ weights. So only one block's activations exist at a time, the last block's first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+
+
+def block_runner(checkpointing: bool) -> Callable[..., Any]:
+    """A function that calls a block: `checkpointed`, or plain."""
+    return checkpointed if checkpointing else _call
+
+
+def _call(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
+    return block(*arrays, **constants)
 
 
 def checkpointed(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:

@@ -7,18 +7,19 @@ B batch, L text tokens, N image tokens, D width (heads * head_dim).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import attention, gelu_tanh, silu
-from mflux_vae_train.pipelines.gradient_checkpointing import checkpointed
+from mflux_vae.kernels import gelu_tanh, silu
+from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
+from mflux_vae_train.pipelines.layers.attention import JointAttention, SingleAttention
 from mflux_vae_train.pipelines.layers.embeddings import SINUSOIDAL_CHANNELS, TwoLayerEmbedder, sinusoidal
-from mflux_vae_train.pipelines.layers.modulation import HeadNorm, Modulation, modulated_norm
-from mflux_vae_train.pipelines.layers.rotary import Rotation, rotate, rotation
+from mflux_vae_train.pipelines.layers.modulation import Modulation, modulated_norm
+from mflux_vae_train.pipelines.layers.rotary import Rotation, rotation
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 
 MLP_RATIO = 4
@@ -99,57 +100,6 @@ class FeedForward(nn.Module):
         for layer in self.net:
             x = layer(x)
         return x
-
-
-class SingleAttention(nn.Module):
-    """Self-attention over all tokens, without output projection: (B, L + N, D) -> (B, L + N, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self._heads = heads
-        self._scale = (width // heads) ** -0.5
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.norm_q = HeadNorm(width // heads)
-        self.norm_k = HeadNorm(width // heads)
-
-    def __call__(self, x: mx.array, rope: Rotation) -> mx.array:
-        q, k, v = (self._heads_of(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
-        return self._attend(self.norm_q(q), self.norm_k(k), v, rope)
-
-    def _heads_of(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:-1], self._heads, -1)
-
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array, rope: Rotation) -> mx.array:
-        """(B, S, heads, head_dim) each -> (B, S, D)."""
-        q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        return attention(q, k, v, scale=self._scale).transpose(0, 2, 1, 3).flatten(2)
-
-
-class JointAttention(SingleAttention):
-    """Attention over text and image tokens together, with separate projections."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, heads)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.norm_added_q = HeadNorm(width // heads)
-        self.norm_added_k = HeadNorm(width // heads)
-        self.to_out = [nn.Linear(width, width)]
-        self.to_add_out = nn.Linear(width, width)
-
-    def joint(self, image: mx.array, text: mx.array, rope: Rotation) -> tuple[mx.array, mx.array]:
-        """Image (B, N, D) and text (B, L, D) -> updates of both."""
-        q, k, v = (self._heads_of(layer(image)) for layer in (self.to_q, self.to_k, self.to_v))
-        tq, tk, tv = (self._heads_of(layer(text)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        q = mx.concatenate([self.norm_added_q(tq), self.norm_q(q)], axis=1)
-        k = mx.concatenate([self.norm_added_k(tk), self.norm_k(k)], axis=1)
-        both = self._attend(q, k, mx.concatenate([tv, v], axis=1), rope)
-        text_length = text.shape[1]
-        return self.to_out[0](both[:, text_length:]), self.to_add_out(both[:, :text_length])
 
 
 class DoubleBlock(nn.Module):
@@ -251,7 +201,7 @@ class FluxTransformer(nn.Module):
         )
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         rope = rotation(mx.concatenate([txt_ids, img_ids]), self.config.axes_dims_rope)
-        run = checkpointed if self.gradient_checkpointing else _call
+        run = block_runner(self.gradient_checkpointing)
         for double_block in self.transformer_blocks:
             image, text = run(double_block, image, text, conditioning, rope=rope)
         # text stream + image stream -> one stream
@@ -260,10 +210,6 @@ class FluxTransformer(nn.Module):
             x = run(single_block, x, conditioning, rope=rope)
         scale, shift = self.norm_out(conditioning)
         return self.proj_out(modulated_norm(x[:, text.shape[1] :], shift, scale))
-
-
-def _call(block: nn.Module, *arrays: mx.array, **constants: Any) -> Any:
-    return block(*arrays, **constants)
 
 
 def init_weights(model: FluxTransformer, key: mx.array) -> None:
