@@ -77,6 +77,7 @@ class Recommended:
         weighting_scheme: one of `noise.SCHEMES`; None if the pipeline lacks `predict`.
         most_guidance: guidance above this degrades images of a distilled model; None for no limit.
         usual_guidance: range without a warning; None for the range usual with most models.
+        train_instead: the model to train if this one was distilled from it to few steps; training this one warns.
 
     Raises:
         ValueError: an empty range of guidance.
@@ -94,6 +95,7 @@ class Recommended:
     weighting_scheme: str | None = None
     most_guidance: float | None = None
     usual_guidance: tuple[float, float] | None = None
+    train_instead: str | None = None
 
     def __post_init__(self) -> None:
         if self.usual_guidance is not None:

@@ -62,6 +62,7 @@ def config_warnings(
         *_schedule(settings, updates),
         *ignored_settings(settings, without_effect(settings, recommended, preservation=preservation, updates=updates)),
         *distilled,
+        *_train_instead(recommended),
         *_too_short(settings, updates),
     ]
 
@@ -132,6 +133,15 @@ def _distilled(settings: DreamBoothSettings, recommended: Recommended) -> list[s
     return [
         f"--guidance {settings.guidance:g}: this model was distilled to sample without guidance; above {limit:g} class"
         " images and previews take twice as long and look garish (training does not depend on it)"
+    ]
+
+
+def _train_instead(recommended: Recommended) -> list[str]:
+    if recommended.train_instead is None:
+        return []
+    return [
+        f"this model was distilled to {recommended.steps} steps, which training undoes: train --model"
+        f" {recommended.train_instead}, and draw with its adapter on this model"
     ]
 
 

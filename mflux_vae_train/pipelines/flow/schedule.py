@@ -69,9 +69,15 @@ class FlowMatchSchedule(JSONConfig):
 
     def shifted_by_size(self, sigma: Levels, image_tokens: int) -> Levels:
         """Shift noise levels towards noise by the number of image tokens, also if sampling does not."""
+        return exponential_shift(sigma, self._mu(image_tokens))
+
+    def _mu(self, image_tokens: int) -> float:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        mu = image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
-        return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
+        return image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+
+    def sampling_mu(self, image_tokens: int, steps: int) -> float:
+        """Exponent of the shift in sampling, if `use_dynamic_shifting`."""
+        return self._mu(image_tokens)
 
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
         """Noise levels of sampling, from 1 to 0: (steps + 1,) float32.
@@ -85,7 +91,11 @@ class FlowMatchSchedule(JSONConfig):
         if steps < 1:
             raise SettingsError(f"sampling needs at least 1 step, not {steps}")
         levels = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
-        return np.append(self.shifted(levels, image_tokens), np.float32(0))
+        if self.use_dynamic_shifting:
+            shifted = exponential_shift(levels, self.sampling_mu(image_tokens, steps))
+        else:
+            shifted = self.shifted(levels, image_tokens)
+        return np.append(shifted, np.float32(0))
 
     def training_sigmas(self, key: mx.array, sampling: NoiseSampling, *, image_tokens: int) -> mx.array:
         """One noise level per sample: (B,) float32 in (0, 1], row i a function of key[i]; `key` is (B, 2).
@@ -100,6 +110,11 @@ class FlowMatchSchedule(JSONConfig):
         if sampling.scheme == "flux_shift":
             return self.shifted_by_size(levels, image_tokens)
         return levels if self.use_dynamic_shifting else self.shifted(levels, image_tokens)
+
+
+def exponential_shift(sigma: Levels, mu: float) -> Levels:
+    """Shift noise levels towards noise by e^mu; 0 and 1 stay."""
+    return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
 
 
 def noised(latents: mx.array, noise: mx.array, sigma: mx.array) -> mx.array:

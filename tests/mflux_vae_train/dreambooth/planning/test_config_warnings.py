@@ -34,6 +34,13 @@ def test_settings_outside_usual_ranges_are_warnings():
     assert sorted(line.split()[0] for line in warnings_for(**unusual)) == sorted(f"--{name}" for name in unusual)
 
 
+def test_training_a_distilled_model_is_a_warning():
+    settings = DreamBoothSettings(model="fake", instance_data_dir="pictures", instance_prompt="a photo of sks dog")
+    recommended = replace(FakePipeline.recommended, train_instead="owner/base")
+    (line,) = config_warnings(settings, recommended, preservation="class_images", updates=800)
+    assert "owner/base" in line
+
+
 def test_the_rate_is_judged_after_scaling_and_the_chosen_one_as_a_given_one():
     def rates(**given):
         return [line for line in resolved(lr_warmup_steps=0, **given).warnings if line.startswith("--learning_rate")]
