@@ -12,20 +12,16 @@ import mlx.core as mx
 
 from mflux_vae.weights.keymaps.rules import Rule, Tensors, from_mlx, to_mlx
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO
+from mflux_vae_train.pipelines.loading.fused_layers import (
+    QKV,
+    Shares,
+    halves_swapped,
+    join_fused,
+    split_fused,
+    unprefixed,
+)
 
-_PREFIX = "model.diffusion_model."
-"""Prefix of every key in files for ComfyUI."""
-
-_SHARES: Mapping[str, Mapping[str, int]] = {
-    "qkv": {"q": 1, "k": 1, "v": 1},
-    "linear1": {"q": 1, "k": 1, "v": 1, "mlp": MLP_RATIO},
-}
-"""Layers fused along the outputs: their parts in order, and sizes in units of the width."""
-
-
-def _halves_swapped(tensor: mx.array) -> mx.array:
-    first, second = mx.split(tensor, 2)
-    return mx.concatenate([second, first])
+_SHARES: Shares = {"qkv": QKV, "linear1": {**QKV, "mlp": MLP_RATIO}}
 
 
 def _plain(pairs: Mapping[str, str]) -> list[Rule]:
@@ -88,7 +84,7 @@ BFL = (
     ),
     Rule(f"{_SINGLE}.norm.query_norm.scale", f"{_OUR_SINGLE}.attn.norm_q.weight"),
     Rule(f"{_SINGLE}.norm.key_norm.scale", f"{_OUR_SINGLE}.attn.norm_k.weight"),
-    Rule("final_layer.adaLN_modulation.1.{kind}", "norm_out.linear.{kind}", _halves_swapped, _halves_swapped),
+    Rule("final_layer.adaLN_modulation.1.{kind}", "norm_out.linear.{kind}", halves_swapped, halves_swapped),
 )
 """Black Forest Labs' names with fused layers split, see `from_bfl`."""
 
@@ -120,43 +116,20 @@ _MARKS = (
 
 def is_flux1(keys: Iterable[str]) -> bool:
     """Whether these are all keys of a FLUX.1 transformer, in any naming."""
-    names = [key.removeprefix(_PREFIX) for key in keys]
+    names = unprefixed(keys)
     return any(all(any(name.startswith(mark) for name in names) for mark in marks) for marks in _MARKS)
 
 
 def is_bfl(keys: Iterable[str]) -> bool:
     """Whether these are keys of Black Forest Labs' transformer."""
-    return any(key.removeprefix(_PREFIX).startswith(("double_blocks.", "single_blocks.")) for key in keys)
+    return any(key.startswith(("double_blocks.", "single_blocks.")) for key in unprefixed(keys))
 
 
 def from_bfl(tensors: Tensors) -> dict[str, mx.array]:
     """Black Forest Labs' tensors under diffusers' names. Unknown keys are kept."""
-    split: dict[str, mx.array] = {}
-    for key, tensor in tensors.items():
-        path, _, kind = key.removeprefix(_PREFIX).rpartition(".")
-        shares = _SHARES.get(path.rpartition(".")[2])
-        if shares is None or tensor.shape[0] % sum(shares.values()):
-            split[f"{path}.{kind}"] = tensor
-            continue
-        width = tensor.shape[0] // sum(shares.values())
-        ends = [width * sum(list(shares.values())[:count]) for count in range(1, len(shares))]
-        for part, values in zip(shares, mx.split(tensor, ends), strict=True):
-            split[f"{path}.{part}.{kind}"] = values
-    return to_mlx(split, BFL)
+    return to_mlx(split_fused(tensors, _SHARES), BFL)
 
 
 def to_bfl(tensors: Tensors) -> dict[str, mx.array]:
     """The inverse of `from_bfl`."""
-    fused: dict[str, mx.array] = {}
-    parts: dict[str, dict[str, mx.array]] = {}
-    for key, tensor in from_mlx(tensors, BFL).items():
-        path, _, kind = key.rpartition(".")
-        layer, _, part = path.rpartition(".")
-        if part in _SHARES.get(layer.rpartition(".")[2], ()):
-            parts.setdefault(f"{layer}.{kind}", {})[part] = tensor
-        else:
-            fused[key] = tensor
-    for key, of_layer in parts.items():
-        order = _SHARES[key.rpartition(".")[0].rpartition(".")[2]]
-        fused[key] = mx.concatenate([of_layer[part] for part in order])
-    return fused
+    return join_fused(from_mlx(tensors, BFL), _SHARES)
