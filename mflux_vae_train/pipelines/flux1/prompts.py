@@ -13,7 +13,7 @@ from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.parts import Parts
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
-from mflux_vae_train.pipelines.text.prompts import PromptEncoder
+from mflux_vae_train.pipelines.text.prompts import LimitedPromptEncoder
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
 CLIP = "text_encoder"
@@ -23,8 +23,8 @@ EMBEDS, POOLED, TOKENS = "prompt_embeds", "pooled", "clip_tokens"
 """Arrays of a conditioning: T5's output (B, L, D), CLIP's (B, P), or instead of the latter CLIP's input (B, N)."""
 
 
-class FluxPrompts(PromptEncoder):
-    """Encodes prompts.
+class FluxPrompts(LimitedPromptEncoder):
+    """Encodes prompts; the limit of tokens is T5's.
 
     Padding is encoded and attended to, as in training of the published models.
 
@@ -36,23 +36,11 @@ class FluxPrompts(PromptEncoder):
     """
 
     def __init__(self, parts: Parts, *, guidance_embeds: bool) -> None:
-        super().__init__()
+        super().__init__(parts.tokenizers["tokenizer_2"], 512 if guidance_embeds else 256)
         self.clip: Lazy[CLIPTextModel] = parts.networks[CLIP]
         self.t5: Lazy[T5Encoder] = parts.networks["text_encoder_2"]
-        self._clip_tokenizer, self._t5_tokenizer = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
-        self._longest = 512 if guidance_embeds else 256
-        self._limit: int | None = None
+        self._clip_tokenizer = parts.tokenizers["tokenizer"]
         self._clip_in_step = False
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens per prompt at most; None or a larger number than the model was trained with: as in its training."""
-        return self._limit
-
-    @limit.setter
-    def limit(self, tokens: int | None) -> None:
-        self._limit = tokens
-        self.forget()
 
     @property
     def clip_in_step(self) -> bool:
@@ -64,25 +52,10 @@ class FluxPrompts(PromptEncoder):
         self._clip_in_step = on
         self.forget()
 
-    @property
-    def longest(self) -> int:
-        """Tokens per prompt for T5, before the tokenizer is opened."""
-        return min(self._longest, self.limit or self._longest)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per prompt for T5: `longest`, or fewer if its tokenizer is configured so."""
-        return min(self._t5_tokenizer.get().max_length or self.longest, self.longest)
-
-    @property
-    def tokens_if_known(self) -> int:
-        """`tokens`, without opening the tokenizer for it."""
-        return self.longest if self._t5_tokenizer.loaded is None else self.tokens
-
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Prompts -> `prompt_embeds` (B, L, D) from T5, and `pooled` (B, P) from CLIP or its input `clip_tokens`."""
         clip_tokens = self._clip_tokenizer.get().encode(prompts)
-        t5_tokens = self._t5_tokenizer.get().encode(prompts, self.tokens)
+        t5_tokens = self.tokenizer.get().encode(prompts, self.tokens)
         encoded = {EMBEDS: self.t5.get()(t5_tokens), TOKENS: clip_tokens}
         return encoded if self.clip_in_step else self.finish(encoded)
 
@@ -95,7 +68,7 @@ class FluxPrompts(PromptEncoder):
         length = min(self.tokens, limit or self.tokens)
         return {
             "CLIP": self._clip_tokenizer.get().inspect(prompts),
-            "T5": self._t5_tokenizer.get().inspect(prompts, length),
+            "T5": self.tokenizer.get().inspect(prompts, length),
         }
 
     def finish(self, conditioning: Conditioning) -> dict[str, mx.array]:

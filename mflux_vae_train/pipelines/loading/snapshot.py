@@ -10,8 +10,11 @@ from mflux_vae.pretrained.hub import cached, download
 
 logger = logging.getLogger(__name__)
 
-SMALL_FILES = ("model_index.json", "recommended.json", "*/*.json", "tokenizer*/*.txt", "tokenizer*/*.model")
-"""Patterns of configurations and tokenizers."""
+SMALL_FILES = (
+    *("model_index.json", "recommended.json", "*/*.json"),
+    *(f"tokenizer*/*.{kind}" for kind in ("txt", "model", "jinja")),
+)
+"""Patterns of configurations and tokenizers, their chat templates included."""
 
 
 def weight_files(stems: Mapping[str, str], variant: str | None) -> list[str]:

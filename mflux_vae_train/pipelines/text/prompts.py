@@ -1,4 +1,4 @@
-"""What encoders of prompts share: they keep the encoding of the empty prompt for classifier-free guidance."""
+"""What encoders of prompts share: the empty prompt's encoding for classifier-free guidance, and a limit of tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.protocol import Conditioning
+from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 
 
 class PromptEncoder(ABC):
@@ -76,3 +77,43 @@ class PromptEncoder(ABC):
                 mx.clear_cache()
         assert self._empty is not None
         return self._empty
+
+
+class LimitedPromptEncoder(PromptEncoder):
+    """Base of prompt encoders whose main text encoder reads a number of tokens that the user can reduce.
+
+    Args:
+        tokenizer: the main text encoder's.
+        longest: tokens per prompt in the model's training.
+    """
+
+    def __init__(self, tokenizer: LazyTokenizer, longest: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._longest = longest
+        self._limit: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens per prompt at most; None or a larger number than the model was trained with: as in its training."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, tokens: int | None) -> None:
+        self._limit = tokens
+        self.forget()
+
+    @property
+    def longest(self) -> int:
+        """Tokens per prompt, before the tokenizer is opened."""
+        return min(self._longest, self.limit or self._longest)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per prompt: `longest`, or fewer if the tokenizer is configured so."""
+        return min(self.tokenizer.get().max_length or self.longest, self.longest)
+
+    @property
+    def tokens_if_known(self) -> int:
+        """`tokens`, without opening the tokenizer for it."""
+        return self.longest if self.tokenizer.loaded is None else self.tokens

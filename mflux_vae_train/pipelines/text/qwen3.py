@@ -195,7 +195,7 @@ class Qwen3Encoder(nn.Module):
 
     def hidden_states(self, input_ids: mx.array, attention_mask: mx.array, taps: Sequence[int]) -> list[mx.array]:
         """As `__call__`: one array (B, L, hidden_size) per tap."""
-        return mx.split(self(input_ids, attention_mask, taps), len(taps), axis=-1)
+        return list(mx.split(self(input_ids, attention_mask, taps), len(taps), axis=-1))
 
 
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:

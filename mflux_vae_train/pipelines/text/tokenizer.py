@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 END_OF_WORD = "</w>"
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LONGEST = 1_000_000
 """transformers writes a larger `model_max_length` if there is none."""
 
@@ -47,7 +52,13 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size()
 
     def encode(self, prompts: Sequence[str] | str, max_length: int | None = None) -> mx.array:
-        """Prompts -> ids, int32 (B, max_length).
+        """Prompts -> ids, int32 (B, max_length); arguments and errors as in `encode_with_lengths`."""
+        return self.encode_with_lengths(prompts, max_length)[0]
+
+    def encode_with_lengths(
+        self, prompts: Sequence[str] | str, max_length: int | None = None
+    ) -> tuple[mx.array, list[int]]:
+        """Prompts -> ids, int32 (B, max_length), and the number of ids of each row before its padding.
 
         Args:
             prompts: any text, the empty one included; a single string is a batch of one.
@@ -59,11 +70,12 @@ class Tokenizer:
         length = self._length(max_length)
         self._backend.enable_truncation(length)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        ids = np.full((len(prompts), length), self.pad_id, np.int32)
+        ids, lengths = np.full((len(prompts), length), self.pad_id, np.int32), []
         for row, prompt in zip(ids, prompts, strict=True):
             found = self._backend.encode(prompt).ids
             row[: len(found)] = found
-        return mx.array(ids)
+            lengths.append(len(found))
+        return mx.array(ids), lengths
 
     def inspect(self, prompts: Sequence[str], max_length: int | None = None) -> list[PromptTokens]:
         """What `encode` reads of each prompt; arguments and errors as there."""
@@ -122,7 +134,7 @@ class LazyTokenizer(Lazy[Tokenizer]):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Open a tokenizer folder: `tokenizer.json`, or CLIP's older `vocab.json` and `merges.txt`.
+    """Open a tokenizer folder: `tokenizer.json`, or the older `vocab.json` and `merges.txt` of CLIP and Qwen.
 
     Raises:
         WeightsError: the folder or one of its files is missing or broken.
@@ -168,22 +180,12 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: s
     Raises:
         ValueError: `merges` and `vocab` do not fit together, or a special token has no id.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
     for token in (bos, eos, unk):
         if token not in vocab:
             raise ValueError(f"special token {token!r} is not in the vocabulary")
-    try:
-        model = models.BPE(
-            vocab=vocab,
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix=END_OF_WORD,
-            unk_token=unk,
-        )
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(str(error)) from error
-    backend = Tokenizer(model)
+    backend = Tokenizer(_byte_pairs(vocab, merges, end_of_word_suffix=END_OF_WORD, unk_token=unk))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     pieces = pre_tokenizers.Split(Regex(_CLIP_PIECES), behavior="removed", invert=True)
@@ -193,6 +195,32 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, bos: s
         (eos, vocab[eos]), (bos, vocab[bos]), trim_offsets=False, add_prefix_space=False
     )
     return backend
+
+
+def qwen_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Backend:
+    """Qwen's byte-pair encoding (transformers' Qwen2Tokenizer), without special tokens.
+
+    Raises:
+        ValueError: `merges` and `vocab` do not fit together.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    backend = Tokenizer(_byte_pairs(vocab, merges))
+    backend.normalizer = normalizers.NFC()
+    pieces = pre_tokenizers.Split(Regex(_QWEN_PIECES), behavior="isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_of])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_pairs(vocab: dict[str, int], merges: list[tuple[str, str]], **settings: str) -> Any:
+    from tokenizers import models
+
+    try:
+        return models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", **settings)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(str(error)) from error
 
 
 def _open_tokenizer_json(path: Path) -> Backend:
@@ -211,13 +239,21 @@ def _open_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Backend:
     lines = read_text(folder / "merges.txt", WeightsError).split("\n")
     pairs = (line.strip().partition(" ") for line in lines if line.strip() and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in pairs]
+    if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+        build: Callable[[], Backend] = partial(qwen_backend, vocab, merges)
+    else:
+        build = partial(_clip_backend, vocab, merges, settings)
+    try:
+        return build()
+    except ValueError as error:
+        raise WeightsError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from error
+
+
+def _clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], settings: dict[str, Any]) -> Backend:
     bos = _content(settings.get("bos_token")) or "<|startoftext|>"
     eos = _content(settings.get("eos_token")) or "<|endoftext|>"
     unk = _content(settings.get("unk_token")) or eos
-    try:
-        return clip_backend(vocab, merges, bos=bos, eos=eos, unk=unk)
-    except ValueError as error:
-        raise WeightsError(f"{folder}: vocab.json and merges.txt do not fit together: {error}") from error
+    return clip_backend(vocab, merges, bos=bos, eos=eos, unk=unk)
 
 
 def _mark_special(backend: Backend, settings: dict[str, Any]) -> None:
