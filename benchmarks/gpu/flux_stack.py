@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.footprint import Precision, Workload, learning_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
@@ -102,16 +102,16 @@ def _velocity(model: nn.Module, stack: Stack, arrays: Arrays) -> mx.array:
 
 def estimated(stack: Stack) -> int:
     """The same, by `memory`."""
-    here = memory.Precision.here()
+    here = Precision.here()
     network = FluxTransformer(stack.config)
     matched = lora.matching(network, naming.PRESETS["attention+mlp"])
     trained = RANK * sum(matched.values())
     weights = stored_bytes(network, here.width, stack.bits, is_quantized_layer)
-    tokens = stack.side**2 // 4, stack.text
-    work = memory.training_bytes(stack.config, tokens, stack.batch, here, checkpointing=stack.recompute)
+    tokens = stack.side**2 // 4 + stack.text
+    work = memory.activations(stack.config).training_bytes(tokens, stack.batch, here, checkpointing=stack.recompute)
     if stack.bits:
         work += memory.dequantized_bytes(stack.config, here)
-    return weights + memory.learning_bytes(Workload(resolution=16, trained=trained), here) + work
+    return weights + learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 
 def filled(network: N) -> N:

@@ -15,9 +15,10 @@ evaluation that MLX has on Metal (MLX_BFS_MAX_WIDTH=20). It was not measured on 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
-from mflux_vae.kernels import MAX_SCORES
 from mflux_vae_train.pipelines import footprint
+from mflux_vae_train.pipelines.flow import memory
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
@@ -27,10 +28,8 @@ from mflux_vae_train.pipelines.footprint import (
     Phase,
     Precision,
     Workload,
-    autoencoder_bytes,
     autoencoder_weights,
     clip_bytes,
-    learning_bytes,
     weight_bytes,
 )
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
@@ -47,17 +46,8 @@ with gradient checkpointing. In half precision some gradients are float32, which
 ATTENDING, SCORES = 20.0, 4.0
 """Temporary while attention is differentiated: per token and D; and per score, on a CPU."""
 
-GPU_SCORES, GPU_BLOCKS = 5, 12
-"""Temporary float32 numbers on a GPU, per score or per score of a block of rows, of which several exist at a time."""
-
 FORWARD = 26.0
 """Temporary, per token and D, while a block is computed without gradients."""
-
-INPUTS = 1.0
-"""Kept by a checkpointed block, per token and D."""
-
-SCORES_KEPT = 1.0
-"""Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
 
 T5_WORKING = 6.0
 """Temporary in T5, per token, in units of its width plus that of its feed-forward layers."""
@@ -72,73 +62,34 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     """
     here = precision or Precision.here()
     config = configs.transformer
-    square = work.resolution, work.resolution
-    tokens, trained_tokens = ((_tokens(*shape), text_tokens) for shape in (square, work.trained_shape))
-
     clip = weight_bytes(CLIPTextModel, configs.text_encoder, here.width) if work.text_encoder else 0
-    transformer = weight_bytes(FluxTransformer, config, here.width, work.quantize, is_quantized_layer) + clip
-    learning = learning_bytes(work, here)
-
-    autoencoder, encoding = autoencoder_bytes(configs.vae, "encode", 16, work.trained_shape)
-    decoding = sum(autoencoder_bytes(configs.vae, "decode", work.images, square))
-
-    rows = work.images * (2 if work.guidance > 1 and not config.guidance_embeds else 1)
-    wide = dequantized_bytes(config, here) if work.quantize else 0
-    drawing = max(forward_bytes(config, tokens, rows, here) + wide, decoding)
-    one, one_trained = forward_operations(config, tokens), forward_operations(config, trained_tokens)
-    phases = [_prompts(configs, work, text_tokens, here)]
-    held = 0
-    if work.class_images:
-        phases.append(
-            Phase("class images", transformer, drawing, one * work.steps * work.class_images * rows / work.images)
-        )
-        held = transformer
     together = work.batch * work.concurrent_micro_batches
-    # forward pass, gradients of inputs; and recomputation, gradients of all weights
-    passes = 2 + work.gradient_checkpointing + (not work.adapter)
-    previews = [Phase("previews", transformer + learning, drawing, 0.0)] if work.previews else []
-    adapted = transformer + FULL * work.trained
-    fusing = [Phase("fusing", adapted, max(fusing_bytes(configs, here), autoencoder), 0.0)] if work.fuse else []
-    return [
-        *phases,
-        Phase("latents", held + autoencoder, encoding, 0.0),
-        Phase(
-            "training",
-            transformer + learning,
-            training_bytes(config, trained_tokens, together, here, checkpointing=work.gradient_checkpointing)
-            + (clip_bytes(configs.text_encoder, together) if work.text_encoder else 0)
-            + wide,
-            one_trained * passes * work.batch * work.micro_batches,
-        ),
-        *previews,
-        *fusing,
-    ]
+    costs = memory.Costs(
+        transformer=weight_bytes(FluxTransformer, config, here.width, work.quantize, is_quantized_layer) + clip,
+        activations=activations(config),
+        operations=partial(forward_operations, config),
+        text_tokens=text_tokens,
+        image_token=VAE_FACTOR * PATCH,
+        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
+        fusing=fusing_bytes(configs, here),
+        text_training=clip_bytes(configs.text_encoder, together) if work.text_encoder else 0,
+        guided=not config.guidance_embeds,
+    )
+    return memory.phases(costs, work, configs.vae, _prompts(configs, work, text_tokens, here), here)
 
 
-def training_bytes(
-    config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision, *, checkpointing: bool
-) -> int:
-    """Activations at the peak of a forward and backward pass.
-
-    Args:
-        tokens: of the image, and of the prompt.
-    """
-    rows, width = batch * sum(tokens), config.width
-    pairs = batch * config.num_attention_heads * sum(tokens) ** 2
-    number = precision.width * width * rows
-    double, single = KEPT[precision.width]
-    kept = (config.num_layers * double + config.num_single_layers * single) * number
-    if not precision.fused:
-        kept += (config.num_layers + config.num_single_layers) * SCORES_KEPT * precision.width * pairs
-    blocks = config.num_layers + config.num_single_layers
-    if checkpointing and blocks:
-        largest = max(double, single) * number + (not precision.fused) * SCORES_KEPT * precision.width * pairs
-        kept = blocks * INPUTS * number + largest
-    working = WORKING[precision.width][checkpointing]
-    scores = SCORES * precision.width * pairs
-    if precision.fused:
-        scores = FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
-    return int(kept + max(working * number, ATTENDING * number + scores))
+def activations(config: FluxTransformerConfig) -> memory.Activations:
+    """Activations of the transformer."""
+    return memory.Activations(
+        width=config.width,
+        heads=config.num_attention_heads,
+        blocks=(config.num_layers, config.num_single_layers),
+        kept=KEPT,
+        working=WORKING,
+        attending=ATTENDING,
+        scores=SCORES,
+        forward=FORWARD,
+    )
 
 
 def dequantized_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
@@ -152,11 +103,6 @@ def fusing_bytes(configs: Configs, precision: Precision) -> int:
     layer = (1 + MLP_RATIO) * configs.transformer.width**2
     embedding = configs.text_encoder_2.vocab_size * configs.text_encoder_2.d_model
     return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
-
-
-def forward_bytes(config: FluxTransformerConfig, tokens: tuple[int, int], batch: int, precision: Precision) -> int:
-    """Activations at the peak of a forward pass without gradients, in which attention computes scores in blocks."""
-    return int(FORWARD * precision.width * config.width * batch * sum(tokens))
 
 
 def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -> float:
@@ -176,11 +122,6 @@ def published_bytes(configs: Configs, parts: Collection[str]) -> int:
         "vae": lambda: autoencoder_weights(configs.vae, 2),
     }
     return sum(networks[part]() for part in parts)
-
-
-def _tokens(height: int, width: int) -> int:
-    """Tokens of an image."""
-    return (height // (VAE_FACTOR * PATCH)) * (width // (VAE_FACTOR * PATCH))
 
 
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:

@@ -23,14 +23,14 @@ from mflux_vae_train.pipelines.flux1 import memory, naming, weights
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.footprint import Workload
+from mflux_vae_train.pipelines.footprint import Precision, Workload, clip_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from tests.helpers import gpu_branch
 from tests.helpers.peak_memory import peak_of
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
 
-HALF = memory.Precision(width=2, fused=True)
+HALF = Precision(width=2, fused=True)
 """Metal and CUDA."""
 
 SMALL = {"heads": 2, "side": 16, "text": 32}
@@ -180,7 +180,7 @@ def test_estimate_grows_with_image_size_prompt_length_and_text_encoder_training(
     short = peaks(prompt_tokens=64)
     assert short["training"] < plain["training"] and short["text encoding"] < plain["text encoding"]
     assert peaks(prompt_tokens=4096) == plain, "no more than the model reads"
-    learning, clip = peaks(text_encoder=True), stored_bytes(CLIPTextModel(CLIP_L), memory.Precision.here().width)
+    learning, clip = peaks(text_encoder=True), stored_bytes(CLIPTextModel(CLIP_L), Precision.here().width)
     assert learning["previews"] - plain["previews"] == clip < learning["training"] - plain["training"] < 1.2 * clip
     assert learning["text encoding"] == plain["text encoding"]
 
@@ -193,7 +193,7 @@ def test_memory_of_clip_matches_the_estimate() -> None:
         slopes = nn.value_and_grad(network, lambda net: net(mx.ones((4, 77), mx.int32))[1].sum())
         return peak_of(lambda: slopes(network))
 
-    expected = memory.clip_bytes(replace(CLIP_L, num_hidden_layers=2), 4)
+    expected = clip_bytes(replace(CLIP_L, num_hidden_layers=2), 4)
     assert peak(3) - peak(1) == pytest.approx(expected, rel=0.15)
 
 

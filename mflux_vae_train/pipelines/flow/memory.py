@@ -1,0 +1,151 @@
+"""Estimates of memory and operations that pipelines with a flow transformer share.
+
+Activations are counted in numbers per token, in units of the transformer's width D. The constants of each kind of
+block come from reading it and from measuring stacks of blocks at full width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mflux_vae.kernels import MAX_SCORES
+from mflux_vae_train.pipelines.footprint import (
+    FULL,
+    Phase,
+    Precision,
+    Workload,
+    autoencoder_bytes,
+    learning_bytes,
+)
+
+GPU_SCORES, GPU_BLOCKS = 5, 12
+"""Temporary float32 numbers on a GPU, per score or per score of a block of rows, of which several exist at a time."""
+
+INPUTS = 1.0
+"""Kept by a checkpointed block, per token and D."""
+
+SCORES_KEPT = 1.0
+"""Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Activations of a transformer's blocks.
+
+    Attributes:
+        width, heads: of the transformer.
+        blocks: number of blocks of each kind.
+        kept: kept by a block of each kind for its backward pass, by bytes of a number.
+        working: temporary while a block's feed-forward layers are differentiated, without and with gradient
+            checkpointing, by bytes of a number.
+        attending, scores: temporary while attention is differentiated: per token and D; and per score, on a CPU.
+        forward: temporary while a block is computed without gradients.
+    """
+
+    width: int
+    heads: int
+    blocks: Sequence[int]
+    kept: Mapping[int, Sequence[float]]
+    working: Mapping[int, tuple[float, float]]
+    attending: float
+    scores: float
+    forward: float
+
+    def training_bytes(self, tokens: int, batch: int, precision: Precision, *, checkpointing: bool) -> int:
+        """At the peak of a forward and backward pass."""
+        number = precision.width * self.width * batch * tokens
+        pairs = batch * self.heads * tokens**2
+        scores_kept = 0.0 if precision.fused else SCORES_KEPT * precision.width * pairs
+        blocks, of_kind = sum(self.blocks), self.kept[precision.width]
+        kept = sum(count * each for count, each in zip(self.blocks, of_kind, strict=True)) * number
+        kept += blocks * scores_kept
+        if checkpointing and blocks:
+            kept = blocks * INPUTS * number + max(of_kind) * number + scores_kept
+        scores = self.scores * precision.width * pairs
+        if precision.fused:
+            scores = FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
+        working = self.working[precision.width][checkpointing] * number
+        return int(kept + max(working, self.attending * number + scores))
+
+    def forward_bytes(self, tokens: int, rows: int, precision: Precision) -> int:
+        """At the peak of a forward pass without gradients, in which attention computes scores in blocks."""
+        return int(self.forward * precision.width * self.width * rows * tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a run of one model needs.
+
+    Attributes:
+        transformer: bytes of its weights, and those of text encoders that are trained.
+        activations: of the transformer.
+        operations: tokens of an image and a prompt -> operations of a forward pass with one sample.
+        text_tokens: tokens per prompt in the transformer.
+        image_token: pixels per token of an image, in height and in width.
+        dequantized: bytes, temporary while the largest quantized layer is dequantized.
+        fusing: bytes, temporary while an adapter is fused and the pipeline saved.
+        text_training: bytes of activations of text encoders that are trained.
+        guided: whether `Workload.guidance` means a second, unconditional row.
+    """
+
+    transformer: int
+    activations: Activations
+    operations: Callable[[tuple[int, int]], float]
+    text_tokens: int
+    image_token: int
+    dequantized: int
+    fusing: int
+    text_training: int = 0
+    guided: bool = True
+
+    def tokens(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Tokens of an image (height, width) and of a prompt."""
+        height, width = shape
+        return (height // self.image_token) * (width // self.image_token), self.text_tokens
+
+
+def phases(
+    costs: Costs, work: Workload, vae: Mapping[str, Any], text_encoding: Phase, precision: Precision
+) -> list[Phase]:
+    """The phases of a run in order.
+
+    Args:
+        vae: configuration of the autoencoder.
+        text_encoding: the first phase.
+    """
+    square, activations = (work.resolution, work.resolution), costs.activations
+    tokens, trained_tokens = costs.tokens(square), costs.tokens(work.trained_shape)
+    learning = learning_bytes(work, precision)
+    autoencoder, encoding = autoencoder_bytes(vae, "encode", 16, work.trained_shape)
+    decoding = sum(autoencoder_bytes(vae, "decode", work.images, square))
+
+    rows = work.images * (2 if work.guidance > 1 and costs.guided else 1)
+    drawing = max(activations.forward_bytes(sum(tokens), rows, precision) + costs.dequantized, decoding)
+    one, one_trained = costs.operations(tokens), costs.operations(trained_tokens)
+    classes: list[Phase] = []
+    held = 0
+    if work.class_images:
+        operations = one * work.steps * work.class_images * rows / work.images
+        classes, held = [Phase("class images", costs.transformer, drawing, operations)], costs.transformer
+    together = work.batch * work.concurrent_micro_batches
+    training = activations.training_bytes(
+        sum(trained_tokens), together, precision, checkpointing=work.gradient_checkpointing
+    )
+    # forward pass, gradients of inputs; and recomputation, gradients of all weights
+    passes = 2 + work.gradient_checkpointing + (not work.adapter)
+    adapted = costs.transformer + FULL * work.trained
+    return [
+        text_encoding,
+        *classes,
+        Phase("latents", held + autoencoder, encoding, 0.0),
+        Phase(
+            "training",
+            costs.transformer + learning,
+            training + costs.text_training + costs.dequantized,
+            one_trained * passes * work.batch * work.micro_batches,
+        ),
+        *([Phase("previews", costs.transformer + learning, drawing, 0.0)] if work.previews else []),
+        *([Phase("fusing", adapted, max(costs.fusing, autoencoder), 0.0)] if work.fuse else []),
+    ]
