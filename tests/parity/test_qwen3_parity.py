@@ -63,9 +63,7 @@ def ours(theirs, layers: int | None = None) -> qwen3.Qwen3Encoder:
     config = qwen3.Qwen3Config.from_dict(theirs.config.to_dict())
     encoder = qwen3.Qwen3Encoder(config, layers)
     tensors = qwen3.published_names({name: mx.array(value.numpy()) for name, value in theirs.state_dict().items()})
-    count = layers or config.num_hidden_layers
-    needed = {name: one for name, one in tensors.items() if not qwen3.is_unused(name, config, count)}
-    load_strict(encoder, needed, where="reference")
+    load_strict(encoder, encoder.take(tensors), where="reference")
     return encoder
 
 
@@ -138,9 +136,9 @@ def test_published_encoders_have_the_published_keys(name: str) -> None:
     with torch.device("meta"):
         state = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config.to_dict())).state_dict()
     for layers, count in counts.items():
-        found = {key: value.shape for key, value in tree_flatten(qwen3.Qwen3Encoder(config, layers).parameters())}
-        rest = {key for key in state if qwen3.is_unused(key, config, layers or config.num_hidden_layers)}
-        assert found == {key: tuple(value.shape) for key, value in state.items() if key not in rest}
+        encoder = qwen3.Qwen3Encoder(config, layers)
+        found = {key: value.shape for key, value in tree_flatten(encoder.parameters())}
+        assert found == {key: tuple(value.shape) for key, value in state.items() if encoder.is_needed(key)}
         assert (sum(map(math.prod, found.values())), len(found)) == count
 
 

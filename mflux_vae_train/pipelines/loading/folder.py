@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -45,6 +47,28 @@ TEXT_STEM = "model"
 """transformers' name of a weights file, and mflux's of an index. diffusers' is `keymaps.diffusers.STEM`."""
 
 RECOMMENDED = "recommended.json"
+
+
+class PartialNetwork(nn.Module):
+    """A network that needs a part of its file's tensors. The rest is saved with it, for other programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rest: Mapping[str, mx.array] = MappingProxyType({})  # a dictionary would be parameters
+
+    def is_needed(self, name: str) -> bool:
+        """Whether a published tensor belongs to the network; also true of unknown ones."""
+        raise NotImplementedError
+
+    def take(self, tensors: Tensors) -> dict[str, mx.array]:
+        """The needed tensors; keeps the others as they are, which are not loaded."""
+        self._rest = MappingProxyType({name: one for name, one in tensors.items() if not self.is_needed(name)})
+        return {name: tensor for name, tensor in tensors.items() if name not in self._rest}
+
+    @property
+    def rest(self) -> dict[str, mx.array]:
+        """The other tensors of the file."""
+        return dict(self._rest)
 
 
 def saved_by_mflux(part: Path) -> bool:
@@ -90,6 +114,8 @@ def fill(network: N, tensors: Tensors, source: Path, dtype: mx.Dtype | None) -> 
     Raises:
         WeightsError: names or shapes differ; all differences are listed.
     """
+    if isinstance(network, PartialNetwork):
+        tensors = network.take(tensors)
     ready = adopt_quantization(network, tensors, str(source))
     load_strict(network, ready, where=str(source), dtype=compute_dtype(dtype))
     return network
@@ -104,8 +130,11 @@ def save_network(network: Lazy[Any], folder: Path, stem: str, dtype: str) -> Non
     if dtype not in DTYPES:
         raise SettingsError(f"weights are stored as {', '.join(DTYPES)}, not {dtype!r}")
     module = network.borrow()
-    config, tensors = module.config.to_dict(), from_mlx(dict(tree_flatten(module.parameters())), SAME_NAMES)
-    del module  # a network that was loaded for this is freed tensor by tensor
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    if isinstance(module, PartialNetwork):
+        parameters |= module.rest
+    config, tensors = module.config.to_dict(), from_mlx(parameters, SAME_NAMES)
+    del module, parameters  # a network that was loaded for this is freed tensor by tensor
     with exclusive():
         convert_safetensors(folder / f"{stem}.safetensors", tensors, DTYPES[dtype])
     write_json(folder / "config.json", config)

@@ -9,7 +9,7 @@ mask of padding and returns the last state alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,9 +21,11 @@ from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.layers.modulation import HeadNorm
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
+from mflux_vae_train.pipelines.loading.folder import PartialNetwork
 from mflux_vae_train.pipelines.text.t5 import T5LayerNorm as Qwen3RMSNorm
 
 _PREFIX, _HEAD = "model.", "lm_head."
+_FREQUENCIES = "model.rotary_emb.inv_freq"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "use_sliding_window": False}
@@ -160,15 +162,11 @@ class Qwen3Stack(nn.Module):
         return mx.concatenate([states[tap] for tap in taps], axis=-1)
 
 
-class Qwen3Encoder(nn.Module):
+class Qwen3Encoder(PartialNetwork):
     """The hidden states of Qwen3 (transformers' Qwen3Model).
 
     Args:
-        layers: number of layers that are needed; None for all.
-
-    Attributes:
-        unused: returns the tensors of its file that it does not need, lazily, by published name. They are saved with
-            it, so that other programs can open the folder.
+        layers: number of layers that are needed; None for all. The others, and the head, are saved with them.
     """
 
     def __init__(self, config: Qwen3Config, layers: int | None = None):
@@ -180,7 +178,6 @@ class Qwen3Encoder(nn.Module):
             )
         self.config = config
         self.model = Qwen3Stack(config, count)
-        self.unused: Callable[[], dict[str, mx.array]] = dict
 
     def __call__(self, input_ids: mx.array, attention_mask: mx.array, taps: Sequence[int]) -> mx.array:
         """Hidden states, concatenated per token: (B, L, len(taps) * hidden_size), in the dtype of the weights.
@@ -197,21 +194,23 @@ class Qwen3Encoder(nn.Module):
         """As `__call__`: one array (B, L, hidden_size) per tap."""
         return list(mx.split(self(input_ids, attention_mask, taps), len(taps), axis=-1))
 
+    def is_needed(self, name: str) -> bool:
+        """See `PartialNetwork`. Not needed are the head, and what follows the last layer here."""
+        count = len(self.model.layers)
+        if match := _LAYER.match(name):
+            return not count <= int(match[1]) < self.config.num_hidden_layers
+        return not name.startswith((_HEAD, "model.norm.") if count < self.config.num_hidden_layers else _HEAD)
+
 
 def published_names(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors of any Qwen3 file under the names of the published ones, which are `Qwen3Encoder`'s.
 
-    transformers writes no `model.` prefix for a model without head.
+    transformers writes no `model.` prefix for a model without head. Nor does mflux, which adds rotary frequencies.
     """
     outside = (_PREFIX, _HEAD)
-    return {key if key.startswith(outside) else _PREFIX + key: value for key, value in tensors.items()}
-
-
-def is_unused(name: str, config: Qwen3Config, layers: int) -> bool:
-    """Whether an encoder with so many layers lacks a published tensor: the head, and what follows those layers."""
-    if match := _LAYER.match(name):
-        return layers <= int(match[1]) < config.num_hidden_layers
-    return name.startswith(_HEAD) or (name.startswith("model.norm.") and layers < config.num_hidden_layers)
+    named = {key if key.startswith(outside) else _PREFIX + key: value for key, value in tensors.items()}
+    named.pop(_FREQUENCIES, None)
+    return named
 
 
 def is_quantized_text_layer(path: str) -> bool:
