@@ -8,7 +8,8 @@ A host is any program with a diffusion pipeline. It trains the pipeline object w
 
 The contract:
 
-- `pipeline` has the members of `DiffusionPipeline`, without inheriting from it. `PluginError` lists missing ones.
+- `pipeline` has the members of `DiffusionPipeline`, without inheriting from it. `PluginError` lists missing ones. A
+  model object of mflux is opened as one, and draws the subject afterwards: see `mflux_vae_train.pipelines.mflux`.
 - `DreamBooth.Settings` has a field for every flag of ``mflux-train-dreambooth``. The pipeline's `recommended` provides
   values for fields that are None. `model` is only a label here.
 - `train` returns a `TrainingResult` with the path of the adapter, in PEFT's naming under the pipeline's

@@ -9,6 +9,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import (
+    SharesHostWeights,
     SupportsClipSkip,
     SupportsMemoryControl,
     SupportsNoiseCheck,
@@ -50,6 +51,8 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
             raise SettingsError(
                 f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
             )
+    if settings.quantize is not None and isinstance(pipeline, SharesHostWeights):
+        raise SettingsError(f"--quantize: {pipeline.name} is loaded already; load it quantized in its program")
     if isinstance(pipeline, SupportsClipSkip) and (settings.clip_skip or 0) > (most := pipeline.max_clip_skip):
         raise SettingsError(
             f"--clip_skip {settings.clip_skip}: pipeline {pipeline.name} leaves out at most {most} layers"
@@ -97,3 +100,9 @@ def release(pipeline: DiffusionPipeline, use: Use) -> None:
 def skeleton_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The denoiser's layers for their names and shapes; weights are not loaded if the pipeline can avoid it."""
     return checks.skeleton(pipeline) if isinstance(pipeline, SupportsMemoryControl) else checks.denoiser(pipeline)
+
+
+def update_host(pipeline: DiffusionPipeline) -> None:
+    """Put the result into the object of another program that the pipeline shares weights with, if it does."""
+    if isinstance(pipeline, SharesHostWeights):
+        pipeline.update_host()

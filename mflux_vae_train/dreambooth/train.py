@@ -51,6 +51,7 @@ from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.dreambooth.run_status import TO_GENERATE
 from mflux_vae_train.monitoring.progress import OnProgress, Progress
 from mflux_vae_train.pipelines.checks import check_pipeline
+from mflux_vae_train.pipelines.mflux import as_pipeline
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.awake import awake
 from mflux_vae_train.training.hooks import Record, every, peak_memory, read_metrics
@@ -78,21 +79,23 @@ class DreamBooth:
     """Teaches a pipeline a subject from a few images.
 
     Args:
-        pipeline: any object with the members of `DiffusionPipeline`.
+        pipeline: any object with the members of `DiffusionPipeline`, or a model object of mflux, which carries the
+            result after `train`; see `pipelines.mflux`.
 
     Attributes:
         Settings, Error: the argument and the base exception of `train`, for programs that load only this class.
 
     Raises:
-        PluginError: members are missing, or are not of the kind that the protocol describes.
+        PluginError: members are missing, or are not of the kind that the protocol describes; or another class of mflux.
     """
 
     Settings = DreamBoothSettings
     Error = MfluxVaeError
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: Any) -> None:
+        pipeline = as_pipeline(pipeline)
         check_pipeline(pipeline, f"a {type(pipeline).__name__} cannot be trained")
-        self.pipeline = pipeline
+        self.pipeline: DiffusionPipeline = pipeline
 
     def train(self, settings: DreamBoothSettings, on_progress: OnProgress | None = None) -> TrainingResult:
         """Train, or continue an interrupted run of the same settings.
@@ -195,6 +198,7 @@ def _train(
     mx.clear_cache()
     result = result_path(pipeline, resolved.train_mode, folder)
     if not processes.is_main:
+        pipeline_features.update_host(pipeline)
         return TrainingResult(result=result, updates=plan.updates - start)
     write_loss_curve(read_metrics(folder.metrics), folder.loss_curve)
     if resolved.fuse:
@@ -208,6 +212,7 @@ def _train(
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
+    pipeline_features.update_host(pipeline)
     return TrainingResult(result=result, updates=plan.updates - start)
 
 

@@ -87,6 +87,15 @@ class SupportsMemoryControl(Protocol):
 
 
 @runtime_checkable
+class SharesHostWeights(Protocol):
+    """A pipeline whose networks hold the arrays of another program's object, which does not change in training."""
+
+    def update_host(self) -> None:
+        """Put the result of a training into the object: adapters, or trained weights."""
+        ...
+
+
+@runtime_checkable
 class SupportsPromptLimit(Protocol):
     """A pipeline that can encode prompts with fewer tokens, which saves time and memory.
 

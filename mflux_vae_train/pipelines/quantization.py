@@ -5,7 +5,7 @@ The scheme is MLX's affine one (`mx.quantize`): a group of inputs shares a scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,16 +78,22 @@ def _group_size_of(layer: nn.Module) -> int | None:
 
 
 def adopt_quantization(
-    module: nn.Module, tensors: Mapping[str, mx.array], source: str, *, keep: bool = True
+    module: nn.Module,
+    tensors: Mapping[str, mx.array],
+    source: str,
+    *,
+    keep: bool = True,
+    embeddings: Collection[str] = (),
 ) -> dict[str, mx.array]:
     """Prepare a module for the tensors of a file, of which any may be quantized.
 
     Args:
         source: for messages.
         keep: replace the module's linear layers by quantized ones; False dequantizes their weights instead.
+        embeddings: paths of embeddings to replace by quantized ones, too.
 
     Returns:
-        the tensors for `load_strict`. Quantized weights of other layers, such as embeddings, are dequantized.
+        the tensors for `load_strict`. Quantized weights of other layers are dequantized.
 
     Raises:
         WeightsError: scales that do not fit the layer, or another scheme than MLX's affine one.
@@ -105,9 +111,11 @@ def adopt_quantization(
         if weight is None or biases is None:
             raise WeightsError(f"{source}: {path} has scales, and no weight or no biases; affine quantization is read")
         bits, size = _scheme(layer.weight.shape[-1], weight, scales, f"{source}: {path}")
-        if keep and isinstance(layer, nn.Linear):
-            outputs, inputs = layer.weight.shape
-            smaller = QuantizedLinear(inputs, outputs, "bias" in layer, group_size=size, bits=bits)
+        rows, columns = layer.weight.shape[0], layer.weight.shape[-1]
+        if path in embeddings:
+            module.update_modules(tree_unflatten([(path, nn.QuantizedEmbedding(rows, columns, size, bits))]))
+        elif keep and isinstance(layer, nn.Linear):
+            smaller = QuantizedLinear(columns, rows, "bias" in layer, group_size=size, bits=bits)
             module.update_modules(tree_unflatten([(path, smaller)]))
         else:
             del ready[key], ready[f"{path}.biases"]

@@ -1,0 +1,53 @@
+"""mflux's `Flux1` as a pipeline: FLUX.1 schnell, dev and Krea dev."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mflux_vae_train.pipelines.flux1 import keys
+from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, published
+from mflux_vae_train.pipelines.flux1.parts import flux_parts
+from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
+from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.mflux.host import Hosted, autoencoder
+from mflux_vae_train.pipelines.mflux.sharing import Shared, tokenizer
+from mflux_vae_train.pipelines.text.clip import CLIPTextModel
+from mflux_vae_train.pipelines.text.t5 import T5Encoder
+
+
+class HostedFlux1(Hosted, FluxPipeline):
+    """`FluxPipeline` over a `Flux1` of mflux."""
+
+
+def wrap(model: Any) -> HostedFlux1:
+    """A pipeline that shares the arrays of a `Flux1`; errors as in `mflux.as_pipeline`."""
+    about, transformer = model.model_config, model.transformer
+    t5, clip = model.t5_text_encoder, model.clip_text_encoder
+    known = PUBLISHED.get(about.model_name) or published(bool(about.supports_guidance))
+    layers: dict[str, Any] = {
+        "num_layers": len(transformer.transformer_blocks),
+        "num_single_layers": len(transformer.single_transformer_blocks),
+    }
+    # the numbers that tests reduce; mflux fixes all others
+    configs = replace(
+        known,
+        transformer=replace(known.transformer, **layers),
+        text_encoder=replace(
+            known.text_encoder,
+            vocab_size=len(clip.text_model.embeddings.token_embedding.weight),
+            num_hidden_layers=len(clip.text_model.encoder.layers),
+        ),
+        text_encoder_2=replace(known.text_encoder_2, vocab_size=len(t5.shared.weight), num_layers=len(t5.t5_blocks)),
+    )
+    parts = flux_parts(
+        transformer=Shared(lambda: FluxTransformer(configs.transformer), transformer, keys.MFLUX_TRANSFORMER),
+        vae=autoencoder(model.vae, configs.vae, keys.MFLUX_VAE),
+        text_encoder=Shared(
+            lambda: CLIPTextModel(configs.text_encoder), clip, embeddings=["text_model.embeddings.token_embedding"]
+        ),
+        text_encoder_2=Shared(lambda: T5Encoder(configs.text_encoder_2), t5, keys.MFLUX_T5, ["shared"]),
+        tokenizer=tokenizer(model.tokenizers["clip"]),
+        tokenizer_2=tokenizer(model.tokenizers["t5"]),
+    )
+    return HostedFlux1(parts, configs, name=about.aliases[0], base_model=about.model_name).host_in(model)

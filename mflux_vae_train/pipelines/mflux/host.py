@@ -1,0 +1,84 @@
+"""What pipelines over mflux's model objects share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mflux_vae.integrations.mflux import MfluxVAE
+from mflux_vae.pretrained.loading import new_network
+from mflux_vae.runtime.device import compute_dtype
+from mflux_vae.vae import VAE
+from mflux_vae.weights.keymaps.rules import Rule, load_strict, to_mlx
+from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
+from mflux_vae_train.pipelines.loading.lazy import Lazy
+from mflux_vae_train.pipelines.mflux.sharing import Shared, adapter_kind, nbytes
+from mflux_vae_train.pipelines.quantization import adopt_quantization
+
+logger = logging.getLogger(__name__)
+
+
+def autoencoder(module: Any, config: Mapping[str, Any], rules: Sequence[Rule]) -> Lazy[VAE]:
+    """The object's autoencoder: ours if it replaced mflux's, else one with mflux's weights, in float32 while in use."""
+    if isinstance(module, MfluxVAE):
+        return Lazy(loaded=cast(VAE, module.vae))
+
+    def share() -> VAE:
+        network, where = new_network(config), f"mflux's {type(module).__name__}"
+        tensors = to_mlx(dict(tree_flatten(module.parameters())), rules)
+        ready = adopt_quantization(network, tensors, where, keep=False)
+        load_strict(network, ready, where=where, dtype=compute_dtype(mx.float32))
+        return VAE(network=network.eval())
+
+    return Lazy(share)
+
+
+class Hosted:
+    """First base class of a pipeline whose networks hold the arrays of a model object of mflux."""
+
+    _model: Any
+    _shared: Sequence[Shared[Any]]
+    _adapter_kind: Any
+
+    def host_in(self, model: Any) -> Any:
+        """Remember the model object; returns the pipeline."""
+        networks = self.parts.networks.values()  # type: ignore[attr-defined]
+        self._model, self._adapter_kind = model, adapter_kind()
+        self._shared = [network for network in networks if isinstance(network, Shared)]
+        return self
+
+    def footprint(self, work: Workload) -> Footprint:
+        """Estimate what a run needs: the object stays in memory throughout."""
+        estimate: Any = super().footprint  # type: ignore[misc]
+        found: Footprint = estimate(work)
+        networks = {one.name: one.weights for one in estimate(replace(work, trained=0, text_encoder=False)).phases}
+        resident = nbytes(self._model)
+        phases = [
+            Phase(one.name, one.weights - networks[one.name] + resident, one.work, one.operations)
+            for one in found.phases
+        ]
+        return replace(found, phases=phases)
+
+    # capabilities.SharesHostWeights
+
+    def update_host(self) -> None:
+        """Put adapters, or trained weights, into the model object."""
+        changes = [shared.result(self._adapted) for shared in self._shared]
+        for module, layers, arrays in changes:
+            module.update_modules(layers)
+            module.update(arrays)
+        if cache := getattr(self._model, "prompt_cache", None):
+            cache.clear()
+
+    def _adapted(self, original: nn.Module, ours: Any) -> nn.Module:
+        if "m" in ours:
+            return ours  # mflux has no layer for DoRA
+        layer = self._adapter_kind.from_linear(original, r=ours.lora_a.shape[1], scale=ours.scale)
+        layer.lora_A, layer.lora_B = ours.lora_a, ours.lora_b
+        return layer
