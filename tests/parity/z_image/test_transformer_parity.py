@@ -1,0 +1,93 @@
+"""Z-Image's transformer against diffusers, live, in float32: captions of several lengths in one batch there and here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from mflux_vae_train.pipelines.z_image.transformer import ZImageTransformer, ZImageTransformerConfig  # noqa: E402
+from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn  # noqa: E402
+from tests.mflux_vae_train.pipelines.z_image.small_z_image import small_config  # noqa: E402
+
+TIMES = np.array([0.03, 0.87, 0.5], np.float32)
+
+
+def theirs_of(ours: ZImageTransformer):
+    """diffusers' model with the same configuration and weights; strict, so the keys are the same, too."""
+    settings = {key: value for key, value in ours.config.to_dict().items() if key != "_class_name"}
+    model = diffusers.ZImageTransformer2DModel(**settings)
+    state = {key: torch.from_numpy(np.array(value)) for key, value in tree_flatten(ours.parameters())}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def given_of(config: ZImageTransformerConfig, size: tuple[int, int], lengths: list[int], longest: int):
+    draws = np.random.default_rng(0)
+    latents = draws.standard_normal((len(lengths), *size, config.in_channels)).astype(np.float32)
+    captions = draws.standard_normal((len(lengths), longest, config.cap_feat_dim)).astype(np.float32)
+    return latents, TIMES[: len(lengths)], captions, np.array(lengths, np.int32)
+
+
+def run_theirs(model, latents, times, captions, lengths, *, together: bool = False):
+    """Images (B, H, W, C), one after the other or as one batch."""
+    images = [torch.from_numpy(one.transpose(2, 0, 1)[:, None].copy()) for one in latents]
+    texts = [torch.from_numpy(caption[:length]) for caption, length in zip(captions, lengths, strict=True)]
+    time = torch.from_numpy(times)
+    if together:
+        outputs = model(images, time, texts, return_dict=False)[0]
+    else:
+        rows = zip(images, time[:, None], texts, strict=True)
+        outputs = [model([image], one, [text], return_dict=False)[0][0] for image, one, text in rows]
+    return torch.stack([one[:, 0].permute(1, 2, 0) for one in outputs])
+
+
+def close(found, expected) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(np.array(found) - expected).max() / np.abs(expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 16), (10, 6)])
+@pytest.mark.parametrize(
+    ("lengths", "longest"), [([7, 20, 32], 32), ([5, 33, 70], 96), ([40, 3, 64], 70), ([12], 128)], ids=str
+)
+def test_transformer_agrees(size: tuple[int, int], lengths: list[int], longest: int) -> None:
+    ours = drawn(ZImageTransformer(small_config()), 11)
+    theirs = theirs_of(ours)
+    given = given_of(ours.config, size, lengths, longest)
+    with torch.no_grad():
+        expected = run_theirs(theirs, *given).numpy()
+        together = run_theirs(theirs, *given, together=True).numpy()
+    close(together, expected)
+    close(ours(*map(mx.array, given)), expected)
+
+
+def test_gradients_agree() -> None:
+    ours = drawn(ZImageTransformer(small_config(n_layers=3, n_refiner_layers=2)), 11)
+    theirs = theirs_of(ours)
+    given = given_of(ours.config, (6, 4), [5, 33, 70], 96)
+
+    def objective(parameters: dict, latents: mx.array, captions: mx.array) -> mx.array:
+        ours.update(parameters)
+        times, lengths = mx.array(given[1]), mx.array(given[3])
+        return mx.square(ours(latents, times, captions, lengths) - 1).mean()
+
+    arrays = ours.trainable_parameters(), mx.array(given[0]), mx.array(given[2])
+    of_weights, of_latents, of_captions = mx.grad(objective, argnums=(0, 1, 2))(*arrays)
+    latents, captions = (torch.from_numpy(given[index]).requires_grad_() for index in (0, 2))
+    images = [one.permute(2, 0, 1)[:, None] for one in latents]
+    texts = [caption[:length] for caption, length in zip(captions, given[3], strict=True)]
+    outputs = theirs(images, torch.from_numpy(given[1]), texts, return_dict=False)[0]
+    (torch.stack([one[:, 0].permute(1, 2, 0) for one in outputs]) - 1).square().mean().backward()
+    close(of_latents, latents.grad.numpy())
+    close(of_captions, captions.grad.numpy())
+    found = dict(tree_flatten(of_weights))
+    for name, parameter in theirs.named_parameters():
+        expected = parameter.grad.numpy()
+        assert np.abs(np.array(found[name]) - expected).max() / np.abs(expected).max() <= 1e-4, name
