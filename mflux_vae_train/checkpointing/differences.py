@@ -12,7 +12,11 @@ BY_FILE = " by file"
 mask hash), of which the last two may be missing. It explains a difference and is not compared."""
 
 _HASH = re.compile(r"[0-9a-f]{16,64}")
-_FLAGS = {"adapter to start from": " (--lora_weights)", "initial weights": " (--init_from, --network_config)"}
+_FLAGS = {
+    "adapter to start from": " (--lora_weights)",
+    "assistant": " (--assistant_lora)",
+    "initial weights": " (--init_from, --network_config)",
+}
 """By name of a hash: the flags that choose what it covers."""
 
 MAX_VALUE, MAX_TEXT = 48, 130

@@ -179,6 +179,12 @@ class DreamBoothSettings:
         None,
         path=True,
     )
+    assistant_lora: str | None = flag(
+        "adapter that is active in training only, as a help for distilled models: a file, a folder, or owner/name/FILE"
+        " on the Hub; class images, previews and the result are without it",
+        None,
+        path=True,
+    )
     train_text_encoder: bool = flag(
         "also train the text encoders that the pipeline offers, an adapter or all weights as --train_mode says", False
     )
@@ -362,6 +368,8 @@ class DreamBoothSettings:
             raise SettingsError(f"{', '.join(given)}: only with --train_mode lora, and --train_mode is full")
         if self.lora_weights is not None and self.lora_layers is not None:
             raise SettingsError("--lora_layers cannot be combined with --lora_weights, which sets the layers")
+        if self.use_dora and self.assistant_lora is not None:
+            raise SettingsError("--assistant_lora cannot be combined with --use_dora, whose magnitudes include it")
         if self.use_dora and self.output_kohya_format:
             raise SettingsError("--output_kohya_format cannot be combined with --use_dora (no magnitudes)")
         if self.quantize not in (None, 4, 8):
@@ -390,5 +398,5 @@ class DreamBoothSettings:
 
 _LORA_ONLY = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
-    *("output_kohya_format", "fuse"),
+    *("assistant_lora", "output_kohya_format", "fuse"),
 )

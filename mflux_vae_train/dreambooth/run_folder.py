@@ -33,7 +33,7 @@ RESUMABLE_CHANGES = frozenset(
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
         *("revision", "variant", "vae"),  # the weights count
         *("gradient_checkpointing", "memory_limit", "estimate_for", "caffeinate"),  # the result is the same
-        *("encodings_dir", "lora_weights", "caption_column"),  # their contents count
+        *("encodings_dir", "lora_weights", "assistant_lora", "caption_column"),  # their contents count
     }
 )
 """Settings that may change when a run is continued: they do not affect its result."""

@@ -38,7 +38,7 @@ from mflux_vae_train.dreambooth.optimization.optimizer import (
     should_compile,
 )
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
-from mflux_vae_train.dreambooth.planning.adapter import attach
+from mflux_vae_train.dreambooth.planning.adapter import attach, read_assistant
 from mflux_vae_train.dreambooth.planning.memory_advice import after_failure
 from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_update
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
@@ -296,9 +296,13 @@ def _optimize(
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
     report(Progress(phase="training", update=run.status.update, total=plan.updates))
-    with Monitor(
-        pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
-    ) as monitor:
+    assistant, _ = read_assistant(pipeline, resolved)
+    with (
+        lora.assisted(pipeline.denoiser, assistant) if assistant is not None else nullcontext(),
+        Monitor(
+            pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
+        ) as monitor,
+    ):
 
         def report_update(record: Record) -> None:
             loss, eta = record.metrics["loss"], monitor.pace.left(record.update)

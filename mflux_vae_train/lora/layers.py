@@ -56,8 +56,7 @@ def add_lora(
     """
     # these import transformers, which takes seconds
     from mflux_vae_train.lora.conv import LoRAConv2d
-    from mflux_vae_train.lora.dora import DoRALinear
-    from mflux_vae_train.lora.linear import LoRALinear
+    from mflux_vae_train.lora.linear import DoRALinear, LoRALinear
 
     if layers(module):
         raise ValueError("the module already has adapters; fuse them first")

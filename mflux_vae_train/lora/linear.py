@@ -1,10 +1,10 @@
-"""LoRA's layer. (Importing it takes seconds.)"""
+"""The layers of LoRA and DoRA. (Importing them takes seconds.) DoRA's widens the weights of one layer at a time."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner import lora
+from mlx_lm.tuner import dora, lora
 
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.lora.targets import dimensions
@@ -32,3 +32,36 @@ def low_rank(layer: nn.Module, x: mx.array) -> mx.array:
     """B A x with dropout: float32 on a CPU, else in the dtype of x."""
     a, b = (matrix if is_cpu() else matrix.astype(x.dtype) for matrix in (layer.lora_a, layer.lora_b))
     return (layer.dropout(x) @ a) @ b
+
+
+class DoRALinear(dora.DoRALinear):
+    """mlx-lm's layer. On a GPU or over quantised weights it computes m / |W'| (W x + s B A x) + b, W' = W + s B A, as
+
+        f (layer(x) + s B A x) + (1 - f) b,    f = m / |W'|,    layer(x) = W x + b
+
+    so that no layer's W is kept in full width until the backward pass, and (on a GPU) no x in float32.
+    """
+
+    @staticmethod
+    def from_base(linear: nn.Linear, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRALinear:
+        outputs, inputs = dimensions(linear)
+        layer = DoRALinear(inputs, outputs, r=r, dropout=dropout, scale=scale)
+        layer.set_linear(linear)
+        return layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if is_cpu() and not self._is_quantized():
+            return super().__call__(x)
+        z = low_rank(self, x)
+        factor = (self.m / self._norms(x)).astype(x.dtype)
+        y = factor * (self.linear(x) + (self.scale * z).astype(x.dtype))
+        return y + (1 - factor) * self.linear.bias if "bias" in self.linear else y
+
+    def _norms(self, x: mx.array) -> mx.array:
+        """|W'| of each row, without a gradient (arXiv:2402.09353, section 4.3)."""
+        linear = self.linear
+        (weight,) = mx.depends([linear.weight], [x])  # not before: all layers' weights would be there together
+        if self._is_quantized():
+            scheme = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+            weight = mx.dequantize(weight, linear.scales, linear.biases, **scheme)
+        return mx.stop_gradient(mx.linalg.norm(weight + (self.scale * self.lora_b.T) @ self.lora_a.T, axis=1))

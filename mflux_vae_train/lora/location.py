@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.pretrained import hub
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.links import missing, naming_broken_links
 
@@ -29,6 +30,28 @@ def adapter_file(path: str | Path) -> Path:
         return path
     with naming_broken_links(path):
         return _file_in(path)
+
+
+def fetch_adapter(source: str, *, download: bool = True) -> Path | None:
+    """The file of an adapter at a path, or on the hub as `owner/name` or `owner/name/FILE`.
+
+    Returns:
+        None if it is not in the hub's cache and must not be downloaded.
+
+    Raises:
+        WeightsError: see `adapter_file` and `hub.download`.
+    """
+    place = hub.split(source)
+    if place is None or Path(source).exists():
+        return adapter_file(source)
+    repository, inside = place
+    folder = hub.download(repository, [inside] if inside else FILES) if download else hub.cached(repository)
+    file = None if folder is None else folder / inside
+    if file is None or (not download and not file.exists()):
+        return None
+    if not file.exists():
+        raise WeightsError(f"{repository}: has no {inside}; give the name of a file in it")
+    return adapter_file(file)
 
 
 def _file_in(path: Path) -> Path:

@@ -52,6 +52,7 @@ class Workload:
         quantize: bits of the frozen weights; None for the pipeline's precision.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         text_encoder: whether a text encoder is trained, and stays loaded.
+        assistant: number of weights of an adapter that is active in training only.
         fuse: whether the adapter is fused into the weights after the training, and the whole pipeline saved.
     """
 
@@ -74,6 +75,7 @@ class Workload:
     quantize: int | None = None
     gradient_checkpointing: bool = False
     text_encoder: bool = False
+    assistant: int = 0
     fuse: bool = False
 
     @property
@@ -147,10 +149,11 @@ class Precision:
 
 
 def learning_bytes(work: Workload, precision: Precision) -> int:
-    """Trained weights, gradients (twice, while they are accumulated) and optimizer state."""
+    """Trained weights, gradients (twice, while they are accumulated), optimizer state, and the assistant's weights."""
     # sums of half-precision gradients are float32
     trained = work.trained * (FULL if work.adapter or work.micro_batches > 1 else precision.width)
-    return (3 if work.adapter else 2) * trained + int(work.trained * work.state_bytes)
+    held = int(work.trained * work.state_bytes) + work.assistant * precision.width
+    return (3 if work.adapter else 2) * trained + held
 
 
 def clip_bytes(config: CLIPTextConfig, batch: int) -> int:

@@ -78,6 +78,7 @@ class Recommended:
         most_guidance: guidance above this degrades images of a distilled model; None for no limit.
         usual_guidance: range without a warning; None for the range usual with most models.
         train_instead: the model to train if this one was distilled from it to few steps; training this one warns.
+        assistant_lora: an adapter that makes such a model trainable, for ``--assistant_lora``.
 
     Raises:
         ValueError: an empty range of guidance.
@@ -96,6 +97,7 @@ class Recommended:
     most_guidance: float | None = None
     usual_guidance: tuple[float, float] | None = None
     train_instead: str | None = None
+    assistant_lora: str | None = None
 
     def __post_init__(self) -> None:
         if self.usual_guidance is not None:

@@ -73,6 +73,24 @@ def with_adapter_settings(
     return settings, warnings
 
 
+def read_assistant(
+    pipeline: DiffusionPipeline, settings: DreamBoothSettings
+) -> tuple[lora.Adapter | None, Sequence[str]]:
+    """The adapter that ``--assistant_lora`` names, and warnings. A dry run does not download it.
+
+    Raises:
+        WeightsError: the file cannot be read, or holds no adapter that can assist this network.
+    """
+    if (source := settings.assistant_lora) is None:
+        return None, ()
+    if (path := lora.fetch_adapter(source, download=not settings.dry_run)) is None:
+        return None, (f"--assistant_lora {source}: not downloaded, and in no estimate",)
+    prefix, denoiser = pipeline.adapter_prefix, skeletons(pipeline, settings)[pipeline.adapter_prefix]
+    adapter = lora.read_assistant(path, prefix, denoiser, adapter_names(pipeline))
+    unstated = f"{path}: alpha is not stated, assuming the rank (scale 1)"
+    return adapter, (unstated,) if adapter.unstated else ()
+
+
 def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Trainable:
     """
     Raises:

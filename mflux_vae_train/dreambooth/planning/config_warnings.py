@@ -62,7 +62,7 @@ def config_warnings(
         *_schedule(settings, updates),
         *ignored_settings(settings, without_effect(settings, recommended, preservation=preservation, updates=updates)),
         *distilled,
-        *_train_instead(recommended),
+        *_train_instead(settings, recommended),
         *_too_short(settings, updates),
     ]
 
@@ -136,13 +136,13 @@ def _distilled(settings: DreamBoothSettings, recommended: Recommended) -> list[s
     ]
 
 
-def _train_instead(recommended: Recommended) -> list[str]:
-    if recommended.train_instead is None:
+def _train_instead(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
+    if recommended.train_instead is None or settings.assistant_lora is not None:
         return []
-    return [
-        f"this model was distilled to {recommended.steps} steps, which training undoes: train --model"
-        f" {recommended.train_instead}, and draw with its adapter on this model"
-    ]
+    cure = f"train --model {recommended.train_instead}, and draw with its adapter on this model"
+    if recommended.assistant_lora is not None:
+        cure = f"give --assistant_lora {recommended.assistant_lora}, or train --model {recommended.train_instead}"
+    return [f"this model was distilled to {recommended.steps} steps, which training undoes: {cure}"]
 
 
 def _too_short(settings: DreamBoothSettings, updates: int) -> list[str]:

@@ -73,6 +73,7 @@ def workload(
     shape: Shape,
     prompts: int,
     class_images: int,
+    assistant: int = 0,
 ) -> Workload:
     """The run's requests to the pipeline.
 
@@ -81,6 +82,7 @@ def workload(
         shape: height and width of the largest training image.
         prompts: number of prompts to encode.
         class_images: number of class images to generate.
+        assistant: number of weights of the assistant.
     """
     previews = min(images_per_batch(resolved.resolution), resolved.num_validation_images)
     return _with_batch_size(
@@ -88,6 +90,7 @@ def workload(
             resolution=resolved.resolution,
             shape=shape,
             trained=trained,
+            assistant=assistant,
             adapter=resolved.train_mode == "lora",
             state_bytes=memory_advice.state_bytes(resolved),
             batch=1 if resolved.prior_preservation == "none" else 2,

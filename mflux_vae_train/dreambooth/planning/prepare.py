@@ -29,7 +29,12 @@ from mflux_vae_train.dreambooth.data.crops import training_resolution
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceImage, load_dataset
 from mflux_vae_train.dreambooth.export import requested_files, result_path
 from mflux_vae_train.dreambooth.optimization.optimizer import build_schedule, finds_rate
-from mflux_vae_train.dreambooth.planning.adapter import Trainable, plan_trainable, with_adapter_settings
+from mflux_vae_train.dreambooth.planning.adapter import (
+    Trainable,
+    plan_trainable,
+    read_assistant,
+    with_adapter_settings,
+)
 from mflux_vae_train.dreambooth.planning.config_warnings import without_effect
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
     Estimate,
@@ -115,8 +120,10 @@ def prepare(
     resolved = resolve(settings, recommended, dataset, given)
     pipeline_features.check_sampling(pipeline, resolved.sampling)
     resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
-    resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings))
     trainable = plan_trainable(pipeline, resolved)
+    assistant, assistant_warnings = read_assistant(pipeline, resolved)
+    resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings, *assistant_warnings))
+    assisting = 0 if assistant is None else sum(matrix.size for matrix in assistant.tensors.values())
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
     unused += [line for one in folders for line in one.warnings]
@@ -124,7 +131,7 @@ def prepare(
     unused += [*identifier_warnings(resolved), *syntax_warnings(prompts_of(resolved, dataset))]
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
-        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable, processes)
+        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable, assisting, processes)
     if (accumulation := resolved.plan.accumulation) < processes.size:
         idle = IDLE_WARNING % (processes.size, accumulation, processes.size)
         resolved = replace(resolved, warnings=(*resolved.warnings, idle))
@@ -231,6 +238,7 @@ def _estimate(
     dataset: InstanceDataset,
     folders: Sequence[ClassFolder],
     trainable: Trainable,
+    assistant: int,
     processes: ProcessGroup,
 ) -> tuple[ResolvedSettings, Estimate | None]:
     """Settings with what depends on memory decided, and the estimate, if the pipeline has one."""
@@ -244,6 +252,7 @@ def _estimate(
         pipeline,
         resolved,
         trained=trainable.weights,
+        assistant=assistant,
         shape=max((one.shape for one in dataset.images), key=math.prod),
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
@@ -271,6 +280,9 @@ def _identity(resolved: ResolvedSettings, dataset: InstanceDataset) -> dict[str,
     }
     if resolved.lora_weights is not None:
         identity["adapter to start from"] = file_hash(Path(resolved.lora_weights))
+    if resolved.assistant_lora is not None:
+        assistant = lora.fetch_adapter(resolved.assistant_lora, download=not resolved.dry_run)
+        identity["assistant"] = "not downloaded" if assistant is None else file_hash(assistant)
     return identity
 
 

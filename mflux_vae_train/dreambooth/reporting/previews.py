@@ -15,6 +15,7 @@ from mflux_vae.images import grid, save_image
 from mflux_vae.runtime import device
 from mflux_vae.runtime.device_errors import device_error
 from mflux_vae.utils.formatting import shortened
+from mflux_vae_train import lora
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.dreambooth.data.class_images import sample_images
@@ -67,7 +68,8 @@ class Previews:
             return
         try:
             prompts = self._resolved.validation_prompt
-            rows = [self._sample(*one) for one in zip(prompts, self._conditioning, strict=True)]
+            with lora.without_assistant(self._pipeline.denoiser):
+                rows = [self._sample(*one) for one in zip(prompts, self._conditioning, strict=True)]
             if self._processes.is_main:
                 self._write(update, rows)
         except ProcessLost:

@@ -51,9 +51,7 @@ def kohya_naming(config: ZImageTransformerConfig) -> KohyaNaming:
         "ss_network_module": "networks.lora_zimage",
     }
     read_only = {name: (path,) for name, path in _OUTSIDE.items()}
-    return KohyaNaming(
-        modules={"transformer": modules}, metadata=metadata, read_only={"transformer": read_only}
-    )
+    return KohyaNaming(modules={"transformer": modules}, metadata=metadata, read_only={"transformer": read_only})
 
 
 def usage(base: str | None, adapter: str, prompt: str, *, steps: int, guidance: float, dora: bool) -> dict[str, str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import mlx.core as mx
 
 from mflux_vae.errors import ImageError
+
+Count = TypeVar("Count", int, mx.array)
 
 PATCH = 2
 VAE_FACTOR = 8
@@ -14,7 +18,7 @@ TOKEN_MULTIPLE = 32
 """Image and caption are each padded to a multiple of this many tokens. The pads are attended to."""
 
 
-def padded(tokens: int) -> int:
+def padded(tokens: Count) -> Count:
     """The next multiple of `TOKEN_MULTIPLE`."""
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 

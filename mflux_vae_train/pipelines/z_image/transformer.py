@@ -76,8 +76,10 @@ class ZImageTransformerConfig(JSONConfig):
         for name, value in (*_FIXED.items(), ("n_kv_heads", self.n_heads)):
             if (found := getattr(self, name)) != value:
                 raise WeightsError(f"Z-Image transformer: {name} is {found!r}, which is not supported; {value!r} is")
-        if len(self.axes_dims) != 3 or sum(self.axes_dims) * self.n_heads != self.dim or any(
-            dims % 2 for dims in self.axes_dims
+        if (
+            len(self.axes_dims) != 3
+            or sum(self.axes_dims) * self.n_heads != self.dim
+            or any(dims % 2 for dims in self.axes_dims)
         ):
             raise WeightsError(
                 f"Z-Image transformer: axes_dims {list(self.axes_dims)} must be three even numbers that sum to the "
@@ -171,7 +173,8 @@ class Block(nn.Module):
         if conditioning is not None:
             scales = list(mx.split(self.adaLN_modulation[0](conditioning)[:, None], 4, axis=-1))
         scale_a, gate_a, scale_m, gate_m = scales
-        x = _gated(x, self.attention(_scaled(x, self.attention_norm1, scale_a), rope, mask), self.attention_norm2, gate_a)
+        attended = self.attention(_scaled(x, self.attention_norm1, scale_a), rope, mask)
+        x = _gated(x, attended, self.attention_norm2, gate_a)
         return _gated(x, self.feed_forward(_scaled(x, self.ffn_norm1, scale_m)), self.ffn_norm2, gate_m)
 
 

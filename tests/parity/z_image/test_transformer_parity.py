@@ -1,4 +1,4 @@
-"""Z-Image's transformer against diffusers, live, in float32: captions of several lengths in one batch there and here."""
+"""Z-Image's transformer against diffusers, live, in float32, with captions of several lengths in a batch."""
 
 from __future__ import annotations
 
