@@ -29,12 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> None:
     from mflux_vae_train.dreambooth.config import DreamBoothSettings
     from mflux_vae_train.dreambooth.ignored_flags import IGNORED_FLAGS
+    from mflux_vae_train.pipelines.mflux.train_json import translate
     from mflux_vae_train.settings.flags import settings_from
     from mflux_vae_train.settings.values import MissingSettings
 
     try:
         settings = settings_from(
-            DreamBoothSettings, argv, prog=PROG, description=_description(), ignored_flags=IGNORED_FLAGS
+            DreamBoothSettings,
+            argv,
+            prog=PROG,
+            description=_description(),
+            ignored_flags=IGNORED_FLAGS,
+            translate=translate,
         )
     except MissingSettings as error:
         raise MissingSettings(f"{error}; for example: {_example()}") from None

@@ -159,11 +159,13 @@ def settings_from(
     argv: Sequence[str] | None = None,
     *,
     ignored_flags: IgnoredFlags = NONE,
+    translate: Translate | None = None,
     **parser_options: Any,
 ) -> T:
     """Settings from a command line (None: ``sys.argv``), which overrides ``--config``.
 
-    Logs a warning for each of `ignored_flags` on the command line or in the file, unless it is refused.
+    Logs a warning for each of `ignored_flags` on the command line or in the file, unless it is refused. `translate`
+    reads files of other programs.
 
     Raises:
         SettingsError: an unknown flag or key (with the closest known one), a missing required flag, or a value that the
@@ -178,7 +180,7 @@ def settings_from(
             hint = did_you_mean(flag.lstrip("-").replace("-", "_"), known, "--")
             raise SettingsError(f"unknown flag {shortened(flag, 100)}{hint} (--help lists flags)")
         raise SettingsError(f"{shortened(repr(word), 100)} follows no flag; quote a value that contains spaces")
-    return settings_of(cls, vars(namespace), ignored_flags=ignored_flags)
+    return settings_of(cls, vars(namespace), ignored_flags=ignored_flags, translate=translate)
 
 
 def settings_of(

@@ -47,8 +47,8 @@ IgnoredFlags: TypeAlias = "Mapping[str, str | Refused]"
 
 NONE: Mapping[str, Any] = {}
 
-Translate: TypeAlias = Callable[[Mapping[Any, Any], str], Mapping[Any, Any]]
-"""(content of a settings file, beginning of error messages) -> content with the names of this program."""
+Translate: TypeAlias = Callable[[Mapping[Any, Any], Path], Mapping[Any, Any]]
+"""(content of a settings file, the file) -> content with the names of this program."""
 
 IGNORED = "ignored_flags"
 """Name of the list of ignored flags, in values and in the namespace of a command line: (name, value, where)."""
@@ -80,7 +80,7 @@ def read_file(
     ignored_flags: IgnoredFlags = NONE,
     translate: Translate | None = None,
 ) -> Values:
-    content = _read_json(path) if path.suffix.lower() == ".json" else read_yaml(path)
+    content = _read_json(path) if _is_json(path) else read_yaml(path)
     if content is None:
         return Values()
     if not isinstance(content, dict):
@@ -88,7 +88,7 @@ def read_file(
         raise SettingsError(f"{path}: contains {kind}; expected 'name: value' lines")
     derived = content.pop(DERIVED, None)
     if translate is not None:
-        content = translate(content, f"{path}: ")
+        content = translate(content, path)
     values = _by_field(cls, content, str(path), presets, ignored_flags)
     if derived is not None:
         if not isinstance(derived, dict):
@@ -97,6 +97,16 @@ def read_file(
             )
         values[DERIVED] = _by_field(cls, derived, str(path))
     return values
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is named as JSON or contains an object in JSON. YAML reads 1e-4 in it as text."""
+    if path.suffix.lower() == ".json":
+        return True
+    with suppress(OSError, SettingsError, ValueError, RecursionError):
+        text = read_text(path)
+        return text.lstrip().startswith("{") and isinstance(parse_json_tables(text), dict)
+    return False
 
 
 def _read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -66,12 +67,12 @@ _IGNORED = {
 """Ignored settings -> reason."""
 
 
-def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+def flatten_sections(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
     """Translate a nested settings file to field names; other files are returned unchanged.
 
     Args:
         content: content of the file.
-        where: prefix of error messages.
+        path: the file, for messages.
 
     Raises:
         SettingsError: unknown sections or names (all are listed), contradicting values, or another network than
@@ -85,9 +86,9 @@ def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any
         for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])
     }
     if unknown := [f"{section}.{key}".rstrip(".") for section, key in flat if key not in SECTIONS.get(section, {})]:
-        raise SettingsError(f"{where}unknown settings: {first_few(unknown)}; see --help")
+        raise SettingsError(f"{path}: unknown settings: {first_few(unknown)}; see --help")
     if (network := content.get("model_params", {}).get("name", NETWORK)) != NETWORK:
-        raise SettingsError(f"{where}model_params.name is {network!r}; {NETWORK} is allowed")
+        raise SettingsError(f"{path}: model_params.name is {network!r}; {NETWORK} is allowed")
     found = Table(DEFAULTS)
     sources: dict[str, str] = {}
     for (section, key), value in flat.items():
@@ -98,7 +99,7 @@ def flatten_sections(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any
             continue
         if name in sources and found[name] != value:
             raise SettingsError(
-                f"{where}{sources[name]} is {found[name]} and {section}.{key} is {value}; give only one"
+                f"{path}: {sources[name]} is {found[name]} and {section}.{key} is {value}; give only one"
             )
         found[name], sources[name] = value, f"{section}.{key}"
         if isinstance(table := content[section], Table) and key in table.lines:
