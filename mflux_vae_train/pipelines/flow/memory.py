@@ -18,13 +18,18 @@ from mflux_vae_train.pipelines.footprint import (
     Workload,
     autoencoder_bytes,
     learning_bytes,
+    weight_bytes,
 )
+from mflux_vae_train.pipelines.text.qwen3 import Qwen3Config, Qwen3Encoder, is_quantized_text_layer
 
 GPU_SCORES, GPU_BLOCKS = 5, 12
 """Temporary float32 numbers on a GPU, per score or per score of a block of rows, of which several exist at a time."""
 
 INPUTS = 1.0
 """Kept by a checkpointed block, per token and D."""
+
+QWEN3_WORKING = 6.0
+"""Temporary in Qwen3, per token, in units of its width plus that of its feed-forward layers."""
 
 SCORES_KEPT = 1.0
 """Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
@@ -86,8 +91,8 @@ class Costs:
         image_token: pixels per token of an image, in height and in width.
         dequantized: bytes, temporary while the largest quantized layer is dequantized.
         fusing: bytes, temporary while an adapter is fused and the pipeline saved.
+        guided: whether images are drawn with a second, unconditional row.
         text_training: bytes of activations of text encoders that are trained.
-        guided: whether `Workload.guidance` means a second, unconditional row.
     """
 
     transformer: int
@@ -97,8 +102,8 @@ class Costs:
     image_token: int
     dequantized: int
     fusing: int
+    guided: bool
     text_training: int = 0
-    guided: bool = True
 
     def tokens(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Tokens of an image (height, width) and of a prompt."""
@@ -121,7 +126,7 @@ def phases(
     autoencoder, encoding = autoencoder_bytes(vae, "encode", 16, work.trained_shape)
     decoding = sum(autoencoder_bytes(vae, "decode", work.images, square))
 
-    rows = work.images * (2 if work.guidance > 1 and costs.guided else 1)
+    rows = work.images * (2 if costs.guided else 1)
     drawing = max(activations.forward_bytes(sum(tokens), rows, precision) + costs.dequantized, decoding)
     one, one_trained = costs.operations(tokens), costs.operations(trained_tokens)
     classes: list[Phase] = []
@@ -149,3 +154,25 @@ def phases(
         *([Phase("previews", costs.transformer + learning, drawing, 0.0)] if work.previews else []),
         *([Phase("fusing", adapted, max(costs.fusing, autoencoder), 0.0)] if work.fuse else []),
     ]
+
+
+def qwen3_phase(
+    build: Callable[[Qwen3Config], Qwen3Encoder],
+    config: Qwen3Config,
+    work: Workload,
+    length: int,
+    precision: Precision,
+) -> Phase:
+    """The encoding of prompts by Qwen3.
+
+    Args:
+        build: the encoder of a configuration, with the layers that it needs.
+        length: tokens per prompt.
+    """
+    weights = weight_bytes(build, config, precision.width, work.quantize, is_quantized_text_layer)
+    rows = min(work.prompts, work.prompts_per_batch) * length
+    numbers = QWEN3_WORKING * (config.hidden_size + config.intermediate_size) * rows
+    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    operations = 2.0 * work.prompts * length * len(build(config).model.layers) * layer
+    return Phase("text encoding", weights, int(FULL * numbers), operations)

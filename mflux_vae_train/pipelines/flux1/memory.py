@@ -73,7 +73,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         dequantized=dequantized_bytes(config, here) if work.quantize else 0,
         fusing=fusing_bytes(configs, here),
         text_training=clip_bytes(configs.text_encoder, together) if work.text_encoder else 0,
-        guided=not config.guidance_embeds,
+        guided=work.guidance > 1 and not config.guidance_embeds,
     )
     return memory.phases(costs, work, configs.vae, _prompts(configs, work, text_tokens, here), here)
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
+from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.z_image.transformer import KIND, ZImageTransformerConfig
 
 _ATTENTION, _MLP = (
@@ -47,15 +48,15 @@ def kohya_naming(config: ZImageTransformerConfig) -> KohyaNaming:
     metadata = {
         "modelspec.architecture": "Z-Image/lora",
         "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
-        "ss_base_model_version": "z_image",
         "ss_network_module": "networks.lora_zimage",
     }
     read_only = {name: (path,) for name, path in _OUTSIDE.items()}
     return KohyaNaming(modules={"transformer": modules}, metadata=metadata, read_only={"transformer": read_only})
 
 
-def usage(base: str | None, adapter: str, prompt: str, *, steps: int, guidance: float, dora: bool) -> dict[str, str]:
+def usage(base: str | None, adapter: str, prompt: str, recommended: Recommended, *, dora: bool) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
+    steps, guidance, distilled = recommended.steps, recommended.guidance, recommended.train_instead is not None
     base = base or "path/to/the/base/model"
     python = f"""```python
 import torch
@@ -65,9 +66,10 @@ pipeline = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
 image = pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0]
 ```"""
+    command = "mflux-generate-z-image" + ("-turbo" if distilled else f" --guidance {guidance:g}")
     shell = f"""```bash
-mflux-generate-z-image --model {base} --lora-paths path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+{command} --model {base} --steps {steps} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
     no_dora = "mflux reads no DoRA. Train with `--fuse` to get a whole pipeline instead."
-    comfy = f"Copy {adapter} to `ComfyUI/models/loras` and load it with the node `LoraLoaderModelOnly`."
+    comfy = f"Copy `{adapter}` to `models/loras`, and load it with the node `LoraLoaderModelOnly`."
     return {"diffusers": python, "mflux": no_dora if dora else shell, "ComfyUI": comfy}

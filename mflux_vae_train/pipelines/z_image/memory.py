@@ -1,0 +1,96 @@
+"""Estimates of Z-Image's memory and operations, from its configurations alone.
+
+Bytes of weights are exact. Activations are counted as in `flow.memory`. A noise refiner sees the tokens of the image
+and a context refiner those of the caption: together they count as one block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mflux_vae_train.pipelines import footprint
+from mflux_vae_train.pipelines.flow import memory
+from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, weight_bytes
+from mflux_vae_train.pipelines.z_image.configs import SIZE_MULTIPLE, Configs
+from mflux_vae_train.pipelines.z_image.family import is_quantized_layer, text_encoder
+from mflux_vae_train.pipelines.z_image.packing import padded
+from mflux_vae_train.pipelines.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
+
+KEPT = {4: (20.0,), 2: (20.0,)}
+"""Kept by a block, per token and D: inputs of norms, of SwiGLU and of layers with an adapter, queries, keys, values. By
+bytes of a number: float32 was measured on a CPU, half precision with the code for GPUs."""
+
+WORKING = {4: (50.0, 50.0), 2: (50.0, 50.0)}
+"""Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
+with gradient checkpointing."""
+
+ATTENDING, SCORES = 20.0, 4.0
+"""Temporary while attention is differentiated: per token and D; and per score, on a CPU."""
+
+FORWARD = 26.0
+"""Temporary, per token and D, while a block is computed without gradients."""
+
+
+def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
+    """The phases of a run in order.
+
+    Args:
+        text_tokens: per prompt.
+        precision: None for this machine's.
+    """
+    here, config = precision or Precision.here(), configs.transformer
+    costs = Costs(
+        transformer=weight_bytes(ZImageTransformer, config, here.width, work.quantize, is_quantized_layer),
+        activations=activations(config),
+        operations=partial(forward_operations, config),
+        text_tokens=padded(text_tokens),
+        image_token=SIZE_MULTIPLE,
+        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
+        fusing=fusing_bytes(configs, here),
+        guided=work.guidance > 0,
+    )
+    prompts = memory.qwen3_phase(text_encoder, configs.text_encoder, work, text_tokens, here)
+    return memory.phases(costs, work, configs.vae, prompts, here)
+
+
+class Costs(memory.Costs):
+    """Tokens of images are padded, too."""
+
+    def tokens(self, shape: tuple[int, int]) -> tuple[int, int]:
+        image, text = super().tokens(shape)
+        return padded(image), text
+
+
+def activations(config: ZImageTransformerConfig) -> memory.Activations:
+    """Activations of the transformer."""
+    return memory.Activations(
+        width=config.dim,
+        heads=config.n_heads,
+        blocks=(config.n_layers + config.n_refiner_layers,),
+        kept=KEPT,
+        working=WORKING,
+        attending=ATTENDING,
+        scores=SCORES,
+        forward=FORWARD,
+    )
+
+
+def dequantized_bytes(config: ZImageTransformerConfig, precision: Precision) -> int:
+    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
+    return footprint.dequantized_bytes(config.dim * config.feed_forward, precision)
+
+
+def fusing_bytes(configs: Configs, precision: Precision) -> int:
+    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
+    the dtype of a file to the network's and then to that of another file."""
+    layer = configs.transformer.dim * configs.transformer.feed_forward
+    embedding = configs.text_encoder.vocab_size * configs.text_encoder.hidden_size
+    return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
+
+
+def forward_operations(config: ZImageTransformerConfig, tokens: tuple[int, int]) -> float:
+    """Multiplications and additions of the matrix products in a forward pass with one sample."""
+    width, length = config.dim, sum(tokens)
+    layers = (4 * width**2 + 3 * width * config.feed_forward) * length
+    refiners = config.n_refiner_layers * (layers + 2 * sum(count**2 for count in tokens) * width)
+    return 2.0 * (config.n_layers * (layers + 2 * length**2 * width) + refiners)
