@@ -114,7 +114,7 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     convert = command("convert", "Convert weights to another key naming.")
     convert.add_argument("model", type=expand, help=MODEL)
     convert.add_argument("output", type=expand, help="file or folder to write")
-    convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl or taesd")
+    convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl, wan or taesd")
     convert.add_argument("--config", type=expand, help=CONFIG)
     convert.add_argument("--dtype", choices=PRECISIONS, help="dtype of the weights (default: unchanged)")
 

@@ -23,6 +23,7 @@ from mflux_vae.kernels.conv import (
     conv2d,
     norm_silu_conv2d,
     repeat_conv2d,
+    rms_norm_silu_conv2d,
     upsample_nearest_2x,
     workspace_bytes,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "relu",
     "repeat_conv2d",
     "rms_norm",
+    "rms_norm_silu_conv2d",
     "run_parallel",
     "sigmoid",
     "silu",

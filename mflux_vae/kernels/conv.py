@@ -36,7 +36,7 @@ from mflux_vae.kernels.cpu.conv_algorithms import (
 )
 from mflux_vae.kernels.cpu.im2col import im2col
 from mflux_vae.kernels.cpu.parallel import is_eager, streams
-from mflux_vae.kernels.normalization import group_norm, group_norm_affine, group_norm_silu
+from mflux_vae.kernels.normalization import group_norm, group_norm_affine, group_norm_silu, rms_norm
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.runtime import device
 
@@ -113,6 +113,30 @@ def norm_silu_conv2d(
 
 
 @overridable
+def rms_norm_silu_conv2d(
+    x: mx.array,
+    norm: tuple[mx.array, float],
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    padding: Padding = 0,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """residual + conv2d(silu(rms_norm(x, *norm)), weight, bias), fused on a CPU.
+
+    Args:
+        norm: weight and eps of `rms_norm`.
+        residual: same shape as the result, or None.
+    """
+    if not _can_fuse(x, weight, residual, norm[0]):
+        y = silu(rms_norm(x, *norm))
+        y = conv2d(y.astype(weight.dtype) if device.is_cpu() else y, weight, bias, padding=padding)
+        return y if residual is None else residual + y
+    rows = conv_parallel.rms_silu_rows(x, *norm)
+    return conv_parallel.convolution(rows, x.shape, weight, bias, 1, normalize_padding(padding), residual)
+
+
+@overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
     """conv2d(upsample_nearest_2x(x), weight, bias), without storing the upsampled image."""
     if not _can_fuse(x, weight):
@@ -128,7 +152,7 @@ def upsample_nearest_2x(x: mx.array) -> mx.array:
     return repeat_2x(x)
 
 
-FUSED = (norm_silu_conv2d, repeat_conv2d)
+FUSED = (norm_silu_conv2d, rms_norm_silu_conv2d, repeat_conv2d)
 """Functions whose `__wrapped__` runs step by step, for arguments that override operations."""
 
 
@@ -156,7 +180,7 @@ def workspace_bytes(shape: Sequence[int], weight: Sequence[int], stride: int = 1
     Args:
         shape: input, (B, H, W, C).
         weight: (O, kh, kw, C).
-        intermediates: arrays computed before a chunk's rows (`repeat_conv2d`: 1, `norm_silu_conv2d`: 2).
+        intermediates: arrays computed before a chunk's rows (`repeat_conv2d`: 1; with a norm: 2).
     """
     batch, height, width, channels = shape
     out, kh, kw, _ = weight

@@ -12,7 +12,7 @@ from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.parallel import can_fuse, fill_parallel, is_eager, map_chunks, split_pixels
 from mflux_vae.kernels.gpu_fusion import widened
-from mflux_vae.kernels.overrides import overridable
+from mflux_vae.kernels.overrides import overridable, pointwise
 from mflux_vae.runtime import device
 
 _MAX_PIXELS_PER_SUM = 4096
@@ -210,6 +210,7 @@ def batch_norm_apply(
     return (x.astype(mx.float32) * scale + (bias - mean * scale)).astype(x.dtype)
 
 
+@pointwise
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
     """Root-mean-square normalization over the last axis (Zhang and Sennrich 2019)."""
     if not device.is_cpu():

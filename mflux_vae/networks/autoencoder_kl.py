@@ -343,17 +343,3 @@ class AutoencoderKL(ScaledLatents):
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, latent) unscaled -> (B, f*h, f*w, C), about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(latents) if "post_quant_conv" in self else latents)
-
-    def to_scaled(self, latents: mx.array) -> mx.array:
-        """Scale raw latents (B, h, w, latent) for a denoiser, see `AutoencoderKLConfig`."""
-        if self.config.latents_mean is None or self.config.latents_std is None:
-            return super().to_scaled(latents)
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
-        return (latents - mean) * (self.config.scaling_factor / std)
-
-    def from_scaled(self, latents: mx.array) -> mx.array:
-        """Inverse of `to_scaled`."""
-        if self.config.latents_mean is None or self.config.latents_std is None:
-            return super().from_scaled(latents)
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
-        return latents * (std / self.config.scaling_factor) + mean

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.errors import SettingsError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mflux_vae.networks.latent_scaling import patchify, unpatchify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +119,3 @@ class AutoencoderKLFlux2(AutoencoderKL):
     def _statistics(self) -> tuple[mx.array, mx.array]:
         variance = self.bn.running_var.astype(mx.float32)
         return self.bn.running_mean.astype(mx.float32), mx.sqrt(variance + self.config.batch_norm_eps)
-
-
-def patchify(x: mx.array, side: int) -> mx.array:
-    """(B, side * h, side * w, C) -> (B, h, w, C * side * side): channels in the order (channel, row, column)."""
-    batch, height, width, channels = x.shape
-    if height % side or width % side:
-        raise ImageError(f"latents of {height} x {width} do not split into patches of {side} x {side}; pad the image")
-    x = x.reshape(batch, height // side, side, width // side, side, channels).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(batch, height // side, width // side, channels * side * side)
-
-
-def unpatchify(x: mx.array, side: int) -> mx.array:
-    """Inverse of `patchify`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, channels // side**2, side, side).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(batch, side * height, side * width, channels // side**2)

@@ -230,12 +230,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, followed by a convolution unless `conv` is False."""
+    """Double height and width by nearest neighbour, followed by a convolution unless `conv` is False.
 
-    def __init__(self, channels: int, *, conv: bool = True):
+    Args:
+        out_channels: of the convolution; None: `channels`.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, *, conv: bool = True):
         super().__init__()
         if conv:
-            self.conv = Conv2d(channels, channels, 3, padding=1)
+            self.conv = Conv2d(channels, out_channels or channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         if "conv" not in self:

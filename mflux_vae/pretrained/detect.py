@@ -11,6 +11,7 @@ from typing import Any
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.networks.laq import code_counts
+from mflux_vae.pretrained import refused
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.weights.keymaps import mlx_examples
 from mflux_vae.weights.kinds import kind_of
@@ -34,6 +35,9 @@ class Match:
 
 
 SIGNATURES = {
+    ("AutoencoderKLQwenImage", "diffusers"): r"(?:encoder|decoder)\.mid_block\.resnets\.0\.norm1\.gamma",
+    ("AutoencoderKLQwenImage", "wan"): r"(?:encoder|decoder)\.middle\.0\.residual\.0\.gamma",
+    ("TAEHV", "diffusers"): r"encoder\.2\.conv\.weight",
     ("AutoencoderKL", "diffusers"): r"(?:encoder|decoder)\.mid_block\.resnets\.0\.conv1\.weight",
     ("AutoencoderKL", "compvis"): r"(?:encoder|decoder)\.mid\.block_1\.conv1\.weight",
     ("AutoencoderTiny", "diffusers"): r"(?:encoder|decoder)\.layers\.0\.weight",
@@ -44,7 +48,10 @@ SIGNATURES = {
     ("LatentActionQuantizer", "lapa"): r"vq\.codebooks",
     ("PlainAutoencoder", "diffusers"): r"encoder\.mu\.weight",
 }
-"""Unique key by family and naming."""
+"""Key by family and naming; with several matches the first row counts."""
+
+_TWINS = {"AutoencoderKLQwenImage", "AutoencoderKLWan"}
+"""Families whose files have the same keys and shapes; without a hint in their names it is the first."""
 
 _NESTED = ("encoder.quant_conv.weight", "decoder.post_quant_conv.weight")
 _STATISTICS = "bn.running_mean"
@@ -66,6 +73,8 @@ _NAME_PATTERNS = {
     "sdxl": r"(?:sd|diffusion)[-_. ]?xl",
     "sd3": r"(?:sd|diffusion)[-_. ]?v?3",
     "z-image": r"z[-_. ]?image",
+    "qwen-image": r"qwen|krea[-_. ]?2",
+    "wan2.1": r"(?<![a-z])wan",
     "flux1": r"flux|/ae\.",
     "sd-vae-ft-mse": r"ft[-_]mse",
     "sd2": r"(?:sd|diffusion)[-_. ]?v?2",
@@ -85,8 +94,9 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
         family: class name, if known.
 
     Raises:
-        WeightsError: no known autoencoder.
+        WeightsError: no known autoencoder, or one that is not supported.
     """
+    refused.check_keys(keys, where)
     found = {
         (match[1], kind, naming)
         for (kind, naming), sign in SIGNATURES.items()
@@ -110,10 +120,15 @@ def find(keys: Collection[str], where: str, family: str | None = None) -> Match:
     return Match(prefix, family or kind, naming)
 
 
-def _rank(candidate: tuple[str, str, str]) -> tuple[int, int, tuple[str, str, str]]:
-    prefix = candidate[0]
+def same_files(a: str, b: str) -> bool:
+    """Whether files cannot tell two families apart."""
+    return a == b or {a, b} == _TWINS
+
+
+def _rank(candidate: tuple[str, str, str]) -> tuple[int, int, int]:
+    prefix, kind, naming = candidate
     places = [index for index, part in enumerate(_PREFERRED) if part in prefix]
-    return places[0], len(prefix), candidate
+    return places[0], len(prefix), list(SIGNATURES).index((kind, naming))
 
 
 def narrow(names: Sequence[str], keys: Collection[str], metadata: Mapping[str, str], path: Path) -> Sequence[str]:
@@ -188,7 +203,42 @@ def _tiny(shapes: Shapes) -> dict[str, Any]:
     for half, counts in blocks.items():
         width = shapes[f"{half}.layers.0.weight"][0]
         found |= {f"num_{half}_blocks": counts, f"{half}_block_out_channels": [width] * len(counts)}
-    return found
+    pool = any(".pool." in key for key in shapes)
+    return {**found, "pool": pool, "patch_size": 1 + pool}  # TAEF2 alone has both
+
+
+def _wan(shapes: Shapes) -> dict[str, Any]:
+    levels: list[list[int]] = [[]]
+    temporal = []
+    for layer in _numbers(shapes, "encoder.down_blocks"):
+        if f"encoder.down_blocks.{layer}.conv.weight" in shapes:
+            levels.append([])
+            temporal.append(f"encoder.down_blocks.{layer}.time_conv.weight" in shapes)
+        else:
+            levels[-1].append(shapes[f"encoder.down_blocks.{layer}.conv1.weight"][0])
+    base, latent = shapes["encoder.conv_in.weight"][0], shapes["post_quant_conv.weight"][0]
+    factors = [widths[-1] // base for widths in levels]
+    return {
+        **_ends(shapes, "encoder.conv_in", "decoder.conv_out"),
+        "z_dim": latent,
+        "base_dim": base,
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0] // factors[0],
+        "dim_mult": factors,
+        "num_res_blocks": len(levels[0]),
+        "temperal_downsample": temporal,
+        "latents_mean": [0.0] * latent,
+        "latents_std": [1.0] * latent,
+    }
+
+
+def _taehv(shapes: Shapes) -> dict[str, Any]:
+    convolutions = [number for number in _numbers(shapes, "decoder") if f"decoder.{number}.weight" in shapes]
+    return {
+        "latent_channels": shapes["decoder.1.weight"][-1],
+        "in_channels": shapes["encoder.0.weight"][-1],
+        "encoder_width": shapes["encoder.0.weight"][0],
+        "decoder_widths": [shapes[f"decoder.{number}.weight"][0] for number in convolutions[:-1]],
+    }
 
 
 def _plain(shapes: Shapes) -> dict[str, Any]:
@@ -251,10 +301,13 @@ def _laq(shapes: Shapes) -> dict[str, Any]:
 _SETTINGS = {
     "AutoencoderKL": _kl,
     "AutoencoderKLFlux2": _kl,
+    "AutoencoderKLQwenImage": _wan,
+    "AutoencoderKLWan": _wan,
     "AutoencoderTiny": _tiny,
     "FlatAutoencoder": _flat,
     "LatentActionQuantizer": _laq,
     "PlainAutoencoder": _plain,
+    "TAEHV": _taehv,
 }
 
 ONE_NETWORK = {mlx_examples.NAMING: _mlx_example}

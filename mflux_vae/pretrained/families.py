@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -16,7 +17,15 @@ from mflux_vae.networks.laq import LAQConfig, LatentActionQuantizer
 from mflux_vae.networks.plain import PlainAutoencoder, PlainConfig
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
+from mflux_vae.networks.video.taehv import TAEHV, TAEHVConfig
+from mflux_vae.networks.video.wan import (
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImageConfig,
+    AutoencoderKLWan,
+    AutoencoderKLWanConfig,
+)
 from mflux_vae.runtime.threads import exclusive
+from mflux_vae.weights.keymaps import wan
 from mflux_vae.weights.keymaps.compvis import bfl, compvis
 from mflux_vae.weights.keymaps.diffusers import AUTOENCODER_KL, SAME_NAMES
 from mflux_vae.weights.keymaps.lapa import LAPA
@@ -40,11 +49,13 @@ class Family:
         config: configuration class with `from_dict` and `to_dict` for a config.json.
         network: network class, constructed from a configuration.
         tables: key tables by naming (`diffusers` for folders), or functions of the keys that return one.
+        unused: pattern of our names of tensors in files that the network does not use, for such a family.
     """
 
     config: Any
     network: Any
     tables: Mapping[str, Table]
+    unused: str = ""
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build an untrained network from the content of a config.json.
@@ -71,16 +82,28 @@ class Family:
         table = self.tables[naming]
         return table(keys) if callable(table) else table
 
+    def renaming(self, naming: str, keys: Iterable[str]) -> Sequence[Rule]:
+        """`rules` that leave the tensors as they are."""
+        return [replace(rule, to_mlx=None, from_mlx=None) for rule in self.rules(naming, keys)]
+
+    def used(self, key: str) -> bool:
+        """Whether the network uses the tensor with this name of ours."""
+        return not self.unused or re.fullmatch(self.unused, key) is None
+
 
 _KL: dict[str, Table] = {"diffusers": AUTOENCODER_KL, "compvis": compvis, "bfl": bfl}
 _FLAT: dict[str, Table] = {"diffusers": FLAT, "pytorch-vae": pytorch_vae, NAMING: MLX_EXAMPLES}
+_WAN: dict[str, Table] = {"diffusers": wan.DIFFUSERS, "wan": wan.wan}
 
 FAMILIES = {
     "AutoencoderKL": Family(AutoencoderKLConfig, AutoencoderKL, _KL),
     "AutoencoderKLFlux2": Family(AutoencoderKLFlux2Config, AutoencoderKLFlux2, _KL),
+    "AutoencoderKLQwenImage": Family(AutoencoderKLQwenImageConfig, AutoencoderKLQwenImage, _WAN, wan.UNUSED),
+    "AutoencoderKLWan": Family(AutoencoderKLWanConfig, AutoencoderKLWan, _WAN, wan.UNUSED),
     "AutoencoderTiny": Family(AutoencoderTinyConfig, AutoencoderTiny, {"diffusers": SAME_NAMES, "taesd": taesd}),
     "FlatAutoencoder": Family(FlatConfig, FlatAutoencoder, _FLAT),
     "LatentActionQuantizer": Family(LAQConfig, LatentActionQuantizer, {"diffusers": LAPA, "lapa": LAPA}),
     "PlainAutoencoder": Family(PlainConfig, PlainAutoencoder, {"diffusers": SAME_NAMES}),
+    "TAEHV": Family(TAEHVConfig, TAEHV, {"diffusers": SAME_NAMES}),
 }
 """Families by the `_class_name` of a config.json (`locate.family_of`)."""

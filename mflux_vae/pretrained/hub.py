@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.weights.formats.files import SUFFIXES
+from mflux_vae.pretrained import refused
+from mflux_vae.weights.formats.files import SUFFIXES, read_json
 from mflux_vae.weights.keymaps.diffusers import STEM
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:/(.+))?")
@@ -45,6 +46,7 @@ def fetch(repository: str, inside: str = "") -> Path:
     folder = inside or ("vae" if (root / "vae" / "config.json").is_file() else "")
     if not (root / folder / "config.json").is_file():
         raise WeightsError(f"{repository}: no {inside or 'vae'}/config.json; name one of its files: {repository}/FILE")
+    refused.check_config(read_json(root / folder / "config.json"), repository)  # before the weights
     for names in (_WEIGHTS, _OLD_WEIGHTS):
         root = download(repository, [str(Path(folder) / name) for name in (*names, "config.json")])
         if any((root / folder).glob(f"{STEM}*")):
@@ -100,7 +102,9 @@ def cached(repository: str, revision: str | None = None) -> Path | None:
 def has_autoencoder(repository: str, inside: str = "") -> bool:
     """Whether the autoencoder of a repository is in the cache, see `fetch`."""
     folder = cached(repository)
-    return folder is not None and any((folder / part).glob(f"{STEM}*") for part in {inside, "vae", ""})
+    if folder is None or Path(inside).suffix in SUFFIXES:
+        return folder is not None and (folder / inside).is_file()
+    return any(any((folder / part).glob(f"{STEM}*")) for part in {inside, "vae", ""})
 
 
 def cache_folder() -> Path:

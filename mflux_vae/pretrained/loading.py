@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mflux_vae.call_log import log
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.networks.laq import LatentActionQuantizer
+from mflux_vae.networks.video.wan import AutoencoderKLWan
 from mflux_vae.pretrained import detect, presets
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.locate import (
@@ -37,6 +38,7 @@ from mflux_vae.runtime.threads import portable
 from mflux_vae.weights.formats.files import DTYPES, write_json, write_safetensors
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import from_mlx, load_strict, to_mlx
+from mflux_vae.weights.keymaps.wan import with_time_convolutions
 
 _NOT_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked", "beta", "kl_div")
 """LazyTensor tensors that are not parameters, such as the statistics of norms."""
@@ -79,8 +81,8 @@ def open_network(
             - a folder in diffusers' layout (`config.json`, `diffusion_pytorch_model.safetensors`), or a pipeline folder
               with a subfolder `vae`;
             - a .safetensors, .ckpt, .pt, .pth, .bin or .npz file in the key naming of diffusers, CompVis, Black Forest
-              Labs, TAESD, LAPA or MLX's example, alone or inside a whole model; for TAESD either half, with the other
-              beside it;
+              Labs, Wan, TAESD, TAEHV, LAPA or MLX's example, alone or inside a whole model; for TAESD either half, with
+              the other beside it;
             - a preset (`pretrained.presets`), or `owner/name` on the hub, which is downloaded.
         dtype: dtype of the weights on GPUs (None: float32; float32 instead of float16 if the configuration has
             `force_upcast`). Activations of images are float32 on every device; CPUs always have float32 weights, too.
@@ -189,6 +191,9 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
     family = FAMILIES[family_of(config, str(folder))]
     parameters = dict(tree_flatten(network.parameters()))
     tensors = _cast(from_mlx(parameters, family.rules("diffusers", parameters)), dtype)
+    if isinstance(network, AutoencoderKLWan):
+        log.warning("%s: written for single images; the weights for past frames of a video are zero", folder)
+        tensors = with_time_convolutions(tensors, network.config.temperal_downsample)
     _write(Path(folder), tensors, config, "diffusers")
 
 
@@ -201,7 +206,7 @@ def convert(
         source, config: see `open_network`.
         target: a .safetensors file, with the configuration in its metadata; or a folder, in diffusers' layout or with
             the two halves of TAESD.
-        naming: `diffusers`, `compvis`, `bfl` or `taesd`.
+        naming: `diffusers`, `compvis`, `bfl`, `wan` or `taesd`.
         dtype: float32, float16 or bfloat16; None: unchanged.
 
     Returns:
@@ -220,7 +225,12 @@ def convert(
     load_strict(network, _complete(ours, network), where=opened.where)  # checks the tensors before anything is written
     if naming in detect.ONE_NETWORK:
         _same_network(network.config.to_dict(), naming, ours, opened.where)
-    tensors = from_mlx(ours, family.rules(naming, ours))
+    if family.unused:
+        stored = {name: stored.load() for name, stored in opened.tensors.items()}
+        renamed = to_mlx(stored, family.renaming(opened.naming, stored))
+        tensors = from_mlx(renamed, family.renaming(naming, renamed))
+    else:
+        tensors = from_mlx(ours, family.rules(naming, ours))
     return _write(target, tensors if dtype is None else _cast(tensors, dtype), opened.config, naming)
 
 
@@ -262,8 +272,10 @@ def _cast(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:
 
 
 def _complete(tensors: Mapping[str, mx.array], network: nn.Module) -> dict[str, mx.array]:
-    """Add FLUX.2's unused batch counter, which some files lack."""
+    """Add FLUX.2's unused batch counter, which some files lack, and remove what single images do not use."""
     counted = COUNTER in dict(tree_flatten(network.parameters()))
+    used = FAMILIES[family_of(network.config.to_dict(), "")].used
+    tensors = {name: tensor for name, tensor in tensors.items() if used(name)}
     return {**({COUNTER: mx.array(0, mx.int64)} if counted else {}), **tensors}
 
 

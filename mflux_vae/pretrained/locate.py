@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError, WeightsError, did_you_mean
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
-from mflux_vae.pretrained import detect, hub, presets
+from mflux_vae.pretrained import detect, hub, presets, refused
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.links import missing, naming_broken_links
@@ -107,7 +107,7 @@ def _located(path: Path, preset: str | None, settings: dict[str, Any] | None) ->
     if others:
         override = f"pass config={' or '.join(map(repr, others))} to override"
         assumed = f"{path}: latent scaling unknown, assuming that of {likely[0]}; {override}"
-    return replace(opened, config=settings, preset=likely[0], assumed=assumed)
+    return replace(opened, family=presets.PRESETS[likely[0]].family, config=settings, preset=likely[0], assumed=assumed)
 
 
 def _without_preset(opened: Located) -> Located:
@@ -118,6 +118,8 @@ def _without_preset(opened: Located) -> Located:
     factor, assumed = getattr(config, "scaling_factor", None), None
     if opened.family == "AutoencoderKL":
         assumed = f"{opened.where}: latent scaling unknown, assuming a factor of {factor}; pass config= to override"
+    elif "latents_mean" in config.to_dict():
+        assumed = f"{opened.where}: latent scaling unknown, assuming none; pass config= to override"
     return replace(opened, config=config.to_dict(), assumed=assumed)
 
 
@@ -129,11 +131,12 @@ def equal_preset(opened: Located) -> str | None:
 
 def _presets(opened: Located) -> list[str]:
     """Presets that have all these tensors with these shapes."""
-    shapes = _shapes(opened).items()
+    family = FAMILIES[opened.family]
+    shapes = {name: shape for name, shape in _shapes(opened).items() if family.used(name)}.items()
     return [
         name
         for name, preset in presets.PRESETS.items()
-        if preset.family == opened.family and shapes <= _preset_shapes(name).items()
+        if detect.same_files(preset.family, opened.family) and shapes <= _preset_shapes(name).items()
     ]
 
 
@@ -161,6 +164,7 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
     Raises:
         WeightsError: an unknown class.
     """
+    refused.check_config(config, where)
     name = str(config.get("_class_name", "AutoencoderKL"))
     if (family := name.removesuffix("Extended")) not in FAMILIES:
         raise WeightsError(f"{where}: unknown autoencoder class {shortened(name, 60)!r}; known: {', '.join(FAMILIES)}")

@@ -13,6 +13,8 @@ from mflux_vae.errors import PluginError
 from mflux_vae.networks.autoencoder_kl import AutoencoderKLConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTinyConfig
+from mflux_vae.networks.video.taehv import TAEHVConfig
+from mflux_vae.networks.video.wan import AutoencoderKLQwenImageConfig, AutoencoderKLWanConfig
 from mflux_vae.utils.paths import same_place
 
 
@@ -24,7 +26,7 @@ class Preset:
         name: key in `PRESETS`.
         title: display name.
         repository: hub repository.
-        inside: file or folder in it; "": its root.
+        inside: file or folder in it; "": its root. A file needs no config.json.
         family: class of the network, a key of `families.FAMILIES`.
         config: configuration of the published config.json, with diffusers' defaults filled in.
         aliases: other names.
@@ -181,6 +183,39 @@ _ROWS = (
         config=AutoencoderKLFlux2Config(decoder_block_out_channels=(96, 192, 384, 384)),
     ),
     Preset(
+        name="qwen-image",
+        title="Qwen-Image and Krea 2",
+        repository="Qwen/Qwen-Image",
+        inside="vae",
+        family="AutoencoderKLQwenImage",
+        config=AutoencoderKLQwenImageConfig(),
+        aliases=("qwen", "qwen-image-edit", "krea2", "krea-2"),
+        shared=(
+            "Qwen/Qwen-Image-2512",
+            "Qwen/Qwen-Image-Edit",
+            "Qwen/Qwen-Image-Edit-2509",
+            "Qwen/Qwen-Image-Edit-2511",
+            "krea/Krea-2-Raw",
+            "krea/Krea-2-Turbo",
+        ),
+    ),
+    Preset(
+        name="wan2.1",
+        title="Wan 2.1 and Wan 2.2 14B, single images",
+        repository="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        inside="vae",
+        family="AutoencoderKLWan",
+        config=AutoencoderKLWanConfig(),
+        aliases=("wan", "wan2.2-14b"),
+        shared=(
+            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        ),
+    ),
+    Preset(
         name="kl-f8-d16",
         title="ostris KL-f8-d16",
         repository="ostris/vae-kl-f8-d16",
@@ -236,6 +271,23 @@ _ROWS = (
         repository="madebyollin/taef1",
         family="AutoencoderTiny",
         config=_TAESD3,
+    ),
+    Preset(
+        name="taef2",
+        title="TAEF2, for the latents of FLUX.2",
+        repository="madebyollin/taef2",
+        inside="taef2.safetensors",
+        family="AutoencoderTiny",
+        config=AutoencoderTinyConfig(latent_channels=32, pool=True, patch_size=2),
+    ),
+    Preset(
+        name="taew2.1",
+        title="TAEW2.1, for the latents of Qwen-Image, Krea 2 and Wan 2.1",
+        repository="ionden/taew2.1",
+        inside="taew2_1.safetensors",
+        family="TAEHV",
+        config=TAEHVConfig(),
+        aliases=("taew", "taewan2.1"),
     ),
 )
 

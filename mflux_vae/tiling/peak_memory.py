@@ -20,6 +20,7 @@ from mflux_vae.kernels.attention import CHUNK_SCORES
 from mflux_vae.kernels.cpu.parallel import streams
 from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
+from mflux_vae.networks.video import wan
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae.tiling.strips import Buffered, Convolution, LazyArray, Source, StripRun, Upsampled, WholeArray
 from mflux_vae.tiling.tiles import Tiling, array_function, tile_spans
@@ -246,10 +247,15 @@ _WEIGHT_ARGUMENT: dict[Callable[..., Any], int] = {
     kernels.conv2d: 1,
     kernels.repeat_conv2d: 1,
     kernels.norm_silu_conv2d: 2,
+    kernels.rms_norm_silu_conv2d: 2,
 }
 """Position of the weight among the arguments of a convolution."""
 
-_INTERMEDIATES: dict[Callable[..., Any], int] = {kernels.repeat_conv2d: 1, kernels.norm_silu_conv2d: 2}
+_INTERMEDIATES: dict[Callable[..., Any], int] = {
+    kernels.repeat_conv2d: 1,
+    kernels.norm_silu_conv2d: 2,
+    kernels.rms_norm_silu_conv2d: 2,
+}
 """Arrays computed from the rows of a chunk before the convolution."""
 
 _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
@@ -303,5 +309,6 @@ def _linear_attention_workspace(shape: Sequence[int]) -> int:
 _ATTENTION_WORKSPACE: dict[Callable[..., Any], Callable[[Sequence[int]], int]] = {
     Attention.__call__: _attention_workspace,
     LinearAttention.__call__: _linear_attention_workspace,
+    wan.Attention.__call__: _attention_workspace,
 }
 """Workspace of attention layers, as functions of the shape."""

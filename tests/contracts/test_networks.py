@@ -13,12 +13,24 @@ from mflux_vae.errors import PluginError
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.pretrained.families import FAMILIES
 from tests.contracts.network_contract import check_network
-from tests.mflux_vae.small_models import drawn, small_flux2, small_kl, small_plain, small_tiny
+from tests.mflux_vae.small_models import (
+    drawn,
+    small_flux2,
+    small_kl,
+    small_plain,
+    small_qwen_image,
+    small_taehv,
+    small_tiny,
+    small_wan,
+)
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "AutoencoderKL": small_kl,
     "AutoencoderKLFlux2": small_flux2,
+    "AutoencoderKLQwenImage": small_qwen_image,
+    "AutoencoderKLWan": small_wan,
     "AutoencoderTiny": small_tiny,
+    "TAEHV": small_taehv,
     "PlainAutoencoder": small_plain,
     "FlatAutoencoder": lambda: drawn(FlatAutoencoder(FlatConfig(hidden_dims=(8, 16), image_size=32, latent_dim=3))),
 }

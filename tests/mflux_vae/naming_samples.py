@@ -17,7 +17,7 @@ from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.presets import PRESETS
 from mflux_vae.weights.keymaps.rules import from_mlx
-from tests.mflux_vae.small_models import drawn, small_plain
+from tests.mflux_vae.small_models import drawn, small_plain, small_qwen_image, small_taehv
 
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1, "scaling_factor": 0.5}
 TINY = {"num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)}
@@ -60,6 +60,12 @@ NETWORKS = {
     "flux2, small decoder": lambda: flux2(decoder_block_out_channels=(32, 96)),
     "tiny": tiny,
     "tiny, wider": lambda: tiny(latent_channels=16, num_decoder_blocks=(3, 1), num_encoder_blocks=(2, 3)),
+    "tiny with pooling": lambda: tiny(pool=True, patch_size=2),
+    "qwen-image": lambda: small_qwen_image(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4),
+    "qwen-image, two levels": lambda: small_qwen_image(
+        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, dim_mult=(2, 3), temperal_downsample=(True,), num_res_blocks=2
+    ),
+    "taehv": small_taehv,
     "plain": lambda: small_plain(channels=(4, 6, 8)),
 }
 

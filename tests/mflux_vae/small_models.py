@@ -12,6 +12,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, PlainAutoencoder, PlainConfig
 from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
+from mflux_vae.networks.video.taehv import TAEHV, TAEHVConfig
+from mflux_vae.networks.video.wan import (
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImageConfig,
+    AutoencoderKLWan,
+    AutoencoderKLWanConfig,
+)
 from mflux_vae.pretrained.families import FAMILIES
 from mflux_vae.pretrained.presets import Preset
 
@@ -28,7 +35,7 @@ def drawn(network: nn.Module, seed: int = 0) -> nn.Module:
             new.append((name, mx.random.uniform(0.2, 3, old.shape, key=key)))
             continue
         spread = (old.size // old.shape[0]) ** -0.5 if old.ndim > 1 else 0.2
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        offset = 1.0 if "norm" in name and name.endswith(("weight", "gamma")) else 0.0
         new.append((name, offset + spread * mx.random.normal(old.shape, key=key)))
     network.update(tree_unflatten(new))
     return network
@@ -63,6 +70,31 @@ def small_tiny(seed: int = 0, **changes: Any) -> AutoencoderTiny:
     settings = {f"{half}_block_out_channels": (8, 8, 8, 8) for half in ("encoder", "decoder")}
     settings |= {"num_encoder_blocks": (1, 1, 0, 1), "num_decoder_blocks": (1, 0, 1, 1)}
     network = AutoencoderTiny(AutoencoderTinyConfig(**{**settings, **changes}))
+    drawn(network, seed)
+    return network
+
+
+def small_taehv(seed: int = 0, **changes: Any) -> TAEHV:
+    """8x downsampling, 16 latent channels, ReLU, memory of a frame before."""
+    network = TAEHV(TAEHVConfig(**{"encoder_width": 8, "decoder_widths": (16, 8, 8, 4), **changes}))
+    drawn(network, seed)
+    return network
+
+
+WAN: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "latents_mean": (-0.5, 0.1, 0.0, 1.5), "latents_std": (2, 0.5, 1, 3)}
+"""A twelfth of the published channels, 4 latent channels."""
+
+
+def small_wan(seed: int = 0, **changes: Any) -> AutoencoderKLWan:
+    """8x downsampling, a wider decoder, normalisation per pixel."""
+    network = AutoencoderKLWan(AutoencoderKLWanConfig(**{**WAN, "decoder_base_dim": 12, **changes}))
+    drawn(network, seed)
+    return network
+
+
+def small_qwen_image(seed: int = 0, **changes: Any) -> AutoencoderKLQwenImage:
+    """8x downsampling, normalisation per pixel."""
+    network = AutoencoderKLQwenImage(AutoencoderKLQwenImageConfig(**{**WAN, "num_res_blocks": 1, **changes}))
     drawn(network, seed)
     return network
 

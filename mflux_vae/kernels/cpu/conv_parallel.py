@@ -27,7 +27,7 @@ from mflux_vae.kernels.cpu.conv_algorithms import (
 from mflux_vae.kernels.cpu.fusion import fused
 from mflux_vae.kernels.cpu.im2col import col2im, im2col
 from mflux_vae.kernels.cpu.parallel import Chunk, fill_parallel, slices, streams, sum_parallel
-from mflux_vae.kernels.normalization import scale_and_shift
+from mflux_vae.kernels.normalization import rms_norm, scale_and_shift
 
 ReadRows: TypeAlias = Callable[[slice, int, int], mx.array]
 """(samples, start, stop) -> rows start to stop of the convolution's input, (b, stop - start, W, C)."""
@@ -66,6 +66,11 @@ def silu_rows(x: mx.array, scale: mx.array, shift: mx.array) -> ReadRows:
         return silu(scale_and_shift(x[images, start:stop], scale[images, None, None], shift[images, None, None]))
 
     return rows
+
+
+def rms_silu_rows(x: mx.array, weight: mx.array, eps: float) -> ReadRows:
+    """Read the rows of silu(rms_norm(x, weight, eps)); weight: (C,)."""
+    return lambda images, start, stop: silu(rms_norm(x[images, start:stop], weight, eps))
 
 
 def convolution(

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import AutoencoderKL, AutoencoderKLConfig, ImageError, PlainAutoencoder, PlainConfig, SettingsError
 from mflux_vae.networks import plain
-from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify, unpatchify
+from mflux_vae.networks.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from mflux_vae.networks.latent_scaling import patchify, unpatchify
 from mflux_vae.networks.layers import LinearAttention, avg_pool_2x
 from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.pretrained.families import FAMILIES

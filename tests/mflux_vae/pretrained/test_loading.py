@@ -59,7 +59,7 @@ def test_the_architecture_follows_from_keys_and_shapes(build, tmp_path: Path) ->
         )
         opened = loading.open_network(tmp_path / "a.safetensors")
         assert same(parameters(opened), parameters(network))
-        kept = {"scaling_factor", "sample_size"}
+        kept = {"scaling_factor", "sample_size", "temperal_downsample"}
         recognised, expected = opened.config.to_dict(), network.config.to_dict()
         assert {key: value for key, value in recognised.items() if key not in kept} == {
             key: value for key, value in expected.items() if key not in kept

@@ -20,6 +20,9 @@ PARAMETERS = {
     "cogview4": (406_100_643, 288),
     **dict.fromkeys(["taesd", "taesdxl"], (2_445_063, 134)),
     **dict.fromkeys(["taesd3", "taef1"], (2_458_899, 134)),
+    **dict.fromkeys(["qwen-image", "wan2.1"], (44_599_603, 186)),  # without the weights for videos
+    "taef2": (2_677_027, 158),
+    "taew2.1": (11_315_539, 128),
 }
 """As published: parameters, and tensors, running statistics included."""
 
@@ -45,13 +48,24 @@ def test_encoder_and_decoder_of_stable_diffusion() -> None:
 def test_configurations_there_and_back(name: str) -> None:
     preset = PRESETS[name]
     written = preset.config.to_dict()
-    assert written["_class_name"] == preset.family, "diffusers opens every preset"
+    extended = preset.name == "taef2"
+    assert written["_class_name"] == preset.family + "Extended" * extended, "diffusers opens the others of its classes"
     assert FAMILIES[preset.family].config.from_dict(written) == preset.config
 
 
 @pytest.mark.parametrize(
     ("name", "channels", "factor"),
-    [("sd1", 4, 8), ("sd3", 16, 8), ("flux2", 128, 16), ("flux2-small-decoder", 128, 16), ("taef1", 16, 8)],
+    [
+        *(
+            ("sd1", 4, 8),
+            ("sd3", 16, 8),
+            ("qwen-image", 16, 8),
+            ("wan2.1", 16, 8),
+            ("taef1", 16, 8),
+            ("taew2.1", 16, 8),
+        ),
+        *(("flux2", 128, 16), ("flux2-small-decoder", 128, 16), ("taef2", 128, 16)),
+    ],
 )
 def test_what_the_denoiser_sees(name: str, channels: int, factor: int) -> None:
     config = PRESETS[name].config
@@ -73,6 +87,10 @@ def test_what_the_denoiser_sees(name: str, channels: int, factor: int) -> None:
         ("FLUX.2 small decoder", "flux2-small-decoder"),
         ("CogView4", "cogview4"),
         ("TAESD-XL", "taesdxl"),
+        ("Qwen_Image", "qwen-image"),
+        ("Krea 2", "qwen-image"),
+        ("Wan-2.1", "wan2.1"),
+        ("taew2_1", "taew2.1"),
         ("sd4", None),
         ("", None),
     ],

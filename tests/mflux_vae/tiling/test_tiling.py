@@ -21,12 +21,12 @@ from mflux_vae.networks.tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mflux_vae.tiling import tiles
 from mflux_vae.tiling.strips import Buffered, Convolution, StripRun
 from mflux_vae.tiling.tiles import Tiling
-from tests.mflux_vae.small_models import drawn, small_kl, small_plain
+from tests.mflux_vae.small_models import drawn, small_kl, small_plain, small_qwen_image, small_taehv
 
 
 def small_tiny() -> nn.Module:
     widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    return drawn(AutoencoderTiny(AutoencoderTinyConfig(**widths)))
+    return drawn(AutoencoderTiny(AutoencoderTinyConfig(pool=True, **widths)))
 
 
 def small_flux2() -> nn.Module:
@@ -52,6 +52,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "flux2": small_flux2,
     "tiny": small_tiny,
     "plain": small_plain,
+    "qwen-image": small_qwen_image,
+    "taehv": small_taehv,
 }
 built: dict[str, nn.Module] = {}
 

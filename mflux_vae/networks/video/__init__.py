@@ -1,0 +1,1 @@
+"""Autoencoders of video models, for single images."""
