@@ -107,6 +107,14 @@ class DreamBoothSettings:
         None,
         choices=("epsilon", "v_prediction"),
     )
+    preview_model: str | None = flag(
+        "another model of the same architecture, given like --model, that draws previews (with the adapter) and class"
+        " images: the distilled sibling of a base model needs a tenth of the steps. Its class images differ from the"
+        " base model's (default: --model)",
+        None,
+        aliases=("validation_model_path",),
+        path=True,
+    )
     instance_data_dir: str = flag("folder with images of the subject [required]", "", path=True)
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(
@@ -231,8 +239,8 @@ class DreamBoothSettings:
     max_train_steps: int = flag("number of optimizer updates", 800, least=1)
     num_train_epochs: int | None = flag("number of epochs, instead of --max_train_steps", None, least=1)
     caption_dropout: float | None = flag(
-        "share of training prompts replaced by the empty prompt, for classifier-free guidance (default: the"
-        " pipeline's)",
+        "share of training prompts replaced by the empty prompt, for classifier-free guidance; of class images, too,"
+        " other than in diffusers' scripts (default: the pipeline's)",
         None,
         least=0,
         below=1,
@@ -261,10 +269,16 @@ class DreamBoothSettings:
     )
     offset_noise: bool | None = flag("same as --noise_offset 0.1", None)
     guidance: float | None = flag(
-        "guidance scale of class images and previews (default: the pipeline's)",
+        "guidance scale of class images and previews (default: that of the model that draws them)",
         None,
         least=0,
-        aliases=("guidance_scale",),
+        aliases=("guidance_scale", "validation_guidance_scale"),
+    )
+    num_inference_steps: int | None = flag(
+        "denoising steps of class images and previews (default: those of the model that draws them)",
+        None,
+        least=1,
+        aliases=("validation_num_inference_steps",),
     )
 
     learning_rate: float | None = flag(
@@ -305,7 +319,9 @@ class DreamBoothSettings:
     prodigy_safeguard_warmup: bool = flag("keep the warm-up out of prodigy's estimate", True)
 
     validation_prompt: tuple[str, ...] | None = flag(
-        "prompts of the previews, one or more (default: --instance_prompt of each subject)", None, group="monitoring"
+        "prompts of the previews, one or more (default: --instance_prompt of each subject)",
+        None,
+        group="monitoring",
     )
     validation_steps: int | None = flag("updates between previews (default: an eighth of the run)", None, least=1)
     validation_epochs: int | None = flag("epochs between previews, instead of --validation_steps", None, least=1)
@@ -363,6 +379,8 @@ class DreamBoothSettings:
             raise SettingsError(f"--use_8bit_adam: only with --optimizer adamw, and --optimizer is {self.optimizer}")
         if self.use_8bit_adam:
             object.__setattr__(self, "optimizer", "adamw8bit")
+        if self.preview_model is not None and self.preview_model == self.model:
+            raise SettingsError("--preview_model is --model, which draws previews anyway; leave it out")
         given = [f"--{name}" for name in _LORA_ONLY if getattr(self, name) not in (None, 0)]  # False is 0
         if given and self.train_mode == "full":
             raise SettingsError(f"{', '.join(given)}: only with --train_mode lora, and --train_mode is full")
@@ -398,5 +416,5 @@ class DreamBoothSettings:
 
 _LORA_ONLY = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
-    *("assistant_lora", "output_kohya_format", "fuse"),
+    *("assistant_lora", "output_kohya_format", "fuse", "preview_model"),
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
+from mflux_vae_train.dreambooth import preview_model
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset
 from mflux_vae_train.dreambooth.data.class_images import class_files, class_identity, generate_class_images
 from mflux_vae_train.dreambooth.data.encoding import (
@@ -31,7 +32,7 @@ class Precomputed:
     """
     Attributes:
         dataset: latents and conditioning that the updates draw from.
-        prompts: all prompts of the run, those of the previews included.
+        prompts: of class images and previews, for the model that draws them.
         class_identity: see `class_images.class_identity`.
     """
 
@@ -60,11 +61,19 @@ def precompute(
     captions = [one.caption for one in run.dataset.images]
     class_prompts = [one.class_prompt for one in resolved.subjects if one.class_prompt is not None]
     all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]
-    prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
+    shared = preview_model.share_encoders(pipeline, run.drawing, resolved)
+    drawn_prompts = prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
     release(pipeline, "prompts")
+    if not shared:
+        its_cache = open_cache(run.drawing, Path(resolved.encodings_dir or default_folder), processes)
+        drawn_prompts = encode_prompts(
+            run.drawing, [*class_prompts, "", *resolved.validation_prompt], its_cache, processes=processes
+        )
+        release(run.drawing, "prompts")
     if any(one.missing for one in run.class_folders):
         begin("class images")
-    class_images = _class_images(pipeline, run, prompts, processes)
+    class_images = _class_images(run, drawn_prompts, processes)
+    preview_model.release_denoiser(pipeline, run.drawing)
     begin("latents")
     dataset = encode_dataset(
         pipeline,
@@ -81,12 +90,10 @@ def precompute(
     if cache.hits:
         logger.info("%d encodings of earlier runs reused, %d new", cache.hits, cache.writes)
     identity = processes.broadcast(lambda: class_identity(class_images or []))
-    return Precomputed(dataset=dataset, prompts=prompts, class_identity=identity)
+    return Precomputed(dataset=dataset, prompts=drawn_prompts, class_identity=identity)
 
 
-def _class_images(
-    pipeline: DiffusionPipeline, run: Preparation, prompts: EncodedPrompts, processes: ProcessGroup
-) -> list[Sequence[Path]] | None:
+def _class_images(run: Preparation, prompts: EncodedPrompts, processes: ProcessGroup) -> list[Sequence[Path]] | None:
     """Generate the missing class images.
 
     Returns:
@@ -100,14 +107,15 @@ def _class_images(
             continue
         start = time.monotonic()
         generate_class_images(
-            pipeline,
+            run.drawing,
             prompts.get(one.prompt),
             one.missing,
             one.folder,
             count=resolved.num_class_images,
             class_prompt=one.prompt,
             resolution=resolved.resolution,
-            guidance=resolved.guidance,
+            guidance=resolved.drawing_guidance,
+            steps=resolved.drawing_steps,
             seed=resolved.seed,
             batch_size=resolved.sample_batch_size,
             processes=processes,

@@ -24,6 +24,9 @@ NEEDS_WEIGHTS = frozenset({"base weights", "encoders"})
 TO_GENERATE = f"{CLASS_PICTURES} to generate"
 """Name in an identity: names of the class images that are missing; then there is no hash of them yet."""
 
+_DRAWING = frozenset({"preview_model", "num_inference_steps"})
+"""Settings that the training depends on where class images are to be generated."""
+
 _LENGTHS = frozenset({"max_train_steps", "num_train_epochs"})
 """Settings whose change makes a run longer or shorter."""
 
@@ -159,6 +162,8 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any], igno
     details = CLASS_PICTURES + BY_FILE
     if CLASS_PICTURES not in before or TO_GENERATE in now:
         ignored.add(CLASS_PICTURES)
+    if TO_GENERATE not in now:
+        ignored |= _DRAWING
     found = differences(before, now, ignored=ignored)
     if TO_GENERATE in now and (then := file_rows(before, CLASS_PICTURES)) is not None:
         present = {*(row[0] for row in now[details])}

@@ -168,6 +168,8 @@ class DreamBooth:
                 ):
                     _log(summary(self.pipeline, run, folder, processes), run.resolved.warnings)
                     pipeline_features.apply(self.pipeline, run.resolved)
+                    if run.drawing is not self.pipeline:
+                        pipeline_features.apply(run.drawing, run.resolved)
                     return _train(self.pipeline, run, folder, processes, report)
             except OSError as error:
                 raise TrainingError(f"{error}; repeat the command to continue when it can be written again") from error
@@ -205,7 +207,7 @@ def _train(
         with device_errors(f"the adapter is saved as {result}; leave out --fuse"):
             fused = save_fused(pipeline, resolved, folder)
         _log([f"saved the whole pipeline with the adapter in its weights: {fused}"])
-    write_model_card(pipeline, resolved, folder, result)
+    write_model_card(pipeline, run.drawing, resolved, folder, result)
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(peak_memory(read_metrics(folder.metrics)))

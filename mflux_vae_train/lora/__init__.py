@@ -10,11 +10,11 @@ from mflux_vae_train.lora.files import (
 )
 from mflux_vae_train.lora.from_checkpoint import ALPHAS
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
-from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers
+from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers, transplanted
 from mflux_vae_train.lora.location import adapter_file, fetch_adapter
 from mflux_vae_train.lora.metadata import METADATA_KEY
 from mflux_vae_train.lora.reading import Adapter, Names, Networks, read_adapter
-from mflux_vae_train.lora.targets import ALL_LAYERS, matching, patterns_of
+from mflux_vae_train.lora.targets import ALL_LAYERS, matches, matching, patterns_of
 
 __all__ = [
     "ALL_LAYERS",
@@ -37,10 +37,12 @@ __all__ = [
     "kohya_tensors",
     "layers",
     "load_adapter",
+    "matches",
     "matching",
     "patterns_of",
     "read_adapter",
     "read_assistant",
     "save_adapter",
+    "transplanted",
     "without_assistant",
 ]

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -112,6 +113,20 @@ def disabled(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.update_modules(tree_unflatten(list(adapted.items())))
+
+
+@contextmanager
+def transplanted(module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Within the block `other` has the adapters of `module`, the same arrays on its base layers of the same paths."""
+    layers_of = linears(other)
+    moved = {path: copy(layer) for path, layer in layers(module).items()}
+    for path, layer in moved.items():
+        layer.linear = layers_of[path]
+    other.update_modules(tree_unflatten(list(moved.items())))
+    try:
+        yield
+    finally:
+        other.update_modules(tree_unflatten([(path, layer.linear) for path, layer in moved.items()]))
 
 
 def fuse(module: nn.Module) -> None:

@@ -44,17 +44,17 @@ def matching(module: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
         SettingsError: none matches; names some existing layers.
     """
     layers = linears(module)
-    matched = sorted(
-        path
-        for path, layer in layers.items()
-        if any(
-            fnmatchcase(path, pattern) and not (pattern == "*" and isinstance(layer, Conv2d)) for pattern in patterns
-        )
-    )
+    matched = sorted(path for path, layer in layers.items() if matches(path, layer, patterns))
     if not matched:
         some = first_few(sorted(layers), 4, 50) or "none"
         raise SettingsError(f"no linear layer matches {first_few(patterns, 4, 50)}; the module has {some}")
     return {path: sum(dimensions(layers[path])) for path in matched}
+
+
+def matches(path: str, layer: Any, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns selects a layer, see `matching`."""
+    kept = [pattern for pattern in patterns if not (pattern == "*" and isinstance(layer, Conv2d))]
+    return any(fnmatchcase(path, pattern) for pattern in kept)
 
 
 def linears(module: nn.Module) -> dict[str, Any]:

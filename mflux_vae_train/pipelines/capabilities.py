@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,6 +92,19 @@ class SharesHostWeights(Protocol):
 
     def update_host(self) -> None:
         """Put the result of a training into the object: adapters, or trained weights."""
+        ...
+
+
+@runtime_checkable
+class SupportsPreviewModel(Protocol):
+    """A pipeline that holds little memory while it draws previews for another one of its class."""
+
+    def share_encoders(self, other: Any, use: Use) -> None:
+        """Use these encoders of another pipeline from now on. The encodings of both are equal."""
+        ...
+
+    def release_denoiser(self) -> None:
+        """Free the denoiser; it is loaded again on demand."""
         ...
 
 
@@ -269,7 +282,7 @@ class SupportsAdapterExport(Protocol):
         ...
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
-        """Program -> instructions for using an adapter there, as Markdown.
+        """Program -> instructions for using an adapter there with this pipeline's model, as Markdown.
 
         Args:
             adapter: name of its file.

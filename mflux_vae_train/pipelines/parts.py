@@ -215,6 +215,20 @@ class PartsPipeline(ABC):
         """Keep only the inputs of the denoiser's blocks for the backward pass, which runs the blocks again."""
         self._denoiser.apply(lambda module: setattr(module, "gradient_checkpointing", on))
 
+    # capabilities.SupportsPreviewModel
+
+    def share_encoders(self, other: PartsPipeline, use: Use) -> None:
+        """Use the text encoders or the autoencoder of another pipeline, whose encodings are equal."""
+        if use == "prompts":
+            self.prompts = other.prompts
+        else:
+            self.parts = replace(self.parts, vae=other.parts.vae)
+
+    def release_denoiser(self) -> None:
+        """Free the denoiser, if it can be loaded again."""
+        self._denoiser.release()
+        mx.clear_cache()
+
     # capabilities.SupportsPromptInspection
 
     def inspect_prompts(

@@ -189,6 +189,7 @@ def generate_class_images(
     class_prompt: str,
     resolution: int,
     guidance: float,
+    steps: int,
     seed: int,
     batch_size: int | None = None,
     processes: ProcessGroup = SINGLE,
@@ -210,7 +211,8 @@ def generate_class_images(
     def sample(batch: range) -> list[mx.array]:
         keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, batch)
         names = [f"class image {index} of {shortened(class_prompt, SHOWN_PROMPT)!r}" for index in batch]
-        images = sample_images(pipeline, conditioning, keys, names, resolution=resolution, guidance=guidance)
+        options: dict[str, Any] = {"resolution": resolution, "guidance": guidance, "steps": steps}
+        images = sample_images(pipeline, conditioning, keys, names, **options)
         for name, image in zip(names, images, strict=True):
             if _is_blank(image):
                 raise RunError(f"{name} is one colour, so the device failed; run the command again")
@@ -233,8 +235,9 @@ def sample_images(
     *,
     resolution: int,
     guidance: float,
+    steps: int,
 ) -> list[np.ndarray]:
-    """Square images (uint8) of one prompt, one per key, with the pipeline's recommended number of steps.
+    """Square images (uint8) of one prompt, one per key.
 
     Args:
         names: of the images, for errors.
@@ -243,9 +246,7 @@ def sample_images(
         RunError: an image has NaN or infinite values.
     """
     rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
-    pixels = checks.sample(
-        pipeline, rows, size=(resolution, resolution), steps=pipeline.recommended.steps, guidance=guidance, key=keys
-    )
+    pixels = checks.sample(pipeline, rows, size=(resolution, resolution), steps=steps, guidance=guidance, key=keys)
     # NumPy has no bfloat16, in which a host's pipeline may sample
     values = np.array(pixels.astype(mx.float32))
     for name, image in zip(names, values, strict=True):

@@ -44,7 +44,13 @@ _USED_BY: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 
 def config_warnings(
-    settings: DreamBoothSettings, recommended: Recommended, *, preservation: Kind, updates: int, per_update: int = 1
+    settings: DreamBoothSettings,
+    recommended: Recommended,
+    *,
+    preservation: Kind,
+    updates: int,
+    per_update: int = 1,
+    drawing: Recommended | None = None,
 ) -> list[str]:
     """One line for each setting outside its usual range, without effect, or known to give bad results.
 
@@ -52,10 +58,12 @@ def config_warnings(
         settings: as the user gave them.
         updates: of the whole run.
         per_update: instance images of an update.
+        drawing: recommendations of the model that draws class images and previews; None for the trained one.
     """
-    low, high = recommended.usual_guidance or USUAL_GUIDANCE
-    guidance = min(low, recommended.guidance), max(high, recommended.guidance)
-    distilled = _distilled(settings, recommended)
+    drawing = drawing or recommended
+    low, high = drawing.usual_guidance or USUAL_GUIDANCE
+    guidance = min(low, drawing.guidance), max(high, drawing.guidance)
+    distilled = _distilled(settings, drawing)
     return [
         *_unusual(settings, {} if distilled else {"guidance": guidance}),
         *_unusual_rate(settings, recommended, per_update),
@@ -120,6 +128,9 @@ def without_effect(
         reasons |= dict.fromkeys(images, f"--prior_preservation {preservation} uses no class images")
         if settings.num_class_images == 0:
             del reasons["num_class_images"]
+        if settings.num_validation_images == 0:
+            drawn = ("preview_model", "num_inference_steps")
+            reasons |= dict.fromkeys(drawn, "there are no previews and no class images")
     if preservation == "none":
         reasons |= dict.fromkeys(("prior_loss_weight", "class_prompt"), "there is no prior preservation")
     return reasons

@@ -14,6 +14,7 @@ from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
+from mflux_vae_train.dreambooth.planning.drawn_footprint import footprint_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.run_folder import RESUMABLE_CHANGES
 from mflux_vae_train.dreambooth.run_status import UNCHANGEABLE
@@ -59,9 +60,9 @@ def reducing(
     memory: Callable[[Footprint], float],
 ) -> list[str]:
     """The mildest flags that reduce this part of the estimate, one by one."""
-    before = memory(pipeline.footprint(work))
+    before = memory(footprint_of(pipeline, work))
     firsts = [group[0] for group in fixes(pipeline, resolved, work)]
-    return [fix.flags for fix in firsts if memory(pipeline.footprint(fix.change(work))) < before]
+    return [fix.flags for fix in firsts if memory(footprint_of(pipeline, fix.change(work))) < before]
 
 
 def after_failure(
@@ -272,7 +273,7 @@ def _least(pipeline: SupportsMemoryControl, strongest: Sequence[Fix], work: Work
 def _peak(pipeline: SupportsMemoryControl, some: Sequence[Fix], work: Workload) -> int:
     for fix in some:
         work = fix.change(work)
-    return pipeline.footprint(work).peak
+    return footprint_of(pipeline, work).peak
 
 
 def _text(some: Sequence[Fix], peak: int) -> str:

@@ -25,16 +25,13 @@ from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_p
 from mflux_vae_train.dreambooth.optimization.optimizer import concurrent_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning import memory_advice
+from mflux_vae_train.dreambooth.planning.drawn_footprint import TRAINING, footprint_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.monitoring.progress import duration
-from mflux_vae_train.pipelines import checks
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, Record
-
-TRAINING = "training"
-"""Name of the phase whose operations are those of one update."""
 
 MIN_REPORTED_SECONDS = 120.0
 """Shorter time estimates are not logged."""
@@ -100,8 +97,8 @@ def workload(
             prompt_tokens=resolved.max_sequence_length,
             class_images=class_images,
             images=max(1, previews, min(resolved.sample_batch_size, class_images)),
-            guidance=resolved.guidance,
-            steps=pipeline.recommended.steps,
+            guidance=resolved.drawing_guidance,
+            steps=resolved.drawing_steps,
             previews=previews > 0,
             quantize=resolved.quantize,
             gradient_checkpointing=resolved.gradient_checkpointing,
@@ -121,7 +118,7 @@ def fit_gradient_checkpointing(
     if resolved.given.gradient_checkpointing is not None or limit is None:
         return resolved, work
     checkpointed = replace(work, gradient_checkpointing=True)
-    before, after = (_training_peak(checks.footprint(pipeline, one)) for one in (work, checkpointed))
+    before, after = (_training_peak(footprint_of(pipeline, one)) for one in (work, checkpointed))
     if before <= limit or after >= before:
         return resolved, work
     warning = (
@@ -153,7 +150,7 @@ def fit_batch_size(
     if resolved.gradient_checkpointing and not resolved.given.gradient_checkpointing:
         sizes = [1]
     candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
-    fitting = (one for one in candidates if checks.footprint(pipeline, one[1]).peak <= limit)
+    fitting = (one for one in candidates if footprint_of(pipeline, one[1]).peak <= limit)
     size, work = next(fitting, candidates[-1])
     note = f"--train_batch_size auto: {images // size} micro-batches of {size} for {images} images per update"
     notes = (*resolved.notes, note)
@@ -163,7 +160,7 @@ def fit_batch_size(
 
 def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: Workload) -> Estimate:
     """Ask the pipeline what the run takes, and compare it with the available memory."""
-    footprint, limit = checks.footprint(pipeline, work), _limit(resolved)
+    footprint, limit = footprint_of(pipeline, work), _limit(resolved)
     problem = None
     if limit is not None and footprint.peak > limit:
         phase = max(footprint.phases, key=lambda phase: phase.peak)

@@ -15,7 +15,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import branch
 from mflux_vae_train.checkpointing.differences import BY_FILE, listed
 from mflux_vae_train.distributed.process_group import IDLE_WARNING, SINGLE, ProcessGroup
-from mflux_vae_train.dreambooth import pipeline_features
+from mflux_vae_train.dreambooth import pipeline_features, preview_model
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.class_images import (
     CLASS_PICTURES,
@@ -36,6 +36,7 @@ from mflux_vae_train.dreambooth.planning.adapter import (
     with_adapter_settings,
 )
 from mflux_vae_train.dreambooth.planning.config_warnings import without_effect
+from mflux_vae_train.dreambooth.planning.drawn_footprint import DrawnWorkload
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
     Estimate,
     assumed_device,
@@ -70,6 +71,8 @@ class Preparation:
     """A run that is ready to start.
 
     Attributes:
+        drawing: the pipeline that draws class images and previews, if it is not the trained one that of
+            ``--preview_model``.
         dataset: the instance images.
         class_folders: class images, present and missing; empty without class images.
         trainable: what is trained.
@@ -79,6 +82,7 @@ class Preparation:
     """
 
     resolved: ResolvedSettings
+    drawing: DiffusionPipeline
     dataset: InstanceDataset
     class_folders: Sequence[ClassFolder]
     trainable: Trainable
@@ -105,22 +109,24 @@ def prepare(
         ImageError: no instance images, or an image that cannot be read.
         SettingsError: settings that do not fit the pipeline, the images or the output folder.
     """
+    given = settings
     pipeline_features.check(pipeline, settings)
+    drawing = preview_model.open_preview_model(pipeline, settings)
     for name in ("output_dir", "encodings_dir", "logging_dir"):
         if reason := missing(getattr(settings, name) or ".", "", "remove the link"):
             raise SettingsError(f"--{name} {getattr(settings, name)} {reason}")
         place = Path(getattr(settings, name) or ".")
         if file := next((one for one in (place, *place.parents) if one.is_file()), None):
             raise SettingsError(f"--{name} {place}: {file} is a file, not a folder")
-    given = settings
     settings, adapter_warnings = with_adapter_settings(settings, pipeline)
     recommended = pipeline.recommended
     resolution = training_resolution(settings, recommended)
     dataset = load_dataset(settings, resolution=resolution, multiple=recommended.size_multiple)
-    resolved = resolve(settings, recommended, dataset, given)
+    resolved = resolve(settings, recommended, dataset, given, drawing.recommended)
     pipeline_features.check_sampling(pipeline, resolved.sampling)
     resolved = replace(resolved, warnings=(*resolved.warnings, *pipeline_features.warnings(pipeline)))
     trainable = plan_trainable(pipeline, resolved)
+    preview_model.check_fits(pipeline, drawing, trainable.targets, resolved.resolution)
     assistant, assistant_warnings = read_assistant(pipeline, resolved)
     resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings, *assistant_warnings))
     assisting = 0 if assistant is None else sum(matrix.size for matrix in assistant.tensors.values())
@@ -131,7 +137,7 @@ def prepare(
     unused += [*identifier_warnings(resolved), *syntax_warnings(prompts_of(resolved, dataset))]
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
-        resolved, memory = _estimate(pipeline, resolved, dataset, folders, trainable, assisting, processes)
+        resolved, memory = _estimate(pipeline, drawing, resolved, dataset, folders, trainable, assisting, processes)
     if (accumulation := resolved.plan.accumulation) < processes.size:
         idle = IDLE_WARNING % (processes.size, accumulation, processes.size)
         resolved = replace(resolved, warnings=(*resolved.warnings, idle))
@@ -179,6 +185,7 @@ def prepare(
     resolved = replace(resolved, warnings=(*resolved.warnings, *more))
     return Preparation(
         resolved=resolved,
+        drawing=drawing,
         dataset=dataset,
         class_folders=folders,
         trainable=trainable,
@@ -234,6 +241,7 @@ def _checkpoints_text(resolved: ResolvedSettings) -> str:
 
 def _estimate(
     pipeline: DiffusionPipeline,
+    drawing: DiffusionPipeline,
     resolved: ResolvedSettings,
     dataset: InstanceDataset,
     folders: Sequence[ClassFolder],
@@ -257,6 +265,12 @@ def _estimate(
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
     )
+    if drawing is not pipeline:
+        if isinstance(drawing, SupportsMemoryControl):
+            work = DrawnWorkload(**vars(work), drawing=drawing)
+        else:
+            unknown = f"the estimate lacks the memory of --preview_model: {drawing.name} does not estimate it"
+            resolved = replace(resolved, warnings=(*resolved.warnings, unknown))
     resolved, work = fit_gradient_checkpointing(pipeline, resolved, work)
     if resolved.auto_batch_size:
         resolved, work = fit_batch_size(pipeline, resolved, work, processes.size)

@@ -48,6 +48,7 @@ class ResolvedSettings(DreamBoothSettings):
         given: the settings before anything was derived.
         auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
         samples: instance samples of the whole run.
+        drawing_guidance, drawing_steps: of class images and previews.
         sampling: how noise levels are drawn; None for the pipeline's default.
         trackers: names of the trackers that ``--report_to`` selects.
         notes: decisions with their reasons, one line each, for the log.
@@ -69,6 +70,8 @@ class ResolvedSettings(DreamBoothSettings):
     given: DreamBoothSettings
     auto_batch_size: bool
     samples: int
+    drawing_guidance: float
+    drawing_steps: int
     sampling: NoiseSampling | None
     trackers: tuple[str, ...]
     notes: tuple[str, ...]
@@ -104,6 +107,7 @@ def resolve(
     recommended: Recommended,
     dataset: InstanceDataset,
     given: DreamBoothSettings | None = None,
+    drawing: Recommended | None = None,
 ) -> ResolvedSettings:
     """Answer what is open. ``--train_batch_size auto`` becomes 1 and gradient checkpointing is off, unless it is given:
     `memory_estimate` changes both.
@@ -111,19 +115,20 @@ def resolve(
     Args:
         given: what `settings` were derived from, for example without the rank of ``--lora_weights``; None if from
             nothing else.
+        drawing: recommendations of the model that draws class images and previews; None for the trained one.
 
     Raises:
         SettingsError: prior preservation is requested without a class prompt, a prompt has a placeholder of another
             tool, or a tracker is not installed.
     """
-    given = given or settings
+    given, drawing = given or settings, drawing or recommended
     flagged = settings.with_prior_preservation is not None
     settings, replaced = fill_placeholders(settings)
     samples, per_update = _samples(settings, dataset.samples_per_epoch)
     updates = -(-samples // per_update)
     preservation = resolve_preservation(settings)
     warnings = config_warnings(
-        settings, recommended, preservation=preservation.kind, updates=updates, per_update=per_update
+        settings, recommended, preservation=preservation.kind, updates=updates, per_update=per_update, drawing=drawing
     )
     notes, first = list(preservation.notes), preservation.concepts[0]
     if settings.lr_warmup_steps == _DEFAULTS["lr_warmup_steps"] and "lr_warmup_steps" not in origins_of(given):
@@ -167,6 +172,13 @@ def resolve(
         max_train_steps=updates,
         validation_epochs=None,
     )
+    guidance = drawing.guidance if given.guidance is None else given.guidance
+    steps = settings.num_inference_steps or drawing.steps
+    if settings.preview_model is not None:
+        what = "class images and previews" if preservation.kind == "class_images" else "previews"
+        notes.append(f"{what} are drawn by {settings.preview_model}: {steps} steps, guidance {guidance:g}")
+        if settings.fuse:
+            notes.append(f"--fuse writes {settings.model} with the adapter, not {settings.preview_model}")
     answers = {
         "class_data_dir": first.class_data_dir,
         "prior_loss_weight": None if preservation.kind == "none" else settings.prior_loss_weight,
@@ -180,6 +192,8 @@ def resolve(
         given=given,
         auto_batch_size=settings.train_batch_size is None,
         samples=samples,
+        drawing_guidance=guidance,
+        drawing_steps=steps,
         sampling=_sampling(settings, recommended),
         trackers=tuple(trackers.requested_trackers(settings.report_to)),
         notes=tuple(notes),

@@ -22,31 +22,47 @@ _SETTINGS = (
 """Settings shown in the card; settings.yaml has all of them."""
 
 
-def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder, result: Path) -> None:
+def write_model_card(
+    pipeline: DiffusionPipeline,
+    drawing: DiffusionPipeline,
+    resolved: ResolvedSettings,
+    folder: RunFolder,
+    result: Path,
+) -> None:
     """Write base model, prompts, tags, the last preview, how to load the result, and the main settings.
 
     The metadata declares no licence; the text refers to that of the base model.
+
+    Args:
+        drawing: the model that drew the previews. The instructions for other programs are for it.
     """
-    base = pipeline.base_model if isinstance(pipeline, SupportsAdapterExport) else None
+    base = _base_model(pipeline)
     previews = preview_grid.previews(folder.samples)
     preview = previews[-1][1].relative_to(folder.root).as_posix() if previews else None
-    link = f"[{base}](https://huggingface.co/{base})" if base else f"`{pipeline.name}`"
+    link = _link(pipeline)
     adapter = resolved.train_mode == "lora"
     kind = ("DoRA adapter" if resolved.use_dora else "LoRA adapter") if adapter else "fine-tuned model"
     prompts = ", ".join(f"`{concept.instance_prompt}`" for concept in resolved.subjects)
     parts = [f"# {folder.root.resolve().name}\n\nA {kind} for {link}, trained with DreamBooth on: {prompts}."]
     if preview is not None:
         parts.append(f"![images sampled after training]({preview})")
-    if adapter and isinstance(pipeline, SupportsAdapterExport):
-        usage = pipeline.usage(
+    if drawing is not pipeline:
+        parts.append(
+            f"The previews are by {_link(drawing)}, which takes this adapter as well: {resolved.drawing_steps} steps,"
+            f" guidance {resolved.drawing_guidance:g}. The instructions are for it; {link} is used in the same way."
+        )
+    if adapter and isinstance(drawing, SupportsAdapterExport):
+        usage = drawing.usage(
             result.name, resolved.instance_prompt, dora=resolved.use_dora, text_encoder=resolved.train_text_encoder
         )
         parts += [f"## In {program}\n\n{text.strip()}" for program, text in usage.items()]
     files = [f"`{KOHYA}` is the same adapter in kohya's naming."] if resolved.output_kohya_format else []
-    files += [f"`{FUSED}/` is the whole pipeline with the adapter fused into its weights."] if resolved.fuse else []
+    whole = "the whole pipeline" if drawing is pipeline else f"the whole pipeline of {link}"
+    files += [f"`{FUSED}/` is {whole} with the adapter fused into its weights."] if resolved.fuse else []
     if resolved.fuse_single_file:
-        whole = FUSED if adapter else TRAINED
-        files.append(f"`{whole}{SINGLE}` is the whole model in one file, for ComfyUI and other programs.")
+        files.append(
+            f"`{FUSED if adapter else TRAINED}{SINGLE}` is the whole model in one file, for ComfyUI and other programs."
+        )
     if files:
         parts.append(" ".join(files))
     rows = [(name, getattr(resolved, name)) for name in _SETTINGS]
@@ -56,6 +72,16 @@ def write_model_card(pipeline: DiffusionPipeline, resolved: ResolvedSettings, fo
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
     parts.append(f"## Licence\n\nThis is a derivative of {link}; the licence of the base model applies.")
     write_text(folder.card, _metadata(resolved, base, preview) + "\n\n".join(parts) + "\n")
+
+
+def _base_model(pipeline: DiffusionPipeline) -> str | None:
+    return pipeline.base_model if isinstance(pipeline, SupportsAdapterExport) else None
+
+
+def _link(pipeline: DiffusionPipeline) -> str:
+    """Its page on the Hub, or its name."""
+    base = _base_model(pipeline)
+    return f"[{base}](https://huggingface.co/{base})" if base else f"`{pipeline.name}`"
 
 
 def _metadata(resolved: ResolvedSettings, base: str | None, preview: str | None) -> str:

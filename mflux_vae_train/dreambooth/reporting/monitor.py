@@ -78,6 +78,7 @@ class Monitor:
             self._pipeline,
             self._prompts,
             resolved,
+            drawing=run.drawing,
             subject=[image.read(image.square) for image in run.dataset.images[:subjects]],
             samples=folder.samples,
             trackers=trackers,
@@ -115,7 +116,7 @@ class Monitor:
         resolved, plan = self._run.resolved, self._run.resolved.plan
         images = resolved.num_validation_images * len(resolved.validation_prompt)
         per_image = self.pace.per_update / (3 * plan.accumulation * plan.batch_size)
-        return images * self._pipeline.recommended.steps * per_image
+        return images * resolved.drawing_steps * per_image
 
     def finish(self, note: str) -> None:
         """Write the final report."""

@@ -22,6 +22,7 @@ from mflux_vae_train.dreambooth.data.class_images import sample_images
 from mflux_vae_train.dreambooth.data.encoding import SHOWN_PROMPT, images_per_batch
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
+from mflux_vae_train.dreambooth.preview_model import adapted
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.monitoring.trackers import Tracker
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
@@ -37,6 +38,8 @@ class Previews:
     are logged and do not end the run, except those of a CUDA device: its memory may hold anything after one.
 
     Args:
+        pipeline: holds the adapter.
+        drawing: draws with it.
         conditioning: of each validation prompt, one row each.
         subject: instance images for the top row of the grid, uint8 (resolution, resolution, 3).
         samples: output folder.
@@ -53,12 +56,13 @@ class Previews:
         conditioning: Sequence[Conditioning],
         resolved: ResolvedSettings,
         *,
+        drawing: DiffusionPipeline,
         subject: Sequence[np.ndarray],
         samples: Path,
         trackers: Sequence[Tracker] = (),
         processes: ProcessGroup = SINGLE,
     ) -> None:
-        self._pipeline, self._conditioning = pipeline, conditioning
+        self._pipeline, self._drawing, self._conditioning = pipeline, drawing, conditioning
         self._resolved, self._processes = resolved, processes
         self._subject, self._samples, self._trackers = subject, samples, trackers
         self._count = resolved.num_validation_images
@@ -68,7 +72,7 @@ class Previews:
             return
         try:
             prompts = self._resolved.validation_prompt
-            with lora.without_assistant(self._pipeline.denoiser):
+            with lora.without_assistant(self._pipeline.denoiser), adapted(self._pipeline, self._drawing):
                 rows = [self._sample(*one) for one in zip(prompts, self._conditioning, strict=True)]
             if self._processes.is_main:
                 self._write(update, rows)
@@ -88,7 +92,7 @@ class Previews:
             logger.warning(
                 "preview after update %d failed (%s: %s)%s", update, type(error).__name__, error, cure and f"; {cure}"
             )
-        release(self._pipeline, "images")
+        release(self._drawing, "images")
         mx.clear_cache()
 
     def _write(self, update: int, rows: Sequence[Sequence[np.ndarray]]) -> None:
@@ -113,8 +117,9 @@ class Previews:
             keys = sample_keys(resolved.seed, Stream.PREVIEW, 0, batch)
             try:
                 names = [f"image {index} of {shortened(prompt, SHOWN_PROMPT)!r}" for index in batch]
-                options: dict[str, Any] = {"resolution": resolved.resolution, "guidance": resolved.guidance}
-                images = sample_images(self._pipeline, conditioning, keys, names, **options)
+                options: dict[str, Any] = {"guidance": resolved.drawing_guidance, "steps": resolved.drawing_steps}
+                options["resolution"] = resolved.resolution
+                images = sample_images(self._drawing, conditioning, keys, names, **options)
                 return [mx.array(image) for image in images]
             except Exception as error:  # raised below in all processes, so that none waits for this one
                 errors.append(error)

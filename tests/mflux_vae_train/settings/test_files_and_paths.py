@@ -134,7 +134,8 @@ def test_home_is_expanded_in_flags_files_and_settings(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    field = {"pretrained_model_name_or_path": "model", "pretrained_vae_model_name_or_path": "vae"}.get(name, name)
+    aliases = {field.metadata["aliases"]: field.name for field in dataclasses.fields(DreamBoothSettings)}
+    field = next((field for names, field in aliases.items() if name in names), name)
     needed = [word for word in WORDS if not word.startswith(f"--{field}=")]
     (tmp_path / "run.yaml").write_text(f"{name}: ~/x\n")
     for words in ([f"--{name}=~/x"], [f"--{name.replace('_', '-')}", "~/x"], ["--config=~/run.yaml"]):

@@ -27,6 +27,7 @@ def generate(folder, indices, *, seed=0, prompt=PROMPT):
         class_prompt=prompt,
         resolution=16,
         guidance=1.5,
+        steps=3,
         seed=seed,
     )
     return pipeline
