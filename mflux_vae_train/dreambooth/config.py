@@ -208,6 +208,9 @@ class DreamBoothSettings:
         most=8,
         group="memory",
     )
+    bnb_quantization_config_path: str | None = flag(
+        "JSON file of a BitsAndBytesConfig: same as --quantize 4 or 8", None, path=True
+    )
     gradient_checkpointing: bool | None = flag(
         "recompute activations in the backward pass to save memory (default: if the run does not fit without)", None
     )
@@ -321,6 +324,7 @@ class DreamBoothSettings:
     validation_prompt: tuple[str, ...] | None = flag(
         "prompts of the previews, one or more (default: --instance_prompt of each subject)",
         None,
+        aliases=("final_validation_prompt",),
         group="monitoring",
     )
     validation_steps: int | None = flag("updates between previews (default: an eighth of the run)", None, least=1)

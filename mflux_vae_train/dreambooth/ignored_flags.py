@@ -10,7 +10,9 @@ from mflux_vae_train.settings.values import IgnoredFlags, Refused
 
 _REASONS = {
     # machine
-    "it is an option of torch or CUDA": "allow_tf32 enable_npu_flash_attention set_grads_to_none",
+    "it is an option of torch or CUDA": "allow_tf32 enable_npu_flash_attention set_grads_to_none fsdp_text_encoder",
+    "networks are loaded when they are first used, and freed when their work is done": "offload",
+    "products in fp8 need CUDA; --quantize 8 saves as much memory": "do_fp8_training",
     "attention is MLX's fused kernel, which does not store the scores": "enable_xformers_memory_efficient_attention",
     "`mlx.launch` starts and numbers the processes": "local_rank",
     "images are encoded once before training, so there is no data loader": (
@@ -44,6 +46,9 @@ _REASONS = {
     "only models for upscaling have class labels as an input": "class_labels_conditioning",
     "previews use the pipeline's sampler": "validation_scheduler",
     "previews are sampled from prompts: --validation_prompt": "validation_images",
+    "the last preview is drawn by the networks in memory; --num_validation_images 0 turns previews off": (
+        "skip_final_inference"
+    ),
 }
 
 _REFUSED = {
@@ -55,6 +60,11 @@ _REFUSED = {
     ),
     "train_text_encoder_frac": Refused(
         "text encoders are trained until the end; leave it out, and lower --text_encoder_lr", default=("1", "1.0")
+    ),
+    "text_encoder_out_layers": Refused(
+        "prompts are encoded by the layers that the model was trained with (FLUX.2 klein: 9 18 27, not the script's"
+        " 10 20 30); leave it out",
+        default=("9 18 27", "9,18,27", "[9, 18, 27]"),
     ),
     "use_blora": Refused("give --lora_layers b-lora instead"),
     "lora_unet_blocks": Refused(

@@ -31,6 +31,7 @@ RESUMABLE_CHANGES = frozenset(
         *("report_to", "logging_dir", "sample_batch_size", "output_kohya_format", "fuse", "fuse_single_file"),
         *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images"),
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
+        "bnb_quantization_config_path",
         *("revision", "variant", "vae"),  # the weights count
         *("gradient_checkpointing", "memory_limit", "estimate_for", "caffeinate"),  # the result is the same
         *("encodings_dir", "lora_weights", "assistant_lora", "caption_column"),  # their contents count

@@ -31,7 +31,7 @@ def footprint_of(pipeline: SupportsMemoryControl, work: Workload) -> Footprint:
         return checks.footprint(pipeline, work)
     plain = Workload(**{name: value for name, value in vars(work).items() if name != "drawing"})
     ours = checks.footprint(pipeline, replace(plain, class_images=0))
-    theirs = checks.footprint(work.drawing, replace(plain, trained=0, text_encoder=False, fuse=False))
+    theirs = checks.footprint(work.drawing, replace(plain, trained=0, assistant=0, text_encoder=False, fuse=False))
     drawn = {phase.name: phase for phase in theirs.phases}
     phases = []
     for phase in ours.phases:

@@ -35,6 +35,7 @@ from mflux_vae_train.dreambooth.planning.adapter import (
     read_assistant,
     with_adapter_settings,
 )
+from mflux_vae_train.dreambooth.planning.bnb_config import with_quantization
 from mflux_vae_train.dreambooth.planning.config_warnings import without_effect
 from mflux_vae_train.dreambooth.planning.drawn_footprint import DrawnWorkload
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
@@ -110,6 +111,7 @@ def prepare(
         SettingsError: settings that do not fit the pipeline, the images or the output folder.
     """
     given = settings
+    settings, bnb_warnings = with_quantization(settings)
     pipeline_features.check(pipeline, settings)
     drawing = preview_model.open_preview_model(pipeline, settings)
     for name in ("output_dir", "encodings_dir", "logging_dir"):
@@ -128,7 +130,7 @@ def prepare(
     trainable = plan_trainable(pipeline, resolved)
     preview_model.check_fits(pipeline, drawing, trainable.targets, resolved.resolution)
     assistant, assistant_warnings = read_assistant(pipeline, resolved)
-    resolved = replace(resolved, warnings=(*resolved.warnings, *adapter_warnings, *assistant_warnings))
+    resolved = replace(resolved, warnings=(*resolved.warnings, *bnb_warnings, *adapter_warnings, *assistant_warnings))
     assisting = 0 if assistant is None else sum(matrix.size for matrix in assistant.tensors.values())
     folders = scan_class_folders(resolved.subjects, count=resolved.num_class_images, processes=processes)
     unused = [f"not used in {one.folder}: {one.unused}" for one in folders if one.unused]
