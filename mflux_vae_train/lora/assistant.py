@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -64,8 +64,9 @@ def assisted(module: nn.Module, adapter: Adapter) -> Iterator[None]:
         }
     with ExitStack() as stack:
         for path, assistant in assistants.items():
-            stack.enter_context(_of_class(layers[path], _assisted(type(layers[path]))))
-            layers[path].assistant = assistant
+            layer, plain = layers[path], cast(Any, type(layers[path]))
+            stack.enter_context(_of_class(layer, _assisted(plain)))
+            layer.assistant = assistant
         yield
 
 

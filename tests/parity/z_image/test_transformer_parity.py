@@ -10,8 +10,10 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mflux_vae_train.pipelines.z_image import keys  # noqa: E402
 from mflux_vae_train.pipelines.z_image.transformer import ZImageTransformer, ZImageTransformerConfig  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn  # noqa: E402
 from tests.mflux_vae_train.pipelines.z_image.small_z_image import small_config  # noqa: E402
@@ -53,9 +55,10 @@ def close(found, expected) -> None:
     assert np.abs(np.array(found) - expected).max() / np.abs(expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("size", [(4, 4), (8, 16), (10, 6)])
 @pytest.mark.parametrize(
-    ("lengths", "longest"), [([7, 20, 32], 32), ([5, 33, 70], 96), ([40, 3, 64], 70), ([12], 128)], ids=str
+    ("size", "lengths", "longest"),
+    [((4, 4), [7, 20, 32], 32), ((8, 16), [5, 33, 70], 96), ((10, 6), [40, 3, 64], 70), ((4, 6), [12], 128)],
+    ids=str,
 )
 def test_transformer_agrees(size: tuple[int, int], lengths: list[int], longest: int) -> None:
     ours = drawn(ZImageTransformer(small_config()), 11)
@@ -91,3 +94,32 @@ def test_gradients_agree() -> None:
     for name, parameter in theirs.named_parameters():
         expected = parameter.grad.numpy()
         assert np.abs(np.array(found[name]) - expected).max() / np.abs(expected).max() <= 1e-4, name
+
+
+def test_full_size_has_the_published_keys_and_shapes_in_both_namings() -> None:
+    """6 billion parameters, of which none is computed: ours are lazy, theirs on the meta device."""
+    with torch.device("meta"):
+        theirs = diffusers.ZImageTransformer2DModel(axes_lens=(1536, 512, 512))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    ours = dict(tree_flatten(ZImageTransformer(ZImageTransformerConfig()).parameters()))
+    shapes = {key: tuple(value.shape) for key, value in ours.items()}
+    assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    assert sum(map(np.prod, shapes.values())) == 6_154_908_736
+    assert mx.get_peak_memory() - before < 2**20
+
+    stored = {f"model.diffusion_model.{key}": value for key, value in keys.to_single_file(ours).items()}
+    single = {key: torch.empty(value.shape, device="meta") for key, value in stored.items()}
+    converted = convert_z_image_transformer_checkpoint_to_diffusers(single)
+    assert {key: tuple(value.shape) for key, value in converted.items()} == shapes
+
+
+def test_a_single_file_is_converted_as_in_diffusers() -> None:
+    ours = dict(tree_flatten(drawn(ZImageTransformer(small_config()), 3).parameters()))
+    stored = keys.to_single_file(ours)
+    theirs = convert_z_image_transformer_checkpoint_to_diffusers(
+        {key: torch.from_numpy(np.array(value)) for key, value in stored.items()}
+    )
+    found = keys.our_names(stored)
+    assert found.keys() == theirs.keys() == ours.keys()
+    assert all(np.array_equal(found[key], theirs[key].numpy()) for key in found)

@@ -84,7 +84,7 @@ def test_no_guidance_is_zero_and_levels_are_shifted_in_training(tmp_path: Path) 
     key, sampling = sample_keys(*range(2000)), NoiseSampling(scheme=pipeline.recommended.weighting_scheme)
     for configs, mean in ((OF_BASE, 0.770), (OF_TURBO, 0.676)):
         sigma = configs.schedule.training_sigmas(key, sampling, image_tokens=1024)
-        assert float(sigma.mean()) == pytest.approx(mean, abs=0.01)
+        assert float(sigma.mean()) == pytest.approx(mean, abs=0.015)
 
 
 DIALECTS = {
