@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from mflux_vae.weights.keymaps.rules import to_mlx
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, published
 from mflux_vae_train.pipelines.flux1.parts import flux_parts
@@ -14,6 +16,9 @@ from mflux_vae_train.pipelines.mflux.host import Hosted, autoencoder
 from mflux_vae_train.pipelines.mflux.sharing import Shared, tokenizer
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
+
+TRANSFORMER = partial(to_mlx, rules=keys.MFLUX_TRANSFORMER)
+CLIP_EMBEDDINGS, T5_EMBEDDINGS = ("text_model.embeddings.token_embedding",), ("shared",)
 
 
 class HostedFlux1(Hosted, FluxPipeline):
@@ -25,28 +30,30 @@ def wrap(model: Any) -> HostedFlux1:
     about, transformer = model.model_config, model.transformer
     t5, clip = model.t5_text_encoder, model.clip_text_encoder
     known = PUBLISHED.get(about.model_name) or published(bool(about.supports_guidance))
-    layers: dict[str, Any] = {
-        "num_layers": len(transformer.transformer_blocks),
-        "num_single_layers": len(transformer.single_transformer_blocks),
-    }
-    # the numbers that tests reduce; mflux fixes all others
+    vae, vae_config = autoencoder(model.vae, known.vae, partial(to_mlx, rules=keys.MFLUX_VAE))
+    # mflux fixes all other numbers
     configs = replace(
         known,
-        transformer=replace(known.transformer, **layers),
+        transformer=replace(
+            known.transformer,
+            num_layers=len(transformer.transformer_blocks),
+            num_single_layers=len(transformer.single_transformer_blocks),
+        ),
         text_encoder=replace(
             known.text_encoder,
             vocab_size=len(clip.text_model.embeddings.token_embedding.weight),
             num_hidden_layers=len(clip.text_model.encoder.layers),
         ),
         text_encoder_2=replace(known.text_encoder_2, vocab_size=len(t5.shared.weight), num_layers=len(t5.t5_blocks)),
+        vae=vae_config,
     )
     parts = flux_parts(
-        transformer=Shared(lambda: FluxTransformer(configs.transformer), transformer, keys.MFLUX_TRANSFORMER),
-        vae=autoencoder(model.vae, configs.vae, keys.MFLUX_VAE),
-        text_encoder=Shared(
-            lambda: CLIPTextModel(configs.text_encoder), clip, embeddings=["text_model.embeddings.token_embedding"]
+        transformer=Shared(lambda: FluxTransformer(configs.transformer), transformer, TRANSFORMER),
+        vae=vae,
+        text_encoder=Shared(lambda: CLIPTextModel(configs.text_encoder), clip, embeddings=CLIP_EMBEDDINGS),
+        text_encoder_2=Shared(
+            lambda: T5Encoder(configs.text_encoder_2), t5, partial(to_mlx, rules=keys.MFLUX_T5), T5_EMBEDDINGS
         ),
-        text_encoder_2=Shared(lambda: T5Encoder(configs.text_encoder_2), t5, keys.MFLUX_T5, ["shared"]),
         tokenizer=tokenizer(model.tokenizers["clip"]),
         tokenizer_2=tokenizer(model.tokenizers["t5"]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import PluginError, SettingsError
-from mflux_vae.weights.keymaps.rules import Rule, from_mlx, load_strict, to_mlx
+from mflux_vae.weights.keymaps.rules import Tensors, load_strict
+from mflux_vae_train.pipelines.loading.folder import PartialNetwork
 from mflux_vae_train.pipelines.loading.lazy import Lazy
 from mflux_vae_train.pipelines.quantization import adopt_quantization
 from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 
 N = TypeVar("N", bound=nn.Module)
+
+Named = Callable[[Tensors], Tensors]
+"""Arrays under mflux's names -> the same arrays under the names of a network here."""
 
 _ADAPTER_ARRAYS = {"lora_A", "lora_a", "loras", "lokr_w1"}
 
@@ -29,7 +33,7 @@ class Shared(Lazy[N], Generic[N]):
     Args:
         build: creates the network, with weights that are lazy and never computed.
         module: mflux's module.
-        rules: from its names to the network's.
+        named: arrays under its names -> the same arrays under the network's names.
         embeddings: paths of embeddings that stay quantized if they are; other quantized embeddings are dequantized.
 
     Raises:
@@ -37,7 +41,7 @@ class Shared(Lazy[N], Generic[N]):
     """
 
     def __init__(
-        self, build: Callable[[], N], module: nn.Module, rules: Sequence[Rule] = (), embeddings: Collection[str] = ()
+        self, build: Callable[[], N], module: nn.Module, named: Named = dict, embeddings: Collection[str] = ()
     ) -> None:
         if any(_ADAPTER_ARRAYS & layer.keys() for layer in module.modules()):
             raise SettingsError(
@@ -45,18 +49,14 @@ class Shared(Lazy[N], Generic[N]):
                 " with bake_lora, and train it once"
             )
         super().__init__(self._share)
-        self.module, self._build, self._rules, self._embeddings = module, build, rules, embeddings
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the module's arrays."""
-        return nbytes(self.module)
+        self.module, self._build, self._named, self._embeddings = module, build, named, embeddings
 
     def _share(self) -> N:
         network, where = self._build(), f"mflux's {type(self.module).__name__}"
-        tensors = to_mlx(dict(tree_flatten(self.module.parameters())), self._rules)
-        ready = adopt_quantization(network, tensors, where, embeddings=self._embeddings)
-        load_strict(network, ready, where=where)
+        tensors = self._named(dict(tree_flatten(self.module.parameters())))
+        if isinstance(network, PartialNetwork):
+            tensors = network.take(tensors)
+        load_strict(network, adopt_quantization(network, tensors, where, embeddings=self._embeddings), where=where)
         return network
 
     def result(self, adapter: Callable[[nn.Module, Any], nn.Module]) -> tuple[nn.Module, Any, Any]:
@@ -66,26 +66,23 @@ class Shared(Lazy[N], Generic[N]):
             adapter: (layer of the module, adapted layer of the network) -> new layer of the module.
         """
         network: Any = self.loaded
-        layers = dict(network.named_modules()) if network is not None else {}
-        originals, held = dict(self.module.named_modules()), dict(tree_flatten(self.module.parameters()))
-        adapted = {path: layer for path, layer in layers.items() if "lora_a" in layer}
+        if network is None:
+            return self.module, {}, {}
+        layers, held = dict(self.module.named_modules()), dict(tree_flatten(self.module.parameters()))
+        their_name = {id(array): name for name, array in held.items()}
+        theirs = {name: their_name[id(array)] for name, array in self._named(held).items() if id(array) in their_name}
+        adapted = {path: layer for path, layer in network.named_modules() if "lora_a" in layer}
         new_layers = []
         for path, layer in adapted.items():
-            theirs = self._their_name(f"{path}.weight").removesuffix(".weight")
-            new_layers.append((theirs, adapter(originals[theirs], layer)))
-        arrays = dict(tree_flatten(network.parameters())) if network is not None and not adapted else {}
-        named = {self._their_name(name): array for name, array in arrays.items()}
-        # a dequantized embedding has another shape than the module's
+            their_path = theirs[f"{path}.weight"].removesuffix(".weight")
+            new_layers.append((their_path, adapter(layers[their_path], layer)))
         new_arrays = [
-            (name, array)
-            for name, array in named.items()
-            if name in held and array is not held[name] and array.shape == held[name].shape
+            (theirs[name], array)
+            for name, array in ([] if adapted else tree_flatten(network.parameters()))
+            # a dequantized embedding has another shape than the module's
+            if name in theirs and array is not held[theirs[name]] and array.shape == held[theirs[name]].shape
         ]
         return self.module, tree_unflatten(new_layers), tree_unflatten(new_arrays)
-
-    def _their_name(self, name: str) -> str:
-        (theirs,) = from_mlx({name: mx.array(0)}, self._rules)
-        return theirs
 
 
 def nbytes(module: nn.Module) -> int:

@@ -11,11 +11,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.flux1.keys import MFLUX_TRANSFORMER
 from mflux_vae_train.pipelines.flux1.parts import flux_parts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.mflux import host
-from mflux_vae_train.pipelines.mflux.flux1 import HostedFlux1
+from mflux_vae_train.pipelines.mflux.flux1 import CLIP_EMBEDDINGS, T5_EMBEDDINGS, TRANSFORMER, HostedFlux1
 from mflux_vae_train.pipelines.mflux.sharing import Shared
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
@@ -72,12 +71,11 @@ def fake_host(folder: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None = 
         nn.quantize(model, 32, bits, class_predicate=lambda _, layer: _can_be_quantized(layer))
     model.prompt_cache = {"a prompt": "its encoding"}
     mx.eval(model.parameters())
-    embeddings = ["text_model.embeddings.token_embedding"]
     parts = flux_parts(
-        transformer=Shared(lambda: FluxTransformer(configs.transformer), model.transformer, MFLUX_TRANSFORMER),
+        transformer=Shared(lambda: FluxTransformer(configs.transformer), model.transformer, TRANSFORMER),
         vae=small.vae,
-        text_encoder=Shared(lambda: CLIPTextModel(configs.text_encoder), model.clip, embeddings=embeddings),
-        text_encoder_2=Shared(lambda: T5Encoder(configs.text_encoder_2), model.t5, embeddings=["shared"]),
+        text_encoder=Shared(lambda: CLIPTextModel(configs.text_encoder), model.clip, embeddings=CLIP_EMBEDDINGS),
+        text_encoder_2=Shared(lambda: T5Encoder(configs.text_encoder_2), model.t5, embeddings=T5_EMBEDDINGS),
         tokenizer=small.parts.tokenizers["tokenizer"],
         tokenizer_2=small.parts.tokenizers["tokenizer_2"],
     )
