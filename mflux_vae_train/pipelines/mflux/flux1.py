@@ -44,7 +44,12 @@ def wrap(model: Any) -> HostedFlux1:
             vocab_size=len(clip.text_model.embeddings.token_embedding.weight),
             num_hidden_layers=len(clip.text_model.encoder.layers),
         ),
-        text_encoder_2=replace(known.text_encoder_2, vocab_size=len(t5.shared.weight), num_layers=len(t5.t5_blocks)),
+        text_encoder_2=replace(
+            known.text_encoder_2,
+            vocab_size=len(t5.shared.weight),
+            d_ff=len(t5.t5_blocks[0].ff.DenseReluDense.wi_0.weight),
+            num_layers=len(t5.t5_blocks),
+        ),
         vae=vae_config,
     )
     parts = flux_parts(

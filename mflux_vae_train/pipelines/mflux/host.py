@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mflux_vae.errors import SettingsError
 from mflux_vae.integrations.mflux import MfluxVAE
 from mflux_vae.pretrained.loading import new_network
 from mflux_vae.runtime.device import compute_dtype
@@ -47,6 +48,15 @@ def autoencoder(module: Any, published: Mapping[str, Any], named: Named) -> tupl
         return VAE(network=network.eval())
 
     return Lazy(share), config
+
+
+def check_precision(model: Any) -> None:
+    """
+    Raises:
+        SettingsError: the object was built with `compute_precision`, so that its layers differ in precision.
+    """
+    if (dtype := getattr(getattr(model, "compute_precision", None), "dtype", None)) is not None:
+        raise SettingsError(f"mflux's {type(model).__name__} has compute_precision {dtype}: build it without to train")
 
 
 class Hosted:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, Generic, TypeVar
+from weakref import finalize
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import PluginError, SettingsError
+from mflux_vae.weights.formats.files import read_json, write_json
 from mflux_vae.weights.keymaps.rules import Tensors, load_strict
 from mflux_vae_train.pipelines.loading.folder import PartialNetwork
 from mflux_vae_train.pipelines.loading.lazy import Lazy
@@ -76,9 +80,10 @@ class Shared(Lazy[N], Generic[N]):
         for path, layer in adapted.items():
             their_path = theirs[f"{path}.weight"].removesuffix(".weight")
             new_layers.append((their_path, adapter(layers[their_path], layer)))
+        arrays: dict[str, mx.array] = {} if adapted else dict(tree_flatten(network.parameters()))
         new_arrays = [
             (theirs[name], array)
-            for name, array in ([] if adapted else tree_flatten(network.parameters()))
+            for name, array in arrays.items()
             # a dequantized embedding has another shape than the module's
             if name in theirs and array is not held[theirs[name]] and array.shape == held[theirs[name]].shape
         ]
@@ -105,13 +110,16 @@ def adapter_kind() -> Any:
 
 
 def tokenizer(theirs: Any) -> LazyTokenizer:
-    """A tokenizer of transformers inside one of mflux's, through its files."""
-    kept: list[Any] = []
+    """A tokenizer of transformers inside one of mflux's, which limits its length, through its files."""
 
+    @cache
     def folder() -> Path:
-        if not kept:
-            kept.append(TemporaryDirectory(prefix="tokenizer-"))  # removed with the pipeline
-            theirs.tokenizer.save_pretrained(kept[0].name)
-        return Path(kept[0].name)
+        place = Path(mkdtemp(prefix="tokenizer-"))
+        finalize(ours, rmtree, place, ignore_errors=True)
+        theirs.tokenizer.save_pretrained(place)
+        settings = place / "tokenizer_config.json"
+        write_json(settings, read_json(settings) | {"model_max_length": theirs.max_length})
+        return place
 
-    return LazyTokenizer(folder)
+    ours = LazyTokenizer(folder)
+    return ours
