@@ -7,6 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,7 +26,8 @@ from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
 from mflux_vae_train.pipelines import tiny
-from mflux_vae_train.pipelines.flux1.folder import read_configs
+from mflux_vae_train.pipelines.flow.files import read_configs
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.text.tokenizer import load_tokenizer
 from mflux_vae_train.settings import flags
 from mflux_vae_train.vae.config import VAETrainingSettings
@@ -231,7 +233,8 @@ def _targets(scratch: Path) -> dict[str, Target]:
         others = [(other, content) for other, content in saved.items() if other != name]
         found[name] = Target(name, [saved[name]], _checkpoint, others)
     for name in configs:
-        found[name] = Target(name, stored(name), read_configs, beside(*(one for one in configs if one != name)))
+        others = beside(*(one for one in configs if one != name))
+        found[name] = Target(name, stored(name), partial(read_configs, FAMILY), others)
     return found
 
 

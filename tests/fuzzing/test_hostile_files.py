@@ -24,7 +24,8 @@ from mflux_vae.weights.formats.files import open_folder
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
 from mflux_vae_train.pipelines import tiny
-from mflux_vae_train.pipelines.flux1.folder import read_configs
+from mflux_vae_train.pipelines.flow.files import read_configs
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.settings import flags
 from mflux_vae_train.vae.data.sources import mnist, npz
 from tests.fuzzing.targets import TARGETS
@@ -103,7 +104,7 @@ def test_a_transformer_of_two_billion_layers(name: str, value: str, tmp_path: Pa
     before, _, after = config.partition(f'"{name}": ')
     (tmp_path / target.file).write_text(f'{before}"{name}": {value},{after.partition(",")[2]}')
     with little_memory(), pytest.raises(WeightsError, match=name):
-        read_configs(tmp_path)
+        read_configs(FAMILY, tmp_path)
 
 
 def test_files_that_unpack_to_a_thousand_times_their_size(tmp_path: Path) -> None:

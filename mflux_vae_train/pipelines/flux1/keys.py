@@ -125,6 +125,11 @@ def is_bfl(keys: Iterable[str]) -> bool:
     return any(key.startswith(("double_blocks.", "single_blocks.")) for key in unprefixed(keys))
 
 
+def our_names(tensors: Tensors) -> dict[str, mx.array]:
+    """Tensors in any naming under diffusers' names."""
+    return from_bfl(tensors) if is_bfl(tensors) else to_mlx(tensors, MFLUX_TRANSFORMER)
+
+
 def from_bfl(tensors: Tensors) -> dict[str, mx.array]:
     """Black Forest Labs' tensors under diffusers' names. Unknown keys are kept."""
     return to_mlx(split_fused(tensors, _SHARES), BFL)

@@ -14,7 +14,6 @@ evaluation that MLX has on Metal (MLX_BFS_MAX_WIDTH=20). It was not measured on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from functools import partial
 
 from mflux_vae_train.pipelines import footprint
@@ -28,7 +27,6 @@ from mflux_vae_train.pipelines.footprint import (
     Phase,
     Precision,
     Workload,
-    autoencoder_weights,
     clip_bytes,
     weight_bytes,
 )
@@ -111,17 +109,6 @@ def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -
     blocks = config.num_layers + config.num_single_layers
     layers = (4 + 2 * MLP_RATIO) * width**2 * length  # equal in both kinds of blocks
     return 2.0 * blocks * (layers + 2 * length**2 * width)
-
-
-def published_bytes(configs: Configs, parts: Collection[str]) -> int:
-    """Bytes of some parts as they are published, in bfloat16."""
-    networks: dict[str, Callable[[], int]] = {
-        "transformer": lambda: weight_bytes(FluxTransformer, configs.transformer, 2),
-        "text_encoder_2": lambda: weight_bytes(T5Encoder, configs.text_encoder_2, 2),
-        "text_encoder": lambda: weight_bytes(CLIPTextModel, configs.text_encoder, 2),
-        "vae": lambda: autoencoder_weights(configs.vae, 2),
-    }
-    return sum(networks[part]() for part in parts)
 
 
 def _prompts(configs: Configs, work: Workload, length: int, here: Precision) -> Phase:

@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.pretrained.hub import cache_folder
 from mflux_vae_train.pipelines.capabilities import KohyaNaming, Use
+from mflux_vae_train.pipelines.flow import files
 from mflux_vae_train.pipelines.flow.pipeline import FlowPipeline
-from mflux_vae_train.pipelines.flux1 import folder as folders
 from mflux_vae_train.pipelines.flux1 import memory, naming
-from mflux_vae_train.pipelines.flux1.configs import Configs, access
+from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR, image_ids, pack, text_ids, unpack
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Footprint, Workload
@@ -65,14 +65,10 @@ class FluxPipeline(FlowPipeline):
             WeightsError: a file is missing or broken, or its tensors do not fit the network; all are listed.
             SettingsError: a configuration needs an unsupported option.
         """
-        place = Path(folder)
-        configs = folders.read_configs(place)
-        parts = folders.open_parts(configs, lambda: place, dtype=dtype, variant=variant)
-        parts.check()
-        return cls(parts, configs, name=place.resolve().name)
+        return files.open_local(FAMILY, cls, Path(folder), dtype=dtype, variant=variant)
 
     def _write(self, folder: Path, dtype: str) -> None:
-        folders.write(self.parts, self.configs, folder, dtype)
+        files.write(FAMILY, self.parts, self.configs, folder, dtype)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -123,11 +119,7 @@ class FluxPipeline(FlowPipeline):
         """Estimate what a run needs, from configurations alone."""
         length = self.prompts.tokens_if_known
         phases = memory.phases(self.configs, work, text_tokens=min(length, work.prompt_tokens or length))
-        if self._snapshot is None or self._snapshot.is_cached():
-            return Footprint(phases=phases)
-        download = memory.published_bytes(self.configs, self._snapshot.parts)
-        needed = access(self._snapshot.repository)
-        return Footprint(phases=phases, download=download, cache=cache_folder(), access=needed)
+        return files.footprint(FAMILY, self.configs, phases, self._snapshot)
 
     # capabilities.SupportsPromptLimit
 

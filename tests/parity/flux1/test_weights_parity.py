@@ -21,8 +21,10 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mflux_vae.pretrained.loading import new_network  # noqa: E402
 from mflux_vae.weights.keymaps.diffusers import SAME_NAMES  # noqa: E402
 from mflux_vae.weights.keymaps.rules import from_mlx, to_mlx  # noqa: E402
-from mflux_vae_train.pipelines.flux1 import keys, weights  # noqa: E402
+from mflux_vae_train.pipelines.flow import files  # noqa: E402
+from mflux_vae_train.pipelines.flux1 import keys  # noqa: E402
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, T5_XXL, published  # noqa: E402
+from mflux_vae_train.pipelines.flux1.parts import FAMILY  # noqa: E402
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig  # noqa: E402
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
 
@@ -108,15 +110,15 @@ def test_what_mfluxs_saver_wrote_is_read_quantised(tmp_path: Path) -> None:
         ModelSaver._save_weights(str(tmp_path), 8, network, name)
     saved = dict(tree_flatten(parts["transformer"].parameters()))
 
-    config = weights.told_by_weights(tmp_path)
+    config = files.config_from_weights(FAMILY, tmp_path)
     assert (config.guidance_embeds, config.num_layers, config.num_single_layers) == (True, 0, 1)
-    transformer = weights.transformer(tmp_path, config)
+    transformer = files.open_part(FAMILY, "transformer", config, tmp_path)
     proj = transformer.single_transformer_blocks[0].proj_mlp
     assert isinstance(proj, nn.QuantizedLinear) and proj.bits == 8
     found = dict(tree_flatten(transformer.parameters()))
     assert all(mx.array_equal(found[name], value.astype(found[name].dtype)) for name, value in saved.items())
 
-    vae = weights.autoencoder(tmp_path, published(True).vae)
+    vae = files.open_autoencoder(FAMILY, published(True).vae, tmp_path)
     renamed = to_mlx(before, keys.MFLUX_VAE)
     for name, value in tree_flatten(vae.network.parameters()):
         assert float(mx.abs(value - renamed[name]).max()) <= 0.01 * float(mx.abs(renamed[name]).max()) + 1e-6, name

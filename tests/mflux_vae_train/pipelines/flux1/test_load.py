@@ -15,9 +15,10 @@ from huggingface_hub import errors
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae_train.pipelines import flux1, registry
+from mflux_vae_train.pipelines.flow.files import read_configs
 from mflux_vae_train.pipelines.flux1 import keys
-from mflux_vae_train.pipelines.flux1.folder import read_configs
-from mflux_vae_train.pipelines.flux1.weights import STEMS
+from mflux_vae_train.pipelines.flux1.configs import PUBLISHED
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.loading.snapshot import SMALL_FILES, weight_files
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline
@@ -82,7 +83,7 @@ def test_repository_downloads_its_configs_first(hub, folder: Path) -> None:
     assert not any(pattern.endswith("safetensors") for pattern in small)
     assert pipeline.encode_prompts(["a dog"])["pooled"].shape == (1, 20)
     assert {(repository, revision) for repository, revision, _ in asked} == {("owner/name", "main")}
-    assert asked[-1][2] == [*SMALL_FILES, *weight_files(STEMS, None)]
+    assert asked[-1][2] == [*SMALL_FILES, *weight_files(FAMILY.stems, None)]
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -96,7 +97,9 @@ def test_no_weights_are_downloaded_twice(variant: str | None) -> None:
         files += [f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors", f"{part}/{stem}.bin"]
         files += [f"{part}/config.json", f"{part}/{stem}.safetensors.index.json"]
     asked = set(
-        huggingface_hub.utils.filter_repo_objects(files, allow_patterns=[*SMALL_FILES, *weight_files(STEMS, variant)])
+        huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=[*SMALL_FILES, *weight_files(FAMILY.stems, variant)]
+        )
     )
     middle = "" if variant is None else f".{variant}"
     weights = {file for file in asked if file.endswith(".safetensors")}
@@ -179,10 +182,9 @@ def test_transformer_file_uses_parts_of_the_published_model(
 ) -> None:
     whole = small_pipeline(tmp_path / "parts", guidance_embeds=embeds)
     whole.save_pretrained(tmp_path / "saved", "float32")
-    known = {folder: read_configs(folder) for folder in [tmp_path / "saved"]}
-    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.hub.published", lambda _: known[tmp_path / "saved"])
+    monkeypatch.setitem(PUBLISHED, f"black-forest-labs/{repository}", read_configs(FAMILY, tmp_path / "saved"))
     small = whole.denoiser.config  # a file does not say how wide its blocks are, as they all are alike
-    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.weights.FluxTransformerConfig", partial(replace, small))
+    monkeypatch.setattr("mflux_vae_train.pipelines.flux1.configs.FluxTransformerConfig", partial(replace, small))
     tensors = mx.load(str(tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"))
     if naming != "diffusers":
         tensors = keys.to_bfl(tensors)

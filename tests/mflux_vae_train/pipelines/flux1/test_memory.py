@@ -19,9 +19,10 @@ from mflux_vae.weights.formats.files import convert_safetensors
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import flux1
 from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
-from mflux_vae_train.pipelines.flux1 import memory, naming, weights
+from mflux_vae_train.pipelines.flow.files import open_part
+from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
-from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
+from mflux_vae_train.pipelines.flux1.parts import FAMILY, is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Precision, Workload, clip_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
@@ -93,7 +94,7 @@ def test_quantizing_a_stored_full_width_stack_needs_two_blocks_at_most(tmp_path:
     opened = []
 
     def quantised() -> dict:
-        opened.append(weights.transformer(tmp_path, config))
+        opened.append(open_part(FAMILY, "transformer", config, tmp_path))
         quantize(opened[0], 4, is_quantized_layer)
         return opened[0].parameters()
 
