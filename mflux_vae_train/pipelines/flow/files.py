@@ -25,7 +25,6 @@ from mflux_vae.weights.formats.files import open_folder, open_weights, read_json
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import load_strict, to_mlx
 from mflux_vae_train.pipelines.flow.family import Family
-from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, autoencoder_weights, weight_bytes
 from mflux_vae_train.pipelines.loading.config_check import check_config
 from mflux_vae_train.pipelines.loading.folder import (
@@ -170,7 +169,7 @@ def read_configs(family: Family, folder: Path) -> Any:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     schedule = known.schedule
     if scheduler.is_file() or not of_mflux:
-        schedule = check_config(lambda: FlowMatchSchedule.from_dict(read_json(scheduler)), scheduler)
+        schedule = check_config(lambda: type(known.schedule).from_dict(read_json(scheduler)), scheduler)
     encoders = {part: _read_config(family, folder, part) for part in family.networks if part != TRANSFORMER}
     configs = replace(
         known,

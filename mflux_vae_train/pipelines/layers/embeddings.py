@@ -23,10 +23,10 @@ def sinusoidal(values: mx.array, channels: int = SINUSOIDAL_CHANNELS, max_period
 class TwoLayerEmbedder(nn.Module):
     """linear_1, SiLU, linear_2: (B, inputs) -> (B, width)."""
 
-    def __init__(self, inputs: int, width: int) -> None:
+    def __init__(self, inputs: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(inputs, width, bias=bias)
+        self.linear_2 = nn.Linear(width, width, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(silu(self.linear_1(x)))

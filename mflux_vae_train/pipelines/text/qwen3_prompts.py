@@ -22,6 +22,9 @@ EMBEDS, LENGTH = "prompt_embeds", "length"
 TOKENS = 512
 """Tokens per prompt in training of the published models, those of the chat template included."""
 
+KLEIN_TAPS = (9, 18, 27)
+"""Layers of Qwen3 after which FLUX.2 klein reads the hidden states."""
+
 _ROUNDED = 32
 """Rows that need no padding are encoded with a multiple of this length, so that few shapes occur."""
 
@@ -99,7 +102,7 @@ class KleinPrompts(QwenPrompts):
 
     template = NOT_THINKING
 
-    def __init__(self, parts: Parts, taps: Sequence[int] = (9, 18, 27)) -> None:
+    def __init__(self, parts: Parts, taps: Sequence[int] = KLEIN_TAPS) -> None:
         super().__init__(parts)
         self.taps = tuple(taps)
 

@@ -64,6 +64,8 @@ def drawn(module: nn.Module, seed: int) -> nn.Module:
 
 
 def _draw(name: str, value: mx.array, key: mx.array) -> mx.array:
+    if value.ndim == 0:
+        return value  # a counter
     noise = mx.random.normal(value.shape, key=key)
     if value.ndim == 1:
         return 0.2 * noise + ("norm" in name and name.endswith("weight"))

@@ -1,0 +1,91 @@
+"""Estimates of FLUX.2 klein's memory and operations, from its configurations alone.
+
+Bytes of weights are exact. The constants of the activations come from reading the blocks and from measuring stacks of
+blocks at full width, as in `flux1.memory`; a test repeats the measurement.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mflux_vae_train.pipelines import footprint
+from mflux_vae_train.pipelines.flow import memory
+from mflux_vae_train.pipelines.flux2.configs import SIZE_MULTIPLE, Configs
+from mflux_vae_train.pipelines.flux2.family import is_quantized_layer, text_encoder
+from mflux_vae_train.pipelines.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
+from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, weight_bytes
+from mflux_vae_train.pipelines.text import qwen3_memory
+from mflux_vae_train.pipelines.text.qwen3_prompts import KLEIN_TAPS
+
+KEPT = {4: (13.5, 17.5), 2: (18.5, 17.0)}
+WORKING = {4: (52.5, 52.5), 2: (85.0, 75.0)}
+ATTENDING, SCORES, FORWARD = 20.0, 4.0, 26.0
+"""See `flow.memory.Activations`."""
+
+
+def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
+    """The phases of a run in order.
+
+    Args:
+        text_tokens: per prompt.
+        precision: None for this machine's.
+    """
+    here = precision or Precision.here()
+    config = configs.transformer
+    costs = memory.Costs(
+        transformer=weight_bytes(Flux2Transformer, config, here.width, work.quantize, is_quantized_layer),
+        activations=activations(config),
+        operations=partial(forward_operations, config),
+        text_tokens=text_tokens,
+        image_token=SIZE_MULTIPLE,
+        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
+        fusing=fusing_bytes(configs, here),
+        guided=work.guidance > 1 and not configs.is_distilled,
+    )
+    encoding = qwen3_memory.text_encoding(
+        text_encoder, configs.text_encoder, work, text_tokens, here, states=len(KLEIN_TAPS)
+    )
+    return memory.phases(costs, work, configs.vae, encoding, here)
+
+
+def activations(config: Flux2TransformerConfig) -> memory.Activations:
+    """Activations of the transformer."""
+    return memory.Activations(
+        width=config.width,
+        heads=config.num_attention_heads,
+        blocks=(config.num_layers, config.num_single_layers),
+        kept=KEPT,
+        working=WORKING,
+        attending=ATTENDING,
+        scores=SCORES,
+        forward=FORWARD,
+    )
+
+
+def dequantized_bytes(config: Flux2TransformerConfig, precision: Precision) -> int:
+    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
+    return footprint.dequantized_bytes(_largest_layer(config), precision)
+
+
+def fusing_bytes(configs: Configs, precision: Precision) -> int:
+    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
+    the dtype of a file to the network's and then to that of another file."""
+    embedding = configs.text_encoder.vocab_size * configs.text_encoder.hidden_size
+    return max(_largest_layer(configs.transformer) * (FULL + precision.width), embedding * (2 + precision.width + 2))
+
+
+def forward_operations(config: Flux2TransformerConfig, tokens: tuple[int, int]) -> float:
+    """Multiplications and additions of the matrix products in a forward pass with one sample.
+
+    Args:
+        tokens: of the image, and of the prompt.
+    """
+    width, length = config.width, sum(tokens)
+    blocks = config.num_layers + config.num_single_layers
+    layers = (4 * width + 3 * config.mlp_width) * width * length  # equal in both kinds of blocks
+    return 2.0 * blocks * (layers + 2 * length**2 * width)
+
+
+def _largest_layer(config: Flux2TransformerConfig) -> int:
+    """Weights of a single block's first layer."""
+    return (3 * config.width + 2 * config.mlp_width) * config.width
