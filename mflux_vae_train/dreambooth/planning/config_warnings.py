@@ -150,7 +150,8 @@ def _distilled(settings: DreamBoothSettings, recommended: Recommended) -> list[s
 def _train_instead(settings: DreamBoothSettings, recommended: Recommended) -> list[str]:
     if recommended.train_instead is None or settings.assistant_lora is not None:
         return []
-    cure = f"train --model {recommended.train_instead}, and draw with its adapter on this model"
+    base = f"train --model {recommended.train_instead} --preview_model {settings.model}"
+    cure = f"{base}: its adapter fits this model"
     if recommended.assistant_lora is not None:
         cure = f"give --assistant_lora {recommended.assistant_lora}, or train --model {recommended.train_instead}"
     return [f"this model was distilled to {recommended.steps} steps, which training undoes: {cure}"]

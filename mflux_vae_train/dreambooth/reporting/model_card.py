@@ -47,9 +47,11 @@ def write_model_card(
     if preview is not None:
         parts.append(f"![images sampled after training]({preview})")
     if drawing is not pipeline:
+        usual = pipeline.recommended
         parts.append(
             f"The previews are by {_link(drawing)}, which takes this adapter as well: {resolved.drawing_steps} steps,"
-            f" guidance {resolved.drawing_guidance:g}. The instructions are for it; {link} is used in the same way."
+            f" guidance {resolved.drawing_guidance:g}. The instructions are for it; {link} is used in the same way with"
+            f" {usual.steps} steps, guidance {usual.guidance:g}."
         )
     if adapter and isinstance(drawing, SupportsAdapterExport):
         usage = drawing.usage(
