@@ -21,6 +21,7 @@ SHARE = (
     *(f"mflux_vae/kernels/test_{name}.py" for name in ("conv", "gpu_attention", "gpu_conv", "kernels", "quantized")),
     "mflux_vae/networks/test_half_precision.py",
     "mflux_vae/networks/test_networks.py",
+    "mflux_vae/networks/test_video.py",
     "mflux_vae/tiling/test_tiling.py",
     "mflux_vae_train/training",
     *(f"mflux_vae_train/lora/test_{name}.py" for name in ("conv", "gpu_layers", "lora")),

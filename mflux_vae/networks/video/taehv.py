@@ -69,9 +69,9 @@ class MemoryBlock(nn.Module):
     def __call__(self, x: mx.array, past: mx.array | None = None) -> mx.array:
         first, channels = self.conv[0], x.shape[-1]
         weight = first.weight
-        h = kernels.conv2d(layer_input(x, first), mx.contiguous(weight[..., :channels]), first.bias, padding=1)
+        h = kernels.conv2d(layer_input(x, first), weight[..., :channels], first.bias, padding=1)
         if past is not None:
-            h = h + kernels.conv2d(layer_input(past, first), mx.contiguous(weight[..., channels:]), padding=1)
+            h = h + kernels.conv2d(layer_input(past, first), weight[..., channels:], padding=1)
         for layer in self.conv[1:]:
             h = layer(h)
         return kernels.relu(h + x)
@@ -86,7 +86,7 @@ class TimePool(nn.Module):
 
     def __call__(self, *frames: mx.array) -> mx.array:
         parts = [
-            kernels.conv2d(layer_input(x, self.conv), mx.contiguous(part))
+            kernels.conv2d(layer_input(x, self.conv), part)
             for x, part in zip(frames, mx.split(self.conv.weight, len(frames), axis=-1), strict=True)
         ]
         return sum(parts[1:], parts[0])
@@ -103,7 +103,7 @@ class TimeGrow(nn.Module):
     def __call__(self, x: mx.array, frame: int) -> mx.array:
         """One of the frames."""
         weight = mx.split(self.conv.weight, self._frames)[frame]
-        return kernels.conv2d(layer_input(x, self.conv), mx.contiguous(weight))
+        return kernels.conv2d(layer_input(x, self.conv), weight)
 
 
 class Clamp(nn.Module):

@@ -69,7 +69,7 @@ class AutoencoderKLWanConfig(ScaledConfig):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.decoder_base_dim == self.base_dim:
             object.__setattr__(self, "decoder_base_dim", None)
-        numbers = ("in_channels", "out_channels", "z_dim", "base_dim", "num_res_blocks", "decoder_widths", "dim_mult")
+        numbers = ("in_channels", "out_channels", "z_dim", "base_dim", "num_res_blocks", "dim_mult", "decoder_widths")
         for name in numbers:
             given = getattr(self, name)
             if not given or min(given if isinstance(given, tuple) else (given,)) < 1:
