@@ -137,6 +137,14 @@ def rms_norm_silu_conv2d(
 
 
 @overridable
+def partial_conv2d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, *, start: int = 0, padding: Padding = 0
+) -> mx.array:
+    """conv2d with those input channels of the weight that x has, from `start` on."""
+    return conv2d(x, weight[..., start : start + x.shape[-1]], bias, padding=padding)
+
+
+@overridable
 def repeat_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, padding: Padding = 0) -> mx.array:
     """conv2d(upsample_nearest_2x(x), weight, bias), without storing the upsampled image."""
     if not _can_fuse(x, weight):
@@ -152,7 +160,7 @@ def upsample_nearest_2x(x: mx.array) -> mx.array:
     return repeat_2x(x)
 
 
-FUSED = (norm_silu_conv2d, rms_norm_silu_conv2d, repeat_conv2d)
+FUSED = (norm_silu_conv2d, partial_conv2d, repeat_conv2d, rms_norm_silu_conv2d)
 """Functions whose `__wrapped__` runs step by step, for arguments that override operations."""
 
 

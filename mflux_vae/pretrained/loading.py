@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,14 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
     parameters = dict(tree_flatten(network.parameters()))
     tensors = _cast(from_mlx(parameters, family.rules("diffusers", parameters)), dtype)
     if isinstance(network, AutoencoderKLWan):
-        log.warning("%s: written for single images; the weights for past frames of a video are zero", folder)
+        _warn_once(f"{type(network).__name__} is written for single images: the weights for past frames are zero")
         tensors = with_time_convolutions(tensors, network.config.temperal_downsample)
     _write(Path(folder), tensors, config, "diffusers")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def convert(

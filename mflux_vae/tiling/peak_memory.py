@@ -159,7 +159,8 @@ class _CountedArray(LazyArray):
 
     def __mlx_function__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
         counter: Any = self.strip_run
-        if function in kernels.FUSED and not (is_cpu() and self.dtype == mx.float32):
+        whole = is_cpu() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
+        if function in kernels.FUSED and not whole:
             return function.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         example = function(*map(_example, args), **{name: _example(value) for name, value in kwargs.items()})
         lazy_args = [value for value in (*args, *kwargs.values()) if isinstance(value, _CountedArray)]

@@ -211,6 +211,11 @@ def _norm_silu_conv2d(
     return tape.record(y, backward, *arguments, bias, residual)
 
 
+def _step_by_step(function: Any) -> Callable[..., Any]:
+    """Rule for a function in `kernels.FUSED`: record the functions that it calls."""
+    return lambda _, *arguments, **named: function.__wrapped__(*arguments, **named)
+
+
 def _repeat_conv2d(
     tape: Tape, x: Any, weight: mx.array, bias: mx.array | None = None, *, padding: kernels.Padding = 0
 ) -> Any:
@@ -285,6 +290,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     kernels.conv2d: _conv2d,
     kernels.norm_silu_conv2d: _norm_silu_conv2d,
     kernels.repeat_conv2d: _repeat_conv2d,
+    kernels.rms_norm_silu_conv2d: _step_by_step(kernels.rms_norm_silu_conv2d),
     kernels.batch_norm: _batch_norm,
     kernels.leaky_relu: _leaky_relu,
 }

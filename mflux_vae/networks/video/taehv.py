@@ -67,11 +67,10 @@ class MemoryBlock(nn.Module):
         self.conv = [first, Relu(), others[0], Relu(), others[1]]
 
     def __call__(self, x: mx.array, past: mx.array | None = None) -> mx.array:
-        first, channels = self.conv[0], x.shape[-1]
-        weight = first.weight
-        h = kernels.conv2d(layer_input(x, first), weight[..., :channels], first.bias, padding=1)
+        first = self.conv[0]
+        h = kernels.partial_conv2d(layer_input(x, first), first.weight, first.bias, padding=1)
         if past is not None:
-            h = h + kernels.conv2d(layer_input(past, first), weight[..., channels:], padding=1)
+            h = h + kernels.partial_conv2d(layer_input(past, first), first.weight, start=past.shape[-1], padding=1)
         for layer in self.conv[1:]:
             h = layer(h)
         return kernels.relu(h + x)
@@ -86,8 +85,8 @@ class TimePool(nn.Module):
 
     def __call__(self, *frames: mx.array) -> mx.array:
         parts = [
-            kernels.conv2d(layer_input(x, self.conv), part)
-            for x, part in zip(frames, mx.split(self.conv.weight, len(frames), axis=-1), strict=True)
+            kernels.partial_conv2d(layer_input(x, self.conv), self.conv.weight, start=index * x.shape[-1])
+            for index, x in enumerate(frames)
         ]
         return sum(parts[1:], parts[0])
 
@@ -98,12 +97,11 @@ class TimeGrow(nn.Module):
     def __init__(self, channels: int, frames: int):
         super().__init__()
         self.conv = Conv2d(channels, frames * channels, 1, bias=False)
-        self._frames = frames
 
     def __call__(self, x: mx.array, frame: int) -> mx.array:
         """One of the frames."""
-        weight = mx.split(self.conv.weight, self._frames)[frame]
-        return kernels.conv2d(layer_input(x, self.conv), weight)
+        channels = x.shape[-1]
+        return self.conv(x)[..., frame * channels : (frame + 1) * channels]
 
 
 class Clamp(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -13,19 +14,24 @@ from mflux_vae.networks.layers import batch_statistics, fold_statistics
 from mflux_vae_train.training.tape import Variable
 from mflux_vae_train.vae.network.dropout import capture_keys
 
+logger = logging.getLogger(__name__)
+
 
 def recompute_blocks(network: nn.Module) -> int:
     """Recompute every block of encoder and decoder in the backward pass, in training mode.
 
-    Each block gets a subclass of its class. Parameters, their names and results do not change.
+    Each block gets a subclass of its class. Parameters, their names and results do not change. Networks whose halves
+    are lists of layers (`TAEHV`) keep all results, with a warning: their blocks take two arrays.
 
     Returns:
         number of blocks.
     """
     blocks: list[Any] = []
-    for half in network.children().values():
+    for half in (half for half in network.children().values() if isinstance(half, nn.Module)):
         children: Any = tree_flatten(half.children(), is_leaf=lambda node: isinstance(node, nn.Module))
         blocks += [block for _, block in children if block.children()]
+    if not blocks:
+        logger.warning("gradient checkpointing has no effect: %s has no block to compute again", type(network).__name__)
     for block in blocks:
         kind: Any = type(block)
         block.__class__ = _recomputed_class(kind)

@@ -14,7 +14,15 @@ from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.network.gradient_checkpointing import recompute_blocks
 from mflux_vae_train.vae.objective import Objective
-from tests.mflux_vae.small_models import drawn, small_flux2, small_kl, small_plain, small_tiny
+from tests.mflux_vae.small_models import (
+    drawn,
+    small_flux2,
+    small_kl,
+    small_plain,
+    small_qwen_image,
+    small_taehv,
+    small_tiny,
+)
 
 LINEAR = {"attention_type": "linear", "encoder_attention": (0,), "decoder_attention": (1,)}
 NETWORKS: dict[str, Callable[[], Any]] = {
@@ -24,6 +32,9 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "plain": small_plain,
     "statistics of latents": small_flux2,
     "no variances": small_tiny,
+    "pooling": lambda: small_tiny(pool=True),
+    "norms of pixels": lambda: small_qwen_image(dim_mult=(1, 2), temperal_downsample=(True,)),
+    "memory": small_taehv,
     "vectors": lambda: drawn(FlatAutoencoder(FlatConfig(hidden_dims=(8, 16), image_size=24, latent_dim=3))),
     "vectors, odd size": lambda: drawn(
         FlatAutoencoder(FlatConfig(hidden_dims=(8, 16), image_size=15, latent_dim=3, upsampling="repeat"))
