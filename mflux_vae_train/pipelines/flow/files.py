@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.pretrained.hub import cache_folder, download
@@ -23,7 +24,7 @@ from mflux_vae.runtime.device import compute_dtype
 from mflux_vae.vae import VAE
 from mflux_vae.weights.formats.files import open_folder, open_weights, read_json, write_json
 from mflux_vae.weights.keymaps.diffusers import STEM
-from mflux_vae.weights.keymaps.rules import load_strict, to_mlx
+from mflux_vae.weights.keymaps.rules import Tensors, load_strict, to_mlx
 from mflux_vae_train.pipelines.flow.family import Family
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, autoencoder_weights, weight_bytes
 from mflux_vae_train.pipelines.loading.config_check import check_config
@@ -272,15 +273,24 @@ def open_autoencoder(
     """Open the autoencoder; arguments and errors as in `open_part`."""
     place = folder / "vae"
     if saved_by_mflux(place):
-        network = new_network(config)
-        tensors = to_mlx(read_tensors(place, STEM), family.mflux_vae)
-        tensors = adopt_quantization(network, tensors, str(place), keep=False)
-        load_strict(network, tensors, where=str(place), dtype=compute_dtype(dtype or mx.float32))
-        return VAE(network=network.eval())
+        return autoencoder_of_mflux(family, config, read_tensors(place, STEM), str(place), dtype)
     of_variant = place / f"{STEM}.{variant}.safetensors"
     if (file := of_variant if of_variant.is_file() else _single_file(family, folder, "vae")) is not None:
         return VAE(network=open_network(file, dtype, config=config))
     return VAE(network=open_network(place, dtype))
+
+
+def autoencoder_of_mflux(
+    family: Family, config: Mapping[str, Any], tensors: Tensors, source: str, dtype: mx.Dtype | None = None
+) -> VAE:
+    """An autoencoder with arrays under mflux's names; `source` is for messages. Errors as in `open_part`."""
+    network = new_network(config)
+    parameters: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    # mflux does not count the batches that running statistics are from
+    counters = {name: array for name, array in parameters.items() if not mx.issubdtype(array.dtype, mx.floating)}
+    ready = adopt_quantization(network, to_mlx(tensors, family.mflux_vae), source, keep=False)
+    load_strict(network, counters | ready, where=source, dtype=compute_dtype(dtype or mx.float32))
+    return VAE(network=network.eval())
 
 
 def config_from_weights(family: Family, place: Path) -> Any:

@@ -89,4 +89,5 @@ FAMILY = Family(
     index=lambda configs: {"is_distilled": configs.is_distilled},
     names=REPOSITORIES,
     gated=GATED,
+    mflux_vae=keys.MFLUX_VAE,
 )

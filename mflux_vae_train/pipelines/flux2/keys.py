@@ -1,7 +1,7 @@
-"""Key table of FLUX.2's transformer in Black Forest Labs' single files; names here are diffusers'.
+"""Key tables of FLUX.2's weights in Black Forest Labs' single files and in mflux; names here are diffusers'.
 
-They fuse queries, keys and values of double blocks, and order the last modulation as shift, scale; in diffusers it is
-scale, shift. Layers of single blocks are the same.
+The former fuse queries, keys and values of double blocks, and order the last modulation as shift, scale; in diffusers
+it is scale, shift. Layers of single blocks are the same.
 """
 
 from __future__ import annotations
@@ -78,6 +78,16 @@ BFL = (
 )
 """Black Forest Labs' names with fused layers split."""
 
+MFLUX_TRANSFORMER = (
+    Rule("transformer_blocks.{b}.attn.to_out.0.{kind}", "transformer_blocks.{b}.attn.to_out.0.{kind}"),
+    Rule("transformer_blocks.{b}.attn.to_out.{kind}", "transformer_blocks.{b}.attn.to_out.0.{kind}"),
+    Rule("time_guidance_embed.linear_{n}.{kind}", "time_guidance_embed.timestep_embedder.linear_{n}.{kind}"),
+)
+"""mflux's names; the first rule keeps diffusers'."""
+
+MFLUX_VAE = (Rule("{path}.attentions.0.to_out.{kind}", "{path}.attentions.0.to_out.0.{kind}"),)
+"""mflux stores convolution weights in MLX's layout."""
+
 _SHARES = {"qkv": QKV}
 _MARK = "single_stream_modulation.lin"
 """Beginning of a key that only FLUX.2 has, in both namings."""
@@ -90,7 +100,7 @@ def is_flux2(keys: Iterable[str]) -> bool:
 
 def our_names(tensors: Tensors) -> dict[str, mx.array]:
     """Tensors of any naming under diffusers' names. Unknown keys are kept."""
-    return to_mlx(split_fused(tensors, _SHARES), BFL)
+    return to_mlx(split_fused(tensors, _SHARES), (*BFL, *MFLUX_TRANSFORMER))
 
 
 def to_bfl(tensors: Tensors) -> dict[str, mx.array]:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from mflux_vae.weights.keymaps.rules import to_mlx
-from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, published
-from mflux_vae_train.pipelines.flux1.parts import flux_parts
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
-from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
-from mflux_vae_train.pipelines.mflux.host import Hosted, autoencoder
-from mflux_vae_train.pipelines.mflux.sharing import Shared, tokenizer
-from mflux_vae_train.pipelines.text.clip import CLIPTextModel
-from mflux_vae_train.pipelines.text.t5 import T5Encoder
-
-TRANSFORMER = partial(to_mlx, rules=keys.MFLUX_TRANSFORMER)
-CLIP_EMBEDDINGS, T5_EMBEDDINGS = ("text_model.embeddings.token_embedding",), ("shared",)
+from mflux_vae_train.pipelines.mflux.families import shared_autoencoder, shared_parts
+from mflux_vae_train.pipelines.mflux.host import Hosted
 
 
 class HostedFlux1(Hosted, FluxPipeline):
@@ -30,7 +21,7 @@ def wrap(model: Any) -> HostedFlux1:
     about, transformer = model.model_config, model.transformer
     t5, clip = model.t5_text_encoder, model.clip_text_encoder
     known = PUBLISHED.get(about.model_name) or published(bool(about.supports_guidance))
-    vae, vae_config = autoencoder(model.vae, known.vae, partial(to_mlx, rules=keys.MFLUX_VAE))
+    vae, vae_config = shared_autoencoder(FAMILY, model.vae, known.vae)
     # mflux fixes all other numbers
     configs = replace(
         known,
@@ -52,14 +43,7 @@ def wrap(model: Any) -> HostedFlux1:
         ),
         vae=vae_config,
     )
-    parts = flux_parts(
-        transformer=Shared(lambda: FluxTransformer(configs.transformer), transformer, TRANSFORMER),
-        vae=vae,
-        text_encoder=Shared(lambda: CLIPTextModel(configs.text_encoder), clip, embeddings=CLIP_EMBEDDINGS),
-        text_encoder_2=Shared(
-            lambda: T5Encoder(configs.text_encoder_2), t5, partial(to_mlx, rules=keys.MFLUX_T5), T5_EMBEDDINGS
-        ),
-        tokenizer=tokenizer(model.tokenizers["clip"]),
-        tokenizer_2=tokenizer(model.tokenizers["t5"]),
-    )
+    modules = {"transformer": transformer, "text_encoder": clip, "text_encoder_2": t5}
+    tokenizers = {"tokenizer": model.tokenizers["clip"], "tokenizer_2": model.tokenizers["t5"]}
+    parts = shared_parts(FAMILY, configs, modules, vae, tokenizers)
     return HostedFlux1(parts, configs, name=about.aliases[0], base_model=about.model_name).host_in(model)

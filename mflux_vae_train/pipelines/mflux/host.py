@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.integrations.mflux import MfluxVAE
-from mflux_vae.pretrained.loading import new_network
-from mflux_vae.runtime.device import compute_dtype
-from mflux_vae.vae import VAE
-from mflux_vae.weights.keymaps.rules import load_strict
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
-from mflux_vae_train.pipelines.loading.lazy import Lazy
-from mflux_vae_train.pipelines.mflux.sharing import Named, Shared, adapter_kind, nbytes
-from mflux_vae_train.pipelines.quantization import adopt_quantization
+from mflux_vae_train.pipelines.mflux.sharing import Shared, adapter_kind, nbytes
 
 logger = logging.getLogger(__name__)
-
-
-def autoencoder(module: Any, published: Mapping[str, Any], named: Named) -> tuple[Lazy[VAE], Mapping[str, Any]]:
-    """The object's autoencoder, and its configuration.
-
-    It is ours if it replaced mflux's, else one with mflux's weights, which are float32 while it is loaded.
-    """
-    if isinstance(module, MfluxVAE):
-        vae = cast(VAE, module.vae)
-        return Lazy(loaded=vae), vae.config.to_dict()
-    blocks = module.encoder.down_blocks
-    config = {
-        **published,
-        "block_out_channels": [len(block.resnets[-1].conv1.weight) for block in blocks],
-        "layers_per_block": len(blocks[0].resnets),
-    }
-
-    def share() -> VAE:
-        network, where = new_network(config), f"mflux's {type(module).__name__}"
-        tensors = named(dict(tree_flatten(module.parameters())))
-        ready = adopt_quantization(network, tensors, where, keep=False)
-        load_strict(network, ready, where=where, dtype=compute_dtype(mx.float32))
-        return VAE(network=network.eval())
-
-    return Lazy(share), config
 
 
 def check_precision(model: Any) -> None:

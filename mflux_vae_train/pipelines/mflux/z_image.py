@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from mflux_vae.weights.keymaps.rules import to_mlx
-from mflux_vae_train.pipelines.mflux.families import qwen3_config, shared_parts
-from mflux_vae_train.pipelines.mflux.host import Hosted, autoencoder, check_precision
+from mflux_vae_train.pipelines.mflux.families import qwen3_config, shared_autoencoder, shared_parts
+from mflux_vae_train.pipelines.mflux.host import Hosted, check_precision
 from mflux_vae_train.pipelines.z_image.configs import BASE, PUBLISHED, TURBO
 from mflux_vae_train.pipelines.z_image.family import FAMILY
 from mflux_vae_train.pipelines.z_image.pipeline import ZImagePipeline
@@ -23,7 +21,7 @@ def wrap(model: Any) -> HostedZImage:
     check_precision(model)
     about, transformer = model.model_config, model.transformer
     known = PUBLISHED.get(about.model_name) or PUBLISHED[BASE if about.supports_guidance else TURBO]
-    vae, vae_config = autoencoder(model.vae, known.vae, partial(to_mlx, rules=FAMILY.mflux_vae))
+    vae, vae_config = shared_autoencoder(FAMILY, model.vae, known.vae)
     configs = replace(
         known,
         transformer=replace(
@@ -39,5 +37,6 @@ def wrap(model: Any) -> HostedZImage:
         text_encoder=qwen3_config(known.text_encoder, model.text_encoder),
         vae=vae_config,
     )
-    parts = shared_parts(FAMILY, configs, model, vae, {"tokenizer": model.tokenizers["z_image"]})
+    modules = {"transformer": transformer, "text_encoder": model.text_encoder}
+    parts = shared_parts(FAMILY, configs, modules, vae, {"tokenizer": model.tokenizers["z_image"]})
     return HostedZImage(parts, configs, name=about.aliases[0], base_model=about.model_name).host_in(model)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import VAE
+from tests.mflux_vae import small_models
 from tests.mflux_vae.small_models import small_kl
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn
 from tests.mflux_vae_train.pipelines.text.qwen_folder import write_qwen_tokenizer
@@ -127,3 +128,34 @@ def latents(model: Any, noise: mx.array) -> mx.array:
     if name == "ZImage":
         return noise.transpose(1, 2, 3, 0)
     return noise.reshape(1, SIZE // 16, SIZE // 16, -1)
+
+
+def klein(folder: Path, bits: int | None = None) -> Any:
+    """`Flux2Klein`, a base model, with one block of each kind; its text encoder has the 27 layers that are read."""
+    from mflux.models.common.compute_precision import ComputePrecision
+    from mflux.models.common.config.model_config import ModelConfig
+    from mflux.models.flux2.flux2_initializer import Flux2Initializer
+    from mflux.models.flux2.model.flux2_text_encoder.qwen3_text_encoder import Qwen3TextEncoder
+    from mflux.models.flux2.model.flux2_transformer.transformer import Flux2Transformer
+    from mflux.models.flux2.model.flux2_vae.decoder.decoder import Flux2Decoder
+    from mflux.models.flux2.model.flux2_vae.encoder.encoder import Flux2Encoder
+    from mflux.models.flux2.model.flux2_vae.vae import Flux2VAE
+    from mflux.models.flux2.variants.txt2img.flux2_klein import Flux2Klein
+
+    model = _new(Flux2Klein)
+    Flux2Initializer._init_config(model, ModelConfig.flux2_klein_base_4b())
+    model.compute_precision, model.vae = ComputePrecision(), Flux2VAE()
+    small: Any = {"block_out_channels": (32,) * 4, "layers_per_block": 1}
+    model.vae.encoder, model.vae.decoder = Flux2Encoder(**small), Flux2Decoder(**small)
+    small_models.drawn(model.vae, 3)
+    model.transformer = Flux2Transformer(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=192,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    model.text_encoder = Qwen3TextEncoder(300, 64, 28, 4, 2, 64, head_dim=16)
+    model.tokenizers = {"qwen3": qwen_tokenizer(folder, chat_template_kwargs={"enable_thinking": False})}
+    return _ready(model, bits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.flux1.parts import flux_parts
-from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
+from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.mflux import host
-from mflux_vae_train.pipelines.mflux.flux1 import CLIP_EMBEDDINGS, T5_EMBEDDINGS, TRANSFORMER, HostedFlux1
-from mflux_vae_train.pipelines.mflux.sharing import Shared
-from mflux_vae_train.pipelines.text.clip import CLIPTextModel
-from mflux_vae_train.pipelines.text.t5 import T5Encoder
+from mflux_vae_train.pipelines.mflux.families import shared_parts
+from mflux_vae_train.pipelines.mflux.flux1 import HostedFlux1
 from tests.mflux_vae_train.pipelines.flux1.small_flux import small_pipeline
 
 
@@ -51,7 +48,6 @@ class Host:
 
     model: nn.Module
     pipeline: HostedFlux1
-    before: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> tuple[list[Any], list[Any]]:
         """The object's arrays and modules, by identity."""
@@ -71,14 +67,9 @@ def fake_host(folder: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None = 
         nn.quantize(model, 32, bits, class_predicate=lambda _, layer: _can_be_quantized(layer))
     model.prompt_cache = {"a prompt": "its encoding"}
     mx.eval(model.parameters())
-    parts = flux_parts(
-        transformer=Shared(lambda: FluxTransformer(configs.transformer), model.transformer, TRANSFORMER),
-        vae=small.vae,
-        text_encoder=Shared(lambda: CLIPTextModel(configs.text_encoder), model.clip, embeddings=CLIP_EMBEDDINGS),
-        text_encoder_2=Shared(lambda: T5Encoder(configs.text_encoder_2), model.t5, embeddings=T5_EMBEDDINGS),
-        tokenizer=small.parts.tokenizers["tokenizer"],
-        tokenizer_2=small.parts.tokenizers["tokenizer_2"],
-    )
+    modules = {"transformer": model.transformer, "text_encoder": model.clip, "text_encoder_2": model.t5}
+    shared = shared_parts(FAMILY, configs, modules, small.parts.vae, {})
+    parts = replace(shared, tokenizers=small.parts.tokenizers)
     return Host(model, HostedFlux1(parts, configs, name="host").host_in(model))
 
 
