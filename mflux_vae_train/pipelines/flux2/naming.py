@@ -34,7 +34,7 @@ from diffusers import Flux2KleinPipeline
 
 pipeline = Flux2KleinPipeline.from_pretrained({drawing!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+image = pipeline(prompt={prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```{note}"""
     shell = f"""```bash
 mflux-generate-flux2 --model {drawing} --steps {steps} --guidance {guidance} \\

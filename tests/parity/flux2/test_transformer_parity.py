@@ -12,8 +12,11 @@ if not hasattr(diffusers, "Flux2KleinPipeline"):
     pytest.skip("diffusers without FLUX.2 klein", allow_module_level=True)
 
 import mlx.core as mx  # noqa: E402
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mflux_vae_train.pipelines.flux1 import keys as flux1_keys  # noqa: E402
+from mflux_vae_train.pipelines.flux2 import keys  # noqa: E402
 from mflux_vae_train.pipelines.flux2.transformer import (  # noqa: E402
     Flux2Transformer,
     Flux2TransformerConfig,
@@ -115,3 +118,23 @@ def test_positions_agree() -> None:
     pipeline = diffusers.Flux2KleinPipeline
     np.testing.assert_array_equal(image_ids(3, 5), pipeline._prepare_latent_ids(torch.zeros(1, 4, 3, 5))[0])
     np.testing.assert_array_equal(text_ids(6), pipeline._prepare_text_ids(torch.zeros(1, 6, 2))[0])
+
+
+def test_a_single_file_is_read_as_diffusers_converts_it() -> None:
+    """Every tensor of the 9B model with all of its rows, and one column."""
+    config = Flux2TransformerConfig(**SIZES["9B"])
+    ours = {key: tuple(value.shape) for key, value in tree_flatten(Flux2Transformer(config).parameters())}
+    file = keys.to_bfl({name: mx.zeros((shape[0], 1)[: len(shape)]) for name, shape in ours.items()})
+    draws = np.random.default_rng(0)
+    stored = {name: draws.standard_normal(value.shape, dtype=np.float32) for name, value in file.items()}
+    found = keys.our_names({f"model.diffusion_model.{name}": mx.array(value) for name, value in stored.items()})
+    theirs = convert_flux2_transformer_checkpoint_to_diffusers(
+        {name: torch.from_numpy(value) for name, value in stored.items()}
+    )
+    assert keys.is_flux2(stored) and not flux1_keys.is_flux1(stored) and not flux1_keys.is_flux1(ours)
+    assert found.keys() == theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy(), err_msg=name)
+    back = keys.to_bfl(found)
+    assert back.keys() == stored.keys()
+    assert all(np.array_equal(back[name], value) for name, value in stored.items())

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mflux_vae import VAE, AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from mflux_vae_train.pipelines.flow import files
@@ -105,10 +106,12 @@ def small_pipeline(
         is_distilled=distilled,
         recommended=recommended or known.recommended,
     )
+    whole = drawn(Qwen3Encoder(configs.text_encoder), 1)
     encoder = kind.family.networks["text_encoder"].build(configs.text_encoder)
+    encoder.load_weights(list(encoder.take(dict(tree_flatten(whole.parameters()))).items()))
     parts = files.parts_of(
         kind.family,
-        {"transformer": drawn(Flux2Transformer(configs.transformer), 2), "text_encoder": drawn(encoder, 1)},
+        {"transformer": drawn(Flux2Transformer(configs.transformer), 2), "text_encoder": encoder},
         VAE(network=positive(drawn(AutoencoderKLFlux2(vae), 3))),
         {"tokenizer": LazyTokenizer(folder / "tokenizer")},
     )
