@@ -28,6 +28,10 @@ CLIP_KEPT = 12.0
 DEQUANTIZED = 3.2
 """Temporary while MLX dequantizes a matrix on a CPU, in units of its unquantized size."""
 
+UPDATING = {4: 12, 2: 7}
+"""Bytes per weight that exist besides state and gradients while a compiled update of all weights is computed, by bytes
+of a number. On a CPU the update overwrites the gradients and takes a few arrays at a time."""
+
 LARGE_TILES = Tiling("exact", 1024)
 """Of calls that the memory of a GPU does not suffice for."""
 
@@ -148,12 +152,36 @@ class Precision:
         return cls(width=device.compute_dtype().size, fused=not device.is_cpu())
 
 
+def held_bytes(work: Workload, precision: Precision) -> int:
+    """Weights of adapters, and optimizer state: what a training holds between updates, beside the networks."""
+    adapters = FULL * work.trained * work.adapter + work.assistant * precision.width
+    return adapters + int(work.trained * work.state_bytes)
+
+
 def learning_bytes(work: Workload, precision: Precision) -> int:
-    """Trained weights, gradients (twice, while they are accumulated), optimizer state, and the assistant's weights."""
-    # sums of half-precision gradients are float32
-    trained = work.trained * (FULL if work.adapter or work.micro_batches > 1 else precision.width)
-    held = int(work.trained * work.state_bytes) + work.assistant * precision.width
-    return (3 if work.adapter else 2) * trained + held
+    """The same with gradients, those of an adapter twice."""
+    return held_bytes(work, precision) + (1 + work.adapter) * _gradient_bytes(work, precision)
+
+
+def training_phase(work: Workload, precision: Precision, *, weights: int, activations: int, operations: float) -> Phase:
+    """The phase of the updates.
+
+    Args:
+        weights: bytes of the networks.
+        activations: bytes at the peak of a forward and backward pass.
+        operations: of an update.
+    """
+    further = updating = 0
+    if not work.adapter:
+        further = _gradient_bytes(work, precision) if work.micro_batches > 1 else 0  # those of the next micro-batch
+        updating = work.trained * UPDATING[precision.width] if precision.fused else 0
+    peak = max(activations + further, updating)
+    return Phase("training", weights + learning_bytes(work, precision), peak, operations)
+
+
+def _gradient_bytes(work: Workload, precision: Precision) -> int:
+    """One copy of the gradients. Sums of half-precision gradients are float32."""
+    return work.trained * (FULL if work.adapter or work.micro_batches > 1 else precision.width)
 
 
 def clip_bytes(config: CLIPTextConfig, batch: int) -> int:

@@ -17,7 +17,8 @@ from mflux_vae_train.pipelines.footprint import (
     Precision,
     Workload,
     autoencoder_bytes,
-    learning_bytes,
+    held_bytes,
+    training_phase,
     weight_bytes,
 )
 from mflux_vae_train.pipelines.text.qwen3 import Qwen3Config, Qwen3Encoder, is_quantized_text_layer
@@ -122,7 +123,6 @@ def phases(
     """
     square, activations = (work.resolution, work.resolution), costs.activations
     tokens, trained_tokens = costs.tokens(square), costs.tokens(work.trained_shape)
-    learning = learning_bytes(work, precision)
     autoencoder, encoding = autoencoder_bytes(vae, "encode", 16, work.trained_shape)
     decoding = sum(autoencoder_bytes(vae, "decode", work.images, square))
 
@@ -145,13 +145,14 @@ def phases(
         text_encoding,
         *classes,
         Phase("latents", held + autoencoder, encoding, 0.0),
-        Phase(
-            "training",
-            costs.transformer + learning,
-            training + costs.text_training + costs.dequantized,
-            one_trained * passes * work.batch * work.micro_batches,
+        training_phase(
+            work,
+            precision,
+            weights=costs.transformer,
+            activations=training + costs.text_training + costs.dequantized,
+            operations=one_trained * passes * work.batch * work.micro_batches,
         ),
-        *([Phase("previews", costs.transformer + learning, drawing, 0.0)] if work.previews else []),
+        *([Phase("previews", costs.transformer + held_bytes(work, precision), drawing, 0.0)] if work.previews else []),
         *([Phase("fusing", adapted, max(costs.fusing, autoencoder), 0.0)] if work.fuse else []),
     ]
 

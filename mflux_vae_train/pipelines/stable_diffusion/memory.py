@@ -29,7 +29,8 @@ from mflux_vae_train.pipelines.footprint import (
     autoencoder_bytes,
     autoencoder_weights,
     clip_bytes,
-    learning_bytes,
+    held_bytes,
+    training_phase,
     weight_bytes,
 )
 from mflux_vae_train.pipelines.stable_diffusion.blocks import FF_RATIO
@@ -224,7 +225,6 @@ def phases(configs: Configs, work: Workload, *, precision: Precision | None = No
 
     encoders = sum(_encoder(one, here.width, work.quantize) for one in configs.text_encoders.values())
     unet = weight_bytes(UNet, config, here.width, work.quantize, is_quantized_layer) + encoders * work.text_encoder
-    learning = learning_bytes(work, here)
 
     autoencoder, encoding = autoencoder_bytes(configs.vae, "encode", 16, work.trained_shape)
     decoding = sum(autoencoder_bytes(configs.vae, "decode", work.images, square))
@@ -243,18 +243,15 @@ def phases(configs: Configs, work: Workload, *, precision: Precision | None = No
     )
     if work.text_encoder:
         activations += sum(clip_bytes(one, together) for one in configs.text_encoders.values())
-    # the second copy of all gradients exists after the activations, unless gradients are accumulated
-    copied = 0 if work.adapter or work.micro_batches > 1 else work.trained * here.width
     # forward pass, gradients of inputs; and recomputation, gradients of all weights
     passes = 2 + work.gradient_checkpointing + (not work.adapter)
     operations = one_trained * passes * work.batch * work.micro_batches
     found += [
         Phase("latents", held + autoencoder, encoding, 0.0),
-        Phase("training", unet + learning - copied, max(activations + wide, copied), operations),
+        training_phase(work, here, weights=unet, activations=activations + wide, operations=operations),
     ]
     if work.previews:
-        held = unet + FULL * work.trained * work.adapter + int(work.trained * work.state_bytes)  # without gradients
-        found.append(Phase("previews", held, drawing, 0.0))
+        found.append(Phase("previews", unet + held_bytes(work, here), drawing, 0.0))
     if work.fuse:
         found.append(Phase("fusing", unet + FULL * work.trained, max(fusing_bytes(configs, here), autoencoder), 0.0))
     return found

@@ -12,14 +12,14 @@ from benchmarks.gpu.flux_stack import filled
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae_train import lora
 from mflux_vae_train.optimizers.adam import AdamW
-from mflux_vae_train.pipelines.footprint import Precision, Workload, learning_bytes
+from mflux_vae_train.pipelines.footprint import Precision, Workload, training_phase
 from mflux_vae_train.pipelines.quantization import stored_bytes
 from mflux_vae_train.pipelines.stable_diffusion import memory, naming
 from mflux_vae_train.pipelines.stable_diffusion.unet import UNet
 from mflux_vae_train.pipelines.stable_diffusion.unet_config import UNetConfig
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
-RANK, MOMENTS = 16, 8
+RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,10 @@ def estimated(stack: Stack) -> int:
     trained = weights // here.width
     if not stack.full:
         trained = RANK * sum(lora.matching(network, naming.PRESETS["attention"]).values())
-    work = Workload(resolution=8 * stack.side, trained=trained, adapter=not stack.full, state_bytes=MOMENTS)
+    matrix = mx.zeros((16, 16), compute_dtype() if stack.full else mx.float32)
+    state = AdamW().state_bytes(matrix) / matrix.size
+    work = Workload(resolution=8 * stack.side, trained=trained, adapter=not stack.full, state_bytes=state)
     activations = memory.training_bytes(
         stack.config, (stack.side,) * 2, stack.batch, here, checkpointing=stack.recompute, full=stack.full
     )
-    copied = weights if stack.full else 0
-    return weights + learning_bytes(work, here) - copied + max(activations, copied)
+    return training_phase(work, here, weights=weights, activations=activations, operations=0).peak
