@@ -104,6 +104,7 @@ def test_an_adapter_in_float32_equals_that_of_a_cpu(gradient_checkpointing: bool
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_compiled_update_equals_one_that_is_not(monkeypatch) -> None:
     gpu_branch.force(monkeypatch, dtype=mx.float32)
     expected = trained(mx.float32)
