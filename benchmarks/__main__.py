@@ -4,7 +4,8 @@
 
 On a GPU that MLX and torch both support, the same rows are measured there. Peers are optional (extra `parity`);
 missing ones are listed below the table. Quality of DreamBooth: `benchmarks.dreambooth_quality`, `.dreambooth_photos`;
-total correlation of autoencoders: `benchmarks.disentanglement`.
+total correlation of autoencoders: `benchmarks.disentanglement`; beside the
+scripts of diffusers: `benchmarks.diffusers_scripts`.
 
 Intel Xeon (AVX-512), two cores, Linux, MLX 0.32.4 with MKL, torch 2.13.0, diffusers 0.42.1, float32, 2026-11-21. The
 virtual machine's speed changes by half within a day; where two runs differ, both are given:

@@ -110,7 +110,7 @@ def measure(
         sheet: a picture to write: some pictures of the subject, and below them some of its class.
     """
     named = sample_images(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
-    plain = _class_pictures(pipeline, subject)
+    plain = class_pictures(pipeline, subject)
     if sheet is not None:
         save_image(sheet, grid([*named[:SHOWN], *plain[:SHOWN]], SHOWN))
     return Measured(
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     base = tiny.load()
     before = {
-        subject: (spread(_class_pictures(base, subject)), _other_prompts(base, subject))
+        subject: (spread(class_pictures(base, subject)), _other_prompts(base, subject))
         for subject in SUBJECTS[: arguments.subjects]
     }
     columns = ("subject_fidelity", "class_retention", "diversity", "prompts", "prompts_before", "seconds")
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _class_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
+def class_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
     prompt = f"a photo of {article(subject.shape)} {subject.shape}"
     return sample_images(pipeline, [prompt] * PICTURES, seed=EVALUATION_SEED + 1)
 

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import convolutions, dreambooth_quality
 from benchmarks.__main__ import SCRIPTS
+from benchmarks.diffusers_scripts import __main__ as diffusers_scripts
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.cli import Options, select
@@ -23,6 +24,7 @@ from benchmarks.harness.rows import Implementation, Measured, Result, Row, Work
 from benchmarks.harness.table import ratio, summary, table
 from benchmarks.harness.weights import tensor
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.settings.flags import settings_from
 
 OURS, FIRST, LAST = (Implementation(name=name, build=f"nowhere:{name}") for name in ("ours", "first", "last"))
 ROW = Row(work="a work", ours=OURS, peers=[FIRST, LAST], target=1.3)
@@ -233,6 +235,25 @@ def test_variants_are_valid_settings(way: str) -> None:
     plain, changed = DreamBoothSettings(**given), DreamBoothSettings(**given, **dreambooth_quality.WAYS[way])
     assert all(getattr(changed, name) == value for name, value in dreambooth_quality.WAYS[way].items())
     assert plain != changed
+
+
+def test_both_commands_train_with_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(diffusers_scripts, "sample_images", lambda _, prompts, seed: np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(FileNotFoundError, match="--scripts"):
+        diffusers_scripts.prepare("tiny", tmp_path, "python", tmp_path / "without", [0])
+    (tmp_path / "train_dreambooth_lora_flux.py").touch()
+    comparison = diffusers_scripts.prepare("tiny", tmp_path, "python", tmp_path / "data", [0])
+    position = mx.load(str(tmp_path / "data/pipeline/text_encoder/model.safetensors"))
+    name = "text_model.embeddings.position_embedding.weight"
+    assert len(position[name]) == 77 and not position[name][16:].any() and position[name][15].any()
+
+    ours, theirs = (comparison.command(whose, 60, 0, tmp_path / "out") for whose in ("ours", "theirs"))
+    settings = settings_from(DreamBoothSettings, ours[3:])
+    assert settings.max_train_steps == 60 and settings.caption_dropout == 0 and settings.checkpointing_steps is None
+    shared = {flag.partition("=")[0] for flag in ours} & {flag.partition("=")[0] for flag in theirs}
+    differ = {flag.partition("=")[0] for flag in {*ours} ^ {*theirs}}
+    assert {"--learning_rate", "--rank", "--train_batch_size", "--prior_loss_weight"} < shared - differ
+    assert shared & differ == {"--checkpointing_steps", "--weighting_scheme"}  # none and uniform are the same
 
 
 def test_convolution_benchmark_covers_every_algorithm(

@@ -1,0 +1,1 @@
+"""DreamBooth beside the scripts of diffusers; `python -m benchmarks.diffusers_scripts`."""
