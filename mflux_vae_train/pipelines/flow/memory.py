@@ -19,18 +19,13 @@ from mflux_vae_train.pipelines.footprint import (
     autoencoder_bytes,
     held_bytes,
     training_phase,
-    weight_bytes,
 )
-from mflux_vae_train.pipelines.text.qwen3 import Qwen3Config, Qwen3Encoder, is_quantized_text_layer
 
 GPU_SCORES, GPU_BLOCKS = 5, 12
 """Temporary float32 numbers on a GPU, per score or per score of a block of rows, of which several exist at a time."""
 
 INPUTS = 1.0
 """Kept by a checkpointed block, per token and D."""
-
-QWEN3_WORKING = 6.0
-"""Temporary in Qwen3, per token, in units of its width plus that of its feed-forward layers."""
 
 SCORES_KEPT = 1.0
 """Kept per score (head and pair of tokens) if attention is not MLX's fused kernel."""
@@ -155,25 +150,3 @@ def phases(
         *([Phase("previews", costs.transformer + held_bytes(work, precision), drawing, 0.0)] if work.previews else []),
         *([Phase("fusing", adapted, max(costs.fusing, autoencoder), 0.0)] if work.fuse else []),
     ]
-
-
-def qwen3_phase(
-    build: Callable[[Qwen3Config], Qwen3Encoder],
-    config: Qwen3Config,
-    work: Workload,
-    length: int,
-    precision: Precision,
-) -> Phase:
-    """The encoding of prompts by Qwen3.
-
-    Args:
-        build: the encoder of a configuration, with the layers that it needs.
-        length: tokens per prompt.
-    """
-    weights = weight_bytes(build, config, precision.width, work.quantize, is_quantized_text_layer)
-    rows = min(work.prompts, work.prompts_per_batch) * length
-    numbers = QWEN3_WORKING * (config.hidden_size + config.intermediate_size) * rows
-    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
-    operations = 2.0 * work.prompts * length * len(build(config).model.layers) * layer
-    return Phase("text encoding", weights, int(FULL * numbers), operations)

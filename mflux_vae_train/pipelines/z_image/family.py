@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from mflux_vae.weights.formats.files import read_json
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Tensors
 from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles
-from mflux_vae_train.pipelines.footprint import weight_bytes
-from mflux_vae_train.pipelines.text import qwen3
+from mflux_vae_train.pipelines.text import qwen3, qwen3_memory
 from mflux_vae_train.pipelines.z_image import keys
 from mflux_vae_train.pipelines.z_image.configs import BASE, OF_TURBO, PUBLISHED, REPOSITORIES, TURBO
 from mflux_vae_train.pipelines.z_image.packing import VAE_FACTOR
@@ -67,7 +65,7 @@ FAMILY = Family(
             entry=("transformers", "Qwen3ForCausalLM"),
             named=qwen3.published_names,
             quantized=qwen3.is_quantized_text_layer,
-            stored_bytes=partial(weight_bytes, qwen3.Qwen3Encoder),
+            stored_bytes=qwen3_memory.stored_bytes,
         ),
     },
     tokenizers={"tokenizer": "Qwen2Tokenizer"},

@@ -11,6 +11,7 @@ from functools import partial
 from mflux_vae_train.pipelines import footprint
 from mflux_vae_train.pipelines.flow import memory
 from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, weight_bytes
+from mflux_vae_train.pipelines.text import qwen3_memory
 from mflux_vae_train.pipelines.z_image.configs import SIZE_MULTIPLE, Configs
 from mflux_vae_train.pipelines.z_image.family import is_quantized_layer, text_encoder
 from mflux_vae_train.pipelines.z_image.packing import padded
@@ -49,7 +50,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         fusing=fusing_bytes(configs, here),
         guided=work.guidance > 0,
     )
-    prompts = memory.qwen3_phase(text_encoder, configs.text_encoder, work, text_tokens, here)
+    prompts = qwen3_memory.text_encoding(text_encoder, configs.text_encoder, work, text_tokens, here)
     return memory.phases(costs, work, configs.vae, prompts, here)
 
 
