@@ -12,7 +12,7 @@ _REASONS = {
     # machine
     "it is an option of torch or CUDA": "allow_tf32 enable_npu_flash_attention set_grads_to_none fsdp_text_encoder",
     "networks are loaded when they are first used, and freed when their work is done": "offload",
-    "products in fp8 need CUDA; --quantize 8 saves as much memory": "do_fp8_training",
+    "training in fp8 is torchao's; --quantize 8 saves memory": "do_fp8_training",
     "attention is MLX's fused kernel, which does not store the scores": "enable_xformers_memory_efficient_attention",
     "`mlx.launch` starts and numbers the processes": "local_rank",
     "images are encoded once before training, so there is no data loader": (

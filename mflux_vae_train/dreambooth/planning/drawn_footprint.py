@@ -33,12 +33,10 @@ def footprint_of(pipeline: SupportsMemoryControl, work: Workload) -> Footprint:
     ours = checks.footprint(pipeline, replace(plain, class_images=0))
     theirs = checks.footprint(work.drawing, replace(plain, trained=0, assistant=0, text_encoder=False, fuse=False))
     drawn = {phase.name: phase for phase in theirs.phases}
-    phases = []
-    for phase in ours.phases:
+    phases = list(ours.phases)
+    for index, phase in enumerate(phases):
         if phase.name == PREVIEWS and PREVIEWS in drawn:
-            its = drawn[PREVIEWS]
-            phase = replace(its, weights=phase.weights + its.weights)
-        phases.append(phase)
+            phases[index] = replace(drawn[PREVIEWS], weights=phase.weights + drawn[PREVIEWS].weights)
     if CLASS_IMAGES in drawn:
         phases.insert(1, drawn[CLASS_IMAGES])
     needed = dict.fromkeys(one.access for one in (ours, theirs) if one.access)

@@ -72,8 +72,7 @@ class Preparation:
     """A run that is ready to start.
 
     Attributes:
-        drawing: the pipeline that draws class images and previews, if it is not the trained one that of
-            ``--preview_model``.
+        drawing: draws class images and previews: the trained pipeline, or that of ``--preview_model``.
         dataset: the instance images.
         class_folders: class images, present and missing; empty without class images.
         trainable: what is trained.
