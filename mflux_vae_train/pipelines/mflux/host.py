@@ -43,7 +43,8 @@ class Hosted:
         """Estimate what a run needs: the object stays in memory throughout."""
         estimate: Any = super().footprint  # type: ignore[misc]
         found: Footprint = estimate(work)
-        networks = {one.name: one.weights for one in estimate(replace(work, trained=0, text_encoder=False)).phases}
+        untrained = replace(work, trained=0, assistant=0, text_encoder=False)
+        networks = {one.name: one.weights for one in estimate(untrained).phases}
         resident = nbytes(self._model)
         phases = [
             Phase(one.name, one.weights - networks[one.name] + resident, one.work, one.operations)
@@ -61,6 +62,8 @@ class Hosted:
             module.update(arrays)
         if cache := getattr(self._model, "prompt_cache", None):
             cache.clear()
+        if any("m" in layer for shared in self._shared for layer in shared.module.modules()):
+            logger.warning("mflux draws with DoRA now, but has no layer for it: it cannot save this model")
 
     def _adapted(self, original: nn.Module, ours: Any) -> nn.Module:
         if "m" in ours:
