@@ -27,7 +27,7 @@ def test_a_host_changes_only_when_the_training_has_succeeded(host, short_run, tm
     before = host.state()
 
     def stop(progress) -> None:
-        if progress.phase == "finished" or (progress.phase == "training" and progress.update == 1):
+        if progress.phase == "training" and progress.update == 1:
             raise Stop
 
     options = {**QUICK, "train_text_encoder": True, "lora_layers": "attention+mlp", "output_dir": str(tmp_path / "run")}
@@ -38,24 +38,17 @@ def test_a_host_changes_only_when_the_training_has_succeeded(host, short_run, tm
     assert host.state() == before and host.model.prompt_cache
 
     resumed = fake_host(tmp_path / "parts", monkeypatch, 8)  # the same weights
-    result = DreamBooth(resumed.pipeline).train(short_run(**options))
-    whole = fake_host(tmp_path / "parts", monkeypatch, 8)
-    options["output_dir"] = str(tmp_path / "whole")
-    whole_result = DreamBooth(whole.pipeline).train(short_run(**options))
-    one, other = (mx.load(str(run.result)) for run in (result, whole_result))
-    assert result.updates == 1 and all(mx.array_equal(one[name], other[name]).item() for name in one)
-
-    adapted = {name for name, layer in whole.model.named_modules() if isinstance(layer, LoRALinear)}
+    assert DreamBooth(resumed.pipeline).train(short_run(**options)).updates == 1
+    adapted = {name for name, layer in resumed.model.named_modules() if isinstance(layer, LoRALinear)}
     assert {
         "transformer.transformer_blocks.0.ff.linear1",
         "transformer.single_transformer_blocks.1.proj_out",
     } <= adapted
-    assert "clip.text_model.encoder.layers.0.self_attn.q_proj" in adapted and not whole.model.prompt_cache
+    assert "clip.text_model.encoder.layers.0.self_attn.q_proj" in adapted and not resumed.model.prompt_cache
     ids = mx.array([[1, 2, 3]])
-    pooled = [clip(ids)[1] for clip in (whole.model.clip, whole.pipeline.prompts.clip.get(), host.model.clip)]
-    assert (
-        mx.allclose(pooled[0], pooled[1], atol=1e-5).item() and not mx.allclose(pooled[0], pooled[2], atol=1e-3).item()
-    )
+    clips = resumed.model.clip, resumed.pipeline.prompts.clip.get(), host.model.clip
+    theirs, ours, base = (clip(ids)[1] for clip in clips)
+    assert mx.allclose(theirs, ours, atol=1e-5).item() and not mx.allclose(theirs, base, atol=1e-3).item()
 
 
 def test_trained_weights_replace_those_of_the_host(short_run, tmp_path, monkeypatch) -> None:
