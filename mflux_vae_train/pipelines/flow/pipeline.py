@@ -39,6 +39,10 @@ class FlowPipeline(PartsPipeline):
         """Scale of classifier-free guidance for `sample`; None for no guidance."""
         return guidance if guidance > 1 else None
 
+    def _without_padding(self, conditioning: Conditioning) -> Conditioning:
+        """Conditioning for `sample`, without what no row needs."""
+        return conditioning
+
     def _sigmas(self, steps: int, image_tokens: int) -> Sequence[float]:
         """Noise levels of sampling, from 1 to 0."""
         levels: list[float] = self.schedule.sigmas(steps, image_tokens).tolist()
@@ -104,6 +108,7 @@ class FlowPipeline(PartsPipeline):
             conditioning = self.prompts.with_unconditional(conditioning)
         conditioning = self.prompts.finish(conditioning)
         mx.eval(conditioning)
+        conditioning = self._without_padding(conditioning)
         drawn = sample(
             lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
             latents,

@@ -38,6 +38,11 @@ class ZImagePipeline(FamilyPipeline):
         """See `FlowPipeline`."""
         return 1 + guidance if guidance > 0 else None
 
+    def _without_padding(self, conditioning: Conditioning) -> Conditioning:
+        """See `FlowPipeline`."""
+        longest = int(conditioning[LENGTH].max().item())
+        return {**conditioning, EMBEDS: conditioning[EMBEDS][:, :longest]}
+
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
         """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in `dtype`."""
         prompt = conditioning[EMBEDS].astype(self.dtype)
