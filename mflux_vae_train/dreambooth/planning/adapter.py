@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import mlx.nn as nn
 from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError, WeightsError
@@ -118,7 +119,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
         assert isinstance(pipeline, SupportsTextEncoderTraining)  # `pipeline_features.check` refuses others
         targets |= pipeline.text_encoder_targets()
     for name in filter(str.strip, (resolved.lora_layers or "").split(",")):  # each one alone: one may be mistyped
-        lora.matching(denoiser, _denoiser_targets(pipeline, name))
+        _check_matches(pipeline, denoiser, name.strip())
     ranks: Mapping[str, Mapping[str, int]] = {}
     alphas: Mapping[str, float] = {}
     origin = f" ({', '.join(name for each in targets.values() for name in _preset_names(each, pipeline))})"
@@ -182,6 +183,16 @@ def _denoiser_targets(pipeline: DiffusionPipeline, lora_layers: str | None) -> S
         known = ", ".join([*presets, lora.ALL_LAYERS])
         raise SettingsError(f"--lora_layers {lora_layers}: {pipeline.name} has {known}; or name layers")
     return lora.patterns_of(lora_layers, presets)
+
+
+def _check_matches(pipeline: DiffusionPipeline, denoiser: nn.Module, name: str) -> None:
+    """Refuse a preset, name or pattern that no layer matches."""
+    try:
+        lora.matching(denoiser, _denoiser_targets(pipeline, name))
+    except SettingsError:
+        if name not in _presets(pipeline):
+            raise
+        raise SettingsError(f"--lora_layers {name}: {pipeline.name} has no layers of this preset") from None
 
 
 def _presets(pipeline: DiffusionPipeline) -> Mapping[str, Sequence[str]]:

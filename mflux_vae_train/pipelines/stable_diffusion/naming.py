@@ -45,10 +45,13 @@ _BASE_VERSIONS = {
 """kohya's name of a base model, by ModelSpec's."""
 
 
-def kohya_naming(configs: Configs) -> KohyaNaming:
+def kohya_naming(configs: Configs, clip_skip: int | None = None) -> KohyaNaming:
     """Names for the layers of the UNet and the text encoders: CompVis' in SDXL, diffusers' in Stable Diffusion 1 and 2.
 
     The other naming is read, too.
+
+    Args:
+        clip_skip: as diffusers counts; kohya's scripts count one more.
     """
     layers, xl = _layers(configs.unet), configs.generation == 3
     original, ours = ({_flat(pair[place]): (pair[1],) for pair in layers} for place in (0, 1))
@@ -64,26 +67,31 @@ def kohya_naming(configs: Configs) -> KohyaNaming:
             "ss_base_model_version": _BASE_VERSIONS[architecture],
             "ss_network_module": "networks.lora",
             "ss_v2": str(configs.generation == 2),
+            **({"ss_clip_skip": str(clip_skip + 1)} if clip_skip else {}),
         },
         read_only={"unet": ours if xl else original},
     )
 
 
-def usage(base: str | None, adapter: str, prompt: str, configs: Configs, *, dora: bool) -> dict[str, str]:
+def usage(
+    base: str | None, adapter: str, prompt: str, configs: Configs, *, dora: bool, clip_skip: int | None = None
+) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
-    name = configs.class_name
+    name, skipping = configs.class_name, f", clip_skip={clip_skip}" if clip_skip else ""
     python = f"""```python
 import torch
 from diffusers import {name}
 
 pipeline = {name}.from_pretrained({base or "path/to/the/base/model"!r}, torch_dtype=torch.float16)
 pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline({prompt!r}).images[0]
+image = pipeline({prompt!r}{skipping}).images[0]
 ```"""
     others = (
         "Train with `--output_kohya_format` and copy `pytorch_lora_weights_kohya.safetensors` into `models/loras`"
         " (ComfyUI) or `models/Lora` (AUTOMATIC1111, where a prompt ends with `<lora:NAME:1>`)."
     )
+    if clip_skip:
+        others += f" Set clip skip to {clip_skip + 1} there, which count one more than diffusers."
     no_dora = "kohya's format stores no magnitudes of DoRA. Train with `--fuse` to get a whole pipeline instead."
     return {"diffusers": python, "ComfyUI and AUTOMATIC1111": no_dora if dora else others}
 

@@ -238,11 +238,11 @@ class StableDiffusionPipeline(PartsPipeline):
         return naming.PRESETS
 
     def kohya_naming(self) -> KohyaNaming:
-        return naming.kohya_naming(self.configs)
+        return naming.kohya_naming(self.configs, self.clip_skip)
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
         """See `naming.usage`."""
-        return naming.usage(self.base_model, adapter, prompt, self.configs, dora=dora)
+        return naming.usage(self.base_model, adapter, prompt, self.configs, dora=dora, clip_skip=self.clip_skip)
 
     # capabilities.SupportsSingleFile
 

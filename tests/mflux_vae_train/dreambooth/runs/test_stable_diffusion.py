@@ -89,3 +89,10 @@ def test_a_scheme_of_rectified_flow_is_refused_before_anything_is_encoded(settin
     with pytest.raises(SettingsError, match="flux_shift"):
         DreamBooth(small_pipeline(tmp_path / "parts")).train(settings(weighting_scheme="flux_shift"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_for_the_layers_of_another_model(settings, tmp_path) -> None:
+    pipeline = small_pipeline(tmp_path / "parts", "sd1")
+    pipeline.lora_presets = lambda: {"b-lora": ["up_blocks.9.*"]}
+    with pytest.raises(SettingsError, match="preset"):
+        DreamBooth(pipeline).train(settings(lora_layers="b-lora"))

@@ -223,3 +223,11 @@ def test_usage_names_the_class_and_the_file() -> None:
         found = naming.usage(None, "adapter.safetensors", "a photo", configs, dora=dora)
         assert configs.class_name in found["diffusers"] and "adapter.safetensors" in found["diffusers"]
         assert ("--fuse" in found["ComfyUI and AUTOMATIC1111"]) == dora
+        assert "clip" not in "".join(found.values())
+
+
+def test_clip_skip_is_stated_as_each_program_counts() -> None:
+    found = naming.usage(None, "adapter.safetensors", "a photo", SD_1, dora=False, clip_skip=1)
+    assert "clip_skip=1" in found["diffusers"] and "clip skip to 2" in found["ComfyUI and AUTOMATIC1111"]
+    assert naming.kohya_naming(SD_1, 1).metadata["ss_clip_skip"] == "2"
+    assert "ss_clip_skip" not in naming.kohya_naming(SD_1).metadata
