@@ -1,7 +1,7 @@
-"""Does DreamBooth teach the subject, and does the class survive? Measured by the checker on the embedded pipeline.
+"""Does DreamBooth teach the subject, and does the class survive? Measured by the checker on an embedded pipeline.
 
-    python -m benchmarks.dreambooth_quality [--quick] [--json] [--subjects 3] [--seeds 3] [--ways dop ...]
-                                            [--pictures DIR] [--flag=value ...]
+    python -m benchmarks.dreambooth_quality [--model tiny-sd] [--quick] [--json] [--subjects 3] [--seeds 3]
+        [--ways dop ...] [--pictures DIR] [--flag=value ...]
 
 Flags of `mflux-train-dreambooth` change the training; what is trained on, the prompts, the seed, previews and
 checkpoints are the benchmark's own.
@@ -61,8 +61,8 @@ from benchmarks.harness.machine import describe
 from mflux_vae.images import grid, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
-from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.settings.flags import settings_from
 from mflux_vae_train.tiny_world.checker import is_subject, shows_class
 from mflux_vae_train.tiny_world.evaluate import accuracy, sample_images
@@ -156,7 +156,7 @@ def run(
             seed=seed,
             **WAYS[way],
         )
-        pipeline = tiny.load()
+        pipeline = open_pipeline(given.model)
         began = time.monotonic()
         DreamBooth(pipeline).train(settings)
         return measure(pipeline, subject, base_spread, time.monotonic() - began, sheet)
@@ -167,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--model", choices=["tiny", "tiny-sd"], default="tiny", help="embedded pipeline (default tiny)")
     parser.add_argument("--quick", action="store_true", help="one seed, in the first way only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--subjects", type=int, default=3, help=f"how many of {len(SUBJECTS)} (default 3)")
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="which to compare (default all)")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of each run's subject and class")
     arguments, flags = parser.parse_known_args(argv)
-    required = ["--model=tiny", "--instance_data_dir=-", "--instance_prompt=-"]
+    required = [f"--model={arguments.model}", "--instance_data_dir=-", "--instance_prompt=-"]
     given = settings_from(DreamBoothSettings, [*required, *flags])
     logging.getLogger("mflux_vae_train").setLevel(logging.WARNING)
     seeds = range(1 if arguments.quick else arguments.seeds)
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in seeds
         for way in arguments.ways[: 1 if arguments.quick else None]
     ]
-    base = tiny.load()
+    base = open_pipeline(arguments.model)
     before = {
         subject: (spread(class_pictures(base, subject)), _other_prompts(base, subject))
         for subject in SUBJECTS[: arguments.subjects]

@@ -58,10 +58,22 @@ def autoencoder(work: Path, settings: VAETrainingSettings, config: AutoencoderKL
         pixels = mx.array(corpus.scenes(settings.seed, SCALING_SCENES, recipe.SIZE)).astype(mx.float32) / 127.5 - 1
         latents = np.concatenate([np.array(network.encode(part).mode()) for part in mx.split(pixels, 8)])
         shift, scale = round(float(latents.mean()), 4), round(float(1 / latents.std()), 4)
-        scaled = AutoencoderKL(replace(config, shift_factor=shift, scaling_factor=scale))
+        in_layers = config.use_quant_conv and config.use_post_quant_conv
+        named = {} if in_layers else {"shift_factor": shift}
+        scaled = AutoencoderKL(replace(config, scaling_factor=scale, **named))
         scaled.update(network.parameters())
+        if in_layers:
+            _shift_latents(scaled, shift)
         VAE(network=scaled).save_pretrained(folder)
     return VAE.from_pretrained(folder)
+
+
+def _shift_latents(network: AutoencoderKL, shift: float) -> None:
+    """Subtract `shift` from latents in the layers beside them: Stable Diffusion's pipelines read no `shift_factor`."""
+    before, after = network.quant_conv, network.post_quant_conv
+    means = mx.arange(before.bias.size) < network.config.latent_channels
+    before.bias = mx.where(means, before.bias - shift, before.bias)
+    after.bias = after.bias + shift * after.weight.sum(axis=(1, 2, 3))
 
 
 def build(name: str, work: Path, output: Path, photos: Sequence[Path]) -> dict[str, object]:

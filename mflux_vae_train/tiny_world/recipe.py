@@ -75,7 +75,7 @@ UNET = UNetConfig(
     norm_num_groups=16,
 )
 
-SD_RECOMMENDED = replace(RECOMMENDED, size_multiple=8, guidance=2.5, steps=25)
+SD_RECOMMENDED = replace(RECOMMENDED, size_multiple=8)
 
 
 def clip_config(vocabulary: int, eos: int, bos: int, pad: int) -> CLIPTextConfig:
@@ -122,7 +122,7 @@ class Round:
         caption_dropout: fraction of captions replaced by the empty one, for classifier-free guidance.
         muon_rate: peak learning rate of the blocks' matrices.
         text_rate: of both text encoders; adamw_rate: of all other weights.
-        weighting_scheme: see `pipelines.noise`.
+        weighting_scheme, snr_gamma: see `pipelines.noise`.
         decay_share: fraction of the updates over which the rates fall to zero at the end.
     """
 
@@ -135,6 +135,7 @@ class Round:
     caption_shares: Mapping[str, float] = field(default_factory=lambda: dict(CAPTION_SHARES))
     caption_dropout: float = 0.1
     weighting_scheme: str = "logit_normal"
+    snr_gamma: float | None = None
     muon_rate: float = 2e-3
     adamw_rate: float = 1e-3
     text_rate: float = 5e-4
@@ -172,8 +173,5 @@ _SECOND = Round(
 FLUX = Recipe(vae=VAE, rounds=(Round(), _SECOND))
 STABLE_DIFFUSION = Recipe(
     vae=SD_VAE,
-    rounds=(
-        Round(weighting_scheme="uniform", adamw_rate=5e-4),
-        replace(_SECOND, weighting_scheme="uniform", adamw_rate=5e-4),
-    ),
+    rounds=(Round(updates=2400, batch=32, weighting_scheme="uniform", snr_gamma=5.0, adamw_rate=5e-4),),
 )

@@ -116,7 +116,7 @@ def train_round(work: Path, name: str, joint: Joint, settings: recipe.Round, *, 
         }
         return [MicroBatch(arrays=arrays, weight=settings.batch)]
 
-    sampling = NoiseSampling(scheme=settings.weighting_scheme)
+    sampling = NoiseSampling(scheme=settings.weighting_scheme, snr_gamma=settings.snr_gamma)
 
     def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, dict[str, mx.array]]:
         conditioning = joint.conditioning(arrays["tokens"])

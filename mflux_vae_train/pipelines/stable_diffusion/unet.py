@@ -151,11 +151,15 @@ def _stage(config: UNetConfig, level: Level, inputs: int, *, down: bool = False,
     )
 
 
+ZERO = ("conv2", "proj_out", "conv_out")
+"""Last layers of residual blocks, of groups of transformer layers, and of the UNet."""
+
+
 def init_weights(model: UNet, key: mx.array) -> None:
-    """Set torch's initial weights, random by `key`.
+    """Set initial weights, random by `key`, as in Stable Diffusion's first code: each residual branch is zero.
 
     Weights and biases of linear layers and convolutions are uniform within one over the root of a unit's number of
-    inputs; norms are the identity.
+    inputs; norms are the identity; the last layers of `ZERO` are zero.
     """
     shapes: dict[str, Sequence[int]] = {
         name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()
@@ -166,6 +170,8 @@ def init_weights(model: UNet, key: mx.array) -> None:
         inputs = math.prod(shapes[f"{layer}.weight"][1:])
         if len(shapes[f"{layer}.weight"]) == 1:
             value = mx.full(shape, float(kind == "weight"))
+        elif layer.endswith(ZERO):
+            value = mx.zeros(shape)
         else:
             value = mx.random.uniform(-(inputs**-0.5), inputs**-0.5, shape, key=one)
         drawn.append((name, value))
