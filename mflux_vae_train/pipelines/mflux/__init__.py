@@ -4,9 +4,10 @@
     DreamBooth(flux).train(DreamBooth.Settings(model="schnell", ...))
     flux.generate_image(seed=0, prompt="a photo of sks dog on a beach")
 
-The networks here hold the arrays of the object, quantized ones included; nothing is copied but weights of the
-autoencoder that are not float32. The object changes only when the training has succeeded: then its layers carry the
-adapter, or the trained weights. mflux is not imported, and need not be installed.
+The networks here hold the arrays of the object, quantized ones included. Copies exist only of small quantized
+embeddings, and of weights of the autoencoder that are not float32, while it is in use. The object changes only when
+the training has succeeded: then its layers carry the adapter, or it has the trained weights. To train another subject,
+build the object anew. mflux is imported for its layer with an adapter alone, and need not be installed.
 """
 
 from __future__ import annotations

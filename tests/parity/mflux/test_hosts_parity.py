@@ -22,7 +22,7 @@ pytest.importorskip("mflux", reason="extra `mflux` is not installed")
 pytest.importorskip("transformers", reason="mflux's tokenizers need transformers")
 
 STEPS = 2
-HOSTS = [("flux1", None), ("klein", None), ("klein", 4), ("z_image", 8)]
+HOSTS = [("flux1", None), ("klein", 4), ("z_image", 8)]
 
 
 @pytest.fixture(autouse=True)

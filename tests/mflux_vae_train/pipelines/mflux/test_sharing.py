@@ -60,8 +60,8 @@ def test_a_host_with_an_adapter_or_other_weights_is_refused() -> None:
 
 
 def test_other_objects_pass_and_unknown_classes_of_mflux_are_refused(monkeypatch, caplog) -> None:
-    own = FakePipeline()
-    assert mflux.as_pipeline(own) is own
+    pipeline = FakePipeline()
+    assert mflux.as_pipeline(pipeline) is pipeline
 
     def model(name: str) -> nn.Module:
         return type(name, (nn.Module,), {"__module__": "mflux.models.of.a.release"})()

@@ -143,8 +143,8 @@ def test_what_is_wrong_is_named(folder: Path, change: dict[str, Any], word: str)
 
 
 def test_pairs_for_editing_are_refused_and_other_files_pass(folder: Path) -> None:
-    own = {"lora_layers": "attention", "model": "tiny", "instance_data_dir": "x", "instance_prompt": "a"}
-    assert read(folder, own).lora_layers == "attention"
+    plain = {"lora_layers": "attention", "model": "tiny", "instance_data_dir": "x", "instance_prompt": "a"}
+    assert read(folder, plain).lora_layers == "attention"
     for name in ("3_in.png", "3_out.png"):
         (folder / "images" / name).touch()
     with pytest.raises(SettingsError, match="edit"):
