@@ -220,8 +220,10 @@ class AutoencoderTiny(ScaledLatents):
         Raises:
             ImageError: sides are not multiples of the patch size.
         """
-        return patchify(super().to_scaled(latents), self.config.patch_size)
+        scaled, side = super().to_scaled(latents), self.config.patch_size
+        return scaled if side == 1 else patchify(scaled, side)
 
     def from_scaled(self, latents: mx.array) -> mx.array:
         """Inverse of `to_scaled`."""
-        return super().from_scaled(unpatchify(latents, self.config.patch_size))
+        side = self.config.patch_size
+        return super().from_scaled(latents if side == 1 else unpatchify(latents, side))

@@ -233,9 +233,13 @@ def _wan(shapes: Shapes) -> dict[str, Any]:
 
 def _taehv(shapes: Shapes) -> dict[str, Any]:
     convolutions = [number for number in _numbers(shapes, "decoder") if f"decoder.{number}.weight" in shapes]
+    channels = shapes["encoder.0.weight"][-1]
+    if channels > 4:
+        raise ValueError(f"{channels} image channels: frames in patches, as in TAEW2.2, are not supported")
     return {
         "latent_channels": shapes["decoder.1.weight"][-1],
-        "in_channels": shapes["encoder.0.weight"][-1],
+        "in_channels": channels,
+        "out_channels": shapes[f"decoder.{convolutions[-1]}.weight"][0],
         "encoder_width": shapes["encoder.0.weight"][0],
         "decoder_widths": [shapes[f"decoder.{number}.weight"][0] for number in convolutions[:-1]],
     }

@@ -180,6 +180,8 @@ def parameter_count(network: nn.Module) -> int:
 def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> None:
     """Write a folder for `open_network`; diffusers opens it if it has such a network.
 
+    Of `AutoencoderKLWan`, which has no weights for past frames, zeros are written in their place, with a warning.
+
     Args:
         folder: created if missing; or a .safetensors file, with the configuration in its metadata.
         dtype: float32, float16 or bfloat16.

@@ -43,9 +43,7 @@ def _video(theirs: str, ours: str) -> Rule:
 
 def _gamma(theirs: str, ours: str, axes: int = 3) -> Rule:
     """Scale (C,) of a norm, with further axes of length 1 in files."""
-    return Rule(
-        f"{theirs}.gamma", f"{ours}.gamma", lambda x: x.reshape(-1), lambda x: x.reshape(-1, *(1 for _ in range(axes)))
-    )
+    return Rule(f"{theirs}.gamma", f"{ours}.gamma", mx.flatten, lambda x: x.reshape(-1, *(1,) * axes))
 
 
 def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -126,7 +124,8 @@ def with_time_convolutions(tensors: Mapping[str, mx.array], halved: Sequence[boo
     parts = [[name for name in found if name.startswith(half)] for half in ("encoder", "decoder")]
     for names, flags in zip(parts, (halved, list(halved)[::-1]), strict=True):
         for name in (name for name, flag in zip(names, flags, strict=True) if flag):
-            channels, dtype = tensors[f"{name}.resample.1.weight"].shape[1], tensors[f"{name}.resample.1.weight"].dtype
+            kernel = tensors[f"{name}.resample.1.weight"]
+            channels, dtype = kernel.shape[1], kernel.dtype
             out = channels * (1 + name.startswith("decoder"))  # two frames of one
             added[f"{name}.time_conv.weight"] = mx.zeros((out, channels, 3, 1, 1), dtype)
             added[f"{name}.time_conv.bias"] = mx.zeros((out,), dtype)

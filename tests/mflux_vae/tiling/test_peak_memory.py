@@ -25,7 +25,7 @@ from mflux_vae.tiling import tiles
 from mflux_vae.tiling.peak_memory import _convolution_workspace, _untiled_peak
 from mflux_vae.tiling.tiles import Tiling
 from tests.helpers.peak_memory import peak_of
-from tests.mflux_vae.small_models import drawn, small_flux2, small_kl
+from tests.mflux_vae.small_models import drawn, small_flux2, small_kl, small_qwen_image, small_taehv
 
 PLANS = {"untiled": None, "exact": Tiling("exact", 128), "blend": Tiling("blend", 64)}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -88,6 +88,8 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
         (2, 128, 96),
     ),
     "without norms": (lambda: drawn(AutoencoderTiny()), (1, 128, 128)),
+    "norms of pixels": (lambda: small_qwen_image(base_dim=16), (1, 128, 96)),
+    "memory": (lambda: small_taehv(encoder_width=32, decoder_widths=(64, 32, 32, 32)), (1, 128, 96)),
     "linear attention": (
         lambda: small_kl(attention_type="linear", block_out_channels=(16, 32, 32, 32)),
         (1, 192, 192),
