@@ -26,11 +26,12 @@ from mflux_vae_train.lora.reading import Adapter, Names, read_adapter
 
 
 class LowRank:
-    """x -> B A x in the dtype of x; A and B (scaled) in the dtype of the device."""
+    """x -> scale B A x in the dtype of x; the matrices have the dtype of the device."""
 
-    def __init__(self, a: mx.array, b: mx.array) -> None:
+    def __init__(self, a: mx.array, b: mx.array, scale: float) -> None:
         dtype = compute_dtype()
-        self._a, self._b = mx.contiguous(a.T.astype(dtype)), mx.contiguous(b.T.astype(dtype))
+        self._a = mx.contiguous(a.T.astype(dtype))
+        self._b = mx.contiguous((scale * b.T.astype(mx.float32)).astype(dtype))
         mx.eval(self._a, self._b)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -59,7 +60,7 @@ def assisted(module: nn.Module, adapter: Adapter) -> Iterator[None]:
     layers = bases(module)
     with exclusive():
         assistants = {
-            path: LowRank(adapter.tensors[f"{path}{A}"], adapter.alphas[path] / rank * adapter.tensors[f"{path}{B}"])
+            path: LowRank(*(adapter.tensors[f"{path}{end}"] for end in (A, B)), adapter.alphas[path] / rank)
             for path, rank in adapter.ranks.items()
         }
     with ExitStack() as stack:
@@ -67,6 +68,7 @@ def assisted(module: nn.Module, adapter: Adapter) -> Iterator[None]:
             layer, plain = layers[path], cast(Any, type(layers[path]))
             stack.enter_context(_of_class(layer, _assisted(plain)))
             layer.assistant = assistant
+            stack.callback(delattr, layer, "assistant")
         yield
 
 

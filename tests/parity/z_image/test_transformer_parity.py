@@ -13,6 +13,8 @@ import mlx.core as mx  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mflux_vae.pretrained.loading import new_network  # noqa: E402
+from mflux_vae.weights.keymaps.rules import to_mlx  # noqa: E402
 from mflux_vae_train.pipelines.z_image import keys  # noqa: E402
 from mflux_vae_train.pipelines.z_image.transformer import ZImageTransformer, ZImageTransformerConfig  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn  # noqa: E402
@@ -123,3 +125,18 @@ def test_a_single_file_is_converted_as_in_diffusers() -> None:
     found = keys.our_names(stored)
     assert found.keys() == theirs.keys() == ours.keys()
     assert all(np.array_equal(found[key], theirs[key].numpy()) for key in found)
+
+
+def test_mfluxs_networks_have_our_keys_and_shapes_once_renamed() -> None:
+    pytest.importorskip("mflux.models.z_image")
+    from mflux.models.z_image.model.z_image_transformer.transformer import ZImageTransformer as MfluxTransformer
+    from mflux.models.z_image.model.z_image_vae.vae import VAE
+
+    def shapes(tensors) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    theirs, vae = (dict(tree_flatten(network.parameters())) for network in (MfluxTransformer(), VAE()))
+    ours = dict(tree_flatten(ZImageTransformer(ZImageTransformerConfig()).parameters()))
+    assert keys.is_z_image(theirs) and shapes(keys.our_names(theirs)) == shapes(ours)
+    published = dict(tree_flatten(new_network("z-image").parameters()))
+    assert shapes(to_mlx(vae, keys.MFLUX_VAE)) == shapes(published)
