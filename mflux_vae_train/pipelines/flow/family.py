@@ -55,6 +55,8 @@ class Family:
         vae_class: diffusers' autoencoder.
         latent_scale, latent_inputs: pixels per latent in height and width, and inputs of the transformer per channel of
             a latent; for the check that autoencoder and transformer belong together.
+        text_widths: width of prompt embeddings that the transformer reads, and that the text encoders give, for the
+            same check.
         recognizes: whether these names are all those of a transformer of this family, in any layout.
         config_from_tensors: configuration of a transformer without config.json, from its tensors under our names.
         published: configurations by repository.
@@ -74,6 +76,7 @@ class Family:
     vae_class: str
     latent_scale: int
     latent_inputs: int = 1
+    text_widths: Callable[[Any], tuple[int, int]]
     recognizes: Callable[[Iterable[str]], bool]
     config_from_tensors: Callable[[Tensors], Any]
     published: Mapping[str, Any]

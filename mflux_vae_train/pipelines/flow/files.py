@@ -379,3 +379,9 @@ def _check_that_they_fit(family: Family, configs: Any, folder: Path) -> None:
             f"at 1/{vae.spatial_scale} of the size, and {inputs} inputs; {packed} inputs and 1/{family.latent_scale} "
             "are needed"
         )
+    read, given = family.text_widths(configs)
+    if read != given:
+        raise WeightsError(
+            f"{folder}: text encoder and transformer do not belong together: embeddings of width {given} are given, "
+            f"and {read} is needed"
+        )

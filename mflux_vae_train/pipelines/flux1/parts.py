@@ -58,6 +58,7 @@ FAMILY = Family(
     vae_class="AutoencoderKL",
     latent_scale=VAE_FACTOR,
     latent_inputs=PATCH**2,
+    text_widths=lambda configs: (configs.transformer.joint_attention_dim, configs.text_encoder_2.d_model),
     recognizes=keys.is_flux1,
     config_from_tensors=config_from_tensors,
     published=PUBLISHED,

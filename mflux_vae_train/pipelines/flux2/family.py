@@ -82,6 +82,10 @@ FAMILY = Family(
     tokenizers={"tokenizer": "Qwen2TokenizerFast"},
     vae_class="AutoencoderKLFlux2",
     latent_scale=SIZE_MULTIPLE,
+    text_widths=lambda configs: (
+        configs.transformer.joint_attention_dim,
+        len(KLEIN_TAPS) * configs.text_encoder.hidden_size,
+    ),
     recognizes=keys.is_flux2,
     config_from_tensors=config_from_tensors,
     published=PUBLISHED,

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
-from mflux_vae_train.pipelines.flow.family_pipeline import FamilyPipeline
+from mflux_vae_train.pipelines.flow.pipeline import FlowPipeline
 from mflux_vae_train.pipelines.flux2 import memory, naming
-from mflux_vae_train.pipelines.flux2.configs import SIZE_MULTIPLE
 from mflux_vae_train.pipelines.flux2.family import FAMILY
 from mflux_vae_train.pipelines.flux2.transformer import image_ids, text_ids
 from mflux_vae_train.pipelines.footprint import Phase, Workload
@@ -17,12 +16,11 @@ from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.qwen3_prompts import EMBEDS, KleinPrompts
 
 
-class Flux2KleinPipeline(FamilyPipeline):
+class Flux2KleinPipeline(FlowPipeline):
     """FLUX.2 klein behind the `DiffusionPipeline` protocol. A latent is a token."""
 
     family = FAMILY
     prompts_class = KleinPrompts
-    latent_scale = SIZE_MULTIPLE
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -31,9 +29,10 @@ class Flux2KleinPipeline(FamilyPipeline):
         dtype: mx.Dtype = blocks[0].attn.norm_q.weight.dtype
         return dtype
 
-    def _guidance_scale(self, guidance: float) -> float | None:
-        """See `FlowPipeline`. Distilled models draw without guidance."""
-        return None if self.configs.is_distilled else super()._guidance_scale(guidance)
+    @property
+    def _is_guided(self) -> bool:
+        """Not if the model is distilled."""
+        return not self.configs.is_distilled
 
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
         """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in `dtype`."""

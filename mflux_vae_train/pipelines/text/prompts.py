@@ -94,6 +94,11 @@ class LimitedPromptEncoder(PromptEncoder):
         self._limit: int | None = None
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the main text encoder, the first of those that run, is loaded."""
+        return self._running()[0].loaded is not None
+
+    @property
     def limit(self) -> int | None:
         """Tokens per prompt at most; None or a larger number than the model was trained with: as in its training."""
         return self._limit

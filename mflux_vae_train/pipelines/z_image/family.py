@@ -71,6 +71,7 @@ FAMILY = Family(
     tokenizers={"tokenizer": "Qwen2Tokenizer"},
     vae_class="AutoencoderKL",
     latent_scale=VAE_FACTOR,
+    text_widths=lambda configs: (configs.transformer.cap_feat_dim, configs.text_encoder.hidden_size),
     recognizes=keys.is_z_image,
     config_from_tensors=config_from_tensors,
     published=PUBLISHED,

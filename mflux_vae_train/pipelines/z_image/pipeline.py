@@ -8,17 +8,16 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
-from mflux_vae_train.pipelines.flow.family_pipeline import FamilyPipeline
+from mflux_vae_train.pipelines.flow.pipeline import FlowPipeline
 from mflux_vae_train.pipelines.footprint import Phase, Workload
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.qwen3_prompts import EMBEDS, LENGTH, ZImagePrompts
 from mflux_vae_train.pipelines.z_image import memory, naming
 from mflux_vae_train.pipelines.z_image.family import FAMILY
-from mflux_vae_train.pipelines.z_image.packing import VAE_FACTOR
 from mflux_vae_train.pipelines.z_image.transformer import KIND
 
 
-class ZImagePipeline(FamilyPipeline):
+class ZImagePipeline(FlowPipeline):
     """Z-Image behind the `DiffusionPipeline` protocol.
 
     Guidance g draws with v + g (v - v of the empty prompt), as in diffusers: 0 is no guidance.
@@ -26,7 +25,6 @@ class ZImagePipeline(FamilyPipeline):
 
     family = FAMILY
     prompts_class = ZImagePrompts
-    latent_scale = VAE_FACTOR
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -40,7 +38,7 @@ class ZImagePipeline(FamilyPipeline):
 
     def _without_padding(self, conditioning: Conditioning) -> Conditioning:
         """See `FlowPipeline`."""
-        longest = int(conditioning[LENGTH].max().item())
+        longest: Any = conditioning[LENGTH].max().item()
         return {**conditioning, EMBEDS: conditioning[EMBEDS][:, :longest]}
 
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_usual_guidance_round_trip(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), "usual_guidance": wrong}))
         with pytest.raises((SettingsError, WeightsError), match=r"recommended\.json"):
             flux1.load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("transformer", {"in_channels": 64}),
+        ("transformer", {"joint_attention_dim": 32}),
+        ("text_encoder_2", {"d_model": 32}),
+    ],
+)
+def test_parts_of_different_models_raise(folder: Path, tmp_path: Path, part: str, changes: dict[str, int]) -> None:
+    """Before any weights are read."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(WeightsError, match="together"):
+        read_configs(FAMILY, tmp_path)
 
 
 def test_revision_of_a_folder_raises(folder: Path) -> None:
