@@ -9,7 +9,8 @@ from mflux_vae_train.pipelines.text.qwen3 import Qwen3Config, Qwen3Encoder, is_q
 
 WORKING = 7.0
 """Temporary float32 numbers per token, in units of the width plus that of the feed-forward layers. Measured with layers
-of Qwen3-4B and 256 or 512 tokens: 5.0 to 6.5 on a CPU, 7.0 in half precision with the code for GPUs."""
+of Qwen3-4B and 256 or 512 tokens: 5.0 to 6.5 on a CPU; 7.0 with the code for GPUs, run on the CPU in bfloat16, not
+compiled. It was not measured on a GPU."""
 
 
 def text_encoding(
