@@ -125,7 +125,7 @@ def test_diffusers_converts_kohyas_naming_back(patterns: list[str]) -> None:
         a, b = (mx.array(back[f"transformer.{path}.lora_{x}.weight"].numpy()) for x in "AB")
         theirs = b @ a
         if path in expected:
-            np.testing.assert_allclose(theirs, expected[path], rtol=1e-4, atol=1e-4)
+            assert mx.abs(theirs - expected[path]).max() < 1e-4, path  # numpy's comparison takes a minute for all
         else:  # a part of a fused layer that has no adapter here
             assert not mx.any(theirs)
 
