@@ -110,7 +110,7 @@ def translate(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
         top = name.partition(".")[0]
         if isinstance(content, Table) and top in content.lines:
             found.lines[setting] = content.lines[top]
-    found |= _optimizer(found, given) | _images(content, path, unused) | _layers(content, path, unused)
+    found |= _optimizer(found, given, unused) | _images(content, path, unused) | _layers(content, path, unused)
     found["num_validation_images"] = int(bool(content.get("monitoring") or content.get("instrumentation")))
     if "weighting_scheme" in found:
         found["weighting_scheme"] = "logit_normal"
@@ -137,7 +137,7 @@ def _flat(content: Mapping[Any, Any], path: Path, section: str = "") -> Iterator
             raise SettingsError(f"{path}: unknown setting {name!r}{did_you_mean(str(key), known)}")
 
 
-def _optimizer(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _optimizer(found: Mapping[str, Any], given: Mapping[str, Any], unused: list[str]) -> dict[str, Any]:
     """Settings of the optimizer that depend on each other, and on MLX's defaults."""
     settings: dict[str, Any] = {}
     name = settings["optimizer"] = str(found.get("optimizer", "adamw")).lower()
@@ -145,8 +145,12 @@ def _optimizer(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     betas = found.get("adam_beta1")
     if isinstance(betas, Sequence) and len(betas) == 2:
         settings["adam_beta1"], settings["adam_beta2"] = betas
-    cosine = found["lr_scheduler"] == "cosine" and given.get("optimizer.lr_total_steps")
-    return settings | {"lr_scheduler": "cosine" if cosine else "constant"}  # as mflux reads it
+    schedule = found["lr_scheduler"]
+    if schedule != "cosine" or not given.get("optimizer.lr_total_steps"):  # as mflux reads it
+        settings["lr_scheduler"] = "constant"
+        if schedule != "constant":
+            unused.append(f"optimizer.lr_schedule {schedule} (constant: mflux reads cosine with lr_total_steps alone)")
+    return settings
 
 
 def _images(content: Mapping[Any, Any], path: Path, unused: list[str]) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _images(content: Mapping[Any, Any], path: Path, unused: list[str]) -> dict[s
     prompts = [text.read_text(encoding="utf-8", errors="replace").strip() for text in texts[:1] if text.is_file()]
     if examples is not None:
         listed = [one for one in examples.get("images") or () if isinstance(one, Mapping)]
-        prompts = list(dict.fromkeys(str(one.get("prompt")) for one in listed))
+        prompts = list(dict.fromkeys(str(one["prompt"]) for one in listed if one.get("prompt") is not None))
         if len(prompts) > 1 and not all(text.is_file() for text in texts):
             raise SettingsError(f"{path}: examples.images has {len(prompts)} prompts; write each to NAME.txt beside it")
         if {file.name for file in files} != {Path(str(one.get("image"))).name for one in listed}:

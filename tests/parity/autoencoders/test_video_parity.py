@@ -90,8 +90,8 @@ def test_diffusers_opens_what_we_save(build: Any, tmp_path: Path) -> None:
     vae = VAE(network=build())
     vae.save_pretrained(tmp_path)
     kind = getattr(diffusers, type(vae.network).__name__)
-    theirs, told = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told.values()), told
+    theirs, mismatches = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(mismatches.values()), mismatches
     pixels = mx.random.uniform(-1, 1, (1, 32, 32, 3), key=mx.random.key(1))
     expected = theirs.encode(to_torch(pixels)[:, :, None]).latent_dist.mean[:, :, 0]
     assert error(vae.network.encode(pixels).mean, expected) <= LIMIT

@@ -127,6 +127,18 @@ def test_a_file_of_an_older_release(folder: Path, caplog: pytest.LogCaptureFixtu
     assert "images" in caplog.text  # a second image lies in the folder
 
 
+def test_schedules_without_effect_are_named_and_missing_prompts_are_missing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = {"name": "Adam", "learning_rate": 1e-4, "lr_schedule": "cosine"}
+    assert read(folder, FILE | {"optimizer": rates}).lr_scheduler == "constant"
+    assert "lr_schedule cosine" in caplog.text
+    assert read(folder, FILE | {"optimizer": rates | {"lr_total_steps": 9}}).lr_scheduler == "cosine"
+    examples = {"path": "images/", "images": [{"image": "1.png"}, {"image": "2.png"}]}
+    with pytest.raises(SettingsError, match="instance_prompt"):
+        read(folder, OLD | {"examples": examples})
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
