@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.footprint import Precision, Workload, learning_bytes
+from mflux_vae_train.pipelines.footprint import Precision, Workload, dequantized_bytes, learning_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step
 
@@ -110,7 +110,7 @@ def estimated(stack: Stack) -> int:
     tokens = stack.side**2 // 4 + stack.text
     work = memory.activations(stack.config).training_bytes(tokens, stack.batch, here, checkpointing=stack.recompute)
     if stack.bits:
-        work += memory.dequantized_bytes(stack.config, here)
+        work += dequantized_bytes(memory.largest_layer(stack.config), here)
     return weights + learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 

@@ -199,6 +199,16 @@ def dequantized_bytes(weights: float, precision: Precision) -> int:
     return 0 if precision.fused else int(DEQUANTIZED * weights * precision.width)
 
 
+def fusing_bytes(layer: int, embedding: int, precision: Precision) -> int:
+    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
+    the dtype of a file to the network's and then to that of another file.
+
+    Args:
+        layer, embedding: weights of the largest layer with an adapter, and of the largest embedding.
+    """
+    return max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2))
+
+
 @cache
 def weight_bytes(
     build: Callable[[Any], nn.Module], config: Any, width: int, bits: int | None = None, selects: Any = None

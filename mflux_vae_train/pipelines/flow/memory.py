@@ -17,6 +17,8 @@ from mflux_vae_train.pipelines.footprint import (
     Precision,
     Workload,
     autoencoder_bytes,
+    dequantized_bytes,
+    fusing_bytes,
     held_bytes,
     training_phase,
 )
@@ -41,7 +43,8 @@ class Activations:
         kept: kept by a block of each kind for its backward pass, by bytes of a number.
         working: temporary while a block's feed-forward layers are differentiated, without and with gradient
             checkpointing, by bytes of a number.
-        attending, scores: temporary while attention is differentiated: per token and D; and per score, on a CPU.
+        attending, scores: temporary while attention is differentiated: per token and D; and per score, on a CPU. The
+            defaults fit all transformers that were measured.
         forward: temporary while a block is computed without gradients.
     """
 
@@ -50,9 +53,9 @@ class Activations:
     blocks: Sequence[int]
     kept: Mapping[int, Sequence[float]]
     working: Mapping[int, tuple[float, float]]
-    attending: float
-    scores: float
-    forward: float
+    attending: float = 20.0
+    scores: float = 4.0
+    forward: float = 26.0
 
     def training_bytes(self, tokens: int, batch: int, precision: Precision, *, checkpointing: bool) -> int:
         """At the peak of a forward and backward pass."""
@@ -85,8 +88,8 @@ class Costs:
         operations: tokens of an image and a prompt -> operations of a forward pass with one sample.
         text_tokens: tokens per prompt in the transformer.
         image_token: pixels per token of an image, in height and in width.
-        dequantized: bytes, temporary while the largest quantized layer is dequantized.
-        fusing: bytes, temporary while an adapter is fused and the pipeline saved.
+        largest_layer: weights of the largest layer that is quantized, or has an adapter.
+        largest_embedding: weights of the largest embedding of a text encoder.
         guided: whether images are drawn with a second, unconditional row.
         text_training: bytes of activations of text encoders that are trained.
     """
@@ -96,8 +99,8 @@ class Costs:
     operations: Callable[[tuple[int, int]], float]
     text_tokens: int
     image_token: int
-    dequantized: int
-    fusing: int
+    largest_layer: int
+    largest_embedding: int
     guided: bool
     text_training: int = 0
 
@@ -118,11 +121,13 @@ def phases(
     """
     square, activations = (work.resolution, work.resolution), costs.activations
     tokens, trained_tokens = costs.tokens(square), costs.tokens(work.trained_shape)
+    dequantized = dequantized_bytes(costs.largest_layer, precision) if work.quantize else 0
+    fusing = fusing_bytes(costs.largest_layer, costs.largest_embedding, precision)
     autoencoder, encoding = autoencoder_bytes(vae, "encode", 16, work.trained_shape)
     decoding = sum(autoencoder_bytes(vae, "decode", work.images, square))
 
     rows = work.images * (2 if costs.guided else 1)
-    drawing = max(activations.forward_bytes(sum(tokens), rows, precision) + costs.dequantized, decoding)
+    drawing = max(activations.forward_bytes(sum(tokens), rows, precision) + dequantized, decoding)
     one, one_trained = costs.operations(tokens), costs.operations(trained_tokens)
     classes: list[Phase] = []
     held = 0
@@ -144,9 +149,9 @@ def phases(
             work,
             precision,
             weights=costs.transformer,
-            activations=training + costs.text_training + costs.dequantized,
+            activations=training + costs.text_training + dequantized,
             operations=one_trained * passes * work.batch * work.micro_batches,
         ),
         *([Phase("previews", costs.transformer + held_bytes(work, precision), drawing, 0.0)] if work.previews else []),
-        *([Phase("fusing", adapted, max(costs.fusing, autoencoder), 0.0)] if work.fuse else []),
+        *([Phase("fusing", adapted, max(fusing, autoencoder), 0.0)] if work.fuse else []),
     ]

@@ -16,20 +16,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from mflux_vae_train.pipelines import footprint
 from mflux_vae_train.pipelines.flow import memory
 from mflux_vae_train.pipelines.flux1.configs import Configs
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
-from mflux_vae_train.pipelines.footprint import (
-    FULL,
-    Phase,
-    Precision,
-    Workload,
-    clip_bytes,
-    weight_bytes,
-)
+from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, clip_bytes, weight_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel
 from mflux_vae_train.pipelines.text.t5 import T5Encoder
 
@@ -40,12 +32,6 @@ queries, keys, values. By bytes of a number: float32 was measured on a CPU, half
 WORKING = {4: (52.5, 52.5), 2: (85.0, 75.0)}
 """Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
 with gradient checkpointing. In half precision some gradients are float32, which counts twice."""
-
-ATTENDING, SCORES = 20.0, 4.0
-"""Temporary while attention is differentiated: per token and D; and per score, on a CPU."""
-
-FORWARD = 26.0
-"""Temporary, per token and D, while a block is computed without gradients."""
 
 T5_WORKING = 6.0
 """Temporary in T5, per token, in units of its width plus that of its feed-forward layers."""
@@ -68,8 +54,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         operations=partial(forward_operations, config),
         text_tokens=text_tokens,
         image_token=VAE_FACTOR * PATCH,
-        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
-        fusing=fusing_bytes(configs, here),
+        largest_layer=largest_layer(config),
+        largest_embedding=configs.text_encoder_2.vocab_size * configs.text_encoder_2.d_model,
         text_training=clip_bytes(configs.text_encoder, together) if work.text_encoder else 0,
         guided=work.guidance > 1 and not config.guidance_embeds,
     )
@@ -84,23 +70,12 @@ def activations(config: FluxTransformerConfig) -> memory.Activations:
         blocks=(config.num_layers, config.num_single_layers),
         kept=KEPT,
         working=WORKING,
-        attending=ATTENDING,
-        scores=SCORES,
-        forward=FORWARD,
     )
 
 
-def dequantized_bytes(config: FluxTransformerConfig, precision: Precision) -> int:
-    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
-    return footprint.dequantized_bytes((1 + MLP_RATIO) * config.width**2, precision)
-
-
-def fusing_bytes(configs: Configs, precision: Precision) -> int:
-    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
-    the dtype of a file to the network's and then to that of another file."""
-    layer = (1 + MLP_RATIO) * configs.transformer.width**2
-    embedding = configs.text_encoder_2.vocab_size * configs.text_encoder_2.d_model
-    return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
+def largest_layer(config: FluxTransformerConfig) -> int:
+    """Weights of a single block's last layer."""
+    return (1 + MLP_RATIO) * config.width**2
 
 
 def forward_operations(config: FluxTransformerConfig, tokens: tuple[int, int]) -> float:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from mflux_vae_train.pipelines import footprint
 from mflux_vae_train.pipelines.flow import memory
 from mflux_vae_train.pipelines.flux2.configs import SIZE_MULTIPLE, Configs
 from mflux_vae_train.pipelines.flux2.family import is_quantized_layer, text_encoder
 from mflux_vae_train.pipelines.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, weight_bytes
+from mflux_vae_train.pipelines.footprint import Phase, Precision, Workload, weight_bytes
 from mflux_vae_train.pipelines.text import qwen3_memory
 from mflux_vae_train.pipelines.text.qwen3_prompts import KLEIN_TAPS
 
@@ -25,9 +24,6 @@ WORKING = {4: (44.0, 54.0), 2: (100.0, 90.0)}
 """Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
 with gradient checkpointing. In half precision, measured at one point only, without compilation, some gradients are
 float32, which counts twice."""
-
-ATTENDING, SCORES, FORWARD = 20.0, 4.0, 26.0
-"""As FLUX.1's."""
 
 
 def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
@@ -45,8 +41,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         operations=partial(forward_operations, config),
         text_tokens=text_tokens,
         image_token=SIZE_MULTIPLE,
-        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
-        fusing=fusing_bytes(configs, here),
+        largest_layer=largest_layer(config),
+        largest_embedding=configs.text_encoder.vocab_size * configs.text_encoder.hidden_size,
         guided=work.guidance > 1 and not configs.is_distilled,
     )
     encoding = qwen3_memory.text_encoding(
@@ -63,22 +59,7 @@ def activations(config: Flux2TransformerConfig) -> memory.Activations:
         blocks=(config.num_layers, config.num_single_layers),
         kept=KEPT,
         working=WORKING,
-        attending=ATTENDING,
-        scores=SCORES,
-        forward=FORWARD,
     )
-
-
-def dequantized_bytes(config: Flux2TransformerConfig, precision: Precision) -> int:
-    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
-    return footprint.dequantized_bytes(_largest_layer(config), precision)
-
-
-def fusing_bytes(configs: Configs, precision: Precision) -> int:
-    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
-    the dtype of a file to the network's and then to that of another file."""
-    embedding = configs.text_encoder.vocab_size * configs.text_encoder.hidden_size
-    return max(_largest_layer(configs.transformer) * (FULL + precision.width), embedding * (2 + precision.width + 2))
 
 
 def forward_operations(config: Flux2TransformerConfig, tokens: tuple[int, int]) -> float:
@@ -93,6 +74,6 @@ def forward_operations(config: Flux2TransformerConfig, tokens: tuple[int, int]) 
     return 2.0 * blocks * (layers + 2 * length**2 * width)
 
 
-def _largest_layer(config: Flux2TransformerConfig) -> int:
+def largest_layer(config: Flux2TransformerConfig) -> int:
     """Weights of a single block's first layer."""
     return (3 * config.width + 2 * config.mlp_width) * config.width

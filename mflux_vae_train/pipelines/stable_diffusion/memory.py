@@ -299,11 +299,10 @@ def forward_operations(config: UNetConfig, shape: tuple[int, int]) -> float:
 
 
 def fusing_bytes(configs: Configs, precision: Precision) -> int:
-    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
-    the dtype of a file to the network's and then to that of another file."""
+    """See `footprint.fusing_bytes`."""
     layer = TAPS * 2 * max(configs.unet.block_out_channels) ** 2
     embedding = max(one.vocab_size * one.hidden_size for one in configs.text_encoders.values())
-    return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
+    return footprint.fusing_bytes(layer, embedding, precision)
 
 
 def published_bytes(configs: Configs, parts: Collection[str], variant: str | None) -> int:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mflux_vae_train.pipelines import footprint
 from mflux_vae_train.pipelines.flow import memory
-from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, weight_bytes
+from mflux_vae_train.pipelines.footprint import Phase, Precision, Workload, weight_bytes
 from mflux_vae_train.pipelines.text import qwen3_memory
 from mflux_vae_train.pipelines.z_image.configs import SIZE_MULTIPLE, Configs
 from mflux_vae_train.pipelines.z_image.family import is_quantized_layer, text_encoder
@@ -24,12 +23,6 @@ bytes of a number: float32 was measured on a CPU at full width, half precision w
 WORKING = {4: (34.0, 42.0), 2: (74.0, 82.0)}
 """Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
 with gradient checkpointing. In half precision some gradients are float32, which counts twice."""
-
-ATTENDING, SCORES = 20.0, 4.0
-"""Temporary while attention is differentiated: per token and D; and per score, on a CPU."""
-
-FORWARD = 26.0
-"""Temporary, per token and D, while a block is computed without gradients."""
 
 
 def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Precision | None = None) -> list[Phase]:
@@ -46,8 +39,8 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         operations=partial(forward_operations, config),
         text_tokens=padded(text_tokens),
         image_token=SIZE_MULTIPLE,
-        dequantized=dequantized_bytes(config, here) if work.quantize else 0,
-        fusing=fusing_bytes(configs, here),
+        largest_layer=largest_layer(config),
+        largest_embedding=configs.text_encoder.vocab_size * configs.text_encoder.hidden_size,
         guided=work.guidance > 0,
     )
     prompts = qwen3_memory.text_encoding(text_encoder, configs.text_encoder, work, text_tokens, here)
@@ -70,23 +63,12 @@ def activations(config: ZImageTransformerConfig) -> memory.Activations:
         blocks=(config.n_layers + config.n_refiner_layers,),
         kept=KEPT,
         working=WORKING,
-        attending=ATTENDING,
-        scores=SCORES,
-        forward=FORWARD,
     )
 
 
-def dequantized_bytes(config: ZImageTransformerConfig, precision: Precision) -> int:
-    """Temporary while the largest quantized layer is dequantized for a product, on a CPU."""
-    return footprint.dequantized_bytes(config.dim * config.feed_forward, precision)
-
-
-def fusing_bytes(configs: Configs, precision: Precision) -> int:
-    """Temporary while one layer is fused, with its product of the adapter's matrices, or one tensor is converted from
-    the dtype of a file to the network's and then to that of another file."""
-    layer = configs.transformer.dim * configs.transformer.feed_forward
-    embedding = configs.text_encoder.vocab_size * configs.text_encoder.hidden_size
-    return int(max(layer * (FULL + precision.width), embedding * (2 + precision.width + 2)))
+def largest_layer(config: ZImageTransformerConfig) -> int:
+    """Weights of a layer of a block's feed-forward layers."""
+    return config.dim * config.feed_forward
 
 
 def forward_operations(config: ZImageTransformerConfig, tokens: tuple[int, int]) -> float:

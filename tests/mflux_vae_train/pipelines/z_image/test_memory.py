@@ -13,7 +13,7 @@ from benchmarks.gpu.flux_stack import filled
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae_train import lora
 from mflux_vae_train.optimizers.adam import AdamW
-from mflux_vae_train.pipelines.footprint import Precision, Workload, learning_bytes
+from mflux_vae_train.pipelines.footprint import Precision, Workload, dequantized_bytes, learning_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes
 from mflux_vae_train.pipelines.z_image import memory, naming
 from mflux_vae_train.pipelines.z_image.configs import OF_BASE, OF_TURBO
@@ -70,7 +70,7 @@ def estimated(config: ZImageTransformerConfig, *, side: int, text: int, bits: in
     weights = stored_bytes(network, here.width, bits, is_quantized_layer)
     tokens = padded(side**2 // 4) + padded(text)
     work = memory.activations(config).training_bytes(tokens, 1, here, checkpointing=checkpointing)
-    work += memory.dequantized_bytes(config, here) if bits else 0
+    work += dequantized_bytes(memory.largest_layer(config), here) if bits else 0
     return weights + learning_bytes(Workload(resolution=16, trained=trained), here) + work
 
 
