@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ import mlx.nn as nn
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Rule, Tensors
 from mflux_vae_train.pipelines.loading.folder import TEXT_STEM
+
+_BLOCK = re.compile(r"(\w+)\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +110,12 @@ class Family:
         if repository not in self.gated:
             return None
         return f"gated, non-commercial: accept the licence on https://huggingface.co/{repository}, then hf auth login"
+
+
+def block_counts(names: Iterable[str], *kinds: str) -> list[int]:
+    """Number of blocks of each kind in tensors named ``{kind}.{number}.*``: the largest number and one."""
+    counts = dict.fromkeys(kinds, 0)
+    for kind, number in (match.groups() for match in map(_BLOCK.match, names) if match):
+        if kind in counts:
+            counts[kind] = max(counts[kind], int(number) + 1)
+    return list(counts.values())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mflux_vae.pretrained.presets import PRESETS
 from mflux_vae.weights.keymaps.rules import Tensors
+from mflux_vae_train.pipelines.flow.family import block_counts
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
@@ -23,8 +23,6 @@ REPOSITORIES = {"schnell": "black-forest-labs/FLUX.1-schnell", "dev": "black-for
 KREA = "black-forest-labs/FLUX.1-Krea-dev"
 
 SIZE_MULTIPLE = VAE_FACTOR * PATCH
-
-_BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\..*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +91,7 @@ GATED = frozenset({REPOSITORIES["dev"], KREA})
 
 def config_from_tensors(tensors: Tensors) -> FluxTransformerConfig:
     """Configuration of a transformer as its tensors' names show it: schnell or dev, and the number of blocks."""
-    found = [(match[1], int(match[2])) for match in map(_BLOCK.fullmatch, tensors) if match]
-    doubles, singles = (
-        1 + max((index for kind, index in found if kind == name), default=-1)
-        for name in ("transformer_blocks", "single_transformer_blocks")
-    )
+    doubles, singles = block_counts(tensors, "transformer_blocks", "single_transformer_blocks")
     return FluxTransformerConfig(
         guidance_embeds=any("guidance_embedder" in key for key in tensors),
         num_layers=doubles,

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
+from mflux_vae_train.pipelines.flow.usage import FOLDER, MODEL, NO_DORA, diffusers
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformerConfig
+from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.text.clip import CLIPTextConfig
 from mflux_vae_train.pipelines.text.clip_naming import CLIP_ATTENTION as CLIP_ATTENTION
 from mflux_vae_train.pipelines.text.clip_naming import kohya_modules
@@ -59,24 +61,18 @@ _MFLUX = {
 """mflux's names of a block's layers that differ."""
 
 
-def usage(base: str | None, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> dict[str, str]:
+def usage(
+    base: str | None, adapter: str, prompt: str, recommended: Recommended, *, dora: bool, text_encoder: bool
+) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
-    base = base or "path/to/the/base/model"
-    python = f"""```python
-import torch
-from diffusers import FluxPipeline
-
-pipeline = FluxPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline({prompt!r}).images[0]
-```"""
+    base = base or MODEL
+    python = diffusers("FluxPipeline", base, adapter, prompt, steps=recommended.steps, guidance=recommended.guidance)
     shell = f"""```bash
-mflux-generate --model {base} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+mflux-generate --model {base} --lora {FOLDER}/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
-    no_dora = "mflux reads no DoRA. Train with `--fuse` to get a whole pipeline instead."
     if text_encoder:
         shell += "\n\nmflux ignores the part for CLIP. Train with `--fuse` to keep both parts."
-    return {"diffusers": python, "mflux": no_dora if dora else shell}
+    return {"diffusers": python, "mflux": NO_DORA if dora else shell}
 
 
 def kohya_naming(config: FluxTransformerConfig, clip: CLIPTextConfig) -> KohyaNaming:

@@ -98,4 +98,4 @@ class FluxPipeline(FlowPipeline):
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
         """See `naming.usage`."""
-        return naming.usage(self.base_model, adapter, prompt, dora=dora, text_encoder=text_encoder)
+        return naming.usage(self.base_model, adapter, prompt, self.recommended, dora=dora, text_encoder=text_encoder)

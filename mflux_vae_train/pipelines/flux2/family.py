@@ -9,14 +9,13 @@ from typing import Any
 
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Tensors
-from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles
+from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts
 from mflux_vae_train.pipelines.flux2 import keys
 from mflux_vae_train.pipelines.flux2.configs import GATED, PUBLISHED, REPOSITORIES, SIZE_MULTIPLE, published_repository
 from mflux_vae_train.pipelines.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from mflux_vae_train.pipelines.text import qwen3, qwen3_memory
 from mflux_vae_train.pipelines.text.qwen3_prompts import KLEIN_TAPS
 
-_BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\..*")
 _DISTILLED = re.compile(r"klein[-_ ]?\d+b", re.IGNORECASE)
 """Names of published files of distilled models, such as flux-2-klein-4b; those of base models contain "base"."""
 
@@ -33,11 +32,7 @@ def text_encoder(config: qwen3.Qwen3Config) -> qwen3.Qwen3Encoder:
 
 def config_from_tensors(tensors: Tensors) -> Flux2TransformerConfig:
     """Configuration of a transformer, whose heads have 128 channels."""
-    found = [(match[1], int(match[2])) for match in map(_BLOCK.fullmatch, tensors) if match]
-    doubles, singles = (
-        1 + max((index for kind, index in found if kind == name), default=-1)
-        for name in ("transformer_blocks", "single_transformer_blocks")
-    )
+    doubles, singles = block_counts(tensors, "transformer_blocks", "single_transformer_blocks")
     known = Flux2TransformerConfig()
     width, joint = known.width, known.joint_attention_dim
     if (embedder := tensors.get("context_embedder.weight")) is not None and embedder.ndim == 2:

@@ -6,9 +6,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
+from mflux_vae_train.pipelines.flow.usage import FOLDER, MODEL, NO_DORA, diffusers
 from mflux_vae_train.pipelines.flux2 import keys
-from mflux_vae_train.pipelines.flux2.configs import distilled_of
+from mflux_vae_train.pipelines.flux2.configs import PUBLISHED, distilled_of
 from mflux_vae_train.pipelines.flux2.transformer import Flux2TransformerConfig
+from mflux_vae_train.pipelines.protocol import Recommended
 
 ATTENTION = (
     *(f"transformer_blocks.*.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -21,31 +23,28 @@ MLP = tuple(f"transformer_blocks.*.{ff}.linear_{end}" for ff in ("ff", "ff_conte
 PRESETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, *TEXT, *MLP)}
 
 
-def usage(base: str | None, adapter: str, prompt: str, *, dora: bool) -> dict[str, str]:
-    """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
-    trained = base or "path/to/the/base/model"
-    drawing, steps, guidance = trained, 50, 4.0
-    if (published := distilled_of(base)) is not None:
-        drawing, steps, guidance = published, 4, 1.0
-    note = "\n\nThis is the distilled model, which draws in 4 steps." if drawing != trained else ""
-    python = f"""```python
-import torch
-from diffusers import Flux2KleinPipeline
+def usage(base: str | None, adapter: str, prompt: str, recommended: Recommended, *, dora: bool) -> dict[str, str]:
+    """Program -> instructions for an adapter in PEFT's naming, as Markdown.
 
-pipeline = Flux2KleinPipeline.from_pretrained({drawing!r}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline(prompt={prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
-```{note}"""
+    Args:
+        recommended: steps and guidance, unless a published distilled model can draw instead.
+    """
+    trained = base or MODEL
+    drawing, steps, guidance = trained, recommended.steps, recommended.guidance
+    if (published := distilled_of(base)) is not None:
+        few = PUBLISHED[published].recommended
+        drawing, steps, guidance = published, few.steps, few.guidance
+    note = f"\n\nThis is the distilled model, which draws in {steps} steps." if drawing != trained else ""
+    python = diffusers("Flux2KleinPipeline", drawing, adapter, prompt, steps=steps, guidance=guidance) + note
     shell = f"""```bash
-mflux-generate-flux2 --model {drawing} --steps {steps} --guidance {guidance} \\
-  --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+mflux-generate-flux2 --model {drawing} --steps {steps} --guidance {guidance:g} \\
+  --lora {FOLDER}/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
     comfyui = (
         f"Copy `{adapter}` to `models/loras`. Load {drawing} with *Load Diffusion Model*, add *LoraLoaderModelOnly*, "
         f"and set {steps} steps and cfg {guidance:g}."
     )
-    no_dora = "mflux reads no DoRA. Train with `--fuse` to get a whole pipeline instead."
-    return {"diffusers": python, "mflux": no_dora if dora else shell, "ComfyUI": comfyui}
+    return {"diffusers": python, "mflux": NO_DORA if dora else shell, "ComfyUI": comfyui}
 
 
 def kohya_naming(config: Flux2TransformerConfig) -> KohyaNaming:

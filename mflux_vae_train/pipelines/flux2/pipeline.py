@@ -63,4 +63,4 @@ class Flux2KleinPipeline(FlowPipeline):
 
     def usage(self, adapter: str, prompt: str, *, dora: bool, text_encoder: bool) -> Mapping[str, str]:
         """See `naming.usage`."""
-        return naming.usage(self.base_model, adapter, prompt, dora=dora)
+        return naming.usage(self.base_model, adapter, prompt, self.recommended, dora=dora)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 from mflux_vae.weights.formats.files import read_json
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Tensors
-from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles
+from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts
 from mflux_vae_train.pipelines.text import qwen3, qwen3_memory
 from mflux_vae_train.pipelines.z_image import keys
 from mflux_vae_train.pipelines.z_image.configs import BASE, OF_TURBO, PUBLISHED, REPOSITORIES, TURBO
 from mflux_vae_train.pipelines.z_image.packing import VAE_FACTOR
 from mflux_vae_train.pipelines.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
-
-_BLOCK = re.compile(r"(layers|noise_refiner)\.(\d+)\..*")
 
 
 def is_quantized_layer(path: str) -> bool:
@@ -32,10 +29,7 @@ def text_encoder(config: qwen3.Qwen3Config) -> qwen3.Qwen3Encoder:
 
 def config_from_tensors(tensors: Tensors) -> ZImageTransformerConfig:
     """Configuration of a published transformer with as many blocks as the tensors have."""
-    found = [(match[1], int(match[2])) for match in map(_BLOCK.fullmatch, tensors) if match]
-    layers, refiners = (
-        1 + max((index for kind, index in found if kind == name), default=-1) for name in ("layers", "noise_refiner")
-    )
+    layers, refiners = block_counts(tensors, "layers", "noise_refiner")
     return ZImageTransformerConfig(n_layers=layers, n_refiner_layers=refiners)
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
+from mflux_vae_train.pipelines.flow.usage import FOLDER, MODEL, NO_DORA, diffusers
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.pipelines.z_image.transformer import KIND, ZImageTransformerConfig
 
@@ -57,19 +58,11 @@ def kohya_naming(config: ZImageTransformerConfig) -> KohyaNaming:
 def usage(base: str | None, adapter: str, prompt: str, recommended: Recommended, *, dora: bool) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
     steps, guidance, distilled = recommended.steps, recommended.guidance, recommended.train_instead is not None
-    base = base or "path/to/the/base/model"
-    python = f"""```python
-import torch
-from diffusers import ZImagePipeline
-
-pipeline = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}).images[0]
-```"""
+    base = base or MODEL
+    python = diffusers("ZImagePipeline", base, adapter, prompt, steps=steps, guidance=guidance)
     command = "mflux-generate-z-image" + ("-turbo" if distilled else f" --guidance {guidance:g}")
     shell = f"""```bash
-{command} --model {base} --steps {steps} --lora path/to/this/folder/{adapter} --prompt {shlex.quote(prompt)}
+{command} --model {base} --steps {steps} --lora {FOLDER}/{adapter} --prompt {shlex.quote(prompt)}
 ```"""
-    no_dora = "mflux reads no DoRA. Train with `--fuse` to get a whole pipeline instead."
     comfy = f"Copy `{adapter}` to `models/loras`, and load it with the node `LoraLoaderModelOnly`."
-    return {"diffusers": python, "mflux": no_dora if dora else shell, "ComfyUI": comfy}
+    return {"diffusers": python, "mflux": NO_DORA if dora else shell, "ComfyUI": comfy}

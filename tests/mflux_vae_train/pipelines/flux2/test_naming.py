@@ -10,7 +10,7 @@ import pytest
 from mflux_vae.errors import WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines.flux2 import naming
-from mflux_vae_train.pipelines.flux2.configs import BASE_4B, DISTILLED_4B
+from mflux_vae_train.pipelines.flux2.configs import BASE_4B, DISTILLED_4B, PUBLISHED
 from mflux_vae_train.pipelines.flux2.transformer import Flux2Transformer
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn
 from tests.mflux_vae_train.pipelines.flux2.small_klein import small_config
@@ -103,7 +103,13 @@ def test_an_adapter_of_flux1_is_refused(tmp_path: Path) -> None:
 
 
 def test_usage_draws_with_the_distilled_model() -> None:
-    texts = naming.usage(BASE_4B, "a.safetensors", "a dog", dora=False)
+    texts = naming.usage(BASE_4B, "a.safetensors", "a dog", PUBLISHED[BASE_4B].recommended, dora=False)
     assert texts.keys() == {"diffusers", "mflux", "ComfyUI"}
     assert all(DISTILLED_4B in text for text in texts.values())
-    assert "path/to" in naming.usage(None, "a.safetensors", "a dog", dora=False)["diffusers"]
+    assert all("4 steps" in text or "steps 4" in text for text in texts.values())
+
+
+@pytest.mark.parametrize(("repository", "steps"), [(BASE_4B, 50), (DISTILLED_4B, 4)])
+def test_usage_of_a_folder_has_the_steps_of_its_model(repository: str, steps: int) -> None:
+    text = naming.usage(None, "a.safetensors", "a dog", PUBLISHED[repository].recommended, dora=False)["diffusers"]
+    assert "path/to" in text and f"num_inference_steps={steps}," in text
