@@ -10,7 +10,7 @@
     pipelines       what a trainable pipeline offers (protocol, capabilities, noise), and the pipelines
     dreambooth      `mflux-train-dreambooth`: data -> optimization -> planning -> reporting
     vae             `mflux-vae train`: data, losses, objective, sampler
-    tiny_world      programs that make the embedded pipeline `tiny`
+    tiny_world      programs that make the embedded pipelines `tiny` and `tiny-sd`
 
 Imports: `mflux_vae` <- core (the first seven) <- `dreambooth`, `vae`; `mflux_vae` <- `pipelines` <- `dreambooth`.
 `tests/test_architecture.py` checks them.

@@ -60,7 +60,7 @@ def assisted(module: nn.Module, adapter: Adapter) -> Iterator[None]:
     layers = bases(module)
     with exclusive():
         assistants = {
-            path: LowRank(*(adapter.tensors[f"{path}{end}"] for end in (A, B)), adapter.alphas[path] / rank)
+            path: LowRank(adapter.tensors[f"{path}{A}"], adapter.tensors[f"{path}{B}"], adapter.alphas[path] / rank)
             for path, rank in adapter.ranks.items()
         }
     with ExitStack() as stack:
