@@ -59,8 +59,9 @@ def autoencoder(work: Path, settings: VAETrainingSettings, config: AutoencoderKL
         latents = np.concatenate([np.array(network.encode(part).mode()) for part in mx.split(pixels, 8)])
         shift, scale = round(float(latents.mean()), 4), round(float(1 / latents.std()), 4)
         in_layers = config.use_quant_conv and config.use_post_quant_conv
-        named = {} if in_layers else {"shift_factor": shift}
-        scaled = AutoencoderKL(replace(config, scaling_factor=scale, **named))
+        scaled = AutoencoderKL(
+            replace(config, scaling_factor=scale, shift_factor=config.shift_factor if in_layers else shift)
+        )
         scaled.update(network.parameters())
         if in_layers:
             _shift_latents(scaled, shift)
