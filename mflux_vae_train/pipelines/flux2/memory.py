@@ -2,6 +2,10 @@
 
 Bytes of weights are exact. The constants of the activations come from reading the blocks and from measuring stacks of
 blocks with 8 heads on a CPU (4 with the code for GPUs), as in `flux1.memory`; a test repeats the measurement.
+
+Measured at full size (random weights of the base 4B, MLX 0.32.4 on a CPU, float32): with `--quantize 4
+--gradient_checkpointing --resolution 64 --max_sequence_length 64 --train_batch_size 1`, an update had its peak of 4.3
+GB; the estimate was 4.6 GB. The process held 6.8 GB with MLX's cache of freed memory.
 """
 
 from __future__ import annotations
