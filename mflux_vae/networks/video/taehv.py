@@ -6,8 +6,10 @@ is encoded as four equal frames, and is the last of the four frames that are dec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import islice
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +22,8 @@ from mflux_vae.networks.layers import Conv2d, layer_input
 from mflux_vae.networks.tiny import Relu, UpsampleNearest
 from mflux_vae.posterior import DiagonalGaussian
 
-LEVELS = 3
-"""Levels that halve the resolution."""
+LEVELS, BLOCKS = 3, 3
+"""Levels that halve the resolution, and blocks of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ def _encoder(config: TAEHVConfig) -> list[nn.Module]:
     layers: list[nn.Module] = [_conv3x3(config.in_channels, width, bias=True), Relu()]
     for frames in (2, 2, 1):
         layers += [TimePool(width, frames), _conv3x3(width, width, stride=2)]
-        layers += [MemoryBlock(width) for _ in range(3)]
+        layers += [MemoryBlock(width) for _ in range(BLOCKS)]
     return [*layers, _conv3x3(width, config.latent_channels, bias=True)]
 
 
@@ -128,9 +130,15 @@ def _decoder(config: TAEHVConfig) -> list[nn.Module]:
     widths = config.decoder_widths
     layers: list[nn.Module] = [Clamp(), _conv3x3(config.latent_channels, widths[0], bias=True), Relu()]
     for level, frames in enumerate((1, 2, 2)):
-        layers += [MemoryBlock(widths[level]) for _ in range(3)]
+        layers += [MemoryBlock(widths[level]) for _ in range(BLOCKS)]
         layers += [UpsampleNearest(), TimeGrow(widths[level], frames), _conv3x3(widths[level], widths[level + 1])]
     return [*layers, Relu(), _conv3x3(widths[-1], config.out_channels, bias=True)]
+
+
+def _split(layers: Sequence[nn.Module], *counts: int) -> list[list[Any]]:
+    """Groups of so many layers."""
+    rest = iter(layers)
+    return [list(islice(rest, count)) for count in counts]
 
 
 def _with_memory(blocks: list[nn.Module], frames: list[mx.array]) -> list[mx.array]:
@@ -158,19 +166,21 @@ class TAEHV(ScaledLatents):
 
     def encode(self, pixels: mx.array) -> DiagonalGaussian:
         """(B, H, W, C) in [-1, 1] -> (B, H/8, W/8, latent), a point posterior."""
-        conv, relu, pool, down, *layers = self.encoder
-        x = relu(conv(pixels * 0.5 + 0.5))  # in all frames
-        x = down(pool(x, x))  # in both
-        x = layers[4](layers[3](*_with_memory(layers[:3], [x, x])))
-        (x,) = _with_memory(layers[5:8], [x])
-        (x,) = _with_memory(layers[10:13], [layers[9](layers[8](x))])
-        return DiagonalGaussian.point(layers[13](x))
+        (conv, relu), *levels, (out,) = _split(self.encoder, 2, *[2, BLOCKS] * LEVELS, 1)
+        (pool_1, down_1), blocks_1, (pool_2, down_2), blocks_2, (pool_3, down_3), blocks_3 = levels
+        x = relu(conv(pixels * 0.5 + 0.5))  # in all four frames
+        x = down_1(pool_1(x, x))  # in both
+        x = down_2(pool_2(*_with_memory(blocks_1, [x, x])))
+        (x,) = _with_memory(blocks_2, [x])
+        (x,) = _with_memory(blocks_3, [down_3(pool_3(x))])
+        return DiagonalGaussian.point(out(x))
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, latent) -> (B, 8*h, 8*w, C), about [-1, 1], not clipped."""
-        clamp, conv, relu, *layers = self.decoder
-        (x,) = _with_memory(layers[:3], [relu(conv(clamp(latents)))])
-        (x,) = _with_memory(layers[6:9], [_upsampled(x, *layers[4:6], frame=0)])
-        past, x = _with_memory(layers[12:14], [_upsampled(x, *layers[10:12], frame=frame) for frame in (0, 1)])
-        x = _upsampled(layers[14](x, past), *layers[16:18], frame=1)
-        return layers[19](layers[18](x)) * 2 - 1
+        (clamp, conv, relu), *levels, (last_relu, out) = _split(self.decoder, 3, *[BLOCKS, 3] * LEVELS, 2)
+        blocks_1, (_, *grow_1), blocks_2, (_, *grow_2), (*blocks_3, last), (_, *grow_3) = levels
+        (x,) = _with_memory(blocks_1, [relu(conv(clamp(latents)))])
+        (x,) = _with_memory(blocks_2, [_upsampled(x, *grow_1, frame=0)])
+        past, x = _with_memory(blocks_3, [_upsampled(x, *grow_2, frame=frame) for frame in (0, 1)])
+        x = _upsampled(last(x, past), *grow_3, frame=1)  # the first frame is not needed
+        return out(last_relu(x)) * 2 - 1

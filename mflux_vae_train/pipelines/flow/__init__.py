@@ -1,1 +1,1 @@
-"""What rectified-flow pipelines share: noise schedule, training prediction, sampling."""
+"""What rectified-flow pipelines share: files, noise schedule, training prediction, sampling, estimates of memory."""

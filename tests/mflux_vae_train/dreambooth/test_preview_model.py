@@ -227,13 +227,21 @@ def test_the_second_denoiser_counts_where_both_are_held() -> None:
     assert footprint_of(Drawing(), replace(work, trained=0)).peak == 207
 
 
-def test_the_estimate_of_a_mac_has_both_models(short_run, opens, folders, caplog) -> None:
+def test_the_estimate_of_a_mac_has_both_models(short_run, opens, folders, caplog, monkeypatch) -> None:
     trained, drawing = (FluxPipeline.from_pretrained(folders / name) for name in ("base", "sibling"))
     opens(drawing)
+    asked: list[Workload] = []
+
+    def footprint(work: Workload) -> Footprint:
+        asked.append(work)
+        return FluxPipeline.footprint(drawing, work)
+
+    monkeypatch.setattr(drawing, "footprint", footprint)
     settings = short_run(dry_run=True, estimate_for="mac", preview_model="sibling", num_validation_images=1)
     with caplog.at_level(logging.INFO):
         DreamBooth(trained).train(settings)
-    assert "previews" in log_text(caplog) and "estimated peak memory" in log_text(caplog)
+    assert asked and all(work.previews and not work.trained for work in asked)
+    assert "estimated peak memory" in log_text(caplog)
 
 
 def test_a_model_without_an_estimate_is_a_warning(short_run, opens, caplog) -> None:
