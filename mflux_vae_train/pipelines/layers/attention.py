@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from mflux_vae.kernels import attention, silu, widened
 from mflux_vae.runtime.device import is_cpu
-from mflux_vae_train.pipelines.layers.modulation import HeadNorm
+from mflux_vae_train.pipelines.layers.modulation import NORM_EPS, HeadNorm
 from mflux_vae_train.pipelines.layers.rotary import Rotation, rotate
 
 
@@ -28,20 +28,24 @@ def split_heads(x: mx.array, heads: int) -> mx.array:
 
 
 class SingleAttention(nn.Module):
-    """Self-attention over all tokens, without output projection: (B, L + N, D) -> (B, L + N, D)."""
+    """Self-attention over all tokens, without output projection: (B, S, D) -> (B, S, D).
 
-    def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
+    Args:
+        eps: of the norms of queries and keys.
+    """
+
+    def __init__(self, width: int, heads: int, *, bias: bool = True, eps: float = NORM_EPS) -> None:
         super().__init__()
         self._heads = heads
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(width, width, bias=bias)
         self.to_v = nn.Linear(width, width, bias=bias)
-        self.norm_q = HeadNorm(width // heads)
-        self.norm_k = HeadNorm(width // heads)
+        self.norm_q = HeadNorm(width // heads, eps)
+        self.norm_k = HeadNorm(width // heads, eps)
 
-    def __call__(self, x: mx.array, rope: Rotation) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rotation, mask: mx.array | None = None) -> mx.array:
         q, k, v = (split_heads(layer(x), self._heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return attend(self.norm_q(q), self.norm_k(k), v, rope)
+        return attend(self.norm_q(q), self.norm_k(k), v, rope, mask)
 
 
 class JointAttention(SingleAttention):

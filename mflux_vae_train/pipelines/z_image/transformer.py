@@ -21,9 +21,9 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.kernels import rms_norm, silu, widened
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
-from mflux_vae_train.pipelines.layers.attention import attend, split_heads, swiglu
+from mflux_vae_train.pipelines.layers.attention import SingleAttention, swiglu
 from mflux_vae_train.pipelines.layers.embeddings import SINUSOIDAL_CHANNELS, sinusoidal
-from mflux_vae_train.pipelines.layers.modulation import HeadNorm, modulated_norm
+from mflux_vae_train.pipelines.layers.modulation import modulated_norm
 from mflux_vae_train.pipelines.layers.rotary import Rotation, rotation
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.z_image.packing import PATCH, image_ids, pack, padded, text_ids, unpack
@@ -110,22 +110,15 @@ class TimestepEmbedder(nn.Module):
         return last(silu(first(sinusoidal(timestep).astype(dtype))))
 
 
-class Attention(nn.Module):
+class Attention(SingleAttention):
     """Self-attention over all tokens: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self._heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
+        super().__init__(width, heads, bias=False, eps=HEAD_EPS)
         self.to_out = [nn.Linear(width, width, bias=False)]
-        self.norm_q = HeadNorm(width // heads, HEAD_EPS)
-        self.norm_k = HeadNorm(width // heads, HEAD_EPS)
 
-    def __call__(self, x: mx.array, rope: Rotation, mask: mx.array | None) -> mx.array:
-        q, k, v = (split_heads(layer(x), self._heads) for layer in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attend(self.norm_q(q), self.norm_k(k), v, rope, mask))
+    def __call__(self, x: mx.array, rope: Rotation, mask: mx.array | None = None) -> mx.array:
+        return self.to_out[0](super().__call__(x, rope, mask))
 
 
 class FeedForward(nn.Module):
