@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import mlx.nn as nn
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Rule, Tensors
 from mflux_vae_train.pipelines.loading.folder import TEXT_STEM
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"(\w+)\.(\d+)\.")
 
@@ -119,3 +122,9 @@ def block_counts(names: Iterable[str], *kinds: str) -> list[int]:
         if kind in counts:
             counts[kind] = max(counts[kind], int(number) + 1)
     return list(counts.values())
+
+
+def taken_by_name(place: Path, repository: str) -> str:
+    """`repository`, with a warning that only the name of a file or folder decided between it and its siblings."""
+    logger.warning("%s: taken for %s because of its name; rename it if it is another model", place, repository)
+    return repository

@@ -9,7 +9,7 @@ from typing import Any
 
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Tensors
-from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts
+from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts, taken_by_name
 from mflux_vae_train.pipelines.flux2 import keys
 from mflux_vae_train.pipelines.flux2.configs import GATED, PUBLISHED, REPOSITORIES, SIZE_MULTIPLE, published_repository
 from mflux_vae_train.pipelines.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
@@ -48,8 +48,9 @@ def config_from_tensors(tensors: Tensors) -> Flux2TransformerConfig:
 
 def derives_from(config: Flux2TransformerConfig, index: Mapping[str, Any], place: Path) -> str:
     """The model of this width, base or distilled as `model_index.json` states; the name tells it of a single file."""
-    distilled = bool(index.get("is_distilled")) or (not index and _DISTILLED.search(place.name) is not None)
-    return published_repository(config, distilled)
+    if index:
+        return published_repository(config, bool(index.get("is_distilled")))
+    return taken_by_name(place, published_repository(config, _DISTILLED.search(place.name) is not None))
 
 
 FAMILY = Family(

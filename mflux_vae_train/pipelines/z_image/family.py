@@ -9,7 +9,7 @@ from typing import Any
 from mflux_vae.weights.formats.files import read_json
 from mflux_vae.weights.keymaps.diffusers import STEM
 from mflux_vae.weights.keymaps.rules import Tensors
-from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts
+from mflux_vae_train.pipelines.flow.family import Family, NetworkFiles, block_counts, taken_by_name
 from mflux_vae_train.pipelines.text import qwen3, qwen3_memory
 from mflux_vae_train.pipelines.z_image import keys
 from mflux_vae_train.pipelines.z_image.configs import BASE, OF_TURBO, PUBLISHED, REPOSITORIES, TURBO
@@ -38,7 +38,7 @@ def derives_from(_: ZImageTransformerConfig, index: Mapping[str, Any], place: Pa
     scheduler = place / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         return TURBO if read_json(scheduler).get("shift") == OF_TURBO.schedule.shift else BASE
-    return TURBO if "turbo" in place.name.lower() else BASE
+    return taken_by_name(place, TURBO if "turbo" in place.name.lower() else BASE)
 
 
 FAMILY = Family(
