@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mflux_vae.utils.formatting import count_text
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth import preview_model
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset
@@ -120,7 +121,7 @@ def _class_images(run: Preparation, prompts: EncodedPrompts, processes: ProcessG
             batch_size=resolved.sample_batch_size,
             processes=processes,
         )
-        logger.info("generated %d class images in %.0f s", len(one.missing), time.monotonic() - start)
+        logger.info("generated %s in %.0f s", count_text(len(one.missing), "class image"), time.monotonic() - start)
     files = partial(class_files, resolved.subjects, resolved.num_class_images)
     found = processes.broadcast(lambda: [[str(path) for path in paths] for paths in files()])
     return [[Path(path) for path in paths] for paths in found]

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_reduce
 
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.utils.formatting import count_text
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.export import check_can_fuse, check_single_file, saves_itself
@@ -148,7 +149,7 @@ def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> T
     rank = f"rank {resolved.rank}" if len(all_ranks) == 1 else f"ranks {all_ranks[0]} to {all_ranks[-1]}"
     kind, magnitudes = ("DoRA", " and a magnitude per row") if resolved.use_dora else ("LoRA", "")
     (_, first), *others = matched.items()
-    layers = f"{len(first)} layers" + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
+    layers = count_text(len(first), "layer") + "".join(f" and {len(paths)} of {prefix}" for prefix, paths in others)
     description = f"a {kind} of {rank} on {layers}: {weights:,} weights{magnitudes}{origin}"
     shapes = _shapes(networks, matched, resolved, ranks)
     return Trainable(targets=targets, weights=weights, shapes=shapes, alphas=alphas, description=description)

@@ -151,7 +151,7 @@ def _train_instead(settings: DreamBoothSettings, recommended: Recommended) -> li
     if recommended.train_instead is None or settings.assistant_lora is not None:
         return []
     base = f"train --model {recommended.train_instead} --preview_model {settings.model}"
-    cure = f"{base}: its adapter fits this model"
+    cure = f"{base}; its adapter fits this model"
     if recommended.assistant_lora is not None:
         cure = f"give --assistant_lora {recommended.assistant_lora}, or train --model {recommended.train_instead}"
     return [f"this model was distilled to {recommended.steps} steps, which training undoes: {cure}"]

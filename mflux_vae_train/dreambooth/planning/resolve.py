@@ -174,11 +174,14 @@ def resolve(
     )
     guidance = drawing.guidance if given.guidance is None else given.guidance
     steps = settings.num_inference_steps or drawing.steps
-    if settings.preview_model is not None:
-        what = "class images and previews" if preservation.kind == "class_images" else "previews"
+    draws = {"class images": preservation.kind == "class_images", "previews": settings.num_validation_images > 0}
+    if settings.preview_model is not None and any(draws.values()):
+        what = " and ".join(name for name, used in draws.items() if used)
         notes.append(f"{what} are drawn by {settings.preview_model}: {steps} steps, guidance {guidance:g}")
         if settings.fuse:
             notes.append(f"--fuse writes {settings.model} with the adapter, not {settings.preview_model}")
+    if settings.assistant_lora is not None:
+        notes.append(f"{settings.assistant_lora} is active in training only (--assistant_lora)")
     answers = {
         "class_data_dir": first.class_data_dir,
         "prior_loss_weight": None if preservation.kind == "none" else settings.prior_loss_weight,

@@ -107,7 +107,7 @@ def test_a_run_continues_with_another_preview_model_unless_it_draws_class_images
 def test_a_dry_run_names_the_preview_model(short_run, opens, caplog) -> None:
     opens(Distilled())
     with caplog.at_level(logging.INFO):
-        DreamBooth(FakePipeline()).train(short_run(dry_run=True, preview_model="distilled"))
+        DreamBooth(FakePipeline()).train(short_run(dry_run=True, preview_model="distilled", num_validation_images=1))
     assert "class images and previews are drawn by distilled: 2 steps, guidance 1" in log_text(caplog)
     caplog.clear()
     settings = short_run(dry_run=True, preview_model="distilled", num_inference_steps=7, guidance=2.0)
@@ -115,8 +115,9 @@ def test_a_dry_run_names_the_preview_model(short_run, opens, caplog) -> None:
         DreamBooth(FakePipeline()).train(settings)
     assert "drawn by distilled: 7 steps, guidance 2" in log_text(caplog)
     caplog.clear()
-    DreamBooth(FakePipeline()).train(short_run(dry_run=True, preview_model="distilled", num_class_images=0))
-    assert "--preview_model has no effect" in log_text(caplog)
+    with caplog.at_level(logging.INFO):
+        DreamBooth(FakePipeline()).train(short_run(dry_run=True, preview_model="distilled", num_class_images=0))
+    assert "--preview_model has no effect" in log_text(caplog) and "drawn by" not in log_text(caplog)
 
 
 def test_preview_models_that_do_not_fit_are_refused(short_run, opens) -> None:
