@@ -40,7 +40,7 @@ def config_from_tensors(tensors: Tensors) -> Flux2TransformerConfig:
     return Flux2TransformerConfig(
         num_layers=doubles,
         num_single_layers=singles,
-        num_attention_heads=width // known.attention_head_dim,
+        num_attention_heads=max(1, width // known.attention_head_dim),  # loading refuses narrower ones
         joint_attention_dim=joint,
         guidance_embeds=any("guidance_" in name.removeprefix("time_guidance_embed.") for name in tensors),
     )

@@ -84,6 +84,12 @@ def test_transformer_file_is_opened_as_flux2(folder: Path, tmp_path: Path, namin
     assert opened.footprint(Workload(resolution=32, trained=1)).download > 0
 
 
+def test_transformer_file_narrower_than_a_head_is_refused(folder: Path) -> None:
+    opened = registry.open_pipeline(str(folder / "transformer" / STEM))
+    with pytest.raises(WeightsError, match="misshapen"):
+        mx.eval(opened.denoiser.parameters())
+
+
 def test_single_file_in_a_folder_replaces_the_transformer(folder: Path, monkeypatch) -> None:
     expected = picture(SmallKlein.from_pretrained(folder))
     file = folder / "transformer" / STEM
