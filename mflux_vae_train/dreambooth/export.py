@@ -58,7 +58,7 @@ def check_single_file(pipeline: DiffusionPipeline, settings: DreamBoothSettings)
     if settings.train_mode == "lora" and not settings.fuse:
         raise SettingsError("--fuse_single_file writes the whole pipeline; give --fuse, too")
     if not isinstance(pipeline, SupportsSingleFile):
-        raise SettingsError(f"--fuse_single_file: {pipeline.name} is not published as one file; leave it out")
+        raise SettingsError(f"--fuse_single_file: not supported for {pipeline.name}; leave it out")
 
 
 def result_path(pipeline: DiffusionPipeline, train_mode: str, folder: RunFolder) -> Path:
