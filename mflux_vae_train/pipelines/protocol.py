@@ -29,7 +29,7 @@ A complete pipeline: images of one colour, a rectified flow in pixel space witho
             x = mx.vmap(lambda one: mx.random.normal((3,), key=one))(key)
             for _ in range(steps):
                 x = x - self.denoiser(x) / steps
-            return mx.broadcast_to(mx.clip(x, -1, 1)[:, None, None], (len(x), *size, 3))
+            return mx.broadcast_to(mx.tanh(x)[:, None, None], (len(x), *size, 3))
 
         def lora_targets(self):
             return ["layers.*"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import mlx.nn as nn
@@ -55,9 +56,10 @@ def with_adapter_settings(
     if settings.lora_weights is None:
         return settings, ()
     prefix, path = pipeline.adapter_prefix, lora.adapter_file(settings.lora_weights)
-    files = lora.read_adapter(path, skeletons(pipeline, settings), adapter_names(pipeline))
-    if prefix not in files:
-        raise WeightsError(f"{path}: holds no adapter for {prefix!r}")
+    with _naming("--lora_weights"):
+        files = lora.read_adapter(path, skeletons(pipeline, settings), adapter_names(pipeline))
+        if prefix not in files:
+            raise WeightsError(f"{path}: holds no adapter for {prefix!r}")
     file, warnings = files[prefix], []
     unstated = sum(one.unstated for one in files.values())
     alpha = file.alpha if settings.lora_alpha is None or not file.unstated else settings.lora_alpha
@@ -85,12 +87,22 @@ def read_assistant(
     """
     if (source := settings.assistant_lora) is None:
         return None, ()
-    if (path := lora.fetch_adapter(source, download=not settings.dry_run)) is None:
-        return None, (f"--assistant_lora {source}: not downloaded, and in no estimate",)
     prefix, denoiser = pipeline.adapter_prefix, skeletons(pipeline, settings)[pipeline.adapter_prefix]
-    adapter = lora.read_assistant(path, prefix, denoiser, adapter_names(pipeline))
+    with _naming("--assistant_lora"):
+        if (path := lora.fetch_adapter(source, download=not settings.dry_run)) is None:
+            return None, (f"--assistant_lora {source}: not downloaded, and in no estimate",)
+        adapter = lora.read_assistant(path, prefix, denoiser, adapter_names(pipeline))
     unstated = f"{path}: alpha is not stated, assuming the rank (scale 1)"
     return adapter, (unstated,) if adapter.unstated else ()
+
+
+@contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Begin messages about an adapter's file with the flag that names it."""
+    try:
+        yield
+    except WeightsError as error:
+        raise type(error)(f"{flag}: {error}") from error
 
 
 def plan_trainable(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Trainable:

@@ -110,7 +110,7 @@ def test_two_names_of_one_flag_are_refused_and_of_one_name_the_last_counts(words
     assert last.max_train_steps == 20
 
 
-LIKE_A_PATH = re.compile(r"dir$|file|folder|path|weights$|_from|_list$|_config$|^model$|^data$|^lpips$|^output$")
+LIKE_A_PATH = re.compile(r"dir$|file|folder|path|weights$|_lora$|_from|_list$|_config$|^model$|^data$|^lpips$|^output$")
 NO_PATHS = {"output", "fuse_single_file"}
 """The activation of an autoencoder's decoder, and a switch."""
 
