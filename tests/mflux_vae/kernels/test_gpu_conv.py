@@ -109,7 +109,7 @@ def test_transposed_convolution(size: tuple[int, int], kind: str, monkeypatch: p
 def test_frozen_layers_keep_only_their_inputs() -> None:
     """Group norm, SiLU and convolution: the backward pass computes all but the input again."""
     x = mx.random.normal((1, 32, 32, 32)).astype(mx.bfloat16)
-    network = [(layers.GroupNorm(8, 32), layers.Conv2d(32, 32, 3, padding=1)) for _ in range(14)]
+    network = [(layers.GroupNorm(8, 32), layers.Conv2d(32, 32, 3, padding=1)) for _ in range(64)]
     for layer in chain.from_iterable(network):
         layer.set_dtype(mx.bfloat16)
         mx.eval(layer.parameters())
@@ -121,7 +121,7 @@ def test_frozen_layers_keep_only_their_inputs() -> None:
 
     mx.disable_compile()
     try:
-        few, many = (peak_of(lambda count=count: mx.grad(loss)(x, count)) for count in (4, 14))
+        few, many = (peak_of(lambda count=count: mx.grad(loss)(x, count)) for count in (4, 64))
     finally:
         mx.enable_compile()
-    assert many - few < 10 * 1.5 * x.nbytes
+    assert many - few < 60 * 1.5 * x.nbytes  # buffers of single layers vary by 17 of x
