@@ -27,6 +27,10 @@ What differs:
 The class images are drawn before, by this package: the script of FLUX draws them at 1024 pixels, which a pipeline for
 64 pixels cannot. It also encodes prompts with 77 tokens of CLIP, so the copy of `tiny` that it opens has zeros as
 further position embeddings; CLIP reads from left to right, so its outputs are the same.
+
+Measured on 2026-11-29 (AMD EPYC, two cores, diffusers 0.42.1, torch 2.14.1), `tiny-sd`, 60 updates, one seed: ours 21.3
+s, theirs 14.2 s, so a ratio of 0.67; fidelity 0.22 and 0.16, class retention 0.91 and 0.88. 400 updates, and `tiny`,
+were not measured.
 """
 
 from __future__ import annotations
