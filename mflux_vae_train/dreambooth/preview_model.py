@@ -64,7 +64,7 @@ def _shapes(pipeline: DiffusionPipeline, patterns: Sequence[str]) -> dict[str, t
 
 
 def share_encoders(pipeline: DiffusionPipeline, drawing: DiffusionPipeline, settings: DreamBoothSettings) -> bool:
-    """Let `drawing` use the encoders of `pipeline` that encode as its own do, so that they are loaded once.
+    """Let `drawing` use the encoders of `pipeline` that encode alike, so that they are loaded once.
 
     Returns:
         whether prompts that `pipeline` encoded are conditioning for `drawing`.

@@ -31,7 +31,7 @@ _ROUNDED = 32
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Text around a prompt. These two strings are all that Qwen3's own template adds to one message of a user."""
+    """Text around a prompt. These two strings are all that Qwen3's template adds to one message of a user."""
 
     before: str
     after: str

@@ -22,16 +22,10 @@ from mflux_vae_train.lora.files import save_adapter  # noqa: E402
 from mflux_vae_train.pipelines.flux2.pipeline import Flux2KleinPipeline  # noqa: E402
 from mflux_vae_train.pipelines.flux2.schedule import Flux2Schedule  # noqa: E402
 from tests.mflux_vae_train.pipelines.flux2.small_klein import TAPS, TEXT_TOKENS, SmallKlein, small_pipeline  # noqa: E402
+from tests.parity.references.drawing import STEPS, draw_ours, open_theirs  # noqa: E402
 
 PROMPTS = ["a dog", "a photo of a red star and of a blue dog on a circle, and nothing else"]
-KEYS = mx.zeros((2, 2), mx.uint32)
 LEVELS = 255
-
-
-def open_theirs(folder: Path):
-    pipeline = diffusers.Flux2KleinPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def draw_theirs(theirs, noise: np.ndarray, **arguments) -> np.ndarray:
@@ -44,15 +38,9 @@ def draw_theirs(theirs, noise: np.ndarray, **arguments) -> np.ndarray:
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
         max_sequence_length=TEXT_TOKENS,
         text_encoder_out_layers=TAPS,
-        num_inference_steps=5,
+        num_inference_steps=STEPS,
         **({"output_type": "np"} | arguments),
     ).images
-
-
-def draw_ours(ours: Flux2KleinPipeline, noise: np.ndarray, guidance: float) -> np.ndarray:
-    size = (noise.shape[1] * 16, noise.shape[2] * 16)
-    options = {"size": size, "steps": 5, "guidance": guidance, "key": KEYS, "latents": mx.array(noise)}
-    return (np.array(ours.sample(ours.encode_prompts(PROMPTS), **options)) + 1) / 2
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +58,15 @@ def opened(folder: Path) -> Flux2KleinPipeline:
 
 @pytest.mark.parametrize(("guidance", "size"), [(1.0, (2, 2)), (4.0, (3, 5))])
 def test_images_and_latents_agree(folder: Path, guidance: float, size: tuple[int, int], monkeypatch) -> None:
-    ours, theirs = opened(folder), open_theirs(folder)
+    ours, theirs = opened(folder), open_theirs(diffusers.Flux2KleinPipeline, folder)
     noise = np.random.default_rng(0).standard_normal((2, *size, 16)).astype(np.float32)
     expected = draw_theirs(theirs, noise, guidance_scale=guidance)
     assert expected.std() > 0.05, "nothing to see"
-    assert np.abs(draw_ours(ours, noise, guidance) - expected).max() * LEVELS <= 2
+    assert np.abs(draw_ours(ours, PROMPTS, noise, guidance) - expected).max() * LEVELS <= 2
     latents = draw_theirs(theirs, noise, guidance_scale=guidance, output_type="latent").permute(0, 2, 3, 1).numpy()
     found = []
     monkeypatch.setattr("mflux_vae_train.pipelines.flow.pipeline.decode", lambda _, drawn: found.append(drawn) or drawn)
-    draw_ours(ours, noise, guidance)
+    draw_ours(ours, PROMPTS, noise, guidance)
     raw = ours.vae.network.from_scaled(found[0])
     assert np.abs(np.array(raw) - latents).max() / np.abs(latents).max() <= 1e-4
 
@@ -99,21 +87,21 @@ def test_shift_of_sampling(tokens: int, steps: int, mu: float) -> None:
 
 
 def test_an_adapter_draws_the_same_pictures(folder: Path, tmp_path: Path) -> None:
-    ours, theirs = opened(folder), open_theirs(folder)
+    ours, theirs = opened(folder), open_theirs(diffusers.Flux2KleinPipeline, folder)
     noise = np.random.default_rng(1).standard_normal((2, 2, 3, 16)).astype(np.float32)
-    before = draw_ours(ours, noise, 2.0)
+    before = draw_ours(ours, PROMPTS, noise, 2.0)
     lora.add_lora(ours.denoiser, ours.lora_targets(), rank=4, alpha=6.0)
     for number, layer in enumerate(lora.layers(ours.denoiser).values()):
         layer.lora_b = 0.3 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
     save_adapter({"transformer": ours.denoiser}, tmp_path / "pytorch_lora_weights.safetensors")
     theirs.load_lora_weights(tmp_path)
-    after = draw_ours(ours, noise, 2.0)
+    after = draw_ours(ours, PROMPTS, noise, 2.0)
     assert np.abs(after - before).max() * LEVELS > 20, "the adapter changes nothing: nothing would be compared"
     assert np.abs(after - draw_theirs(theirs, noise, guidance_scale=2.0)).max() * LEVELS <= 2
 
 
 def test_a_fused_adapter_of_kohya_draws_the_same_pictures(folder: Path, tmp_path: Path) -> None:
-    ours, theirs = opened(folder), open_theirs(folder)
+    ours, theirs = opened(folder), open_theirs(diffusers.Flux2KleinPipeline, folder)
     noise = np.random.default_rng(1).standard_normal((2, 2, 3, 16)).astype(np.float32)
     lora.add_lora(ours.denoiser, ours.lora_targets(), rank=2)
     for number, layer in enumerate(lora.layers(ours.denoiser).values()):
@@ -121,5 +109,5 @@ def test_a_fused_adapter_of_kohya_draws_the_same_pictures(folder: Path, tmp_path
     tensors = lora.kohya_tensors(ours.denoiser, ours.kohya_naming().modules["transformer"])
     mx.save_safetensors(str(tmp_path / "kohya.safetensors"), tensors)
     theirs.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
-    found, expected = draw_ours(ours, noise, 1.0), draw_theirs(theirs, noise, guidance_scale=1.0)
+    found, expected = draw_ours(ours, PROMPTS, noise, 1.0), draw_theirs(theirs, noise, guidance_scale=1.0)
     assert np.abs(found - expected).max() * LEVELS <= 2
