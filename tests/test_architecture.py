@@ -69,6 +69,7 @@ LIGHT = (
         ".pipelines.noise",
         ".dreambooth",
         ".dreambooth.cli",
+        ".dreambooth.commands",
         ".dreambooth.config",
         ".vae",
         ".vae.cli",

@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NoReturn
+from typing import Any
 
 from mflux_vae.cli.arguments import CONFIG, MODEL, PICTURES, PRECISIONS, add_computing, add_model
-from mflux_vae.errors import SettingsError, did_you_mean
-from mflux_vae.utils.command_line import check_spellings
+from mflux_vae.utils.command_line import CommandParser
 from mflux_vae.utils.console import run_command
-from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.paths import expand
 
 PROG = "mflux-vae"
@@ -46,11 +44,10 @@ def _dispatch(words: Sequence[str]) -> None:
 
 
 def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog=PROG, description="Encode images to latents and decode them, with any autoencoder in wide use."
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser.commands = commands.choices
+    commands = parser.add_commands()
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -142,26 +139,3 @@ def _run(name: str, settings: dict[str, Any]) -> None:
     from mflux_vae.cli import commands
 
     getattr(commands, name)(**settings)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Parser of the program (with `commands`) or of a command. Reports unknown flags before missing ones."""
-
-    commands: Mapping[str, argparse.ArgumentParser] | None = None
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
-        if self.commands is not None:
-            named = next((word for word in words if not word.startswith("-")), None)
-            if named is not None and named not in self.commands:
-                self.error(f"unknown command {shortened(named, 100)}{did_you_mean(named, self.commands)}")
-        else:
-            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-            for flag in flags:
-                if flag not in self._option_string_actions:
-                    self.error(f"unknown flag {shortened(flag, 100)}{did_you_mean(flag, self._option_string_actions)}")
-            check_spellings(self, words)
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.formatting import shortened
 
 
 def check_spellings(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -27,3 +30,32 @@ def check_spellings(parser: ArgumentParser, words: Sequence[str]) -> None:
             continue
         if (other := first.setdefault(action.dest, name)) != name:
             raise SettingsError(f"--{other} and {flag} are one setting; give one of them")
+
+
+class CommandParser(ArgumentParser):
+    """Parser of the program (with `commands`) or of a command. Reports unknown flags before missing ones."""
+
+    commands: Mapping[str, ArgumentParser] | None = None
+
+    def add_commands(self) -> Any:
+        """Add a required command; `add_parser` of what is returned adds one."""
+        added = self.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        self.commands = added.choices
+        return added
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if self.commands is not None:
+            named = next((word for word in words if not word.startswith("-")), None)
+            if named is not None and named not in self.commands:
+                self.error(f"unknown command {shortened(named, 100)}{did_you_mean(named, self.commands)}")
+        else:
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            for flag in flags:
+                if flag not in self._option_string_actions:
+                    self.error(f"unknown flag {shortened(flag, 100)}{did_you_mean(flag, self._option_string_actions)}")
+            check_spellings(self, words)
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")
