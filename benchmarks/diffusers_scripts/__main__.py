@@ -37,7 +37,7 @@ Measured on 2026-11-29 (AMD EPYC, two cores, MKL, diffusers 0.42.1, torch 2.14.1
 | `tiny-sd`, 60 | 20.0 / 16.2 | 0.81 | 0.22 / 0.16 | 0.91 / 0.88 |
 | `tiny-sd`, 400 | 76.7 / 59.0 | 0.77 | 0.94 / 0.81 | 0.66 / 0.81 |
 
-Ours is slower: an update takes 0.17 s against 0.12 s on both pipelines. The rest of the command takes about 8 s in both.
+Ours is slower: an update takes 0.17 s, theirs 0.12 s. The rest of the command takes about 8 s in both.
 """
 
 from __future__ import annotations
