@@ -7,7 +7,7 @@ Parameter paths are the keys of the published `text_encoder/model.safetensors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,17 +16,12 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae_train.pipelines.layers.encoder import Encoder, LayerNorm, check_encoder
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
 _PREFIX = "text_model."
 _POSITION_IDS = "text_model.embeddings.position_ids"
-
-
-_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "quick_gelu": kernels.quick_gelu,
-    "gelu": kernels.gelu,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +55,7 @@ class CLIPTextConfig(JSONConfig):
     eos_token_id: int | None = 49407
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise SettingsError(f"CLIP text config: hidden_act {self.hidden_act!r} is unknown; known are {known}")
-        if self.hidden_size % self.num_attention_heads:
-            raise SettingsError(
-                f"CLIP text config: hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+        check_encoder(self, "CLIP text config")
 
 
 CLIP_L = CLIPTextConfig(
@@ -86,68 +74,6 @@ class CLIPTextConfigWithProjection(CLIPTextConfig):
     """`config.json` of a CLIP text encoder with projection. `from_dict` does not check a file's `architectures`."""
 
     kinds: ClassVar = {"model_type": "clip_text_model", "architectures": ["CLIPTextModelWithProjection"]}
-
-
-class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` through this project's kernel."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class CLIPAttention(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        B, L, D = x.shape
-        q, k, v = (
-            projection(x).reshape(B, L, self.heads, -1).transpose(0, 2, 1, 3)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = kernels.attention(q, k, v, scale=(D // self.heads) ** -0.5, mask=mask)
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
-
-
-class CLIPMLP(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.act = _ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class CLIPEncoderLayer(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class CLIPEncoder(nn.Module):
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-
-    def __call__(self, x: mx.array, mask: mx.array, layers: slice = slice(None)) -> mx.array:
-        for layer in self.layers[layers]:
-            x = layer(x, mask)
-        return x
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -170,7 +96,7 @@ class CLIPTextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, input_ids: mx.array, *, skip: int = 0, final_norm: bool = True) -> mx.array:
