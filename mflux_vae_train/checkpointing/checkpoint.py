@@ -1,7 +1,7 @@
 """Checkpoints: folders ``checkpoint-N`` with named objects, written atomically and restored strictly.
 
 N counts optimizer updates. A folder holds ``state.safetensors`` (arrays) and ``state.json`` (plain values, the run's
-fingerprint, and checksums of both files).
+fingerprint, and checksums of both files). It may hold more files, for other programs; a run never reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ def save(
     *,
     fingerprint: Mapping[str, Any] | None = None,
     total_limit: int | None = None,
+    write_more: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write or replace ``output_dir/checkpoint-{step}``, then delete the oldest checkpoints beyond `total_limit`.
 
@@ -48,6 +49,7 @@ def save(
     Args:
         step: number of optimizer updates made.
         fingerprint: plain JSON that must be equal on resume (data, settings that shape the training).
+        write_more: writes the files for other programs into a folder; called before the folder gets its name.
 
     Returns:
         the folder.
@@ -68,7 +70,8 @@ def save(
             checksums = {ARRAYS: file_hash(temporary / ARRAYS), VALUES: _digest(content)}
             text = json.dumps({**content, "sha256": checksums}, indent=1, sort_keys=True)
             (temporary / VALUES).write_text(text, encoding="utf-8")
-            for path in (temporary / ARRAYS, temporary / VALUES, temporary):
+            write_more(temporary)
+            for path in (*temporary.iterdir(), temporary):
                 _sync(path)
             if final.exists():
                 final.rename(output_dir / f".{final.name}.replaced")

@@ -17,7 +17,7 @@ from mflux_vae_train import lora
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.optimization.trainable import kohya_names, networks
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
-from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsSingleFile
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -89,14 +89,19 @@ def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder:
     """
     path = result_path(pipeline, resolved.train_mode, folder)
     if resolved.train_mode == "lora":
-        lora.save_adapter(networks(pipeline, resolved), path)
-        if resolved.output_kohya_format:
-            _save_for_kohya(pipeline, resolved, folder.root / KOHYA)
+        save_adapter_files(pipeline, resolved, folder.root)
     elif saves_itself(pipeline):
         _save_whole(pipeline, path, single_file=resolved.fuse_single_file)
     else:
         write_safetensors(path, dict(tree_flatten(pipeline.denoiser.parameters())), {"format": "mlx"})
     return path
+
+
+def save_adapter_files(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: Path) -> None:
+    """Write the adapter into a folder, in PEFT's naming and with ``--output_kohya_format`` also in kohya's."""
+    lora.save_adapter(networks(pipeline, resolved), folder / ADAPTER)
+    if resolved.output_kohya_format:
+        _save_for_kohya(pipeline, resolved, folder / KOHYA)
 
 
 def save_fused(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder) -> Path:

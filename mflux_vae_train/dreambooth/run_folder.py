@@ -40,12 +40,16 @@ RESUMABLE_CHANGES = frozenset(
 """Settings that may change when a run is continued: they do not affect its result."""
 
 
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""The adapter, in the output folder and in each checkpoint; diffusers looks for this name."""
+
+
 class RunFolder:
     """Paths in an output folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.adapter = root / "pytorch_lora_weights.safetensors"
+        self.adapter = root / ADAPTER
         self.samples = root / "samples"
         self.metrics = root / "metrics.jsonl"
         self.loss_curve = root / "loss.png"

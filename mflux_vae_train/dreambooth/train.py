@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.errors import MfluxVaeError, SettingsError, TrainingError
+from mflux_vae.errors import DeviceError, MfluxVaeError, SettingsError, TrainingError
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.formatting import size_text
@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth import pipeline_features, run_folder
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.batches import micro_batches
 from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
-from mflux_vae_train.dreambooth.export import result_path, save_fused, save_result
+from mflux_vae_train.dreambooth.export import result_path, save_adapter_files, save_fused, save_result
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
@@ -47,7 +47,7 @@ from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
-from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.dreambooth.run_status import TO_GENERATE
 from mflux_vae_train.monitoring.progress import OnProgress, Progress
 from mflux_vae_train.pipelines.checks import check_pipeline
@@ -272,11 +272,20 @@ def _optimize(
             reproducing = resolved.to_settings(), resolved.given
             run_folder.start(folder, identity, *reproducing, run.status.branch, run.status.abandoned)
 
+    def save_adapter(place: Path) -> None:
+        """Write the adapter for other programs."""
+        if resolved.train_mode != "lora":
+            return
+        try:
+            save_adapter_files(pipeline, resolved, place)
+        except DeviceError as error:  # a checkpoint may be the last act of a run whose device failed
+            logger.warning("this checkpoint has no %s: %s", ADAPTER, error)
+
     def save_checkpoint(updates: int) -> None:
         if not processes.is_main:
             return
         limit = resolved.checkpoints_total_limit
-        checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit)
+        checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit, write_more=save_adapter)
 
     def batches(update: int) -> list[MicroBatch]:
         all_batches = micro_batches(

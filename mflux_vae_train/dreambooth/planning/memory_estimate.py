@@ -247,7 +247,8 @@ def _lines(
             f"to download: {size_text(footprint.download)} to {footprint.cache},"
             f" where {size_text(free)} are available{short}{access}"
         )
-    checkpoint = work.trained * (mx.float32.size + work.state_bytes)
+    copies = 1 + (resolved.train_mode == "lora") + resolved.output_kohya_format  # adapters for other programs
+    checkpoint = work.trained * (copies * mx.float32.size + work.state_bytes)
     yield f"on disk: {size_text(checkpoint)} for each checkpoint"
 
 

@@ -107,6 +107,25 @@ def test_a_failed_write_leaves_no_checkpoint_and_keeps_the_old_one(
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_files_for_other_programs_are_part_of_a_checkpoint(error: BaseException, tmp_path: Path) -> None:
+    _, objects = holder()
+    folder = checkpoint.save(tmp_path, 1, objects, write_more=lambda place: (place / "more").write_text("1"))
+    assert (folder / "more").read_text() == "1" and checkpoint.load(folder, objects) == 1
+
+    def fails(place: Path) -> None:
+        (place / "more").write_text("half")
+        raise error
+
+    for step in (1, 2):
+        with pytest.raises(TrainingError if isinstance(error, OSError) else KeyboardInterrupt):
+            checkpoint.save(tmp_path, step, objects, write_more=fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert (folder / "more").read_text() == "1"
+    (folder / "more").unlink()
+    assert checkpoint.latest(tmp_path) == folder, "written before there were such files"
+
+
 def test_partial_checkpoints_are_ignored_and_deleted(tmp_path: Path) -> None:
     _, objects = holder()
     (tmp_path / ".checkpoint-5.writing").mkdir()

@@ -143,6 +143,8 @@ def test_exports_for_other_programs(settings, tmp_path, monkeypatch):
 
     # kohya's naming
     tensors, metadata = read_safetensors(out / KOHYA)
+    kept, _ = read_safetensors(out / "checkpoint-4" / KOHYA)
+    assert kept.keys() == tensors.keys() and all(mx.array_equal(array, tensors[name]) for name, array in kept.items())
     assert {key.rpartition("_0_")[0] for key in tensors if "_0_" in key} == {
         "lora_unet_double_blocks",
         "lora_unet_single_blocks",

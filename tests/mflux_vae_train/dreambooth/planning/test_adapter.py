@@ -45,6 +45,16 @@ def train(short_run, caplog):
     return run
 
 
+def assert_same_adapter(folder):
+    """The adapter that a checkpoint holds for other programs is that of its state."""
+    networks = {"transformer": FakePipeline().denoiser}
+    file = lora.adapter_file(folder)
+    one, other = (lora.read_adapter(path, networks)["transformer"] for path in (file, folder / "state.safetensors"))
+    assert file.name == "pytorch_lora_weights.safetensors" and one.tensors.keys() == other.tensors.keys()
+    assert all(mx.array_equal(array, other.tensors[name]) for name, array in one.tensors.items())
+    assert (one.ranks, one.alphas, one.dora, one.unstated) == (other.ranks, other.alphas, other.dora, other.unstated)
+
+
 def scales(pipeline):
     return {path: layer.scale for path, layer in lora.layers(pipeline.denoiser).items()}
 
@@ -77,7 +87,9 @@ def test_ranks_of_single_layers_are_trained_resumed_and_saved(train, tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     train(start, checkpointing_steps=1)
     assert result.read_bytes() == whole, "continued after update 1"
-    again, _ = train(str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "from checkpoint"))
+    assert_same_adapter(tmp_path / "out" / "checkpoint-2")
+    state = tmp_path / "out" / "checkpoint-2" / "state.safetensors"
+    again, _ = train(str(state), output_dir=str(tmp_path / "from checkpoint"))
     assert scales(again) == scales(pipeline)
 
 
@@ -86,7 +98,9 @@ def test_alphas_of_single_layers_are_known_from_a_checkpoint(train, tmp_path):
     start = file(tmp_path, dict.fromkeys(RANKS, 2), {lora.METADATA_KEY: json.dumps(patterns)})
     pipeline, _ = train(start)
     assert scales(pipeline) == {"blocks.0.to_out": 1.0, "proj_in": 0.15, "proj_out": 1.0}
-    again, _ = train(str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "from checkpoint"))
+    assert_same_adapter(tmp_path / "out" / "checkpoint-2")
+    state = tmp_path / "out" / "checkpoint-2" / "state.safetensors"
+    again, _ = train(str(state), output_dir=str(tmp_path / "from checkpoint"))
     assert scales(again) == scales(pipeline)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mflux_vae.errors import DeviceError
 from mflux_vae.runtime import device
+from mflux_vae_train import lora
 from mflux_vae_train.dreambooth import cli
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
@@ -50,6 +51,20 @@ def test_the_command_continues_from_the_update_before(
     assert "ended by DeviceError: out of memory" in (tmp_path / "out" / "train.log").read_text()
     assert command("out") == 0
     same(tmp_path / "out", left(tmp_path / "whole"))
+
+
+def test_a_checkpoint_does_not_need_its_adapter_file(
+    short_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise DeviceError("out of memory", memory=True)
+
+    with monkeypatch.context() as patch, pytest.raises(DeviceError, match="continues after update 2"):
+        patch.setattr(lora, "save_adapter", fails)
+        fail_update(patch, 3)
+        train(short_run(prior_preservation="none"))
+    assert "no pytorch_lora_weights.safetensors" in caplog.text
+    assert train(short_run(prior_preservation="none")).updates == 4
 
 
 def test_full_weights_and_previews_continue(short_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,6 +331,7 @@ def test_a_run_starts_from_the_adapter_of_a_checkpoint(settings: Make, tmp_path:
 
 def test_a_checkpoint_without_an_adapter(settings: Make, tmp_path: Path) -> None:
     train(settings(max_train_steps=2, train_mode="full"))
+    assert {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir()} == {"state.json", "state.safetensors"}
     with pytest.raises(WeightsError, match="checkpoint-2"):
         train(settings(lora_weights=str(tmp_path / "out" / "checkpoint-2"), output_dir=str(tmp_path / "new")))
 

@@ -83,10 +83,12 @@ def test_a_run_writes_all_promised_files(settings, tmp_path, monkeypatch):
         "samples/progress.png",
         *(f"samples/step-{update:05d}.png" for update in (0, 3, 6)),
         *(f"class_images/class-{index:05d}.png" for index in range(4)),
-        *(f"checkpoint-6/{name}" for name in ("state.safetensors", "state.json")),
+        *(f"checkpoint-6/{name}" for name in ("state.safetensors", "state.json", "pytorch_lora_weights.safetensors")),
     }
     encodings = {name for name in files(out) if name.startswith("encodings/")}
     assert files(out) - encodings == expected
+    name = "pytorch_lora_weights.safetensors"
+    assert (out / "checkpoint-6" / name).read_bytes() == (out / name).read_bytes()
     assert len(encodings) == 5 + 4 + 3, "of instance pictures, class pictures and prompts"
     assert load_image(out / "samples/step-00003.png").shape == (16, 32, 3)
     records = read_metrics(out / "metrics.jsonl")
