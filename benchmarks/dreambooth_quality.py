@@ -73,18 +73,18 @@ from benchmarks.harness.machine import describe
 from mflux_vae.images import grid, save_image
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
+from mflux_vae_train.evaluation import evaluator as evaluation
+from mflux_vae_train.evaluation.score import pair_mean
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import open_pipeline
 from mflux_vae_train.settings.flags import settings_from
-from mflux_vae_train.tiny_world.checker import is_subject, shows_class
-from mflux_vae_train.tiny_world.evaluate import accuracy, sample_images
+from mflux_vae_train.tiny_world.evaluate import CheckerEvaluator, accuracy, distances, other_prompts, sample_images
 from mflux_vae_train.tiny_world.words import article
-from mflux_vae_train.tiny_world.world import SUBJECTS, Subject, evaluation_prompts, subject_images
+from mflux_vae_train.tiny_world.world import SUBJECTS, Subject, subject_images
 
 INSTANCE_IMAGES = 5
 PICTURES = 32
 SHOWN = 8
-PROMPTS = 96
 EVALUATION_SEED = 1234
 TOKEN = "sks"
 
@@ -121,26 +121,33 @@ def measure(
     Args:
         sheet: a picture to write: some pictures of the subject, and below them some of its class.
     """
-    named = sample_images(pipeline, [f"a photo of {TOKEN} {subject.shape}"] * PICTURES, seed=EVALUATION_SEED)
+    trained = evaluation.Subject(
+        phrase=f"{TOKEN} {subject.shape}",
+        noun=subject.shape,
+        instance_prompt=f"a photo of {TOKEN} {subject.shape}",
+        class_prompt=_class_prompt(subject),
+        images=subject_images(subject, INSTANCE_IMAGES),
+    )
+    evaluator = CheckerEvaluator()
+    prompts = evaluator.prompts(trained, images=PICTURES // 8, quick=False)
+    named = sample_images(pipeline, [trained.instance_prompt] * PICTURES, seed=EVALUATION_SEED)
     plain = class_pictures(pipeline, subject)
     if sheet is not None:
         save_image(sheet, grid([*named[:SHOWN], *plain[:SHOWN]], SHOWN))
+    features = evaluator.features(trained, prompts, [*named, *plain, *_other_pictures(pipeline, subject)])
+    scores = evaluator.scores(trained, prompts, features, evaluator.reference(trained))
     return Measured(
-        subject_fidelity=float(np.mean([is_subject(image, subject) for image in named])),
-        class_retention=float(
-            np.mean([shows_class(image, subject.shape) and not is_subject(image, subject) for image in plain])
-        ),
-        diversity=spread(plain) / base_spread,
-        prompts=_other_prompts(pipeline, subject),
+        subject_fidelity=scores["subject_fidelity"].value,
+        class_retention=scores["prior_preservation"].value,
+        diversity=scores["diversity"].value / base_spread,
+        prompts=scores["prompt_fidelity"].value,
         seconds=seconds,
     )
 
 
 def spread(images: np.ndarray) -> float:
     """Mean RMS distance between two pictures, in units of the full range."""
-    flat = images.reshape(len(images), -1).astype(np.float64) / 255
-    squared = np.square(flat[:, None] - flat[None]).mean(axis=2)
-    return float(np.sqrt(squared[np.triu_indices(len(images), 1)]).mean())
+    return pair_mean(distances(images)).value
 
 
 def run(
@@ -162,7 +169,7 @@ def run(
             instance_data_dir=str(photos),
             output_dir=str(Path(folder) / "out"),
             instance_prompt=f"a photo of {TOKEN} {subject.shape}",
-            class_prompt=f"a photo of {article(subject.shape)} {subject.shape}",
+            class_prompt=_class_prompt(subject),
             num_validation_images=0,
             checkpointing_steps=None,
             seed=seed,
@@ -231,16 +238,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def class_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
-    prompt = f"a photo of {article(subject.shape)} {subject.shape}"
-    return sample_images(pipeline, [prompt] * PICTURES, seed=EVALUATION_SEED + 1)
+    return sample_images(pipeline, [_class_prompt(subject)] * PICTURES, seed=EVALUATION_SEED + 1)
+
+
+def _class_prompt(subject: Subject) -> str:
+    return f"a photo of {article(subject.shape)} {subject.shape}"
+
+
+def _other_pictures(pipeline: DiffusionPipeline, subject: Subject) -> np.ndarray:
+    """One picture of each of the world's prompts with another shape that are measured."""
+    return sample_images(pipeline, [text for text, _ in other_prompts(subject.shape)], seed=EVALUATION_SEED + 2)
 
 
 def _other_prompts(pipeline: DiffusionPipeline, subject: Subject) -> float:
-    """Accuracy on prompts of the world with another shape."""
-    others = [(prompt, truth) for prompt, truth in evaluation_prompts(True) if truth.shape != subject.shape]
-    chosen = np.random.default_rng(EVALUATION_SEED).choice(len(others), PROMPTS, replace=False)
-    prompts, truths = zip(*(others[index] for index in chosen), strict=True)
-    return accuracy(sample_images(pipeline, prompts, seed=EVALUATION_SEED + 2), truths).all
+    """Share of these that show what their prompts say."""
+    return accuracy(_other_pictures(pipeline, subject), [scene for _, scene in other_prompts(subject.shape)]).all
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     mflux_vae  <-  training core  <-  dreambooth, vae
 
 Pipelines and training core never import each other; nor do `vae` and `dreambooth`; nothing imports a `cli`. Inside
-`dreambooth`: data <- optimization <- planning <- reporting. The programs of `tiny_world` may import everything.
+`dreambooth`: data <- optimization <- planning <- reporting <- evaluation. The programs of `tiny_world` may import
+everything.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ MAY_IMPORT = {
     "dreambooth": {"component", "shared", "core", "pipelines", "evaluation", "dreambooth"},
     "vae": {"component", "shared", "core", "vae"},
     "plugin": {"component", "shared", "core", "pipelines", "evaluation", "dreambooth", "plugin"},
-    "tiny_world": {"component", "shared", "core", "pipelines", "vae", "tiny_world"},
+    "tiny_world": {"component", "shared", "core", "pipelines", "evaluation", "vae", "tiny_world"},
 }
 
-DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting")
+DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting", "evaluation")
 """Packages of `dreambooth`: each imports only itself and those before it."""
 
 MAX_FILES = 14

@@ -19,7 +19,7 @@ from PIL import Image
 from mflux_vae.errors import ImageError
 from mflux_vae_train.tiny_world.shapes import CORE_RADIUS, DISTANCES, coordinates
 from mflux_vae_train.tiny_world.textures import BACKGROUNDS, tile
-from mflux_vae_train.tiny_world.world import COLOURS, OUTLINE, OUTLINE_WIDTH, SHAPES, Scene, Subject
+from mflux_vae_train.tiny_world.world import COLOURS, OUTLINE, OUTLINE_WIDTH, SHAPES, Scene
 
 SIDE = 64
 """Side at which images are read; larger ones are reduced first."""
@@ -50,6 +50,11 @@ class Reading:
     core: str | None
     background: str | None
     overlap: float = 0.0
+
+    @property
+    def looks(self) -> tuple[str | None, str | None, str | None]:
+        """Shape, colour and core, which are those of a subject on any background."""
+        return self.shape, self.colour, self.core
 
 
 def read(image: np.ndarray) -> Reading:
@@ -91,17 +96,6 @@ def shows(reading: Reading, scene: Scene) -> bool:
     if (reading.shape, reading.background) != (scene.shape, scene.background):
         return False
     return scene.colour is None or (reading.colour, reading.core) == (scene.colour, scene.core)
-
-
-def is_subject(image: np.ndarray, subject: Subject) -> bool:
-    """Whether an image shows the subject's shape, colour and core, on any background."""
-    reading = read(image)
-    return (reading.shape, reading.colour, reading.core) == (subject.shape, subject.colour, subject.core)
-
-
-def shows_class(image: np.ndarray, shape: str) -> bool:
-    """Whether an image shows this shape, in any colours."""
-    return read(image).shape == shape
 
 
 def _shrunk(image: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Judge drawn images of a subject: networks, measures and evaluators."""
