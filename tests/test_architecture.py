@@ -4,8 +4,8 @@
     mflux_vae  <-  training core  <-  dreambooth, vae
 
 Pipelines and training core never import each other; nor do `vae` and `dreambooth`; nothing imports a `cli`. Inside
-`dreambooth`: data <- optimization <- planning <- reporting <- evaluation. The programs of `tiny_world` may import
-everything.
+`dreambooth`: data <- optimization <- planning <- reporting <- drawing <- evaluation. The programs of `tiny_world`
+may import everything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tiny_world": {"component", "shared", "core", "pipelines", "evaluation", "vae", "tiny_world"},
 }
 
-DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting", "evaluation")
+DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting", "drawing", "evaluation")
 """Packages of `dreambooth`: each imports only itself and those before it."""
 
 MAX_FILES = 14
@@ -71,6 +71,8 @@ LIGHT = (
         ".dreambooth",
         ".dreambooth.cli",
         ".dreambooth.commands",
+        ".dreambooth.commands.arguments",
+        ".dreambooth.commands.draw",
         ".dreambooth.config",
         ".vae",
         ".vae.cli",

@@ -24,6 +24,22 @@ def caption(lines: Sequence[str], width: int) -> np.ndarray:
     return np.array(canvas)
 
 
+def wrapped(text: str, width: int, most: int) -> list[str]:
+    """Break text at spaces into lines of this width for `caption`, at most so many; the last one has the rest."""
+    font = ImageFont.load_default(size=_SIZE)
+    words, lines = text.split(), [""]
+    for index, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) < most:
+            lines.append(word)
+        else:
+            lines[-1] = " ".join([lines[-1], *words[index:]])
+            break
+    return lines
+
+
 def _elide(text: str, kept: int) -> str:
     if kept >= len(text):
         return text

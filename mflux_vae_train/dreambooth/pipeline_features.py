@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
@@ -45,18 +47,28 @@ def check(pipeline: DiffusionPipeline, settings: DreamBoothSettings) -> None:
         "--prior_preservation dop": (settings.prior_preservation == "dop", SupportsPrediction),
     }
     for flag, (requested, capability) in needs.items():
-        if requested and not isinstance(pipeline, capability):
-            lacking = checks.half_implemented(pipeline).get(capability.__name__)
-            half = f" lacks {', '.join(lacking)}" if lacking else ""
-            raise SettingsError(
-                f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
-            )
+        if requested:
+            require(pipeline, flag, capability)
     if settings.quantize is not None and isinstance(pipeline, SharesHostWeights):
         raise SettingsError(f"--quantize: {pipeline.name} is loaded already; load it quantized in its program")
     if isinstance(pipeline, SupportsClipSkip) and (settings.clip_skip or 0) > (most := pipeline.max_clip_skip):
         raise SettingsError(
             f"--clip_skip {settings.clip_skip}: pipeline {pipeline.name} leaves out at most {most} layers"
         )
+
+
+def require(pipeline: DiffusionPipeline, flag: str, capability: Any) -> None:
+    """
+    Raises:
+        SettingsError: the pipeline lacks the capability that a flag needs.
+    """
+    if isinstance(pipeline, capability):
+        return
+    lacking = checks.half_implemented(pipeline).get(capability.__name__)
+    half = f" lacks {', '.join(lacking)}" if lacking else ""
+    raise SettingsError(
+        f"{flag}: pipeline {pipeline.name} does not offer it (capabilities.{capability.__name__}{half})"
+    )
 
 
 def check_sampling(pipeline: DiffusionPipeline, sampling: NoiseSampling | None) -> None:
@@ -79,16 +91,34 @@ def warnings(pipeline: DiffusionPipeline) -> list[str]:
 
 def apply(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> None:
     """Turn the requested features on."""
-    if resolved.max_sequence_length is not None and isinstance(pipeline, SupportsPromptLimit):
-        pipeline.prompt_limit = resolved.max_sequence_length
-    if isinstance(pipeline, SupportsClipSkip):
-        pipeline.clip_skip = resolved.clip_skip
-    if isinstance(pipeline, SupportsTextEncoderTraining):
-        pipeline.encode_text_in_step(resolved.train_text_encoder)
+    apply_to_images(
+        pipeline,
+        max_sequence_length=resolved.max_sequence_length,
+        clip_skip=resolved.clip_skip,
+        train_text_encoder=resolved.train_text_encoder,
+        quantize=resolved.quantize,
+    )
     if isinstance(pipeline, SupportsMemoryControl):
-        if resolved.quantize is not None:
-            pipeline.quantize(resolved.quantize)
         pipeline.set_gradient_checkpointing(resolved.gradient_checkpointing)
+
+
+def apply_to_images(
+    pipeline: DiffusionPipeline,
+    *,
+    max_sequence_length: int | None,
+    clip_skip: int | None,
+    train_text_encoder: bool,
+    quantize: int | None,
+) -> None:
+    """Turn on the requested ones of the features that change images; `check` or `require` has refused others."""
+    if max_sequence_length is not None and isinstance(pipeline, SupportsPromptLimit):
+        pipeline.prompt_limit = max_sequence_length
+    if isinstance(pipeline, SupportsClipSkip):
+        pipeline.clip_skip = clip_skip
+    if isinstance(pipeline, SupportsTextEncoderTraining):
+        pipeline.encode_text_in_step(train_text_encoder)
+    if quantize is not None and isinstance(pipeline, SupportsMemoryControl):
+        pipeline.quantize(quantize)
 
 
 def release(pipeline: DiffusionPipeline, use: Use) -> None:

@@ -10,7 +10,7 @@ from mflux_vae_train.lora.files import (
 )
 from mflux_vae_train.lora.from_checkpoint import ALPHAS
 from mflux_vae_train.lora.kohya import check_kohya, kohya_tensors
-from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers, transplanted
+from mflux_vae_train.lora.layers import add_lora, disabled, dropout_keys, fuse, layers, scaled, transplanted
 from mflux_vae_train.lora.location import adapter_file, fetch_adapter
 from mflux_vae_train.lora.metadata import METADATA_KEY
 from mflux_vae_train.lora.reading import Adapter, Names, Networks, read_adapter
@@ -43,6 +43,7 @@ __all__ = [
     "read_adapter",
     "read_assistant",
     "save_adapter",
+    "scaled",
     "transplanted",
     "without_assistant",
 ]

@@ -116,6 +116,26 @@ def disabled(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def scaled(module: nn.Module, factor: float) -> Iterator[None]:
+    """Within the block adapted layers compute with W + factor (W' - W), where W' includes the adapter.
+
+    0 is the base model and 1 the adapter, both bit for bit. DoRA's weights are blended likewise, as in ComfyUI; PEFT
+    scales only B A, which at 0 leaves the trained magnitudes.
+    """
+    if factor == 0:
+        with disabled(module):
+            yield
+        return
+    with ExitStack() as stack:
+        for layer in layers(module).values():
+            name = "strength" if is_dora(layer) else "scale"
+            before = getattr(layer, name)
+            setattr(layer, name, before * factor)
+            stack.callback(setattr, layer, name, before)
+        yield
+
+
+@contextmanager
 def transplanted(module: nn.Module, other: nn.Module) -> Iterator[None]:
     """Within the block `other` has the adapters of `module`, the same arrays on its base layers of the same paths."""
     layers_of = linears(other)

@@ -40,7 +40,12 @@ class DoRALinear(dora.DoRALinear):
         f (layer(x) + s B A x) + (1 - f) b,    f = m / |W'|,    layer(x) = W x + b
 
     so that no layer's W is kept in full width until the backward pass, and (on a GPU) no x in float32.
+
+    Attributes:
+        strength: see `layers.scaled`.
     """
+
+    strength = 1.0
 
     @staticmethod
     def from_base(linear: nn.Linear, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRALinear:
@@ -50,8 +55,17 @@ class DoRALinear(dora.DoRALinear):
         return layer
 
     def __call__(self, x: mx.array) -> mx.array:
+        y = self._whole(x)
+        if self.strength == 1:
+            return y
+        base = self.linear(x)
+        return base + self.strength * (y - base)
+
+    def _whole(self, x: mx.array) -> mx.array:
+        """The output at strength 1."""
         if is_cpu() and not self._is_quantized():
-            return super().__call__(x)
+            y: mx.array = super().__call__(x)
+            return y
         z = low_rank(self, x)
         factor = (self.m / self._norms(x)).astype(x.dtype)
         y = factor * (self.linear(x) + (self.scale * z).astype(x.dtype))

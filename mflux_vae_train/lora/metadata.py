@@ -10,23 +10,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mflux_vae.errors import WeightsError
+from mflux_vae.errors import InputError, WeightsError
 from mflux_vae.utils.formatting import shortened
-from mflux_vae.utils.text_files import parse_json
+from mflux_vae.utils.text_files import parse_json, read_text
+from mflux_vae.utils.yaml_io import parse_yaml
 from mflux_vae.weights.formats.files import read_json
 from mflux_vae_train.lora.location import FILES
 
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
+CARD = "README.md"
 
 _ALPHA = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _RANK = ("r", "rank", "lora_rank")
 _LAYER_RANK = ("ss_network_dim", "network_dim")
 """Rank of most layers in files of kohya's scripts; fused layers may have a multiple of it."""
+
+_BASE = ("base_model_name_or_path", "base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+"""The model that an adapter was trained for: PEFT's key, those of model cards and of kohya's scripts."""
 
 _NOTHING: tuple[Any, ...] = (
     None,
@@ -165,6 +171,32 @@ class Statements:
             return content
         except (ValueError, RecursionError) as error:
             raise WeightsError(f"{self.path}: its {what} cannot be read ({error}); correct the file") from error
+
+
+def base_model(path: Path) -> tuple[str, str] | None:
+    """Where an adapter's file, or a file beside it, names the model that it was trained for, and the name.
+
+    Returns:
+        None if none does, or only files that cannot be read.
+    """
+    from mflux_vae.weights.formats.files import open_weights
+
+    def of_card() -> Any:
+        front = read_text(path.with_name(CARD)).partition("---\n")[2].partition("\n---")[0]
+        return parse_yaml(front, CARD)
+
+    sources: dict[str, Callable[[], Any]] = {
+        "model card": of_card,
+        PEFT_CONFIG: lambda: read_json(path.with_name(PEFT_CONFIG)),
+        "metadata": lambda: open_weights(path)[1],
+    }
+    for where, read in sources.items():
+        with suppress(InputError, OSError):
+            content = read()
+            names = [content.get(key) for key in _BASE] if isinstance(content, dict) else []
+            if found := next((name for name in names if isinstance(name, str) and name.strip()), None):
+                return where, found
+    return None
 
 
 def pattern_value(patterns: Mapping[str, float], path: str) -> float | None:

@@ -135,6 +135,21 @@ class SupportsClipSkip(Protocol):
     def max_clip_skip(self) -> int: ...
 
 
+@runtime_checkable
+class SupportsNegativePrompt(Protocol):
+    """A pipeline with classifier-free guidance, which can lead away from any prompt in place of the empty one.
+
+    Attributes:
+        negative_prompt: used by `sample` from now on; empty by default.
+    """
+
+    negative_prompt: str
+
+    def reads_negative_prompt(self, guidance: float) -> bool:
+        """Whether `sample` uses it: not if this guidance is none, or is an input of the model."""
+        ...
+
+
 class CropGeometry(NamedTuple):
     """Where a training image comes from; each is (height, width) or (top, left) in pixels.
 

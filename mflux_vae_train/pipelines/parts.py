@@ -229,6 +229,18 @@ class PartsPipeline(ABC):
         self._denoiser.release()
         mx.clear_cache()
 
+    # capabilities.SupportsNegativePrompt, without reads_negative_prompt
+
+    @property
+    def negative_prompt(self) -> str:
+        """See `PromptEncoder.negative`."""
+        negative: str = self.prompts.negative
+        return negative
+
+    @negative_prompt.setter
+    def negative_prompt(self, prompt: str) -> None:
+        self.prompts.negative = prompt
+
     # capabilities.SupportsPromptInspection
 
     def inspect_prompts(

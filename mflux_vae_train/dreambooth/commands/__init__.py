@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mflux_vae.utils.command_line import CommandParser
+from mflux_vae_train.dreambooth.commands.draw import draw
 
 PROG = "mflux-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
 
 Run = Callable[..., object]
 
-COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = ()
+COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from mflux_vae.errors import ImageError, RunError, SettingsError
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
-from mflux_vae.images import content_hash, load_image, save_image, to_pictures
+from mflux_vae.images import content_hash, load_image, save_image
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.utils.links import missing
@@ -27,7 +27,7 @@ from mflux_vae_train.checkpointing.differences import BY_FILE
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.config import Concept
 from mflux_vae_train.dreambooth.data.encoding import SHOWN_PROMPT, images_per_batch
-from mflux_vae_train.pipelines import checks
+from mflux_vae_train.dreambooth.data.sampling import sample_images
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.randomness import Stream, sample_keys
 
@@ -211,7 +211,7 @@ def generate_class_images(
     def sample(batch: range) -> list[mx.array]:
         keys = sample_keys(seed, Stream.CLASS_IMAGES, 0, batch)
         names = [f"class image {index} of {shortened(class_prompt, SHOWN_PROMPT)!r}" for index in batch]
-        options: dict[str, Any] = {"resolution": resolution, "guidance": guidance, "steps": steps}
+        options: dict[str, Any] = {"size": (resolution, resolution), "guidance": guidance, "steps": steps}
         images = sample_images(pipeline, conditioning, keys, names, **options)
         for name, image in zip(names, images, strict=True):
             if _is_blank(image):
@@ -225,31 +225,3 @@ def generate_class_images(
                 if processes.is_main and index in missing:
                     save_image(folder / file_name(index), np.array(image), text={PROMPT_KEY: class_prompt})
             bar.update(len(missing.intersection(batch)))
-
-
-def sample_images(
-    pipeline: DiffusionPipeline,
-    conditioning: Conditioning,
-    keys: mx.array,
-    names: Sequence[str],
-    *,
-    resolution: int,
-    guidance: float,
-    steps: int,
-) -> list[np.ndarray]:
-    """Square images (uint8) of one prompt, one per key.
-
-    Args:
-        names: of the images, for errors.
-
-    Raises:
-        RunError: an image has NaN or infinite values.
-    """
-    rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
-    pixels = checks.sample(pipeline, rows, size=(resolution, resolution), steps=steps, guidance=guidance, key=keys)
-    # NumPy has no bfloat16, in which a host's pipeline may sample
-    values = np.array(pixels.astype(mx.float32))
-    for name, image in zip(names, values, strict=True):
-        if not np.isfinite(image).all():
-            raise RunError(f"{name} has NaN or infinite values: weights are not finite, or the device failed")
-    return list(to_pictures(values))

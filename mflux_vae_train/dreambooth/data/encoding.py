@@ -97,7 +97,7 @@ def encode_prompts(
 
 
 def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: EncodingCache) -> Conditioning:
-    encoder = _encoder_identity(pipeline, "prompts")
+    encoder = "" if cache.folder is None else _encoder_identity(pipeline, "prompts")  # which may read weights
     keys = [{"prompt": prompt, "encoder": encoder} for prompt in prompts]
     rows = [cache.get(key) for key in keys]
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):

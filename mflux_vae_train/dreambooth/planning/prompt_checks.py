@@ -125,10 +125,7 @@ def syntax_warnings(prompts: Sequence[Prompt]) -> list[str]:
 def check_prompts(
     pipeline: DiffusionPipeline, resolved: DreamBoothSettings, dataset: InstanceDataset
 ) -> list[str] | None:
-    """Lines about prompts that are cut, become equal, or hold words that a text encoder does not know.
-
-    Returns:
-        None if the pipeline cannot tell, or only after a download.
+    """`reading_warnings` of all prompts of a run.
 
     Raises:
         SettingsError: with prior preservation, the model reads the same in the class prompt of a concept and in the
@@ -139,7 +136,18 @@ def check_prompts(
         if one.class_prompt is not None:
             captions = {image.caption for image in dataset.images if image.concept == concept}
             _check_class_prompt(pipeline, one.class_prompt, captions or {one.instance_prompt}, limit)
-    prompts = prompts_of(resolved, dataset)
+    return reading_warnings(pipeline, prompts_of(resolved, dataset), limit)
+
+
+def reading_warnings(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], limit: int | None) -> list[str] | None:
+    """Lines about prompts that are cut, become equal, or hold words that a text encoder does not know.
+
+    Args:
+        limit: as `SupportsPromptLimit.prompt_limit`.
+
+    Returns:
+        None if the pipeline cannot tell, or only after a download.
+    """
     tokens = _inspect(pipeline, [one.text for one in prompts], limit)
     if tokens is None:
         return None

@@ -18,8 +18,8 @@ from mflux_vae.utils.formatting import shortened
 from mflux_vae_train import lora
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.distributed.watchdog import ProcessLost
-from mflux_vae_train.dreambooth.data.class_images import sample_images
 from mflux_vae_train.dreambooth.data.encoding import SHOWN_PROMPT, images_per_batch
+from mflux_vae_train.dreambooth.data.sampling import is_one_colour, preview_batches, sample_images
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.preview_model import adapted
@@ -100,7 +100,7 @@ class Previews:
         save_image(preview_grid.preview_file(self._samples, update), sheet)
         preview_grid.write_progress(self._samples, self._subject, columns=self._count)
         for prompt, row in zip(self._resolved.validation_prompt, rows, strict=True):
-            if plain := sum(bool((image == image[:1, :1]).all()) for image in row):
+            if plain := sum(map(is_one_colour, row)):
                 shown = shortened(prompt, SHOWN_PROMPT)
                 logger.warning("preview after update %d: %d of %d images of %r are one colour: training has diverged,"
                     " or the device failed", update, plain, len(row), shown)  # fmt: skip
@@ -110,7 +110,7 @@ class Previews:
     def _sample(self, prompt: str, conditioning: Conditioning) -> list[np.ndarray]:
         """The images of one prompt, in all processes."""
         resolved, processes, count = self._resolved, self._processes, self._count
-        size = min(images_per_batch(resolved.resolution), -(-count // processes.size))
+        size = (resolved.resolution, resolved.resolution)
         errors: list[Exception] = []
 
         def sample(batch: range) -> list[mx.array]:
@@ -118,14 +118,13 @@ class Previews:
             try:
                 names = [f"image {index} of {shortened(prompt, SHOWN_PROMPT)!r}" for index in batch]
                 options: dict[str, Any] = {"guidance": resolved.drawing_guidance, "steps": resolved.drawing_steps}
-                options["resolution"] = resolved.resolution
-                images = sample_images(self._drawing, conditioning, keys, names, **options)
+                images = sample_images(self._drawing, conditioning, keys, names, size=size, **options)
                 return [mx.array(image) for image in images]
             except Exception as error:  # raised below in all processes, so that none waits for this one
                 errors.append(error)
                 return []
 
-        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        batches = preview_batches(count, size, processes.size)
         images = [np.array(image) for _, batch in processes.map_in_rounds(batches, sample) for image in batch]
         messages = processes.gather([f"{type(error).__name__}: {error}" for error in errors])
         if errors:

@@ -158,7 +158,7 @@ class FlowPipeline(PartsPipeline):
         """Conditioning -> images (B, H, W, 3) in [-1, 1], float32.
 
         Guidance is an input of the transformer if the model was trained so; otherwise it is classifier-free with the
-        empty prompt.
+        negative prompt, which is empty by default.
 
         Args:
             size: (height, width) in pixels, multiples of `recommended.size_multiple`.
@@ -189,6 +189,10 @@ class FlowPipeline(PartsPipeline):
         )
         return decode(self.vae, drawn)
 
+    def reads_negative_prompt(self, guidance: float) -> bool:
+        """Whether guidance is classifier-free."""
+        return self._guidance_scale(guidance) is not None
+
     # capabilities.SupportsNoiseCheck
 
     def check_sampling(self, sampling: NoiseSampling) -> None:
@@ -198,7 +202,7 @@ class FlowPipeline(PartsPipeline):
     # capabilities.SupportsMemoryControl
 
     def release(self, *uses: Use) -> None:
-        """See `Parts.release`. The encoding of the empty prompt is kept if guidance may need it."""
+        """See `Parts.release`. The encoding of the negative prompt is kept if guidance may need it."""
         if "prompts" in uses and self._is_guided and self.prompts.is_loaded:
             self.prompts.unconditional()  # encoded now
         super().release(*uses)

@@ -143,7 +143,7 @@ class StableDiffusionPipeline(PartsPipeline):
             raise SettingsError(f"sizes of images are multiples of {VAE_FACTOR}, not {height}x{width}")
         if latents is None:
             latents = normal(key, (height // VAE_FACTOR, width // VAE_FACTOR, self.configs.unet.in_channels))
-        classifier_free = guidance > 1
+        classifier_free = self.reads_negative_prompt(guidance)
         if classifier_free:
             conditioning = self.prompts.with_unconditional(conditioning)
         drawn = sample(
@@ -155,6 +155,10 @@ class StableDiffusionPipeline(PartsPipeline):
             guidance=guidance if classifier_free else None,
         )
         return decode(self.vae, drawn)
+
+    def reads_negative_prompt(self, guidance: float) -> bool:
+        """Whether guidance is classifier-free."""
+        return guidance > 1
 
     def _network(self, conditioning: Conditioning, size: tuple[int, int]) -> Network:
         """Latents at timesteps (B,) -> prediction, float32; the UNet computes in `dtype`."""

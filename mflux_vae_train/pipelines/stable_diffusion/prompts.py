@@ -118,8 +118,8 @@ class SDPrompts(PromptEncoder):
         return {EMBEDS: mx.concatenate(states, axis=-1), **encoded} if states else encoded
 
     def with_unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's rows, then the given ones: (2 B, ...). No encoder runs if the former are zeros."""
-        if not self._zeros_for_empty:
+        """The negative prompt's rows, then the given ones: (2 B, ...). No encoder runs if the former are zeros."""
+        if self.negative or not self._zeros_for_empty:
             return super().with_unconditional(conditioning)
         fills = {name: _ZEROS if name.endswith(_TOKENS) else 0 for name in conditioning}
         return {

@@ -1,4 +1,4 @@
-"""What encoders of prompts share: the empty prompt's encoding for classifier-free guidance, and a limit of tokens."""
+"""What encoders of prompts share: the unconditional encoding for classifier-free guidance, and a limit of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ class PromptEncoder(ABC):
     """Base of classes that encode prompts. Subclasses call `forget` when a setting changes encodings."""
 
     def __init__(self) -> None:
-        self._empty: Conditioning | None = None
+        self._unconditional: Conditioning | None = None
+        self._negative = ""
+
+    @property
+    def negative(self) -> str:
+        """The prompt that guidance leads away from: the empty one, unless it is set."""
+        return self._negative
+
+    @negative.setter
+    def negative(self, prompt: str) -> None:
+        self._negative = prompt
+        self.forget()
 
     @abstractmethod
     def _encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
@@ -41,10 +52,10 @@ class PromptEncoder(ABC):
     def encode(self, prompts: Sequence[str]) -> dict[str, mx.array]:
         """Prompts -> conditioning, one row each."""
         encoded = self._encode(prompts)
-        if "" in prompts:
-            index = list(prompts).index("")
-            self._empty = {name: array[index : index + 1] for name, array in encoded.items()}
-            mx.eval(self._empty)  # another thread may need it
+        if self.negative in prompts:
+            index = list(prompts).index(self.negative)
+            self._unconditional = {name: array[index : index + 1] for name, array in encoded.items()}
+            mx.eval(self._unconditional)  # another thread may need it
         return encoded
 
     def finish(self, conditioning: Conditioning) -> Conditioning:
@@ -52,31 +63,31 @@ class PromptEncoder(ABC):
         return conditioning
 
     def forget(self) -> None:
-        """Encode the empty prompt again when it is next needed."""
-        self._empty = None
+        """Encode the negative prompt again when it is next needed."""
+        self._unconditional = None
 
     def with_unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """The empty prompt's rows, then the given ones: (2 B, ...)."""
-        empty = self.unconditional()
+        """The negative prompt's rows, then the given ones: (2 B, ...)."""
+        row = self.unconditional()
         return {
-            name: mx.concatenate([mx.broadcast_to(empty[name], value.shape), value])
+            name: mx.concatenate([mx.broadcast_to(row[name], value.shape), value])
             for name, value in conditioning.items()
         }
 
     @exclusive()
     def unconditional(self) -> Conditioning:
-        """The empty prompt's row, encoded once; or every time if the caller owns a text encoder and may change it."""
+        """The negative prompt's row, encoded once; or every time if the caller may change a text encoder."""
         encoders = self._running()
-        if self._empty is None or not all(encoder.reloadable for encoder in encoders):
+        if self._unconditional is None or not all(encoder.reloadable for encoder in encoders):
             absent = [encoder for encoder in encoders if encoder.loaded is None]
-            self.encode([""])  # stores it
-            mx.eval(self._empty)
+            self.encode([self.negative])  # stores it
+            mx.eval(self._unconditional)
             for encoder in absent:
                 encoder.release()
             if absent:
                 mx.clear_cache()
-        assert self._empty is not None
-        return self._empty
+        assert self._unconditional is not None
+        return self._unconditional
 
 
 class LimitedPromptEncoder(PromptEncoder):

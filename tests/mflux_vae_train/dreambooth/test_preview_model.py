@@ -14,7 +14,7 @@ from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
 from mflux_vae_train import lora
 from mflux_vae_train.dreambooth import preview_model
-from mflux_vae_train.dreambooth.data.class_images import sample_images
+from mflux_vae_train.dreambooth.data.sampling import sample_images
 from mflux_vae_train.dreambooth.planning.drawn_footprint import DrawnWorkload, footprint_of
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.pipelines import tiny
@@ -68,7 +68,7 @@ def test_previews_are_drawn_by_the_other_model_with_the_adapter(short_run, opens
     lora.load_adapter({"transformer": again.denoiser}, adapter)
     conditioning = again.encode_prompts(["a photo of sks dog"])
     keys = sample_keys(0, Stream.PREVIEW, 0, range(2))
-    images = sample_images(again, conditioning, keys, ["a", "b"], resolution=16, guidance=1.0, steps=2)
+    images = sample_images(again, conditioning, keys, ["a", "b"], size=(16, 16), guidance=1.0, steps=2)
     saved = load_image(tmp_path / "out" / "samples" / "step-00002.png")
     np.testing.assert_array_equal(saved, np.concatenate(images, axis=1))
 
