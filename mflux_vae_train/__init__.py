@@ -8,12 +8,13 @@
     monitoring      progress bar, trackers, HTML report
     lora            adapters: layers, targets, PEFT and kohya files
     pipelines       what a trainable pipeline offers (protocol, capabilities, noise), and the pipelines
+    evaluation      networks and figures that judge drawn pictures
     dreambooth      `mflux-train-dreambooth`: data -> optimization -> planning -> reporting
     vae             `mflux-vae train`: data, losses, objective, sampler
     tiny_world      programs that make the embedded pipelines `tiny` and `tiny-sd`
 
-Imports: `mflux_vae` <- core (the first seven) <- `dreambooth`, `vae`; `mflux_vae` <- `pipelines` <- `dreambooth`.
-`tests/test_architecture.py` checks them.
+Imports: `mflux_vae` <- core (the first seven) <- `dreambooth`, `vae`; `mflux_vae` <- `pipelines` <- `evaluation` <-
+`dreambooth`. `tests/test_architecture.py` checks them.
 """
 
 import sys
