@@ -40,7 +40,7 @@ def contact_sheet(rows: Sequence[str], columns: Sequence[str], picture: Picture)
             beside = [_beside(label, height)] if len(rows) > 1 else []
             if row == 0:
                 above = [caption(wrapped(columns[column], width, _LINES), width) for column in part]
-                lines.append(_line([*(_blank(one.shape) for one in beside), *above]))
+                lines.append(_line([*(_blank((0, _MARGIN, 3)) for _ in beside), *above]))
             lines.append(_line([*beside, *cells]))
     width = max(line.shape[1] for line in lines)
     gap = _blank((_GAP, width, 3))
@@ -57,20 +57,21 @@ def _legible(picture: np.ndarray, count: int) -> np.ndarray:
 
 def _beside(label: str, height: int) -> np.ndarray:
     """The label of a row, in the middle of its height."""
-    text = caption(wrapped(label, _MARGIN, _LINES), _MARGIN)
-    top = max(0, (height - text.shape[0]) // 2)
-    return np.concatenate([_blank((top, _MARGIN, 3)), text])
+    text = caption(wrapped(label, _MARGIN - _GAP, _LINES), _MARGIN)
+    below = max(0, (height - text.shape[0]) // 2)
+    return np.concatenate([text, _blank((below, _MARGIN, 3))])
 
 
 def _line(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Parts side by side, aligned at the top."""
+    """Parts side by side, aligned at the bottom."""
     height = max(part.shape[0] for part in parts)
     return strip([_padded(part, (height, part.shape[1])) for part in parts], gap=_GAP)
 
 
 def _padded(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture with white above it and at its right."""
     whole = _blank((*size, 3))
-    whole[: picture.shape[0], : picture.shape[1]] = picture
+    whole[size[0] - picture.shape[0] :, : picture.shape[1]] = picture
     return whole
 
 
