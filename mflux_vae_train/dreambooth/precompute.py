@@ -20,6 +20,7 @@ from mflux_vae_train.dreambooth.data.encoding import (
     encode_dataset,
     encode_prompts,
     open_cache,
+    trimmed,
 )
 from mflux_vae_train.dreambooth.pipeline_features import release
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
@@ -79,7 +80,7 @@ def precompute(
     dataset = encode_dataset(
         pipeline,
         run.dataset.images,
-        prompts,
+        trimmed(pipeline, prompts, [*captions, *class_prompts, ""]),
         resolved.subjects,
         cache,
         class_images=class_images,

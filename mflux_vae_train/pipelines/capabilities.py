@@ -120,6 +120,15 @@ class SupportsPromptLimit(Protocol):
 
 
 @runtime_checkable
+class SupportsTrimming(Protocol):
+    """A pipeline whose results do not depend on how far prompts are padded; less padding saves time and memory."""
+
+    def trim(self, conditioning: Conditioning) -> Conditioning:
+        """Conditioning without padding that no row needs. Not for functions that are compiled: it reads lengths."""
+        ...
+
+
+@runtime_checkable
 class SupportsClipSkip(Protocol):
     """A pipeline whose text encoders can leave out their last layers, as for models that were trained so.
 

@@ -20,7 +20,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsPrediction, SupportsPromptInspection
+from mflux_vae_train.pipelines.capabilities import (
+    SupportsEncodingCache,
+    SupportsPrediction,
+    SupportsPromptInspection,
+    SupportsTrimming,
+)
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.pipelines.registry import missing_members
@@ -143,6 +148,16 @@ class PipelineContract:
         np.testing.assert_allclose(mixed, together[mx.array([2, 0])], **CLOSE)
         other = pipeline.loss(latents, conditioning, key=keys(5, 1, 2), guidance=guidance)
         assert float(mx.abs(other[0] - together[0])) > 1e-6, "the key is not used"
+
+    def test_less_padding_changes_no_result(self, pipeline, latents, conditioning, guidance):
+        if not isinstance(pipeline, SupportsTrimming):
+            return
+        trimmed = pipeline.trim(conditioning)
+        assert sum(array.size for array in trimmed.values()) < sum(array.size for array in conditioning.values())
+        expected, found = (
+            pipeline.loss(latents, each, key=keys(0, 1, 2), guidance=guidance) for each in (conditioning, trimmed)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
     def test_loss_reaches_the_denoiser(self, pipeline, latents, conditioning, guidance):
         def mean_loss(denoiser: nn.Module) -> mx.array:

@@ -28,7 +28,12 @@ from mflux_vae_train.dreambooth.data.crops import Crop, Shape
 from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.pipelines import checks
-from mflux_vae_train.pipelines.capabilities import SupportsEncodingCache, SupportsSizeConditioning, Use
+from mflux_vae_train.pipelines.capabilities import (
+    SupportsEncodingCache,
+    SupportsSizeConditioning,
+    SupportsTrimming,
+    Use,
+)
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 
 PROMPTS_PER_BATCH = 16
@@ -94,6 +99,17 @@ def encode_prompts(
     unique = list(dict.fromkeys(prompts))
     conditioning = processes.broadcast_arrays(lambda: _conditioning(pipeline, unique, cache))
     return EncodedPrompts(conditioning=conditioning, rows={prompt: row for row, prompt in enumerate(unique)})
+
+
+def trimmed(pipeline: DiffusionPipeline, prompts: EncodedPrompts, used: Sequence[str]) -> EncodedPrompts:
+    """The prompts that the updates use, without padding that none of them needs, if results do not depend on it."""
+    if not isinstance(pipeline, SupportsTrimming):
+        return prompts
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(used))}
+    taken = mx.array([prompts.rows[prompt] for prompt in rows])
+    conditioning = pipeline.trim({name: array[taken] for name, array in prompts.conditioning.items()})
+    mx.eval(conditioning)
+    return EncodedPrompts(conditioning=conditioning, rows=rows)
 
 
 def _conditioning(pipeline: DiffusionPipeline, prompts: Sequence[str], cache: EncodingCache) -> Conditioning:

@@ -49,6 +49,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import (
 from mflux_vae_train.dreambooth.planning.prompt_checks import (
     check_prompts,
     identifier_warnings,
+    longest_prompt,
     prompts_of,
     syntax_warnings,
 )
@@ -266,6 +267,8 @@ def _estimate(
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
     )
+    if (longest := longest_prompt(pipeline, resolved, dataset)) is not None:
+        work = replace(work, prompt_tokens=longest)
     if drawing is not pipeline:
         if isinstance(drawing, SupportsMemoryControl):
             work = DrawnWorkload(**vars(work), drawing=drawing)

@@ -13,7 +13,7 @@ from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
 from mflux_vae_train.dreambooth.data.placeholders import contains, cure_without_identifier, replace_placeholders
-from mflux_vae_train.pipelines.capabilities import PromptTokens, SupportsPromptInspection
+from mflux_vae_train.pipelines.capabilities import PromptTokens, SupportsPromptInspection, SupportsTrimming
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 _SYNTAX = re.compile(
@@ -120,6 +120,17 @@ def syntax_warnings(prompts: Sequence[Prompt]) -> list[str]:
         return []
     listed = first_names([f"{match!r} in {first_names(where, 1)}" for match, where in places.items()])
     return [f"weights, wildcards and other syntax of other tools are read as text: {listed}"]
+
+
+def longest_prompt(pipeline: DiffusionPipeline, resolved: DreamBoothSettings, dataset: InstanceDataset) -> int | None:
+    """Tokens of the longest prompt if others need not be padded further; None if they do, or if it is not known."""
+    if not isinstance(pipeline, SupportsTrimming):
+        return None
+    texts = ["", *(one.text for one in prompts_of(resolved, dataset))]
+    tokens = _inspect(pipeline, texts, resolved.max_sequence_length)
+    if tokens is None:
+        return None
+    return max(min(one.count, one.limit) for each in tokens.values() for one in each)
 
 
 def check_prompts(

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.runtime.threads import thread_safe
-from mflux_vae_train.pipelines.capabilities import Use
+from mflux_vae_train.pipelines.capabilities import SupportsTrimming, Use
 from mflux_vae_train.pipelines.decoding import decode
 from mflux_vae_train.pipelines.flow import files
 from mflux_vae_train.pipelines.flow.family import Family
@@ -107,10 +107,6 @@ class FlowPipeline(PartsPipeline):
         """Scale of classifier-free guidance for `sample`; None for no guidance."""
         return guidance if self._is_guided and guidance > 1 else None
 
-    def _without_padding(self, conditioning: Conditioning) -> Conditioning:
-        """Conditioning for `sample`, without what no row needs."""
-        return conditioning
-
     def _sigmas(self, steps: int, image_tokens: int) -> Sequence[float]:
         """Noise levels of sampling, from 1 to 0."""
         levels: list[float] = self.schedule.sigmas(steps, image_tokens).tolist()
@@ -180,7 +176,8 @@ class FlowPipeline(PartsPipeline):
             conditioning = self.prompts.with_unconditional(conditioning)
         conditioning = self.prompts.finish(conditioning)
         mx.eval(conditioning)
-        conditioning = self._without_padding(conditioning)
+        if isinstance(self, SupportsTrimming):
+            conditioning = self.trim(conditioning)
         drawn = sample(
             lambda noisy, sigma: self._velocity(noisy, sigma, conditioning, guidance),
             latents,

@@ -117,7 +117,7 @@ class ZImagePrompts(QwenPrompts):
     """Z-Image's prompts: `prompt_embeds` (B, L, hidden_size), the state before the last layer, and `length` (B,).
 
     Embeddings beyond a row's length are zero. L is the limit of tokens for every prompt, so that rows of different
-    batches fit together and the transformer is compiled once; only tokens up to the longest row are encoded.
+    batches fit together; `ZImagePipeline.trim` makes it shorter. Only tokens up to the longest row are encoded.
     """
 
     template = THINKING

@@ -32,12 +32,12 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
         text_tokens: per prompt.
         precision: None for this machine's.
     """
-    here, config = precision or Precision.here(), configs.transformer
+    here, config, text_tokens = precision or Precision.here(), configs.transformer, padded(text_tokens)
     costs = Costs(
         transformer=weight_bytes(ZImageTransformer, config, here.width, work.quantize, is_quantized_layer),
         activations=activations(config),
         operations=partial(forward_operations, config),
-        text_tokens=padded(text_tokens),
+        text_tokens=text_tokens,
         image_token=SIZE_MULTIPLE,
         largest_layer=largest_layer(config),
         largest_embedding=configs.text_encoder.vocab_size * configs.text_encoder.hidden_size,

@@ -14,6 +14,7 @@ from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.text.qwen3_prompts import EMBEDS, LENGTH, ZImagePrompts
 from mflux_vae_train.pipelines.z_image import memory, naming
 from mflux_vae_train.pipelines.z_image.family import FAMILY
+from mflux_vae_train.pipelines.z_image.packing import padded
 from mflux_vae_train.pipelines.z_image.transformer import KIND
 
 
@@ -36,11 +37,6 @@ class ZImagePipeline(FlowPipeline):
         """See `FlowPipeline`."""
         return 1 + guidance if guidance > 0 else None
 
-    def _without_padding(self, conditioning: Conditioning) -> Conditioning:
-        """See `FlowPipeline`."""
-        longest: Any = conditioning[LENGTH].max().item()
-        return {**conditioning, EMBEDS: conditioning[EMBEDS][:, :longest]}
-
     def _velocity(self, latents: mx.array, sigma: mx.array, conditioning: Conditioning, guidance: float) -> mx.array:
         """Latents at noise levels sigma (B,) -> velocity, float32; the transformer computes in `dtype`."""
         prompt = conditioning[EMBEDS].astype(self.dtype)
@@ -52,6 +48,13 @@ class ZImagePipeline(FlowPipeline):
     def lora_targets(self) -> Sequence[str]:
         """Attention of all blocks, refiners included, as in diffusers' script."""
         return naming.PRESETS["attention"]
+
+    # capabilities.SupportsTrimming
+
+    def trim(self, conditioning: Conditioning) -> Conditioning:
+        """As many tokens as the transformer attends to in the longest row, a multiple of 32."""
+        longest: Any = conditioning[LENGTH].max().item()
+        return {**conditioning, EMBEDS: conditioning[EMBEDS][:, : padded(longest)]}
 
     # capabilities.SupportsAdapterExport
 

@@ -19,6 +19,7 @@ from mflux_vae_train.dreambooth.data.encoding import (
     encode_images,
     encode_prompts,
     open_cache,
+    trimmed,
 )
 from mflux_vae_train.dreambooth.data.encoding_cache import EncodingCache
 from mflux_vae_train.dreambooth.planning.preservation import resolve_preservation
@@ -288,3 +289,25 @@ def test_encodings_in_another_number_format_are_encoded_again(tmp_path) -> None:
 def test_encoders_with_broken_weights_are_named_before_training(instance_dir) -> None:
     with pytest.raises(WeightsError, match=r"latents have NaN.*autoencoder"):
         encode_images(lambda pixels: pixels[:, ::4, ::4] * float("nan"), crops_of(instance_dir))
+
+
+class Padded(FakePipeline):
+    """Conditioning is one column per character of the prompt, padded to 40."""
+
+    def encode_prompts(self, prompts):
+        return {"embedding": mx.array([[1.0] * len(prompt) + [0.0] * (40 - len(prompt)) for prompt in prompts])}
+
+    def trim(self, conditioning):
+        longest = int(conditioning["embedding"].sum(axis=1).max().item())
+        return {"embedding": conditioning["embedding"][:, :longest]}
+
+
+def test_padding_is_as_long_as_the_prompts_of_the_updates_need():
+    captions, drawn = ["a dog", "", "a dog on a beach"], "a validation prompt that is longer"
+    for pipeline, width in ((Padded(), 16), (FakePipeline(), 8)):
+        encoded = encode_prompts(pipeline, [captions[0], drawn, *captions], EncodingCache(None))
+        short = trimmed(pipeline, encoded, captions)
+        assert short.conditioning["embedding"].shape[1] == width
+        for prompt in captions:
+            whole = encoded.get(prompt)["embedding"][:, :width]
+            assert mx.array_equal(short.get(prompt)["embedding"], whole)

@@ -19,6 +19,7 @@ from mflux_vae_train.dreambooth.reporting import report
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.monitoring.progress import Progress
 from mflux_vae_train.pipelines import flux1, tiny
+from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.settings.flags import settings_from
@@ -192,6 +193,19 @@ def test_the_largest_image_and_prompt_limit_are_estimated(settings) -> None:
     assert (pipeline.requests[-1].trained_shape, pipeline.requests[-1].resolution) == ((40, 32), 16)
     DreamBooth(pipeline).train(settings(dry_run=True))
     assert (pipeline.requests[-1].trained_shape, pipeline.requests[-1].prompt_tokens) == ((16, 16), None)
+
+
+def test_the_longest_prompt_is_estimated_where_padding_has_no_effect(settings) -> None:
+    pipeline = Weighed()
+    pipeline.trim = lambda conditioning: conditioning
+    pipeline.inspect_prompts = lambda prompts, limit=None: {
+        "words": [PromptTokens(ids=(), count=len(one.split()), limit=limit or 9, end=len(one)) for one in prompts]
+    }
+    pipeline.prompt_limit = None
+    for limit, tokens in ((None, 6), (4, 4)):
+        prompts = ("a sks dog on a beach",)
+        DreamBooth(pipeline).train(settings(dry_run=True, validation_prompt=prompts, max_sequence_length=limit))
+        assert pipeline.requests[-1].prompt_tokens == tokens
 
 
 @pytest.mark.parametrize("changes", [{"quantize": 5}, {"quantize": 4, "train_mode": "full"}])
