@@ -137,11 +137,12 @@ def open_file(family: Family, pipeline: Pipeline[P], file: Path) -> P:
     """Open a transformer in a file; the other parts are those of the published model that it derives from.
 
     Raises:
-        WeightsError: the file is broken, or holds no transformer of this family.
+        WeightsError: the file is broken, holds no transformer of this family, or one of another width.
     """
     transformer = config_from_weights(family, file)
     repository = family.derives_from(transformer, {}, file)
     configs = replace(family.published[repository], transformer=transformer)
+    _check_that_they_fit(family, configs, file)
     snapshot = Snapshot(
         repository,
         revision=None,
@@ -151,6 +152,7 @@ def open_file(family: Family, pipeline: Pipeline[P], file: Path) -> P:
     )
     logger.info("%s: all parts but the transformer are those of %s", file, repository)
     parts = open_parts(family, configs, snapshot, transformer_file=file)
+    parts.networks[TRANSFORMER].borrow()  # compares names and shapes; values are not read
     return pipeline(parts, configs, name=file.stem, snapshot=snapshot)
 
 
@@ -370,18 +372,18 @@ def _read_config(family: Family, folder: Path, part: str) -> Any:
     return None if config is None else check_config(lambda: read(config), folder / part / "config.json")
 
 
-def _check_that_they_fit(family: Family, configs: Any, folder: Path) -> None:
+def _check_that_they_fit(family: Family, configs: Any, place: Path) -> None:
     vae = VAE(network=new_network(configs.vae))  # its random weights are lazy and never computed
     packed, inputs = family.latent_inputs * vae.latent_channels, configs.transformer.in_channels
     if (vae.spatial_scale, inputs) != (family.latent_scale, packed):
         raise WeightsError(
-            f"{folder}: autoencoder and transformer do not belong together: latents of {vae.latent_channels} channels "
+            f"{place}: autoencoder and transformer do not belong together: latents of {vae.latent_channels} channels "
             f"at 1/{vae.spatial_scale} of the size, and {inputs} inputs; {packed} inputs and 1/{family.latent_scale} "
             "are needed"
         )
     read, given = family.text_widths(configs)
     if read != given:
         raise WeightsError(
-            f"{folder}: text encoder and transformer do not belong together: embeddings of width {given} are given, "
+            f"{place}: text encoder and transformer do not belong together: embeddings of width {given} are given, "
             f"and {read} is needed"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,13 +13,15 @@ from mlx.utils import tree_flatten
 from mflux_vae.errors import WeightsError
 from mflux_vae_train import lora
 from mflux_vae_train.pipelines import registry
+from mflux_vae_train.pipelines.flow.files import read_configs
 from mflux_vae_train.pipelines.noise import NoiseSampling
 from mflux_vae_train.pipelines.z_image import keys, naming
-from mflux_vae_train.pipelines.z_image.configs import OF_BASE, OF_TURBO
+from mflux_vae_train.pipelines.z_image.configs import OF_BASE, OF_TURBO, PUBLISHED, TURBO
+from mflux_vae_train.pipelines.z_image.family import FAMILY
 from mflux_vae_train.pipelines.z_image.pipeline import ZImagePipeline
 from tests.contracts.pipeline_contract import PROMPTS, PipelineContract
 from tests.contracts.pipeline_contract import keys as sample_keys
-from tests.mflux_vae_train.pipelines.z_image.small_z_image import small_pipeline
+from tests.mflux_vae_train.pipelines.z_image.small_z_image import small_config, small_pipeline
 
 
 class TestContract(PipelineContract):
@@ -63,17 +66,21 @@ def test_saved_pipeline_is_bitwise_equal(tmp_path: Path, turbo: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_opens(saved: Path, tmp_path: Path, prefix: str) -> None:
+def test_a_single_file_opens(saved: Path, tmp_path: Path, prefix: str, monkeypatch) -> None:
     ours = weights_of(ZImagePipeline.from_pretrained(saved))
     stored = keys.to_single_file(ours)
     assert "layers.0.attention.qkv.weight" in stored and "x_embedder.weight" in stored
     names = {f"{prefix}{name}": value for name, value in stored.items()} | {f"{prefix}norm_final.weight": mx.ones(32)}
     file = tmp_path / "z_image_turbo_bf16.safetensors"
     mx.save_safetensors(str(file), names)
-    with pytest.raises(WeightsError, match="is"):  # its size is not the published one
-        _ = (opened := registry.open_pipeline(str(file))).denoiser
+    with pytest.raises(WeightsError, match="misshapen"):  # its size is not the published one
+        registry.open_pipeline(str(file))
+    published = replace(read_configs(FAMILY, saved), recommended=OF_TURBO.recommended)
+    monkeypatch.setitem(PUBLISHED, TURBO, published)
+    monkeypatch.setattr("mflux_vae_train.pipelines.z_image.family.ZImageTransformerConfig", small_config)
     opened = registry.open_pipeline(str(file))
     assert opened.recommended == OF_TURBO.recommended and opened.configs.transformer.n_layers == 2
+    assert mx.array_equal(opened.denoiser.cap_pad_token, ours["cap_pad_token"])
     found = keys.our_names(mx.load(str(file)))
     assert found.keys() == ours.keys() and all(mx.array_equal(found[name], ours[name]) for name in ours)
 
