@@ -16,8 +16,8 @@ from mflux_vae.runtime.device import compute_dtype
 from mflux_vae_train import lora
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.family import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
-from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.footprint import Precision, Workload, dequantized_bytes, learning_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes

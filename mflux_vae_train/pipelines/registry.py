@@ -220,8 +220,8 @@ def _class_that(known: Mapping[str, list[EntryPoint]], question: str, subject: P
 
 
 def _answers(entry: EntryPoint, question: str, subject: Path | str) -> bool:
-    loader = _load(entry, [])
-    function = getattr(sys.modules.get(getattr(loader, "__module__", "")), question, None)
+    module = None if _load(entry, []) is None else sys.modules.get(entry.value.partition(":")[0])
+    function = getattr(module, question, None)
     return callable(function) and bool(function(subject))
 
 

@@ -11,7 +11,7 @@ from mflux_vae import VAE
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1 import transformer as flux
 from mflux_vae_train.pipelines.flux1.configs import Configs as FluxConfigs
-from mflux_vae_train.pipelines.flux1.parts import flux_parts
+from mflux_vae_train.pipelines.flux1.family import flux_parts
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.pipelines.stable_diffusion.configs import PNDM

@@ -25,7 +25,7 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
 from mflux_vae_train.pipelines import tiny
 from mflux_vae_train.pipelines.flow.files import read_configs
-from mflux_vae_train.pipelines.flux1.parts import FAMILY
+from mflux_vae_train.pipelines.flux1.family import FAMILY
 from mflux_vae_train.settings import flags
 from mflux_vae_train.vae.data.sources import mnist, npz
 from tests.fuzzing.targets import TARGETS

@@ -18,8 +18,8 @@ from functools import partial
 
 from mflux_vae_train.pipelines.flow import memory
 from mflux_vae_train.pipelines.flux1.configs import Configs
+from mflux_vae_train.pipelines.flux1.family import is_quantized_layer, is_quantized_text_layer
 from mflux_vae_train.pipelines.flux1.packing import PATCH, VAE_FACTOR
-from mflux_vae_train.pipelines.flux1.parts import is_quantized_layer, is_quantized_text_layer
 from mflux_vae_train.pipelines.flux1.transformer import MLP_RATIO, FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.footprint import FULL, Phase, Precision, Workload, clip_bytes, weight_bytes
 from mflux_vae_train.pipelines.text.clip import CLIPTextModel

@@ -11,8 +11,8 @@ import mlx.nn as nn
 from mflux_vae_train.pipelines.capabilities import KohyaNaming
 from mflux_vae_train.pipelines.flow.pipeline import FlowPipeline
 from mflux_vae_train.pipelines.flux1 import memory, naming
+from mflux_vae_train.pipelines.flux1.family import FAMILY
 from mflux_vae_train.pipelines.flux1.packing import image_ids, pack, text_ids, unpack
-from mflux_vae_train.pipelines.flux1.parts import FAMILY
 from mflux_vae_train.pipelines.flux1.prompts import CLIP, EMBEDS, POOLED, FluxPrompts
 from mflux_vae_train.pipelines.footprint import Phase, Workload
 from mflux_vae_train.pipelines.parts import Parts
@@ -24,7 +24,7 @@ class FluxPipeline(FlowPipeline):
     """FLUX.1 behind the `DiffusionPipeline` protocol.
 
     Args:
-        parts: see `flux1.parts.flux_parts`.
+        parts: see `flux1.family.flux_parts`.
     """
 
     family = FAMILY

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED, published
-from mflux_vae_train.pipelines.flux1.parts import FAMILY
+from mflux_vae_train.pipelines.flux1.family import FAMILY
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.mflux.families import shared_autoencoder, shared_parts
 from mflux_vae_train.pipelines.mflux.host import Hosted

@@ -24,7 +24,7 @@ from mflux_vae.weights.keymaps.rules import from_mlx, to_mlx  # noqa: E402
 from mflux_vae_train.pipelines.flow import files  # noqa: E402
 from mflux_vae_train.pipelines.flux1 import keys  # noqa: E402
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, T5_XXL, published  # noqa: E402
-from mflux_vae_train.pipelines.flux1.parts import FAMILY  # noqa: E402
+from mflux_vae_train.pipelines.flux1.family import FAMILY  # noqa: E402
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig  # noqa: E402
 from mflux_vae_train.pipelines.text import clip, t5  # noqa: E402
 

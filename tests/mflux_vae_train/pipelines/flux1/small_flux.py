@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mflux_vae import VAE, AutoencoderKL, AutoencoderKLConfig
 from mflux_vae_train.pipelines.flow.schedule import FlowMatchSchedule
 from mflux_vae_train.pipelines.flux1.configs import Configs, published
-from mflux_vae_train.pipelines.flux1.parts import flux_parts
+from mflux_vae_train.pipelines.flux1.family import flux_parts
 from mflux_vae_train.pipelines.flux1.pipeline import FluxPipeline
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig
 from mflux_vae_train.pipelines.protocol import Recommended

@@ -19,7 +19,7 @@ from mflux_vae_train.pipelines import flux1, registry
 from mflux_vae_train.pipelines.flow.files import read_configs
 from mflux_vae_train.pipelines.flux1 import keys
 from mflux_vae_train.pipelines.flux1.configs import PUBLISHED
-from mflux_vae_train.pipelines.flux1.parts import FAMILY
+from mflux_vae_train.pipelines.flux1.family import FAMILY
 from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.loading.snapshot import SMALL_FILES, weight_files
 from tests.mflux_vae_train.pipelines.flux1.small_flux import RECOMMENDED, small_pipeline

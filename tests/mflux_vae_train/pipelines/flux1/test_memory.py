@@ -22,7 +22,7 @@ from mflux_vae_train.pipelines.capabilities import SupportsMemoryControl
 from mflux_vae_train.pipelines.flow.files import open_part
 from mflux_vae_train.pipelines.flux1 import memory, naming
 from mflux_vae_train.pipelines.flux1.configs import CLIP_L, published
-from mflux_vae_train.pipelines.flux1.parts import FAMILY, is_quantized_layer
+from mflux_vae_train.pipelines.flux1.family import FAMILY, is_quantized_layer
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer
 from mflux_vae_train.pipelines.footprint import Precision, Workload, clip_bytes
 from mflux_vae_train.pipelines.quantization import quantize, stored_bytes

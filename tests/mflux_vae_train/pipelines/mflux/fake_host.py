@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mflux_vae_train.pipelines.flux1.parts import FAMILY
+from mflux_vae_train.pipelines.flux1.family import FAMILY
 from mflux_vae_train.pipelines.mflux import host
 from mflux_vae_train.pipelines.mflux.families import shared_parts
 from mflux_vae_train.pipelines.mflux.flux1 import HostedFlux1

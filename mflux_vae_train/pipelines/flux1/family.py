@@ -1,4 +1,4 @@
-"""The parts of a FLUX.1 pipeline, how they are stored, and which of their layers `quantize` changes."""
+"""Where FLUX.1's networks are stored: see `flow.family`."""
 
 from __future__ import annotations
 
