@@ -11,7 +11,7 @@ from mflux_vae.errors import WeightsError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class UnsupportedModel:
     """An unsupported autoencoder.
 
     Attributes:
@@ -28,25 +28,25 @@ class Refused:
 
 
 REFUSED = (
-    Refused(
+    UnsupportedModel(
         title="the autoencoder of Qwen-Image 2.1 (16x, 64 latent channels)",
         family="AutoencoderKLQwenImage21",
         signature=r"encoder\.down_blocks\.4\.resnets\.0\.norm1\.gamma",
         instead="the preset qwen-image opens that of Qwen-Image and Qwen-Image-Edit",
     ),
-    Refused(
+    UnsupportedModel(
         title="the autoencoder of Wan 2.2 5B (16x, 48 latent channels)",
         family="AutoencoderKLWan",
         signature=r"encoder\.(down_blocks\.0\.resnets\.0\.norm1|downsamples\.0\.downsamples\.0\.residual\.0)\.gamma",
         instead="the preset wan2.1 opens that of Wan 2.1 and Wan 2.2 14B",
     ),
-    Refused(
+    UnsupportedModel(
         title="DC-AE, the autoencoder of SANA (32x)",
         family="AutoencoderDC",
         signature=r"(encoder|decoder)\.(down_blocks|up_blocks|stages)\.\d\.(\d\.conv1\.weight|op_list\..*)",
         instead="use diffusers' AutoencoderDC",
     ),
-    Refused(
+    UnsupportedModel(
         title="the autoencoder of HunyuanImage 2.1 (32x, 64 latent channels)",
         family="AutoencoderKLHunyuanImage",
         signature=r"encoder\.down_blocks\.0\.norm1\.weight",
@@ -71,5 +71,5 @@ def check_keys(keys: Collection[str], where: str) -> None:
             raise _error(row, where)
 
 
-def _error(row: Refused, where: str) -> WeightsError:
+def _error(row: UnsupportedModel, where: str) -> WeightsError:
     return WeightsError(f"{where}: {row.title} is not supported; {row.instead}")

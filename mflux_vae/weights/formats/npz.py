@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSION_SIZE, MAX_DIMENSIONS, LazyTensor, read_numbers
-from mflux_vae.weights.formats.safe_reading import BROKEN, Refused, reading
+from mflux_vae.weights.formats.safe_reading import BROKEN, InvalidFile, reading
 from mflux_vae.weights.formats.zip_archive import MAGIC, Archive
 
 _SUFFIX = ".npy"
@@ -60,16 +60,16 @@ def _lazy_tensor(path: Path, name: str, data: np.ndarray) -> LazyTensor:
     """The array of an .npy file given as uint8 (n,)."""
     head = io.BytesIO(data[:_MAX_HEADER].tobytes())
     if (version := np.lib.format.read_magic(head)) not in _HEADERS:
-        raise Refused(f"{name} has the unknown format version {version[0]}.{version[1]}")
+        raise InvalidFile(f"{name} has the unknown format version {version[0]}.{version[1]}")
     shape, columns_first, dtype = _HEADERS[version](head)
     numbers = data[head.tell() :]
     bfloat16 = dtype == np.dtype("V2")  # MLX writes bfloat16 this way
     if not bfloat16 and (dtype.kind not in "biuf" or dtype != dtype.newbyteorder("<") or dtype.itemsize > 8):
-        raise Refused(f"{name} has dtype {dtype.str}; only little-endian numbers are supported")
+        raise InvalidFile(f"{name} has dtype {dtype.str}; only little-endian numbers are supported")
     if len(shape) > MAX_DIMENSIONS or not all(0 <= n <= MAX_DIMENSION_SIZE for n in shape):
-        raise Refused(f"{name} has an impossible shape")
+        raise InvalidFile(f"{name} has an impossible shape")
     if prod(shape) * dtype.itemsize != len(numbers):
-        raise Refused(f"{name} has shape {shape} but {len(numbers)} bytes")
+        raise InvalidFile(f"{name} has shape {shape} but {len(numbers)} bytes")
     kind = "bfloat16" if bfloat16 else dtype.name
     strides = list(accumulate(shape[:-1], lambda a, b: a * b, initial=1)) if columns_first and shape else None
     return LazyTensor(tuple(shape), kind, partial(read_numbers, numbers, f"{path}: {name}", kind, shape, strides))

@@ -15,12 +15,12 @@ from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.links import missing
 
 
-class Refused(Exception):
+class InvalidFile(Exception):
     """A file is not acceptable; the message says why."""
 
 
 BROKEN: tuple[type[Exception], ...] = (
-    *(Refused, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(InvalidFile, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, Warning),
     *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
@@ -39,5 +39,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: {missing(path, 'no such weights file')}") from error
     except BROKEN as error:
-        reason = str(error) if isinstance(error, Refused) else f"broken or truncated: {error or type(error).__name__}"
+        reason = (
+            str(error) if isinstance(error, InvalidFile) else f"broken or truncated: {error or type(error).__name__}"
+        )
         raise WeightsError(f"{path}: not readable as {kind} ({shortened(reason, 220)})".replace("\n", " ")) from error

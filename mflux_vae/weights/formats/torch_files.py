@@ -17,7 +17,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 
 from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSION_SIZE, LazyTensor, read_numbers, width
-from mflux_vae.weights.formats.safe_reading import Refused, reading
+from mflux_vae.weights.formats.safe_reading import InvalidFile, reading
 from mflux_vae.weights.formats.torch_pickle import Placeholder, Storage, Tensor, interpret
 from mflux_vae.weights.formats.zip_archive import MAGIC, Archive
 
@@ -61,12 +61,14 @@ def _read_zip(file: IO[bytes]) -> tuple[Any, _Ranges]:
     archive = Archive(file, "torch")
     top = next((name.removesuffix("data.pkl") for name in archive.names if name.endswith("/data.pkl")), None)
     if top is None or top.count("/") != 1:
-        raise Refused("a zip archive without data.pkl, not written by torch.save; unpack it if it holds weights files")
+        raise InvalidFile(
+            "a zip archive without data.pkl, not written by torch.save; unpack it if it holds weights files"
+        )
     if f"{top}constants.pkl" in archive.names:
-        raise Refused("a TorchScript archive; save its state_dict instead")
+        raise InvalidFile("a TorchScript archive; save its state_dict instead")
     order = archive.read(f"{top}byteorder") if f"{top}byteorder" in archive.names else b"little"
     if order != b"little":
-        raise Refused(f"byte order {order[:20]!r}; only little-endian files are supported")
+        raise InvalidFile(f"byte order {order[:20]!r}; only little-endian files are supported")
     storages: dict[str, Storage] = {}
     content = interpret(archive.read(f"{top}data.pkl"), storages)
     return content, {key: archive.byte_range(f"{top}data/{key}") for key in storages}
@@ -75,26 +77,26 @@ def _read_zip(file: IO[bytes]) -> tuple[Any, _Ranges]:
 def _read_old(file: IO[bytes]) -> tuple[Any, _Ranges]:
     length = file.seek(0, 2)
     if not length:
-        raise Refused("the file is empty")
+        raise InvalidFile("the file is empty")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:1] != b"\x80":
             tar = data[257:262] == b"ustar"
-            raise Refused(
+            raise InvalidFile(
                 "the tar format of torch 0.1; save it again" if tar else "neither a torch file nor safetensors"
             )
         if interpret(data) != _MAGIC or interpret(data) != _VERSION:
-            raise Refused("a pickle that torch.save did not write")
+            raise InvalidFile("a pickle that torch.save did not write")
         interpret(data)  # description of the writing machine
         storages: dict[str, Storage] = {}
         content = interpret(data, storages)
         ranges: dict[str, tuple[int, int]] = {}
         for key in interpret(data):
             if key not in storages or not storages[key].dtype:
-                raise Refused(f"storage {key!r} belongs to no tensor")
+                raise InvalidFile(f"storage {key!r} belongs to no tensor")
             (count,) = struct.unpack("<q", data.read(8))
             size = count * (width(storages[key].dtype) or 1)
             if not 0 <= size <= length - data.tell():
-                raise Refused(f"storage {key!r} exceeds the file")
+                raise InvalidFile(f"storage {key!r} exceeds the file")
             ranges[key] = data.tell(), size
             data.seek(size, 1)
     return content, ranges
@@ -104,12 +106,12 @@ def _flatten(content: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors of nested dictionaries by keys joined with dots; each dictionary once."""
     if not isinstance(content, dict):
         kind = content.kind if isinstance(content, Placeholder) else type(content).__name__
-        raise Refused(f"it holds a {kind}, not a dictionary of tensors")
+        raise InvalidFile(f"it holds a {kind}, not a dictionary of tensors")
     pending, seen = [("", content)], set()
     while pending:
         prefix, item = pending.pop()
         if len(prefix) > _MAX_KEY_LENGTH:
-            raise Refused("dictionaries are nested too deeply")
+            raise InvalidFile("dictionaries are nested too deeply")
         if isinstance(item, dict) and id(item) not in seen:
             seen.add(id(item))
             pending.extend(
@@ -127,7 +129,7 @@ def _lazy_tensor(path: Path, name: str, tensor: Tensor, ranges: _Ranges, data: n
     # a view with repeated elements could have any size
     needed = size_of_one * max(count, last + 1) if count else 0
     if needed > size or max(tensor.shape, default=0) > MAX_DIMENSION_SIZE:
-        raise Refused(f"{name} has shape {tensor.shape} but {size} bytes")
+        raise InvalidFile(f"{name} has shape {tensor.shape} but {size} bytes")
     numbers = data[first + size_of_one * tensor.offset : first + size]
     return LazyTensor(
         tensor.shape,

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from mflux_vae.weights.formats.lazy_tensor import MAX_DIMENSIONS
-from mflux_vae.weights.formats.safe_reading import Refused
+from mflux_vae.weights.formats.safe_reading import InvalidFile
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
@@ -125,7 +125,7 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
         storages: filled with the referenced storages, by key.
 
     Raises:
-        Refused: a name or opcode is not allowed.
+        InvalidFile: a name or opcode is not allowed.
         Exception: the data is not a pickle (see `safe_reading.BROKEN`).
     """
     stack: list[Any] = []
@@ -136,7 +136,7 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
         while stack[index] is not _MARK:  # an IndexError means a broken pickle
             index -= 1
             if index < 0:
-                raise Refused("missing mark")
+                raise InvalidFile("missing mark")
         items = stack[index + 1 :]
         del stack[index:]
         return items
@@ -180,7 +180,7 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
             if isinstance(stack[-1], list):
                 stack[-1].extend(items)
             elif not isinstance(stack[-1], Placeholder):
-                raise Refused(f"{code} on an object that is not a list")
+                raise InvalidFile(f"{code} on an object that is not a list")
         elif code == "GLOBAL":
             stack.append(_name(*argument.split(" ", 1)))
         elif code == "STACK_GLOBAL":
@@ -195,11 +195,11 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
         elif code == "BUILD":
             stack.pop()  # attributes are not needed
             if not isinstance(stack[-1], dict | Placeholder | Tensor):
-                raise Refused("attributes of an object without attributes")
+                raise InvalidFile("attributes of an object without attributes")
         elif code == "BINPERSID":
             storage = _storage(stack.pop())
             if storages is not None and storages.setdefault(storage.key, storage) != storage:
-                raise Refused(f"duplicate storage {storage.key!r}")
+                raise InvalidFile(f"duplicate storage {storage.key!r}")
             stack.append(storage)
         elif code == "POP":
             stack.pop()
@@ -210,8 +210,8 @@ def interpret(source: Any, storages: dict[str, Storage] | None = None) -> Any:
         elif code == "STOP":
             return stack.pop()
         else:
-            raise Refused(f"opcode {code}, which torch does not write")
-    raise Refused("missing end")
+            raise InvalidFile(f"opcode {code}, which torch does not write")
+    raise InvalidFile("missing end")
 
 
 @cache
@@ -222,7 +222,7 @@ def _name(module: str, name: str) -> Name:
         for module, names in _ALLOWED.items()
     )
     if not known:
-        raise Refused(
+        raise InvalidFile(
             f"it refers to {str(found)[:100]!r}; only tensors and containers are supported: save its state_dict"
         )
     return found
@@ -231,7 +231,7 @@ def _name(module: str, name: str) -> Name:
 def _call_result(function: Any, arguments: Any) -> Any:
     """Result of a call if it is a tensor or container, else a placeholder."""
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise Refused("a call of an object that is not a name")
+        raise InvalidFile("a call of an object that is not a name")
     match function:
         case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"):
             return _tensor(arguments)
@@ -266,7 +266,7 @@ def _fill(target: Any, items: Sequence[Any]) -> Any:
     if isinstance(target, Placeholder):
         return target
     if not isinstance(target, dict) or len(items) % 2:
-        raise Refused("items of an object that is not a dictionary")
+        raise InvalidFile("items of an object that is not a dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, (*_SCALARS, Name)):  # a nested tuple can take forever to hash
             target[key] = value
@@ -275,26 +275,26 @@ def _fill(target: Any, items: Sequence[Any]) -> Any:
 
 def _storage(persistent: Any) -> Storage:
     if not isinstance(persistent, tuple) or len(persistent) < 5 or persistent[0] != "storage":
-        raise Refused("a reference that is not a storage")
+        raise InvalidFile("a reference that is not a storage")
     kind, key, _, size, *view = persistent[1:]
     dtype = _DTYPES.get(kind.name.lstrip("_").removesuffix("Storage")) if isinstance(kind, Name) else None
     if dtype is None:
-        raise Refused(f"unknown dtype {str(kind)[:60]}")
+        raise InvalidFile(f"unknown dtype {str(kind)[:60]}")
     if any(part is not None for part in view):
-        raise Refused("a storage that is a view")
+        raise InvalidFile("a storage that is a view")
     if not isinstance(size, int) or not isinstance(key, str):
-        raise Refused("a storage without key or size")
+        raise InvalidFile("a storage without key or size")
     return Storage(dtype, key, size)
 
 
 def _tensor(arguments: Sequence[Any], dtype: str = "") -> Tensor:
     storage, offset, shape, strides = arguments[:4]
     if max(len(shape), len(strides)) > MAX_DIMENSIONS:
-        raise Refused(f"a tensor of {len(shape)} dimensions")
+        raise InvalidFile(f"a tensor of {len(shape)} dimensions")
     numbers = (offset, *shape, *strides)
     whole = all(isinstance(number, int) and number >= 0 for number in numbers)
     if not isinstance(storage, Storage) or not whole or len(shape) != len(strides):
-        raise Refused("a tensor without storage or with an impossible shape")
+        raise InvalidFile("a tensor without storage or with an impossible shape")
     if not (dtype := dtype or storage.dtype):
-        raise Refused("a tensor without a dtype")
+        raise InvalidFile("a tensor without a dtype")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))

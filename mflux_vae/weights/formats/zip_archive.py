@@ -6,7 +6,7 @@ import struct
 import zipfile
 from typing import IO
 
-from mflux_vae.weights.formats.safe_reading import Refused
+from mflux_vae.weights.formats.safe_reading import InvalidFile
 
 MAGIC = b"PK\x03\x04"
 
@@ -40,30 +40,30 @@ class Archive:
         """First byte and size of an entry, from the header before it.
 
         Raises:
-            Refused: the entry is missing, compressed, or not where the directory says.
+            InvalidFile: the entry is missing, compressed, or not where the directory says.
         """
         entry = self._entries.get(name)
         if entry is None:
-            raise Refused(f"{name} is missing")
+            raise InvalidFile(f"{name} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise Refused(f"{name} is compressed, which {self._writer} never does")
+            raise InvalidFile(f"{name} is compressed, which {self._writer} never does")
         self._file.seek(entry.header_offset)
         header = self._file.read(_HEADER)
         if len(header) != _HEADER or header[:4] != MAGIC:
-            raise Refused(f"{name} is not where the archive's directory says")
+            raise InvalidFile(f"{name} is not where the archive's directory says")
         first = entry.header_offset + _HEADER + sum(struct.unpack("<HH", header[26:]))
         if first + entry.file_size > self._length:
-            raise Refused(f"{name} exceeds the file")
+            raise InvalidFile(f"{name} exceeds the file")
         return first, entry.file_size
 
     def read(self, name: str) -> bytes:
         """Read a small entry.
 
         Raises:
-            Refused: as `byte_range`, or it is too large.
+            InvalidFile: as `byte_range`, or it is too large.
         """
         first, size = self.byte_range(name)
         if size > _MAX_READ:
-            raise Refused(f"{name} has {size} bytes, too many")
+            raise InvalidFile(f"{name} has {size} bytes, too many")
         self._file.seek(first)
         return self._file.read(size)
