@@ -65,6 +65,13 @@ class VAE(nn.Module):
             raise SettingsError(f"{type(network).__name__} lacks {lacks}; see mflux_vae.networks.protocol")
         self.network = network
 
+    def __repr__(self) -> str:
+        count = sum(weight.size for weight in _weights(self.network)) / 1e6
+        kind, dtype = type(self.network).__name__, str(self.dtype).removeprefix("mlx.core.")
+        latents = f"{self.latent_channels} latent channels"
+        latents += "" if self._vectors else f" at 1/{self.spatial_scale} of the size"
+        return f"VAE({kind}, {latents}, {count:.1f} million parameters in {dtype})"
+
     @property
     def config(self) -> AutoencoderConfig:
         """The network's configuration."""

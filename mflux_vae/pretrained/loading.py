@@ -195,7 +195,7 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
     parameters = dict(tree_flatten(network.parameters()))
     tensors = _cast(from_mlx(parameters, family.rules("diffusers", parameters)), dtype)
     if isinstance(network, AutoencoderKLWan):
-        _warn_once(f"{type(network).__name__} is written for single images: the weights for past frames are zero")
+        _warn_once(f"{folder}: written for single images: the weights for past frames are zero")
         tensors = with_time_convolutions(tensors, network.config.temperal_downsample)
     _write(Path(folder), tensors, config, "diffusers")
 

@@ -17,6 +17,11 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def with_article(noun: str) -> str:
+    """A noun, or a name, after its indefinite article: "a Mapping", "an object"."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
 def first_few(items: Sequence[str], count: int = 3, width: int = 80) -> str:
     """List the first items, long ones shortened: "a, b, c and 263 more"."""
     more = len(items) - count

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mflux_vae.errors import DeviceError, MfluxVaeError, SettingsError, TrainingError
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.memory_limits import limited
-from mflux_vae.utils.formatting import size_text
+from mflux_vae.utils.formatting import size_text, with_article
 from mflux_vae_train import lora
 from mflux_vae_train.checkpointing import checkpoint, state
 from mflux_vae_train.checkpointing.lock import Lock
@@ -94,7 +94,7 @@ class DreamBooth:
 
     def __init__(self, pipeline: Any) -> None:
         pipeline = as_pipeline(pipeline)
-        check_pipeline(pipeline, f"a {type(pipeline).__name__} cannot be trained")
+        check_pipeline(pipeline, f"{with_article(type(pipeline).__name__)} cannot be trained")
         self.pipeline: DiffusionPipeline = pipeline
 
     def train(self, settings: DreamBoothSettings, on_progress: OnProgress | None = None) -> TrainingResult:
@@ -120,9 +120,13 @@ class DreamBooth:
             Interrupted: a signal arrived, see above.
         """
         if not isinstance(settings, DreamBoothSettings):
-            raise SettingsError(f"settings is a {type(settings).__name__}; expected DreamBooth.Settings(...)")
+            raise SettingsError(
+                f"settings is {with_article(type(settings).__name__)}; expected DreamBooth.Settings(...)"
+            )
         if on_progress is not None and not callable(on_progress):
-            raise SettingsError(f"on_progress is a {type(on_progress).__name__}; expected a function of a Progress")
+            raise SettingsError(
+                f"on_progress is {with_article(type(on_progress).__name__)}; expected a function of a Progress"
+            )
         folder = RunFolder(Path(settings.output_dir))
         processes = process_group.join()
         phase, update = "", 0

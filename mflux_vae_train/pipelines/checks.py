@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import PluginError
+from mflux_vae.utils.formatting import with_article
 from mflux_vae_train.pipelines import capabilities
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.noise import SCHEMES, NoiseSampling, Prediction
@@ -228,7 +229,7 @@ def _text(value: Any) -> str:
     if isinstance(value, str | bool | int | float):
         shown = repr(value)
         return f"the {kind} {shown if len(shown) <= 40 else shown[:37] + '...'}"
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+    return with_article(kind)
 
 
 # members

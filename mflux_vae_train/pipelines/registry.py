@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mflux_vae.errors import PluginError, SettingsError, WeightsError
 from mflux_vae.pretrained import hub
+from mflux_vae.utils.formatting import with_article
 from mflux_vae.utils.links import missing, naming_broken_links
 from mflux_vae.utils.text_files import parse_json, read_text
 
@@ -175,7 +176,9 @@ def _keywords(loader: Loader) -> set[str]:
 def _checked(pipeline: Any, entry: EntryPoint) -> DiffusionPipeline:
     from mflux_vae_train.pipelines.checks import check_pipeline
 
-    check_pipeline(pipeline, f"{entry.value} of {_distribution(entry)} returned a {type(pipeline).__name__}")
+    check_pipeline(
+        pipeline, f"{entry.value} of {_distribution(entry)} returned {with_article(type(pipeline).__name__)}"
+    )
     return cast("DiffusionPipeline", pipeline)
 
 
@@ -206,9 +209,18 @@ def _class_of(folder: Path, known: Mapping[str, list[EntryPoint]]) -> str:
     try:
         return str(parse_json(read_text(index))["_class_name"])
     except FileNotFoundError:
-        raise SettingsError(f"{folder} has no model_index.json: give a folder in diffusers' layout") from None
+        raise SettingsError(f"{folder} has no model_index.json: {_instead_of(folder)}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{index} does not name a _class_name ({type(error).__name__})") from error
+
+
+def _instead_of(folder: Path) -> str:
+    """What to give instead of a folder that is not a pipeline's."""
+    for index in sorted(folder.glob("*/model_index.json")):
+        return f"give {index.parent}"
+    if (folder / "run.json").is_file():
+        return f"it is the output folder of a run; give the model of that run, with --lora_weights {folder}"
+    return "give a folder in diffusers' layout"
 
 
 def _class_that(known: Mapping[str, list[EntryPoint]], question: str, subject: Path | str) -> str | None:

@@ -40,6 +40,12 @@ def test_shapes_of_the_default_network() -> None:
     assert VAE(latent_channels=16).encode(mx.zeros((1, 3, 64, 72))).shape == (1, 16, 8, 9)
 
 
+@both
+def test_it_is_shown_in_one_line(build: Build) -> None:
+    vae = VAE(network=build())
+    assert "\n" not in repr(vae) and f"{type(vae.network).__name__}, {vae.latent_channels} latent" in repr(vae)
+
+
 def test_arrays_of_numpy_are_taken_as_those_of_mlx() -> None:
     vae = VAE(network=small_kl())
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 24, 16), dtype=np.uint8)

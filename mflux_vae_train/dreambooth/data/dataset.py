@@ -142,7 +142,7 @@ class InstanceDataset:
         if self.skipped:
             lines[-1] += f", {count_text(self.skipped, 'other file')} skipped"
         if captioned := sum(image.caption != concepts[image.concept].instance_prompt for image in self.images):
-            lines.append(f"{captioned} of {len(self.images)} images have their own prompt")
+            lines.append(f"{captioned} of {len(self.images)} images have another prompt than --instance_prompt")
         if len(shapes := Counter(image.shape for image in self.images)) > 1:
             lines.append(
                 "shapes: " + ", ".join(f"{height}x{width} {n}" for (height, width), n in sorted(shapes.items()))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError, did_you_mean
+from mflux_vae.utils.formatting import first_names
 from mflux_vae.utils.paths import expand
 from mflux_vae.utils.text_files import Table
 
@@ -151,6 +152,9 @@ def _optimizer(found: Mapping[str, Any], given: Mapping[str, Any], unused: list[
         settings["lr_scheduler"] = "constant"
         if schedule != "constant":
             unused.append(f"optimizer.lr_schedule {schedule} (constant: mflux reads cosine with lr_total_steps alone)")
+    else:
+        unused.remove("optimizer.lr_total_steps")
+        unused.append(f"optimizer.lr_total_steps {given['optimizer.lr_total_steps']} (the cosine ends with the run)")
     return settings
 
 
@@ -170,10 +174,13 @@ def _images(content: Mapping[Any, Any], path: Path, unused: list[str]) -> dict[s
     prompts = [text.read_text(encoding="utf-8", errors="replace").strip() for text in texts[:1] if text.is_file()]
     if examples is not None:
         listed = [one for one in examples.get("images") or () if isinstance(one, Mapping)]
+        files_listed = [str(one.get("image")) for one in listed]
+        if place.is_dir() and (missing := [name for name in files_listed if not (place / name).is_file()]):
+            raise SettingsError(f"{path}: examples.images names {first_names(missing)}, which {place} does not have")
         prompts = list(dict.fromkeys(str(one["prompt"]) for one in listed if one.get("prompt") is not None))
         if len(prompts) > 1 and not all(text.is_file() for text in texts):
             raise SettingsError(f"{path}: examples.images has {len(prompts)} prompts; write each to NAME.txt beside it")
-        if {file.name for file in files} != {Path(str(one.get("image"))).name for one in listed}:
+        if {file.name for file in files} != {Path(name).name for name in files_listed}:
             unused.append("examples.images (all images in its folder are used)")
     else:
         settings["use_aspect_ratio_buckets"] = True

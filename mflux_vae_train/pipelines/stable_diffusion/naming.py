@@ -77,17 +77,19 @@ def usage(
     base: str | None, adapter: str, prompt: str, configs: Configs, *, dora: bool, clip_skip: int | None = None
 ) -> dict[str, str]:
     """Program -> instructions for an adapter in PEFT's naming, as Markdown."""
-    name, skipping = configs.class_name, f", clip_skip={clip_skip}" if clip_skip else ""
+    name, usual = configs.class_name, configs.recommended
+    options = f"num_inference_steps={usual.steps}, guidance_scale={usual.guidance:g}"
+    options += f", clip_skip={clip_skip}" if clip_skip else ""
     python = f"""```python
 import torch
 from diffusers import {name}
 
 pipeline = {name}.from_pretrained({base or "path/to/the/base/model"!r}, torch_dtype=torch.float16)
 pipeline.load_lora_weights("path/to/this/folder", weight_name={adapter!r})
-image = pipeline({prompt!r}{skipping}).images[0]
+image = pipeline({prompt!r}, {options}).images[0]
 ```"""
     others = (
-        "Train with `--output_kohya_format` and copy `pytorch_lora_weights_kohya.safetensors` into `models/loras`"
+        "Copy `pytorch_lora_weights_kohya.safetensors`, which `--output_kohya_format` writes, into `models/loras`"
         " (ComfyUI) or `models/Lora` (AUTOMATIC1111, where a prompt ends with `<lora:NAME:1>`)."
     )
     if clip_skip:

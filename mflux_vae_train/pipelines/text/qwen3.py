@@ -111,6 +111,8 @@ class Qwen3Attention(nn.Module):
 
 
 class Qwen3MLP(nn.Module):
+    """SwiGLU: down_proj(silu(gate_proj x) * up_proj x)."""
+
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -122,6 +124,8 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3Layer(nn.Module):
+    """Attention and SwiGLU, each after a norm, in a residual stream (B, L, hidden_size)."""
+
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

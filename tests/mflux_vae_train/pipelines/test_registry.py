@@ -154,6 +154,17 @@ def test_unopenable_folder_error(install, tmp_path, index, message):
         registry.open_pipeline(str(tmp_path))
 
 
+def test_the_output_folder_of_a_run_is_named(install, tmp_path):
+    install(("FluxPipeline", "plug:first", "d"))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SettingsError, match="--lora_weights"):
+        registry.open_pipeline(str(tmp_path))
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "model_index.json").write_text("{}")
+    with pytest.raises(SettingsError, match="fused"):
+        registry.open_pipeline(str(tmp_path))
+
+
 def test_repositories_with_known_configurations_open_without_the_hub(install, monkeypatch):
     module = types.ModuleType("plug_hub")
     module.load = lambda model, revision=None: FakePipeline()

@@ -135,6 +135,7 @@ def test_schedules_without_effect_are_named_and_missing_prompts_are_missing(
     assert read(folder, FILE | {"optimizer": rates}).lr_scheduler == "constant"
     assert "lr_schedule cosine" in caplog.text
     assert read(folder, FILE | {"optimizer": rates | {"lr_total_steps": 9}}).lr_scheduler == "cosine"
+    assert "lr_total_steps 9 (the cosine" in caplog.text
     examples = {"path": "images/", "images": [{"image": "1.png"}, {"image": "2.png"}]}
     with pytest.raises(SettingsError, match="instance_prompt"):
         read(folder, OLD | {"examples": examples})
@@ -146,6 +147,7 @@ def test_schedules_without_effect_are_named_and_missing_prompts_are_missing(
         ({"guidence": 1}, "guidance"),
         ({"optimizer": {"learning_rat": 1}}, "learning_rate"),
         ({"data": None}, "folder"),
+        ({"examples": {"path": "images/", "images": [{"image": "1.png"}, {"image": "lost.png"}]}}, r"lost\.png"),
         ({"lora_layers": {"targets": [{"path": "x"}]}}, "lora_layers"),
         ({"training_loop": {"num_epochs": "many"}}, "num_train_epochs"),
     ],

@@ -222,6 +222,7 @@ def test_usage_names_the_class_and_the_file() -> None:
     for configs, dora in ((SD_1, False), (SDXL, True)):
         found = naming.usage(None, "adapter.safetensors", "a photo", configs, dora=dora)
         assert configs.class_name in found["diffusers"] and "adapter.safetensors" in found["diffusers"]
+        assert f"num_inference_steps={configs.recommended.steps}" in found["diffusers"]
         assert ("--fuse" in found["ComfyUI and AUTOMATIC1111"]) == dora
         assert "clip" not in "".join(found.values())
 
