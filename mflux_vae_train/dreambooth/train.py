@@ -30,6 +30,7 @@ from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
 from mflux_vae_train.dreambooth.export import result_path, save_adapter_files, save_fused, save_result
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
+from mflux_vae_train.dreambooth.optimization.held_out_loss import HeldOutLoss
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
 from mflux_vae_train.dreambooth.optimization.optimizer import (
     build_optimizers,
@@ -44,6 +45,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_up
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
+from mflux_vae_train.dreambooth.reporting.held_out import HeldOut, held_out_text
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
@@ -215,6 +217,8 @@ def _train(
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(peak_memory(read_metrics(folder.metrics)))
+    if (held_out := held_out_text(read_metrics(folder.metrics))) is not None:
+        _log([f"held-out loss: {held_out}"])
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
@@ -308,6 +312,13 @@ def _optimize(
         if resolved.train_mode == "lora":
             check_adapter(trained, path)
 
+    held_out = None
+    if precomputed.held_out is not None:
+        options: dict[str, Any] = {"guidance": resolved.guidance, "seed": resolved.seed, "processes": processes}
+        options["batch_size"] = resolved.train_batch_size * (1 if resolved.prior_preservation == "none" else 2)
+        measure = HeldOutLoss(pipeline, precomputed.held_out, sampling=resolved.sampling, **options)
+        held_out = HeldOut(pipeline, measure, run, folder, start=start, processes=processes)
+
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
     report(Progress(phase="training", update=run.status.update, total=plan.updates))
@@ -315,7 +326,14 @@ def _optimize(
     with (
         lora.assisted(pipeline.denoiser, assistant) if assistant is not None else nullcontext(),
         Monitor(
-            pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
+            pipeline,
+            validation,
+            run,
+            folder,
+            held_out=held_out,
+            start=start,
+            change_folder=change_folder,
+            processes=processes,
         ) as monitor,
     ):
 
@@ -336,6 +354,7 @@ def _optimize(
             observers=[*monitor.observers, compare_first_update(run.estimate), report_update],
             hooks=[
                 LearningCheck(*trained.values()),
+                *monitor.held_out_hooks(),
                 monitor.pace.timed_every(resolved.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 monitor.preview_hook(),
