@@ -73,6 +73,7 @@ LIGHT = (
         ".dreambooth.commands",
         ".dreambooth.commands.arguments",
         ".dreambooth.commands.draw",
+        ".dreambooth.commands.evaluate",
         ".dreambooth.config",
         ".vae",
         ".vae.cli",

@@ -62,6 +62,7 @@ class RunFolder:
         self.card = root / "README.md"
         self.encodings = root / "encodings"
         self.identity = root / "run.json"
+        self.evaluation = root / "evaluation"
 
 
 def claim(folder: RunFolder, lock: Lock) -> None:

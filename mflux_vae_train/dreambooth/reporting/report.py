@@ -26,6 +26,7 @@ from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
+from mflux_vae_train.dreambooth.reporting.evaluation_section import evaluation_section
 from mflux_vae_train.dreambooth.reporting.held_out import METRIC
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import duration
@@ -88,7 +89,8 @@ class Report:
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]
-        return page(header, [Section(name=n, title=title, body=body, note=note) for n, title, body, note in sections])
+        shown = [Section(name=n, title=title, body=body, note=note) for n, title, body, note in sections]
+        return page(header, [*shown[:2], evaluation_section(folder.root), *shown[2:]])
 
     # images
 
