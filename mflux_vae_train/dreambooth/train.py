@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,9 @@ class DreamBooth:
     def train(self, settings: DreamBoothSettings, on_progress: OnProgress | None = None) -> TrainingResult:
         """Train, or continue an interrupted run of the same settings.
 
-        Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. A dry run, or a
-        run that was complete before, leaves the pipeline unchanged.
+        Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. If the run was
+        complete before, the main process loads its adapter from `TrainingResult.result`; trained weights are not loaded
+        again: open the result instead. A dry run leaves the pipeline unchanged.
 
         Ctrl-C (SIGINT) and SIGTERM finish the update, save a checkpoint and raise `Interrupted`. It is a
         KeyboardInterrupt and not an `Error`, so `except DreamBooth.Error` does not catch it; the same call continues
@@ -155,6 +156,8 @@ class DreamBooth:
             if run.status.complete:
                 _log(summary(self.pipeline, run, folder, processes))
                 result = result_path(self.pipeline, run.resolved.train_mode, folder)
+                if run.resolved.train_mode == "lora" and processes.is_main:
+                    _load_adapter(self.pipeline, run, result)
                 updates = run.resolved.plan.updates
                 report(Progress(phase="finished", update=updates, total=updates, eta=0.0))
                 return TrainingResult(result=result, updates=0)
@@ -224,6 +227,14 @@ def _train(
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
     pipeline_features.update_host(pipeline)
     return TrainingResult(result=result, updates=plan.updates - start)
+
+
+def _load_adapter(pipeline: DiffusionPipeline, run: Preparation, file: Path) -> None:
+    """Let the pipeline hold the adapter of a complete run, as after the training."""
+    pipeline_features.apply(pipeline, run.resolved)
+    trained = networks(pipeline, run.resolved)
+    attach(pipeline, trained, replace(run.resolved, lora_weights=str(file)), run.trainable.targets)
+    pipeline_features.update_host(pipeline)
 
 
 def _optimize(
