@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -63,11 +63,11 @@ def _matrix(tensor: mx.array) -> mx.array:
     return matrix_to_mlx(conv_to_mlx(tensor).flatten(1) if tensor.ndim == 4 else tensor)
 
 
-def as_kernels(down: mx.array, up: mx.array, layer: Any) -> tuple[mx.array, mx.array]:
-    """A and B of a layer in the shapes of PEFT and kohya's scripts, which are kernels for a convolution."""
-    if layer.weight.ndim != 4:
+def as_kernels(down: mx.array, up: mx.array, kernel: tuple[int, int] | None) -> tuple[mx.array, mx.array]:
+    """A and B in the shapes of PEFT and kohya's scripts, which are kernels for a convolution with this kernel."""
+    if kernel is None:
         return down, up
-    return conv_from_mlx(down.reshape(-1, *layer.weight.shape[1:])), pointwise_from_mlx(up)
+    return conv_from_mlx(down.reshape(down.shape[0], *kernel, -1)), pointwise_from_mlx(up)
 
 
 def _pair(first: str, second: str, *, transposed: bool = False) -> list[Rule]:
@@ -87,7 +87,8 @@ RULES = (
     Rule("{path}.self_attn.to_{name}_lora.down.weight", f"{{path}}.self_attn.{{name}}_proj{A}"),
     Rule("{path}.self_attn.to_{name}_lora.up.weight", f"{{path}}.self_attn.{{name}}_proj{B}"),
     *_pair("{path}.lora_a", "{path}.lora_b", transposed=True),  # mlx-lm, mlx-examples
-    Rule("{path}.lora_magnitude_vector.{adapter}", f"{{path}}{MAGNITUDE}"),
+    Rule("{path}.lora_magnitude_vector.{adapter}", f"{{path}}{MAGNITUDE}", mx.flatten),
+    Rule(f"{{path}}{MAGNITUDE}", f"{{path}}{MAGNITUDE}", mx.flatten),  # of convolutions (1, out, 1, 1)
     Rule(f"{{path}}{DORA_SCALE}", f"{{path}}{MAGNITUDE}", mx.flatten),
 )
 """Ends of keys, which are read and never written: this project writes PEFT's and kohya's."""
@@ -96,6 +97,9 @@ _PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora_a", "lora_b"), 
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_model\.model|_orig_mod|module|state_dict)\.")
 """Levels that PEFT, torch.compile and data parallelism insert."""
+
+PEFT_NETWORK = re.compile(r"unet|transformer|text_encoder(_\d)?")
+"""First component of diffusers' keys, which names the network."""
 
 _BLOCK = re.compile(r"([a-z][a-z_]*?)[._](\d{1,6})[._]")
 _DENOISER = re.compile(r"(?:model\.)?diffusion_model\.|lora_(?:unet|transformer)_")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,20 +19,29 @@ from mflux_vae.errors import WeightsError
 from mflux_vae.utils.formatting import summarize
 from mflux_vae.weights.formats.lazy_tensor import check_numbers
 from mflux_vae_train.lora.dialects import MAGNITUDE, A, B, as_kernels
-from mflux_vae_train.lora.layers import add_lora, is_dora, layers
+from mflux_vae_train.lora.layers import LayerChange, add_lora, changes, layers
 from mflux_vae_train.lora.metadata import METADATA_KEY
 from mflux_vae_train.lora.reading import Adapter, Names, Networks, read_adapter
 
 
 def adapter_tensors(module: nn.Module, prefix: str) -> dict[str, mx.array]:
     """Tensors of all adapted layers, by key."""
+    return peft_tensors(changes(module), prefix)
+
+
+def peft_tensors(of_layers: Mapping[str, LayerChange], prefix: str) -> dict[str, mx.array]:
+    """Tensors of layers by key.
+
+    Args:
+        of_layers: by path in the network.
+        prefix: names the network; "" if the paths contain it.
+    """
     tensors = {}
-    for path, layer in layers(module).items():
-        tensors[f"{prefix}.{path}{A}"], tensors[f"{prefix}.{path}{B}"] = as_kernels(
-            layer.lora_a.T, layer.lora_b.T, layer.linear
-        )
-        if is_dora(layer):
-            tensors[f"{prefix}.{path}{MAGNITUDE}"] = layer.m
+    for path, change in of_layers.items():
+        name = f"{prefix}.{path}" if prefix else path
+        tensors[f"{name}{A}"], tensors[f"{name}{B}"] = as_kernels(change.a, change.b, change.kernel)
+        if (magnitudes := change.magnitudes) is not None:
+            tensors[f"{name}{MAGNITUDE}"] = magnitudes if change.kernel is None else magnitudes.reshape(1, -1, 1, 1)
     return tensors
 
 
@@ -41,18 +50,30 @@ def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
     adapted = layers(module)
     if not adapted:
         raise ValueError(f"{prefix} has no adapters to save")
-    first = next(iter(adapted.values()))
-    ranks = {path: int(layer.lora_a.shape[1]) for path, layer in adapted.items()}
-    alphas = {path: layer.scale * ranks[path] for path, layer in adapted.items()}
+    dropout = next(iter(adapted.values())).dropout.p
+    return peft_config(changes(module), prefix, target_modules(module, list(adapted)), dropout)
+
+
+def peft_config(
+    adapted: Mapping[str, LayerChange], prefix: str, targets: Sequence[str], dropout: float = 0.0
+) -> dict[str, object]:
+    """The PEFT configuration of layers, with prefixed keys.
+
+    Args:
+        adapted: by path.
+        targets: names or paths of the layers, see `target_modules`.
+    """
+    ranks = {path: change.rank for path, change in adapted.items()}
+    alphas = {path: change.alpha for path, change in adapted.items()}
     (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout.p,
-        "target_modules": _targets(module),
+        "lora_dropout": dropout,
+        "target_modules": list(targets),
         "bias": "none",
-        "use_dora": is_dora(first),
+        "use_dora": next(iter(adapted.values())).magnitudes is not None,
     }
     for name, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
         # PEFT's patterns match the ends of paths, too
@@ -62,15 +83,15 @@ def adapter_config(module: nn.Module, prefix: str) -> dict[str, object]:
     return {f"{prefix}.{key}": value for key, value in config.items()}
 
 
-def _targets(module: nn.Module) -> list[str]:
-    """Last components of the adapted layers' paths if they match no other module, otherwise the paths.
+def target_modules(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Last components of the paths of adapted layers if they match no other module, otherwise the paths.
 
     PEFT matches names with the ends of paths, and versions of transformers differ in the prefix of CLIP's layers.
     """
-    paths, names = list(layers(module)), {path.rpartition(".")[2] for path in layers(module)}
+    names = {path.rpartition(".")[2] for path in paths}
     matched = [path for path, _ in module.named_modules() if path.rpartition(".")[2] in names]
-    unique = sorted(matched) == paths and not any(map(str.isdigit, names))
-    return sorted(names) if unique else paths
+    unique = sorted(matched) == sorted(paths) and not any(map(str.isdigit, names))
+    return sorted(names) if unique else sorted(paths)
 
 
 def adapter_metadata(networks: Networks) -> dict[str, str]:
@@ -81,18 +102,14 @@ def adapter_metadata(networks: Networks) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
 
 
-def save_adapter(networks: Networks, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write adapters as a safetensors file for PEFT and diffusers.
-
-    Args:
-        metadata: more entries for the file, which other programs ignore.
-    """
+def save_adapter(networks: Networks, path: str | Path) -> None:
+    """Write adapters as a safetensors file for PEFT and diffusers."""
     from mflux_vae.weights.formats.files import write_safetensors
 
     tensors: dict[str, mx.array] = {}
     for prefix, module in networks.items():
         tensors |= adapter_tensors(module, prefix)
-    write_safetensors(path, tensors, {**adapter_metadata(networks), **(metadata or {})})
+    write_safetensors(path, tensors, adapter_metadata(networks))
 
 
 def check_adapter_fits(
@@ -161,9 +178,9 @@ def _check(networks: Networks, files: Mapping[str, Adapter], path: str | Path) -
             faults["missing "] += [f"{prefix}.*{A}"] if adapted else []
         elif adapted:
             expected = adapter_tensors(module, "").keys()
-            found = {f".{key}" for key in files[prefix].tensors}
-            faults["missing "] += [f"{prefix}{key}" for key in sorted(expected - found)]
-            faults["unknown "] += [f"{prefix}{key}" for key in sorted(found - expected)]
+            found = files[prefix].tensors.keys()
+            faults["missing "] += [f"{prefix}.{key}" for key in sorted(expected - found)]
+            faults["unknown "] += [f"{prefix}.{key}" for key in sorted(found - expected)]
     if any(faults.values()):
         raise WeightsError(f"{path}: does not fit the adapters of this model: {summarize([*faults.items()])}")
     for file in files.values():

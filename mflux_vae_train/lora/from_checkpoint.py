@@ -18,6 +18,9 @@ ARRAYS, VALUES = "state.safetensors", "state.json"
 ALPHAS = "alpha of each layer"
 """Name in the fingerprint: alphas by prefix and path, if they or the ranks differ from the settings."""
 
+CHECKPOINT_NETWORK = "denoiser"
+"""Name of the network in the checkpoint of a run that trains one."""
+
 _ENDS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 
 

@@ -6,7 +6,7 @@ projection. Its adapter then combines theirs: A stacked, B block diagonal. `dial
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import mlx.core as mx
@@ -15,9 +15,9 @@ import numpy as np
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.formatting import first_few
-from mflux_vae_train.lora.dialects import ALPHA, DOWN, UP, Modules, as_kernels
-from mflux_vae_train.lora.layers import is_dora, layers
-from mflux_vae_train.lora.targets import dimensions, linears
+from mflux_vae_train.lora.dialects import ALPHA, DORA_SCALE, DOWN, UP, Modules, as_kernels
+from mflux_vae_train.lora.layers import LayerChange, bases, changes
+from mflux_vae_train.lora.targets import dimensions
 
 
 def check_kohya(paths: Sequence[str], modules: Modules) -> None:
@@ -26,43 +26,73 @@ def check_kohya(paths: Sequence[str], modules: Modules) -> None:
     Raises:
         SettingsError: names the layers that have none.
     """
-    known = {member for members in modules.values() for member in members}
-    if without := [path for path in paths if path not in known]:
+    if without := unnamed(paths, modules):
         raise SettingsError(
             f"--output_kohya_format has no names for {first_few(without, 4, 50)}; use fewer --lora_layers"
         )
 
 
+def unnamed(paths: Iterable[str], modules: Modules) -> list[str]:
+    """Layers that have no name in kohya's naming."""
+    known = {member for members in modules.values() for member in members}
+    return [path for path in paths if path not in known]
+
+
 def kohya_tensors(module: nn.Module, modules: Modules) -> dict[str, mx.array]:
+    """The tensors of a module's adapters, see `kohya_layers`.
+
+    Raises:
+        SettingsError: see `check_kohya`; or there are DoRA magnitudes, which not every reader applies.
+    """
+    adapted = changes(module)
+    check_kohya(list(adapted), modules)
+    if any(change.magnitudes is not None for change in adapted.values()):
+        raise SettingsError("--output_kohya_format cannot store the magnitudes of --use_dora")
+    return kohya_layers(adapted, modules, {path: dimensions(layer)[0] for path, layer in bases(module).items()})
+
+
+def kohya_layers(
+    adapted: Mapping[str, LayerChange], modules: Modules, outputs: Mapping[str, int]
+) -> dict[str, mx.array]:
     """``{name}.lora_down.weight`` (rank, in), ``.lora_up.weight`` (out, rank) and ``.alpha``, equal to the rank.
 
-    Matrices of convolutions are kernels, as in `files`.
+    Matrices of convolutions are kernels, as in `files`. Magnitudes are ``{name}.dora_scale`` (out, 1).
 
     The scale is multiplied into the weights, as some readers ignore the alpha of some layers.
 
+    Args:
+        adapted: by path; all have a name in `modules`.
+        outputs: number of outputs of the layers in `modules`, by path.
+
     Raises:
-        SettingsError: see `check_kohya`; or there are DoRA magnitudes, which the format cannot store.
+        SettingsError: a layer with magnitudes is fused with one that has none.
     """
-    adapted, bases = layers(module), linears(module)
-    check_kohya(list(adapted), modules)
-    if any(map(is_dora, adapted.values())):
-        raise SettingsError("--output_kohya_format cannot store the magnitudes of --use_dora")
     tensors = {}
     for name, members in modules.items():
         present = [path for path in members if path in adapted]
         if not present:
             continue
-        down = mx.concatenate([adapted[path].lora_a.T for path in present])
+        down = mx.concatenate([adapted[path].a for path in present])
         rows, offset = [], 0
         for path in members:
-            layer = adapted.get(path)
-            outputs, _ = dimensions(bases[path] if layer is None else layer.linear)
-            up = mx.zeros((outputs, 0)) if layer is None else layer.scale * layer.lora_b.T
+            change = adapted.get(path)
+            up = mx.zeros((outputs[path], 0)) if change is None else change.scale * change.b.astype(mx.float32)
             rows.append(mx.pad(up, [(0, 0), (offset, down.shape[0] - offset - up.shape[1])]))
             offset += up.shape[1]
-        base = adapted[present[0]].linear
-        tensors[f"{name}{DOWN}"], tensors[f"{name}{UP}"] = as_kernels(down, mx.concatenate(rows), base)
+        kernel = adapted[present[0]].kernel
+        tensors[f"{name}{DOWN}"], tensors[f"{name}{UP}"] = as_kernels(down, mx.concatenate(rows), kernel)
         tensors[f"{name}{ALPHA}"] = mx.array(float(down.shape[0]))
+        magnitudes = [one for path in present if (one := adapted[path].magnitudes) is not None]
+        if magnitudes and len(magnitudes) < len(members):
+            some = first_few(present, 2, 50)
+            raise SettingsError(
+                f"{name} is one layer in kohya's naming, and DoRA adapts parts of it alone ({some}): its magnitudes"
+                " cannot be stored"
+            )
+        if magnitudes:
+            tensors[f"{name}{DORA_SCALE}"] = mx.concatenate(magnitudes).reshape(
+                -1, *((1,) if kernel is None else (1, 1, 1))
+            )
     return tensors
 
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -24,8 +25,35 @@ from mflux_vae.runtime.device import eval_each
 from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.modules import replace_layers
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
-from mflux_vae_train.lora.targets import dimensions, linears, matching
+from mflux_vae_train.lora.targets import dimensions, kernel_of, linears, matching
 from mflux_vae_train.randomness import Stream, rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """The change of a layer: W -> W + scale B A; with magnitudes, each row is then scaled to its magnitude.
+
+    Attributes:
+        a: A, (rank, in). Inputs of a convolution are the numbers in its window, (kh, kw, in) flattened.
+        b: B, (out, rank).
+        scale: alpha / rank.
+        kernel: (kh, kw) of a convolution.
+        magnitudes: (out,), DoRA's.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    kernel: tuple[int, int] | None = None
+    magnitudes: mx.array | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        return self.scale * self.rank
 
 
 def add_lora(
@@ -102,6 +130,20 @@ def bases(module: nn.Module) -> dict[str, Any]:
 def is_dora(layer: Any) -> bool:
     """Whether an adapted layer has magnitudes."""
     return "m" in layer
+
+
+def changes(module: nn.Module) -> dict[str, LayerChange]:
+    """The changes of the layers that `add_lora` adapted, by path."""
+    return {
+        path: LayerChange(
+            a=layer.lora_a.T,
+            b=layer.lora_b.T,
+            scale=layer.scale,
+            kernel=kernel_of(layer.linear),
+            magnitudes=layer.m if is_dora(layer) else None,
+        )
+        for path, layer in layers(module).items()
+    }
 
 
 @contextmanager

@@ -16,6 +16,9 @@ FILES = (
 )
 """Names of the file in a folder: diffusers', PEFT's, mlx-lm's, and that of a checkpoint."""
 
+PEFT_CONFIG, CARD = "adapter_config.json", "README.md"
+"""Files beside it, which state alpha and base model."""
+
 
 def adapter_file(path: str | Path) -> Path:
     """`path` itself, or the adapter in it if it is a folder.
@@ -45,13 +48,20 @@ def fetch_adapter(source: str, *, download: bool = True) -> Path | None:
     if place is None or Path(source).exists():
         return adapter_file(source)
     repository, inside = place
-    folder = hub.download(repository, [inside] if inside else FILES) if download else hub.cached(repository)
+    folder = hub.download(repository, _patterns(inside)) if download else hub.cached(repository)
     file = None if folder is None else folder / inside
     if file is None or (not download and not file.exists()):
         return None
     if not file.exists():
         raise WeightsError(f"{repository}: has no {inside}; give the name of a file in it")
     return adapter_file(file)
+
+
+def _patterns(inside: str) -> list[str]:
+    """Files to download: the adapter, and those beside it."""
+    folder = inside.rpartition("/")[0]
+    beside = [f"{folder}/{name}".lstrip("/") for name in (PEFT_CONFIG, CARD)]
+    return [*([inside] if inside else FILES), *beside]
 
 
 def _file_in(path: Path) -> Path:

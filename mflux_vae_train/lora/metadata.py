@@ -20,11 +20,9 @@ from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.text_files import parse_json, read_text
 from mflux_vae.utils.yaml_io import parse_yaml
 from mflux_vae.weights.formats.files import read_json
-from mflux_vae_train.lora.location import FILES
+from mflux_vae_train.lora.location import CARD, FILES, PEFT_CONFIG
 
 METADATA_KEY = "lora_adapter_metadata"
-PEFT_CONFIG = "adapter_config.json"
-CARD = "README.md"
 
 _ALPHA = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _RANK = ("r", "rank", "lora_rank")
@@ -98,6 +96,16 @@ class Statements:
                 raise WeightsError(
                     f"{self.path}: was trained with {name} {text}, which is not supported; use plain LoRA"
                 )
+
+    def prefixes(self) -> set[str]:
+        """Names of the networks that PEFT's configuration in the metadata is for."""
+        config = self._sources[METADATA_KEY]
+        return {key.partition(".")[0] for key, value in config.items() if "." in key or isinstance(value, dict)}
+
+    def targets(self, prefix: str) -> list[str] | None:
+        """PEFT's `target_modules`; None if nothing lists them."""
+        found = next((value for _, value in self._find(("target_modules",), prefix)), None)
+        return [*map(str, found)] if isinstance(found, list) else None
 
     def alpha(self, prefix: str) -> float | None:
         """Alpha of a network's adapter; None if nothing states it."""
@@ -181,12 +189,8 @@ def base_model(path: Path) -> tuple[str, str] | None:
     """
     from mflux_vae.weights.formats.files import open_weights
 
-    def of_card() -> Any:
-        front = read_text(path.with_name(CARD)).partition("---\n")[2].partition("\n---")[0]
-        return parse_yaml(front, CARD)
-
     sources: dict[str, Callable[[], Any]] = {
-        "model card": of_card,
+        "model card": lambda: card(path),
         PEFT_CONFIG: lambda: read_json(path.with_name(PEFT_CONFIG)),
         "metadata": lambda: open_weights(path)[1],
     }
@@ -197,6 +201,27 @@ def base_model(path: Path) -> tuple[str, str] | None:
             if found := next((name for name in names if isinstance(name, str) and name.strip()), None):
                 return where, found
     return None
+
+
+def card(path: Path) -> Mapping[str, Any]:
+    """Metadata of the model card beside an adapter's file, as the Hugging Face Hub reads it; empty if there is none."""
+    with suppress(InputError, OSError):
+        front = read_text(path.with_name(CARD)).partition("---\n")[2].partition("\n---")[0]
+        content = parse_yaml(front, CARD)
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata without what `Statements` reads of ranks and alphas, and without hashes of the tensors."""
+    read = {*_ALPHA, *_RANK, *_LAYER_RANK, "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "target_modules"}
+    return {
+        key: text
+        for key, text in metadata.items()
+        if key not in (METADATA_KEY, "format")
+        and key.rpartition(".")[2] not in read
+        and not key.startswith(("sshs_", "modelspec.hash"))
+    }
 
 
 def pattern_value(patterns: Mapping[str, float], path: str) -> float | None:

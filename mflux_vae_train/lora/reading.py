@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -20,6 +20,7 @@ from mflux_vae_train.lora.dialects import (
     ALPHA,
     DORA_SCALE,
     MAGNITUDE,
+    PEFT_NETWORK,
     A,
     B,
     LayerNames,
@@ -30,11 +31,11 @@ from mflux_vae_train.lora.dialects import (
     outline,
     renamed,
 )
-from mflux_vae_train.lora.from_checkpoint import checkpoint_adapter, is_checkpoint
+from mflux_vae_train.lora.from_checkpoint import CHECKPOINT_NETWORK, checkpoint_adapter, is_checkpoint
 from mflux_vae_train.lora.kohya import split
-from mflux_vae_train.lora.layers import bases
+from mflux_vae_train.lora.layers import LayerChange, bases
 from mflux_vae_train.lora.metadata import Statements, pattern_value
-from mflux_vae_train.lora.targets import dimensions
+from mflux_vae_train.lora.targets import dimensions, kernel_of
 
 Networks: TypeAlias = Mapping[str, nn.Module]
 """Networks by the prefix of their keys, such as "transformer"; the denoiser first."""
@@ -52,6 +53,8 @@ class Adapter:
         ranks, alphas: by path of the adapted layer.
         dora: whether there are magnitudes.
         unstated: number of layers whose alpha the file does not state.
+        kernels: (kh, kw) of convolutions, by path.
+        targets: PEFT's `target_modules`; None if the file does not list them.
     """
 
     tensors: Mapping[str, mx.array]
@@ -59,6 +62,22 @@ class Adapter:
     alphas: Mapping[str, float]
     dora: bool
     unstated: int
+    kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    targets: Sequence[str] | None = None
+
+    @cached_property
+    def changes(self) -> Mapping[str, LayerChange]:
+        """By path of the adapted layer."""
+        return {
+            path: LayerChange(
+                a=self.tensors[f"{path}{A}"],
+                b=self.tensors[f"{path}{B}"],
+                scale=self.alphas[path] / rank,
+                kernel=self.kernels.get(path),
+                magnitudes=self.tensors.get(f"{path}{MAGNITUDE}"),
+            )
+            for path, rank in self.ranks.items()
+        }
 
     @cached_property
     def rank(self) -> int:
@@ -70,6 +89,40 @@ class Adapter:
         """The most frequent alpha of layers of that rank."""
         alphas = [alpha for path, alpha in self.alphas.items() if self.ranks[path] == self.rank]
         return Counter(alphas).most_common(1)[0][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """A file's tensors by PEFT's ends of keys.
+
+    Attributes:
+        source: key in the file, by PEFT's.
+        kernels: (kh, kw) where A is a kernel, by name of the layer.
+    """
+
+    path: Path
+    tensors: Mapping[str, mx.array]
+    source: Mapping[str, str]
+    kernels: Mapping[str, tuple[int, int]]
+    statements: Statements
+
+    @cached_property
+    def layers(self) -> Mapping[str, Mapping[str, mx.array]]:
+        """Tensors of each layer, by name and end of the key."""
+        layers: dict[str, dict[str, mx.array]] = {}
+        for key, tensor in self.tensors.items():
+            if (end := _end(key)) is not None:
+                layers.setdefault(key.removesuffix(end), {})[end] = tensor
+        return layers
+
+    @property
+    def unknown(self) -> list[str]:
+        """Keys with other ends."""
+        return [self.source[key] for key in self.tensors if _end(key) is None]
+
+
+def _end(key: str) -> str | None:
+    return next((end for end in (A, B, MAGNITUDE, ALPHA) if key.endswith(end)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +154,59 @@ def read_adapter(
             misshapen keys; a part for a network that is not among these; or statements that cannot be read or
             contradict each other or the tensors.
     """
+    file = _open(Path(path), networks)
+    file.statements.check(networks)
+    placed = _placed(file, networks, names or {})
+    return {
+        prefix: _adapter([one for one in placed if one.prefix == prefix], bases(networks[prefix]), file, scale)
+        for prefix in networks
+        if any(one.prefix == prefix for one in placed)
+    }
+
+
+def read_by_names(path: str | Path) -> dict[str, Adapter]:
+    """The adapters in a file without their model: layers are as in the file, fused ones included.
+
+    Returns:
+        by the first component of the layers' names if it names a network, as in PEFT's files; else by "".
+
+    Raises:
+        WeightsError: as `read_adapter`, without the comparison with a model.
+    """
+    file = _open(Path(path), [CHECKPOINT_NETWORK])
+    stated = file.statements.prefixes()
+    found: dict[str, list[_Layer]] = {}
+    faults: dict[str, list[str]] = {"missing ": [], "unknown ": file.unknown, "": []}
+    for name, parts in file.layers.items():
+        first, _, rest = name.partition(".")
+        prefix = first if rest and (first in stated or PEFT_NETWORK.fullmatch(first)) else ""
+        layer = _Layer(name=name, prefix=prefix, paths=[rest if prefix else name], tensors=parts)
+        if A not in parts or B not in parts:
+            faults["missing "].append(counterpart(file.source[f"{name}{next(iter(parts))}"]))
+        elif wrong := _wrong_shapes(layer, parts[B].shape[0], parts[A].shape[-1], file.source):
+            faults[""].append(wrong)
+        else:
+            found.setdefault(prefix, []).append(layer)
+    if any(faults.values()):
+        raise WeightsError(f"{path}: not a whole adapter: {summarize([*faults.items()])}; take another file")
+    file.statements.check(found)
+    return {prefix: _adapter(layers, None, file, 1.0) for prefix, layers in found.items()}
+
+
+def _open(path: Path, prefixes: Iterable[str]) -> _File:
+    """Read a file.
+
+    Args:
+        prefixes: of the networks, the denoiser's first.
+
+    Raises:
+        WeightsError: another kind of adapter or number format, two keys for one tensor, or statements that cannot be
+            read.
+    """
     from mflux_vae.weights.formats.files import open_weights
 
-    path = Path(path)
     if is_checkpoint(path):
-        tensors, metadata = checkpoint_adapter(path, networks)
+        tensors, metadata = checkpoint_adapter(path, prefixes)
     else:
         stored, metadata = open_weights(path)
         check_kind(stored, str(path))
@@ -118,28 +219,18 @@ def read_adapter(
             )
     check_magnitudes(tensors, str(path))
     found, source = renamed(tensors, str(path))
-    statements = Statements(metadata, path)
-    statements.check(networks)
-    placed = _placed(found, source, networks, names or {}, path)
-    return {
-        prefix: _adapter([one for one in placed if one.prefix == prefix], networks[prefix], statements, source, scale)
-        for prefix in networks
-        if any(one.prefix == prefix for one in placed)
+    kernels = {
+        key.removesuffix(A): (shape[2], shape[3])
+        for key in found
+        if key.endswith(A) and len(shape := tensors[source[key]].shape) == 4
     }
+    return _File(path=path, tensors=found, source=source, kernels=kernels, statements=Statements(metadata, path))
 
 
-def _placed(
-    tensors: Mapping[str, mx.array], source: Mapping[str, str], networks: Networks, names: Names, path: Path
-) -> list[_Layer]:
+def _placed(file: _File, networks: Networks, names: Names) -> list[_Layer]:
     """The layers of a file, found in the networks, with two matrices of fitting shapes each."""
-    by_layer: dict[str, dict[str, mx.array]] = {}
-    faults: dict[str, list[str]] = {"missing ": [], "unknown ": [], "": []}
-    for key, tensor in tensors.items():
-        end = next((end for end in (A, B, MAGNITUDE, ALPHA) if key.endswith(end)), None)
-        if end is None:
-            faults["unknown "].append(source[key])
-        else:
-            by_layer.setdefault(key.removesuffix(end), {})[end] = tensor
+    path, source, by_layer = file.path, file.source, file.layers
+    faults: dict[str, list[str]] = {"missing ": [], "unknown ": file.unknown, "": []}
     linears = {prefix: bases(module) for prefix, module in networks.items()}
     lookup = LayerNames(linears, names)
     placed: list[_Layer] = []
@@ -155,7 +246,12 @@ def _placed(
             faults["unknown "] += keys
         elif A not in parts or B not in parts:
             faults["missing "].append(counterpart(keys[0]))
-        elif wrong := _wrong_shapes(layer, linears[prefix], source):
+        elif wrong := _wrong_shapes(
+            layer,
+            sum(dimensions(linears[prefix][path])[0] for path in paths),
+            dimensions(linears[prefix][paths[0]])[1],
+            source,
+        ):
             faults[""].append(wrong)
         elif (first := taken.setdefault((prefix, tuple(paths)), keys[0])) != keys[0]:
             faults[""].append(f"{first} and {keys[0]} are for one layer")
@@ -163,7 +259,9 @@ def _placed(
             placed.append(layer)
     if any(faults.values()):
         fit = sum(len(one.tensors) for one in placed)
-        _refuse(path, by_layer, lookup, networks, faults, f"{fit} of {len(tensors)} keys match", nothing=not placed)
+        _refuse(
+            path, by_layer, lookup, networks, faults, f"{fit} of {len(file.tensors)} keys match", nothing=not placed
+        )
     if others:
         (prefix, keys), *_ = others.items()
         raise WeightsError(
@@ -174,11 +272,10 @@ def _placed(
     return placed
 
 
-def _wrong_shapes(layer: _Layer, linears: Mapping[str, Any], source: Mapping[str, str]) -> str:
-    """What is wrong with the shapes of a layer; empty if they fit."""
+def _wrong_shapes(layer: _Layer, outputs: int, inputs: int, source: Mapping[str, str]) -> str:
+    """What is wrong with the shapes of a layer with this many outputs and inputs; empty if they fit."""
     down, up, alpha, magnitude = (layer.tensors.get(end) for end in (A, B, ALPHA, MAGNITUDE))
     assert down is not None and up is not None
-    outputs, inputs = sum(dimensions(linears[path])[0] for path in layer.paths), dimensions(linears[layer.paths[0]])[1]
     if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
         return f"{layer.name} has the shapes {tuple(down.shape)} and {tuple(up.shape)}"
     if up.shape[0] != outputs:
@@ -225,15 +322,17 @@ def _refuse(
     raise WeightsError(f"{path}: does not fit this {prefix}; {matches}: {summarize([*faults.items()], 220)}")
 
 
-def _adapter(
-    found: Sequence[_Layer], module: nn.Module, statements: Statements, source: Mapping[str, str], scale: float
-) -> Adapter:
-    prefix, path = found[0].prefix, statements.path
+def _adapter(found: Sequence[_Layer], linears: Mapping[str, Any] | None, file: _File, scale: float) -> Adapter:
+    """
+    Args:
+        linears: the network's layers; None if the layers of the file are those of the network.
+    """
+    prefix, path, source, statements = found[0].prefix, file.path, file.source, file.statements
     stated, hint = statements.alpha(prefix), statements.layer_rank(prefix)
     alpha_pattern, rank_pattern = (statements.pattern(f"{kind}_pattern", prefix) for kind in ("alpha", "rank"))
     root = statements.flag("use_rslora", prefix)  # scale alpha / sqrt(rank), arXiv:2312.03732
     given = {one.name: _alpha_tensor(one, source, path) for one in found if ALPHA in one.tensors}
-    _check_statements(found, statements, given, rank_pattern)
+    _check_statements(found, statements, given, rank_pattern, fused=linears is None)
     dora = any(MAGNITUDE in one.tensors for one in found)
     if without := [one.name for one in found if dora and MAGNITUDE not in one.tensors]:
         of_kohya = any(key.endswith(DORA_SCALE) for key in source.values())
@@ -244,7 +343,8 @@ def _adapter(
     tensors: dict[str, mx.array] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    unstated, linears, usual = 0, bases(module), hint or min(one.rank for one in found)
+    kernels: dict[str, tuple[int, int]] = {}
+    unstated, usual = 0, hint or min(one.rank for one in found)
     for one in found:
         alpha = given.get(one.name, pattern_value(alpha_pattern, one.paths[0]) or stated)
         if alpha is None:
@@ -252,7 +352,7 @@ def _adapter(
             alpha = scale * one.rank
         elif root:
             alpha *= math.sqrt(one.rank)
-        outputs = [dimensions(linears[part])[0] for part in one.paths]
+        outputs = [one.tensors[B].shape[0] if linears is None else dimensions(linears[part])[0] for part in one.paths]
         rows = np.cumsum(outputs)[:-1].tolist()
         magnitudes = list(mx.split(one.tensors[MAGNITUDE], rows)) if dora else []
         for index, pair in enumerate(split(one.tensors[A], one.tensors[B], outputs, usual)):
@@ -264,7 +364,17 @@ def _adapter(
             alphas[part] = alpha if ranks[part] == one.rank else alpha * ranks[part] / one.rank
             if dora:
                 tensors[f"{part}{MAGNITUDE}"] = magnitudes[index]
-    return Adapter(tensors=tensors, ranks=ranks, alphas=alphas, dora=dora, unstated=unstated)
+            if (kernel := file.kernels.get(one.name) if linears is None else kernel_of(linears[part])) is not None:
+                kernels[part] = kernel
+    return Adapter(
+        tensors=tensors,
+        ranks=ranks,
+        alphas=alphas,
+        dora=dora,
+        unstated=unstated,
+        kernels=kernels,
+        targets=statements.targets(prefix),
+    )
 
 
 def _alpha_tensor(layer: _Layer, source: Mapping[str, str], path: Path) -> float:
@@ -276,9 +386,17 @@ def _alpha_tensor(layer: _Layer, source: Mapping[str, str], path: Path) -> float
 
 
 def _check_statements(
-    found: Sequence[_Layer], statements: Statements, given: Mapping[str, float], rank_pattern: Mapping[str, float]
+    found: Sequence[_Layer],
+    statements: Statements,
+    given: Mapping[str, float],
+    rank_pattern: Mapping[str, float],
+    *,
+    fused: bool,
 ) -> None:
     """Compare stated ranks and alphas with the tensors.
+
+    Args:
+        fused: layers may be several ones that are fused.
 
     Raises:
         WeightsError: they contradict each other.
@@ -290,7 +408,7 @@ def _check_statements(
         if expected is not None and expected != one.rank:
             _contradiction(statements.path, f"rank {expected:g}", f"{shortened(one.name, 100)} has rank {one.rank}")
     multiples = {one.rank / count for one in found for count in range(1, len(one.paths) + 1)}
-    if usual is not None and usual not in multiples:
+    if usual is not None and usual not in multiples and not fused:
         some = sorted({one.rank for one in found})
         _contradiction(statements.path, f"rank {usual}", f"its layers have rank {first_few([*map(str, some)])}")
     if alpha is not None and len(given) == len(found):

@@ -67,3 +67,8 @@ def dimensions(layer: Any) -> tuple[int, int]:
     """(outputs, inputs) of a layer; inputs of a convolution are the numbers in its window."""
     outputs, inputs = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
     return outputs, inputs * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else inputs
+
+
+def kernel_of(layer: Any) -> tuple[int, int] | None:
+    """(kh, kw) of a convolution; None for a linear layer."""
+    return tuple(layer.weight.shape[1:3]) if layer.weight.ndim == 4 else None
