@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mflux_vae.errors import SettingsError, did_you_mean
@@ -42,6 +42,18 @@ class CommandParser(ArgumentParser):
         added = self.add_subparsers(title="commands", metavar="COMMAND", required=True)
         self.commands = added.choices
         return added
+
+    def add_functions(self, functions: Sequence[Callable[[ArgumentParser], Any]], dest: str) -> None:
+        """Add a command for each function, with its name and the first line of its docstring.
+
+        Args:
+            functions: add flags to a parser and return the value of `dest`.
+        """
+        commands = self.add_commands()
+        for add in functions:
+            text = (add.__doc__ or "").strip().partition("\n")[0]
+            added = commands.add_parser(add.__name__, help=text, description=text, allow_abbrev=False)
+            added.set_defaults(**{dest: add(added)})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)

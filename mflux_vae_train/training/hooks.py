@@ -49,8 +49,6 @@ def every(interval: int | None, hook: Hook, *, last: bool = True) -> Hook:
 class MetricsLog:
     """Appends one JSON line per update: ``{"update": n, "loss": ..., ..., "seconds": ...}``.
 
-    `add` appends another line with the same update, which `read_metrics` joins to the first.
-
     Args:
         path: file to write.
         resumed_at: update that the run continues after. Later lines are removed, so that a resumed run leaves the log
@@ -78,11 +76,13 @@ class MetricsLog:
             raise TrainingError(f"{path}: cannot write the metrics log ({error})") from error
 
     def __call__(self, record: Record) -> None:
-        self.add(record.update, {**record.metrics, "seconds": round(record.seconds, 4), **self._extra(record)})
-
-    def add(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Log measurements after an update."""
-        self._file.write(json.dumps({"update": update, **metrics}) + "\n")
+        line = {
+            "update": record.update,
+            **record.metrics,
+            "seconds": round(record.seconds, 4),
+            **self._extra(record),
+        }
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsLog:
@@ -111,19 +111,15 @@ def peak_memory(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The metrics of each update; empty if there is no file. An incomplete last line is skipped."""
+    """Lines of a metrics log; empty if there is no file. An incomplete last line is skipped."""
     path = Path(path)
-    records: list[dict[str, Any]] = []
+    lines = []
     for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:
             break
-        if records and records[-1]["update"] == line["update"]:
-            records[-1] |= line
-        else:
-            records.append(line)
-    return records
+    return lines
 
 
 def _bytes_up_to(path: Path, update: int) -> int:

@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mflux_vae.utils.command_line import CommandParser
+from mflux_vae_train.dreambooth.commands.adapter import adapter
 from mflux_vae_train.dreambooth.commands.draw import draw
-from mflux_vae_train.dreambooth.commands.evaluate import evaluate
 
 PROG = "mflux-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
 
 Run = Callable[..., object]
 
-COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw, evaluate)
+COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +43,5 @@ def _dispatch(words: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = CommandParser(prog=PROG, description="Draw with what mflux-train-dreambooth trained, and compare.")
-    commands = parser.add_commands()
-    for add in COMMANDS:
-        text = (add.__doc__ or "").strip().partition("\n")[0]
-        added = commands.add_parser(add.__name__, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(run=add(added))
+    parser.add_functions(COMMANDS, "run")
     return parser

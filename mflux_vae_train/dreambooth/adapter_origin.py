@@ -1,0 +1,38 @@
+"""Where an adapter comes from: the settings of the run whose folder holds its file, and the model that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.lora import metadata
+from mflux_vae_train.settings.values import DERIVED, read_file
+
+
+def run_settings(file: Path) -> Mapping[str, Any]:
+    """All settings of the run whose folder, or checkpoint, holds a file; empty if none does.
+
+    Raises:
+        SettingsError: they cannot be read.
+    """
+    for root in (file.parent, file.parent.parent):
+        folder = RunFolder(root)
+        if folder.identity.is_file() and folder.settings.is_file():
+            stated = read_file(DreamBoothSettings, folder.settings)
+            return {**stated, **stated.pop(DERIVED, {})}
+    return {}
+
+
+def base_model(file: Path, *, opens: bool = False) -> str | None:
+    """Model that an adapter is for, by its run or as files state it; None if none does.
+
+    Args:
+        opens: only what may be a value of ``--model``, unlike names in a file's metadata.
+    """
+    if model := run_settings(file).get("model"):
+        return str(model)
+    named = metadata.base_model(file)
+    return None if named is None or (opens and named[0] == "metadata") else named[1]

@@ -1,1 +1,0 @@
-"""Compare the checkpoints of a run: draw, measure, recommend."""
