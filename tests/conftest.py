@@ -26,9 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    patch.setattr(os, "fsync", lambda _: None)  # files of tests need not survive a power failure
     if chosen := config.getoption("as_gpu"):
-        patch = pytest.MonkeyPatch()
-        config.add_cleanup(patch.undo)
         branch.force(patch, dtype=branch.DTYPES[chosen])
 
 

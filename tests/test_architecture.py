@@ -74,6 +74,7 @@ LIGHT = (
         ".dreambooth.commands.adapter",
         ".dreambooth.commands.arguments",
         ".dreambooth.commands.draw",
+        ".dreambooth.commands.evaluate",
         ".dreambooth.config",
         ".vae",
         ".vae.cli",

@@ -115,7 +115,7 @@ FAKE = (
 def fake(output: Path) -> list[object]:
     """DreamBooth on a fast pipeline with five class images and previews."""
     more = {"resolution": 16, "num_class_images": 5, "num_validation_images": 5, "sample_batch_size": 1}
-    more |= {"gradient_accumulation_steps": 4, "adam_epsilon": 1e-3}
+    more |= {"gradient_accumulation_steps": 4, "adam_epsilon": 1e-3, "validation_share": 0.5}
     command = dreambooth(output, *(part for name, value in more.items() for part in (f"--{name}", value)))
     return [sys.executable, "-c", FAKE, *command[3:]]
 
@@ -139,6 +139,8 @@ def test_images_latents_and_previews_equal_those_of_one_process(count: int, fake
     for name in shared:
         assert (out / name).read_bytes() == (faked / name).read_bytes(), name
     near(out / "pytorch_lora_weights.safetensors", faked / "pytorch_lora_weights.safetensors")
+    untrained = [read_metrics(folder / "metrics.jsonl")[0] for folder in (out, faked)]
+    assert untrained[0] == untrained[1] and "held_out_loss" in untrained[0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2)])

@@ -23,7 +23,7 @@ OPTIMIZER_FLAGS = {
 OFFSET_NOISE = 0.1
 """Size of the noise offset in diffusers' scripts with ``--offset_noise``."""
 
-_CONCEPT_FIELDS = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir")
+_CONCEPT_FIELDS = ("instance_data_dir", "instance_prompt", "class_prompt", "class_data_dir", "validation_data_dir")
 
 _REPLACES = (
     *(
@@ -50,6 +50,7 @@ class Concept:
     instance_prompt: str = flag("prompt that names the subject")
     class_prompt: str | None = flag("prompt for its class", None)
     class_data_dir: str | None = flag("folder with images of its class", None, path=True)
+    validation_data_dir: str | None = flag("folder with held-out images of the subject", None, path=True)
     repeats: int | None = flag("how often each image is used in an epoch", None, least=1)
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class DreamBoothSettings:
     instance_prompt: str = flag('prompt that names the subject, e.g. "a photo of sks dog" [required]', "")
     concepts: tuple[Concept, ...] | None = flag(
         "several subjects: a YAML list with instance_data_dir, instance_prompt and, optionally, class_prompt,"
-        " class_data_dir, repeats of each",
+        " class_data_dir, validation_data_dir, repeats of each",
         None,
     )
     output_dir: str = flag("folder for adapter, checkpoints, previews and logs", "dreambooth-output", path=True)
@@ -331,6 +332,21 @@ class DreamBoothSettings:
     validation_steps: int | None = flag("updates between previews (default: an eighth of the run)", None, least=1)
     validation_epochs: int | None = flag("epochs between previews, instead of --validation_steps", None, least=1)
     num_validation_images: int = flag("images per prompt in a preview; 0 for no previews", 4, least=0)
+    validation_data_dir: str | None = flag(
+        "folder with more images of the subject, with captions and masks as in --instance_data_dir: they are not"
+        " trained, and the loss on them is measured during the run, always with the same noise",
+        None,
+        path=True,
+    )
+    validation_share: float | None = flag(
+        "share of the instance images to hold out for that instead, at least one of each subject (0.2 of ten are two)",
+        None,
+        above=0,
+        below=1,
+    )
+    validation_loss_steps: int | None = flag(
+        "updates between measurements of the held-out loss (default: --validation_steps)", None, least=1
+    )
     report_to: str | None = flag(
         "trackers for metrics and previews, beside report.html; all: those that are installed (extras tensorboard,"
         " wandb)",
@@ -343,6 +359,7 @@ class DreamBoothSettings:
         "updates between checkpoints (none: only at the end)", 200, least=1, group="saving and resuming"
     )
     checkpoints_total_limit: int | None = flag("number of newest checkpoints to keep (none: all)", 2, least=1)
+    keep_best: bool = flag("also keep the adapter with the lowest held-out loss so far, in best/", False)
     resume_from_checkpoint: str | None = flag(
         "latest, or a checkpoint to go back to: its name in --output_dir, or a path", None, path=True
     )
@@ -359,7 +376,7 @@ class DreamBoothSettings:
                 raise SettingsError(f"--{name} is empty")
         folders = [("output_dir", self.output_dir)]
         for concept in self.subjects:
-            for name in ("instance_data_dir", "class_data_dir"):
+            for name in ("instance_data_dir", "class_data_dir", "validation_data_dir"):
                 if (folder := getattr(concept, name)) is None:
                     continue
                 # images that a run writes into one folder would be read as images of the other
@@ -376,6 +393,11 @@ class DreamBoothSettings:
             object.__setattr__(self, "noise_offset", OFFSET_NOISE)
         if self.validation_steps is not None and self.validation_epochs is not None:
             raise SettingsError("--validation_steps and --validation_epochs exclude each other; give one of them")
+        held_out = [one.validation_data_dir for one in self.subjects if one.validation_data_dir is not None]
+        if held_out and self.validation_share is not None:
+            raise SettingsError("--validation_data_dir and --validation_share exclude each other; give one of them")
+        if self.keep_best and not held_out and self.validation_share is None:
+            raise SettingsError("--keep_best needs held-out images: give --validation_share or --validation_data_dir")
         if self.train_mode == "full" and self.prior_preservation == "dop":
             raise SettingsError(
                 "--prior_preservation dop compares with the base model, which --train_mode full changes"
@@ -421,5 +443,5 @@ class DreamBoothSettings:
 
 _LORA_ONLY = (
     *("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "lora_weights"),
-    *("assistant_lora", "output_kohya_format", "fuse", "preview_model"),
+    *("assistant_lora", "output_kohya_format", "fuse", "preview_model", "keep_best"),
 )

@@ -97,11 +97,17 @@ def save_result(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder:
     return path
 
 
-def save_adapter_files(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: Path) -> None:
-    """Write the adapter into a folder, in PEFT's naming and with ``--output_kohya_format`` also in kohya's."""
-    lora.save_adapter(networks(pipeline, resolved), folder / ADAPTER)
+def save_adapter_files(
+    pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the adapter into a folder, in PEFT's naming and with ``--output_kohya_format`` also in kohya's.
+
+    Args:
+        metadata: more entries for the file in PEFT's naming, which is written last.
+    """
     if resolved.output_kohya_format:
         _save_for_kohya(pipeline, resolved, folder / KOHYA)
+    lora.save_adapter(networks(pipeline, resolved), folder / ADAPTER, metadata)
 
 
 def save_fused(pipeline: DiffusionPipeline, resolved: ResolvedSettings, folder: RunFolder) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ class Precomputed:
     """
     Attributes:
         dataset: latents and conditioning that the updates draw from.
+        held_out: those of the held-out images; None without any.
         prompts: of class images and previews, for the model that draws them.
         class_identity: see `class_images.class_identity`.
     """
 
     dataset: EncodedDataset
+    held_out: EncodedDataset | None
     prompts: EncodedPrompts
     class_identity: Mapping[str, Any]
 
@@ -63,6 +65,7 @@ def precompute(
     captions = [one.caption for one in run.dataset.images]
     class_prompts = [one.class_prompt for one in resolved.subjects if one.class_prompt is not None]
     all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]
+    all_prompts += [one.caption for one in run.dataset.held_out]
     shared = preview_model.share_encoders(pipeline, run.drawing, resolved)
     drawn_prompts = prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
     release(pipeline, "prompts")
@@ -87,12 +90,17 @@ def precompute(
         preserves_output=resolved.prior_preservation == "dop",
         processes=processes,
     )
+    held_out = None
+    if run.dataset.held_out:
+        once = [replace(one, repeats=1) for one in resolved.subjects]
+        options: dict[str, Any] = {"class_images": None, "preserves_output": False, "processes": processes}
+        held_out = encode_dataset(pipeline, run.dataset.held_out, prompts, once, cache, **options)
     release(pipeline, "images")
     run.dataset.release()
     if cache.hits:
         logger.info("%d encodings of earlier runs reused, %d new", cache.hits, cache.writes)
     identity = processes.broadcast(lambda: class_identity(class_images or []))
-    return Precomputed(dataset=dataset, prompts=drawn_prompts, class_identity=identity)
+    return Precomputed(dataset=dataset, held_out=held_out, prompts=drawn_prompts, class_identity=identity)
 
 
 def _class_images(run: Preparation, prompts: EncodedPrompts, processes: ProcessGroup) -> list[Sequence[Path]] | None:

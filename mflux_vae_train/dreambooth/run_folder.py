@@ -21,6 +21,7 @@ from mflux_vae.weights.formats.files import write_json, write_text
 from mflux_vae_train.checkpointing import checkpoint
 from mflux_vae_train.checkpointing.branch import Branch, abandon
 from mflux_vae_train.checkpointing.lock import Lock
+from mflux_vae_train.dreambooth.best_adapter import read_best
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.settings import flags
 
@@ -30,6 +31,7 @@ RESUMABLE_CHANGES = frozenset(
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
         *("report_to", "logging_dir", "sample_batch_size", "output_kohya_format", "fuse", "fuse_single_file"),
         *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images"),
+        *("validation_data_dir", "validation_loss_steps", "keep_best"),
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
         "bnb_quantization_config_path",
         *("revision", "variant", "vae"),  # the weights count
@@ -41,7 +43,7 @@ RESUMABLE_CHANGES = frozenset(
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
-"""The adapter, in the output folder and in each checkpoint; diffusers looks for this name."""
+"""The adapter, in the output folder, in each checkpoint and in ``best``; diffusers looks for this name."""
 
 
 class RunFolder:
@@ -50,6 +52,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.adapter = root / ADAPTER
+        self.best = root / "best"
         self.samples = root / "samples"
         self.metrics = root / "metrics.jsonl"
         self.loss_curve = root / "loss.png"
@@ -59,6 +62,7 @@ class RunFolder:
         self.card = root / "README.md"
         self.encodings = root / "encodings"
         self.identity = root / "run.json"
+        self.evaluation = root / "evaluation"
 
 
 def claim(folder: RunFolder, lock: Lock) -> None:
@@ -88,8 +92,11 @@ def start(
     """
     with _writing(folder):
         if abandoned and branch is not None:
-            previews = folder.samples.glob("step-*.png")
-            abandon(folder.root, abandoned, after=int(branch["update"]), moved=previews, copied=folder.metrics)
+            after, moved = int(branch["update"]), [*folder.samples.glob("step-*.png")]
+            best = read_best(folder.best / ADAPTER)
+            if best is not None and (best.update > after or Path(branch["checkpoint"]).is_absolute()):
+                moved.append(folder.best)
+            abandon(folder.root, abandoned, after=after, moved=moved, copied=folder.metrics)
         write_json(folder.identity, _record(identity, branch, finished=False))
         of_one_call = ("resume_from_checkpoint", "allow_changes", "dry_run")
         write_text(folder.settings, flags.to_yaml(settings, given, omit=of_one_call))

@@ -98,7 +98,7 @@ def read_status(
     record, checkpoints = read_record(folder), checkpoint.numbered(folder.root)
     if record is None:
         _refuse_foreign_files(folder, identity, ignored)
-    elif not (record["finished"] or checkpoints or read_metrics(folder.metrics)):
+    elif not (record["finished"] or checkpoints or any(line["update"] for line in read_metrics(folder.metrics))):
         record = None  # it ended before its first update
     before = record or {"identity": identity, "finished": False}
     if (changed := identity_differences(before["identity"], identity, ignored)) and not allow_changes:
@@ -221,7 +221,7 @@ def _check_state(
 
 def _refuse_foreign_files(folder: RunFolder, identity: Mapping[str, Any], ignored: Collection[str]) -> None:
     """Refuse a folder without run.json whose files the run would overwrite, unless a checkpoint there is this run's."""
-    written = (folder.adapter, folder.metrics, folder.samples, folder.card, folder.settings, folder.report)
+    written = (folder.adapter, folder.best, folder.metrics, folder.samples, folder.card, folder.settings, folder.report)
     endangered = [path for path in written if path.exists()]
     endangered += sorted(folder.root.glob("checkpoint-*"))
     if not endangered:

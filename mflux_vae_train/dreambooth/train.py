@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mflux_vae_train.dreambooth.data.class_images import CLASS_PICTURES
 from mflux_vae_train.dreambooth.export import result_path, save_adapter_files, save_fused, save_result
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.optimization.checks import LearningCheck, check_adapter
+from mflux_vae_train.dreambooth.optimization.held_out_loss import HeldOutLoss
 from mflux_vae_train.dreambooth.optimization.objective import add_base_prediction, dreambooth_loss
 from mflux_vae_train.dreambooth.optimization.optimizer import (
     build_optimizers,
@@ -44,6 +45,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_up
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
+from mflux_vae_train.dreambooth.reporting.held_out import HeldOut, held_out_text
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
@@ -100,8 +102,9 @@ class DreamBooth:
     def train(self, settings: DreamBoothSettings, on_progress: OnProgress | None = None) -> TrainingResult:
         """Train, or continue an interrupted run of the same settings.
 
-        Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. A dry run, or a
-        run that was complete before, leaves the pipeline unchanged.
+        Afterwards the pipeline holds the result: the adapter in its networks, or the trained weights. If the run was
+        complete before, the main process loads its adapter from `TrainingResult.result`; trained weights are not loaded
+        again: open the result instead. A dry run leaves the pipeline unchanged.
 
         Ctrl-C (SIGINT) and SIGTERM finish the update, save a checkpoint and raise `Interrupted`. It is a
         KeyboardInterrupt and not an `Error`, so `except DreamBooth.Error` does not catch it; the same call continues
@@ -153,6 +156,8 @@ class DreamBooth:
             if run.status.complete:
                 _log(summary(self.pipeline, run, folder, processes))
                 result = result_path(self.pipeline, run.resolved.train_mode, folder)
+                if run.resolved.train_mode == "lora" and processes.is_main:
+                    _load_adapter(self.pipeline, run, result)
                 updates = run.resolved.plan.updates
                 report(Progress(phase="finished", update=updates, total=updates, eta=0.0))
                 return TrainingResult(result=result, updates=0)
@@ -215,11 +220,21 @@ def _train(
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(peak_memory(read_metrics(folder.metrics)))
+    if (held_out := held_out_text(read_metrics(folder.metrics))) is not None:
+        _log([f"held-out loss: {held_out}"])
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))
     pipeline_features.update_host(pipeline)
     return TrainingResult(result=result, updates=plan.updates - start)
+
+
+def _load_adapter(pipeline: DiffusionPipeline, run: Preparation, file: Path) -> None:
+    """Let the pipeline hold the adapter of a complete run, as after the training."""
+    pipeline_features.apply(pipeline, run.resolved)
+    trained = networks(pipeline, run.resolved)
+    attach(pipeline, trained, replace(run.resolved, lora_weights=str(file)), run.trainable.targets)
+    pipeline_features.update_host(pipeline)
 
 
 def _optimize(
@@ -308,6 +323,13 @@ def _optimize(
         if resolved.train_mode == "lora":
             check_adapter(trained, path)
 
+    held_out = None
+    if precomputed.held_out is not None:
+        options: dict[str, Any] = {"guidance": resolved.guidance, "seed": resolved.seed, "processes": processes}
+        options["batch_size"] = resolved.train_batch_size * (1 if resolved.prior_preservation == "none" else 2)
+        measure = HeldOutLoss(pipeline, precomputed.held_out, sampling=resolved.sampling, **options)
+        held_out = HeldOut(pipeline, measure, run, folder, start=start, processes=processes)
+
     # updates; hooks run in this order, the most important one first
     validation = [precomputed.prompts.get(prompt) for prompt in resolved.validation_prompt]
     report(Progress(phase="training", update=run.status.update, total=plan.updates))
@@ -315,7 +337,14 @@ def _optimize(
     with (
         lora.assisted(pipeline.denoiser, assistant) if assistant is not None else nullcontext(),
         Monitor(
-            pipeline, validation, run, folder, start=start, change_folder=change_folder, processes=processes
+            pipeline,
+            validation,
+            run,
+            folder,
+            held_out=held_out,
+            start=start,
+            change_folder=change_folder,
+            processes=processes,
         ) as monitor,
     ):
 
@@ -336,6 +365,7 @@ def _optimize(
             observers=[*monitor.observers, compare_first_update(run.estimate), report_update],
             hooks=[
                 LearningCheck(*trained.values()),
+                *monitor.held_out_hooks(),
                 monitor.pace.timed_every(resolved.checkpointing_steps, lambda record: save_checkpoint(record.update)),
                 every(None, lambda record: save()),
                 monitor.preview_hook(),

@@ -9,12 +9,38 @@ entry point is evaluated as in DreamBench.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from mflux_vae.errors import MfluxVaeError, PluginError
+from mflux_vae.errors import MfluxVaeError, PluginError, SettingsError
 from mflux_vae_train.evaluation.evaluator import Evaluator
 
 GROUP = "mflux_vae_train.evaluators"
+DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
+
+
+def open_evaluator(
+    pipeline: str, *, dino: str | None = None, clip: str | None = None, lpips: Sequence[str] | None = None
+) -> Evaluator:
+    """The evaluator of a pipeline, or of DreamBench if none is registered or a network is given.
+
+    Args:
+        pipeline: its name.
+        dino, clip: folder or `owner/name` of the networks; None for the published ones.
+        lpips: files of `LPIPS.from_files`.
+
+    Raises:
+        SettingsError: too many files of LPIPS.
+        WeightsError: a network is missing and cannot be downloaded, or its files are broken.
+        PluginError: see `registered`.
+    """
+    if dino is None and clip is None and not lpips and (evaluator := registered(pipeline)) is not None:
+        return evaluator
+    from mflux_vae_train.evaluation.dreambench import DreamBench
+
+    if len(lpips or ()) > 2:
+        raise SettingsError(f"--lpips takes 1 or 2 files, not {len(lpips or ())}")
+    return DreamBench.from_pretrained(dino or DINO, clip or CLIP, lpips)
 
 
 def registered(pipeline: str) -> Evaluator | None:

@@ -53,6 +53,7 @@ class NoiseSampling:
         snr_gamma: limit of the Min-SNR weight of instance samples (Hang et al. 2023), for discrete schedules; None for
             no such weight.
         noise_offset: standard deviation of a constant that is added to the noise of each channel; learns brightness.
+        quantile: in (0, 1); all samples get the level of this quantile of the random numbers, instead of random ones.
 
     Raises:
         SettingsError: an unknown scheme.
@@ -64,6 +65,7 @@ class NoiseSampling:
     mode_scale: float = 1.29
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    quantile: float | None = None
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -73,6 +75,18 @@ class NoiseSampling:
     def draws_normal(self) -> bool:
         """Whether `training_levels` needs standard normal numbers; otherwise uniform ones."""
         return "logit_mean" in SCHEMES[self.scheme]
+
+    def draws(self, key: mx.array) -> mx.array:
+        """Numbers (B,) for `training_levels`, row i a function of key[i]; `key` is (B, 2)."""
+        from statistics import NormalDist
+
+        import mlx.core as mx
+
+        if self.quantile is not None:
+            number = NormalDist().inv_cdf(self.quantile) if self.draws_normal else self.quantile
+            return mx.full(key.shape[:1], number)
+        draw = mx.random.normal if self.draws_normal else mx.random.uniform
+        return mx.vmap(lambda one: draw(shape=(), key=one))(key)
 
 
 class Prediction(NamedTuple):

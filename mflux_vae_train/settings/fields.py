@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -54,6 +55,7 @@ def hints_of(cls: type) -> Mapping[str, Any]:
 _hints: dict[type, Mapping[str, Any]] = {}
 
 
+@cache
 def field_type(hint: Any) -> tuple[type, bool]:
     """Type hint of a field -> (type of the value or, for a tuple, of its members; whether None is allowed)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -62,6 +64,7 @@ def field_type(hint: Any) -> tuple[type, bool]:
     return (typing.get_args(hint)[0] if is_tuple(hint) else hint), False
 
 
+@cache
 def is_tuple(hint: Any) -> bool:
     """Whether a field takes one or more values."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):

@@ -49,6 +49,8 @@ def every(interval: int | None, hook: Hook, *, last: bool = True) -> Hook:
 class MetricsLog:
     """Appends one JSON line per update: ``{"update": n, "loss": ..., ..., "seconds": ...}``.
 
+    `add` appends another line with the same update, which `read_metrics` joins to the first.
+
     Args:
         path: file to write.
         resumed_at: update that the run continues after. Later lines are removed, so that a resumed run leaves the log
@@ -76,13 +78,11 @@ class MetricsLog:
             raise TrainingError(f"{path}: cannot write the metrics log ({error})") from error
 
     def __call__(self, record: Record) -> None:
-        line = {
-            "update": record.update,
-            **record.metrics,
-            "seconds": round(record.seconds, 4),
-            **self._extra(record),
-        }
-        self._file.write(json.dumps(line) + "\n")
+        self.add(record.update, {**record.metrics, "seconds": round(record.seconds, 4), **self._extra(record)})
+
+    def add(self, update: int, metrics: Mapping[str, float]) -> None:
+        """Log measurements after an update."""
+        self._file.write(json.dumps({"update": update, **metrics}) + "\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsLog:
@@ -111,15 +111,19 @@ def peak_memory(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a metrics log; empty if there is no file. An incomplete last line is skipped."""
+    """The metrics of each update; empty if there is no file. An incomplete last line is skipped."""
     path = Path(path)
-    lines = []
+    records: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
-    return lines
+        if records and records[-1]["update"] == line["update"]:
+            records[-1] |= line
+        else:
+            records.append(line)
+    return records
 
 
 def _bytes_up_to(path: Path, update: int) -> int:

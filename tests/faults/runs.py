@@ -68,6 +68,7 @@ DREAMBOOTH = Training(
         *("--model=tiny", "--instance_prompt=a photo of xyz star", "--max_train_steps=6", "--lr_warmup_steps=2"),
         *("--gradient_accumulation_steps=4", "--num_class_images=3", "--lora_dropout=0.1", "--rank=4"),
         *("--checkpointing_steps=2", "--validation_steps=3", "--num_validation_images=1"),
+        *("--validation_share=0.2", "--validation_loss_steps=1", "--keep_best"),
     ),
     data="instance_data_dir",
     home=".",
@@ -194,7 +195,7 @@ def intact(folder: Path) -> None:
 
 def made(folder: Path) -> int:
     """Updates in the metrics log."""
-    return len(read_metrics(folder / "metrics.jsonl"))
+    return sum(line["update"] > 0 for line in read_metrics(folder / "metrics.jsonl"))
 
 
 def kept(folder: Path) -> int:

@@ -17,13 +17,14 @@ from importlib import import_module
 from mflux_vae.utils.command_line import CommandParser
 from mflux_vae_train.dreambooth.commands.adapter import adapter
 from mflux_vae_train.dreambooth.commands.draw import draw
+from mflux_vae_train.dreambooth.commands.evaluate import evaluate
 
 PROG = "mflux-dreambooth"
 LOGGERS = ("mflux_vae", "mflux_vae_train")
 
 Run = Callable[..., object]
 
-COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw, adapter)
+COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw, evaluate, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

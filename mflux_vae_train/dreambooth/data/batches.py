@@ -12,7 +12,7 @@ import numpy as np
 
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.randomness import Stream, rng, sample_keys
-from mflux_vae_train.training.step import MicroBatch
+from mflux_vae_train.training.step import Arrays, MicroBatch
 
 INSTANCE, CLASS = 0, 1
 """The source of a sample, a part of the keys of its random draws. Class images of concept i have CLASS + i."""
@@ -167,10 +167,7 @@ def micro_batches(
             "latents": mx.stack(latents),
             "key": sample_keys(seed, Stream.NOISE, update, noise),
             "dropout_key": sample_keys(seed, Stream.LORA_DROPOUT, update, streams),
-            "conditioning": {
-                **{name: array[rows] for name, array in dataset.conditioning.items()},
-                **{name: mx.concatenate([crop[name] for crop in crops]) for name in crops[0]},
-            },
+            "conditioning": _conditioning(dataset, rows, crops),
         }
         if dataset.masks is not None:
             masks = [dataset.masks[draw.latent] for draw in draws]
@@ -179,6 +176,34 @@ def micro_batches(
 
     size = plan.batch_size
     return [build(draws[i : i + size]) for draws in by_shape.values() for i in range(0, len(draws), size)]
+
+
+def fixed_batch(dataset: EncodedDataset, indices: Sequence[int], key: mx.array) -> Arrays:
+    """The arrays of a micro-batch of instance samples that are always the same: their first crop, with their prompt.
+
+    Args:
+        indices: of samples whose latents have one shape.
+        key: for noise, one row per sample.
+    """
+    samples = [dataset.samples[index] for index in indices]
+    latents = [one.latents[0][0] for one in samples]
+    crops = [_row(dataset.crops, index) for index in latents]
+    arrays: dict[str, Any] = {
+        "latents": mx.stack([dataset.latents[index] for index in latents]),
+        "key": key,
+        "conditioning": _conditioning(dataset, mx.array([one.prompt for one in samples]), crops),
+    }
+    if dataset.masks is not None:
+        arrays["mask"] = mx.stack([dataset.masks[index] for index in latents])
+    return arrays
+
+
+def _conditioning(dataset: EncodedDataset, rows: mx.array, crops: Sequence[Conditioning]) -> Conditioning:
+    """Conditioning of samples: these rows of prompts, and what describes their crops."""
+    return {
+        **{name: array[rows] for name, array in dataset.conditioning.items()},
+        **{name: mx.concatenate([crop[name] for crop in crops]) for name in crops[0]},
+    }
 
 
 def _class_sample(dataset: EncodedDataset, draw: _Draw, seed: int) -> tuple[mx.array, Conditioning]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from mflux_vae.errors import ImageError
+from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.image_files.notes import ENLARGED, UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
 from mflux_vae.images import content_hash, image_text, load_image, load_mask
@@ -75,6 +76,7 @@ class InstanceDataset:
 
     Attributes:
         images: in the order of the concepts, then sorted by name.
+        held_out: images that are not trained, in the same order; each has one crop.
         resolution: side of a square training image in pixels.
         samples_per_epoch: number of images, repeats included.
         skipped: number of files in the folders that are not used.
@@ -85,6 +87,7 @@ class InstanceDataset:
     """
 
     images: Sequence[InstanceImage]
+    held_out: Sequence[InstanceImage] = ()
     resolution: int
     samples_per_epoch: int
     skipped: int
@@ -94,25 +97,38 @@ class InstanceDataset:
 
     def release(self) -> None:
         """Free the pixels in memory, except the squares of the first images of each concept."""
-        counts: Counter[int] = Counter()
-        for image in self.images:
-            counts[image.concept] += 1
-            kept = {image.square} if counts[image.concept] <= KEPT_SQUARES else set()
-            for crop in image.pixels.keys() - kept:
-                del image.pixels[crop]
+        for images in (self.images, self.held_out):
+            counts: Counter[int] = Counter()
+            for image in images:
+                counts[image.concept] += 1
+                kept = {image.square} if counts[image.concept] <= KEPT_SQUARES else set()
+                for crop in image.pixels.keys() - kept:
+                    del image.pixels[crop]
+
+    @property
+    def all_images(self) -> Sequence[InstanceImage]:
+        """Trained and held-out images."""
+        return [*self.images, *self.held_out]
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of images, prompts and masks. File names do not matter."""
-        digest = hashlib.sha256()
-        for image in self.images:
-            mask = content_hash(image.mask) if image.mask is not None else ""
-            digest.update(repr((image.content, image.concept, image.caption, mask)).encode())
-        return digest.hexdigest()[:16]
+        return _fingerprint(self.images)
+
+    @cached_property
+    def held_out_fingerprint(self) -> str:
+        """The same of the held-out images."""
+        return _fingerprint(self.held_out)
 
     def repetition_warnings(self) -> list[str]:
         """Lines about the only image of a subject, and about images with the same content."""
         lines = []
+        trained = {one.content for one in self.images}
+        if seen := [one.path.name for one in self.held_out if one.content in trained]:
+            lines.append(
+                f"{count_text(len(seen), 'held-out image')} also trained ({first_names(seen)}): the loss on them does"
+                " not show whether the run learns others"
+            )
         same: dict[str, list[Path]] = defaultdict(list)
         subjects: dict[int, list[Path]] = defaultdict(list)
         for one in self.images:
@@ -134,9 +150,11 @@ class InstanceDataset:
 
     def summary(self, concepts: Sequence[Concept]) -> list[str]:
         """Lines for the start of a run."""
-        counts = Counter(image.concept for image in self.images)
+        counts, held_out = (Counter(image.concept for image in one) for one in (self.images, self.held_out))
         lines = [
             f"{count_text(counts[index], 'instance image')} in {concept.instance_data_dir}"
+            + (f", {held_out[index]} held out" if held_out[index] else "")
+            + (f" in {concept.validation_data_dir}" if concept.validation_data_dir else "")
             for index, concept in enumerate(concepts)
         ]
         if self.skipped:
@@ -162,15 +180,15 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
     Raises:
         ImageError: a folder is missing or has no image; an image or mask cannot be read; a mask has another aspect
             ratio than its image, or is black in every crop; ``--masked_loss`` is set and there is no mask.
-        SettingsError: captions or bucket shapes cannot be read.
+        SettingsError: captions or bucket shapes cannot be read, or ``--validation_share`` of a single image.
     """
     shapes = bucket_shapes(settings, resolution=resolution, multiple=multiple)
     count = 1 if settings.center_crop else settings.num_crops
-    entries: list[tuple[int, Path, str, Path | None]] = []
+    entries: list[_Entry] = []
     skipped = unused_masks = 0
     warnings: list[str] = []
-    for concept, subject in enumerate(settings.subjects):
-        folder = _scan(subject.instance_data_dir)
+    for concept, held_out, place in _places(settings):
+        folder, subject = _scan(place), settings.subjects[concept]
         masks = {image: folder.folder / name for image, name in folder.masks.items()}
         if not settings.masked_loss:
             unused_masks, masks = unused_masks + len({*masks.values()}), {}
@@ -182,12 +200,14 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             *found.warnings,
             *(f"{folder.folder}: {line}" for line in lines),
         ]
-        entries += [(concept, folder.folder / name, texts[name], masks.get(name)) for name in folder.images]
+        entries += [
+            _Entry(concept, held_out, folder.folder / name, texts[name], masks.get(name)) for name in folder.images
+        ]
 
     square, used, notes = Crop(shape=(resolution, resolution)), 0, ImageNotes()
 
-    def load(entry: tuple[int, Path, str, Path | None]) -> InstanceImage:
-        concept, path, caption, mask = entry
+    def load(entry: _Entry) -> InstanceImage:
+        concept, _, path, caption, mask = entry
         image = load_image(path, notes=notes)
         size = image.shape[0], image.shape[1]
         rows = crops(size, nearest_shape(size, shapes), count=count, mirror=settings.random_flip)
@@ -207,23 +227,85 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             pixels={crop: crop.apply(image) for crop in dict.fromkeys(plain)},
         )
 
-    if settings.masked_loss and not any(mask for *_, mask in entries):
-        raise ImageError(f"--masked_loss: no image NAME.jpg in {folder.folder} has a mask NAME-mask.png")
+    if settings.masked_loss and not any(one.mask for one in entries if not one.held_out):
+        place = settings.subjects[-1].instance_data_dir
+        raise ImageError(f"--masked_loss: no image NAME.jpg in {place} has a mask NAME-mask.png")
     images = []
     for image in prefetch(load, entries):
         used += sum(pixels.nbytes for pixels in image.pixels.values())
         if used > MAX_PIXEL_BYTES:
             image.pixels.clear()
         images.append(image)
+    aside = {one.path for one in entries if one.held_out}
+    if settings.validation_share is not None:
+        aside, lines = _hold_out(images, settings.validation_share)
+        warnings += lines
+    trained = [image for image in images if image.path not in aside]
     return InstanceDataset(
-        images=images,
+        images=trained,
+        held_out=[_central(image) for image in images if image.path in aside],
         resolution=resolution,
-        samples_per_epoch=sum(settings.subjects[concept].repeats or 1 for concept, *_ in entries),
+        samples_per_epoch=sum(settings.subjects[image.concept].repeats or 1 for image in trained),
         skipped=skipped,
         unused_masks=unused_masks,
         warnings=(*warnings, *notes.lines(logging.WARNING)),
         notes=notes.lines(logging.INFO),
     )
+
+
+class _Entry(NamedTuple):
+    """An image to read."""
+
+    concept: int
+    held_out: bool
+    path: Path
+    caption: str
+    mask: Path | None
+
+
+def _places(settings: DreamBoothSettings) -> Iterator[tuple[int, bool, str]]:
+    """(concept, whether its images are held out, folder)."""
+    for concept, subject in enumerate(settings.subjects):
+        yield concept, False, subject.instance_data_dir
+        if subject.validation_data_dir is not None:
+            yield concept, True, subject.validation_data_dir
+
+
+def _hold_out(images: Sequence[InstanceImage], share: float) -> tuple[set[Path], list[str]]:
+    """The images to hold out, and warnings: this share of each concept's images, at least one and never all.
+
+    Hashes of the files decide: names do not matter, and copies of an image stay together.
+
+    Raises:
+        SettingsError: no concept has two different images.
+    """
+    contents: dict[int, set[str]] = defaultdict(set)
+    for one in images:
+        contents[one.concept].add(one.content)
+    chosen = {
+        (concept, content)
+        for concept, found in contents.items()
+        for content in sorted(found)[: min(max(1, round(share * len(found))), len(found) - 1)]
+    }
+    if not chosen:
+        raise SettingsError(f"--validation_share {share:g}: there is a single image; give --validation_data_dir")
+    without = [one.path.parent.name for one in images if len(contents[one.concept]) == 1]
+    lines = [f"--validation_share: nothing held out of a single image ({first_names(without)})"] if without else []
+    return {one.path for one in images if (one.concept, one.content) in chosen}, lines
+
+
+def _central(image: InstanceImage) -> InstanceImage:
+    """The same image with the crop that is nearest to the centre alone."""
+    crop = min((row[0] for row in image.crops), key=lambda crop: abs(crop.offset - 0.5))
+    return replace(image, crops=[[crop]])
+
+
+def _fingerprint(images: Sequence[InstanceImage]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        mask = content_hash(image.mask) if image.mask is not None else ""
+        digest.update(repr((image.content, image.concept, image.caption, mask)).encode())
+    return digest.hexdigest()[:16]
 
 
 def check_files(settings: DreamBoothSettings) -> None:
@@ -232,11 +314,12 @@ def check_files(settings: DreamBoothSettings) -> None:
     Raises:
         ImageError: a folder is missing or has no image, or a file is not an image.
     """
-    for subject in settings.subjects:
-        instances = _scan(subject.instance_data_dir)
+    for concept, _, place in _places(settings):
+        instances = _scan(place)
         masks = [instances.folder / name for name in instances.masks.values()]
-        folder = Path(subject.class_data_dir or "")
-        class_images = scan(folder).paths if subject.class_data_dir and folder.is_dir() else []
+        class_data_dir = settings.subjects[concept].class_data_dir
+        folder = Path(class_data_dir or "")
+        class_images = scan(folder).paths if class_data_dir and folder.is_dir() else []
         for _ in prefetch(image_text, [*instances.paths, *masks, *class_images]):
             pass
 

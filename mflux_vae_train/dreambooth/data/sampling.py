@@ -28,16 +28,17 @@ def sample_images(
     guidance: float,
     steps: int,
 ) -> list[np.ndarray]:
-    """Images (uint8) of one prompt, one per key.
+    """Images (uint8), one per key.
 
     Args:
-        conditioning: of the prompt, one row.
+        conditioning: of one prompt, one row; or of a prompt for each key.
         names: of the images, for errors.
 
     Raises:
         RunError: an image has NaN or infinite values.
     """
-    rows = {name: mx.repeat(array, keys.shape[0], axis=0) for name, array in conditioning.items()}
+    count = keys.shape[0]
+    rows = {name: mx.repeat(array, count // array.shape[0], axis=0) for name, array in conditioning.items()}
     pixels = checks.sample(pipeline, rows, size=size, steps=steps, guidance=guidance, key=keys)
     # NumPy has no bfloat16, in which a host's pipeline may sample
     values = np.array(pixels.astype(mx.float32))

@@ -58,6 +58,30 @@ def derive_class_prompt(instance_prompt: str) -> tuple[str | None, str]:
     return " ".join([*before, *after]), f"the instance prompt without {identifier!r}"
 
 
+def name_subject(instance_prompt: str) -> tuple[str, str] | None:
+    """How a prompt names the subject, and its class: None without exactly one identifier before a class word.
+
+    >>> name_subject("a photo of sks stuffed animal on a beach")
+    ('sks stuffed animal', 'stuffed animal')
+    """
+    words = split_words(instance_prompt)
+    positions = find_identifiers(words)
+    if len(positions) != 1 or words[positions[0]][-1] in ",.;:":
+        return None
+    after, nouns = words[positions[0] + 1 :], list[str]()
+    while after and _names_a_class(*after[:2]):
+        nouns.append(after[0].rstrip(",.;:!?"))
+        if nouns[-1] != after.pop(0):
+            break
+    noun = " ".join(nouns)
+    return (f"{words[positions[0]]} {noun}", noun) if nouns else None
+
+
+def with_article(noun: str) -> str:
+    """ "dog" -> "a dog"; a plural stays as it is."""
+    return " ".join([*_article(noun), noun])
+
+
 def _names_a_class(word: str, after: str = "") -> bool:
     noun = word.rstrip(",.;:!?").lower()
     if noun == "can":  # a noun at the end or before a preposition, else a verb

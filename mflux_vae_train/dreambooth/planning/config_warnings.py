@@ -121,6 +121,8 @@ def without_effect(
         reasons["num_crops"] = "it is for --no_center_crop"
     if settings.num_train_epochs is not None and settings.max_train_steps != updates:
         reasons["max_train_steps"] = f"--num_train_epochs {settings.num_train_epochs} is {updates} updates"
+    if settings.validation_share is None and not any(one.validation_data_dir for one in settings.subjects):
+        reasons["validation_loss_steps"] = "there are no held-out images"
     if settings.report_to in (None, "none"):
         reasons["logging_dir"] = "it is for --report_to"
     if preservation != "class_images":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -80,6 +81,7 @@ class Preparation:
         identity: what distinguishes this run from others.
         status: how far the run has come in its folder.
         estimate: memory and time; None if the pipeline cannot tell.
+        measured: identifies held-out images and noise, see `best_adapter.Best`.
     """
 
     resolved: ResolvedSettings
@@ -90,6 +92,12 @@ class Preparation:
     identity: Mapping[str, Any]
     status: RunStatus
     estimate: Estimate | None
+
+    @property
+    def measured(self) -> str:
+        resolved = self.resolved
+        parts = (self.dataset.held_out_fingerprint, resolved.seed, resolved.resolution, resolved.guidance)
+        return hashlib.sha256(repr((*parts, resolved.sampling)).encode()).hexdigest()[:16]
 
 
 def prepare(
@@ -153,7 +161,7 @@ def prepare(
     identity = _identity(resolved, dataset)
     if trainable.alphas:
         identity[lora.ALPHAS] = dict(trainable.alphas)
-    processes.assert_equal(identity)
+    processes.assert_equal({**identity, "held-out pictures": dataset.held_out_fingerprint})
     identity |= processes.broadcast(lambda: _class_identity(resolved, folders))
     requested = requested_files(folder, resolved)
     free = without_effect(
@@ -222,6 +230,9 @@ def summary(pipeline: DiffusionPipeline, run: Preparation, folder: RunFolder, pr
         f" {resolved.lr_scheduler}"
         f"{_checkpoints_text(resolved)}",
     ]
+    if run.dataset.held_out:
+        kept = "; the adapter of the lowest is kept (--keep_best)" if resolved.keep_best else ""
+        lines.append(f"held-out loss every {resolved.validation_loss_steps} updates{kept}")
     if run.status.checkpoint is not None:
         lines.append(f"continuing after update {run.status.update}, from {run.status.checkpoint}")
     elif resolved.resume_from_checkpoint == "latest":
@@ -257,13 +268,13 @@ def _estimate(
             unknown = f"--train_batch_size auto is 1: {pipeline.name} does not estimate its memory"
             resolved = replace(resolved, warnings=(*resolved.warnings, unknown))
         return resolved, None
-    captions = {one.caption for one in dataset.images}
+    captions = {one.caption for one in dataset.all_images}
     work = workload(
         pipeline,
         resolved,
         trained=trainable.weights,
         assistant=assistant,
-        shape=max((one.shape for one in dataset.images), key=math.prod),
+        shape=max((one.shape for one in dataset.all_images), key=math.prod),
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
     )

@@ -50,9 +50,9 @@ def prompts_of(settings: DreamBoothSettings, dataset: InstanceDataset) -> list[P
     ]
     found += [
         Prompt(where=image.path.name, text=image.caption, identifier=found[image.concept].identifier)
-        for image in dataset.images
+        for image in dataset.all_images
     ]
-    used = {image.caption for image in dataset.images}
+    used = {image.caption for image in dataset.all_images}
     found = [one for one in found if not used or one.text in used]  # captions may replace an instance prompt
     found += [Prompt(where="--class_prompt", text=one.class_prompt) for one in settings.subjects if one.class_prompt]
     found += [Prompt(where="--validation_prompt", text=prompt) for prompt in settings.validation_prompt or ()]

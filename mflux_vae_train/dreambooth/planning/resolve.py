@@ -154,6 +154,8 @@ def resolve(
     if settings.validation_epochs is not None:
         steps = round(settings.validation_epochs * dataset.samples_per_epoch / per_update)
         defaults["validation_steps"] = max(1, steps)
+    if dataset.held_out:
+        defaults["validation_loss_steps"] = settings.validation_steps or defaults["validation_steps"]
     if settings.train_mode == "lora":
         rank = settings.rank or recommended.rank
         defaults |= {"rank": rank, "lora_alpha": float(rank)}

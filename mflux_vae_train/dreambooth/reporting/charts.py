@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
+from mflux_vae_train.dreambooth.reporting import held_out
 from mflux_vae_train.monitoring.report.charts import Chart, draw
 from mflux_vae_train.monitoring.report.curves import Curve
 
 _KNOWN = {
     *("update", "seconds", "samples", "memory_gb", "loss", "instance_loss", "prior_loss"),
-    *("learning_rate", "effective_rate", "grad_norm", "update_size"),
+    *("learning_rate", "effective_rate", "grad_norm", "update_size", held_out.METRIC),
 }
 
 
@@ -30,13 +31,21 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
     # an optimizer that estimates the rate multiplies it by the scheduled one
     rate = ("effective_rate", "found by the optimizer") if "effective_rate" in metrics else ("learning_rate", "rate")
     others = [name for name in metrics if name not in _KNOWN | bins.keys()]
-    timed = [record for record in records if record.get("samples") and record["seconds"] > 0]
+    timed = [record for record in records if record.get("samples") and record.get("seconds", 0) > 0]
     speeds = [{"update": record["update"], "speed": record["samples"] / record["seconds"]} for record in timed]
     shown = [
         Chart(
             title="Loss",
             curves=[_curve(records, name, name.removesuffix("_loss")) for name in losses],
             note="Faint: each update, with new noise. Solid: running average over a twentieth of the run.",
+            logarithmic=False,
+            wide=True,
+        ),
+        Chart(
+            title="Held-out loss",
+            curves=[_curve(records, held_out.METRIC, "instance loss", smooth=False)],
+            note="On images that are not trained, always with the same noise. It rises when the run learns the training"
+            " images by heart.",
             logarithmic=False,
             wide=True,
         ),

@@ -7,10 +7,11 @@ from typing import Any
 
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae.weights.formats.files import write_text
+from mflux_vae_train.dreambooth.best_adapter import read_best
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA, SINGLE, TRAINED
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
-from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
@@ -64,6 +65,11 @@ def write_model_card(
     if resolved.fuse_single_file:
         files.append(
             f"`{FUSED if adapter else TRAINED}{SINGLE}` is the whole model in one file, for ComfyUI and other programs."
+        )
+    if resolved.keep_best and (best := read_best(folder.best / ADAPTER)) is not None:
+        files.append(
+            f"`{folder.best.name}/{ADAPTER}` is the adapter after update {best.update}, whose loss on images that were"
+            f" not trained was the lowest ({best.loss:.4f})."
         )
     if files:
         parts.append(" ".join(files))

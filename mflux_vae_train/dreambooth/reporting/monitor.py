@@ -13,11 +13,12 @@ from typing import Any
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.held_out import METRIC, HeldOut
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar
-from mflux_vae_train.monitoring.trackers import open_tracker
+from mflux_vae_train.monitoring.trackers import Tracker, open_tracker
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_usage
 
@@ -27,6 +28,7 @@ class Monitor:
 
     Args:
         prompts: conditioning of each validation prompt, one row each.
+        held_out: measures the held-out loss; None without held-out images.
         start: number of updates made before.
         change_folder: called when the trackers are open, and before any file of the run changes.
 
@@ -42,6 +44,7 @@ class Monitor:
         run: Preparation,
         folder: RunFolder,
         *,
+        held_out: HeldOut | None = None,
         start: int,
         change_folder: Callable[[], None] = lambda: None,
         processes: ProcessGroup = SINGLE,
@@ -49,6 +52,7 @@ class Monitor:
         self._change_folder = change_folder
         self._pipeline, self._prompts, self._run, self._folder = pipeline, prompts, run, folder
         self._processes, self._start, self._update = processes, start, start
+        self._held_out, self._trackers, self._logs = held_out, list[Tracker](), list[MetricsLog]()
         self._total, self._report = run.resolved.max_train_steps, Report(pipeline.name, run, folder)
         self.pace = Pace(self._total)
         self.observers: list[Hook] = [self.pace, self._count]
@@ -69,10 +73,11 @@ class Monitor:
             "start": start,
         }
         names = resolved.trackers if is_main else ()
-        trackers = [enter(open_tracker(name, logging_dir, **options)) for name in names]
+        self._trackers += [enter(open_tracker(name, logging_dir, **options)) for name in names]
         self._change_folder()
         # before the report is written, as it removes the metrics of updates that are made again
-        files = [enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage))] if is_main else []
+        if is_main:
+            self._logs.append(enter(MetricsLog(folder.metrics, resumed_at=start, extra=resource_usage)))
         subjects = preview_grid.subject_count(resolved.num_validation_images) if resolved.num_validation_images else 0
         self._previews = Previews(
             self._pipeline,
@@ -81,17 +86,20 @@ class Monitor:
             drawing=run.drawing,
             subject=[image.read(image.square) for image in run.dataset.images[:subjects]],
             samples=folder.samples,
-            trackers=trackers,
+            trackers=self._trackers,
             processes=self._processes,
         )
         began = time.monotonic()
+        if start == 0 and self._held_out is not None:
+            self._measure(self._held_out, 0)
+        self._measure_seconds, began = time.monotonic() - began, time.monotonic()
         if start == 0:
             self._previews(0)
             self._write_report("running", update=0)
         self._preview_seconds = time.monotonic() - began if start == 0 else self._expected_preview
         if is_main:
             bar = enter(ProgressBar(self._total, start, extra=self._speed, pace=self.pace))
-            self.observers += [*files, bar, *trackers]
+            self.observers += [*self._logs, bar, *self._trackers]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -100,6 +108,27 @@ class Monitor:
         if error is not None:
             note = " ".join(str(error).split()) or type(error).__name__
             self._write_report("stopped", update=self._update, note=note)
+
+    def held_out_hooks(self) -> list[Hook]:
+        """A hook that measures the held-out loss every `validation_loss_steps`; none without held-out images.
+
+        Call it before the checkpoint: so a run that is continued measures each update once.
+        """
+        if (held_out := self._held_out) is None:
+            return []
+
+        def measure(record: Record) -> None:
+            self._measure(held_out, record.update)
+
+        interval = self._run.resolved.validation_loss_steps
+        return [self.pace.timed_every(interval, measure, seconds=self._measure_seconds)]
+
+    def _measure(self, held_out: HeldOut, update: int) -> None:
+        loss = held_out(update)
+        for log in self._logs:
+            log.add(update, {METRIC: loss})
+        for tracker in self._trackers:
+            tracker.scalars("validation", update, {"loss": loss})
 
     def preview_hook(self) -> Hook:
         """Hook that draws the previews and updates the report every `validation_steps`."""

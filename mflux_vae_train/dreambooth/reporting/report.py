@@ -26,6 +26,8 @@ from mflux_vae_train.dreambooth.data.dataset import InstanceImage
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
+from mflux_vae_train.dreambooth.reporting.evaluation_section import evaluation_section
+from mflux_vae_train.dreambooth.reporting.held_out import METRIC
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.monitoring.report.charts import format_number
@@ -87,7 +89,8 @@ class Report:
             ("settings", "Settings", self._settings_section(), "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]
-        return page(header, [Section(name=n, title=title, body=body, note=note) for n, title, body, note in sections])
+        shown = [Section(name=n, title=title, body=body, note=note) for n, title, body, note in sections]
+        return page(header, [*shown[:2], evaluation_section(folder.root), *shown[2:]])
 
     # images
 
@@ -132,12 +135,15 @@ class Report:
         resolved, parts = self._run.resolved, []
         for index, concept in enumerate(resolved.subjects):
             prompt = concept.instance_prompt
-            images = [image for image in self._run.dataset.images if image.concept == index]
-            figures = [
-                _figure(self._thumbnail(one), one.path.name, one.caption if one.caption != prompt else "")
-                for one in images[:MAX_THUMBNAILS]
-            ]
-            parts.append(_gallery(f"{prompt}: {len(images)} images", figures, more=len(images) - len(figures)))
+            for of_all, what in ((self._run.dataset.images, "images"), (self._run.dataset.held_out, "held out")):
+                images = [image for image in of_all if image.concept == index]
+                figures = [
+                    _figure(self._thumbnail(one), one.path.name, one.caption if one.caption != prompt else "")
+                    for one in images[:MAX_THUMBNAILS]
+                ]
+                if figures:
+                    more = len(images) - len(figures)
+                    parts.append(_gallery(f"{prompt}: {len(images)} {what}", figures, more=more))
         for folder in self._run.class_folders:
             paths = find_class_images(folder.folder)[: resolved.num_class_images]
             figures = [_figure(self._thumbnail(path), path.name) for path in paths[:MAX_THUMBNAILS]]
@@ -177,17 +183,21 @@ class Report:
 
 def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the main numbers."""
+    held_out = [record[METRIC] for record in records if METRIC in record and record["update"]]
+    records = [record for record in records if record["update"]]
     spent = sum(record["seconds"] for record in records)
     figures = [("Updates", f"{update:,}", f"of {total:,}"), ("Training time", duration(spent), "without previews")]
     if not records:
         return figures
     name = "instance_loss" if "instance_loss" in records[0] else "loss"
     loss = smoothed(np.array([record[name] for record in records]))
+    lowest = format_number(min(held_out, default=0))
     start = loss[: max(1, len(loss) // 10)].mean()
     speed = sum(record.get("samples", 0) for record in records) / max(spent, 1e-9)
     return [
         *figures,
         ("Loss", format_number(loss[-1]), f"{format_number(start)} in the first tenth"),
+        *(("Held-out loss", format_number(one), f"{lowest} at its lowest") for one in held_out[-1:]),
         ("Learning rate", format_number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "current"),
         ("Images", format_number(speed), "per second"),
         ("Peak memory", size_text(peak_memory(records)), "allocated by MLX"),

@@ -55,7 +55,7 @@ class PageHeader:
 def page(header: PageHeader, sections: Sequence[Section]) -> str:
     """The HTML of the page."""
     shown = [section for section in sections if section.body]
-    links = "".join(f'<a href="#{section.name}">{escape(section.name.capitalize())}</a>' for section in shown)
+    links = "".join(map(_link, shown))
     stats = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
         for name, value, remark in header.stats
@@ -92,6 +92,16 @@ def page(header: PageHeader, sections: Sequence[Section]) -> str:
 """
 
 
+def with_section(html: str, section: Section, *, before: str) -> str:
+    """A page with a section replaced, or added before another one; unchanged if there is no such place."""
+    start, end = html.find(f'<section id="{section.name}">'), "</section>\n"
+    if start >= 0:
+        return html[:start] + _section(section) + html[html.index(end, start) + len(end) :]
+    for mark, part in ((f'<section id="{before}">', _section(section)), (f'<a href="#{before}">', _link(section))):
+        html = html.replace(mark, part + mark, 1)
+    return html
+
+
 def image_element(pixels: np.ndarray, *, largest: int, caption: str) -> str:
     """uint8 (H, W, 3) -> an img element with the image embedded, scaled down to `largest` pixels.
 
@@ -125,6 +135,10 @@ def table(rows: Sequence[tuple[str, str, str, bool]]) -> str:
         )
         + "</table>"
     )
+
+
+def _link(section: Section) -> str:
+    return f'<a href="#{section.name}">{escape(section.name.capitalize())}</a>'
 
 
 def _section(section: Section) -> str:

@@ -103,8 +103,7 @@ class FlowMatchSchedule(JSONConfig):
         As in diffusers' scripts, training applies a fixed `shift` and does not shift by size. The scheme
         ``flux_shift`` does: it draws levels as FLUX.1 dev samples them.
         """
-        draw = mx.random.normal if sampling.draws_normal else mx.random.uniform
-        levels = training_levels(mx.vmap(lambda one: draw(shape=(), key=one))(key), sampling)
+        levels = training_levels(sampling.draws(key), sampling)
         # the lowest level in diffusers' table: at 0 there is nothing to predict
         levels = mx.maximum(levels, 1 / self.num_train_timesteps)
         if sampling.scheme == "flux_shift":

@@ -57,8 +57,7 @@ def predict(
 
 def training_timesteps(key: mx.array, schedule: DiscreteSchedule, sampling: NoiseSampling) -> mx.array:
     """One timestep per sample: (B,) int32; row i is a function of key[i]."""
-    draw = mx.random.normal if sampling.draws_normal else mx.random.uniform
-    levels = training_levels(mx.vmap(lambda one: draw(shape=(), key=one))(key), sampling)
+    levels = training_levels(sampling.draws(key), sampling)
     count = schedule.num_train_timesteps
     return mx.clip(mx.floor(levels * count), 0, count - 1).astype(mx.int32)
 

@@ -7,8 +7,10 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mflux_vae_train import lora
 from mflux_vae_train import plugin as plugin_module
 from mflux_vae_train.monitoring.progress import Progress
 from mflux_vae_train.plugin import DreamBooth, Interrupted
@@ -74,15 +76,22 @@ def test_public_names_of_the_plugin():
 
 def test_a_host_receives_the_progress(short_run):
     seen: list[Progress] = []
-    DreamBooth(FakePipeline()).train(short_run(num_class_images=2, max_train_steps=3), seen.append)
+    trained = FakePipeline()
+    DreamBooth(trained).train(short_run(num_class_images=2, max_train_steps=3), seen.append)
     phases = list(dict.fromkeys(one.phase for one in seen))
     assert phases == ["text encoding", "class images", "latents", "training", "finished"]
     updates = [one for one in seen if one.loss is not None]
     assert [one.update for one in updates] == [1, 2, 3] and all(one.total == 3 for one in seen)
     assert all(one.phase == "training" and one.loss > 0 and one.eta is not None for one in updates)
     again: list[Progress] = []
-    DreamBooth(FakePipeline()).train(short_run(num_class_images=2, max_train_steps=3), on_progress=again.append)
+    finished = FakePipeline()
+    DreamBooth(finished).train(short_run(num_class_images=2, max_train_steps=3), on_progress=again.append)
     assert [(one.phase, one.update) for one in again] == [("finished", 3)]
+    ours, theirs = lora.layers(trained.denoiser), lora.layers(finished.denoiser)
+    assert ours and ours.keys() == theirs.keys()
+    for path, layer in ours.items():
+        scaled = [one.scale * (one.lora_a @ one.lora_b) for one in (layer, theirs[path])]
+        assert mx.allclose(*scaled, atol=1e-6).item()
 
 
 def test_a_host_stops_a_run_by_an_exception(short_run):

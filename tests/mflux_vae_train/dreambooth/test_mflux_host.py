@@ -50,6 +50,11 @@ def test_a_host_changes_only_when_the_training_has_succeeded(host, short_run, tm
     theirs, ours, base = (clip(ids)[1] for clip in clips)
     assert mx.allclose(theirs, ours, atol=1e-5).item() and not mx.allclose(theirs, base, atol=1e-3).item()
 
+    finished = fake_host(tmp_path / "parts", monkeypatch, 8)
+    assert DreamBooth(finished.pipeline).train(short_run(**options)).updates == 0
+    assert {name for name, layer in finished.model.named_modules() if isinstance(layer, LoRALinear)} == adapted
+    assert mx.allclose(finished.model.clip(ids)[1], theirs, atol=1e-5).item()
+
 
 def test_trained_weights_replace_those_of_the_host(short_run, tmp_path, monkeypatch) -> None:
     host = fake_host(tmp_path / "parts", monkeypatch)

@@ -41,6 +41,50 @@ def test_images_are_sorted_counted_and_fingerprinted(instance_dir, load):
     assert load().fingerprint != pictures.fingerprint
 
 
+def test_a_share_is_held_out_by_content(instance_dir, load):
+    whole = load()
+    names = {share: [one.path.name for one in load(validation_share=share).held_out] for share in (0.01, 0.4, 0.99)}
+    assert [len(names[share]) for share in names] == [1, 2, 4] and {*names[0.01]} < {*names[0.4]} < {*names[0.99]}
+    found = load(validation_share=0.4, seed=1)
+    assert [one.path.name for one in found.held_out] == names[0.4] and found.samples_per_epoch == 3
+    assert sorted(one.content for one in found.all_images) == sorted(one.content for one in whole.images)
+    (held_out,) = names[0.01]
+    (instance_dir / "copy.png").write_bytes((instance_dir / held_out).read_bytes())
+    assert sorted(one.path.name for one in load(validation_share=0.01).held_out) == sorted(["copy.png", held_out])
+
+
+def test_a_single_image_cannot_be_shared(instance_dir, tmp_path, load):
+    save_image(tmp_path / "one" / "a.png", picture())
+    single = Concept(instance_data_dir=str(tmp_path / "one"), instance_prompt=PROMPT)
+    with pytest.raises(SettingsError, match="validation_share"):
+        load(concepts=[single], validation_share=0.2)
+    several = [single, Concept(instance_data_dir=str(instance_dir), instance_prompt=PROMPT)]
+    found = load(concepts=several, validation_share=0.2)
+    assert [one.concept for one in found.held_out] == [1] and "nothing held out" in " ".join(found.warnings)
+
+
+def test_a_folder_is_held_out_with_its_captions_masks_and_one_crop(instance_dir, tmp_path, load):
+    more = tmp_path / "more"
+    save_image(more / "a.png", picture(16, 40))
+    save_image(more / "a-mask.png", picture(16, 40, 255)[..., :1])
+    (more / "a.txt").write_text("sks dog, asleep")
+    (more / "b.png").write_bytes((instance_dir / "picture-1.png").read_bytes())
+    save_image(instance_dir / "picture-0-mask.png", picture(20, 16, 255)[..., :1])
+    crops = {"center_crop": False, "num_crops": 3, "random_flip": True, "masked_loss": True}
+    found, before = load(validation_data_dir=str(more), **crops), load(**crops)
+    assert found.fingerprint == before.fingerprint and found.held_out_fingerprint != before.held_out_fingerprint
+    first, second = found.held_out
+    assert (first.caption, second.caption, first.mask) == ("sks dog, asleep", PROMPT, more / "a-mask.png")
+    assert [[crop.offset for crop in row] for row in first.crops] == [[0.5]]
+    assert "also trained (b.png)" in " ".join(found.repetition_warnings())
+    given = {"model": "fake", "instance_data_dir": str(instance_dir), "instance_prompt": PROMPT}
+    settings = DreamBoothSettings(**given, validation_data_dir=str(more))
+    assert "2 held out in" in found.summary(settings.subjects)[0]
+    (more / "c.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"c\.png"):
+        check_files(settings)
+
+
 def test_folder_without_images_is_rejected(tmp_path, load):
     (tmp_path / "Thumbs.db").write_bytes(b"")
     with pytest.raises(ImageError, match=r"1 file\b.*\.png"):

@@ -101,6 +101,19 @@ def test_training_levels_follow_the_scheme() -> None:
         assert count == pytest.approx(500, abs=100)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantile_is_that_of_random_levels(scheme: str) -> None:
+    def draw(count: int, quantile: float | None = None) -> np.ndarray:
+        sampling = NoiseSampling(scheme=scheme, quantile=quantile)
+        return np.array(SCHEDULES["dev"].training_sigmas(keys(count), sampling, image_tokens=64))
+
+    drawn = draw(2000)
+    for quantile in (0.125, 0.5, 0.875):
+        fixed = draw(2, 1 - quantile if scheme == "mode" else quantile)
+        assert fixed[0] == fixed[1] and (drawn > fixed[0]).mean() <= quantile + 0.05
+        assert (drawn >= fixed[0]).mean() >= quantile - 0.05
+
+
 def test_training_shifts_by_size_only_with_flux_shift() -> None:
     dev, static, plain = SCHEDULES["dev"], SCHEDULES["static"], SCHEDULES["schnell"]
 

@@ -79,6 +79,7 @@ def test_timesteps_are_uniform_and_functions_of_each_key() -> None:
     drawn = np.array(training_timesteps(keys(4000), SD15, NoiseSampling()))
     assert drawn.min() >= 0 and drawn.max() <= 999 and abs(drawn.mean() - 499.5) < 15
     np.testing.assert_array_equal(training_timesteps(keys(10, start=5), SD15, NoiseSampling()), drawn[5:15])
+    assert training_timesteps(keys(2), SD15, NoiseSampling(quantile=0.25)).tolist() == [750, 750]
 
 
 def test_schemes_of_rectified_flow_raise() -> None:

@@ -1,0 +1,1 @@
+"""Compare the checkpoints of a run: draw, measure, recommend."""
