@@ -102,14 +102,18 @@ def adapter_metadata(networks: Networks) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
 
 
-def save_adapter(networks: Networks, path: str | Path) -> None:
-    """Write adapters as a safetensors file for PEFT and diffusers."""
+def save_adapter(networks: Networks, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write adapters as a safetensors file for PEFT and diffusers.
+
+    Args:
+        metadata: more entries for the file, which other programs ignore.
+    """
     from mflux_vae.weights.formats.files import write_safetensors
 
     tensors: dict[str, mx.array] = {}
     for prefix, module in networks.items():
         tensors |= adapter_tensors(module, prefix)
-    write_safetensors(path, tensors, adapter_metadata(networks))
+    write_safetensors(path, tensors, {**adapter_metadata(networks), **(metadata or {})})
 
 
 def check_adapter_fits(
