@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
+from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.metrics.lpips import LPIPS
 from mflux_vae_train.evaluation import metrics, score
 from mflux_vae_train.evaluation.clip import Clip
@@ -135,7 +136,13 @@ class DreamBench:
                 LPIPS.from_files(*lpips) if lpips else None,
             )
 
-        load()
+        for flag, source, network in (("--dino", dino, Dino), ("--clip", clip, Clip)):
+            try:
+                network.from_pretrained(source)
+            except (SettingsError, WeightsError) as error:
+                raise type(error)(f"{flag} {error}") from error
+        if lpips:
+            LPIPS.from_files(*lpips)
         return cls(load, diverse=bool(lpips))
 
     @cached_property

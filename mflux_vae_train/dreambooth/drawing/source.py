@@ -18,12 +18,13 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
 from mflux_vae_train.dreambooth.data.sampling import Size
 from mflux_vae_train.dreambooth.export import TRAINED
-from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.lora.metadata import base_model
 from mflux_vae_train.settings.values import DERIVED, read_file
 
-LAST = "last"
-"""Label of a run's result, of the newest checkpoint of an unfinished run, or of the only adapter."""
+LAST, BEST = "last", "best"
+"""Labels: of a run's result, of the newest checkpoint of an unfinished run, or of the only adapter; and of the adapter
+that ``--keep_best`` keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Source:
         revision, variant, vae, prediction_type: see `registry.open_pipeline`.
         settings: the file that names the model; None if the user does.
         adapters: file of each adapter, or folder that holds it, by label, oldest first: numbers of updates, then
-            `LAST`. Empty after ``--train_mode full``.
+            `LAST`, `BEST`. Empty after ``--train_mode full``.
         chosen: label of the adapter that `path` names.
         root: the run's folder; None for an adapter file.
         untrained: what draws the untrained images after ``--train_mode full``; None if `adapters` scaled by 0 do.
@@ -165,6 +166,8 @@ def _of_run(path: str, root: Path, model: str | None) -> Source:
     result = RunFolder(root).adapter
     if result.is_file() or adapters:
         adapters[LAST] = result if result.is_file() else [*adapters.values()][-1]
+        if ((best := RunFolder(root).best) / ADAPTER).is_file():
+            adapters[BEST] = best
     chosen = LAST
     if not same_place(path, root):
         file = lora.adapter_file(path)

@@ -10,7 +10,8 @@ from typing import Any
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.weights.formats.files import read_json
-from mflux_vae_train.dreambooth.drawing.source import LAST, Source
+from mflux_vae_train.dreambooth.best_adapter import read_best
+from mflux_vae_train.dreambooth.drawing.source import BEST, LAST, Source
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 
 UNTRAINED = "untrained"
@@ -57,8 +58,8 @@ def plan(source: Source, checkpoints: Sequence[str] | None, scales: Sequence[flo
         return [base, Entry(name=LAST, update=updates, scale=1.0)]
     labels = [*source.adapters] if checkpoints is None else [source.label(name) for name in checkpoints]
     numbers = {label: _update(source, label, updates) for label in labels}
-    # of two labels for one update, the number
-    found = {number: label for label, number in sorted(numbers.items(), key=lambda item: item[0] != LAST)}
+    # of several labels for one update, the number
+    found = {number: label for label, number in sorted(numbers.items(), key=lambda item: item[0].isdecimal())}
     return [
         base,
         *(
@@ -82,7 +83,9 @@ def base_identity(source: Source) -> dict[str, Any]:
 
 def _update(source: Source, label: str, updates: int) -> int:
     """The update after which an adapter was saved. Without a result, `LAST` is the newest checkpoint."""
-    if label != LAST:
+    if label.isdecimal():
         return int(label)
-    same = [int(name) for name, file in source.adapters.items() if name != LAST and file == source.adapters[LAST]]
-    return same[0] if same else updates
+    if label == BEST and (best := read_best(source.file(label))) is not None:
+        return best.update
+    same = [name for name, file in source.adapters.items() if name.isdecimal() and file == source.adapters[label]]
+    return int(same[0]) if same else updates

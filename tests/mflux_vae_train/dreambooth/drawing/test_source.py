@@ -12,7 +12,7 @@ import pytest
 from mflux_vae.errors import InputError, SettingsError, WeightsError
 from mflux_vae.weights.formats.files import write_safetensors
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.drawing.source import LAST, read_source
+from mflux_vae_train.dreambooth.drawing.source import BEST, LAST, read_source
 from mflux_vae_train.settings.flags import to_yaml
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -47,6 +47,9 @@ def test_a_run_says_everything_wherever_it_lies(tmp_path: Path) -> None:
     assert source.label("checkpoint-2") == "2"
     with pytest.raises(SettingsError, match="2, 10, last"):
         source.label("4")
+    write_safetensors(root / "best" / ADAPTER, {"x": mx.zeros(1)})
+    assert [*read_source(str(root)).adapters] == ["2", "10", LAST, BEST]
+    assert read_source(str(root / "best")).chosen == BEST
 
 
 def test_the_preview_model_draws_with_its_recommendations(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image
+from mflux_vae.weights.formats.files import write_safetensors
+from mflux_vae_train.dreambooth.best_adapter import Best
 from mflux_vae_train.dreambooth.data.encoding import EncodedPrompts
 from mflux_vae_train.dreambooth.drawing.source import Source
 from mflux_vae_train.dreambooth.evaluation.evaluate import evaluate
@@ -151,7 +153,7 @@ def test_noise_is_the_same_for_all_adapters(run, tmp_path: Path) -> None:
     assert len({file.read_bytes() for file in albums[0].iterdir()}) == 9
 
 
-def test_plan_has_each_adapter_once(adapters: dict[str, Path]) -> None:
+def test_plan_has_each_adapter_once(adapters: dict[str, Path], tmp_path: Path) -> None:
     source = Source(path="run", model="toy", adapters={**adapters, "last": Path("result.safetensors")})
     entries = plan(source, None, (1.0, 0.5, 0.0), updates=150)
     assert [(one.update, one.scale) for one in entries] == [(0, 0), (50, 0.5), (50, 1), (100, 0.5), (100, 1),
@@ -159,6 +161,11 @@ def test_plan_has_each_adapter_once(adapters: dict[str, Path]) -> None:
     assert [one.label for one in plan(source, None, (1.0,), updates=200)] == [None, "50", "100", "150", "last"]
     unfinished = Source(path="run", model="toy", adapters={**adapters, "last": adapters["150"]})
     assert [one.update for one in plan(unfinished, None, (1.0,), updates=800)] == [0, 50, 100, 150]
+    for update, names in ((100, ["50", "100", "150"]), (120, ["50", "100", "best", "150"])):
+        metadata = Best(update=update, loss=0.1, measured="").metadata
+        write_safetensors(tmp_path / "best.safetensors", {"x": mx.zeros(1)}, metadata)
+        kept = Source(path="run", model="toy", adapters={**adapters, "best": tmp_path / "best.safetensors"})
+        assert [one.name for one in plan(kept, None, (1.0,), updates=150)[1:]] == names
     with pytest.raises(SettingsError, match="--scale"):
         plan(source, None, (0.0,), updates=150)
     full = Source(path="run", model="toy")
