@@ -29,8 +29,6 @@ from mflux_vae_train.pipelines.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-REPOSITORY = "openai/clip-vit-base-patch32"
-
 VIT_B32 = CLIPTextConfigWithProjection(), VisionConfig()
 """Configurations of text and vision."""
 
@@ -75,7 +73,7 @@ class Clip(CLIPTextModelWithProjection):
 
     @classmethod
     @exclusive()
-    def from_pretrained(cls, source: str | Path = REPOSITORY) -> Clip:
+    def from_pretrained(cls, source: str | Path) -> Clip:
         """Load networks, in float32, and tokenizer.
 
         Args:

@@ -23,8 +23,6 @@ from mflux_vae_train.evaluation.weights import fill, locate, read_config, read_w
 from mflux_vae_train.pipelines.loading.folder import read_file
 from mflux_vae_train.pipelines.loading.fused_layers import QKV, split_fused
 
-REPOSITORY = "facebook/dino-vits16"
-
 _LAYERS = {
     "layer_norm1": ("layernorm_before", "norm1"),
     "self_attn.q_proj": ("attention.attention.query", "attn.qkv.q"),
@@ -103,7 +101,7 @@ class Dino(VisionTransformer):
 
     @classmethod
     @exclusive()
-    def from_pretrained(cls, source: str | Path = REPOSITORY) -> Dino:
+    def from_pretrained(cls, source: str | Path) -> Dino:
         """Load a network in float32.
 
         Args:

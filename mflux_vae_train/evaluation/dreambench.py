@@ -7,9 +7,9 @@ with the prompt without the identifier, which CLIP does not know.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import combinations
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from mflux_vae_train.evaluation.dino import Dino
 from mflux_vae_train.evaluation.evaluator import Features, Measure, Prompt, Subject, of_kind
 from mflux_vae_train.evaluation.score import Score
 from mflux_vae_train.fingerprint import weights_hash
+
+logger = logging.getLogger(__name__)
 
 _PLACES = (
     *("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric"),
@@ -143,6 +145,8 @@ class DreamBench:
                 raise type(error)(f"{flag} {error}") from error
         if lpips:
             LPIPS.from_files(*lpips)
+        else:
+            logger.warning("DIV (diversity) is left out: it needs LPIPS; give its files by --lpips")
         return cls(load, diverse=bool(lpips))
 
     @cached_property
@@ -168,8 +172,9 @@ class DreamBench:
         texts = clip.text_features([_without_identifier(prompt.text, subject) for prompt in of_subject])
         features = {**self._of_images(images), "texts": texts}
         if lpips is not None:
-            rows, distance = of_kind(prompts, "subject").reshape(len(of_subject), -1), metrics.lpips_distance(lpips)
-            features["distances"] = np.stack([_distances([images[i] for i in row], distance) for row in rows])
+            rows = of_kind(prompts, "subject").reshape(len(of_subject), -1)
+            groups = [[images[i] for i in row] for row in rows]
+            features["distances"] = np.stack([metrics.lpips_distances(group, lpips) for group in groups])
         return features
 
     def reference(self, subject: Subject) -> Features:
@@ -185,13 +190,10 @@ class DreamBench:
         named, of_class = of_kind(prompts, "subject"), of_kind(prompts, "class")
         groups = np.repeat(np.arange(len(features["texts"])), len(named) // len(features["texts"]))
 
-        def similar(network: str, indices: np.ndarray) -> list[float]:
-            return [metrics.subject_fidelity(features[network][i : i + 1], reference[network]) for i in indices]
+        def similar(network: str, indices: np.ndarray) -> np.ndarray:
+            return metrics.subject_fidelity(features[network][indices], reference[network])
 
-        fitting = [
-            metrics.prompt_fidelity(features["clip"][i : i + 1], features["texts"][group : group + 1])
-            for i, group in zip(named, groups, strict=True)
-        ]
+        fitting = metrics.prompt_fidelity(features["clip"][named], features["texts"][groups])
         scores = {
             "subject_fidelity": score.mean(similar("dino", named), groups),
             "image_fidelity": score.mean(similar("clip", named), groups),
@@ -206,14 +208,6 @@ class DreamBench:
         """Mean cosine of two different real images; 1 if there is only one."""
         cosines = reference["dino"] @ reference["dino"].T
         return {"subject_fidelity": score.pair_mean(cosines).value if len(cosines) > 1 else 1.0}
-
-
-def _distances(images: Sequence[np.ndarray], distance: metrics.Distance) -> np.ndarray:
-    """Distances of every two images (N, N)."""
-    found = np.zeros((len(images), len(images)), np.float32)
-    for i, j in combinations(range(len(images)), 2):
-        found[i, j] = found[j, i] = distance(images[i], images[j])
-    return found
 
 
 def _without_identifier(text: str, subject: Subject) -> str:

@@ -1,14 +1,14 @@
-"""Pictures -> pixels of DINO and CLIP: resize the short side, crop the centre, normalise.
+"""Images -> pixels of DINO and CLIP: resize the short side, crop the centre, normalise.
 
 Equal to the bit to transformers' Pillow processors (`CLIPImageProcessorPil`, and `ViTImageProcessorPil` with
-``size={"shortest_edge": 256}``, a crop and bicubic filter): Pillow's bicubic filter, which antialiases, the long side
-rounded down, and a crop from ``(side - crop) // 2``. Others differ:
+``size={"shortest_edge": 256}``, a centre crop and the bicubic filter): Pillow's bicubic filter, which antialiases, a
+long side rounded down, a crop from ``(side - crop) // 2``. Other programs differ:
 
-- torchvision's `Resize` and `CenterCrop` on Pillow images, which DINO's and OpenAI's programs use, crop one pixel later
-  where the side exceeds the crop by 3, 7, 11, ... pixels, and normalise with another rounding (1e-7).
-- transformers' default processors resize tensors; pixels differ by a level or two.
-- facebook/dino-vits16's preprocessor_config.json squeezes images to 224 x 224 by a bilinear filter, without a crop;
-  DINO's evaluation does not, nor is that in DreamBench's description.
+- torchvision's `Resize` and `CenterCrop` on Pillow images, which DINO's and OpenAI's programs use: the crop starts one
+  pixel later where the side exceeds it by 3, 7, 11, ... pixels.
+- transformers' default processors resize tensors by torchvision.
+- facebook/dino-vits16's preprocessor_config.json squeezes images to 224 x 224 by a bilinear filter, without a crop.
+  DINO's evaluation does not.
 """
 
 from __future__ import annotations

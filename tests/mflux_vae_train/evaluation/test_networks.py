@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -33,7 +34,7 @@ def golden(folder: Path) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     return stored, [stored[f"image.{index}"] for index in range(len(SIZES))]
 
 
-def parameters(network) -> dict[str, mx.array]:
+def parameters(network: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(network.parameters()))
 
 
@@ -208,7 +209,7 @@ def test_unreachable_hub_names_a_way_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(hub, "download", offline)
     with pytest.raises(WeightsError, match="hf download facebook/dino-vits16"):
-        Dino.from_pretrained()
+        Dino.from_pretrained("facebook/dino-vits16")
 
 
 def test_hub_prefers_safetensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
