@@ -42,6 +42,7 @@ from benchmarks import (
     vae_speed,
     vae_training,
 )
+from benchmarks.diffusers_scripts import draw_speed
 from benchmarks.harness.cli import main
 
 SCRIPTS = {
@@ -51,6 +52,7 @@ SCRIPTS = {
     "text_encoders": text_encoders.rows,
     "image_loading": image_loading.rows,
     "dreambooth_speed": dreambooth_speed.rows,
+    "draw_speed": draw_speed.rows,
 }
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.best_adapter import read_best
-from mflux_vae_train.dreambooth.export import FUSED, KOHYA, SINGLE, TRAINED
+from mflux_vae_train.dreambooth.export import FUSED, KOHYA, SINGLE, TRAINED, saves_itself
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
-from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
+from mflux_vae_train.pipelines.capabilities import SharesHostWeights, SupportsAdapterExport
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 SETTINGS = (
@@ -59,6 +60,10 @@ def write_model_card(
             result.name, resolved.instance_prompt, dora=resolved.use_dora, text_encoder=resolved.train_text_encoder
         )
         parts += [f"## In {program}\n\n{text.strip()}" for program, text in usage.items()]
+    if (adapter or saves_itself(pipeline)) and not isinstance(pipeline, SharesHostWeights):
+        compared = "--scale 0 0.6 1" if adapter else "--compare_base"
+        command = f"mflux-dreambooth draw . --prompt {shlex.quote(resolved.instance_prompt)} {compared}"
+        parts.append(f"## In mflux-vae\n\nIn this folder:\n\n```bash\n{command}\n```")
     files = [f"`{KOHYA}` is the same adapter in kohya's naming."] if resolved.output_kohya_format else []
     whole = "the whole pipeline" if drawing is pipeline else f"the whole pipeline of {link}"
     files += [f"`{FUSED}/` is {whole} with the adapter fused into its weights."] if resolved.fuse else []
