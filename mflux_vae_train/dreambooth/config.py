@@ -273,8 +273,8 @@ class DreamBoothSettings:
     )
     offset_noise: bool | None = flag("same as --noise_offset 0.1", None)
     guidance: float | None = flag(
-        "guidance scale of class images and previews (default: that of the model that draws them); models with an"
-        " input for it are trained with it",
+        "guidance scale of class images and previews (default: that of the model that draws them); without"
+        " --preview_model, models with an input for it are trained with it",
         None,
         least=0,
         aliases=("guidance_scale", "validation_guidance_scale"),

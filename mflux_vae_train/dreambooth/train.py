@@ -313,7 +313,7 @@ def _optimize(
         batches = processes.shard(all_batches)
         if resolved.prior_preservation != "dop":
             return list(batches)
-        options: dict[str, Any] = {"guidance": resolved.guidance, "sampling": resolved.sampling}
+        options: dict[str, Any] = {"guidance": resolved.training_guidance, "sampling": resolved.sampling}
         return [add_base_prediction(pipeline, model, one, **options) for one in batches]
 
     def save() -> None:
@@ -325,7 +325,11 @@ def _optimize(
 
     held_out = None
     if precomputed.held_out is not None:
-        options: dict[str, Any] = {"guidance": resolved.guidance, "seed": resolved.seed, "processes": processes}
+        options: dict[str, Any] = {
+            "guidance": resolved.training_guidance,
+            "seed": resolved.seed,
+            "processes": processes,
+        }
         options["batch_size"] = resolved.train_batch_size * (1 if resolved.prior_preservation == "none" else 2)
         measure = HeldOutLoss(pipeline, precomputed.held_out, sampling=resolved.sampling, **options)
         held_out = HeldOut(pipeline, measure, run, folder, start=start, processes=processes)
@@ -386,7 +390,7 @@ def _loss(pipeline: DiffusionPipeline, resolved: ResolvedSettings) -> Loss:
             return dreambooth_loss(
                 pipeline,
                 arrays,
-                guidance=resolved.guidance,
+                guidance=resolved.training_guidance,
                 prior_loss_weight=resolved.prior_loss_weight,
                 sampling=resolved.sampling,
             )

@@ -96,7 +96,7 @@ class Preparation:
     @property
     def measured(self) -> str:
         resolved = self.resolved
-        parts = (self.dataset.held_out_fingerprint, resolved.seed, resolved.resolution, resolved.guidance)
+        parts = (self.dataset.held_out_fingerprint, resolved.seed, resolved.resolution, resolved.training_guidance)
         return hashlib.sha256(repr((*parts, resolved.sampling)).encode()).hexdigest()[:16]
 
 

@@ -49,6 +49,7 @@ class ResolvedSettings(DreamBoothSettings):
         auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
         samples: instance samples of the whole run.
         drawing_guidance, drawing_steps: of class images and previews.
+        training_guidance: for models that read it. With ``--preview_model``, ``--guidance`` is for drawing alone.
         sampling: how noise levels are drawn; None for the pipeline's default.
         trackers: names of the trackers that ``--report_to`` selects.
         notes: decisions with their reasons, one line each, for the log.
@@ -72,6 +73,7 @@ class ResolvedSettings(DreamBoothSettings):
     samples: int
     drawing_guidance: float
     drawing_steps: int
+    training_guidance: float
     sampling: NoiseSampling | None
     trackers: tuple[str, ...]
     notes: tuple[str, ...]
@@ -175,6 +177,8 @@ def resolve(
         validation_epochs=None,
     )
     guidance = drawing.guidance if given.guidance is None else given.guidance
+    given_to_training = None if settings.preview_model is not None else settings.guidance
+    trained = recommended.guidance if given_to_training is None else given_to_training
     steps = settings.num_inference_steps or drawing.steps
     draws = {"class images": preservation.kind == "class_images", "previews": settings.num_validation_images > 0}
     if settings.preview_model is not None and any(draws.values()):
@@ -199,6 +203,7 @@ def resolve(
         samples=samples,
         drawing_guidance=guidance,
         drawing_steps=steps,
+        training_guidance=trained,
         sampling=_sampling(settings, recommended),
         trackers=tuple(trackers.requested_trackers(settings.report_to)),
         notes=tuple(notes),

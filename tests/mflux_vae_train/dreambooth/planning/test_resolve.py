@@ -32,6 +32,12 @@ def assert_resolves_to_itself(run: ResolvedSettings) -> None:
     assert resolved_from(run.to_settings()).to_settings() == run.to_settings()
 
 
+def test_guidance_is_for_the_model_that_draws():
+    for given, training in (({}, 7.5), ({"preview_model": "distilled"}, RECOMMENDED.guidance)):
+        settings = resolved(guidance=7.5, **given)
+        assert (settings.drawing_guidance, settings.training_guidance, settings.guidance) == (7.5, training, 7.5)
+
+
 def test_the_pipeline_provides_defaults_and_they_are_noted():
     settings = resolved()
     assert settings.resolution == RECOMMENDED.resolution
