@@ -99,6 +99,17 @@ def cached(repository: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def file_hashes(repository: str, revision: str | None = None) -> dict[str, str]:
+    """Hash of each file of a repository by path, as the hub lists them; empty if it cannot be reached."""
+    try:
+        from huggingface_hub import HfApi
+
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30).siblings or []
+        return {one.rfilename: one.lfs.sha256 if one.lfs else str(one.blob_id) for one in files}
+    except Exception:  # `download` reports the reason
+        return {}
+
+
 def has_autoencoder(repository: str, inside: str = "") -> bool:
     """Whether the autoencoder of a repository is in the cache, see `fetch`."""
     folder = cached(repository)

@@ -66,7 +66,7 @@ def precompute(
     class_prompts = [one.class_prompt for one in resolved.subjects if one.class_prompt is not None]
     all_prompts = [*captions, *class_prompts, "", *resolved.validation_prompt]
     all_prompts += [one.caption for one in run.dataset.held_out]
-    shared = preview_model.share_encoders(pipeline, run.drawing, resolved)
+    shared = preview_model.share_encoders(pipeline, run.drawing)
     drawn_prompts = prompts = encode_prompts(pipeline, all_prompts, cache, processes=processes)
     release(pipeline, "prompts")
     if not shared:
@@ -94,7 +94,8 @@ def precompute(
     if run.dataset.held_out:
         once = [replace(one, repeats=1) for one in resolved.subjects]
         options: dict[str, Any] = {"class_images": None, "preserves_output": False, "processes": processes}
-        held_out = encode_dataset(pipeline, run.dataset.held_out, prompts, once, cache, **options)
+        of_held_out = trimmed(pipeline, prompts, [*(one.caption for one in run.dataset.held_out), *class_prompts, ""])
+        held_out = encode_dataset(pipeline, run.dataset.held_out, of_held_out, once, cache, **options)
     release(pipeline, "images")
     run.dataset.release()
     if cache.hits:

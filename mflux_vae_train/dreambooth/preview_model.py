@@ -63,29 +63,37 @@ def _shapes(pipeline: DiffusionPipeline, patterns: Sequence[str]) -> dict[str, t
     return {path: dimensions(layer) for path, layer in layers.items() if lora.matches(path, layer, patterns)}
 
 
-def share_encoders(pipeline: DiffusionPipeline, drawing: DiffusionPipeline, settings: DreamBoothSettings) -> bool:
-    """Let `drawing` use the encoders of `pipeline` that encode alike, so that they are loaded once.
+def share_encoders(pipeline: DiffusionPipeline, drawing: DiffusionPipeline) -> bool:
+    """Let `drawing` use the encoders of `pipeline` that encode alike, so that they are loaded, or downloaded, once.
 
     Returns:
         whether prompts that `pipeline` encoded are conditioning for `drawing`.
-
-    Raises:
-        SettingsError: text encoders are trained, and `drawing` cannot use them.
     """
     if drawing is pipeline:
         return True
-    uses: tuple[Use, ...] = ("prompts", "images")
+    uses: tuple[Use, ...] = ("images", "prompts")
     equal = {use: _encodes_alike(pipeline, drawing, use) for use in uses}
-    shares = isinstance(drawing, SupportsPreviewModel) and type(drawing) is type(pipeline)
-    if settings.train_text_encoder and not (shares and equal["prompts"]):
-        raise SettingsError("--preview_model: it has other text encoders, which --train_text_encoder does not train")
     for use in uses:
-        if equal[use] and isinstance(drawing, SupportsPreviewModel) and shares:
+        if equal[use] and isinstance(drawing, SupportsPreviewModel) and type(drawing) is type(pipeline):
             drawing.share_encoders(pipeline, use)
     return equal["prompts"]
 
 
+def check_text_encoders(pipeline: DiffusionPipeline, drawing: DiffusionPipeline, settings: DreamBoothSettings) -> None:
+    """
+    Raises:
+        SettingsError: text encoders are trained, and `drawing` cannot use them. A dry run does not compare weights.
+    """
+    if drawing is pipeline or not settings.train_text_encoder:
+        return
+    shares = isinstance(drawing, SupportsPreviewModel) and type(drawing) is type(pipeline)
+    if not shares or not (settings.dry_run or share_encoders(pipeline, drawing)):
+        raise SettingsError("--preview_model: it has other text encoders, which --train_text_encoder does not train")
+
+
 def _encodes_alike(one: DiffusionPipeline, other: DiffusionPipeline, use: Use) -> bool:
+    if isinstance(other, SupportsPreviewModel) and type(other) is type(one):
+        return other.encodes_as(one, use)
     if not isinstance(one, SupportsEncodingCache) or not isinstance(other, SupportsEncodingCache):
         return False
     return checks.encoder_fingerprint(one, use) == checks.encoder_fingerprint(other, use)

@@ -99,6 +99,10 @@ class SharesHostWeights(Protocol):
 class SupportsPreviewModel(Protocol):
     """A pipeline that holds little memory while it draws previews for another one of its class."""
 
+    def encodes_as(self, other: Any, use: Use) -> bool:
+        """Whether the encodings of another pipeline of this class are equal."""
+        ...
+
     def share_encoders(self, other: Any, use: Use) -> None:
         """Use these encoders of another pipeline from now on. The encodings of both are equal."""
         ...

@@ -143,6 +143,8 @@ class PartsPipeline(ABC):
         """Use another autoencoder, see `open_vae`."""
         vae, config = open_vae(source, self.configs.vae)
         self.parts, self.configs = replace(self.parts, vae=vae), replace(self.configs, vae=config)
+        if self._snapshot is not None:
+            self._snapshot.skip(["vae"])
 
     @property
     @abstractmethod
@@ -216,6 +218,22 @@ class PartsPipeline(ABC):
         self._denoiser.apply(lambda module: setattr(module, "gradient_checkpointing", on))
 
     # capabilities.SupportsPreviewModel
+
+    def encodes_as(self, other: PartsPipeline, use: Use) -> bool:
+        """Whether encodings are equal: by the files that the hub lists, which then are not downloaded, or by hashes."""
+        if self.prompts is other.prompts if use == "prompts" else self.parts.vae is other.parts.vae:
+            return True
+        ours, theirs, folders = self._snapshot, other._snapshot, ["vae"]
+        if use == "prompts":
+            folders = [*list(self.parts.networks)[1:], *self.parts.tokenizers]
+        if ours is None or theirs is None or ours.is_cached() or not ours.lists_same_files(theirs, folders):
+            return self.encoder_fingerprint(use) == other.encoder_fingerprint(use)
+        settings = [(each.prompts.longest, each.prompts.settings) for each in (self, other)]
+        configs = [[getattr(each.configs, folder, None) for folder in folders] for each in (self, other)]
+        if configs[0] != configs[1] or (use == "prompts" and settings[0] != settings[1]):
+            return False
+        ours.skip(folders)
+        return True
 
     def share_encoders(self, other: PartsPipeline, use: Use) -> None:
         """Use the text encoders or the autoencoder of another pipeline, whose encodings are equal."""

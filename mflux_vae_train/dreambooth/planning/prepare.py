@@ -186,6 +186,8 @@ def prepare(
             was_complete, found = found.complete, status()
             if was_complete:
                 announce()
+    if not found.complete:
+        preview_model.check_text_encoders(pipeline, drawing, resolved)
     if token_lines is None and not found.complete and not resolved.dry_run:
         token_lines = check_prompts(pipeline, resolved, dataset)  # the tokenizers are there now
     if token_lines is None and isinstance(pipeline, SupportsPromptInspection):
@@ -289,7 +291,11 @@ def _estimate(
     resolved, work = fit_gradient_checkpointing(pipeline, resolved, work)
     if resolved.auto_batch_size:
         resolved, work = fit_batch_size(pipeline, resolved, work, processes.size)
-    return resolved, estimate(pipeline, resolved, work)
+    found = estimate(pipeline, resolved, work)
+    if drawing is not pipeline and found.footprint.download:
+        less = "encoders of --preview_model that the hub lists for --model, too, are not downloaded"
+        resolved = replace(resolved, notes=(*resolved.notes, less))
+    return resolved, found
 
 
 def _identity(resolved: ResolvedSettings, dataset: InstanceDataset) -> dict[str, Any]:

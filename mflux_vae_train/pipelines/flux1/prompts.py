@@ -78,6 +78,7 @@ class FluxPrompts(LimitedPromptEncoder):
             _, encoded[POOLED] = self.clip.get()(encoded.pop(TOKENS))
         return encoded
 
-    def fingerprint(self) -> str:
-        """Settings that the encodings depend on."""
-        return f"{self.tokens}{f' {TOKENS}' if self.clip_in_step else ''}"
+    @property
+    def settings(self) -> str:
+        """See `PromptEncoder`."""
+        return f" {TOKENS}" if self.clip_in_step else ""

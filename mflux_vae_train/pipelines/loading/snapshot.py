@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from mflux_vae.pretrained.hub import cached, download
+from mflux_vae.pretrained.hub import cached, download, file_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ class Snapshot:
         is_stored: whether a folder holds the weights of a part.
 
     Attributes:
-        parts: names of the parts.
         variant: as given.
     """
 
@@ -55,10 +55,8 @@ class Snapshot:
         single_files: Sequence[str] = (),
         is_stored: Callable[[Path, str, str | None], bool],
     ) -> None:
-        self.repository, self.parts = repository, list(stems)
-        self.variant, self._revision, self._is_stored = variant, revision, is_stored
-        self._patterns = [*SMALL_FILES, *weight_files(stems, variant)]
-        self._single_files = single_files
+        self.repository, self.variant, self._revision, self._is_stored = repository, variant, revision, is_stored
+        self._stems, self._single_files = dict(stems), single_files
         self._folder: Path | None = None
 
     def __call__(self) -> Path:
@@ -67,12 +65,38 @@ class Snapshot:
             WeightsError: see `mflux_vae.pretrained.hub.download`.
         """
         if self._folder is None:
-            folder = download(self.repository, self._patterns, self._revision)
+            patterns = [*SMALL_FILES, *weight_files(self._stems, self.variant)]
+            folder = download(self.repository, patterns, self._revision)
             if self._single_files and not any((folder / self.parts[0]).glob("*.safetensors")):
-                folder = download(self.repository, [*self._patterns, *self._single_files], self._revision)
+                folder = download(self.repository, [*patterns, *self._single_files], self._revision)
             logger.info("%s: in %s", self.repository, folder)
             self._folder = folder
         return self._folder
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts whose weights are downloaded."""
+        return list(self._stems)
+
+    def skip(self, parts: Collection[str]) -> None:
+        """Do not download the weights of these parts from now on."""
+        self._stems = {part: stem for part, stem in self._stems.items() if part not in parts}
+
+    def lists_same_files(self, other: Snapshot, folders: Sequence[str]) -> bool:
+        """Whether the hub lists the same weights and tokenizers in both; False if it cannot be reached.
+
+        Args:
+            folders: names of parts and tokenizers.
+        """
+        ours, theirs = (one._listed(folders) for one in (self, other))
+        return ours == theirs and all(any(path.startswith(f"{folder}/") for path in ours) for folder in folders)
+
+    def _listed(self, folders: Sequence[str]) -> dict[str, str]:
+        """Hashes of files by path."""
+        patterns = weight_files({part: stem for part, stem in self._stems.items() if part in folders}, self.variant)
+        patterns += [f"{folder}/*" for folder in folders if folder.startswith("tokenizer")]
+        hashes = file_hashes(self.repository, self._revision)
+        return {path: found for path, found in hashes.items() if any(fnmatch(path, one) for one in patterns)}
 
     def is_cached(self) -> bool:
         """Whether nothing has to be downloaded. The hub is not contacted."""

@@ -52,7 +52,7 @@ class SDPrompts(PromptEncoder):
         self._tokenizers = {name: parts.tokenizers[TOKENIZERS[name]] for name in configs}
         self._joined = len(configs) > 1
         self._layers = min(config.num_hidden_layers for config in configs.values())
-        self.longest = min(config.max_position_embeddings for config in configs.values())
+        self._longest = min(config.max_position_embeddings for config in configs.values())
         self._zeros_for_empty = zeros_for_empty
         self._clip_skip: int | None = None
         self._in_step: tuple[str, ...] = ()
@@ -83,6 +83,11 @@ class SDPrompts(PromptEncoder):
     def in_step(self, names: Collection[str]) -> None:
         self._in_step = tuple(name for name in self.encoders if name in names)
         self.forget()
+
+    @property
+    def longest(self) -> int:
+        """Tokens per prompt, before a tokenizer is opened."""
+        return self._longest
 
     @property
     def tokens(self) -> int:
@@ -127,10 +132,11 @@ class SDPrompts(PromptEncoder):
             for name, value in conditioning.items()
         }
 
-    def fingerprint(self) -> str:
-        """Settings that the encodings depend on."""
+    @property
+    def settings(self) -> str:
+        """See `PromptEncoder`."""
         zeros = "zeros" if self._zeros_for_empty else "encoded"
-        return f"{self.tokens} clip_skip {self.clip_skip or 0} {zeros} {' '.join(self.in_step)}".rstrip()
+        return f" clip_skip {self.clip_skip or 0} {zeros} {' '.join(self.in_step)}".rstrip()
 
     def _token_ids(self, name: str, prompts: Sequence[str]) -> mx.array:
         tokenizer, length = self._tokenizers[name].get(), self.tokens

@@ -18,6 +18,21 @@ from mflux_vae_train.pipelines.text.tokenizer import LazyTokenizer
 class PromptEncoder(ABC):
     """Base of classes that encode prompts. Subclasses call `forget` when a setting changes encodings."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens per prompt, before a tokenizer is opened."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens per prompt: `longest`, or fewer if a tokenizer is configured so."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> str:
+        """Other settings that the encodings depend on; empty, or with a leading space."""
+
     def __init__(self) -> None:
         self._unconditional: Conditioning | None = None
         self._negative = ""
@@ -40,9 +55,9 @@ class PromptEncoder(ABC):
     def inspect(self, prompts: Sequence[str], limit: int | None) -> dict[str, list[PromptTokens]]:
         """What each text encoder reads of each prompt, with at most `limit` tokens."""
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """Settings that the encodings depend on."""
+        return f"{self.tokens}{self.settings}"
 
     @abstractmethod
     def _running(self) -> Sequence[Lazy[Any]]:

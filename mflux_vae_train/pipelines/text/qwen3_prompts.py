@@ -86,9 +86,10 @@ class QwenPrompts(LimitedPromptEncoder):
         pairs = zip(found, prompts, strict=True)
         return {"Qwen3": [self.template.inspected(one, prompt) for one, prompt in pairs]}
 
-    def fingerprint(self) -> str:
-        """Settings that the encodings depend on."""
-        return f"{self.tokens} {self.template}"
+    @property
+    def settings(self) -> str:
+        """See `PromptEncoder`."""
+        return f" {self.template}"
 
 
 class KleinPrompts(QwenPrompts):
@@ -109,8 +110,10 @@ class KleinPrompts(QwenPrompts):
     def _encode_tokens(self, ids: mx.array, lengths: list[int]) -> dict[str, mx.array]:
         return {EMBEDS: self.encoder.get()(ids, _mask(ids.shape[1], mx.array(lengths)), self.taps)}
 
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint()} {self.taps}"
+    @property
+    def settings(self) -> str:
+        """See `PromptEncoder`."""
+        return f"{super().settings} {self.taps}"
 
 
 class ZImagePrompts(QwenPrompts):

@@ -181,7 +181,7 @@ def test_equal_models_draw_equal_images(short_run, folders) -> None:
     lora.add_lora(trained.denoiser, ["*attn.to_q"], rank=2)
     for layer in lora.layers(trained.denoiser).values():
         layer.lora_b = mx.ones_like(layer.lora_b)
-    assert preview_model.share_encoders(trained, drawing, short_run())
+    assert preview_model.share_encoders(trained, drawing)
     conditioning = trained.encode_prompts(["a photo of a dog"])
 
     def draw(pipeline: FluxPipeline) -> mx.array:
@@ -194,12 +194,13 @@ def test_equal_models_draw_equal_images(short_run, folders) -> None:
         assert mx.array_equal(draw(drawing), draw(trained)) and not mx.array_equal(draw(drawing), alone)
 
 
-def test_other_text_encoders_cannot_be_trained(short_run, folders, opens) -> None:
+def test_other_text_encoders_cannot_be_trained(short_run, folders, opens, tmp_path) -> None:
     trained, drawing = (FluxPipeline.from_pretrained(folders / name) for name in ("base", "sibling"))
     drawn(drawing.parts.networks["text_encoder"].keep(), 5)
     opens(drawing)
     with pytest.raises(SettingsError, match="text encoders"):
         DreamBooth(trained).train(short_run(preview_model="sibling", train_text_encoder=True, num_class_images=0))
+    assert not (tmp_path / "out").exists()
 
 
 # memory

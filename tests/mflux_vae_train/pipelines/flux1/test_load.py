@@ -243,6 +243,36 @@ def test_other_files_raise_one_line(folder: Path, tmp_path: Path, kind: str) -> 
         registry.open_pipeline(str(file), revision="main")
 
 
+def test_encoders_that_the_hub_lists_twice_are_downloaded_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sibling, changed = tmp_path / "sibling", set()
+    shutil.copytree(folder, sibling)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        for file in (sibling / part).glob("*.safetensors"):
+            file.unlink()
+
+    def listing(self, repository: str, **_) -> SimpleNamespace:
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        hashes = {name: f"{repository} {name}" if name in changed else name for name in names}
+        files = [SimpleNamespace(rfilename=name, lfs=None, blob_id=found) for name, found in hashes.items()]
+        return SimpleNamespace(siblings=files)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", listing)
+    places = {"owner/base": folder, "owner/sibling": sibling}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **_: str(places[repository]))
+    trained, drawing = (flux1.load(name) for name in places)
+    for use in ("images", "prompts", "prompts"):
+        assert drawing.encodes_as(trained, use)
+        drawing.share_encoders(trained, use)
+    assert drawing._snapshot.parts == ["transformer"] and drawing._snapshot.is_cached()
+    changed |= {"text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+    other = flux1.load("owner/sibling")
+    for use in ("images", "prompts"):
+        with pytest.raises(WeightsError):  # it reads the weights to compare them
+            other.encodes_as(trained, use)
+
+
 @pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-schnell", "Black-Forest-Labs/flux.1-DEV"])
 def test_published_repositories_need_no_hub_for_an_estimate(hub, name: str) -> None:
     hub(AssertionError("the hub was asked"))
