@@ -42,7 +42,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.name if self.scale in (0, 1) else f"{self.name} at {self.scale:g}"
+        name = f"step {self.name}" if self.name.isdecimal() else self.name
+        return name if self.scale in (0, 1) else f"{name} at {self.scale:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +83,20 @@ def recommend(
     best = max(rows, key=lambda row: (products[id(row)].value, -row.update))
     highest = products[id(best)]
     if highest.value <= highest.error:
-        return Recommendation(
-            row=None, reason="no checkpoint draws the subject more reliably than chance: train for more updates"
-        )
+        gained = [one for one in measures if one.role == "gained"]
+        learned = max((overall(row, base, gained, goals) for row in rows), key=lambda score: score.value)
+        if learned.value <= learned.error:
+            why = "no checkpoint draws the subject more often than the untrained model: train for more updates"
+        else:
+            why = (
+                "every checkpoint that draws the subject forgot the rest: train for fewer updates or with a lower rate"
+            )
+        return Recommendation(row=None, reason=why)
     near = [row for row in rows if products[id(row)].value >= highest.value - highest.error]
     row = min(near, key=lambda row: (row.update, abs(row.scale - 1), row.scale))
-    found = products[id(row)]
-    shown = f"overall {found.value:.2f} ± {found.error:.2f}"
+    found = f"{row.label} (overall {products[id(row)].value:.2f} ± {products[id(row)].error:.2f})"
     if row is best:
-        return Recommendation(
-            row=row, reason=f"{row.label} has the highest product of what it gained and kept ({shown})"
-        )
-    return Recommendation(
-        row=row,
-        reason=f"{row.label} ({shown}) is within one standard error of the highest product, {highest.value:.2f} of"
-        f" {best.label}, after fewer updates"
-        if row.update < best.update
-        else f"{row.label} ({shown}) is within one standard error of the highest product, {highest.value:.2f} of"
-        f" {best.label}, at a scale nearer to 1",
-    )
+        return Recommendation(row=row, reason=f"{found} has the highest product of what it gained and kept")
+    why = "after fewer updates" if row.update < best.update else "at a scale nearer to 1"
+    near_to = f"{highest.value:.2f} of {best.label}"
+    return Recommendation(row=row, reason=f"{found} is within one standard error of the highest, {near_to}, {why}")

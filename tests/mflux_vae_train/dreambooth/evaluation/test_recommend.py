@@ -58,7 +58,9 @@ def test_of_one_checkpoint_the_scale_next_to_1_is_recommended() -> None:
 
 def test_nothing_is_recommended_if_nothing_is_learned() -> None:
     found = recommend([row(50, 0.4, 0.32, 0.4), row(100, 0.402, 0.32, 0.4)], BASE, MEASURES, GOALS)
-    assert found.row is None and "updates" in found.reason
+    assert found.row is None and "more updates" in found.reason
+    found = recommend([row(50, 0.8, 0.0, 1.0), row(100, 0.8, 0.0, 1.0)], BASE, MEASURES, GOALS)
+    assert found.row is None and "fewer updates" in found.reason
 
 
 def test_a_measure_without_room_does_not_count() -> None:
