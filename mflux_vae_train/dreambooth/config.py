@@ -353,6 +353,7 @@ class DreamBoothSettings:
         None,
         choices=("tensorboard", "wandb", "all", "none"),
     )
+    open_report: bool = flag("open report.html in the browser when training starts", False)
     logging_dir: str | None = flag("folder for the trackers' files (default: logs in --output_dir)", None, path=True)
 
     checkpointing_steps: int | None = flag(

@@ -31,7 +31,7 @@ RESUMABLE_CHANGES = frozenset(
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changes", "dry_run"),
         *("report_to", "logging_dir", "sample_batch_size", "output_kohya_format", "fuse", "fuse_single_file"),
         *("validation_prompt", "validation_steps", "validation_epochs", "num_validation_images"),
-        *("validation_data_dir", "validation_loss_steps", "keep_best"),
+        *("validation_data_dir", "validation_loss_steps", "keep_best", "open_report"),
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
         "bnb_quantization_config_path",
         *("revision", "variant", "vae"),  # the weights count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,10 +18,16 @@ from mflux_vae_train.dreambooth.reporting.held_out import METRIC, HeldOut
 from mflux_vae_train.dreambooth.reporting.previews import Previews
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.monitoring.browser import open_page
 from mflux_vae_train.monitoring.progress import Pace, ProgressBar
 from mflux_vae_train.monitoring.trackers import Tracker, open_tracker
 from mflux_vae_train.pipelines.protocol import Conditioning, DiffusionPipeline
 from mflux_vae_train.training.hooks import Hook, MetricsLog, Record, resource_usage
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL = 30.0
+"""Seconds between two versions of the report, if previews do not take longer. An open page shows each."""
 
 
 class Monitor:
@@ -54,6 +61,7 @@ class Monitor:
         self._processes, self._start, self._update = processes, start, start
         self._held_out, self._trackers, self._logs = held_out, list[Tracker](), list[MetricsLog]()
         self._total, self._report = run.resolved.max_train_steps, Report(pipeline.name, run, folder)
+        self._written, self._longest = time.monotonic(), REPORT_INTERVAL
         self.pace = Pace(self._total)
         self.observers: list[Hook] = [self.pace, self._count]
 
@@ -95,11 +103,13 @@ class Monitor:
         self._measure_seconds, began = time.monotonic() - began, time.monotonic()
         if start == 0:
             self._previews(0)
-            self._write_report("running", update=0)
         self._preview_seconds = time.monotonic() - began if start == 0 else self._expected_preview
         if is_main:
             bar = enter(ProgressBar(self._total, start, extra=self._speed, pace=self.pace))
-            self.observers += [*self._logs, bar, *self._trackers]
+            self.observers += [*self._logs, bar, *self._trackers, self._refresh]
+        self._write_report("running", update=start)
+        if is_main and resolved.open_report and (reason := open_page(folder.report)) is not None:
+            logger.warning("--open_report: %s; open %s yourself", reason, folder.report)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -135,8 +145,7 @@ class Monitor:
 
         def preview(record: Record) -> None:
             self._previews(record.update)
-            note = f"after update {record.update} of {self._total}, {self.pace.eta_text(record.update)}"
-            self._write_report("running", update=record.update, note=note)
+            self._write_running(record)
 
         return self.pace.timed_every(self._run.resolved.validation_steps, preview, seconds=self._preview_seconds)
 
@@ -151,9 +160,19 @@ class Monitor:
         """Write the final report."""
         self._write_report("finished", update=self._total, note=note)
 
+    def _refresh(self, record: Record) -> None:
+        if time.monotonic() - self._written >= REPORT_INTERVAL:
+            self._write_running(record)
+
+    def _write_running(self, record: Record) -> None:
+        note = f"after update {record.update} of {self._total}, {self.pace.eta_text(record.update)}"
+        self._write_report("running", update=record.update, note=note)
+
     def _write_report(self, state: str, *, update: int, note: str = "") -> None:
         if self._processes.is_main:
-            self._report.write(state, update=update, note=note)
+            now = time.monotonic()
+            self._longest, self._written = max(self._longest, now - self._written), now
+            self._report.write(state, update=update, note=note, expected=self._longest)
 
     def _count(self, record: Record) -> None:
         self._update = record.update

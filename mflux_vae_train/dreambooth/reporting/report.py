@@ -55,30 +55,32 @@ class Report:
         self._previews: dict[tuple[Path, int], list[list[str]]] = {}  # images as HTML, by file and time
         self._thumbnails: dict[Path, str] = {}
 
-    def write(self, state: str, *, update: int, note: str = "") -> None:
+    def write(self, state: str, *, update: int, note: str = "", expected: float = 0.0) -> None:
         """
         Args:
             state: running, finished or stopped.
             update: number of updates made.
             note: a few words about the state, such as the time left or the error.
+            expected: of a running run, see `PageHeader`.
         """
         try:
-            write_text(self._folder.report, self._page(state, update, note))
+            write_text(self._folder.report, self._page(state, update, note, expected))
         except Exception as error:  # a deleted image or a full disk must not end hours of training
             logger.warning("%s was not written (%s: %s)", self._folder.report, type(error).__name__, error)
 
-    def _page(self, state: str, update: int, note: str) -> str:
+    def _page(self, state: str, update: int, note: str, expected: float) -> str:
         run, folder, total = self._run, self._folder, self._run.resolved.max_train_steps
         resolved, records = run.resolved, read_metrics(folder.metrics)
         trained = "LoRA" if resolved.train_mode == "lora" else "all weights"
-        written = time.strftime("%Y-%m-%d %H:%M")
         header = PageHeader(
             kind=f"DreamBooth on {self._pipeline_name}",
             title=" · ".join(concept.instance_prompt for concept in resolved.subjects),
-            about=f"{trained}, {len(run.dataset.images)} images, in {folder.root} · written {written}",
+            about=f"{trained}, {len(run.dataset.images)} images, in {folder.root}",
             state=(state, note or f"after update {update} of {total}"),
             progress=update / total,
             stats=_figures(records, update, total),
+            written=time.time(),
+            expected=expected,
         )
         unused = [*unused_of(resolved.given), *resolved.warnings]
         sections = [
@@ -110,7 +112,8 @@ class Report:
                 f'<h3 class="prompt">{escape(prompt)}</h3><div style="--columns:{columns}">'
                 f'<div class="scene" data-of="{index}">'
                 f'<div class="row">{"".join(rows[last][1])}</div><div class="scrub" hidden>'
-                f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="update of the preview">'
+                f'<input type="range" min="0" max="{last}" value="{last}" step="1" autocomplete="off"'
+                f' aria-label="update of the preview">'
                 f"<output>{escape(rows[last][0])}</output></div></div>"
                 f'<div class="times" data-prompt="{index}">{_row("subject", subject, css_class="time subject")}'
                 f"{''.join(_row(label, row) for label, row in rows)}</div></div>"

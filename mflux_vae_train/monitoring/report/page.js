@@ -107,6 +107,7 @@ for (const chart of charts) {
 }
 
 // one row of previews at a time, drawn from the rows below
+const sliders = [];
 for (const scene of document.querySelectorAll(".scene")) {
   const rows = [...scene.parentElement.querySelectorAll(`[data-prompt="${scene.dataset.of}"] .time:not(.subject) .row`)];
   const labels = rows.map((row) => row.previousElementSibling.textContent);
@@ -116,6 +117,7 @@ for (const scene of document.querySelectorAll(".scene")) {
     label.textContent = labels[slider.value];
   });
   scene.querySelector(".scrub").hidden = rows.length < 2;
+  sliders.push({ slider, labels });
 }
 
 // a picture by itself
@@ -129,3 +131,58 @@ document.addEventListener("click", (event) => {
   large.alt = dialog.querySelector("p").textContent = event.target.alt;
   dialog.showModal();
 });
+
+// The page of a running run loads itself again. Its place and its sliders are kept in the state of the history entry:
+// a reload preserves it, and a page that is opened as a file may not have storage.
+const banner = document.querySelector(".state"), log = document.querySelector(".log");
+const PATIENCE = 300;
+
+function remember() {
+  const above = [...document.querySelectorAll("section")].filter((one) => one.getBoundingClientRect().top <= 0).pop();
+  history.replaceState({
+    id: above ? above.id : "", offset: (above || document.body).getBoundingClientRect().top, log: log ? log.scrollTop : 0,
+    rows: sliders.map(({ slider, labels }) => (slider.value === slider.max ? null : labels[slider.value])),
+  }, "");
+}
+
+function restore({ id, offset, log: scrolled, rows }) {
+  sliders.forEach(({ slider, labels }, index) => {
+    const found = labels.indexOf(rows[index]);
+    if (found < 0) return;  // it showed the last row, and does so again
+    slider.value = found;
+    slider.dispatchEvent(new Event("input"));
+  });
+  if (log) log.scrollTop = scrolled;
+  const top = (document.getElementById(id) || document.body).getBoundingClientRect().top - offset;
+  scrollBy({ top, behavior: "instant" });
+}
+
+const kept = history.state;
+if (kept) {
+  history.replaceState(null, "");
+  restore(kept);
+  addEventListener("load", () => restore(kept));  // the browser may have scrolled to an anchor
+}
+let again = false;
+addEventListener("beforeunload", () => { history.scrollRestoration = again ? "manual" : "auto"; });
+if (banner.dataset.written) {
+  const { written, expected } = banner.dataset, opened = Date.now();
+  let held = false;
+  addEventListener("pointerdown", () => { held = true; });
+  for (const name of ["pointerup", "pointercancel"]) addEventListener(name, () => { held = false; });
+  const tick = () => {
+    const lost = Date.now() / 1000 - written > Math.max(PATIENCE, 3 * expected);
+    if (lost && banner.classList.contains("running")) {
+      banner.className = "state stopped";
+      banner.querySelector("b").textContent = "no news";
+      banner.querySelector("span").prepend("the run may have ended; it was running ");
+    }
+    if (Date.now() - opened < 1000 * (lost ? PATIENCE : expected)) return;
+    if (document.hidden || dialog.open || held || !getSelection().isCollapsed) return;
+    again = true;
+    remember();
+    location.reload();
+  };
+  tick();
+  setInterval(tick, 1000);
+}

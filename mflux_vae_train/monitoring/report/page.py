@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
 import numpy as np
+
+RUNNING = "running"
+"""The state of a run that goes on."""
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -42,6 +46,9 @@ class PageHeader:
         state: running, finished or stopped; and a note on it.
         progress: in [0, 1].
         stats: (name, value, remark) of the most important numbers.
+        written: seconds since 1970.
+        expected: seconds until the page of a running run is written again, at most. An open page loads itself again
+            until the run has ended; it says so if nothing was written for much longer.
     """
 
     kind: str
@@ -50,6 +57,8 @@ class PageHeader:
     state: tuple[str, str]
     progress: float
     stats: Sequence[tuple[str, str, str]]
+    written: float
+    expected: float = 0.0
 
 
 def page(header: PageHeader, sections: Sequence[Section]) -> str:
@@ -61,6 +70,8 @@ def page(header: PageHeader, sections: Sequence[Section]) -> str:
         for name, value, remark in header.stats
     )
     state, state_note = header.state
+    clock = time.strftime("%Y-%m-%d %H:%M", time.localtime(header.written))
+    times = f' data-written="{header.written:.0f}" data-expected="{header.expected:.0f}"' if state == RUNNING else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -77,7 +88,7 @@ def page(header: PageHeader, sections: Sequence[Section]) -> str:
 <p class="kind">{escape(header.kind)}</p>
 <h1>{escape(header.title)}</h1>
 <p class="about">{escape(header.about)}</p>
-<p class="state {state}"><b>{state}</b> {escape(state_note)}</p>
+<p class="state {state}"{times}><b>{state}</b> <span>at {clock}: {escape(state_note)}</span></p>
 <div class="done"><div style="width:{100 * min(max(header.progress, 0), 1):.1f}%"></div></div>
 <dl class="figures">{stats}</dl>
 </header>

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 
 import mlx.core as mx
@@ -21,10 +20,12 @@ from mflux_vae.images import load_image, save_image
 from mflux_vae.utils.formatting import GB
 from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
+from mflux_vae_train.dreambooth.reporting import monitor
 from mflux_vae_train.dreambooth.reporting.report import Report
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.training.hooks import peak_memory, read_metrics
 from tests.contracts.fake import FakePipeline
+from tests.helpers import browser
 from tests.helpers.html import Page
 from tests.mflux_vae_train.dreambooth.conftest import subject
 
@@ -195,7 +196,7 @@ def test_tracker_receives_the_same_numbers_and_images(instance_dir, tmp_path):
         assert [one.step for one in seen.Images(f"preview: {prompt}")] == [0, 3, 6]
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = browser.find()
 LOOK = """
 addEventListener("load", () => {
   const plots = [...document.querySelectorAll(".plot")], box = plots[0].getBoundingClientRect();
@@ -218,7 +219,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_shows_values_under_the_pointer(out, tmp_path, width):
     html = (out / "report.html").read_text(encoding="utf-8")
@@ -246,3 +247,27 @@ def test_all_outputs_agree_on_the_peak_memory(short_run, caplog, tmp_path) -> No
     assert re.search(rf"Peak memory.{{0,80}}{re.escape(logged)}.{{0,80}}allocated by MLX", report, re.DOTALL)
     records = [{"memory_gb": 7.25}, {"memory_gb": 0.1}]
     assert peak_memory(records) == 7.25 * GB and peak_memory([]) == mx.get_peak_memory()
+
+
+@pytest.mark.parametrize("reason", [None, "this machine has no screen"])
+def test_the_report_is_alive_and_opened_on_request(out, tmp_path, monkeypatch, caplog, reason):
+    seen, write = [], Report.write
+
+    def opens(path):
+        seen.append(("opened", 'class="state running"' in path.read_text()))
+        return reason
+
+    def writes(self, state, **named):
+        seen.append((state, named["update"]))
+        assert named["expected"] >= 0
+        write(self, state, **named)
+
+    monkeypatch.setattr(monitor, "open_page", opens)
+    monkeypatch.setattr(monitor, "REPORT_INTERVAL", 0.0)
+    monkeypatch.setattr(Report, "write", writes)
+    changes = {"max_train_steps": 2, "num_validation_images": 0, "prior_preservation": "none"}
+    train(out.parent / "instance", tmp_path / "out", open_report=True, **changes)
+    assert seen[:4] == [("running", 0), ("opened", True), ("running", 1), ("running", 2)]
+    assert seen[-1] == ("finished", 2)
+    assert sum("--open_report" in record.message for record in caplog.records) == (reason is not None)
+    assert "data-written" not in (tmp_path / "out" / "report.html").read_text().partition("<main>")[0]
