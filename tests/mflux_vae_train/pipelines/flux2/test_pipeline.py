@@ -198,3 +198,30 @@ def test_step_is_traceable_and_checkpointing_changes_nothing(klein: Flux2KleinPi
     assert again.item() == value.item()
     for (name, gradient), (_, expected) in zip(tree_flatten(checkpointed), tree_flatten(gradients), strict=True):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_gradients_equal_eager_ones(folder: Path) -> None:
+    pipeline = SmallKlein.from_pretrained(folder)
+    network = pipeline.denoiser
+    lora.add_lora(network, ["*.to_q", "*.to_qkv_mlp_proj"], rank=2)
+    for layer in lora.layers(network).values():
+        layer.lora_b = mx.full(layer.lora_b.shape, 0.1)
+    latents = mx.random.normal((2, 2, 3, 16), key=mx.random.key(0))
+    conditioning, parameters = pipeline.encode_prompts(PROMPTS), network.trainable_parameters()
+
+    def loss(parameters: dict, key: mx.array) -> mx.array:
+        network.update(parameters)
+        return pipeline.loss(latents, conditioning, key=key, guidance=1.0).mean()
+
+    for on in (False, True):
+        pipeline.set_gradient_checkpointing(on)
+        plain = mx.grad(loss)
+        compiled = mx.compile(lambda parameters, key, plain=plain: plain(parameters, key))
+        for key in (sample_keys(0, 1), sample_keys(2, 3)):
+            expected, found = (dict(tree_flatten(run(parameters, key))) for run in (plain, compiled))
+            network.update(parameters)
+            assert all(mx.abs(gradient).max().item() > 0 for gradient in expected.values())
+            for name in expected:
+                np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
