@@ -20,6 +20,8 @@ import numpy as np
 
 from mflux_vae.errors import WeightsError
 from mflux_vae.images import covered, save_image
+from mflux_vae.runtime.device_errors import device_errors
+from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae.weights.formats.files import read_safetensors, write_json, write_safetensors
 from mflux_vae_train.dreambooth.data.sampling import is_one_colour
@@ -94,7 +96,11 @@ def _draw(pipelines: list[Adapted], albums: Sequence[Album]) -> None:
     """Draw the missing images, and free the pipelines."""
     missing = [album.missing() for album in albums]
     logger.info("%d images to draw for %d adapters and the untrained model", sum(missing), len(albums) - 1)
-    with item_bar(total=sum(missing), desc="drawing", unit="image") as bar:
+    with (
+        limited(),
+        device_errors("give --quantize 4 or a smaller --size; what is drawn is kept"),
+        item_bar(total=sum(missing), desc="drawing", unit="image", disable=None) as bar,
+    ):
         while pipelines:
             # the last pipeline draws with the adapters, and with a scale of 0 the untrained model if it is the only one
             adapted = pipelines.pop()
@@ -116,7 +122,7 @@ def _measure(albums: Sequence[Album], subject: Subject, evaluator: Evaluator, fo
         folder / "instance images.safetensors", evaluator, [pictures], lambda: evaluator.reference(subject)
     )
     rows = []
-    for album in item_bar(albums, desc="measuring", unit="adapter"):
+    for album in item_bar(albums, desc="measuring", unit="adapter", disable=None):
         file = folder / f"{album.folder.name}.safetensors"
         features = _cached(file, evaluator, album.keys, partial(_features, evaluator, subject, album))
         scores = evaluator.scores(subject, album.prompts, features, reference)

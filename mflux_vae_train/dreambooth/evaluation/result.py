@@ -74,7 +74,7 @@ class Evaluation:
 
 def _plain(row: Row) -> dict[str, Any]:
     scores = {name: asdict(score) for name, score in row.scores.items()}
-    return {"checkpoint": row.name, "update": row.update, "scale": row.scale, "scores": scores}
+    return {"label": row.label, "checkpoint": row.name, "update": row.update, "scale": row.scale, "scores": scores}
 
 
 def _text(score: Score) -> str:

@@ -49,8 +49,7 @@ def _table(found: Any) -> str:
         scores = [row["scores"][one["name"]] for one in measures] + ([row["overall"]] if "overall" in row else [])
         cells = "".join(f"<td>{score['value']:.3f} ± {score['error']:.3f}</td>" for score in scores)
         bold = chosen is not None and (row["checkpoint"], row["scale"]) == (chosen["checkpoint"], chosen["scale"])
-        name = f"{row['checkpoint']} at {row['scale']:g}" if row["scale"] else row["checkpoint"]
-        rows.append(f'<tr{" class=set" if bold else ""}><th scope="row">{escape(name)}</th>{cells}</tr>')
+        rows.append(f'<tr{" class=set" if bold else ""}><th scope="row">{escape(row["label"])}</th>{cells}</tr>')
     return (
         f'<div class="scores"><table><tr><th scope="col">checkpoint</th>{heads}<th scope="col">overall</th></tr>'
         f"{''.join(rows)}</table></div>"
