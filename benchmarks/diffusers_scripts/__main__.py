@@ -58,7 +58,7 @@ import mlx.core as mx
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.dreambooth_quality import TOKEN, Measured, class_pictures, measure, spread
+from benchmarks.dreambooth_quality import TOKEN, Measured, measure
 from benchmarks.harness.machine import describe
 from benchmarks.harness.process import ROOT
 from mflux_vae.errors import InputError
@@ -162,7 +162,7 @@ class Comparison:
             raise RuntimeError(f"{whose}: {(done.stderr.strip() or 'failed without a word').splitlines()[-1]}")
         return time.monotonic() - began
 
-    def run(self, steps: int, seed: int, base_spread: float) -> dict[str, Any]:
+    def run(self, steps: int, seed: int, base: Measured) -> dict[str, Any]:
         """Both commands, and what their adapters have learned."""
         found: dict[str, Measured] = {}
         layers: dict[str, Sequence[str]] = {}
@@ -174,7 +174,7 @@ class Comparison:
                     {pipeline.adapter_prefix: pipeline.denoiser}, Path(output) / ADAPTER, adapter_names(pipeline)
                 )
             layers[whose] = loaded[pipeline.adapter_prefix]
-            found[whose] = measure(pipeline, SUBJECTS[0], base_spread, seconds)
+            found[whose] = measure(pipeline, SUBJECTS[0], base, seconds)
         if layers["ours"] != layers["theirs"]:
             raise RuntimeError(
                 f"{self.model}: adapted layers differ, {len(layers['ours'])} and {len(layers['theirs'])}"
@@ -236,10 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in comparisons:
             for whose in ("ours", "theirs"):
                 one.seconds(whose, 1, 0, Path(folder) / f"unused-{whose}-{one.data.name}")
-            base_spread = spread(class_pictures(open_pipeline(one.model), SUBJECTS[0]))
+            base = measure(open_pipeline(one.model), SUBJECTS[0])
             plan = [(steps, seed) for steps in arguments.steps for seed in seeds]
             for steps, seed in tqdm(plan, desc=one.model, file=sys.stderr, disable=None):
-                results.append(row := one.run(steps, seed, base_spread))
+                results.append(row := one.run(steps, seed, base))
                 if arguments.json:
                     continue
                 for whose in ("ours", "theirs"):

@@ -112,7 +112,7 @@ class CheckerEvaluator:
         Measure(
             name="prior_preservation",
             heading="class",
-            text="share of images of the class prompt that show the class and not the subject, in [0, 1]",
+            text="share of images of the class prompt that show it in other colours than the subject's, in [0, 1]",
             role="kept",
         ),
         Measure(
@@ -167,7 +167,7 @@ class CheckerEvaluator:
         return {
             "subject_fidelity": score.share([one.looks == looks for one in named]),
             "prompt_fidelity": score.share([shows(*pair) for pair in zip(other, scenes, strict=True)]),
-            "prior_preservation": score.share([one.shape == shape and one.looks != looks for one in of_class]),
+            "prior_preservation": score.share([one.shape == shape and one.colour != looks[1] for one in of_class]),
             "diversity": score.pair_mean(features["distances"]),
         }
 

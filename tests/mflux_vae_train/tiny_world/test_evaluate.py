@@ -53,6 +53,7 @@ def test_scores_of_known_images() -> None:
     assert [perfect[name] for name in ("subject_fidelity", "prompt_fidelity", "prior_preservation")] == [1, 1, 1]
     forgetful = values(named=subject, of_class=subject, other=subject)
     assert [forgetful[name] for name in ("subject_fidelity", "prompt_fidelity", "prior_preservation")] == [1, 0, 0]
+    assert values(named=star, of_class=replace(subject, core=None))["prior_preservation"] == 0  # its colour leaked
     assert values(named=star, of_class=star)["subject_fidelity"] == 0
 
 
