@@ -18,6 +18,9 @@ from tests.helpers import gpu_branch as branch
 # products in full float32 on an M5 and on NVIDIA's cards, for comparisons
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+PARITY = Path(__file__).parent / "parity"
+"""Folder of all tests with the marker `parity`."""
+
 Run: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
@@ -33,11 +36,27 @@ def pytest_configure(config: pytest.Config) -> None:
         branch.force(patch, dtype=branch.DTYPES[chosen])
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import test files that a session leaves out."""
+    if not collection_path.name.startswith("test_") or _in_session(collection_path, config):
+        return None
+    return True
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    as_gpu = config.getoption("as_gpu")
-    chosen = [item for item in items if (branch.in_share(item.path) if as_gpu else item.path.name != branch.ALONE)]
+    """Leave out files that the command line names, too."""
+    chosen = [item for item in items if _in_session(item.path, config)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def _in_session(path: Path, config: pytest.Config) -> bool:
+    """Whether a session may run tests of a file."""
+    if config.getoption("as_gpu"):
+        return branch.in_share(path)
+    if (marks := config.getoption("markexpr")) == "parity":
+        return PARITY in path.parents
+    return path.name != branch.ALONE and not ("not parity" in marks and PARITY in path.parents)
 
 
 def pytest_collection_finish() -> None:

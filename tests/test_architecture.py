@@ -200,6 +200,13 @@ def test_folders_hold_few_files(package: str) -> None:
     assert not crowded
 
 
+def test_parity_tests_are_in_their_folder() -> None:
+    """`pytest -m parity` imports no other test files."""
+    marker = "mark.par" + "ity"
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if marker in path.read_text()]
+    assert [path for path in files if ROOT / "tests/parity" not in path.parents] == []
+
+
 @pytest.mark.parametrize(
     ("module", "unknown"),
     [

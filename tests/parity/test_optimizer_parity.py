@@ -12,6 +12,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
 from mflux_vae_train.optimizers.adafactor import Adafactor  # noqa: E402
+from mflux_vae_train.optimizers.adam import AdamW  # noqa: E402
 from mflux_vae_train.optimizers.prodigy import Prodigy  # noqa: E402
 from mflux_vae_train.training.lr_schedule import POLYNOMIAL, RESTARTS, SHAPES, learning_rate  # noqa: E402
 from tests.mflux_vae_train.optimizers.test_optimizers import run, series  # noqa: E402
@@ -25,6 +26,14 @@ def theirs(make: Any, start: np.ndarray, gradients: list[np.ndarray], rates: lis
         parameter.grad = torch.tensor(gradient, dtype=torch.float32)
         optimizer.step()
     return parameter.detach().numpy()
+
+
+def test_adamw_equals_torchs() -> None:
+    start, gradients, rates = series(5, 3)
+    other = theirs(
+        lambda p: torch.optim.AdamW(p, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1), start, gradients, rates
+    )
+    np.testing.assert_allclose(run(AdamW(weight_decay=0.1), start, gradients, rates), other, rtol=2e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (7,)])
