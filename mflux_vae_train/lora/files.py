@@ -71,14 +71,14 @@ def peft_config(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": list(targets),
+        "target_modules": [*map(_end, targets)],
         "bias": "none",
         "use_dora": next(iter(adapted.values())).magnitudes is not None,
     }
     for name, values, usual in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
         # PEFT's patterns match the ends of paths, too
         whole = {path: any(other.endswith(f".{path}") for other in adapted) for path in adapted}
-        if other := {f"^{path}" if whole[path] else path: one for path, one in values.items() if one != usual}:
+        if other := {f"^{path}" if whole[path] else _end(path): one for path, one in values.items() if one != usual}:
             config[name] = other
     return {f"{prefix}.{key}": value for key, value in config.items()}
 
@@ -92,6 +92,11 @@ def target_modules(module: nn.Module, paths: Sequence[str]) -> list[str]:
     matched = [path for path, _ in module.named_modules() if path.rpartition(".")[2] in names]
     unique = sorted(matched) == sorted(paths) and not any(map(str.isdigit, names))
     return sorted(names) if unique else sorted(paths)
+
+
+def _end(path: str) -> str:
+    """A path without CLIP's first level, which transformers 5 leaves out."""
+    return path.removeprefix("text_model.")
 
 
 def adapter_metadata(networks: Networks) -> dict[str, str]:

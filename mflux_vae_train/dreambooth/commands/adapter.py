@@ -186,6 +186,8 @@ def _misfit(file: Path, model: str) -> str:
 def _convert(*, source: str, to: Any, model: str | None, output: str, **writing: Any) -> None:
     target, file = _target(output, writing), _file(source)
     (found,), its_model = _open([source], [file], model, naming=to)
+    if found.dora and to == "kohya":
+        logger.warning("DoRA's magnitudes are written as dora_scale, which diffusers ignores in kohya's naming")
     _write(target, found.changes, [found], its_model, {"command": "convert"}, naming=to, **writing)
 
 

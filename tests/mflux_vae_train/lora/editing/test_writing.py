@@ -142,3 +142,14 @@ def loaded_with_text(folder: Path):
     nets = {"mine": adapted(), "text_encoder": adapted()}
     lora.save_adapter(nets, folder / "a.safetensors")
     return nets["mine"]
+
+
+def test_layers_of_clip_are_named_as_all_versions_of_transformers_find_them(tmp_path: Path) -> None:
+    layers = {f"text_model.encoder.layers.{i}.q": change("out", 2 + i) for i in range(2)}
+    write_adapter(tmp_path / "a.safetensors", {"text_encoder": layers}, naming="peft")
+    config = json.loads(read_safetensors(tmp_path / "a.safetensors")[1][METADATA_KEY])
+    assert config["text_encoder.target_modules"] == ["encoder.layers.0.q", "encoder.layers.1.q"]
+    assert config["text_encoder.rank_pattern"] == {"encoder.layers.1.q": 3}
+    assert {name: one.alpha for name, one in open_adapter(tmp_path / "a.safetensors").layers()} == {
+        f"text_encoder.{path}": float(one.rank) for path, one in layers.items()
+    }
