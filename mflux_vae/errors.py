@@ -18,7 +18,8 @@ access tokens are redacted. Messages name the first few of many faults (`utils.f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.redaction import redacted
@@ -89,6 +90,17 @@ class DeviceError(RunError):
 
 class TrainingError(RunError):
     """Training cannot go on, or a checkpoint cannot be restored."""
+
+
+@contextmanager
+def collecting(errors: list[InputError] | None) -> Iterator[None]:
+    """Append an `InputError` of the block to a list; None raises it."""
+    try:
+        yield
+    except InputError as error:
+        if errors is None:
+            raise
+        errors.append(error)
 
 
 def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tiny_world": {"component", "shared", "core", "pipelines", "evaluation", "vae", "tiny_world"},
 }
 
-DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting", "drawing", "evaluation")
+DREAMBOOTH_ORDER = ("data", "optimization", "planning", "reporting", "drawing", "evaluation", "inspection")
 """Packages of `dreambooth`: each imports only itself and those before it."""
 
 MAX_FILES = 14
@@ -73,6 +73,7 @@ LIGHT = (
         ".dreambooth.commands",
         ".dreambooth.commands.adapter",
         ".dreambooth.commands.arguments",
+        ".dreambooth.commands.check",
         ".dreambooth.commands.draw",
         ".dreambooth.commands.evaluate",
         ".dreambooth.config",

@@ -95,18 +95,26 @@ def parser_from(
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, presets: Presets = NONE) -> None:
-    """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets."""
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, presets: Presets = NONE, only: Collection[str] | None = None
+) -> None:
+    """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets.
+
+    Args:
+        only: names of the settings that are flags; others can be in the file only. None for all.
+    """
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--config", metavar="FILE", action="append", help="YAML or JSON file of settings; flags override it")
     if presets:
         add("--preset", metavar="{" + ",".join(presets) + "}", help="a set of defaults; --config and flags override it")
-    if main := getattr(cls, "MAIN", ()):
+    if only is None and (main := getattr(cls, "MAIN", ())):
         _shorten_help(parser, main, count=len(dataclasses.fields(cls)))
     hints = hints_of(cls)
     for field in dataclasses.fields(cls):
         if heading := field.metadata.get("group"):
             add = functools.partial(parser.add_argument_group(heading).add_argument, default=argparse.SUPPRESS)
+        if only is not None and field.name not in only:
+            continue
         kind, _ = field_type(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
         choices, aliases = field.metadata["choices"], field.metadata["aliases"]

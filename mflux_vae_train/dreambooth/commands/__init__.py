@@ -16,6 +16,7 @@ from importlib import import_module
 
 from mflux_vae.utils.command_line import CommandParser
 from mflux_vae_train.dreambooth.commands.adapter import adapter
+from mflux_vae_train.dreambooth.commands.check import check
 from mflux_vae_train.dreambooth.commands.draw import draw
 from mflux_vae_train.dreambooth.commands.evaluate import evaluate
 
@@ -24,7 +25,7 @@ LOGGERS = ("mflux_vae", "mflux_vae_train")
 
 Run = Callable[..., object]
 
-COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (draw, evaluate, adapter)
+COMMANDS: tuple[Callable[[ArgumentParser], Run], ...] = (check, draw, evaluate, adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

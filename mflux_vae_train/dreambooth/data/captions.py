@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mflux_vae.errors import SettingsError
+from mflux_vae.errors import InputError, SettingsError, collecting
 from mflux_vae.image_folder.scan import METADATA, ImageFolder, match_key
 from mflux_vae.utils.formatting import count_text, first_names
 from mflux_vae.utils.paths import same_place
@@ -38,11 +38,14 @@ class Captions:
     warnings: tuple[str, ...]
 
 
-def captions(folder: ImageFolder, *, prompt: str, column: str | None = None) -> Captions:
+def captions(
+    folder: ImageFolder, *, prompt: str, column: str | None = None, errors: list[InputError] | None = None
+) -> Captions:
     """The prompt of each image: from the metadata, else from its text file, else `prompt`. Skips empty texts.
 
     Args:
         column: key of the prompts in the metadata; None for the first of `CAPTION_KEYS` that a row has.
+        errors: collects those of text files, which are left out then.
 
     Raises:
         SettingsError: metadata or a text file cannot be read; the metadata name a missing image, an image twice, or
@@ -50,7 +53,11 @@ def captions(folder: ImageFolder, *, prompt: str, column: str | None = None) -> 
     """
     rows, unused_rows = _read_metadata(folder, column)
     files = {image: name for image, name in folder.captions.items() if not rows.get(image)}
-    contents = {name: read_text(folder.folder / name) for name in dict.fromkeys(files.values())}
+    contents = {}
+    for name in dict.fromkeys(files.values()):
+        with collecting(errors):
+            contents[name] = read_text(folder.folder / name)
+    files = {image: name for image, name in files.items() if name in contents}
     texts = dict(rows)
     for image, name in files.items():
         texts[image] = " ".join(contents[name].split())

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mflux_vae.errors import ImageError, RunError, SettingsError
+from mflux_vae.errors import ImageError, InputError, RunError, SettingsError, collecting
 from mflux_vae.image_files.notes import ImageNotes
 from mflux_vae.image_files.reading import text_chunks
 from mflux_vae.image_folder.scan import scan
@@ -65,13 +65,18 @@ class ClassFolder:
 
 
 def scan_class_folders(
-    concepts: Sequence[Concept], *, count: int, processes: ProcessGroup = SINGLE
+    concepts: Sequence[Concept],
+    *,
+    count: int,
+    processes: ProcessGroup = SINGLE,
+    errors: list[InputError] | None = None,
 ) -> list[ClassFolder]:
     """The class images of each folder, as the first process finds them.
 
     Args:
         concepts: with class prompt and folder resolved.
         count: number of images per folder.
+        errors: collects those of images.
 
     Raises:
         ImageError: an image cannot be read.
@@ -92,7 +97,7 @@ def scan_class_folders(
             if folder in found and found[folder]["prompt"] != prompt:
                 raise SettingsError(f"--class_data_dir {folder} is used for {found[folder]['prompt']!r} and {prompt!r}")
             notes = ImageNotes()
-            images = check_class_images(folder, prompt, notes)
+            images = check_class_images(folder, prompt, notes, errors)
             found[folder] = {
                 "prompt": prompt,
                 "present": len(images),
@@ -111,21 +116,30 @@ def find_class_images(folder: Path) -> list[Path]:
     return scan(folder).paths if folder.is_dir() else []
 
 
-def check_class_images(folder: Path, class_prompt: str, notes: ImageNotes | None = None) -> list[Path]:
+def check_class_images(
+    folder: Path, class_prompt: str, notes: ImageNotes | None = None, errors: list[InputError] | None = None
+) -> list[Path]:
     """The class images in a folder. Reads each one, so that errors show before anything slow starts.
 
     Args:
         notes: collects what is ignored or converted.
+        errors: collects those of images.
 
     Raises:
         ImageError: an image cannot be read.
         SettingsError: an image was generated for another class prompt.
     """
     paths, notes = find_class_images(folder), ImageNotes() if notes is None else notes
-    for path, prompt in zip(paths, prefetch(lambda path: _read_prompt(path, notes), paths), strict=True):
-        if prompt not in (None, class_prompt):
-            shown, wanted = (shortened(text, SHOWN_PROMPT) for text in (prompt, class_prompt))
-            raise SettingsError(f"{path} was generated for {shown!r}, not {wanted!r}; use another --class_data_dir")
+
+    def check(path: Path) -> None:
+        with collecting(errors):
+            prompt = _read_prompt(path, notes)
+            if prompt not in (None, class_prompt):
+                shown, wanted = (shortened(text, SHOWN_PROMPT) for text in (prompt, class_prompt))
+                raise SettingsError(f"{path} was generated for {shown!r}, not {wanted!r}; use another --class_data_dir")
+
+    for _ in prefetch(check, paths):
+        pass
     return paths
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mflux_vae.errors import ImageError, SettingsError
+from mflux_vae.errors import ImageError, InputError, SettingsError, collecting
 from mflux_vae.image_files.notes import ENLARGED, UNIFORM_MASK, ImageNotes
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
 from mflux_vae.images import content_hash, image_text, load_image, load_mask
@@ -22,6 +22,7 @@ from mflux_vae.utils.prefetch import prefetch
 from mflux_vae_train.dreambooth.config import Concept, DreamBoothSettings
 from mflux_vae_train.dreambooth.data.captions import captions
 from mflux_vae_train.dreambooth.data.crops import Crop, Shape, bucket_shapes, crops, nearest_shape
+from mflux_vae_train.dreambooth.data.near_copies import near_copies, thumbnail
 from mflux_vae_train.dreambooth.data.placeholders import adapt_captions
 
 MAX_PIXEL_BYTES = 2**28
@@ -46,6 +47,7 @@ class InstanceImage:
         mask: file with the loss weight of each position; None if all weigh the same.
         crops: see `crops.crops`. Crops whose mask is entirely black are dropped.
         square: the centre of the image, for previews and report.
+        thumbnail: of this square, see `near_copies`.
         pixels: crops in memory, uint8 (*shape, 3), before mirroring. `read` reads others from the file.
     """
 
@@ -57,6 +59,7 @@ class InstanceImage:
     mask: Path | None
     crops: Sequence[Sequence[Crop]]
     square: Crop
+    thumbnail: np.ndarray
     pixels: dict[Crop, np.ndarray]
 
     def read(self, crop: Crop) -> np.ndarray:
@@ -79,6 +82,7 @@ class InstanceDataset:
         held_out: images that are not trained, in the same order; each has one crop.
         resolution: side of a square training image in pixels.
         samples_per_epoch: number of images, repeats included.
+        folders: those of the images, in order.
         skipped: number of files in the folders that are not used.
         unused_masks: number of masks that are ignored without ``--masked_loss``.
         warnings: what the folders hold and the run does not use, captions that cannot work, and what was ignored when
@@ -90,6 +94,7 @@ class InstanceDataset:
     held_out: Sequence[InstanceImage] = ()
     resolution: int
     samples_per_epoch: int
+    folders: Sequence[ImageFolder] = ()
     skipped: int
     unused_masks: int
     warnings: Sequence[str] = ()
@@ -120,8 +125,15 @@ class InstanceDataset:
         """The same of the held-out images."""
         return _fingerprint(self.held_out)
 
+    @cached_property
+    def near_copies(self) -> list[tuple[InstanceImage, InstanceImage]]:
+        """Pairs of images that show the same, encoded again, resized, cropped a little or mirrored."""
+        pairs = near_copies([one.thumbnail for one in self.images])
+        found = [(self.images[first], self.images[second]) for first, second in pairs]
+        return [pair for pair in found if pair[0].content != pair[1].content]
+
     def repetition_warnings(self) -> list[str]:
-        """Lines about the only image of a subject, and about images with the same content."""
+        """Lines about the only image of a subject, and about images with the same content or nearly so."""
         lines = []
         trained = {one.content for one in self.images}
         if seen := [one.path.name for one in self.held_out if one.content in trained]:
@@ -146,6 +158,10 @@ class InstanceDataset:
         ]:
             more = f"; and {len(twice) - 1} more" if len(twice) > 1 else ""
             lines.append(f"the same image twice: {twice[0]}{more}; copies weigh more than the other images")
+        if near := [f"{one.path.name} and {other.path.name}" for one, other in self.near_copies]:
+            lines.append(
+                f"nearly the same image: {first_names(near)}; keep one of each, or it weighs more than the others"
+            )
         return lines
 
     def summary(self, concepts: Sequence[Concept]) -> list[str]:
@@ -170,12 +186,15 @@ class InstanceDataset:
         return [*lines, *self.notes]
 
 
-def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int = 1) -> InstanceDataset:
+def load_dataset(
+    settings: DreamBoothSettings, *, resolution: int, multiple: int = 1, errors: list[InputError] | None = None
+) -> InstanceDataset:
     """Read every instance image: decode and hash each file once, and keep the crops that fit into `MAX_PIXEL_BYTES`.
 
     Args:
         resolution: side of a square training image in pixels.
         multiple: sides of training images are multiples of this many pixels.
+        errors: collects those of single files, which are left out, and of captions and missing masks.
 
     Raises:
         ImageError: a folder is missing or has no image; an image or mask cannot be read; a mask has another aspect
@@ -186,27 +205,33 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
     count = 1 if settings.center_crop else settings.num_crops
     entries: list[_Entry] = []
     skipped = unused_masks = 0
+    folders: list[ImageFolder] = []
     warnings: list[str] = []
     for concept, held_out, place in _places(settings):
         folder, subject = _scan(place), settings.subjects[concept]
+        folders.append(folder)
         masks = {image: folder.folder / name for image, name in folder.masks.items()}
         if not settings.masked_loss:
             unused_masks, masks = unused_masks + len({*masks.values()}), {}
         skipped += folder.unused_files
-        found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column)
-        texts, lines = adapt_captions(found, subject.instance_prompt, subject.class_prompt)
-        warnings += [
-            *_folder_warnings(folder, masked=settings.masked_loss),
-            *found.warnings,
-            *(f"{folder.folder}: {line}" for line in lines),
-        ]
+        warnings += _folder_warnings(folder, masked=settings.masked_loss)
+        texts = dict.fromkeys(folder.images, subject.instance_prompt)
+        with collecting(errors):
+            found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column, errors=errors)
+            texts, lines = adapt_captions(found, subject.instance_prompt, subject.class_prompt)
+            warnings += [*found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
         entries += [
             _Entry(concept, held_out, folder.folder / name, texts[name], masks.get(name)) for name in folder.images
         ]
 
     square, used, notes = Crop(shape=(resolution, resolution)), 0, ImageNotes()
 
-    def load(entry: _Entry) -> InstanceImage:
+    def load(entry: _Entry) -> InstanceImage | None:
+        with collecting(errors):
+            return read(entry)
+        return None
+
+    def read(entry: _Entry) -> InstanceImage:
         concept, _, path, caption, mask = entry
         image = load_image(path, notes=notes)
         size = image.shape[0], image.shape[1]
@@ -215,6 +240,7 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
         if shape[0] > size[0] or shape[1] > size[1]:
             notes.add(ENLARGED, path)
         plain = [square, *(row[0] for row in rows)] if used < MAX_PIXEL_BYTES else []
+        pixels = {crop: crop.apply(image) for crop in dict.fromkeys(plain)}
         return InstanceImage(
             path=path,
             content=content_hash(path),
@@ -224,28 +250,34 @@ def load_dataset(settings: DreamBoothSettings, *, resolution: int, multiple: int
             mask=mask,
             crops=rows if mask is None else _visible(rows, mask, path, size, notes),
             square=square,
-            pixels={crop: crop.apply(image) for crop in dict.fromkeys(plain)},
+            thumbnail=thumbnail(pixels[square] if plain else square.apply(image)),
+            pixels=pixels,
         )
 
     if settings.masked_loss and not any(one.mask for one in entries if not one.held_out):
         place = settings.subjects[-1].instance_data_dir
-        raise ImageError(f"--masked_loss: no image NAME.jpg in {place} has a mask NAME-mask.png")
+        with collecting(errors):
+            raise ImageError(f"--masked_loss: no image NAME.jpg in {place} has a mask NAME-mask.png")
     images = []
     for image in prefetch(load, entries):
+        if image is None:
+            continue
         used += sum(pixels.nbytes for pixels in image.pixels.values())
         if used > MAX_PIXEL_BYTES:
             image.pixels.clear()
         images.append(image)
     aside = {one.path for one in entries if one.held_out}
     if settings.validation_share is not None:
-        aside, lines = _hold_out(images, settings.validation_share)
-        warnings += lines
+        with collecting(errors):
+            aside, lines = _hold_out(images, settings.validation_share)
+            warnings += lines
     trained = [image for image in images if image.path not in aside]
     return InstanceDataset(
         images=trained,
         held_out=[_central(image) for image in images if image.path in aside],
         resolution=resolution,
         samples_per_epoch=sum(settings.subjects[image.concept].repeats or 1 for image in trained),
+        folders=folders,
         skipped=skipped,
         unused_masks=unused_masks,
         warnings=(*warnings, *notes.lines(logging.WARNING)),

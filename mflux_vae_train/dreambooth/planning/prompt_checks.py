@@ -134,9 +134,19 @@ def longest_prompt(pipeline: DiffusionPipeline, resolved: DreamBoothSettings, da
 
 
 def check_prompts(
-    pipeline: DiffusionPipeline, resolved: DreamBoothSettings, dataset: InstanceDataset
+    pipeline: DiffusionPipeline | None, resolved: DreamBoothSettings, dataset: InstanceDataset
 ) -> list[str] | None:
+<<<<<<< HEAD
     """`reading_warnings` of all prompts of a run.
+=======
+    """Lines about prompts that are cut, become equal, or hold words that a text encoder does not know.
+
+    Args:
+        pipeline: None if it is not known.
+
+    Returns:
+        None if the pipeline cannot tell, or only after a download.
+>>>>>>> c2cdad9 (Add mflux-dreambooth check: what a run would see in a folder)
 
     Raises:
         SettingsError: with prior preservation, the model reads the same in the class prompt of a concept and in the
@@ -170,7 +180,7 @@ def reading_warnings(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], lim
 
 
 def _check_class_prompt(
-    pipeline: DiffusionPipeline, class_prompt: str, captions: Collection[str], limit: int | None
+    pipeline: DiffusionPipeline | None, class_prompt: str, captions: Collection[str], limit: int | None
 ) -> None:
     texts = [class_prompt, *captions]
     read = _read_alike(_inspect(pipeline, texts, limit), len(texts)) or texts
@@ -183,7 +193,7 @@ def _check_class_prompt(
 
 
 def _inspect(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], limit: int | None
+    pipeline: DiffusionPipeline | None, prompts: Sequence[str], limit: int | None
 ) -> Mapping[str, Sequence[PromptTokens]] | None:
     if not isinstance(pipeline, SupportsPromptInspection):
         return None

@@ -1,0 +1,1 @@
+"""What a run would see in a folder of images, before it."""
