@@ -101,7 +101,7 @@ def add_flags(
     """Add the flags of `parser_from` to a parser, and ``--preset`` if there are presets.
 
     Args:
-        only: names of the settings that are flags; others can be in the file only. None for all.
+        only: names of the settings that are flags, none of them required; others can be in the file. None for all.
     """
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--config", metavar="FILE", action="append", help="YAML or JSON file of settings; flags override it")
@@ -117,6 +117,7 @@ def add_flags(
             continue
         kind, _ = field_type(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
+        text = text if only is None else text.replace(" [required]", "")
         choices, aliases = field.metadata["choices"], field.metadata["aliases"]
         metavar = "{" + ",".join(choices) + "}" if choices else METAVARS.get(kind, "YAML")
         if aliases:

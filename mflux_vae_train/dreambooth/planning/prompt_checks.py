@@ -136,17 +136,10 @@ def longest_prompt(pipeline: DiffusionPipeline, resolved: DreamBoothSettings, da
 def check_prompts(
     pipeline: DiffusionPipeline | None, resolved: DreamBoothSettings, dataset: InstanceDataset
 ) -> list[str] | None:
-<<<<<<< HEAD
     """`reading_warnings` of all prompts of a run.
-=======
-    """Lines about prompts that are cut, become equal, or hold words that a text encoder does not know.
 
     Args:
         pipeline: None if it is not known.
-
-    Returns:
-        None if the pipeline cannot tell, or only after a download.
->>>>>>> c2cdad9 (Add mflux-dreambooth check: what a run would see in a folder)
 
     Raises:
         SettingsError: with prior preservation, the model reads the same in the class prompt of a concept and in the
@@ -160,7 +153,9 @@ def check_prompts(
     return reading_warnings(pipeline, prompts_of(resolved, dataset), limit)
 
 
-def reading_warnings(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], limit: int | None) -> list[str] | None:
+def reading_warnings(
+    pipeline: DiffusionPipeline | None, prompts: Sequence[Prompt], limit: int | None
+) -> list[str] | None:
     """Lines about prompts that are cut, become equal, or hold words that a text encoder does not know.
 
     Args:
