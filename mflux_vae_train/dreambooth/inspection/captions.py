@@ -36,7 +36,7 @@ def caption_remarks(concept: Concept, images: Sequence[InstanceImage]) -> tuple[
             without.append(image.path.name)
     lines = []
     if without:
-        listed = f"{len(without)} of {count_text(len(images), 'caption')} ({first_names(without)})"
+        listed = f"{len(without)} of {count_text(sum(map(len, same.values())), 'caption')} ({first_names(without)})"
         lines.append(
             f"the class word {nouns[-1]!r} is missing in {listed}: write '{identifier or ''} {' '.join(nouns)}' there,"
             " so that the model starts from what it knows"

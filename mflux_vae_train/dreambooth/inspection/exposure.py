@@ -6,6 +6,8 @@ below 130, their sharpness above 0.33; blurred by a Gaussian of 0.8 % of the sid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from mflux_vae.images import averaged
@@ -27,15 +29,17 @@ def exposure_remarks(picture: np.ndarray) -> list[str]:
         remarks.append("very dark")
     if np.quantile(levels, 0.01) > _BRIGHT:
         remarks.append("very bright")
-    if side == _SIDE and max(_sharpness(levels), _sharpness(levels.T)) < _BLURRED:
+    sharp = [*_sharpness(levels), *_sharpness(levels.T)]
+    if side == _SIDE and sharp and max(sharp) < _BLURRED:
         remarks.append("blurred")
     return remarks
 
 
-def _sharpness(levels: np.ndarray) -> float:
-    """Second over first differences at the strongest edges of the rows; 1 without edges."""
+def _sharpness(levels: np.ndarray) -> Iterator[float]:
+    """Yield second over first differences at the strongest edges of the rows, if there are edges."""
     change = np.abs(levels[:, 2:] - levels[:, :-2])
     curve = np.abs(levels[:, 2:] - 2 * levels[:, 1:-1] + levels[:, :-2])
     edges = change >= np.quantile(change, 0.98)
     strength = float(change[edges].mean())
-    return float(curve[edges].mean()) / strength if strength >= _WEAKEST else 1.0
+    if strength >= _WEAKEST:
+        yield float(curve[edges].mean()) / strength

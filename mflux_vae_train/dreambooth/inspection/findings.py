@@ -37,6 +37,8 @@ ADVICE = "5 to 20 photographs are usual: different places, light and poses"
 SMALL_SHARE = 0.6
 """A crop that keeps less of an image is worth a warning: of 2:3 it keeps 0.67, of 9:16 0.56."""
 
+CROPPED = "much cropped away"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFinding:
@@ -163,16 +165,18 @@ def _images(
         if image.mask is not None:
             mask = float(crop.apply(load_mask(image.mask, notes=ImageNotes())).mean()) / 255
         enlarged = max(1.0, 1 / scale)
+        kept = min(1.0, math.prod(crop.shape) * scale**2 / math.prod(image.size))
         return ImageFinding(
             image=image,
             name=_name(image, dataset),
             crop=crop,
-            kept=min(1.0, math.prod(crop.shape) * scale**2 / math.prod(image.size)),
+            kept=kept,
             enlarged=enlarged,
             mask=mask,
             remarks=(
                 *(["held out"] if id(image) in held_out else []),
                 *([f"enlarged {enlarged:.1f} times"] if enlarged > 1 else []),
+                *([CROPPED] if kept < SMALL_SHARE and len(image.crops) == 1 else []),
                 *remarks[id(image)],
                 *exposure_remarks(image.read(image.square)),
             ),
@@ -189,11 +193,12 @@ def _image_warnings(settings: DreamBoothSettings, images: Sequence[ImageFinding]
     if small := [one for one in images if one.enlarged > 1]:
         worst = max(small, key=lambda one: one.enlarged)
         side = min(worst.image.size)
+        step = 64 if side >= 64 else 8
         yield (
             f"{count_text(len(small), 'image')} smaller than the training images ({_listed(small)}), up to"
-            f" {worst.enlarged:.1f} times: give larger files, or --resolution {max(side // 64 * 64, 8)}"
+            f" {worst.enlarged:.1f} times: give larger files, or --resolution {max(side // step * step, step)}"
         )
-    if cut := [one for one in images if one.kept < SMALL_SHARE and len(one.image.crops) == 1]:
+    if cut := [one for one in images if CROPPED in one.remarks]:
         worst = min(cut, key=lambda one: one.kept)
         yield (
             f"{count_text(len(cut), 'image')} cropped to {worst.kept:.0%} of the area or little more ({_listed(cut)}):"

@@ -124,11 +124,11 @@ def _table(images: Sequence[ImageFinding], *, captions: bool) -> Iterator[str]:
             f"{_size(one.image.size):>9}",
             f"{one.kept:>4.0%}",
         ]
-        if one.mask is not None:
-            cells.append(f"mask {one.mask:.0%}")
         if captions:
             cells.append(f"{shortened(repr(one.image.caption), _CAPTION):{_CAPTION}}")
-        yield "  ".join([*cells, "; ".join(one.remarks)]).rstrip()
+        yield "  ".join(
+            [*cells, "; ".join([*([] if one.mask is None else [f"mask {one.mask:.0%}"]), *one.remarks])]
+        ).rstrip()
     if len(images) > len(rows):
         yield f"and {count_text(len(images) - len(rows), 'image')} more (--json lists all)"
 
