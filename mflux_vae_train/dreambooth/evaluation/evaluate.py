@@ -104,10 +104,10 @@ def _draw(pipelines: list[Adapted], albums: Sequence[Album]) -> None:
         while pipelines:
             # the last pipeline draws with the adapters, and with a scale of 0 the untrained model if it is the only one
             adapted = pipelines.pop()
-            own = [album for album in albums if not pipelines or not album.entry.is_base]
-            if any(album.missing() for album in own):
+            part = [album for album in albums if not pipelines or not album.entry.is_base]
+            if any(album.missing() for album in part):
                 encoded = adapted.encode([prompt.text for prompt in albums[0].prompts])
-                for album in filter(Album.missing, own):
+                for album in filter(Album.missing, part):
                     album.draw(adapted, encoded, bar.update)
                 del encoded
             del adapted
@@ -124,7 +124,7 @@ def _measure(albums: Sequence[Album], subject: Subject, evaluator: Evaluator, fo
     rows = []
     for album in item_bar(albums, desc="measuring", unit="adapter", disable=None):
         file = folder / f"{album.folder.name}.safetensors"
-        features = _cached(file, evaluator, album.keys, partial(_features, evaluator, subject, album))
+        features = _cached(file, evaluator, [subject.noun, *album.keys], partial(_features, evaluator, subject, album))
         scores = evaluator.scores(subject, album.prompts, features, reference)
         entry = album.entry
         rows.append(Row(name=entry.name, update=entry.update, scale=entry.scale, scores=scores))

@@ -18,6 +18,7 @@ from mflux_vae_train.evaluation import registry
 from tests.contracts.fake import FakePipeline
 from tests.helpers.html import Page
 from tests.mflux_vae_train.dreambooth.evaluation.brightness import Brightness
+from tests.mflux_vae_train.evaluation.small_networks import CLIP, DINO
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -59,6 +60,8 @@ def test_a_run_is_evaluated_from_training_to_report(short_run: Any, tmp_path: Pa
         assert ("a", {"href": "#evaluation"}) in page.elements
     assert "at 0.5" in report and "at 0.5" not in again
 
+    status, text, err = command(out, "--images", 2, "--quick", "--checkpoint", "last", "--dino", DINO, "--clip", CLIP)
+    assert status == 0 and "CLIP-T" in text and "PRES" in text, err
     status, _, err = command(out / "pytorch_lora_weights.safetensors", "--images", 0)
     assert status == 2 and "--images" in err
     status, _, err = command(out, "--checkpoint", 3)
