@@ -35,7 +35,12 @@ def draw(parser: ArgumentParser) -> Callable[..., None]:
     add("--negative_prompt", metavar="TEXT", help="what to lead away from, with classifier-free guidance")
     add("--scale", type=float, nargs="+", metavar="X", help="strengths of the adapter: 0 untrained, 1 trained [1]")
     add("--compare_base", action="store_true", help="also draw with the untrained model, as --scale 0 does")
-    add("--checkpoint", nargs="+", metavar="N", help="updates of the run's checkpoints, or last [last]")
+    add(
+        "--checkpoint",
+        nargs="+",
+        metavar="N",
+        help="updates of the run's checkpoints, last, or best (of --keep_best) [last]",
+    )
     add("--seed", type=int, nargs="+", metavar="N", help="seeds (default: the run's, or 0)")
     add(
         "--images",
