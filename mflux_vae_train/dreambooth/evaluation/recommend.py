@@ -12,7 +12,8 @@ weigh alike.
 
 Among all rows within one standard error of the highest product, the one with the fewest updates is recommended, then
 the one with the scale nearest to 1: the one-standard-error rule (Breiman et al. 1984, section 3.4.3), because the order
-of rows this close is chance, and a shorter training forgets less that nothing here measures.
+of rows this close is chance, and a shorter training forgets less that nothing here measures. While the subject is not
+learned halfway (`LEARNED`), there is no reason to stop early, and the highest product is recommended.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from dataclasses import dataclass
 
 from mflux_vae_train.evaluation.evaluator import Measure
 from mflux_vae_train.evaluation.score import Score
+
+LEARNED = 0.5
+"""Fraction gained of the way from the untrained model to real images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,8 @@ def recommend(
     products = {id(row): overall(row, base, measures, goals) for row in rows}
     best = max(rows, key=lambda row: (products[id(row)].value, -row.update))
     highest = products[id(best)]
+    gained = [one for one in measures if one.role == "gained"]
     if highest.value <= highest.error:
-        gained = [one for one in measures if one.role == "gained"]
         learned = max((overall(row, base, gained, goals) for row in rows), key=lambda score: score.value)
         if learned.value <= learned.error:
             why = "no checkpoint draws the subject more often than the untrained model: train for more updates"
@@ -92,11 +96,13 @@ def recommend(
                 "every checkpoint that draws the subject forgot the rest: train for fewer updates or with a lower rate"
             )
         return Recommendation(row=None, reason=why)
-    near = [row for row in rows if products[id(row)].value >= highest.value - highest.error]
+    is_learned = overall(best, base, gained, goals).value >= LEARNED
+    near = [row for row in rows if products[id(row)].value >= highest.value - highest.error] if is_learned else [best]
     row = min(near, key=lambda row: (row.update, abs(row.scale - 1), row.scale))
     found = f"{row.label} (overall {products[id(row)].value:.2f} ± {products[id(row)].error:.2f})"
     if row is best:
-        return Recommendation(row=row, reason=f"{found} has the highest product of what it gained and kept")
+        advice = "" if is_learned else "; the subject is not learned halfway yet: train for more updates"
+        return Recommendation(row=row, reason=f"{found} has the highest product of what it gained and kept{advice}")
     why = "after fewer updates" if row.update < best.update else "at a scale nearer to 1"
     near_to = f"{highest.value:.2f} of {best.label}"
     return Recommendation(row=row, reason=f"{found} is within one standard error of the highest, {near_to}, {why}")

@@ -51,6 +51,12 @@ def test_within_one_error_fewer_updates_are_recommended() -> None:
     assert chosen(row(100, 0.70, 0.31, 0.42, error=1e-6), row(200, 0.704, 0.31, 0.42, error=1e-6)).update == 200
 
 
+def test_before_the_subject_is_learned_the_best_is_recommended() -> None:
+    rows = [row(50, 0.50, 0.32, 0.4, error=0.02), row(100, 0.51, 0.32, 0.4, error=0.02)]
+    found = recommend(rows, BASE, MEASURES, GOALS)
+    assert found.row is rows[1] and "more updates" in found.reason
+
+
 def test_of_one_checkpoint_the_scale_next_to_1_is_recommended() -> None:
     low, one, high = (row(100, 0.7, 0.31, 0.42, scale=scale) for scale in (0.6, 1.0, 1.2))
     assert chosen(low, one, high) is one
