@@ -26,7 +26,8 @@ def text(findings: Findings, assumed: Sequence[str]) -> Iterator[str]:
     for error in findings.errors:
         yield f"error: {error}"
     resolution = findings.dataset.resolution
-    yield from findings.dataset.summary(findings.settings.subjects)
+    lines = findings.dataset.summary(findings.settings.subjects)
+    yield from (line for line in lines if not line.startswith("shapes: "))  # `_crops` has more of them
     yield from assumed
     for one in findings.settings.subjects:
         given = f"class prompt {one.class_prompt!r}" if one.class_prompt else "no prior preservation"
