@@ -176,8 +176,9 @@ def _misfit(file: Path, model: str) -> str:
     """Why an adapter does not fit a model; empty if it does."""
     from mflux_vae_train.lora.editing.adapter import open_adapter
 
+    opened = _model(model)
     try:
-        open_adapter(file, _model(model))
+        open_adapter(file, opened)
     except WeightsError as error:
         return str(error).removeprefix(f"{file}: ")
     return ""

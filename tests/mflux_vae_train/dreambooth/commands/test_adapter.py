@@ -66,6 +66,9 @@ def test_a_converted_file_converts_back(edit: Edit, file: Path, tmp_path: Path) 
     described = json.loads(out)
     assert (described["dialect"], described["fits"], described["layers"]) == ("kohya", True, 14)
     assert described["networks"] == {"te": 2, "unet": 12}
+    status, out, _ = edit("info", file, "--model", "tiny")
+    assert status == 0 and "does not fit tiny" in out
+    assert edit("info", file, "--model", "nothing")[0] == 2
 
 
 def test_a_sum_with_a_file_of_other_names(edit: Edit, file: Path, tmp_path: Path) -> None:
