@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -69,6 +69,14 @@ def pytest_collection_finish() -> None:
 def gpu_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """This test runs the code for Metal and CUDA, with bfloat16 as the default."""
     branch.force(monkeypatch)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Compilation of the formulas for GPUs takes a minute on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture

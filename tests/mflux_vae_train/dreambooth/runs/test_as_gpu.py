@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,12 +27,8 @@ LIMIT = {mx.float32: 2e-3, mx.bfloat16: 0.05}
 """Relative difference of a loss."""
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """Compilation for a CPU takes a minute; `test_compiled_update` covers it."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
+"""`test_compiled_update` covers compilation."""
 
 
 @pytest.mark.parametrize("job", JOBS)

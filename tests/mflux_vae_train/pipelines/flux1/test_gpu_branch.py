@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -23,12 +21,8 @@ from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
 SIDE, TEXT = 8, 6
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """Compilation for a CPU takes a minute; `test_compiled_update` covers it."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
+"""`test_compiled_update` covers compilation."""
 
 
 def trained(updates: int, dtype: mx.Dtype, *, dora: bool = False) -> tuple[dict[str, np.ndarray], list[float]]:

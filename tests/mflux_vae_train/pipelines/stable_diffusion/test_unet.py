@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -53,14 +52,6 @@ OLD_FILE: dict[str, Any] = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 """Stable Diffusion 1.5's."""
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Compilation of the formulas for GPUs takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def largest_difference(found: Any, expected: Any) -> float:

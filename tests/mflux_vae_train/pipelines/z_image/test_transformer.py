@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -23,12 +21,8 @@ from tests.mflux_vae_train.pipelines.z_image.small_z_image import small_config
 LENGTHS = (40, 5, 33)
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """Compilation for a CPU takes a minute; one test of updates does it."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
+"""One test of updates compiles."""
 
 
 def inputs(config: ZImageTransformerConfig, longest: int = 64, seed: int = 5) -> dict[str, mx.array]:
