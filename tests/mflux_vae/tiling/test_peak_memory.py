@@ -92,7 +92,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "memory": (lambda: small_taehv(encoder_width=32, decoder_widths=(64, 32, 32, 32)), (1, 128, 96)),
     "linear attention": (
         lambda: small_kl(attention_type="linear", block_out_channels=(16, 32, 32, 32)),
-        (1, 192, 192),
+        (1, 128, 128),
     ),
 }
 

@@ -46,7 +46,8 @@ def test_dreambooth_offers_and_trains_with_an_added_optimizer(tmp_path: Path) ->
     done = run(
         DREAMBOOTH, "--model", "tiny", "--optimizer", "signs", "--instance_data_dir", EXAMPLE,
         "--instance_prompt", "a photo of xyz star", "--max_train_steps", 2, "--lr_warmup_steps", 0,
-        "--prior_preservation", "none", "--num_validation_images", 0, "--adam_beta1", 0.5, "--output_dir", tmp_path,
+        "--prior_preservation", "none", "--num_validation_images", 0, "--adam_beta1", 0.5,
+        "--resolution", 32, "--gradient_accumulation_steps", 1, "--output_dir", tmp_path,
     )  # fmt: skip
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
     assert "--adam_beta1 has no effect" in done.stderr, "the entry's options decide what is ignored"

@@ -22,7 +22,7 @@ from mflux_vae_train.vae.config import VAETrainingSettings
 SMALL = {"data_count": 4, "batch_size": 2, "num_epochs": 1, "lr_warmup_steps": 1, "init": "default"}
 """Orthogonal weights of this size take ten seconds."""
 VAE_SETTINGS = replace(from_yaml(VAETrainingSettings, recipe.VAE_SETTINGS), **SMALL)
-ROUND = recipe.Round(updates=3, batch=4, scenes=8, photos=3, warmup=1, checkpoint_every=1)
+ROUND = recipe.Round(updates=2, batch=2, scenes=4, photos=3, warmup=1, checkpoint_every=1)
 
 
 @pytest.fixture
