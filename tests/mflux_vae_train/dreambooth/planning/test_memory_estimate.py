@@ -347,6 +347,7 @@ def test_an_adapter_on_a_quantized_model_learns(settings, tmp_path) -> None:
         model="tiny",
         instance_data_dir=str(EXAMPLE),
         instance_prompt="a photo of xyz star",
+        resolution=32,
         quantize=8,
         gradient_checkpointing=True,
         train_batch_size=4,

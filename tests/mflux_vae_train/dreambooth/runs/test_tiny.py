@@ -25,6 +25,7 @@ def train(output: Path, **changes) -> list[dict[str, float]]:
         "instance_data_dir": str(EXAMPLE),
         "instance_prompt": "a photo of xyz star",
         "output_dir": str(output),
+        "resolution": 32,
         "num_class_images": 4,
         "max_train_steps": 4,
         "lr_warmup_steps": 1,
@@ -66,7 +67,6 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 
 SMALL = {
-    "resolution": 32,
     "prior_preservation": "none",
     "max_train_steps": 2,
     "gradient_accumulation_steps": 1,
@@ -104,7 +104,7 @@ def test_each_network_is_quantized_once(tmp_path, monkeypatch):
 
 def test_a_run_begins_with_at_most_fifteen_lines(tmp_path, caplog):
     caplog.set_level("INFO", "mflux_vae_train")
-    changes = {"max_train_steps": 2, "num_class_images": 2, "resolution": 32, "lora_dropout": 0.0}
+    changes = {"max_train_steps": 2, "num_class_images": 2, "lora_dropout": 0.0}
 
     def order() -> list[str]:
         words = [record.getMessage().partition(" ")[0] for record in caplog.records]
