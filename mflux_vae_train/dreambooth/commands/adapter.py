@@ -7,6 +7,7 @@ import logging
 import math
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ def _info(*, source: str, model: str | None, as_json: bool) -> None:
         },
         "convolutions": sum(part.convolutions for part in parts),
         "parameters": sum(part.parameters for part in parts),
-        "dtype": _dtype_name(found),
+        "dtype": str(found.dtype).removeprefix("mlx.core."),
         "bytes": file.stat().st_size,
         "layers_without_alpha": found.unstated,
         "base_model": base_model(file),
@@ -282,10 +283,8 @@ def _extract(*, base: str, tuned: str, rank: int, layers: str | None, output: st
     if ours.keys() != theirs.keys():
         raise SettingsError(f"{base} has {', '.join(ours)}, and {tuned} has {', '.join(theirs)}")
 
-    def progress(names: Sequence[str]) -> Any:
-        return item_bar(names, unit="tensor", disable=None)
-
-    found = extract(ours, theirs, rank, patterns=patterns, progress=progress)
+    bar = partial(item_bar, unit="tensor", disable=None)
+    found = extract(ours, theirs, rank, patterns=patterns, progress=bar)
     for name, share in found.kept.items():
         print(f"{share:.4f}  {name}")
     print(f"{found.kept_in_all:.4f}  of the squared norm of the difference is kept, in {' and '.join(ours)}")
@@ -343,10 +342,6 @@ def _name(source: str, file: Path) -> str:
 def _model_name(model: str) -> str:
     path = Path(model)
     return printable(path.resolve().name) if path.exists() else model
-
-
-def _dtype_name(found: AdapterFile) -> str:
-    return str(found.dtype).removeprefix("mlx.core.")
 
 
 def _open(
