@@ -130,7 +130,7 @@ def test_prompts_come_from_metadata_then_text_files_then_settings(instance_dir, 
     pictures = load()
     assert captions_of(pictures) == ["sks dog asleep", "sks dog in metadata", PROMPT, "x", PROMPT]
     assert pictures.skipped == 1, "caption files are used"
-    assert "3 of 5 images have another prompt" in pictures.summary(
+    assert "3 of 5 images have another prompt than --instance_prompt" in pictures.summary(
         [Concept(instance_data_dir="x", instance_prompt=PROMPT)]
     )
 
