@@ -28,7 +28,8 @@ The class images are drawn before, by this package: the script of FLUX draws the
 64 pixels cannot. It also encodes prompts with 77 tokens of CLIP, so the copy of `tiny` that it opens has zeros as
 further position embeddings; CLIP reads from left to right, so its outputs are the same.
 
-Measured on 2026-11-29 (AMD EPYC, two cores, MKL, diffusers 0.42.1, torch 2.14.1), one seed; ours / theirs:
+Measured on 2026-11-29 (AMD EPYC, two cores, MKL, diffusers 0.42.1, torch 2.14.1), one seed; ours / theirs
+(class retention: the share of class pictures that show the class and not the whole subject):
 
 | | seconds | ratio | fidelity | class retention |
 |---|---|---|---|---|
