@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
-from mflux_vae_train.dreambooth.run_folder import RunFolder
+from mflux_vae_train.dreambooth.run_folder import RunFolder, read_settings
 from mflux_vae_train.lora import metadata
-from mflux_vae_train.settings.values import DERIVED, read_file
 
 
 def run_settings(file: Path) -> Mapping[str, Any]:
@@ -21,8 +19,7 @@ def run_settings(file: Path) -> Mapping[str, Any]:
     for root in (file.parent, file.parent.parent):
         folder = RunFolder(root)
         if folder.identity.is_file() and folder.settings.is_file():
-            stated = read_file(DreamBoothSettings, folder.settings)
-            return {**stated, **stated.pop(DERIVED, {})}
+            return read_settings(root)
     return {}
 
 

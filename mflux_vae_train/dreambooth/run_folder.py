@@ -24,6 +24,7 @@ from mflux_vae_train.checkpointing.lock import Lock
 from mflux_vae_train.dreambooth.best_adapter import read_best
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.settings import flags
+from mflux_vae_train.settings.values import DERIVED, read_file
 
 RESUMABLE_CHANGES = frozenset(
     {
@@ -63,6 +64,16 @@ class RunFolder:
         self.encodings = root / "encodings"
         self.identity = root / "run.json"
         self.evaluation = root / "evaluation"
+
+
+def read_settings(root: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, those that were derived included.
+
+    Raises:
+        SettingsError: they cannot be read.
+    """
+    stated = read_file(DreamBoothSettings, RunFolder(root).settings)
+    return {**stated, **stated.pop(DERIVED, {})}
 
 
 def claim(folder: RunFolder, lock: Lock) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.utils.formatting import shortened
 from mflux_vae.utils.paths import expand
 
 if TYPE_CHECKING:
@@ -62,3 +65,23 @@ def source_of(values: dict[str, Any]) -> Source:
     if source.untrained is not None and (named := [f"--{name}" for name in _OPENING if name in given]):
         raise SettingsError(f"{', '.join(named)}: {path} trained all weights, so that its result is the model")
     return source.changed(**given)
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """
+    Raises:
+        SettingsError: a scale is not finite.
+    """
+    if wrong := [scale for scale in scales if not math.isfinite(scale)]:
+        raise SettingsError(f"--scale is {wrong[0]}; give numbers such as 0.8")
+
+
+def check_text(text: str, flag: str) -> None:
+    """
+    Raises:
+        SettingsError: the text of a flag is blank, or has bytes that are not UTF-8.
+    """
+    if not text.strip():
+        raise SettingsError(f"{flag} is empty")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise SettingsError(f"{flag} {shortened(ascii(text), 100)} is not UTF-8; write it in a terminal for UTF-8")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mflux_vae.errors import SettingsError
-from mflux_vae.utils.formatting import count_text, shortened
+from mflux_vae.utils.formatting import count_text
 from mflux_vae.utils.paths import expand
-from mflux_vae_train.dreambooth.commands.arguments import add_source, source_of
+from mflux_vae_train.dreambooth.commands.arguments import add_source, check_scales, check_text, source_of
 
 if TYPE_CHECKING:
     from mflux_vae_train.dreambooth.drawing.draw import Request
@@ -77,7 +76,8 @@ def _run(
     from mflux_vae_train.dreambooth.drawing.output import new_picture, pictures_folder
 
     source = source_of(values)
-    source = source.changed(negative_prompt=_readable(source, negative_prompt) if negative_prompt else "")
+    negative = _readable(source, negative_prompt, "--negative_prompt") if negative_prompt else ""
+    source = source.changed(negative_prompt=negative)
     request = _request(source, prompt, _scales(source, scale, compare_base), checkpoint, seed, images)
     default = FOLDER if source.root is None else str(source.root / FOLDER)
     target = new_picture(output or default, several=len(request.cells) > 1)
@@ -96,8 +96,7 @@ def _scales(source: Source, given: Sequence[float] | None, compare_base: bool) -
     if given and source.untrained is not None:
         raise SettingsError(f"--scale: {source.path} trained all weights, which have no strength; try --compare_base")
     scales = given or [1.0]
-    if wrong := [scale for scale in scales if not math.isfinite(scale)]:
-        raise SettingsError(f"--scale is {wrong[0]}; give numbers such as 0.8")
+    check_scales(scales)
     return [0.0, *scales] if compare_base else scales
 
 
@@ -129,15 +128,12 @@ def _request(
     )
 
 
-def _readable(source: Source, prompt: str) -> str:
+def _readable(source: Source, prompt: str, flag: str = "--prompt") -> str:
     """The prompt with the run's identifier in place of words such as ``[trigger]``."""
     from mflux_vae_train.dreambooth.data.placeholders import replace_placeholders
 
-    if not prompt.strip():
-        raise SettingsError("--prompt is empty")
-    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise SettingsError(f"--prompt {shortened(ascii(prompt), 100)} is not UTF-8; write it in a terminal for UTF-8")
-    filled, found = replace_placeholders(prompt, source.identifier, "--prompt", "write the word that names the subject")
+    check_text(prompt, flag)
+    filled, found = replace_placeholders(prompt, source.identifier, flag, "write the word that names the subject")
     if found:
-        logger.warning("%s in --prompt is replaced by %r", ", ".join(found), source.identifier)
+        logger.warning("%s in %s is replaced by %r", ", ".join(found), flag, source.identifier)
     return filled

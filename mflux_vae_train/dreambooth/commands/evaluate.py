@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from mflux_vae.errors import SettingsError
 from mflux_vae.utils.paths import expand
-from mflux_vae_train.dreambooth.commands.arguments import add_source, source_of
+from mflux_vae_train.dreambooth.commands.arguments import add_source, check_scales, check_text, source_of
+
+if TYPE_CHECKING:
+    from mflux_vae_train.evaluation.evaluator import Evaluator, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +68,17 @@ def _run(
     from mflux_vae_train.dreambooth.drawing.source import LAST
     from mflux_vae_train.dreambooth.evaluation.evaluate import evaluate
     from mflux_vae_train.dreambooth.evaluation.plan import base_identity, plan
-    from mflux_vae_train.dreambooth.evaluation.subject import read_settings, read_subject
+    from mflux_vae_train.dreambooth.evaluation.subject import read_subject
     from mflux_vae_train.dreambooth.reporting.evaluation_section import update_report
-    from mflux_vae_train.dreambooth.run_folder import RunFolder
+    from mflux_vae_train.dreambooth.run_folder import RunFolder, read_settings
     from mflux_vae_train.evaluation.registry import open_evaluator
 
     if images < 1:
         raise SettingsError(f"--images is {images}; give 1 or more")
+    check_scales(scale)
+    for flag, text in (("--subject", subject), ("--class_noun", class_noun)):
+        if text is not None:
+            check_text(text, flag)
     source = source_of(values)
     if (root := source.root) is None:
         raise SettingsError(f"{source.path} is an adapter; give the folder of the run that trained it")
@@ -89,9 +97,26 @@ def _run(
         live=None if kind is None else kind == "live",
     )
     pipelines = [open_adapted(one) for one in (source.untrained, source) if one is not None]
-    evaluator = open_evaluator(pipelines[-1].pipeline.name, dino=dino, clip=clip, lpips=lpips)
+    # the trained pipeline of --train_mode full has the name of its folder
+    evaluator = open_evaluator(pipelines[0].pipeline.name, dino=dino, clip=clip, lpips=lpips)
+    given: dict[str, dict[str, Any]] = {"--subject": {"phrase": "another"}} if subject is not None else {}
+    given |= {"--kind": {"live": not trained.live}} if kind is not None else {}
+    for flag in _unused(evaluator, trained, given):
+        logger.warning("%s has no effect: the %s draws the same prompts without it", flag, evaluator.name)
     options: dict[str, Any] = {"images": images, "quick": quick, "model": base_identity(source)}
     found = evaluate(pipelines, entries, trained, evaluator, folder, **options)
     update_report(root)
     print(json.dumps(found.document(), indent=2) if as_json else found.table())
     logger.info("see %s", folder)
+
+
+def _unused(evaluator: Evaluator, subject: Subject, given: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the given flags that no prompt of the evaluator depends on.
+
+    Args:
+        given: flag -> fields of the subject with another value than the flag's.
+    """
+    for flag, other in given.items():
+        prompts = [evaluator.prompts(one, images=1, quick=True) for one in (subject, replace(subject, **other))]
+        if [*prompts[0]] == [*prompts[1]]:
+            yield flag

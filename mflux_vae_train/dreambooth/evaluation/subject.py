@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mflux_vae.errors import SettingsError
@@ -12,17 +11,8 @@ from mflux_vae.image_folder.scan import no_images, scan
 from mflux_vae.images import load_image
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.utils.prefetch import prefetch
-from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.planning.class_prompt import derive_class_prompt, name_subject, with_article
-from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.evaluation.evaluator import Subject
-from mflux_vae_train.settings.values import DERIVED, read_file
-
-
-def read_settings(root: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, those that were derived included."""
-    stated = read_file(DreamBoothSettings, RunFolder(root).settings)
-    return {**stated, **stated.pop(DERIVED, {})}
 
 
 def read_subject(

@@ -64,6 +64,12 @@ def test_a_run_is_evaluated_from_training_to_report(short_run: Any, tmp_path: Pa
     assert status == 0 and "CLIP-T" in text and "PRES" in text, err
     status, _, err = command(out / "pytorch_lora_weights.safetensors", "--images", 0)
     assert status == 2 and "--images" in err
+    status, _, err = command(out, "--scale", "nan")
+    assert status == 2 and "--scale" in err
+    status, _, err = command(out, "--subject", "\udcff dog")
+    assert status == 2 and "UTF-8" in err
+    status, text, err = command(out, "--images", 1, "--kind", "live")
+    assert status == 0 and "warning: --kind" in err and "0 images to draw" in err
     status, _, err = command(out, "--checkpoint", 3)
     assert status == 2 and "--checkpoint" in err
 
@@ -94,3 +100,17 @@ def test_subject_is_read_from_the_settings(instance_dir: Path) -> None:
     with pytest.raises(SettingsError, match="--instance_prompt"):
         read_subject(several)
     assert read_subject(several, instance_prompt=cat["instance_prompt"]).noun == "cat"
+
+
+def test_a_fully_trained_pipeline_has_the_evaluator_of_the_model(
+    short_run: Any, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """The pipeline in the run's folder has another name."""
+    settings = short_run(train_mode="full", max_train_steps=1, prior_preservation="none", num_class_images=0)
+    DreamBooth(FakePipeline()).train(settings)
+    (Path(settings.output_dir) / "pipeline").mkdir()
+    trained = FakePipeline()
+    trained.name = "pipeline"
+    monkeypatch.setattr(adapted, "open_pipeline", lambda model, **_: FakePipeline() if model == "fake" else trained)
+    status, text, err = command(settings.output_dir, "--images", 1)
+    assert status == 0 and "brightness of others" in text, err
