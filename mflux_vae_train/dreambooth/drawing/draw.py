@@ -17,6 +17,7 @@ import numpy as np
 from mflux_vae.images import load_image, save_image
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.memory_limits import limited
+from mflux_vae.utils.formatting import count_text, first_few
 from mflux_vae.utils.item_bar import item_bar
 from mflux_vae_train.dreambooth.data.sampling import is_one_colour
 from mflux_vae_train.dreambooth.drawing.adapted import Adapted, open_adapted
@@ -117,6 +118,7 @@ def draw(source: Source, request: Request, target: Path) -> dict[str, Any]:
     opened = [(open_adapted(origin), cells) for origin, cells in groups if cells]
     for adapted, _ in opened:
         _warn(adapted, request.prompts)
+    _announce(opened[-1][0], request, len(files))
     create_folder(folder if several else target.parent)
     pictures, plain = [], 0
     with (
@@ -148,6 +150,17 @@ def _drawn(adapted: Adapted, cells: Sequence[Cell], request: Request) -> Iterato
             for prompt, seed in product(axes["prompt"], dict.fromkeys(seed for seed, _ in axes["seed"])):
                 for index, image in enumerate(adapted.draw(encoded, prompt, seed=seed, count=request.images)):
                     yield Cell(prompt=prompt, seed=(seed, index), checkpoint=checkpoint, scale=scale), image
+
+
+def _announce(adapted: Adapted, request: Request, count: int) -> None:
+    source, (height, width) = adapted.source, adapted.size
+    labels = dict.fromkeys(
+        cell.checkpoint for cell in request.cells if cell.scale and cell.checkpoint in source.adapters
+    )
+    used = first_few([str(source.adapters[label]) for label in labels], 4) or "without an adapter"
+    text = "drawing %s with %s, %s: %d steps, guidance %g, %d x %d pixels"
+    pictures = count_text(count, "picture")
+    logger.info(text, pictures, source.model, used, adapted.steps, adapted.guidance, height, width)
 
 
 def _warn(adapted: Adapted, prompts: Sequence[str]) -> None:

@@ -18,9 +18,9 @@ from mflux_vae_train.training.awake import awake
 from mflux_vae_train.vae import config, fingerprint
 
 PROGRAM = """#!/bin/sh
+trap 'touch {ended}; exit' TERM
 echo "$@" > {started}.partial
 mv {started}.partial {started}
-trap 'touch {ended}; exit' TERM
 while :; do sleep 0.02; done
 """
 
