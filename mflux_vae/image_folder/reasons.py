@@ -43,6 +43,7 @@ OTHER_CAPTIONS = Reason(
     noun="caption file", tail="of a kind that is not read", remedy="use NAME.txt, NAME.caption or metadata.jsonl"
 )
 OTHER = Reason(noun="other file")
+FAULTY = Reason(noun="image", tail="with an error")
 JUNK = Reason(noun="hidden or system file", quiet=True)
 
 

@@ -104,9 +104,10 @@ class ImageFolder:
 
     @property
     def unused_files(self) -> int:
-        """Number of files that are not used, without hidden and system files."""
+        """Number of files that are not used, images in subfolders included, without hidden and system files."""
         skip = (SUBFOLDER, EMPTY_SUBFOLDER)
-        return sum(len(names) for reason, names in self.unused.items() if reason not in skip and not reason.quiet)
+        files = sum(len(names) for reason, names in self.unused.items() if reason not in skip and not reason.quiet)
+        return files + sum(self.images_below.values())
 
     @property
     def used(self) -> set[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mflux_vae.errors import SettingsError, did_you_mean
-from mflux_vae.utils.formatting import shortened
+from mflux_vae.utils.formatting import first_few, shortened
 
 
 def check_spellings(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -67,7 +67,12 @@ class CommandParser(ArgumentParser):
                 if flag not in self._option_string_actions:
                     self.error(f"unknown flag {shortened(flag, 100)}{did_you_mean(flag, self._option_string_actions)}")
             check_spellings(self, words)
-        return super().parse_known_args(words, namespace)
+        values, extra = super().parse_known_args(words, namespace)
+        if extra and self.commands is None:
+            places = [str(action.metavar or action.dest).upper() for action in self._positionals._group_actions]
+            expected = f"expected one {' and one '.join(places)}" if places else "expected flags only"
+            self.error(f"unexpected argument {first_few(extra)}: {expected}")
+        return values, extra
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message} (--help lists {'flags' if self.commands is None else 'commands'})")

@@ -48,10 +48,14 @@ def _run(folder: str | None = None, output: str | None = None, as_json: bool = F
     from mflux_vae_train.pipelines.mflux.train_json import translate
     from mflux_vae_train.pipelines.registry import open_pipeline
     from mflux_vae_train.settings.flags import settings_of
+    from mflux_vae_train.settings.values import MissingSettings
 
     if folder is not None and given.setdefault("instance_data_dir", folder) != folder:
         raise SettingsError(f"FOLDER is {folder}, and --instance_data_dir {given['instance_data_dir']}; give one")
-    settings = settings_of(CheckSettings, given, ignored_flags=IGNORED_FLAGS, translate=translate)
+    try:
+        settings = settings_of(CheckSettings, given, ignored_flags=IGNORED_FLAGS, translate=translate)
+    except MissingSettings:  # a check needs nothing else
+        raise SettingsError("FOLDER is missing: give the folder with the images (--help lists flags)") from None
     path = sheet.sheet_file(output, settings)
     pipeline = None
     if settings.model != NO_MODEL:

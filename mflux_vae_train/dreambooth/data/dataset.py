@@ -15,6 +15,7 @@ import numpy as np
 
 from mflux_vae.errors import ImageError, InputError, SettingsError, collecting
 from mflux_vae.image_files.notes import ENLARGED, UNIFORM_MASK, ImageNotes
+from mflux_vae.image_folder.reasons import EMPTY_SUBFOLDER, FAULTY
 from mflux_vae.image_folder.scan import ImageFolder, no_images, scan
 from mflux_vae.images import content_hash, image_text, load_image, load_mask
 from mflux_vae.utils.formatting import count_text, first_names
@@ -83,7 +84,7 @@ class InstanceDataset:
         resolution: side of a square training image in pixels.
         samples_per_epoch: number of images, repeats included.
         folders: those of the images, in order.
-        skipped: number of files in the folders that are not used.
+        skipped: number of files in the folders that are not used, those with an error included.
         unused_masks: number of masks that are ignored without ``--masked_loss``.
         warnings: what the folders hold and the run does not use, captions that cannot work, and what was ignored when
             images were read; one line a kind.
@@ -173,8 +174,10 @@ class InstanceDataset:
             + (f" in {concept.validation_data_dir}" if concept.validation_data_dir else "")
             for index, concept in enumerate(concepts)
         ]
-        if self.skipped:
-            lines[-1] += f", {count_text(self.skipped, 'other file')} skipped"
+        empty = sum(len(folder.unused.get(EMPTY_SUBFOLDER, ())) for folder in self.folders)
+        counts_by_noun = {"other file": self.skipped, "subfolder": empty}
+        if skipped := [count_text(count, noun) for noun, count in counts_by_noun.items() if count]:
+            lines[-1] += f", {' and '.join(skipped)} skipped"
         if captioned := sum(image.caption != concepts[image.concept].instance_prompt for image in self.images):
             lines.append(f"{captioned} of {len(self.images)} images have another prompt than --instance_prompt")
         if len(shapes := Counter(image.shape for image in self.images)) > 1:
@@ -204,22 +207,17 @@ def load_dataset(
     shapes = bucket_shapes(settings, resolution=resolution, multiple=multiple)
     count = 1 if settings.center_crop else settings.num_crops
     entries: list[_Entry] = []
-    skipped = unused_masks = 0
+    unused_masks = 0
     folders: list[ImageFolder] = []
-    warnings: list[str] = []
+    lines_of: list[list[str]] = []
     for concept, held_out, place in _places(settings):
-        folder, subject = _scan(place), settings.subjects[concept]
+        folder = _scan(place)
         folders.append(folder)
         masks = {image: folder.folder / name for image, name in folder.masks.items()}
         if not settings.masked_loss:
             unused_masks, masks = unused_masks + len({*masks.values()}), {}
-        skipped += folder.unused_files
-        warnings += _folder_warnings(folder, masked=settings.masked_loss)
-        texts = dict.fromkeys(folder.images, subject.instance_prompt)
-        with collecting(errors):
-            found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column, errors=errors)
-            texts, lines = adapt_captions(found, subject.instance_prompt, subject.class_prompt)
-            warnings += [*found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
+        texts, lines = _texts(folder, settings, concept, errors)
+        lines_of.append(lines)
         entries += [
             _Entry(concept, held_out, folder.folder / name, texts[name], masks.get(name)) for name in folder.images
         ]
@@ -259,13 +257,20 @@ def load_dataset(
         with collecting(errors):
             raise ImageError(f"--masked_loss: no image NAME.jpg in {place} has a mask NAME-mask.png")
     images = []
-    for image in prefetch(load, entries):
+    faulty: dict[Path, list[str]] = defaultdict(list)
+    for entry, image in zip(entries, prefetch(load, entries), strict=True):
         if image is None:
+            faulty[entry.path.parent].append(entry.path.name)
             continue
         used += sum(pixels.nbytes for pixels in image.pixels.values())
         if used > MAX_PIXEL_BYTES:
             image.pixels.clear()
         images.append(image)
+    for index, (concept, *_) in enumerate(_places(settings)):
+        if names := faulty.get(folders[index].folder):
+            folders[index] = _without(folders[index], names)
+            _, lines_of[index] = _texts(folders[index], settings, concept, errors=[])  # without errors a second time
+    warnings = [line for lines in lines_of for line in lines]
     aside = {one.path for one in entries if one.held_out}
     if settings.validation_share is not None:
         with collecting(errors):
@@ -278,7 +283,7 @@ def load_dataset(
         resolution=resolution,
         samples_per_epoch=sum(settings.subjects[image.concept].repeats or 1 for image in trained),
         folders=folders,
-        skipped=skipped,
+        skipped=sum(folder.unused_files for folder in folders),
         unused_masks=unused_masks,
         warnings=(*warnings, *notes.lines(logging.WARNING)),
         notes=notes.lines(logging.INFO),
@@ -361,6 +366,26 @@ def _scan(folder: str) -> ImageFolder:
     if not scanned.images:
         raise no_images(scanned, repeats_flag=REPEATS_FLAG)
     return scanned
+
+
+def _without(folder: ImageFolder, faulty: Sequence[str]) -> ImageFolder:
+    """The same folder with some images unused, because of an error."""
+    kept = tuple(name for name in folder.images if name not in faulty)
+    return replace(folder, images=kept, unused={FAULTY: tuple(sorted(faulty)), **folder.unused})
+
+
+def _texts(
+    folder: ImageFolder, settings: DreamBoothSettings, concept: int, errors: list[InputError] | None
+) -> tuple[dict[str, str], list[str]]:
+    """The prompt of each image, and warnings about masks, captions and what is not used."""
+    subject = settings.subjects[concept]
+    warnings = _folder_warnings(folder, masked=settings.masked_loss)
+    texts = dict.fromkeys(folder.images, subject.instance_prompt)
+    with collecting(errors):
+        found = captions(folder, prompt=subject.instance_prompt, column=settings.caption_column, errors=errors)
+        texts, lines = adapt_captions(found, subject.instance_prompt, subject.class_prompt)
+        warnings += [*found.warnings, *(f"{folder.folder}: {line}" for line in lines)]
+    return texts, warnings
 
 
 def _folder_warnings(folder: ImageFolder, *, masked: bool) -> list[str]:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median_high
 
 from mflux_vae.errors import InputError, collecting
 from mflux_vae.image_files.notes import ENLARGED, ImageNotes
@@ -28,7 +29,7 @@ from mflux_vae_train.dreambooth.planning.prompt_checks import (
     syntax_warnings,
 )
 from mflux_vae_train.dreambooth.planning.resolve import resolve
-from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.pipelines.protocol import DiffusionPipeline, Recommended
 from mflux_vae_train.settings.origins import origins_of
 
 FEWEST = 5
@@ -119,7 +120,7 @@ def inspect(settings: DreamBoothSettings, pipeline: DiffusionPipeline | None = N
     return Findings(
         settings=resolved,
         errors=[*errors, *sorted(files, key=str)],
-        warnings=[*warnings, *lines, *_image_warnings(resolved, images)],
+        warnings=[*warnings, *lines, *_image_warnings(resolved, images, resolution, recommended)],
         images=images,
         duplicates=[(_name(one, dataset), _name(other, dataset)) for one, other in copies],
         dataset=dataset,
@@ -185,28 +186,42 @@ def _images(
     return list(prefetch(find, [*dataset.images, *dataset.held_out])), lines
 
 
-def _image_warnings(settings: DreamBoothSettings, images: Sequence[ImageFinding]) -> Iterator[str]:
+def _image_warnings(
+    settings: DreamBoothSettings, images: Sequence[ImageFinding], resolution: int, recommended: Recommended
+) -> Iterator[str]:
     subjects = Counter(one.image.concept for one in images)
     for number, concept in enumerate(settings.subjects):
         if 1 < subjects[number] < FEWEST:
             yield f"{count_text(subjects[number], 'image')} in {concept.instance_data_dir}: add some; {ADVICE}"
     if small := [one for one in images if one.enlarged > 1]:
-        worst = max(small, key=lambda one: one.enlarged)
-        side = min(worst.image.size)
-        step = 64 if side >= 64 else 8
+        worst = max(one.enlarged for one in small)
         yield (
             f"{count_text(len(small), 'image')} smaller than the training images ({_listed(small)}), up to"
-            f" {worst.enlarged:.1f} times: give larger files, or --resolution {max(side // step * step, step)}"
+            f" {worst:.1f} times: {_cure_of_small(settings, images, resolution, recommended)}"
         )
     if cut := [one for one in images if CROPPED in one.remarks]:
-        worst = min(cut, key=lambda one: one.kept)
+        most = 1 - min(one.kept for one in cut)
+        verb = f"loses {most:.0%} of its" if len(cut) == 1 else f"lose up to {most:.0%} of their"
+        buckets = settings.use_aspect_ratio_buckets or settings.aspect_ratio_buckets
         yield (
-            f"{count_text(len(cut), 'image')} cropped to {worst.kept:.0%} of the area or little more ({_listed(cut)}):"
-            " crop around the subject yourself, or give --use_aspect_ratio_buckets"
+            f"{count_text(len(cut), 'image')} {verb} area by cropping ({_listed(cut)}): crop around the subject"
+            f" yourself, or {'leave out' if buckets else 'give --use_aspect_ratio_buckets'}"
         )
     for fault, cure in (("very dark", "brighten"), ("very bright", "darken"), ("blurred", "replace")):
         if found := [one for one in images if fault in one.remarks]:
             yield f"{count_text(len(found), 'image')} {fault} ({_listed(found)}): {cure} or leave out"
+
+
+def _cure_of_small(
+    settings: DreamBoothSettings, images: Sequence[ImageFinding], resolution: int, recommended: Recommended
+) -> str:
+    """Other files; or the resolution of the median image, if most are small and that is half the usual one or more."""
+    multiple = recommended.size_multiple
+    median = int(median_high(resolution / one.enlarged for one in images)) // multiple * multiple
+    if median >= resolution:
+        return "replace or remove these files"
+    lower = settings.aspect_ratio_buckets is None and median >= recommended.resolution / 2
+    return f"give larger files{f', or --resolution {median}' if lower else ''}"
 
 
 def _listed(images: Sequence[ImageFinding]) -> str:

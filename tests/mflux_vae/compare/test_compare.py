@@ -14,7 +14,7 @@ import pytest
 from mflux_vae import VAE
 from mflux_vae.compare import comparison, report
 from mflux_vae.compare.codecs import ImageCodec, PairCodec, open_codec
-from mflux_vae.compare.labels import caption
+from mflux_vae.compare.labels import caption, drawable
 from mflux_vae.compare.measuring import error_map
 from mflux_vae.errors import SettingsError
 from mflux_vae.images import load_image, save_image
@@ -218,3 +218,8 @@ def test_captions_fit() -> None:
     wide, narrow = caption(["autoencoder of a long name", ""], 400), caption(["autoencoder of a long name"], 60)
     assert wide.shape == (36, 400, 3) and narrow.shape == (18, 60, 3)
     assert (narrow < 128).any() and (narrow[:, [0, -1]] == 255).all() and (wide[18:] == 255).all()
+
+
+def test_labels_replace_only_letters_that_the_font_lacks():
+    assert drawable("Br\u00fccke …~1.png") == drawable("Bru\u0308cke …~1.png") == "Brucke …~1.png"
+    assert drawable("猫\n1.png") == "??1.png"

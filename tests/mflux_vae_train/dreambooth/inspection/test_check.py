@@ -75,8 +75,33 @@ def test_remarks_on_images(folder, check):
     assert status == 0 and ["2.png", "copy.png"] in found["duplicates"]
     assert remarks(found)["tall.png"] == ["enlarged 1.6 times", "much cropped away"]
     assert "very dark" in remarks(found)["dark.png"] and not remarks(found)["4.png"]
-    for word in ("nearly the same", "very dark", "use_aspect_ratio_buckets", "--resolution 16"):
+    for word in ("nearly the same", "very dark", "use_aspect_ratio_buckets", "remove these files"):
         assert any(word in line for line in found["warnings"]), word
+
+
+def test_advice_fits_the_settings_and_most_images(folder, check):
+    for index in range(7):
+        save_image(folder / f"half-{index}.png", np.full((300, 300, 3), 20 * index, np.uint8))
+    save_image(folder / "wide.png", np.full((60, 300, 3), 9, np.uint8))
+    flags = (*PROMPT, "--use_aspect_ratio_buckets")
+    lines = "\n".join(check(*flags, resolution=512)[1]["warnings"])
+    assert "--resolution 296" in lines and "loses" in lines and "use_aspect_ratio_buckets" not in lines
+    assert "--resolution" not in "\n".join(check(*flags, resolution=256)[1]["warnings"])
+
+
+def test_counts_agree(folder, check, capsys):
+    (folder / "0.txt").write_text("a photo of sks dog asleep")
+    (folder / "3.png").write_bytes(b"")
+    save_image(folder / "below" / "one.png", np.zeros((8, 8, 3), np.uint8))
+    (folder / "empty").mkdir()
+    assert any("3 of 4 images have no caption" in line for line in check(*PROMPT)[1]["warnings"])
+    assert main(["check", str(folder), *PROMPT]) == 2
+    assert "4 instance images" in (text := capsys.readouterr().out) and "2 other files and 1 subfolder" in text
+
+
+@pytest.mark.parametrize(("words", "cure"), [((), "give the folder"), (("a", "b"), "one FOLDER (--help lists flags)")])
+def test_one_folder_is_needed(words, cure, capsys):
+    assert main(["check", *words]) == 2 and cure in capsys.readouterr().err
 
 
 def test_captions_lack_words(folder, check):
