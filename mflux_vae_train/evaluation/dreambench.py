@@ -158,7 +158,13 @@ class DreamBench:
         return " ".join(["DreamBench 1", *(weights_hash(one) for one in self._networks if one is not None)])
 
     def prompts(self, subject: Subject, *, images: int, quick: bool) -> Sequence[Prompt]:
-        """`images` of each prompt, and four times as many of the class prompt."""
+        """`images` of each prompt, and four times as many of the class prompt.
+
+        Raises:
+            SettingsError: LPIPS compares images of one prompt, and there is one.
+        """
+        if images < 2 and any(measure.name == "diversity" for measure in self.measures):
+            raise SettingsError("--lpips compares images of one prompt; give --images 2 or more")
         live = is_live(subject.noun) if subject.live is None else subject.live
         texts = [template.format(subject.phrase) for template in templates(live)[:: QUICK if quick else 1]]
         return [

@@ -67,4 +67,7 @@ def registered(pipeline: str) -> Evaluator | None:
         raise PluginError(
             f"evaluator {entry.name!r}: {entry.value} returned a {type(evaluator).__name__} without {missing}"
         )
+    roles = {measure.role for measure in evaluator.measures}
+    if absent := [role for role in ("gained", "kept") if role not in roles]:
+        raise PluginError(f"evaluator {entry.name!r}: none of its measures has the role {' or '.join(absent)}")
     return evaluator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,7 +127,8 @@ def draw(source: Source, request: Request, target: Path) -> dict[str, Any]:
         device_errors(lambda: _CURE),
         item_bar(total=len(files), desc="images", unit="image", disable=None) as bar,
     ):
-        for adapted, cells in opened:
+        while opened:
+            adapted, cells = opened.pop(0)
             stated = _settings(adapted)
             for cell, image in _drawn(adapted, cells, request):
                 settings = {**stated, **_settings_of(cell, adapted, request)}
@@ -134,6 +136,8 @@ def draw(source: Source, request: Request, target: Path) -> dict[str, Any]:
                 pictures.append({"file": str(files[cell]), **settings})
                 plain += is_one_colour(image)
                 bar.update(1)
+            del adapted
+            gc.collect()  # a pipeline refers to itself; the next one takes its memory
     if plain:
         logger.warning("%d of %d images are one colour: training has diverged, or the device failed", plain, len(files))
     if several:

@@ -77,6 +77,7 @@ def base_identity(source: Source) -> dict[str, Any]:
     identity = read_json(RunFolder(source.root).identity)["identity"] if source.root is not None else {}
     if not source.adapters:
         run = json.dumps(identity, sort_keys=True)
+        del values["model"]  # a path in the run's folder, which may move
         return {**values, "run": hashlib.sha256(run.encode()).hexdigest()}
     return {**values, **{name: identity.get(name) for name in ("base weights", "encoders")}}
 

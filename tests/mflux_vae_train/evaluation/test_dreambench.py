@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mflux_vae.errors import PluginError, SettingsError
+from mflux_vae_train.evaluation import registry
 from mflux_vae_train.evaluation.dreambench import DreamBench, is_live, templates
 from mflux_vae_train.evaluation.evaluator import Evaluator, Subject
 
@@ -64,6 +67,20 @@ def test_prompts_follow_the_subject() -> None:
     assert "mirror" in " ".join(one.text for one in bench.prompts(replace(DOG, live=False), images=4, quick=False))
     quick = [one.text for one in bench.prompts(DOG, images=4, quick=True)]
     assert len(quick) == 6 and {*quick} < {one.text for one in prompts}
+
+
+def test_diversity_needs_two_images_of_a_prompt() -> None:
+    with pytest.raises(SettingsError, match="--images 2"):
+        DreamBench(lambda: pytest.fail("nothing is measured"), diverse=True).prompts(DOG, images=1, quick=False)
+
+
+def test_an_evaluator_needs_a_measure_of_each_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench: Any = DreamBench(lambda: pytest.fail("nothing is measured"), diverse=False)
+    bench.measures = [measure for measure in bench.measures if measure.role != "kept"]
+    entry = SimpleNamespace(name="mine", value="mine:Evaluator", load=lambda: lambda: bench)
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [entry])
+    with pytest.raises(PluginError, match="kept"):
+        registry.registered("mine")
 
 
 def test_scores_of_known_features() -> None:
