@@ -13,7 +13,7 @@ import pytest
 from mflux_vae.errors import PluginError, SettingsError
 from mflux_vae_train.evaluation import registry
 from mflux_vae_train.evaluation.dreambench import DreamBench, is_live, templates
-from mflux_vae_train.evaluation.evaluator import Evaluator, Subject
+from mflux_vae_train.evaluation.evaluator import Evaluator, Measure, Subject
 
 DOG = Subject(
     phrase="sks dog",
@@ -75,9 +75,10 @@ def test_diversity_needs_two_images_of_a_prompt() -> None:
 
 
 def test_an_evaluator_needs_a_measure_of_each_role(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench: Any = DreamBench(lambda: pytest.fail("nothing is measured"), diverse=False)
-    bench.measures = [measure for measure in bench.measures if measure.role != "kept"]
-    entry = SimpleNamespace(name="mine", value="mine:Evaluator", load=lambda: lambda: bench)
+    methods = dict.fromkeys(("prompts", "features", "reference", "scores", "goals"), len)
+    measures = [Measure(name="gain", heading="gain", text="in [0, 1]", role="gained")]
+    mine = SimpleNamespace(name="mine", fingerprint="1", measures=measures, **methods)
+    entry = SimpleNamespace(name="mine", value="mine:Evaluator", load=lambda: lambda: mine)
     monkeypatch.setattr(registry, "entry_points", lambda **_: [entry])
     with pytest.raises(PluginError, match="kept"):
         registry.registered("mine")
