@@ -45,7 +45,7 @@ from mflux_vae_train.dreambooth.planning.memory_estimate import compare_first_up
 from mflux_vae_train.dreambooth.planning.prepare import Preparation, prepare, summary
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.precompute import Precomputed, precompute
-from mflux_vae_train.dreambooth.reporting.held_out import HeldOut, held_out_text
+from mflux_vae_train.dreambooth.reporting.held_out import HeldOut, held_out_losses
 from mflux_vae_train.dreambooth.reporting.loss_curve import write_loss_curve
 from mflux_vae_train.dreambooth.reporting.model_card import write_model_card
 from mflux_vae_train.dreambooth.reporting.monitor import Monitor
@@ -220,8 +220,8 @@ def _train(
     run_folder.finish(folder, identity, result, run.status.branch)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     peak = size_text(peak_memory(read_metrics(folder.metrics)))
-    if (held_out := held_out_text(read_metrics(folder.metrics))) is not None:
-        _log([f"held-out loss: {held_out}"])
+    if (held_out := held_out_losses(read_metrics(folder.metrics))) is not None:
+        _log([f"held-out loss: {held_out.text}"], [held_out.warning] if held_out.warning else [])
     _log([f"saved {result} after {minutes}:{seconds:02} minutes (peak memory {peak}); see {folder.report}"])
     monitor.finish(f"after {minutes}:{seconds:02} minutes")
     report(Progress(phase="finished", update=plan.updates, total=plan.updates, eta=0.0))

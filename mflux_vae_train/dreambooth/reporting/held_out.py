@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
@@ -14,6 +14,7 @@ from mflux_vae_train.dreambooth.export import save_adapter_files
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.training.hooks import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class HeldOut:
         self._start, self._processes = start, processes
         self._best: Best | None = None
         self._looked = False
+        records = read_metrics(folder.metrics) if start else []
+        self._untrained = next((one.get(METRIC) for one in records if one["update"] == 0), None)
 
     def __call__(self, update: int) -> float:
         loss = self._measure()
@@ -53,11 +56,18 @@ class HeldOut:
             self._best = Best(update=update, loss=loss, measured=self._run.measured)
             if self._processes.is_main:
                 save_adapter_files(self._pipeline, self._run.resolved, self._folder.best, self._best.metadata)
-        kept = f", the lowest so far: kept in {self._folder.best}" if better else ""
+        if update == 0:
+            self._untrained = loss
+        kept = f", the lowest {self._since(loss)}: kept in {self._folder.best}" if better else ""
         logger.info("held-out loss after update %d: %.4f%s", update, loss, kept)
         if not math.isfinite(loss):
             logger.warning("the held-out loss is not finite: look for a broken held-out image")
         return loss
+
+    def _since(self, loss: float) -> str:
+        if self._untrained is None or not loss >= self._untrained:
+            return "so far"
+        return f"of the training (untrained: {self._untrained:.4f})"
 
     def _is_best(self, loss: float) -> bool:
         if not self._looked:  # now, as the start of the run may have moved it
@@ -77,16 +87,48 @@ class HeldOut:
         return asdict(best)
 
 
-def held_out_text(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """First, lowest and last held-out loss of a run; None if there is none.
-
-    Args:
-        records: lines of the metrics log.
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLosses:
     """
-    measured = [(record["update"], record[METRIC]) for record in records if METRIC in record]
-    trained = [one for one in measured if one[0] > 0 and math.isfinite(one[1])]
-    if not trained:
-        return None
-    update, lowest = min(trained, key=lambda one: one[1])
-    first = f"{measured[0][1]:.4f} untrained, " if measured[0][0] == 0 else ""
-    return f"{first}{lowest:.4f} at its lowest, after update {update}, {trained[-1][1]:.4f} at the end"
+    Attributes:
+        untrained: the loss before the first update; None if it was not measured.
+        trained: finite losses by update, of one or more updates.
+    """
+
+    untrained: float | None
+    trained: Mapping[int, float]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Update and loss of the lowest one."""
+        return min(self.trained.items(), key=lambda one: one[1])
+
+    @property
+    def improved(self) -> bool:
+        """Whether the lowest one is below the untrained one, as far as this is known."""
+        return self.untrained is None or not self.best[1] >= self.untrained  # also if it is NaN
+
+    @property
+    def text(self) -> str:
+        update, lowest = self.best
+        first = "" if self.untrained is None else f"{self.untrained:.4f} untrained, "
+        when = "at its lowest" if self.improved else "at the lowest of the training"
+        return f"{first}{lowest:.4f} {when}, after update {update}, {[*self.trained.values()][-1]:.4f} at the end"
+
+    @property
+    def warning(self) -> str | None:
+        """What to do if no measurement is below the untrained one."""
+        if self.improved:
+            return None
+        return (
+            f"no held-out loss was below that of the untrained model ({self.untrained:.4f}; lowest {self.best[1]:.4f})."
+            " With few held-out images this may be noise: compare pictures with mflux-dreambooth draw or evaluate. If"
+            " they are no better than untrained ones, try a lower --learning_rate"
+        )
+
+
+def held_out_losses(records: Sequence[Mapping[str, Any]]) -> HeldOutLosses | None:
+    """The held-out losses in the lines of a metrics log; None if there is none of an update."""
+    losses = {record["update"]: record[METRIC] for record in records if METRIC in record}
+    trained = {update: loss for update, loss in losses.items() if update and math.isfinite(loss)}
+    return HeldOutLosses(untrained=losses.get(0), trained=trained) if trained else None

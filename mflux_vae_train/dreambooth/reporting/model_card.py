@@ -12,9 +12,11 @@ from mflux_vae_train.dreambooth.best_adapter import read_best
 from mflux_vae_train.dreambooth.export import FUSED, KOHYA, SINGLE, TRAINED, saves_itself
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
 from mflux_vae_train.dreambooth.reporting import preview_grid
+from mflux_vae_train.dreambooth.reporting.held_out import held_out_losses
 from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
 from mflux_vae_train.pipelines.capabilities import SharesHostWeights, SupportsAdapterExport
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
+from mflux_vae_train.training.hooks import read_metrics
 
 SETTINGS = (
     *("train_mode", "rank", "lora_alpha", "lora_layers", "use_dora", "resolution", "max_train_steps"),
@@ -76,6 +78,9 @@ def write_model_card(
             f"`{folder.best.name}/{ADAPTER}` is the adapter after update {best.update}, whose loss on images that were"
             f" not trained was the lowest ({best.loss:.4f})."
         )
+        losses = held_out_losses(read_metrics(folder.metrics))
+        if losses is not None and not losses.improved:
+            files.append(f"The untrained model's loss on them was not higher ({losses.untrained:.4f}).")
     if files:
         parts.append(" ".join(files))
     rows = [(name, getattr(resolved, name)) for name in SETTINGS]

@@ -27,7 +27,7 @@ from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.reporting import preview_grid
 from mflux_vae_train.dreambooth.reporting.charts import charts
 from mflux_vae_train.dreambooth.reporting.evaluation_section import evaluation_section
-from mflux_vae_train.dreambooth.reporting.held_out import METRIC
+from mflux_vae_train.dreambooth.reporting.held_out import HeldOutLosses, held_out_losses
 from mflux_vae_train.dreambooth.run_folder import RunFolder
 from mflux_vae_train.monitoring.progress import duration
 from mflux_vae_train.monitoring.report.charts import format_number
@@ -186,7 +186,7 @@ class Report:
 
 def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the main numbers."""
-    held_out = [record[METRIC] for record in records if METRIC in record and record["update"]]
+    held_out = held_out_losses(records)
     records = [record for record in records if record["update"]]
     spent = sum(record["seconds"] for record in records)
     figures = [("Updates", f"{update:,}", f"of {total:,}"), ("Training time", duration(spent), "without previews")]
@@ -194,17 +194,23 @@ def _figures(records: Sequence[Mapping[str, Any]], update: int, total: int) -> l
         return figures
     name = "instance_loss" if "instance_loss" in records[0] else "loss"
     loss = smoothed(np.array([record[name] for record in records]))
-    lowest = format_number(min(held_out, default=0))
     start = loss[: max(1, len(loss) // 10)].mean()
     speed = sum(record.get("samples", 0) for record in records) / max(spent, 1e-9)
     return [
         *figures,
         ("Loss", format_number(loss[-1]), f"{format_number(start)} in the first tenth"),
-        *(("Held-out loss", format_number(one), f"{lowest} at its lowest") for one in held_out[-1:]),
+        *([] if held_out is None else [_held_out_figure(held_out)]),
         ("Learning rate", format_number(records[-1].get("effective_rate", records[-1]["learning_rate"])), "current"),
         ("Images", format_number(speed), "per second"),
         ("Peak memory", size_text(peak_memory(records)), "allocated by MLX"),
     ]
+
+
+def _held_out_figure(losses: HeldOutLosses) -> tuple[str, str, str]:
+    remark = f"{format_number(losses.best[1])} at its lowest"
+    if losses.untrained is not None:
+        remark += f" in training, {format_number(losses.untrained)} untrained"
+    return "Held-out loss", format_number([*losses.trained.values()][-1]), remark
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -61,6 +61,7 @@ def test_the_loss_is_logged_shown_and_its_best_adapter_kept(
         train(settings(train_batch_size=2))
     out = tmp_path / "out"
     assert losses(out) == {0: 2.0, 2: 1.5, 4: 1.25, 6: 1.75}
+    assert "so far" in caplog.text and "no held-out loss was below" not in caplog.text
     assert "2.0000 untrained, 1.2500 at its lowest, after update 4, 1.7500 at the end" in caplog.text
     best = read_best(out / "best" / ADAPTER)
     assert best is not None and (best.update, best.loss) == (4, 1.25)
@@ -70,6 +71,18 @@ def test_the_loss_is_logged_shown_and_its_best_adapter_kept(
     assert "<h3>Held-out loss</h3>" in page and "2 held out" in page and "1.25 at its lowest" in page
     assert f"best/{ADAPTER}" in card and "(1.2500)" in card
     assert lora.adapter_file(out / "best") == out / "best" / ADAPTER
+
+
+def test_a_lowest_loss_above_the_untrained_one_is_named_so(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted(monkeypatch, 1.0, 1.5, 1.25, 1.75)
+    with caplog.at_level(logging.INFO):
+        train(settings())
+    assert "so far" not in caplog.text and caplog.text.count("(untrained: 1.0000)") == 2
+    assert "no held-out loss was below" in caplog.text and "--learning_rate" in caplog.text
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert "1 untrained" in page and "(1.2500)" in card and "(1.0000)" in card
 
 
 def test_training_does_not_depend_on_measurements(settings: Make, tmp_path: Path, instance_dir: Path) -> None:
