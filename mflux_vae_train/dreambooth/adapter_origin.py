@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mflux_vae_train.dreambooth.run_folder import RunFolder, read_settings
+from mflux_vae_train.dreambooth.run_folder import read_settings, run_of
 from mflux_vae_train.lora import metadata
 
 
@@ -16,11 +16,8 @@ def run_settings(file: Path) -> Mapping[str, Any]:
     Raises:
         SettingsError: they cannot be read.
     """
-    for root in (file.parent, file.parent.parent):
-        folder = RunFolder(root)
-        if folder.identity.is_file() and folder.settings.is_file():
-            return read_settings(root)
-    return {}
+    root = run_of(file)
+    return {} if root is None else read_settings(root)
 
 
 def base_model(file: Path, *, opens: bool = False) -> str | None:

@@ -47,13 +47,17 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 """The adapter, in the output folder, in each checkpoint and in ``best``; diffusers looks for this name."""
 
 
+BEST = "best"
+"""Folder of the adapter with the lowest held-out loss."""
+
+
 class RunFolder:
     """Paths in an output folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.adapter = root / ADAPTER
-        self.best = root / "best"
+        self.best = root / BEST
         self.samples = root / "samples"
         self.metrics = root / "metrics.jsonl"
         self.loss_curve = root / "loss.png"
@@ -64,6 +68,18 @@ class RunFolder:
         self.encodings = root / "encodings"
         self.identity = root / "run.json"
         self.evaluation = root / "evaluation"
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path belongs to: that folder, a checkpoint or ``best`` in it, or a file in these."""
+    if not path.exists():
+        return None
+    folder = (path if path.is_dir() else path.parent).resolve()
+    inside = folder.name == BEST or folder.name.startswith("checkpoint-")
+    for root in (folder, folder.parent) if inside else (folder,):
+        if RunFolder(root).identity.is_file() and RunFolder(root).settings.is_file():
+            return root
+    return None
 
 
 def read_settings(root: Path) -> dict[str, Any]:

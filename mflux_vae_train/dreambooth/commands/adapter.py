@@ -15,15 +15,13 @@ from mflux_vae.cli.arguments import PRECISIONS
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.utils.command_line import CommandParser
 from mflux_vae.utils.formatting import count_text, first_few, size_text
+from mflux_vae.utils.links import missing
 from mflux_vae.utils.paths import expand, printable
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
     from mflux_vae_train.lora.editing.adapter import AdapterFile, Changes
     from mflux_vae_train.lora.editing.description import Group
     from mflux_vae_train.lora.editing.model import Model
-    from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,12 @@ def adapter(parser: ArgumentParser) -> Run:
 def info(parser: ArgumentParser) -> Run:
     """Describe an adapter: layers, ranks, size, training, and how much it changes."""
     parser.add_argument("source", type=expand, help=SOURCE)
-    parser.add_argument("--model", type=expand, help="say whether it fits this model: a name, folder, file, or hub id")
+    parser.add_argument(
+        "--model",
+        type=expand,
+        metavar="MODEL",
+        help="also state whether it fits this model (name, folder, file, or hub id)",
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     return _info
 
@@ -59,7 +62,8 @@ def merge(parser: ArgumentParser) -> Run:
     """Add several adapters, each times a weight."""
     parser.add_argument("sources", nargs="+", metavar="source", type=expand, help=SOURCE)
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
-    parser.add_argument("--rank", type=int, help="nearest sum of this rank (default: the exact one; ranks add up)")
+    text = "nearest sum of this rank (default: the exact one; ranks add up)"
+    parser.add_argument("--rank", type=int, metavar="N", help=text)
     _add_writing(parser)
     return _merge
 
@@ -68,9 +72,11 @@ def extract(parser: ArgumentParser) -> Run:
     """Approximate the difference of two models by an adapter."""
     parser.add_argument("base", type=expand, help="model that the adapter is for: a name, folder, file, or hub id")
     parser.add_argument("tuned", type=expand, help="model that the adapter turns it into")
-    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--rank", type=int, metavar="N", required=True, help="rank of each layer")
     parser.add_argument(
-        "--layers", help="presets, names or patterns as for --lora_layers (default: linear layers and convolutions)"
+        "--layers",
+        metavar="TEXT",
+        help="presets, names or patterns as for --lora_layers (default: linear layers and convolutions)",
     )
     _add_writing(parser, model=False)
     return _extract
@@ -79,11 +85,11 @@ def extract(parser: ArgumentParser) -> Run:
 def resize(parser: ArgumentParser) -> Run:
     """Lower the rank of an adapter, or multiply it by a factor."""
     parser.add_argument("source", type=expand, help=SOURCE)
-    parser.add_argument("--rank", type=int, help="most ranks of a layer")
+    parser.add_argument("--rank", type=int, metavar="N", help="highest rank of a layer")
     parser.add_argument(
         "--keep", type=float, metavar="SHARE", help="share of each layer's squared norm to keep, such as 0.95"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="factor, such as 0.8")
+    parser.add_argument("--scale", type=float, metavar="X", default=1.0, help="factor, such as 0.8 [1]")
     _add_writing(parser)
     return _resize
 
@@ -93,7 +99,7 @@ def _add_writing(parser: ArgumentParser, *, model: bool = True) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--dtype", choices=PRECISIONS, help="default: the adapter's if exact, else float32")
     if model:
-        parser.add_argument("--model", type=expand, help="model of the adapter, where the naming of layers changes")
+        parser.add_argument("--model", type=expand, help="model of the adapter, to name layers in another naming")
 
 
 def _info(*, source: str, model: str | None, as_json: bool) -> None:
@@ -181,7 +187,7 @@ def _misfit(file: Path, model: str) -> str:
     try:
         open_adapter(file, opened)
     except WeightsError as error:
-        return str(error).removeprefix(f"{file}: ")
+        return str(error).removeprefix(f"{file}: ").partition(", not ")[0]  # without the names of keys
     return ""
 
 
@@ -267,6 +273,7 @@ def _extract(*, base: str, tuned: str, rank: int, layers: str | None, output: st
     from mflux_vae.runtime.device import assuming
     from mflux_vae.utils.item_bar import item_bar
     from mflux_vae_train import lora
+    from mflux_vae_train.dreambooth.adapter_model import editable_model, editable_networks
     from mflux_vae_train.lora.editing.extraction import extract
     from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport
     from mflux_vae_train.pipelines.registry import open_pipeline
@@ -277,9 +284,9 @@ def _extract(*, base: str, tuned: str, rank: int, layers: str | None, output: st
     patterns = None
     if layers is not None:
         patterns = lora.patterns_of(layers, first.lora_presets() if isinstance(first, SupportsAdapterExport) else {})
-    model = _model_of(first)
+    model = editable_model(first)
     with assuming(cpu=True):  # float32, or the differences of weights are rounded
-        ours, theirs = _networks(first), _networks(second)
+        ours, theirs = editable_networks(first), editable_networks(second)
     if ours.keys() != theirs.keys():
         raise SettingsError(f"{base} has {', '.join(ours)}, and {tuned} has {', '.join(theirs)}")
 
@@ -326,6 +333,8 @@ def _file(source: str) -> Path:
 
     file = fetch_adapter(source)
     assert file is not None  # which only a call without download returns
+    if not file.exists():
+        raise WeightsError(f"{source}: {missing(file, 'not found')}; give a {SOURCE}")
     return file
 
 
@@ -383,6 +392,7 @@ def _write(
     """Write an edited adapter, with a record of the edit in its metadata, and describe it in a line."""
     import mlx.core as mx
 
+    from mflux_vae.weights.formats.files import open_weights
     from mflux_vae_train.lora.editing.merging import merged_targets
     from mflux_vae_train.lora.editing.writing import EDIT, write_adapter
     from mflux_vae_train.lora.metadata import other_metadata
@@ -404,46 +414,20 @@ def _write(
             EDIT: json.dumps({**stated, **({"adapters": [one.name for one in read]} if read else {})}),
         },
     )
-    every = [change for of_network in changes.values() for change in of_network.values()]
-    ranks = sorted({change.rank for change in every})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    layers, size = count_text(len(every), "layer"), size_text(target.stat().st_size)
+    ends = (".lora_A.weight", ".lora_down.weight")
+    ranks = sorted(tensor.shape[0] for name, tensor in open_weights(target)[0].items() if name.endswith(ends))
+    rank = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    layers, size = count_text(len(ranks), "layer"), size_text(target.stat().st_size)
     print(f"{target}: {layers} of {rank}, {naming} naming, {written}, {size}")
+    if (split := sum(map(len, changes.values()))) > len(ranks):
+        print(f"  {split} layers of the model are {len(ranks)} in this naming; ranks of those that it joins add up")
 
 
 # models
 
 
 def _model(name: str) -> Model:
+    from mflux_vae_train.dreambooth.adapter_model import editable_model
     from mflux_vae_train.pipelines.registry import open_pipeline
 
-    return _model_of(open_pipeline(name))
-
-
-def _model_of(pipeline: DiffusionPipeline) -> Model:
-    from mflux_vae_train.dreambooth.optimization.trainable import adapter_names, kohya_names
-    from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
-    from mflux_vae_train.lora.editing.model import Model
-    from mflux_vae_train.pipelines.capabilities import SupportsAdapterExport, SupportsTextEncoderTraining
-
-    networks = {pipeline.adapter_prefix: skeleton_of(pipeline)}
-    if isinstance(pipeline, SupportsTextEncoderTraining):
-        networks |= pipeline.text_encoder_skeletons()
-    return Model(
-        name=pipeline.name,
-        networks=networks,
-        names=adapter_names(pipeline),
-        kohya=kohya_names(pipeline),
-        metadata=pipeline.kohya_naming().metadata if isinstance(pipeline, SupportsAdapterExport) else {},
-    )
-
-
-def _networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The networks that adapters change."""
-    from mflux_vae_train.pipelines import checks
-    from mflux_vae_train.pipelines.capabilities import SupportsTextEncoderTraining
-
-    found = {pipeline.adapter_prefix: checks.denoiser(pipeline)}
-    if isinstance(pipeline, SupportsTextEncoderTraining):
-        found |= pipeline.text_encoders_to_train()
-    return found
+    return editable_model(open_pipeline(name))

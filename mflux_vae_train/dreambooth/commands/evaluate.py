@@ -26,7 +26,7 @@ def evaluate(parser: ArgumentParser) -> Callable[..., None]:
     """
     add_source(parser)
     add = parser.add_argument_group("what is evaluated").add_argument
-    add("--checkpoint", "--checkpoints", nargs="+", metavar="N", help="updates, or last (default: all)")
+    add("--checkpoint", "--checkpoints", nargs="+", metavar="N", help="updates, last, or best (default: all)")
     add("--scale", "--scales", type=float, nargs="+", default=[1.0], metavar="X", help="strengths of the adapter [1]")
     add("--images", type=int, default=4, metavar="N", help="images per prompt [4]")
     add("--quick", action="store_true", help="fewer prompts: a quarter, of DreamBench's a fifth")

@@ -18,11 +18,11 @@ from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.data.identifier import identifier_of
 from mflux_vae_train.dreambooth.data.sampling import Size
 from mflux_vae_train.dreambooth.export import TRAINED
-from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
+from mflux_vae_train.dreambooth.run_folder import ADAPTER, BEST, RunFolder, run_of
 from mflux_vae_train.lora.metadata import base_model
 from mflux_vae_train.settings.values import DERIVED, read_file
 
-LAST, BEST = "last", "best"
+LAST = "last"
 """Labels: of a run's result, of the newest checkpoint of an unfinished run, or of the only adapter; and of the adapter
 that ``--keep_best`` keeps."""
 
@@ -109,7 +109,7 @@ def read_source(path: str, model: str | None = None) -> Source:
         WeightsError: a folder without an adapter, or one that cannot be downloaded.
     """
     place = Path(path)
-    if (root := _run_of(place)) is not None:
+    if (root := run_of(place)) is not None:
         return _of_run(path, root, model)
     if not place.exists() and (hub.split(path) is None or place.parent.is_dir()):
         lora.adapter_file(path)  # of a missing checkpoint, names those that are there
@@ -121,14 +121,6 @@ def read_source(path: str, model: str | None = None) -> Source:
         hint = "" if named is None else f" (its {named[0]} names {named[1]})"
         raise SettingsError(f"--model is missing: {path} is an adapter; give the model that it was trained for{hint}")
     return Source(path=path, model=model, adapters={LAST: file})
-
-
-def _run_of(place: Path) -> Path | None:
-    """The run's folder: `place`, or one that `place` is at most two folders below."""
-    if not place.exists():
-        return None
-    folders = [place, *place.resolve().parents[:2]] if place.name else [place.resolve()]
-    return next((one for one in folders if RunFolder(one).settings.is_file()), None)
 
 
 def _of_run(path: str, root: Path, model: str | None) -> Source:

@@ -24,6 +24,7 @@ _DIALECTS = {
 """Spelling of keys, by a pattern of one of them."""
 
 _KOHYA_NETWORK = re.compile(r"lora_(unet|transformer|te\d?)_")
+_TRANSFORMER_BLOCKS = ("double_blocks", "single_blocks", "layers", "noise_refiner", "context_refiner")
 
 TRAINING = (
     *("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "ss_network_module", "ss_network_args"),
@@ -72,7 +73,11 @@ def groups(adapter: AdapterFile) -> list[Group]:
 def _network(name: str) -> tuple[str, str]:
     """Network of a layer by its name in a file, and the rest of the name."""
     match = _KOHYA_NETWORK.match(name)
-    return (match[1], name[match.end() :]) if match else ("", name)
+    if match is None:
+        return "", name
+    rest = name[match.end() :]
+    # files for transformers begin with lora_unet, too
+    return "denoiser" if match[1] == "unet" and rest.startswith(_TRANSFORMER_BLOCKS) else match[1], rest
 
 
 def _group(network: str, name: str, changes: Sequence[LayerChange]) -> Group:

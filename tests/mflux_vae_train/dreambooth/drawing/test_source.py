@@ -31,6 +31,7 @@ def run_folder(root: Path, *, updates: tuple[int, ...] = (2, 10), finished: bool
     if finished:
         write_safetensors(root / ADAPTER, {"x": mx.zeros(1)})
     (root / "settings.yaml").write_text(to_yaml(resolved, stated))
+    (root / "run.json").write_text("{}")
     return root
 
 
@@ -82,6 +83,9 @@ def test_a_missing_path_and_a_missing_checkpoint_are_named(tmp_path: Path, monke
 
 
 def test_an_adapter_needs_a_model_and_may_name_it(tmp_path: Path) -> None:
+    run_folder(tmp_path)  # of another adapter: a folder in it is not a part of it
+    tmp_path = tmp_path / "loras"
+    tmp_path.mkdir()
     file = tmp_path / "a.safetensors"
     write_safetensors(file, {"x": mx.zeros(1)}, {"lora_adapter_metadata": "{}"})
     with pytest.raises(SettingsError, match="--model is missing"):
