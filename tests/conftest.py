@@ -60,7 +60,10 @@ def _in_session(path: Path, config: pytest.Config) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt modules and test items from garbage collection: a third of a second in every training run otherwise."""
+    """Exempt modules and test items from garbage collection: a third of a second in every training run otherwise.
+
+    Versions of Hypothesis before 6.140 take the frozen generator of NumPy for one that is not referred to.
+    """
     gc.collect()
     gc.freeze()
 
