@@ -31,6 +31,12 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def public_name(source: str) -> str:
+    """How a published file names a model: of a path on this machine its last part, any other name as it is."""
+    path = Path(source)
+    return printable(path.resolve().name) if path.exists() else source
+
+
 def file_name(text: str) -> str:
     """The file name, or path, that shows as a text: the inverse of `printable` for UTF-8, in any locale."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))

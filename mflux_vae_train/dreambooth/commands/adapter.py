@@ -16,7 +16,7 @@ from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.utils.command_line import CommandParser
 from mflux_vae.utils.formatting import count_text, first_few, size_text
 from mflux_vae.utils.links import missing
-from mflux_vae.utils.paths import expand, printable
+from mflux_vae.utils.paths import expand, printable, public_name
 
 if TYPE_CHECKING:
     from mflux_vae_train.lora.editing.adapter import AdapterFile, Changes
@@ -304,7 +304,7 @@ def _extract(*, base: str, tuned: str, rank: int, layers: str | None, output: st
         logger.warning(
             "%s differ and are not in the adapter, most of all %s", count_text(len(largest), "parameter"), some
         )
-    record = {"command": "extract", "base": _model_name(base), "tuned": _model_name(tuned), "layers": layers}
+    record = {"command": "extract", "base": public_name(base), "tuned": public_name(tuned), "layers": layers}
     _write(target, found.changes, [], model, record, naming="peft", **writing)
 
 
@@ -346,11 +346,6 @@ def _name(source: str, file: Path) -> str:
         return source  # on the hub
     inside = file.resolve()
     return printable(f"{inside.parent.name}/{inside.name}" if inside.name in FILES else inside.name)
-
-
-def _model_name(model: str) -> str:
-    path = Path(model)
-    return printable(path.resolve().name) if path.exists() else model
 
 
 def _open(

@@ -20,6 +20,7 @@ from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.memory_limits import limited
 from mflux_vae.utils.formatting import count_text, first_few
 from mflux_vae.utils.item_bar import item_bar
+from mflux_vae.utils.paths import public_name
 from mflux_vae_train.dreambooth.data.sampling import is_one_colour
 from mflux_vae_train.dreambooth.drawing.adapted import Adapted, open_adapted
 from mflux_vae_train.dreambooth.drawing.output import create_folder, pictures_folder
@@ -217,18 +218,12 @@ def _name(cell: Cell, request: Request) -> str:
 def _settings(adapted: Adapted) -> dict[str, Any]:
     """What all pictures of a model share. Paths are left out: pictures are published."""
     source, (height, width) = adapted.source, adapted.size
-    named = {
-        name: _public(getattr(source, name)) for name in ("model", "revision", "variant", "vae", "prediction_type")
-    }
+    named = {name: getattr(source, name) for name in ("model", "revision", "variant", "vae", "prediction_type")}
+    named |= {name: public_name(named[name]) for name in ("model", "vae") if named[name] is not None}
     more = {name: getattr(source, name) for name in ("quantize", "clip_skip", "max_sequence_length", "negative_prompt")}
     stated = {"version": version("mflux-vae"), **named, **more}
     stated |= {"steps": adapted.steps, "guidance": adapted.guidance, "height": height, "width": width}
     return {name: value for name, value in stated.items() if value not in (None, "")}
-
-
-def _public(value: str | None) -> str | None:
-    """A name or an address; of a path only the end."""
-    return Path(value).resolve().name if value is not None and Path(value).exists() else value
 
 
 def _settings_of(cell: Cell, adapted: Adapted, request: Request) -> dict[str, Any]:

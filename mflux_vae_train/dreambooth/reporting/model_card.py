@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mflux_vae.utils.paths import public_name
 from mflux_vae.utils.yaml_io import dump_yaml
 from mflux_vae.weights.formats.files import write_text
 from mflux_vae_train.dreambooth.best_adapter import read_best
@@ -85,7 +86,7 @@ def write_model_card(
         parts.append(" ".join(files))
     rows = [(name, getattr(resolved, name)) for name in SETTINGS]
     if (vae := resolved.vae) is not None:
-        rows.append(("vae", Path(vae).name if Path(vae).exists() else vae))  # the card shows no paths
+        rows.append(("vae", public_name(vae)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value not in (None, False))
     parts.append(f"## Training\n\n| | |\n|---|---|\n{table}")
     parts.append(f"## Licence\n\nThis is a derivative of {link}; the licence of the base model applies.")

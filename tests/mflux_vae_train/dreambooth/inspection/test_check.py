@@ -110,9 +110,9 @@ def test_captions_lack_words(folder, check):
         (folder / f"{index}.txt").write_text(text)
     (folder / "5.txt").write_text("no image")
     _, found, _ = check(*PROMPT)
-    said = remarks(found)
-    assert not said["0.png"] and not said["1.png"] and found["images"][1]["caption"] == "sks dogs asleep"
-    assert said["2.png"] == ["no 'sks' in caption"] and said["3.png"] == ["no 'dog' in caption"]
+    shown = remarks(found)
+    assert not shown["0.png"] and not shown["1.png"] and found["images"][1]["caption"] == "sks dogs asleep"
+    assert shown["2.png"] == ["no 'sks' in caption"] and shown["3.png"] == ["no 'dog' in caption"]
     assert found["unused"][str(folder)] == {"caption without an image of that name": ["5.txt"]}
     for word in ("[trigger]", "'sks' of --instance_prompt is missing", "class word", "equal (3.png, 4.png)"):
         assert any(word in line for line in found["warnings"]), word
