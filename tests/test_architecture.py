@@ -49,11 +49,13 @@ MAX_FILES = 14
 BESIDE = {
     **{name: {"PIL"} for name in ("images", "image_files.colour", "image_files.modes", "image_files.reading")},
     "compare.labels": {"PIL"},
+    "kernels.cpu.native.build": {"setuptools"},
 }
 BESIDE = {f"mflux_vae.{module}": requirements for module, requirements in BESIDE.items()}
 """Further requirements of modules of the component."""
 
 ON_DEMAND = {
+    "mflux_vae.kernels.cpu.native.build": {"nanobind"},
     "mflux_vae.image_files.reading": {"pillow_heif"},
     "mflux_vae.utils.console": {"tqdm"},
     "mflux_vae.utils.item_bar": {"tqdm"},

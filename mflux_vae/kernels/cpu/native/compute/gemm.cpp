@@ -1,0 +1,90 @@
+#include "compute/gemm.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "compute/pool.h"
+
+namespace mflux {
+namespace {
+
+constexpr int64_t DEPTH = 256;           // of packed panels: a panel of b stays in the L1 cache
+constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
+constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
+
+int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+}  // namespace
+
+void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  const Kernels& kernel = *kernels();
+  const int64_t mr = kernel.tile_rows, nr = kernel.tile_columns;
+  if (m == 0 || n == 0) {
+    return;
+  }
+  if (k == 0) {  // the epilogue of zeros
+    const float none = 0;
+    kernel.product(&none, 0, &none, c, n, m, n, 0, add, &last);
+    return;
+  }
+  const int64_t columns = std::min(up(n, nr), up(BLOCK_COLUMNS, nr)), depth = std::min(k, DEPTH);
+  const std::unique_ptr<float[]> packed_b(new float[columns * depth]);
+  // enough blocks for every thread: parts of the rows, and of the columns where there are few rows
+  const int64_t wanted = (m + 2 * threads() - 1) / (2 * threads());
+  const int64_t rows = std::clamp(up(wanted, mr), mr, up(BLOCK_ROWS, mr)), down = (m + rows - 1) / rows;
+  for (int64_t left = 0; left < n; left += columns) {
+    const int64_t width = std::min(columns, n - left), panels = up(width, nr) / nr;
+    const int64_t across = std::min(panels, (2 * threads() + down - 1) / down), span = up(panels, across) / across * nr;
+    for (int64_t from = 0; from < k; from += depth) {
+      const int64_t inner = std::min(depth, k - from);
+      parallel_for(panels, std::max<int64_t>(1, 16384 / (nr * inner)), [&](int64_t begin, int64_t end) {
+        b(from, inner, left + begin * nr, std::min((end - begin) * nr, width - begin * nr),
+          packed_b.get() + begin * nr * inner);
+      });
+      const bool ends = from + inner == k;
+      const int64_t jobs = 2 * m * width * inner > 65536 ? 1 : down * across;  // small products run on one thread
+      parallel_for(down * across, jobs, [&](int64_t begin, int64_t end) {
+        std::vector<float> turned;
+        int64_t turned_block = -1;
+        for (int64_t job = begin; job < end; job++) {
+          const int64_t block = job / across, top = block * rows, height = std::min(rows, m - top);
+          const int64_t first = job % across * span, count = std::min(span, width - first);
+          if (count <= 0) {
+            continue;
+          }
+          const float* left_rows = a.data + top * a.rows + from * a.columns;
+          int64_t lda = a.rows;
+          if (a.columns != 1) {
+            if (turned_block != block) {
+              turned_block = block;
+              turned.resize(height * inner);
+              for (int64_t j = 0; j < inner; j++) {
+                for (int64_t i = 0; i < height; i++) {
+                  turned[i * inner + j] = left_rows[i * a.rows + j * a.columns];
+                }
+              }
+            }
+            left_rows = turned.data();
+            lda = inner;
+          }
+          Epilogue mine = last;
+          const int64_t column = left + first;
+          mine.bias = last.bias ? last.bias + column : nullptr;
+          mine.residual = last.residual ? last.residual + top * n + column : nullptr;
+          kernel.product(left_rows, lda, packed_b.get() + first * inner, c + top * n + column, n, height, count, inner,
+                         add || from > 0, ends ? &mine : nullptr);
+        }
+      });
+    }
+  }
+}
+
+void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  const Packer packer = [b](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
+    kernels()->pack({b.data + from * b.rows + left * b.columns, b.rows, b.columns}, depth, count, packed);
+  };
+  gemm(a, packer, c, m, n, k, last, add);
+}
+
+}  // namespace mflux

@@ -1,0 +1,18 @@
+// Matrix products on all threads.
+#pragma once
+
+#include <functional>
+
+#include "isa/kernels.h"
+
+namespace mflux {
+
+/// Packs rows [from, from + k) and columns [left, left + n) of b into panels, as `Kernels::pack` does.
+using Packer = std::function<void(int64_t from, int64_t k, int64_t left, int64_t n, float* packed)>;
+
+/// c (m, n), contiguous = a (m, k) b (k, n), or += if `add`; then the epilogue. Results do not depend on the number of
+/// threads.
+void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
+void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
+
+}  // namespace mflux

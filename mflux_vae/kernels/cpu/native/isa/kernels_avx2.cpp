@@ -1,0 +1,7 @@
+#pragma GCC target("avx2,fma")
+#define MFLUX_ISA avx2
+#define MFLUX_TABLE avx2_kernels
+#define LANES 8
+#define TILE_ROWS 6
+#define TILE_VECTORS 2
+#include "isa/kernels.inc"

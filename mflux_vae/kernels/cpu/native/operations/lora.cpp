@@ -1,0 +1,251 @@
+#include "compute/gemm.h"
+#include "operations/ops.h"
+
+namespace mflux {
+namespace {
+
+/// x W^T + bias + scale * (x A) B; W (n, k) is dense, or quantized if `bits`.
+struct Options {
+  int64_t k, n, rank, bits, group;
+  bool biased, adapted;
+  float scale;
+
+  int weights() const { return bits ? 3 : 1; }
+  bool operator==(const Options&) const = default;
+};
+
+using Pointers = std::vector<const float*>;
+
+/// Packs parts of W^T, or of W if `back`; `w` points to the pointers of the weights.
+Packer packer(const Options& o, const float* const* w, bool back) {
+  if (!o.bits) {
+    return [=, w = w[0]](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
+      const Matrix b = back ? Matrix{w + from * o.k + left, o.k, 1} : Matrix{w + left * o.k + from, 1, o.k};
+      kernels()->pack(b, depth, count, packed);
+    };
+  }
+  const auto* words = reinterpret_cast<const uint32_t*>(w[0]);
+  const float *scales = w[1], *biases = w[2];
+  return [=](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
+    const int64_t nr = kernels()->tile_columns, groups = o.k / o.group;
+    std::vector<float> rows(nr * depth);
+    const auto row = [&](int64_t output, int64_t begin, int64_t end, float* to) {
+      kernels()->dequantize(words + output * (o.k * o.bits / 32), scales + output * groups, biases + output * groups,
+                            o.bits, o.group, begin, end, to);
+    };
+    for (int64_t first = 0; first < count; first += nr, packed += nr * depth) {
+      const int64_t columns = std::min(nr, count - first);
+      if (back) {
+        for (int64_t i = 0; i < depth; i++) {
+          row(from + i, left + first, left + first + columns, rows.data() + i * columns);
+        }
+        kernels()->pack({rows.data(), columns, 1}, depth, columns, packed);
+      } else {
+        for (int64_t j = 0; j < columns; j++) {
+          row(left + first + j, from, from + depth, rows.data() + j * depth);
+        }
+        kernels()->pack({rows.data(), 1, depth}, depth, columns, packed);
+      }
+    }
+  };
+}
+
+/// dy, weights, [A, B, x, u] -> [dx if `wants_x`], [dA, dB]; u is scale * x A.
+class AdaptedLinearBack : public CpuPrimitive {
+ public:
+  AdaptedLinearBack(mx::Stream s, Options options, bool wants_x) : CpuPrimitive(s), options_(options), wants_x_(wants_x) {}
+
+  const char* name() const override { return "mflux::AdaptedLinearBack"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const AdaptedLinearBack&>(other);
+    return options_ == o.options_ && wants_x_ == o.wants_x_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes;
+    if (wants_x_) {
+      shapes.push_back(inputs[0].shape());
+      shapes.back().back() = int(options_.k);
+    }
+    if (options_.adapted) {
+      shapes.push_back(inputs[1 + options_.weights()].shape());
+      shapes.push_back(inputs[2 + options_.weights()].shape());
+    }
+    return shapes;
+  }
+
+  Arrays apply(const Arrays& inputs) override {
+    const auto shapes = output_shapes(inputs);
+    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                  std::make_shared<AdaptedLinearBack>(stream(), options_, wants_x_), inputs);
+  }
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    const int64_t m = options_.n ? int64_t(inputs[0].size()) / options_.n : 0;
+    return [=, o = options_, wants_x = wants_x_](const Pointers& in, const std::vector<float*>& out) {
+      const float *dy = in[0], *const *rest = in.data() + 1 + o.weights();
+      if (o.adapted) {
+        const float *a = rest[0], *b = rest[1], *x = rest[2], *u = rest[3];
+        std::vector<float> dt(m * o.rank);
+        gemm({dy, o.n, 1}, {b, 1, o.n}, dt.data(), m, o.rank, o.n, {});
+        for (float& value : dt) {
+          value *= o.scale;
+        }
+        if (wants_x) {
+          gemm({dt.data(), o.rank, 1}, {a, 1, o.rank}, out[0], m, o.k, o.rank, {});
+        }
+        gemm({x, 1, o.k}, {dt.data(), o.rank, 1}, out[wants_x], o.k, o.rank, m, {});
+        gemm({u, 1, o.rank}, {dy, o.n, 1}, out[wants_x + 1], o.rank, o.n, m, {});
+      }
+      if (wants_x) {
+        gemm({dy, o.n, 1}, packer(o, in.data() + 1, true), out[0], m, o.k, o.n, {}, o.adapted);
+      }
+    };
+  }
+
+ private:
+  Options options_;
+  bool wants_x_;
+};
+
+/// x, weights (1 or 3), [bias], [A, B] -> y, [u].
+class AdaptedLinear : public CpuPrimitive {
+ public:
+  AdaptedLinear(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
+
+  const char* name() const override { return "mflux::AdaptedLinear"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return options_ == static_cast<const AdaptedLinear&>(other).options_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes{inputs[0].shape()};
+    shapes[0].back() = int(options_.n);
+    if (options_.adapted) {
+      shapes.push_back(inputs[0].shape());
+      shapes[1].back() = int(options_.rank);
+    }
+    return shapes;
+  }
+
+  Arrays apply(const Arrays& inputs) override {
+    const auto shapes = output_shapes(inputs);
+    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                  std::make_shared<AdaptedLinear>(stream(), options_), inputs);
+  }
+
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override {
+    const Options& o = options_;
+    const mx::array dy = ready(cotangents[0]);
+    const int bias_at = 1 + o.weights(), a_at = bias_at + o.biased;
+    const auto needs = [&](auto test) { return std::any_of(argnums.begin(), argnums.end(), test); };
+    const bool wants_x = needs([](int i) { return i == 0; });
+    Arrays all;
+    if (wants_x || needs([&](int i) { return i >= a_at; })) {
+      Arrays inputs{dy};
+      inputs.insert(inputs.end(), primals.begin() + 1, primals.begin() + bias_at);
+      if (o.adapted) {
+        inputs.insert(inputs.end(), {primals[a_at], primals[a_at + 1], primals[0], outputs[1]});
+      }
+      all = AdaptedLinearBack(stream(), o, wants_x).apply(inputs);
+    }
+    Arrays wanted;
+    for (int argument : argnums) {
+      if (argument == 0) {
+        wanted.push_back(all[0]);
+      } else if (argument >= a_at) {
+        wanted.push_back(all[wants_x + argument - a_at]);
+      } else if (argument == bias_at) {
+        wanted.push_back(channel_sum(dy));
+      } else if (o.bits) {
+        throw std::invalid_argument("quantized weights have no gradient");
+      } else {
+        const mx::array columns = mx::transpose(mx::reshape(primals[0], {-1, int(o.k)}));
+        wanted.push_back(linear(mx::transpose(mx::reshape(dy, {-1, int(o.n)})), columns, std::nullopt,
+                                Activation::none, std::nullopt));
+      }
+    }
+    return wanted;
+  }
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    const int64_t m = options_.k ? int64_t(inputs[0].size()) / options_.k : 0;
+    return [=, o = options_](const Pointers& in, const std::vector<float*>& out) {
+      const int bias_at = 1 + o.weights(), a_at = bias_at + o.biased;
+      if (o.adapted) {
+        const float *a = in[a_at], *b = in[a_at + 1];
+        gemm({in[0], o.k, 1}, {a, o.rank, 1}, out[1], m, o.rank, o.k, {});
+        for (int64_t i = 0; i < m * o.rank; i++) {
+          out[1][i] *= o.scale;
+        }
+        gemm({out[1], o.rank, 1}, {b, o.n, 1}, out[0], m, o.n, o.rank, {});
+      }
+      gemm({in[0], o.k, 1}, packer(o, in.data() + 1, false), out[0], m, o.n, o.k,
+           {.bias = o.biased ? in[bias_at] : nullptr}, o.adapted);
+    };
+  }
+
+ private:
+  Options options_;
+};
+
+/// `weights` are ready.
+mx::array adapted(const mx::array& x, const Arrays& weights, Options o, const std::optional<mx::array>& bias,
+                  const std::optional<Lora>& lora) {
+  if (x.ndim() == 0 || x.shape(-1) != o.k || o.k == 0) {
+    throw std::invalid_argument("linear: the last axis of x and the weights do not fit");
+  }
+  Arrays inputs{ready(x)};
+  inputs.insert(inputs.end(), weights.begin(), weights.end());
+  o.biased = bias.has_value();
+  o.adapted = lora.has_value();
+  if (bias) {
+    if (bias->shape() != mx::Shape{int(o.n)}) {
+      throw std::invalid_argument("linear: the bias needs one number per output");
+    }
+    inputs.push_back(ready(*bias));
+  }
+  if (lora) {
+    const auto& [a, b, scale] = *lora;
+    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(0) != o.k || b.shape(1) != o.n || a.shape(1) != b.shape(0)) {
+      throw std::invalid_argument("linear: LoRA's matrices must be (inputs, rank) and (rank, outputs)");
+    }
+    o.rank = a.shape(1);
+    o.scale = scale;
+    inputs.insert(inputs.end(), {ready(a), ready(b)});
+  }
+  return AdaptedLinear(mx::default_stream(mx::Device::cpu), o).apply(inputs)[0];
+}
+
+}  // namespace
+
+mx::array lora_linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
+                      const Lora& lora) {
+  if (weight.ndim() != 2) {
+    throw std::invalid_argument("linear: the weights must be (outputs, inputs)");
+  }
+  return adapted(x, {ready(weight)}, {.k = weight.shape(1), .n = weight.shape(0)}, bias, lora);
+}
+
+mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                           const mx::array& biases, int group_size, int bits, const std::optional<mx::array>& bias,
+                           const std::optional<Lora>& lora) {
+  if (bits != 4 && bits != 8) {
+    throw std::invalid_argument("quantized_linear: bits must be 4 or 8");
+  }
+  const int64_t k = weight.ndim() == 2 ? int64_t(weight.shape(1)) * 32 / bits : 0, n = k ? weight.shape(0) : 0;
+  const mx::Shape groups{int(n), group_size > 0 ? int(k / group_size) : 0};
+  if (weight.dtype() != mx::uint32 || k == 0 || group_size < 8 || group_size % 8 || k % group_size ||
+      scales.shape() != groups || biases.shape() != groups) {
+    throw std::invalid_argument("quantized_linear: weights, scales and biases must be those of mx.quantize");
+  }
+  return adapted(x, {row_contiguous(weight), ready(scales), ready(biases)}, {.k = k, .n = n, .bits = bits, .group = group_size},
+                 bias, lora);
+}
+
+}  // namespace mflux

@@ -1,0 +1,153 @@
+#include "operations/ops.h"
+
+namespace mflux {
+namespace {
+
+constexpr int64_t GRAIN = 8192;
+
+struct Options {
+  bool rms, scaled, shifted;
+  float eps;
+  int64_t groups;
+
+  bool operator==(const Options&) const = default;
+};
+
+/// Rows and widths of an array that is normalized over its last axis.
+struct Rows {
+  int64_t width, count, per_group, grain;
+
+  Rows(const mx::array& x, int64_t groups)
+      : width(x.shape(-1)),
+        count(x.size() / std::max<int64_t>(width, 1)),
+        per_group(std::max<int64_t>(count / groups, 1)),
+        grain(1 + GRAIN / std::max<int64_t>(width, 1)) {}
+};
+
+/// x, [scale], [shift] -> y, mean and rstd of each row.
+class Norm : public CpuPrimitive {
+ public:
+  Norm(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
+
+  const char* name() const override { return "mflux::Norm"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return options_ == static_cast<const Norm&>(other).options_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return {inputs[0].shape(), {int(Rows(inputs[0], 1).count), 2}};
+  }
+
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays& outputs) override;
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    return [rows = Rows(inputs[0], options_.groups), o = options_](auto& in, auto& out) {
+      const float* scale = o.scaled ? in[1] : nullptr;
+      const float* shift = o.shifted ? in[1 + o.scaled] : nullptr;
+      parallel_for(rows.count, rows.grain, [&](int64_t begin, int64_t end) {
+        kernels()->norm(o.rms, in[0], scale, shift, out[0], out[1], begin, end, rows.width, rows.per_group, o.eps);
+      });
+    };
+  }
+
+  Arrays apply(const Arrays& inputs) override {
+    return mx::array::make_arrays(output_shapes(inputs), {mx::float32, mx::float32},
+                                  std::make_shared<Norm>(stream(), options_), inputs);
+  }
+
+ private:
+  Options options_;
+};
+
+/// x, dy, statistics, [scale] -> dx, [dscale], [dshift]; gradients of each group, (groups, width).
+class NormBack : public CpuPrimitive {
+ public:
+  NormBack(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
+
+  const char* name() const override { return "mflux::NormBack"; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return options_ == static_cast<const NormBack&>(other).options_;
+  }
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    std::vector<mx::Shape> shapes{inputs[0].shape()};
+    for (int i = 0; i < options_.scaled + options_.shifted; i++) {
+      shapes.push_back({int(options_.groups), inputs[0].shape(-1)});
+    }
+    return shapes;
+  }
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    return [rows = Rows(inputs[0], options_.groups), o = options_](auto& in, auto& out) {
+      const float* scale = o.scaled ? in[3] : nullptr;
+      const int64_t sums = rows.width * (o.scaled + o.shifted);
+      std::vector<float> total(sums);
+      for (int64_t group = 0; group < o.groups; group++) {
+        const int64_t first = group * rows.per_group;
+        parallel_sum(rows.per_group, rows.grain, sums, total.data(), [&](int64_t begin, int64_t end, float* partial) {
+          float* dscale = o.scaled ? partial : nullptr;
+          float* dshift = o.shifted ? partial + o.scaled * rows.width : nullptr;
+          kernels()->norm_back(o.rms, in[0], scale, in[1], in[2], out[0], dscale, dshift, first + begin, first + end,
+                               rows.width, rows.per_group);
+        });
+        for (int i = 0; i < o.scaled + o.shifted; i++) {
+          std::copy_n(total.data() + i * rows.width, rows.width, out[1 + i] + group * rows.width);
+        }
+      }
+    };
+  }
+
+  Arrays apply(const Arrays& inputs) override {
+    const auto shapes = output_shapes(inputs);
+    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                  std::make_shared<NormBack>(stream(), options_), inputs);
+  }
+
+ private:
+  Options options_;
+};
+
+Arrays Norm::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                 const Arrays& outputs) {
+  Arrays inputs{primals[0], ready(cotangents[0]), outputs[1]};
+  if (options_.scaled) {
+    inputs.push_back(primals[1]);
+  }
+  auto back = std::make_shared<NormBack>(stream(), options_);
+  const auto shapes = back->output_shapes(inputs);
+  const auto all =
+      mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), back, inputs);
+  Arrays wanted;
+  for (int argument : argnums) {
+    wanted.push_back(argument == 0 ? all[0] : mx::reshape(all[argument], primals[argument].shape(), stream()));
+  }
+  return wanted;
+}
+
+}  // namespace
+
+mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift,
+               float eps, bool rms) {
+  Options options{.rms = rms, .scaled = scale.has_value(), .shifted = shift.has_value(), .eps = eps, .groups = 1};
+  Arrays inputs{ready(x)};
+  for (const auto& one : {scale, shift}) {
+    if (one) {
+      options.groups = std::max<int64_t>(options.groups, one->size() / std::max(x.shape(-1), 1));
+    }
+  }
+  require(options.groups == 1 || options.groups == x.shape(0), "norm: scale and shift must be (width,) or (batch, 1, width)");
+  for (const auto& one : {scale, shift}) {
+    if (one) {
+      const mx::array flat = mx::reshape(*one, {-1, x.shape(-1)});
+      inputs.push_back(ready(mx::broadcast_to(flat, {int(options.groups), x.shape(-1)})));
+    }
+  }
+  auto primitive = std::make_shared<Norm>(mx::default_stream(mx::Device::cpu), options);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32}, primitive, inputs)[0];
+}
+
+}  // namespace mflux

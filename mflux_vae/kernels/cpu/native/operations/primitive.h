@@ -1,0 +1,117 @@
+// What the primitives of this extension share.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa/kernels.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+#include "compute/pool.h"
+
+namespace mflux {
+
+namespace mx = mlx::core;
+using Arrays = std::vector<mx::array>;
+
+/// A primitive that computes on a CPU in float32, from row-contiguous inputs.
+///
+/// A derived class implements `compute`, `apply` (the operation on other inputs, for vmap) and `vjp`.
+class CpuPrimitive : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<const float*> in;
+    std::vector<float*> out;
+    std::vector<size_t> sizes;
+    for (const auto& x : inputs) {
+      encoder.set_input_array(x);
+      in.push_back(x.data<float>());
+    }
+    for (auto& y : outputs) {
+      y.set_data(mx::allocator::malloc(y.nbytes()));
+      encoder.set_output_array(y);
+      out.push_back(y.data<float>());
+      sizes.push_back(y.size());
+    }
+    if (sizes[0] == 0) {  // sums over nothing
+      encoder.dispatch([out = std::move(out), sizes = std::move(sizes)] {
+        for (size_t i = 0; i < out.size(); i++) {
+          std::fill_n(out[i], sizes[i], 0.f);
+        }
+      });
+      return;
+    }
+    encoder.dispatch([in = std::move(in), out = std::move(out), work = bind(inputs)] { work(in, out); });
+  }
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error(std::string(name()) + ": this primitive computes on a CPU only");
+  }
+
+  /// The same operation on other inputs.
+  virtual Arrays apply(const Arrays& inputs) = 0;
+
+  /// One call for each index of the mapped axis.
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
+    int count = 0;
+    for (size_t i = 0; i < inputs.size(); i++) {
+      if (axes[i] >= 0) {
+        count = inputs[i].shape(axes[i]);
+      }
+    }
+    std::vector<Arrays> results;
+    for (int index = 0; index < count; index++) {
+      Arrays one;
+      for (size_t i = 0; i < inputs.size(); i++) {
+        one.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], index, axes[i], stream()));
+      }
+      results.push_back(apply(one));
+    }
+    Arrays stacked;
+    for (size_t i = 0; i < results[0].size(); i++) {
+      Arrays each;
+      for (const auto& result : results) {
+        each.push_back(result[i]);
+      }
+      stacked.push_back(mx::stack(each, 0, stream()));
+    }
+    return {stacked, std::vector<int>(stacked.size(), 0)};
+  }
+
+ protected:
+  using Work = std::function<void(const std::vector<const float*>&, const std::vector<float*>&)>;
+
+  /// The computation for inputs of these shapes. It may be called on another thread, so it holds no arrays.
+  virtual Work bind(const Arrays& inputs) = 0;
+};
+
+/// Throws unless `fits`: kernels trust the shapes.
+inline void require(bool fits, const char* message) {
+  if (!fits) {
+    throw std::invalid_argument(message);
+  }
+}
+
+/// A row-contiguous array: x itself where that is known before it is evaluated, which spares an operation.
+inline mx::array row_contiguous(const mx::array& x) {
+  if (x.has_primitive() ? dynamic_cast<const CpuPrimitive*>(&x.primitive()) != nullptr
+                        : !x.is_tracer() && x.is_available() && x.data_shared_ptr() && x.flags().row_contiguous) {
+    return x;
+  }
+  return mx::contiguous(x);
+}
+
+/// A row-contiguous float32 array.
+inline mx::array ready(const mx::array& x) {
+  return row_contiguous(x.dtype() == mx::float32 ? x : mx::astype(x, mx::float32));
+}
+
+}  // namespace mflux
