@@ -252,6 +252,12 @@ def test_one_module_knows_mflux() -> None:
     assert naming <= {f"{COMPONENT}.integrations.mflux"}
 
 
+def test_mlx_lm_is_imported_for_dora_only() -> None:  # it takes seconds
+    dora = f"{TRAINING}.lora.dora"
+    assert {module for module in modules() if "mlx_lm" in imports(module)} == {dora}
+    assert not [module for module in modules() if dora in imports(module, at_top=True)]
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_command_lines_import_heavy_packages_late(module: str) -> None:
     at_top = imports(TRAINING + module, at_top=True)

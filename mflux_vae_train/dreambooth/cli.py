@@ -6,7 +6,6 @@ Heavy imports are inside functions, so that ``--help`` and a mistyped flag are a
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -45,8 +44,6 @@ def _run(argv: Sequence[str] | None) -> None:
     except MissingSettings as error:
         raise MissingSettings(f"{error}; for example: {_example()}") from None
     import_module("mflux_vae.runtime.device")  # one clear error where MLX cannot be imported
-    # transformers provides tokenizers; without this it warns at import that PyTorch is missing
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mflux_vae_train.distributed import interrupts, process_group
     from mflux_vae_train.dreambooth.data.dataset import check_files
     from mflux_vae_train.dreambooth.train import DreamBooth

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353) on linear layers and convolutions of any module.
 
 y = W x + b + (alpha / rank) B A x. Initially A (rank, in) is uniform in +-1/sqrt(in) and B (out, rank) is zero. DoRA
-scales each row of W + (alpha / rank) B A to a trained magnitude, initially the norm of W's row. The layers are
-mlx-lm's, with lora_a = A^T, lora_b = B^T and magnitudes m. W may be quantized.
+scales each row of W + (alpha / rank) B A to a trained magnitude, initially the norm of W's row. The layers have
+mlx-lm's attributes: lora_a = A^T, lora_b = B^T and magnitudes m. W may be quantized.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mflux_vae.runtime.device import eval_each
 from mflux_vae.runtime.threads import exclusive
 from mflux_vae.utils.modules import replace_layers
 from mflux_vae_train.lora.dropout import DropoutKeys, KeyedDropout
+from mflux_vae_train.lora.linear import LoRAConv2d, LoRALinear
 from mflux_vae_train.lora.targets import dimensions, kernel_of, linears, matching
 from mflux_vae_train.randomness import Stream, rng
 
@@ -83,10 +84,6 @@ def add_lora(
     Raises:
         SettingsError: no layer matches; names some existing layers. Or DoRA on a convolution.
     """
-    # these import transformers, which takes seconds
-    from mflux_vae_train.lora.conv import LoRAConv2d
-    from mflux_vae_train.lora.linear import DoRALinear, LoRALinear
-
     if layers(module):
         raise ValueError("the module already has adapters; fuse them first")
     originals = linears(module)
@@ -94,11 +91,14 @@ def add_lora(
     convolutions = [path for path in targets if isinstance(originals[path], Conv2d)]
     if dora and convolutions:
         raise SettingsError(f"DoRA on convolutions ({convolutions[0]}) is not supported; name linear layers only")
+    linear: Any = LoRALinear
+    if dora:  # late, as it imports transformers, which takes seconds
+        from mflux_vae_train.lora.dora import DoRALinear as linear
     module.freeze()
     keys = DropoutKeys()
     adapted = []
     for path in targets:
-        kind: Any = LoRAConv2d if path in convolutions else DoRALinear if dora else LoRALinear
+        kind: Any = LoRAConv2d if path in convolutions else linear
         size = (ranks or {}).get(path, rank)
         layer: Any = kind.from_base(originals[path], r=size, scale=(size if alpha is None else alpha) / size)
         _, inputs = dimensions(originals[path])

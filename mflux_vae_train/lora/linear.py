@@ -1,31 +1,81 @@
-"""The layers of LoRA and DoRA. (Importing them takes seconds.) DoRA's widens the weights of one layer at a time."""
+"""LoRA on linear layers and, as in PEFT, on convolutions: there A has the kernel, stride and padding, and B is 1x1."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner import dora, lora
 
+from mflux_vae import kernels
+from mflux_vae.networks.layers import Conv2d, layer_input
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.lora.targets import dimensions
 
 
-class LoRALinear(lora.LoRALinear):
-    """mlx-lm's layer, which on a GPU multiplies in the dtype of x, as mixed precision does in diffusers.
+class LoRALayer(nn.Module):
+    """y = layer(x) + scale B A x.
+
+    Attributes, named as in mlx-lm:
+        linear: the layer that is adapted.
+        lora_a: (in, rank). The inputs of a convolution are its windows, (kh * kw * in).
+        lora_b: (rank, out).
+    """
+
+    @classmethod
+    def from_base(cls, linear: nn.Module, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> LoRALayer:
+        outputs, inputs = dimensions(linear)
+        layer = cls()
+        layer.linear, layer.scale, layer.dropout = linear, scale, nn.Dropout(dropout)
+        layer.lora_a, layer.lora_b = mx.zeros((inputs, r)), mx.zeros((r, outputs))
+        return layer
+
+
+class LoRALinear(LoRALayer):
+    """On a GPU it multiplies in the dtype of x, as mixed precision does in diffusers.
 
     mlx-lm's products with float32 matrices keep a float32 copy of x until the backward pass. Gradients are float32.
     """
 
-    @staticmethod
-    def from_base(linear: nn.Linear, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> LoRALinear:
-        outputs, inputs = dimensions(linear)
-        layer = LoRALinear(inputs, outputs, r=r, dropout=dropout, scale=scale)
-        layer.linear = linear
-        return layer
-
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self.linear(x)
         return y + (self.scale * low_rank(self, x)).astype(x.dtype)
+
+    def fuse(self) -> nn.Module:
+        """The linear layer with the adapter in its weight, quantized again if it was."""
+        base = self.linear
+        scheme = scheme_of(base)
+        weight = mx.dequantize(base.weight, base.scales, base.biases, **scheme) if scheme else base.weight
+        outputs, inputs = weight.shape
+        fused = nn.Linear(inputs, outputs, bias="bias" in base)
+        fused.weight = weight + ((self.scale * self.lora_b.T) @ self.lora_a.T).astype(weight.dtype)
+        if "bias" in base:
+            fused.bias = base.bias
+        return nn.QuantizedLinear.from_linear(fused, **scheme) if scheme else fused
+
+
+class LoRAConv2d(LoRALayer):
+    """A convolution with an adapter."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        conv = self.linear
+        y: mx.array = conv(x)
+        x = layer_input(x, conv)
+        kernel = self.lora_a.T.reshape(-1, *conv.weight.shape[1:])
+        a, b = (matrix if is_cpu() else matrix.astype(x.dtype) for matrix in (kernel, self.lora_b))
+        z = kernels.conv2d(self.dropout(x), a, stride=conv._stride, padding=conv._padding) @ b
+        return y + (self.scale * z).astype(y.dtype)
+
+    def fuse(self) -> Conv2d:
+        """The convolution with the adapter in its weight, whose dtype it keeps."""
+        conv = self.linear
+        outputs, kernel, _, inputs = conv.weight.shape
+        fused = Conv2d(inputs, outputs, kernel, stride=conv._stride, padding=conv._padding, bias="bias" in conv)
+        delta = self.scale * (self.lora_a @ self.lora_b).T.reshape(conv.weight.shape)
+        fused.weight = (conv.weight + delta).astype(conv.weight.dtype)
+        if "bias" in conv:
+            fused.bias = conv.bias
+        return fused
 
 
 def low_rank(layer: nn.Module, x: mx.array) -> mx.array:
@@ -34,48 +84,8 @@ def low_rank(layer: nn.Module, x: mx.array) -> mx.array:
     return (layer.dropout(x) @ a) @ b
 
 
-class DoRALinear(dora.DoRALinear):
-    """mlx-lm's layer. On a GPU or over quantised weights it computes m / |W'| (W x + s B A x) + b, W' = W + s B A, as
-
-        f (layer(x) + s B A x) + (1 - f) b,    f = m / |W'|,    layer(x) = W x + b
-
-    so that no layer's W is kept in full width until the backward pass, and (on a GPU) no x in float32.
-
-    Attributes:
-        strength: see `layers.scaled`.
-    """
-
-    strength = 1.0
-
-    @staticmethod
-    def from_base(linear: nn.Linear, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRALinear:
-        outputs, inputs = dimensions(linear)
-        layer = DoRALinear(inputs, outputs, r=r, dropout=dropout, scale=scale)
-        layer.set_linear(linear)
-        return layer
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self._whole(x)
-        if self.strength == 1:
-            return y
-        base = self.linear(x)
-        return base + self.strength * (y - base)
-
-    def _whole(self, x: mx.array) -> mx.array:
-        """The output at strength 1."""
-        if is_cpu() and not self._is_quantized():
-            y: mx.array = super().__call__(x)
-            return y
-        z = low_rank(self, x)
-        factor = (self.m / self._norms(x)).astype(x.dtype)
-        y = factor * (self.linear(x) + (self.scale * z).astype(x.dtype))
-        return y + (1 - factor) * self.linear.bias if "bias" in self.linear else y
-
-    def _norms(self, x: mx.array) -> mx.array:
-        """|W'| of each row, without a gradient (arXiv:2402.09353, section 4.3)."""
-        linear = self.linear
-        (weight,) = mx.depends([linear.weight], [x])  # not before: all layers' weights would be there together
-        if self._is_quantized():
-            scheme = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-            weight = mx.dequantize(weight, linear.scales, linear.biases, **scheme)
-        return mx.stop_gradient(mx.linalg.norm(weight + (self.scale * self.lora_b.T) @ self.lora_a.T, axis=1))
+def scheme_of(linear: nn.Module) -> dict[str, Any]:
+    """How a layer's weight is quantized; empty if it is not."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return {}
+    return {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +35,6 @@ def check(parser: ArgumentParser) -> Callable[..., None]:
 
 
 def _run(folder: str | None = None, output: str | None = None, as_json: bool = False, **given: Any) -> None:
-    # transformers provides tokenizers; without this it warns at import that PyTorch is missing
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import json
 
     from mflux_vae.images import save_image
