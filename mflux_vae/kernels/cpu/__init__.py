@@ -1,1 +1,1 @@
-"""Faster operations for Linux CPUs."""
+"""Faster operations for Linux CPUs, in the compiled module `_native`; `extension` loads it."""
