@@ -1,18 +1,26 @@
 """The native extension for Linux CPUs: `_native`, if it was built for this MLX and this processor can run it.
 
-`MFLUX_VAE_NATIVE=0` switches it off. Without it, `mflux_vae.kernels` uses MLX's operations.
+Without it, `mflux_vae.kernels` uses MLX's operations. The environment variable MFLUX_VAE_NATIVE restricts the choice:
+`0` switches the extension off, `avx2` keeps it from using AVX-512.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import platform
+import sys
 from functools import cache
 from typing import Any
+
+import mlx.core as mx
 
 from mflux_vae.runtime import device
 
 VARIABLE = "MFLUX_VAE_NATIVE"
+MLX = "0.32.4"
+"""The version that pyproject.toml builds the extension for. Loading it beside another one may crash."""
 
 _logger = logging.getLogger(__name__)
 
@@ -24,18 +32,18 @@ def native() -> Any | None:
 
 @cache
 def _module() -> Any | None:
-    module, reason = _load()
-    if reason:
-        _logger.info("computing with MLX's operations, which are slower on a CPU: %s", reason)
-    return module
-
-
-def _load() -> tuple[Any | None, str]:
-    """The module, or None and a reason with what to do."""
     if os.environ.get(VARIABLE) == "0":
-        return None, f"{VARIABLE} is 0"
-    try:
-        from mflux_vae.kernels.cpu import _native  # type: ignore[attr-defined]
-    except ImportError as error:
-        return None, f"no native extension ({error}); install a C++ compiler and then this package again"
-    return _native, ""
+        reason = f"{VARIABLE} is 0; unset it"
+    elif sys.platform != "linux" or platform.machine() != "x86_64":
+        reason = "the native extension is for Linux on x86-64"
+    elif mx.__version__ != MLX:  # type: ignore[attr-defined]
+        reason = f"the native extension is for MLX {MLX}, this is {mx.__version__}; install mlx=={MLX}"  # type: ignore[attr-defined]
+    else:
+        try:
+            return importlib.import_module("mflux_vae.kernels.cpu._native")
+        except ModuleNotFoundError:
+            reason = "the native extension is not built; install g++, then this package again"
+        except ImportError as error:
+            reason = f"the native extension cannot be loaded ({error}); install this package again"
+    _logger.info("computing with MLX's operations, which are slower on a CPU: %s", reason)
+    return None

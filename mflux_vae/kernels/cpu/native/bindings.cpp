@@ -4,6 +4,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,7 +15,10 @@ using namespace nb::literals;
 using mflux::Activation;
 
 NB_MODULE(_native, m) {
-  nb::module_::import_("mlx.core");  // registers the type `array`
+  const std::string version = nb::cast<std::string>(nb::module_::import_("mlx.core").attr("__version__"));
+  if (version != MLX_BUILT_WITH || !nb::type<mflux::mx::array>()) {  // before anything of MLX is used
+    throw nb::import_error(("it was built for MLX " MLX_BUILT_WITH ", this is " + version).c_str());
+  }
   if (!mflux::kernels()) {
     throw nb::import_error("this processor lacks AVX2");
   }

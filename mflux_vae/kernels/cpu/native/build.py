@@ -14,65 +14,58 @@ from pathlib import Path
 from typing import Any
 
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 FLAGS = [
-    *("-std=gnu++20", "-O3", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-std=gnu++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-psabi"),
 ]
 
 
+def sources() -> list[Path]:
+    """Files to compile, the one of nanobind last."""
+    import nanobind
+
+    return [*sorted(HERE.rglob("*.cpp")), Path(nanobind.source_dir(), "nb_combined.cpp")]
+
+
+def options() -> tuple[list[str], list[str]]:
+    """Options of the compiler and of the linker, for the MLX and the nanobind that are installed."""
+    import mlx.core as mx
+    import nanobind
+
+    version: str = mx.__version__  # type: ignore[attr-defined]
+    mlx, robin_map = Path(mx.__file__).parent, Path(nanobind.source_dir()).parent / "ext" / "robin_map" / "include"
+    include = [HERE, mlx / "include", nanobind.include_dir(), robin_map]
+    compile = [*FLAGS, *(f"-I{path}" for path in include), "-DNB_DOMAIN=mlx", f'-DMLX_BUILT_WITH="{version}"']
+    return compile, [f"-L{mlx / 'lib'}", "-lmlx"]  # no path to libmlx.so: importing mlx.core loads it before
+
+
 class BuildNative(build_ext):
-    """Adds include paths and flags, and compiles several files at a time."""
+    """Compiles several files at a time."""
 
     def run(self) -> None:
         if sys.platform != "linux" or platform.machine() != "x86_64" or os.environ.get("MFLUX_VAE_NATIVE") == "0":
-            self.extensions = []
+            self.extensions: list[Any] = []
         super().run()
 
+    def get_source_files(self) -> list[str]:
+        """For a source distribution."""
+        return [os.path.relpath(path) for path in HERE.rglob("*") if path.suffix in (".cpp", ".h", ".inc")]
+
     def build_extension(self, ext: Any) -> None:
-        import mlx.core as mx
-        import nanobind
-
-        sources, mlx = Path(nanobind.source_dir()), Path(mx.__file__).parent
-        ext.sources = [*map(str, sorted(HERE.rglob("*.cpp"))), str(sources / "nb_combined.cpp")]
-        ext.include_dirs = [
-            *(str(mlx / "include"), nanobind.include_dir(), str(sources.parent / "ext" / "robin_map" / "include")),
-            str(HERE),
-        ]
-        ext.define_macros = [("NB_DOMAIN", "mlx"), ("MLX_BUILT_WITH", f'"{mx.__version__}"')]
-        ext.extra_compile_args, ext.extra_link_args = FLAGS, ["-Wl,-s"]
-        # no path to libmlx.so: importing mlx.core loads it before
-        ext.library_dirs, ext.libraries = [str(mlx / "lib")], ["mlx"]
-        compile_one = self.compiler._compile
-
-        def compile_all(objects: list[str], build: Any, *args: Any) -> None:
-            with ThreadPoolExecutor() as pool:
-                for done in [pool.submit(compile_one, name, *build[name], *args) for name in objects if name in build]:
-                    done.result()
-
-        compile_files = self.compiler.compile
-
-        def compile(
-            sources: list[str],
-            output_dir: Any = None,
-            macros: Any = None,
-            include_dirs: Any = None,
-            debug: Any = 0,
-            extra_preargs: Any = None,
-            extra_postargs: Any = None,
-            depends: Any = None,
-        ) -> Any:
-            compiler = self.compiler
-            macros, objects, extra, flags, build = compiler._setup_compile(
-                output_dir, macros, include_dirs, sources, depends, extra_postargs
+        def compile_one(source: Path) -> str:
+            objects: list[str] = self.compiler.compile(
+                [str(source)], output_dir=self.build_temp, extra_postargs=compile
             )
-            options = compiler._get_cc_args(flags, debug, extra_preargs)
-            compile_all(objects, build, options, extra, flags)
-            return objects
+            return objects[0]
 
-        self.compiler.compile = compile
         try:
-            super().build_extension(ext)
-        finally:
-            self.compiler.compile = compile_files
+            compile, link = options()
+            with ThreadPoolExecutor() as pool:
+                ext.extra_objects = list(pool.map(compile_one, sources()))
+        except ImportError as error:
+            raise CompileError(str(error)) from error
+        ext.sources, ext.extra_link_args = [], [*link, "-Wl,-s"]
+        super().build_extension(ext)

@@ -1,3 +1,6 @@
+#include <cstdlib>
+#include <string_view>
+
 #include "isa/kernels.h"
 
 namespace mflux {
@@ -8,7 +11,8 @@ const Kernels* kernels() {
     const Kernels* best = nullptr;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       best = &avx2_kernels;
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      const char* restricted = std::getenv("MFLUX_VAE_NATIVE");
+      if (!(restricted && std::string_view(restricted) == "avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         best = &avx512_kernels;
       }

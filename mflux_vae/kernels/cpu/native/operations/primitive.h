@@ -10,8 +10,9 @@
 #include "isa/kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/mlx.h"
+#include "mlx/ops.h"
 #include "mlx/primitives.h"
+#include "mlx/transforms.h"
 #include "compute/pool.h"
 
 namespace mflux {

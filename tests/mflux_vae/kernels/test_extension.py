@@ -1,0 +1,104 @@
+"""Where the native extension cannot be used, MLX's operations serve and one line of the log says why."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+
+from mflux_vae.kernels.cpu import extension
+from mflux_vae.runtime import device
+
+ROOT = Path(__file__).parents[3]
+MLX = extension.MLX
+
+
+@pytest.fixture(autouse=True)
+def on_linux_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU that has the extension, not looked for yet."""
+    monkeypatch.delenv(extension.VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(extension, "MLX", extension.mx.__version__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(extension, "importlib", SimpleNamespace(import_module=lambda name: name))
+    extension._module.cache_clear()
+    with device.assuming(cpu=True):
+        yield
+    extension._module.cache_clear()
+
+
+def raising(error: ImportError) -> SimpleNamespace:
+    """`importlib` whose imports fail."""
+    return SimpleNamespace(import_module=Mock(side_effect=error))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda patch: patch.setenv(extension.VARIABLE, "0"), extension.VARIABLE),
+        (lambda patch: patch.setattr(platform, "machine", lambda: "aarch64"), "x86-64"),
+        (lambda patch: patch.setattr(sys, "platform", "darwin"), "Linux"),
+        (lambda patch: patch.setattr(extension, "MLX", "0.1.0"), "mlx==0.1.0"),
+        (lambda patch: patch.setattr(extension, "importlib", raising(ModuleNotFoundError("_native"))), "g++"),
+        (lambda patch: patch.setattr(extension, "importlib", raising(ImportError("lacks AVX2"))), "AVX2"),
+    ],
+    ids=["switched off", "ARM", "macOS", "another MLX", "not built", "not loadable"],
+)
+def test_one_line_says_why_mlx_computes(
+    change: Callable[[pytest.MonkeyPatch], None],
+    word: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    change(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert extension.native() is None and extension.native() is None
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO and word in record.getMessage()
+
+
+def test_nothing_is_logged_with_the_extension_or_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        assert extension.native() is not None
+        monkeypatch.setenv(extension.VARIABLE, "0")
+        with device.assuming(cpu=False):
+            assert extension.native() is None
+    assert not caplog.records
+
+
+def test_is_built_for_the_version_that_it_is_loaded_with() -> None:
+    assert f'"mlx[cpu]=={MLX};' in (ROOT / "pyproject.toml").read_text()
+
+
+ANOTHER_MLX = """
+import mlx.core
+mlx.core.__version__ = "9.9.9"
+try:
+    from mflux_vae.kernels.cpu import _native
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_refuses_another_mlx_when_it_is_loaded() -> None:
+    pytest.importorskip("mflux_vae.kernels.cpu._native", exc_type=ImportError)
+    done = subprocess.run([sys.executable, "-c", ANOTHER_MLX], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "9.9.9" in done.stdout
+
+
+def test_is_loaded_at_first_use() -> None:
+    code = """
+import mflux_vae, mflux_vae_train.pipelines.tiny
+from mflux_vae.kernels.cpu import extension
+assert not extension._module.cache_info().misses
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
