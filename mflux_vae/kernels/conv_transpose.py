@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mflux_vae.kernels.conv import conv2d
+from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.kernels.overrides import overridable
 
 
@@ -14,9 +15,9 @@ def conv_transpose2d(
 ) -> mx.array:
     """Transposed 3x3 convolution with stride 2 and padding 1 (torch's `ConvTranspose2d(C, O, 3, 2, 1)`).
 
-    One 2x2 convolution at the input resolution computes the four output pixels of each input pixel as four times the
-    channels. This skips the zeros that MLX's own implementation multiplies on a CPU, and needs no dilated convolution,
-    which MLX on CUDA gathers into windows for the weight gradient.
+    Without the extension, one 2x2 convolution at the input resolution computes the four output pixels of each input
+    pixel as four times the channels. This skips the zeros that MLX's own implementation multiplies on a CPU, and needs
+    no dilated convolution, which MLX on CUDA gathers into windows for the weight gradient.
 
     Args:
         x: (B, H, W, C).
@@ -30,6 +31,9 @@ def conv_transpose2d(
     """
     batch, height, width, _ = x.shape
     out_h, out_w = size or (2 * height, 2 * width)
+    if (cpu := native()) is not None:
+        y: mx.array = cpu.conv_transpose2d(x, weight, bias, stride=2, padding=(1, 1), size=(out_h, out_w))
+        return y.astype(x.dtype)
     y = conv2d(x, _phases(weight), padding=((0, 1), (0, 1)))
     y = y.reshape(batch, height, width, 2, 2, weight.shape[0]).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(batch, 2 * height, 2 * width, -1)[:, :out_h, :out_w]

@@ -13,9 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae.kernels.cpu.conv_algorithms import Sides, zero_pad
-from mflux_vae.kernels.cpu.parallel import slices
 from mflux_vae.kernels.gpu_fusion import after
+from mflux_vae.kernels.padding import Sides, zero_pad
 from mflux_vae.runtime import device
 
 WINDOW_BYTES = 128 << 20
@@ -37,7 +36,7 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array
 
     def forward(x: mx.array, weight: mx.array) -> mx.array:
         wide_x, wide_weight = _wide(x, weight)
-        return native(wide_x, wide_weight, stride, sides).astype(x.dtype)
+        return mlx_conv2d(wide_x, wide_weight, stride, sides).astype(x.dtype)
 
     run = _custom_function(forward)
 
@@ -46,7 +45,7 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array
         # Wait for the cotangent, or `mx.compile` keeps the float32 copies of the forward pass; one by one, so that x is
         # not kept for its own gradient, which does not need it: that of the weight does, unless it is frozen.
         wide_x, wide_weight, dy = _wide(*(after([cotangent], array)[0] for array in primals), cotangent)
-        (of_x,) = mx.vjp(lambda x: native(x, wide_weight, stride, sides), [wide_x], [dy])[1]
+        (of_x,) = mx.vjp(lambda x: mlx_conv2d(x, wide_weight, stride, sides), [wide_x], [dy])[1]
         of_weight = weight_gradient(wide_x, dy, (weight.shape[1], weight.shape[2]), stride, sides)
         return [of_x.astype(x.dtype), of_weight.astype(weight.dtype)]
 
@@ -54,7 +53,7 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array
     return y
 
 
-def native(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array:
+def mlx_conv2d(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> mx.array:
     """MLX's convolution."""
     (top, bottom), (left, right) = sides
     if stride > 1 and device.kind() == "cuda" and not any(_unused(x, weight.shape[1:3], stride, sides)):
@@ -86,7 +85,7 @@ def weight_gradient_by_rows(x: mx.array, dy: mx.array, kernel: tuple[int, int], 
     images, lines = max(WINDOW_BYTES // (row * rows), 1), max(WINDOW_BYTES // row, 1)
     weight = mx.zeros((out, *kernel, x.shape[3]))  # never computed
     total: mx.array | None = None
-    for samples, part in product(slices(batch, images), slices(rows, lines)):
+    for samples, part in product(_slices(batch, images), _slices(rows, lines)):
         first, end = part.start * stride, (part.stop - 1) * stride + kernel[0]
         done = [] if total is None else [total]
         block, slope = after(done, x[samples, first:end], dy[samples, part])
@@ -113,3 +112,8 @@ def _unused(x: mx.array, kernel: Sequence[int], stride: int, sides: Sides) -> li
 
 def _wide(*arrays: mx.array) -> list[mx.array]:
     return [array.astype(mx.float32) for array in arrays]
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """Slices of `size` items; the last one may be shorter."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

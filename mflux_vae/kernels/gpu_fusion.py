@@ -1,4 +1,4 @@
-"""Element-wise formulas on Metal and CUDA: one kernel, float32 inside, arguments alone kept for the backward pass.
+"""Element-wise formulas: on Metal and CUDA one kernel, float32 inside, arguments alone kept for the backward pass.
 
 MLX fuses nothing outside of `mx.compile`, and inside it every intermediate result has the dtype of the arguments, and
 the backward pass keeps most of them: GELU in bfloat16 would lose 1.4 % of its negative values, and keep 17 numbers per
@@ -13,13 +13,17 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
+from mflux_vae.runtime import device
+
 F = TypeVar("F", bound=Callable[..., mx.array])
 
 _custom_function: Any = mx.custom_function  # MLX's stubs type its result as `object`
 
 
 def widened(formula: F, *, shapeless: bool = False) -> F:
-    """Compile a formula of element-wise operations and norms: float32 inside, result in the dtype of the first array.
+    """A formula of element-wise operations and norms: float32 inside, result in the dtype of the first array.
+
+    On a CPU it runs as it is written. Elsewhere it is compiled.
 
     Its backward pass computes the formula again from the arguments. It depends on the cotangent, or the compilation of
     a training step would merge it with the forward pass, and keep all intermediate results.
@@ -41,7 +45,7 @@ def widened(formula: F, *, shapeless: bool = False) -> F:
 
     @wraps(formula)
     def call(*arrays: mx.array) -> mx.array:
-        return cast(mx.array, run(*arrays))
+        return wide(*arrays) if device.is_cpu() else cast(mx.array, run(*arrays))
 
     return cast(F, call)
 

@@ -3,7 +3,7 @@
 MLX's kernel suits a few rows. With the thousands of a training step it is slower than dequantizing the matrix and
 multiplying densely, most of all in the backward pass. From MLX's source, not measured here:
 
-- CPU: always dequantized.
+- CPU: the native extension dequantizes the weights tile by tile; without it they are always dequantized.
 - Metal: the kernel has tiles of 32 x 32 at any number of rows. From the M5 on, the forward pass has one that uses the
   GPU's matrix units, the backward pass has none.
 - CUDA: the backward pass has a fallback kernel alone, which with groups of 128 and float32 asks for more shared memory
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.runtime import device
 
 PRODUCT_VARIABLE = "MFLUX_VAE_QUANTIZED_PRODUCT"
@@ -29,6 +30,7 @@ TILE_BYTES = 128 << 20
 """Dequantized weights that exist at a time on Metal and CUDA: a part of the outputs, or of the inputs for gradients."""
 
 _CHOICES = ("auto", "dense", "native")
+_NATIVE_BITS = (4, 8)
 _FEWEST_ROWS = {"cpu": 0, "mac": 1024, "cuda": 8}
 """Rows from which a product is dense, by `device.kind`."""
 _MATRIX_UNITS = 17
@@ -85,6 +87,9 @@ def quantized_product(
     Returns:
         (..., outputs).
     """
+    if (cpu := native()) is not None and bits in _NATIVE_BITS and product_choice() == "auto":
+        y: mx.array = cpu.quantized_linear(x, weight, scales, biases, group_size, bits).astype(x.dtype)
+        return y
     inputs, outputs = x.shape[-1], weight.shape[0]
     dense = is_dense(x.size // inputs, x.dtype, group_size)
     arrays, scheme = (weight, scales, biases), {"group_size": group_size, "bits": bits}
@@ -116,7 +121,7 @@ def quantized_product(
             of_x = mx.quantized_matmul(cotangent, *arrays, transpose=False, **scheme)  # type: ignore[arg-type]
         return of_x.astype(x.dtype)  # not that of the scales
 
-    y: mx.array = run(x)
+    y = run(x)
     return y
 
 

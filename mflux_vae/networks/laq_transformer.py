@@ -103,18 +103,18 @@ class Attention(nn.Module):
         k, v = (self._by_head(part) for part in mx.split(self.to_kv(source), 2, axis=-1))
         q = self._by_head(self.to_q(self.norm(x)))
         if "null_kv" in self:
-            k, v = (mx.concatenate([self._nulls(first, k), part], axis=2) for first, part in ((0, k), (1, v)))
+            k, v = (mx.concatenate([self._nulls(first, k), part], axis=1) for first, part in ((0, k), (1, v)))
         q, k = _unit(q) * self.q_scale, _unit(k) * self.k_scale
         h = kernels.attention(q, k, v, scale=SCORE_SCALE, mask=bias)
-        return self.to_out(h.transpose(0, 2, 1, 3).flatten(2))
+        return self.to_out(h.flatten(2))
 
     def _by_head(self, x: mx.array) -> mx.array:
-        """(N, L, heads * d) -> (N, heads, L, d)."""
-        return x.reshape(*x.shape[:2], self._heads, -1).transpose(0, 2, 1, 3)
+        """(N, L, heads * d) -> (N, L, heads, d)."""
+        return x.reshape(*x.shape[:2], self._heads, -1)
 
     def _nulls(self, first: int, like: mx.array) -> mx.array:
-        """Learned keys (0) or values (1), stored interleaved: (N, heads, nulls, d)."""
-        learned = self.null_kv[:, first::2]
+        """Learned keys (0) or values (1), stored interleaved: (N, nulls, heads, d)."""
+        learned = self.null_kv[:, first::2].swapaxes(0, 1)
         return mx.broadcast_to(learned, (like.shape[0], *learned.shape))
 
 

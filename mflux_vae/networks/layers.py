@@ -188,7 +188,7 @@ class Attention(nn.Module):
     @overridable
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
-        h = self.group_norm(x).reshape(batch, 1, height * width, channels)
+        h = self.group_norm(x).reshape(batch, height * width, 1, channels)
         h = kernels.attention(self.to_q(h), self.to_k(h), self.to_v(h), scale=channels**-0.5)
         return x + self.to_out[0](h).reshape(x.shape)
 
@@ -208,7 +208,7 @@ class LinearAttention(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
         q, k, v = mx.split(self.to_qkv(x.reshape(batch, height * width, channels)), 3, axis=-1)
-        context = kernels.softmax(k, axis=1).swapaxes(1, 2) @ v
+        context = kernels.softmax(k.swapaxes(1, 2)) @ v
         return self.to_out(q @ context).reshape(x.shape)
 
 

@@ -16,8 +16,6 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
-from mflux_vae.kernels.attention import CHUNK_SCORES
-from mflux_vae.kernels.cpu.parallel import streams
 from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
 from mflux_vae.networks.video import wan
@@ -77,10 +75,9 @@ def peak_bytes(
 def _untiled_peak(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...]) -> tuple[int, int]:
     """Peak bytes of one call, and bytes of its results."""
     counter = _MemoryCounter()
-    with kernels.deferred():
-        results = function(_CountedArray(counter, shape, mx.float32, 0))
-        for result in results:
-            result.evaluate()
+    results = function(_CountedArray(counter, shape, mx.float32, 0))
+    for result in results:
+        result.evaluate()
     return counter.peak, sum(result.size for result in results)
 
 
@@ -159,7 +156,7 @@ class _CountedArray(LazyArray):
 
     def __mlx_function__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
         counter: Any = self.strip_run
-        whole = is_cpu() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
+        whole = kernels.native() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
         if function in kernels.FUSED and not whole:
             return function.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         example = function(*map(_example, args), **{name: _example(value) for name, value in kwargs.items()})
@@ -179,15 +176,15 @@ class _CountedArray(LazyArray):
             times = 2 if function is kernels.repeat_conv2d else 1
             shape = batch, times * height, times * width, channels
             weight = args[_WEIGHT_ARGUMENT[function]].shape
-            transient += _convolution_workspace(shape, weight, kwargs.get("stride", 1), _INTERMEDIATES.get(function, 0))
-        elif function is kernels.conv_transpose2d:
+            transient += _convolution_workspace(shape, weight, kwargs.get("stride", 1))
+        elif function is kernels.conv_transpose2d and not kernels.native():
             phase_shape = (*self.shape[:3], 4 * example.shape[3])  # reordered later
             counter.record(_transposed_workspace(self.shape, args[1]) + 4 * prod(phase_shape))
             phased = _CountedArray(counter, phase_shape, example.dtype, 4 * prod(phase_shape))
             return _CountedArray(counter, example.shape, example.dtype, 0, [phased], out_of_place=True)
         elif function in _ATTENTION_WORKSPACE:
             transient += _ATTENTION_WORKSPACE[function](example.shape)
-        else:  # a reordering copy
+        elif function is not kernels.conv_transpose2d:  # a reordering copy
             transient += prod(self.shape) * self.dtype.size
         counter.record(transient)
         return _CountedArray(counter, example.shape, example.dtype, example.nbytes)
@@ -248,26 +245,21 @@ _WEIGHT_ARGUMENT: dict[Callable[..., Any], int] = {
     kernels.conv2d: 1,
     kernels.repeat_conv2d: 1,
     kernels.norm_silu_conv2d: 2,
-    kernels.rms_norm_silu_conv2d: 2,
 }
 """Position of the weight among the arguments of a convolution."""
-
-_INTERMEDIATES: dict[Callable[..., Any], int] = {
-    kernels.repeat_conv2d: 1,
-    kernels.norm_silu_conv2d: 2,
-    kernels.rms_norm_silu_conv2d: 2,
-}
-"""Arrays computed from the rows of a chunk before the convolution."""
 
 _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 """Functions that cannot reuse the memory of their argument."""
 
 
-def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1, intermediates: int = 0) -> int:
-    """Workspace of a convolution in bytes. On Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
-    if is_cpu():
-        return kernels.workspace_bytes(shape, weight, stride, intermediates=intermediates)
+def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
+    """Workspace (bytes) of a convolution: on a CPU the transformed weights of the extension, or the windows that MLX
+    gathers from a padded copy; on Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
     out, *kernel, channels = weight
+    if kernels.native():
+        return 4 * 36 * channels * out if kernel == [3, 3] and stride == 1 else 0
+    if is_cpu():
+        return 4 * (prod(shape) + prod(shape) // stride**2 * prod(kernel))
     wide = channels % 32 == 0 and out % 32 == 0 and channels + out >= 256
     if not (wide and kernel == [3, 3] and stride == 1 and prod(shape[:3]) >= 4096):
         return 4 * prod(shape)
@@ -293,12 +285,12 @@ def _transposed_workspace(shape: Sequence[int], weight: mx.array) -> int:
 
 def _attention_workspace(shape: Sequence[int]) -> int:
     """Workspace (bytes) of attention: norm, queries, keys, values, output and projection; plus the scores computed at a
-    time and their softmax. On a CPU, the norm is freed by then, and every stream holds scores."""
+    time and their softmax. The extension of a CPU holds the scores of a few queries; MLX alone holds all."""
     batch, height, width, _ = shape
     scores = batch * (height * width) ** 2
-    if not is_cpu():
-        return 4 * (6 * prod(shape) + 3 * min(scores, kernels.MAX_SCORES))
-    return 4 * (5 * prod(shape) + max(2 * min(scores, streams() * CHUNK_SCORES), 3 * min(scores, CHUNK_SCORES)))
+    if kernels.native():
+        return 4 * 5 * prod(shape)
+    return 4 * (6 * prod(shape) + 3 * (scores if is_cpu() else min(scores, kernels.MAX_SCORES)))
 
 
 def _linear_attention_workspace(shape: Sequence[int]) -> int:

@@ -24,8 +24,8 @@ from typing import Any
 import mlx.core as mx
 
 from mflux_vae import kernels
-from mflux_vae.kernels.cpu.conv_algorithms import normalize_padding
 from mflux_vae.kernels.overrides import is_pointwise, pointwise
+from mflux_vae.kernels.padding import normalize_padding
 from mflux_vae.networks.layers import avg_pool_2x
 
 _PAST_END = 1 << 40
@@ -47,9 +47,8 @@ class StripRun:
 
     def run(self, function: Callable[[mx.array], Sequence[mx.array]], x: mx.array) -> list[mx.array]:
         """`function(x)`: (B, H, W, C) to any number of such arrays."""
-        with kernels.deferred():  # arrays that only provide a shape are not evaluated
-            answers: Any = function(Source(self, x))  # type: ignore[arg-type]
-            results = [Buffered(self, _identity, [answer]) for answer in answers]
+        answers: Any = function(Source(self, x))  # type: ignore[arg-type]
+        results = [Buffered(self, _identity, [answer]) for answer in answers]
         finest = max(buffer.shape[1] * buffer.shape[2] for buffer in self.buffers)
         for buffer in self.buffers:
             normed_convolution = isinstance(buffer, Convolution) and buffer.groups is not None

@@ -35,7 +35,6 @@ from mflux_vae_train.dreambooth.optimization.objective import add_base_predictio
 from mflux_vae_train.dreambooth.optimization.optimizer import (
     build_optimizers,
     build_schedule,
-    pass_runner,
     should_compile,
 )
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
@@ -264,7 +263,6 @@ def _optimize(
         _loss(pipeline, resolved),
         max_grad_norm=resolved.max_grad_norm,
         compile=should_compile(plan.updates),
-        run_passes=pass_runner(pipeline.denoiser),
         processes=processes,
     )
     schedule = build_schedule(resolved, peak=resolved.learning_rate, updates=plan.updates)

@@ -11,7 +11,6 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.networks.layers import Conv2d
 from mflux_vae_train.pipelines.layers.encoder import Encoder, LayerNorm, check_encoder
@@ -86,4 +85,4 @@ class VisionTransformer(nn.Module):
         x = self.embeddings(pixels)
         if "pre_layrnorm" in self:
             x = self.pre_layrnorm(x)
-        return self.post_layernorm(kernels.map_batch(self.encoder, x)[:, 0])
+        return self.post_layernorm(self.encoder(x)[:, 0])

@@ -6,8 +6,6 @@ import math
 
 import mlx.core as mx
 
-from mflux_vae.kernels.cpu.fusion import fused
-from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.optimizers.base import Optimizer, State
 
 
@@ -29,7 +27,6 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(learning_rate)
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
-        self._fused_formula = fused(self._formula)
 
     def init_state(self, weights: mx.array, state: State) -> None:
         state["m"], state["v"] = mx.zeros_like(weights), mx.zeros_like(weights)
@@ -37,8 +34,7 @@ class AdamW(Optimizer):
     def step_single(self, gradient: mx.array, weights: mx.array, state: State) -> mx.array:
         m, v = self.moments(state, weights.shape)
         n, rate = self.step.astype(mx.float32), self.learning_rate
-        formula = self._fused_formula if is_cpu() else self._formula  # on a GPU the whole update is compiled
-        weights, m, v = formula(
+        weights, m, v = self._formula(
             gradient,
             weights,
             m,

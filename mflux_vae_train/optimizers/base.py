@@ -8,8 +8,6 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
-
 State: TypeAlias = "dict[str, Any]"
 """State of one parameter: named arrays, or dicts of them."""
 
@@ -22,9 +20,6 @@ class Optimizer(optim.Optimizer):
     Half precision cannot represent small updates: in bfloat16 1 + 1/500 is 1, so weights would not move at usual rates.
     The state of such a parameter therefore holds a float32 master copy, from which the parameter is rounded.
     """
-
-    donates_gradients = False
-    """Whether `apply_gradients` may overwrite the gradients, whose memory is then reused on a CPU."""
 
     def __init__(self, learning_rate: float = 0.0) -> None:
         super().__init__()
@@ -47,7 +42,7 @@ class Optimizer(optim.Optimizer):
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         self.ensure_init(gradients, parameters)
         super().apply_gradients({}, {})  # counts the update
-        return parallel_tree_map(self.apply_single, gradients, parameters, self.state, donate=self.donates_gradients)
+        return tree_map(self.apply_single, gradients, parameters, self.state)
 
     def ensure_init(self, gradients: Any, parameters: Any) -> None:
         """Initialize the state from the parameters. MLX itself would use the gradients, which suffice for shapes."""

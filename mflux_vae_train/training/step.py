@@ -7,11 +7,11 @@ micro-batches contain random keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,6 @@ from mflux_vae.runtime.threads import exclusive
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.optimizers.base import Optimizer
-from mflux_vae_train.optimizers.parallel_map import parallel_tree_map
 from mflux_vae_train.training.ema import EMA
 
 Arrays: TypeAlias = Mapping[str, Any]
@@ -35,20 +34,6 @@ SAMPLES = "samples"
 
 Loss: TypeAlias = Callable[[nn.Module, Arrays], tuple[mx.array, Mapping[str, mx.array]]]
 """(model, arrays of a micro-batch) -> (scalar mean over its samples, scalar metrics, averaged in the same way)."""
-
-
-@runtime_checkable
-class HasGradients(Protocol):
-    """A loss that computes its gradients on a CPU faster than `mx.grad`, see `tape`."""
-
-    def gradients(
-        self, model: Any, arrays: Arrays, scale: mx.array
-    ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
-        """(the result of `Loss`, gradients of the trainable parameters times `scale`); None where not possible."""
-
-
-Pass: TypeAlias = Callable[[], tuple[Any, Any]]
-"""Forward and backward pass of a micro-batch: () -> ((loss, (metrics, buffers)), gradients), lazy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +48,6 @@ class MicroBatch:
 
     arrays: Arrays
     weight: float
-
-
-def sequential(passes: Iterable[Pass]) -> Iterator[tuple[Any, Any]]:
-    """Yield results lazily. Evaluate each one before asking for the next, or all activations stay alive."""
-    return (run() for run in passes)
 
 
 class UpdateFailed(DeviceError):
@@ -89,7 +69,6 @@ class Step:
             averaged by weight: equal for any number of processes.
         compile: None means yes on Metal and CUDA, no on a CPU. There `mx.compile` calls a C++ compiler for each new
             kernel: 15 s for the step of an adapter, once per machine, after which updates take a sixth less time.
-        run_passes: runs the passes of an update in order, one at a time or several at once.
         processes: each computes its share of the micro-batches of every update.
     """
 
@@ -103,20 +82,16 @@ class Step:
         ema: EMA | None = None,
         buffers: bool = False,
         compile: bool | None = None,
-        run_passes: Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]] = sequential,
         processes: ProcessGroup = SINGLE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
-        self.processes, self._run_passes = processes, run_passes
+        self.processes = processes
         if not tree_flatten(model.trainable_parameters()):
             raise TrainingError("nothing to train: the model has no trainable parameters")
         # a host may hold transposed views, which resuming replaces: copies round alike (see `mflux_vae.weights`)
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
-        singles = getattr(optimizer, "optimizers", [optimizer])
-        for single in singles:
-            single.donates_gradients = True
-        widens = all(isinstance(single, Optimizer) for single in singles)
+        widens = all(isinstance(single, Optimizer) for single in getattr(optimizer, "optimizers", [optimizer]))
         self._state = {
             "parameters": state.parameters(model),
             "optimizer": state.tree_state(optimizer.state),
@@ -139,14 +114,14 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
-            gradients = parallel_tree_map(lambda g: widened(g) * scale, gradients, donate=True)
+            gradients = tree_map(lambda g: widened(g) * scale, gradients)
             if not widens:  # MLX's own optimizers return parameters in the dtype of the gradients
                 gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
             before = master(parameters)
             changed = optimizer.apply_gradients(gradients, parameters)
             if ema is not None:
                 ema.update(master(changed))
-            change = parallel_tree_map(lambda new, old: _sum_of_squares(new - old), master(changed), before)
+            change = tree_map(lambda new, old: _sum_of_squares(new - old), master(changed), before)
             return changed, _root_of_sum(change) / mx.maximum(global_norm(parameters), 1e-20)
 
         def master(parameters: Any) -> Any:
@@ -156,16 +131,8 @@ class Step:
 
         traced = mx.value_and_grad(objective)
 
-        def taped(parameters: Any, buffers: Any, arrays: Arrays, weight: mx.array) -> tuple[Any, Any]:
-            result = loss.gradients(model, arrays, weight) if isinstance(loss, HasGradients) else None
-            if result is None:
-                return traced(parameters, buffers, arrays, weight)
-            (value, metrics), gradients = result
-            metrics = {name: metric * weight for name, metric in metrics.items()}
-            return (value * weight, (metrics, self._buffers())), gradients
-
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
-        self._gradients, self._apply = taped if is_cpu() else traced, apply
+        self._gradients, self._apply = traced, apply
         if not is_cpu() if compile is None else compile:
             self._gradients = mx.compile(traced)
             if not is_cpu():  # fused on a CPU, scalars such as the bias correction would be computed per element
@@ -211,8 +178,8 @@ class Step:
                 self.model.update(parameters)
                 self.model.update(before)
 
-        results = self._run_passes(partial(differentiate, batch) for batch in batches)
-        for batch, ((value, (parts, buffers)), gradients) in zip(batches, results, strict=True):
+        for batch in batches:
+            (value, (parts, buffers)), gradients = differentiate(batch)
             weight = batch.weight
             loss = loss + value
             metrics = {name: metrics.get(name, 0.0) + part for name, part in parts.items()}
@@ -313,7 +280,7 @@ def _unchanged(array: mx.array) -> mx.array:
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return _root_of_sum(parallel_tree_map(_sum_of_squares, tree))
+    return _root_of_sum(tree_map(_sum_of_squares, tree))
 
 
 def _root_of_sum(squares: Any) -> mx.array:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mflux_vae import kernels
 from mflux_vae.errors import DeviceError, SettingsError, TrainingError
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.metrics.lpips import LPIPS
@@ -19,7 +17,6 @@ from mflux_vae.posterior import DiagonalGaussian
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae_train.distributed.watchdog import ProcessLost
 from mflux_vae_train.training.step import Arrays, MicroBatch, Step, UpdateFailed
-from mflux_vae_train.training.tape import Tape, value_of
 from mflux_vae_train.vae.build import has_vector_latents, penultimate_features
 from mflux_vae_train.vae.config import VAETrainingSettings
 from mflux_vae_train.vae.losses import adversarial
@@ -98,23 +95,6 @@ class Objective:
             network.update(tree_map(lambda weight: weight.astype(mx.bfloat16), network.trainable_parameters()))
         with self.dropout_keys.using(arrays["key"]):
             return self._loss_and_metrics(network, arrays)
-
-    def gradients(
-        self, network: Any, arrays: Arrays, scale: mx.array
-    ) -> tuple[tuple[mx.array, Mapping[str, mx.array]], Any] | None:
-        """See `step.HasGradients`. None with a discriminator: its adaptive weight itself needs gradients."""
-        if "discriminator" in arrays:
-            return None
-        tape = Tape(network.trainable_parameters())
-        with kernels.overlapping(), self.dropout_keys.using(arrays["key"]):
-            posterior, z, reconstruction = self._forward(network, tape.constant(arrays["pixels"]), arrays)
-            outputs = posterior.mean, posterior.logvar, z, reconstruction
-            values = [value_of(output) for output in outputs]
-            fold_statistics(network, batch_statistics(network))
-            loss_and_slopes = mx.value_and_grad(partial(self._loss, arrays), argnums=range(len(outputs)))
-            (loss, metrics), slopes = loss_and_slopes(*values)
-            gradients = tape.gradients([(output, slope * scale) for output, slope in zip(outputs, slopes, strict=True)])
-        return (loss, metrics), gradients
 
     def noise(self, arrays: Arrays, shape: Sequence[int]) -> mx.array:
         """Standard normal noise for latents of shape (B, ...)."""

@@ -185,9 +185,8 @@ class RMSNorm(nn.Module):
 
 def _norm_silu_conv(norm: RMSNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:
     """conv(silu(norm(x))) + residual."""
-    return kernels.rms_norm_silu_conv2d(
-        x, (norm.gamma, EPS), conv.weight, conv.get("bias"), padding=conv._padding, residual=residual
-    )
+    y = conv(kernels.silu(norm(x)))
+    return y if residual is None else residual + y
 
 
 class ResnetBlock(nn.Module):
@@ -220,7 +219,7 @@ class Attention(nn.Module):
     @overridable
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(batch, 1, height * width, 3 * channels)
+        qkv = self.to_qkv(self.norm(x)).reshape(batch, height * width, 1, 3 * channels)
         return x + self.proj(kernels.attention(*mx.split(qkv, 3, axis=-1), scale=channels**-0.5)).reshape(x.shape)
 
 

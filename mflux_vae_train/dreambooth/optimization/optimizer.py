@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
 
-from mflux_vae import kernels
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
 from mflux_vae_train.optimizers import registry
@@ -18,7 +15,6 @@ from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
-from mflux_vae_train.training.step import Pass, sequential
 
 COMPILE_FROM = 300
 """Number of updates from which compiling a step pays off on a CPU, see `Step`."""
@@ -31,7 +27,7 @@ TEXT_ENCODER_SHARE = 0.05
 
 
 def should_compile(updates: int) -> bool:
-    return not is_cpu() or (updates >= COMPILE_FROM and kernels.compiles())
+    return not is_cpu()
 
 
 def concurrent_micro_batches(denoiser: nn.Module) -> int:
@@ -39,13 +35,7 @@ def concurrent_micro_batches(denoiser: nn.Module) -> int:
 
     Matrix products of a small network keep only one core busy.
     """
-    size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
-    return kernels.streams() if is_cpu() and size <= SMALL else 1
-
-
-def pass_runner(denoiser: nn.Module) -> Callable[[Iterable[Pass]], Iterator[tuple[Any, Any]]]:
-    """The `run_passes` of `Step`."""
-    return kernels.run_parallel if concurrent_micro_batches(denoiser) > 1 else sequential
+    return 1
 
 
 def finds_rate(settings: DreamBoothSettings) -> bool:

@@ -18,8 +18,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, rope: Rotation, mask: mx.array
         mask: additive, broadcastable to (B, heads, S, S).
     """
     q, k = rotate(q, rope), rotate(k, rope)
-    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-    return attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask).transpose(0, 2, 1, 3).flatten(2)
+    return attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask).flatten(2)
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:

@@ -72,11 +72,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         B, L, D = x.shape
         q, k, v = (
-            projection(x).reshape(B, L, self.heads, -1).transpose(0, 2, 1, 3)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).reshape(B, L, self.heads, -1) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = kernels.attention(q, k, v, scale=(D // self.heads) ** -0.5, mask=mask)
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+        return self.out_proj(out.reshape(B, L, D))
 
 
 class MLP(nn.Module):

@@ -87,13 +87,12 @@ class CrossAttention(nn.Module):
 
     def __call__(self, x: mx.array, context: mx.array) -> mx.array:
         q, k, v = (
-            y.reshape(*y.shape[:2], self._heads, -1).transpose(0, 2, 1, 3)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+            y.reshape(*y.shape[:2], self._heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         if self._upcast:
             q, k, v = (y.astype(mx.float32) for y in (q, k, v))
         y = kernels.attention(q, k, v, scale=q.shape[-1] ** -0.5).astype(x.dtype)
-        return self.to_out[0](y.transpose(0, 2, 1, 3).flatten(2))
+        return self.to_out[0](y.flatten(2))
 
 
 class GEGLU(nn.Module):

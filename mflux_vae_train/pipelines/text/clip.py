@@ -14,7 +14,6 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae_train.pipelines.layers.encoder import Encoder, LayerNorm, check_encoder
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
@@ -122,11 +121,8 @@ class CLIPTextTransformer(nn.Module):
         return x, mask[None, None]
 
     def _run(self, x: mx.array, mask: mx.array, layers: slice, *, final_norm: bool) -> mx.array:
-        def run(x: mx.array, mask: mx.array) -> mx.array:
-            x = self.encoder(x, mask, layers)
-            return self.final_layer_norm(x) if final_norm else x
-
-        return kernels.map_batch(run, x, mask)
+        x = self.encoder(x, mask, layers)
+        return self.final_layer_norm(x) if final_norm else x
 
 
 class CLIPTextModel(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -101,13 +100,10 @@ class Qwen3Attention(nn.Module):
         B, L, _ = x.shape
         head, shared = self.config.head_dim, self.config.num_attention_heads // self.config.num_key_value_heads
         q, k, v = (layer(x).reshape(B, L, -1, head) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (self.q_norm(q), self.k_norm(k), v))
-        q, k = (
-            mx.fast.rope(a, head, traditional=False, base=self.config.rope_theta, scale=1.0, offset=0) for a in (q, k)
-        )
-        k, v = (mx.repeat(a, shared, axis=1) for a in (k, v))
-        out = kernels.attention(q, k, v, scale=head**-0.5, mask=bias)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        rope = {"traditional": False, "base": self.config.rope_theta, "scale": 1.0, "offset": 0}
+        q, k = (mx.fast.rope(a.swapaxes(1, 2), head, **rope).swapaxes(1, 2) for a in (self.q_norm(q), self.k_norm(k)))
+        k, v = (mx.repeat(a, shared, axis=2) for a in (k, v))
+        return self.o_proj(kernels.attention(q, k, v, scale=head**-0.5, mask=bias).reshape(B, L, -1))
 
 
 class Qwen3MLP(nn.Module):
@@ -154,8 +150,7 @@ class Qwen3Stack(nn.Module):
         seen = (position[:, None] >= position) & attention_mask.astype(mx.bool_)[:, None, None, :]
         bias = mx.where(seen, mx.array(0, x.dtype), mx.array(mx.finfo(x.dtype).min, x.dtype))
         # as T5's, the residual stream has outliers that cost the other channels precision: it stays in float32
-        states = kernels.map_batch(partial(self._states, taps=taps), x.astype(mx.float32), bias)
-        return states.astype(x.dtype)
+        return self._states(x.astype(mx.float32), bias, taps=taps).astype(x.dtype)
 
     def _states(self, x: mx.array, bias: mx.array, *, taps: Sequence[int]) -> mx.array:
         states = {0: x}

@@ -111,12 +111,8 @@ class T5Attention(nn.Module):
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
         B, L, _ = x.shape
-        q, k, v = (
-            projection(x).reshape(B, L, self.config.num_heads, -1).transpose(0, 2, 1, 3)
-            for projection in (self.q, self.k, self.v)
-        )
-        out = kernels.attention(q, k, v, scale=1.0, mask=bias)
-        return self.o(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        q, k, v = (layer(x).reshape(B, L, self.config.num_heads, -1) for layer in (self.q, self.k, self.v))
+        return self.o(kernels.attention(q, k, v, scale=1.0, mask=bias).reshape(B, L, -1))
 
 
 def _widened(x: mx.array) -> mx.array:
@@ -189,9 +185,7 @@ class T5Stack(nn.Module):
             seen = attention_mask.astype(mx.bool_)[:, None, None, :]
             bias = mx.where(seen, bias, mx.array(mx.finfo(bias.dtype).min, bias.dtype))
         # the residual stream outgrows float16 and loses too much in bfloat16: it stays in float32
-        return kernels.map_batch(self._encoded, x.astype(mx.float32), bias)
-
-    def _encoded(self, x: mx.array, bias: mx.array) -> mx.array:
+        x = x.astype(mx.float32)
         for block in self.block:
             x = block(x, bias)
         return self.final_layer_norm(x)

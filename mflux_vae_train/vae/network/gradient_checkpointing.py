@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mflux_vae.networks.layers import batch_statistics, fold_statistics
-from mflux_vae_train.training.tape import Variable
 from mflux_vae_train.vae.network.dropout import capture_keys
 
 logger = logging.getLogger(__name__)
@@ -45,18 +44,6 @@ def _recomputed_class(kind: Any) -> Any:
             return kind.__call__(self, x, *settings)
 
         keys = capture_keys(self)
-        if isinstance(x, Variable):
-            recorded: list[dict[str, mx.array]] = []
-
-            def part(x: Variable) -> Any:
-                with keys():
-                    y = kind.__call__(self, x, *settings)
-                recorded.append(batch_statistics(self))
-                return y
-
-            output = x.tape.checkpoint(part, x, self.trainable_parameters())
-            fold_statistics(self, recorded[0])
-            return output
 
         def inner(parameters: Any, x: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
             self.update(parameters)

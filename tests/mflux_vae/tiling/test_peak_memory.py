@@ -124,25 +124,6 @@ def test_estimate_for_vector_latents(name: str, operation: str) -> None:
         tiling_plan.peak_bytes(network, operation, 64, 64, 64, Tiling("exact"))
 
 
-CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, int]] = {
-    "stride, few channels": ((1, 256, 256, 3), 64, 2),
-    "stride": ((2, 64, 64, 64), 128, 2),
-    "chunks of rows": ((1, 128, 128, 64), 64, 1),
-    "chunks of output channels": ((1, 8, 128, 256), 256, 1),
-}
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_estimate_of_a_convolution(name: str) -> None:
-    image, out, stride = CONVOLUTIONS[name]
-    x, weight = mx.random.normal(image), mx.random.normal((out, 3, 3, image[3]))
-    mx.eval(x, weight)
-    result = 4 * prod(image[:3]) * out // stride**2
-    estimate = kernels.workspace_bytes(image, weight.shape, stride)
-    measured = (peak - result for peak in peaks(lambda: [kernels.conv2d(x, weight, stride=stride, padding=1)]))
-    assert estimate == pytest.approx(largest_peak(estimate, measured), rel=0.2)
-
-
 def test_pointwise_steps_reuse_unreferenced_memory() -> None:
     """`relu(x * 2 + 1)` needs one array, and two if its intermediate is referenced."""
     image = 4 * 64 * 64 * 3

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae import kernels
 from mflux_vae.errors import TrainingError
 from mflux_vae_train.optimizers.adam import AdamW
 from mflux_vae_train.optimizers.prodigy import Prodigy
@@ -36,17 +35,6 @@ def test_accumulated_micro_batches_equal_one_batch(cut: list[list[int]]) -> None
     for one, other in zip(measured, accumulated, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_parallel_micro_batches_equal_sequential_ones(compile: bool) -> None:
-    updates = [[batch([0, 1], update), batch([2], update), batch([3], update)] for update in range(3)]
-    sequential, metrics = after(updates, compile=compile)
-    parallel, other_metrics = after(updates, compile=compile, run_passes=kernels.run_parallel)
-    for path in sequential:
-        np.testing.assert_allclose(parallel[path], sequential[path], rtol=1e-5, atol=1e-6)
-    for one, other in zip(metrics, other_metrics, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_gradients_are_the_mean_over_the_window_clipped_by_global_norm() -> None:

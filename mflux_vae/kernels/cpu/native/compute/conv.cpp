@@ -251,7 +251,8 @@ void summed(const Conv& conv, const ConvArrays& in, float* y) {
 }  // namespace
 
 void convolve(const Conv& conv, const ConvArrays& in, float* y) {
-  const bool plain = !conv.affine && !conv.silu && !conv.doubled && conv.top == 0 && conv.left == 0;
+  const bool plain = !conv.affine && !conv.silu && !conv.doubled && conv.top == 0 && conv.left == 0 &&
+                     conv.out_height == conv.height && conv.out_width == conv.width;
   const int64_t tiles = conv.batch * up(conv.out_height, TILE) * up(conv.out_width, TILE) / (TILE * TILE);
   if (plain && conv.kh == 1 && conv.kw == 1 && conv.stride == 1) {
     const Matrix weight = conv.turned ? Matrix{in.weight, conv.o, 1} : Matrix{in.weight, 1, conv.c};

@@ -78,7 +78,7 @@ inline vf tanh(vf x) {
   d = d * q + 1.18534705686654e-04f;
   d = d * q + 2.26843463243900e-03f;
   d = d * q + 4.89352518554385e-03f;
-  const vf y = c * p / d;
+  const vf y = x > c ? fill(1.f) : x < c ? fill(-1.f) : c * p / d;
   return x == x ? y : x;
 }
 
@@ -98,6 +98,6 @@ inline vf erf(vf x) {
   d = d * q + -1.68282697438203e-03f;
   d = d * q + -7.37332916720468e-03f;
   d = d * q + -1.42647390514189e-02f;
-  const vf y = c * p / d;
+  const vf y = x > c ? fill(1.f) : x < c ? fill(-1.f) : c * p / d;
   return x == x ? y : x;
 }

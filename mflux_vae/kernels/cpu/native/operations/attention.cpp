@@ -192,7 +192,6 @@ class Attention : public CpuPrimitive {
                                   std::make_shared<Attention>(stream(), options_), inputs);
   }
 
-  /// Gradients of q, k and v; the mask is a constant.
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
     Arrays inputs(primals);
@@ -200,7 +199,7 @@ class Attention : public CpuPrimitive {
     const Arrays all = AttentionBack(stream(), options_).apply(inputs);
     Arrays wanted;
     for (int argument : argnums) {
-      wanted.push_back(argument < 3 ? all[argument] : mx::zeros_like(primals[argument]));
+      wanted.push_back(argument < 3 ? all[argument] : mask_gradient(primals, cotangents[0], outputs));
     }
     return wanted;
   }
@@ -211,6 +210,26 @@ class Attention : public CpuPrimitive {
   }
 
  private:
+  /// In MLX's operations, with the matrix of scores: masks are constants in most models.
+  Arrays::value_type mask_gradient(const Arrays& primals, const mx::array& dy, const Arrays& outputs) const {
+    const mx::array &q = primals[0], &mask = primals[3];
+    const int shared = int(options_.heads / options_.key_heads);
+    const auto by_head = [](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}); };
+    const mx::array k = mx::repeat(primals[1], shared, 2), v = mx::repeat(primals[2], shared, 2);
+    const mx::array scores = mx::matmul(by_head(q) * mx::array(options_.scale), mx::transpose(k, {0, 2, 3, 1}));
+    const mx::array weights = mx::exp(scores + mask - mx::expand_dims(outputs[1], -1));
+    const mx::array of_weights = mx::matmul(by_head(dy), mx::transpose(v, {0, 2, 3, 1}));
+    const mx::array dot = mx::sum(by_head(dy * outputs[0]), -1, true);
+    mx::array gradient = weights * (of_weights - dot);
+    std::vector<int> broadcast;
+    for (int axis = 0; axis < 4; axis++) {
+      if (axis < 4 - int(mask.ndim()) || mask.shape(axis - 4 + int(mask.ndim())) == 1) {
+        broadcast.push_back(axis);
+      }
+    }
+    return mx::reshape(mx::sum(gradient, broadcast, true), mask.shape());
+  }
+
   Options options_;
 };
 

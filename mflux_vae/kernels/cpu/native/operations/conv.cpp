@@ -116,6 +116,17 @@ class Affine : public CpuPrimitive {
   AffineOptions options_;
 };
 
+/// The convolution that computes the input gradient of one with stride 1, and the other way round.
+Conv turned(Conv conv) {
+  std::swap(conv.height, conv.out_height);
+  std::swap(conv.width, conv.out_width);
+  std::swap(conv.c, conv.o);
+  conv.top = conv.kh - 1 - conv.top;
+  conv.left = conv.kw - 1 - conv.left;
+  conv.turned = !conv.turned;
+  return conv;
+}
+
 /// x, dy -> dweight.
 class WeightGradient : public CpuPrimitive {
  public:
@@ -134,6 +145,8 @@ class WeightGradient : public CpuPrimitive {
   Arrays apply(const Arrays& inputs) override {
     return {mx::array(output_shapes(inputs)[0], mx::float32, std::make_shared<WeightGradient>(stream(), conv_), inputs)};
   }
+
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override;
 
  protected:
   Work bind(const Arrays&) override {
@@ -201,9 +214,26 @@ class Convolution : public CpuPrimitive {
                       std::make_shared<Convolution>(stream(), conv_, biased_, residual_), inputs)};
   }
 
+  /// Gradient of the image that the kernel moves over.
+  mx::array input_gradient_of(const mx::array& weight, const mx::array& dy) {
+    Conv back = conv_;
+    back.affine = back.silu = back.doubled = false;
+    back.height = conv_.seen_height();
+    back.width = conv_.seen_width();
+    if (conv_.stride > 1) {
+      return InputGradient(stream(), back, false).apply({weight, dy})[0];
+    }
+    return Convolution(stream(), turned(back), false, false).apply({dy, weight})[0];
+  }
+
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
-    if (conv_.turned) {
-      throw std::invalid_argument("mflux::Convolution: no second derivatives");
+    if (conv_.turned) {  // inputs are dy and weights of the convolution whose gradient this is: linear in both
+      Arrays wanted;
+      for (int argument : argnums) {
+        wanted.push_back(argument == 0 ? Convolution(stream(), turned(conv_), false, false).apply({ready(cotangents[0]), primals[1]})[0]
+                                       : WeightGradient(stream(), turned(conv_)).apply({ready(cotangents[0]), primals[0]})[0]);
+      }
+      return wanted;
     }
     const mx::array dy = ready(cotangents[0]);
     const int affine_at = 2 + biased_ + residual_;
@@ -267,26 +297,21 @@ class Convolution : public CpuPrimitive {
   }
 
  private:
-  mx::array input_gradient_of(const mx::array& weight, const mx::array& dy) {
-    Conv back = conv_;
-    back.affine = back.silu = back.doubled = false;
-    back.height = conv_.seen_height();
-    back.width = conv_.seen_width();
-    if (conv_.stride > 1) {
-      return InputGradient(stream(), back, false).apply({weight, dy})[0];
-    }
-    std::swap(back.height, back.out_height);
-    std::swap(back.width, back.out_width);
-    std::swap(back.c, back.o);
-    back.top = conv_.kh - 1 - conv_.top;
-    back.left = conv_.kw - 1 - conv_.left;
-    back.turned = true;
-    return Convolution(stream(), back, false, false).apply({dy, weight})[0];
-  }
-
   Conv conv_;
   bool biased_, residual_;
 };
+
+/// Linear in x and dy, too.
+Arrays WeightGradient::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+                           const Arrays&) {
+  const mx::array d = ready(cotangents[0]);
+  Convolution forward(stream(), conv_, false, false);
+  Arrays wanted;
+  for (int argument : argnums) {
+    wanted.push_back(argument == 0 ? forward.input_gradient_of(d, primals[1]) : forward.apply({primals[0], d})[0]);
+  }
+  return wanted;
+}
 
 /// The operation is linear in weights and dy: gradients are the convolution itself, and its weight gradient.
 Arrays InputGradient::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,

@@ -27,7 +27,7 @@ mx::array linear(const mx::array& x, const mx::array& weight, const std::optiona
 /// softmax(q k^T * scale + mask) v; the matrix of scores is never stored.
 ///
 /// q: (batch, queries, heads, width); k, v: (batch, keys, key_heads, ...), heads is a multiple of key_heads.
-/// mask: float32, broadcast to (batch, heads, queries, keys); a constant.
+/// mask: broadcast to (batch, heads, queries, keys).
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                     const std::optional<mx::array>& mask);
 

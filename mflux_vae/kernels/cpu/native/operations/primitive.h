@@ -20,6 +20,8 @@ namespace mflux {
 namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 
+constexpr size_t LARGE = 1 << 20;  // bytes of an output that is allocated when earlier operations are done
+
 /// A primitive that computes on a CPU in float32, from row-contiguous inputs.
 ///
 /// A derived class implements `compute`, `apply` (the operation on other inputs, for vmap) and `vjp`.
@@ -28,6 +30,9 @@ class CpuPrimitive : public mx::Primitive {
   using mx::Primitive::Primitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    if (outputs[0].nbytes() >= LARGE) {  // MLX allocates up to a hundred operations ahead of those that run
+      mx::synchronize(stream());
+    }
     auto& encoder = mx::cpu::get_command_encoder(stream());
     std::vector<const float*> in;
     std::vector<float*> out;
