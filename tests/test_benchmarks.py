@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import convolutions, dreambooth_quality
+from benchmarks import dreambooth_quality
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.diffusers_scripts import __main__ as diffusers_scripts
 from benchmarks.gpu import __main__ as gpu
@@ -254,16 +254,6 @@ def test_both_commands_train_with_the_same_settings(monkeypatch: pytest.MonkeyPa
     differ = {flag.partition("=")[0] for flag in {*ours} ^ {*theirs}}
     assert {"--learning_rate", "--rank", "--train_batch_size", "--prior_loss_weight"} < shared - differ
     assert shared & differ == {"--checkpointing_steps", "--weighting_scheme"}  # none and uniform are the same
-
-
-def test_convolution_benchmark_covers_every_algorithm(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(convolutions, "SHAPES", ((1, 13, 32, 40, 3, 1), (1, 12, 8, 16, 3, 2)))
-    assert convolutions.main(["--rounds", "1"]) == 0
-    *_, names, first, second = capsys.readouterr().out.splitlines()
-    assert "winograd" in names and first.count("*") == second.count("*") == 1
-    assert len(first.split()) == 6 + 5 and len(second.split()) == 6 + 2
 
 
 WITH_BLOCKS = {"memory:training", "memory:small_graphs", "memory:sampling"}
