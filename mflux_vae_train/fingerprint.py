@@ -54,16 +54,17 @@ def weights_hash(module: nn.Module) -> str:
     all values of tensors in every part of it, so a sample detects it. Dtypes do not count: the same file is loaded as
     bfloat16 on one device and as float32 on another.
     """
-    digest = hashlib.sha256()
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    parts: list[bytes | mx.array] = []
     left = MAX_HASHED_BYTES
     for name in sorted(parameters, key=lambda name: hashlib.sha256(name.encode()).digest()):
         array = parameters[name]
-        digest.update(f"{name} {tuple(array.shape)}\n".encode())
+        parts.append(f"{name} {tuple(array.shape)}\n".encode())
         if 0 < 4 * array.size <= left:  # counted as float32, so that all devices sample the same tensors
             left -= 4 * array.size
             indices = np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64)
-            with exclusive():  # the weights may be lazy, on a stream of all threads
-                values = np.array(array.reshape(-1)[mx.array(indices)].astype(mx.float32))
-            digest.update(values.tobytes())
-    return digest.hexdigest()[:16]
+            parts.append(array.reshape(-1)[mx.array(indices)].astype(mx.float32))
+    with exclusive():  # the weights may be lazy, on a stream of all threads
+        mx.eval([part for part in parts if isinstance(part, mx.array)])
+    content = b"".join(part if isinstance(part, bytes) else np.array(part).tobytes() for part in parts)
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -228,7 +228,12 @@ def autoencoder_bytes(
 
 def autoencoder_weights(config: Mapping[str, Any], width: int) -> int:
     """Bytes of an autoencoder's weights with `width` bytes each."""
-    return stored_bytes(_autoencoder(json.dumps(config)), width)
+    return _autoencoder_weights(json.dumps(config), width)
+
+
+@cache
+def _autoencoder_weights(config: str, width: int) -> int:
+    return stored_bytes(_autoencoder(config), width)
 
 
 @cache

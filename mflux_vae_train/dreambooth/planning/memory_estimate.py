@@ -9,9 +9,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 
@@ -36,7 +37,7 @@ from mflux_vae_train.training.hooks import Hook, Record
 MIN_REPORTED_SECONDS = 120.0
 """Shorter time estimates are not logged."""
 
-SIDES, PRODUCTS = {"cpu": 1024, "mac": 2048, "cuda": 4096}, 20
+SIDES, PRODUCTS = {"cpu": 512, "mac": 2048, "cuda": 4096}, 20
 """Side of the matrices whose products are timed, and their number in a graph on a GPU."""
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Estimate:
         limit: bytes that the run may use; None if it is not known, for another machine.
         lines: for the log.
         problem: why the run does not fit and which flags help; None if it fits.
-        reducing: flags that reduce the memory of an update.
+        reducing: finds flags that reduce the memory of an update.
         work: what the footprint is of.
     """
 
@@ -58,7 +59,7 @@ class Estimate:
     limit: int | None
     lines: Sequence[str]
     problem: str | None
-    reducing: Sequence[str] = ()
+    reducing: Callable[[], Sequence[str]] = tuple
     work: Workload | None = None
 
 
@@ -172,7 +173,7 @@ def estimate(pipeline: SupportsMemoryControl, resolved: ResolvedSettings, work: 
     lines += [] if time_line is None else [time_line]
     if problem is not None and (resolved.dry_run or resolved.memory_limit is None):  # else it is the error
         lines.append(f"this run would not fit: {problem}")
-    reducing = [] if resolved.dry_run else memory_advice.reducing(pipeline, resolved, work, _training_peak)
+    reducing = partial(memory_advice.reducing, pipeline, resolved, work, _training_peak)
     return Estimate(footprint=footprint, limit=limit, lines=lines, problem=problem, reducing=reducing, work=work)
 
 
@@ -205,7 +206,8 @@ def compare_first_update(estimate: Estimate | None) -> Hook:
         training = _training_peak(estimate.footprint)
         logger.info("the first update used %s of memory at its peak (estimated: %s)", used, size_text(training))
         if estimate.limit is not None and before < estimate.limit < peak:
-            reduce = f"; reduce it with {', or '.join(estimate.reducing[:3])}" if estimate.reducing else ""
+            flags = estimate.reducing()[:3]
+            reduce = f"; reduce it with {', or '.join(flags)}" if flags else ""
             logger.warning(
                 "the first update used more than the %s %s: the machine may swap or stop%s",
                 tiling_plan.limit_name(), size_text(estimate.limit), reduce,

@@ -141,11 +141,12 @@ class Monitor:
             tracker.scalars("validation", update, {"loss": loss})
 
     def preview_hook(self) -> Hook:
-        """Hook that draws the previews and updates the report every `validation_steps`."""
+        """Hook that draws the previews, if there are any, and updates the report every `validation_steps`."""
 
         def preview(record: Record) -> None:
-            self._previews(record.update)
-            self._write_running(record)
+            if self._run.resolved.num_validation_images:
+                self._previews(record.update)
+                self._write_running(record)
 
         return self.pace.timed_every(self._run.resolved.validation_steps, preview, seconds=self._preview_seconds)
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +89,7 @@ class Report:
             ("curves", "Training curves", charts(records, resolved.max_grad_norm, total), ""),
             ("data", "Training images", self._data_section(), ""),
             ("unused", "Not used, cut or changed", _list(unused), "Also what is unusual."),
-            ("settings", "Settings", self._settings_section(), "Bold: not the default."),
+            ("settings", "Settings", self._settings_section, "Bold: not the default."),
             ("log", "Log", _log_section(folder.log), ""),
         ]
         shown = [Section(name=n, title=title, body=body, note=note) for n, title, body, note in sections]
@@ -162,6 +163,7 @@ class Report:
             self._thumbnails[path] = image_element(pixels, largest=THUMBNAIL_SIDE, caption=path.name)
         return self._thumbnails[path]
 
+    @cached_property
     def _settings_section(self) -> str:
         settings = self._run.resolved.to_settings()
         groups: list[tuple[str, list[tuple[str, str, str, bool]]]] = []

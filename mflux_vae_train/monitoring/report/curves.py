@@ -69,7 +69,7 @@ def points(curve: Curve) -> Points:
     updates, values = updates[finite], values[finite]
     average = smoothed(values) if curve.smooth else values
     count = len(values)
-    ends = np.unique(np.linspace(0, count, min(count, MAX_POINTS) + 1).round().astype(int))
+    ends = np.linspace(0, count, min(count, MAX_POINTS) + 1).round().astype(int)
     groups = [slice(first, end) for first, end in pairwise(ends)]
     return Points(
         updates=np.array([updates[group][-1] for group in groups], int),

@@ -32,6 +32,7 @@ class Lazy(Generic[T]):
             raise ValueError("Lazy needs load or loaded")
         self._load, self.loaded, self._prepare = load, loaded, prepare
         self._changes: list[tuple[Callable[[T], object], str]] = []
+        self._loaded_hash: str | None = None
 
     @classmethod
     def of(cls, given: T | Lazy[T]) -> Lazy[T]:
@@ -85,15 +86,20 @@ class Lazy(Generic[T]):
     def fingerprint(self, hash_of: Callable[[T], str]) -> str:
         """`hash_of(object)` before any change, followed by the names of the changes.
 
-        No change is applied for this, as it may take long. An object that is loaded for it is not kept.
+        No change is applied for this, as it may take long. An object that is loaded for it is not kept; its hash is.
         """
         source = self.loaded
-        if source is None or (self._changes and self._load is not None):
+        if source is not None and not (self._changes and self.reloadable):
+            found = hash_of(source)
+        elif (known := self._loaded_hash) is not None:
+            found = known
+        else:
             assert self._load is not None
             self._prepare()
             with exclusive(), portable():
                 source = self._load()
-        return " ".join([hash_of(source), *dict.fromkeys(name for _, name in self._changes if name)])
+            found = self._loaded_hash = hash_of(source)
+        return " ".join([found, *dict.fromkeys(name for _, name in self._changes if name)])
 
     def keep(self) -> T:
         """The object, which is never freed from now on because it is going to be changed."""
