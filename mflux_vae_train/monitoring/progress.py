@@ -60,17 +60,19 @@ class Pace:
             seconds: expected duration until the first call.
         """
         took: float | None = None
+        called = 0
 
         def timed(record: Record) -> None:
-            nonlocal took
+            nonlocal took, called
             began = time.monotonic()
             hook(record)
-            took = time.monotonic() - began
+            took, called = time.monotonic() - began, record.update
             self._in_hooks += took
 
         def rest(update: int) -> float:
-            times = self._total // interval - update // interval if interval else 0
-            at_end = last and update < self._total and not (interval and self._total % interval == 0)
+            done = max(update - 1, called)  # observers ask before the hooks of their update
+            times = self._total // interval - done // interval if interval else 0
+            at_end = last and done < self._total and not (interval and self._total % interval == 0)
             expected = (seconds() if callable(seconds) else seconds) if took is None else took
             return expected * (times + at_end)
 
