@@ -26,6 +26,8 @@ from mflux_vae.image_files.reading import stored_size as stored_size
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name extensions of images, case-insensitive."""
 
+COMPRESSION = 4
+"""zlib's level for PNG files: 40 % of the time of Pillow's default, 6, and files that are 1 to 20 % larger."""
 
 Source: TypeAlias = "str | Path | Image.Image | np.ndarray"
 """Sources of an image."""
@@ -113,7 +115,7 @@ def save_image(path: str | Path, picture: np.ndarray, *, text: Mapping[str, str]
     image = to_image(picture)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
-        image.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format="PNG", pnginfo=info, compress_level=COMPRESSION)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -124,8 +124,8 @@ def image_element(pixels: np.ndarray, *, largest: int, caption: str) -> str:
     small = max(image.size) <= 128
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 88}))
     kind = "png" if small else "jpeg"
+    image.save(buffer, kind, quality=88)  # PNG has none
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     text = escape(caption)
     css_class = ' class="pixels"' if small else ""
