@@ -64,7 +64,6 @@ def rows(options: Options) -> list[Row]:
                     "mflux_vae_train.lora",
                     "mflux_vae_train.training.step",
                     "mflux_vae_train.optimizers",
-                    "mlx_lm.tuner.lora",
                 ),
             ),
             peers=[

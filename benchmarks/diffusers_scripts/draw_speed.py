@@ -41,7 +41,7 @@ def _row(count: int, steps: int, gpu: bool) -> Row:
             name="mflux-vae",
             build=f"{here}:ours",
             settings=work,
-            imports=("mflux_vae_train.dreambooth.drawing.adapted", "mlx_lm.tuner.lora"),
+            imports=("mflux_vae_train.dreambooth.drawing.adapted",),
             units=count,
         ),
         peers=[
