@@ -124,9 +124,9 @@ def test_operations_work_in_compiled_checkpointed_and_mapped_functions() -> None
     expected = mx.grad(loss)(x, w)
     for transformed in (mx.compile(mx.grad(loss)), mx.grad(mx.checkpoint(loss))):
         assert mx.allclose(transformed(x, w), expected, atol=1e-6)
-    stacked = mx.stack([x, 2 * x])
-    mapped = mx.vmap(lambda x: native.group_norm(x, 2, w, b, 1e-5))(stacked)
-    assert mx.allclose(mapped[1], native.group_norm(2 * x, 2, w, b, 1e-5), atol=1e-6)
+    for axis in (0, 2):  # the second is not contiguous
+        mapped = mx.vmap(lambda x: native.group_norm(x, 2, w, b, 1e-5), in_axes=axis)(mx.stack([x, 2 * x], axis))
+        assert mx.allclose(mapped[1], native.group_norm(2 * x, 2, w, b, 1e-5), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,8 @@ def test_operations_work_in_compiled_checkpointed_and_mapped_functions() -> None
         lambda: native.quantized_linear(mx.zeros((2, 64)), mx.zeros((4, 64)), *[mx.zeros((4, 1))] * 2, 64, 4),
         lambda: native.group_norm(mx.zeros((1, 2, 5)), 2, mx.zeros(5), mx.zeros(5), 1e-5),
         lambda: native.norm(mx.zeros((2, 3, 8)), mx.zeros((3, 1, 8)), None, 1e-5, False),
+        lambda: native.attention(mx.zeros((2, 4, 1, 8)), *[mx.zeros((1, 4, 1, 8))] * 2, 1.0),
+        lambda: mx.vmap(native.softmax)(mx.zeros((0, 8))),
         lambda: native.rotary(mx.zeros((1, 2, 3, 5)), mx.zeros((2, 1, 5)), mx.zeros((2, 1, 5))),
         lambda: native.adamw([mx.zeros(3)], [mx.zeros(4)], *[[mx.zeros(3)]] * 2, *[mx.array(1.0)] * 3, 0.9, 0.9, 1e-8),
     ],

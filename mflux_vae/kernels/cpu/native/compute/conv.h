@@ -11,11 +11,18 @@ struct Conv {
   int64_t o, kh, kw, stride, top, left;
   int64_t out_height, out_width;
   bool affine = false, silu = false, doubled = false;
+  bool biased = false, residual = false;
   bool turned = false;  // weights are (c, kh, kw, o), and both axes flipped: an input gradient
 
   /// Size of the image that the kernel moves over.
   int64_t seen_height() const { return height << doubled; }
   int64_t seen_width() const { return width << doubled; }
+  /// The convolution alone, of an image that is read as it is.
+  Conv plain() const {
+    Conv conv = *this;
+    conv.affine = conv.silu = conv.doubled = conv.biased = conv.residual = false;
+    return conv;
+  }
   bool operator==(const Conv&) const = default;
 };
 

@@ -5,7 +5,6 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 16384;
 constexpr size_t LEAVES = 16;  // of one primitive: each of its results refers to all inputs
 
 /// Pointers of one parameter: weights, first and second moments.
@@ -14,35 +13,31 @@ struct Leaf {
   float* to[3];
 };
 
-struct Factors {
-  float beta1, rest1, beta2, rest2, eps, decay, rate, correction;
+struct AdamWOptions {
+  float beta1, rest1, beta2, rest2, eps;
+
+  bool operator==(const AdamWOptions&) const = default;
 };
 
 /// Without fused multiply-add: rounding is that of the formula. Results may take the place of inputs.
-__attribute__((optimize("O3", "no-math-errno", "fp-contract=off"))) void step(const Leaf& leaf, int64_t begin, int64_t end, Factors f) {
+__attribute__((optimize("O3", "no-math-errno", "fp-contract=off"))) void step(
+    const Leaf& leaf, int64_t begin, int64_t end, const AdamWOptions& o, float decay, float rate, float correction) {
   const float *g = leaf.gradient, *w0 = leaf.from[0], *m0 = leaf.from[1], *v0 = leaf.from[2];
   float *w1 = leaf.to[0], *m1 = leaf.to[1], *v1 = leaf.to[2];
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; i++) {
-    const float m = f.beta1 * m0[i] + f.rest1 * g[i], v = f.beta2 * v0[i] + f.rest2 * (g[i] * g[i]);
-    w1[i] = w0[i] * f.decay - f.rate * m / (std::sqrt(v * f.correction) + f.eps);
+    const float m = o.beta1 * m0[i] + o.rest1 * g[i], v = o.beta2 * v0[i] + o.rest2 * (g[i] * g[i]);
+    w1[i] = w0[i] * decay - rate * m / (std::sqrt(v * correction) + o.eps);
     m1[i] = m;
     v1[i] = v;
   }
 }
 
 /// Weights, gradients, first and second moments of n parameters, then decay, rate and correction -> weights, moments.
-class AdamW : public CpuPrimitive {
+class AdamW : public Operation<AdamW, AdamWOptions> {
  public:
-  AdamW(mx::Stream s, float beta1, float rest1, float beta2, float rest2, float eps)
-      : CpuPrimitive(s), beta1_(beta1), rest1_(rest1), beta2_(beta2), rest2_(rest2), eps_(eps) {}
-
-  const char* name() const override { return "mflux::AdamW"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const AdamW&>(other);
-    return beta1_ == o.beta1_ && rest1_ == o.rest1_ && beta2_ == o.beta2_ && rest2_ == o.rest2_ && eps_ == o.eps_;
-  }
+  static constexpr const char* NAME = "mflux::AdamW";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     const size_t n = count(inputs);
@@ -51,12 +46,6 @@ class AdamW : public CpuPrimitive {
       shapes.push_back(inputs[i < n ? i : i + n].shape());
     }
     return shapes;
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    const auto shapes = output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                  std::make_shared<AdamW>(stream(), beta1_, rest1_, beta2_, rest2_, eps_), inputs);
   }
 
   /// Results take the memory of weights and moments that nothing else refers to.
@@ -91,14 +80,12 @@ class AdamW : public CpuPrimitive {
     }
     const float *decay = inputs[4 * n].data<float>(), *rate = inputs[4 * n + 1].data<float>(),
                 *correction = inputs[4 * n + 2].data<float>();
-    encoder.dispatch([=, leaves = std::move(leaves), starts = std::move(starts), beta1 = beta1_, rest1 = rest1_,
-                      beta2 = beta2_, rest2 = rest2_, eps = eps_] {
-      parallel_for(starts.back(), GRAIN, [&](int64_t begin, int64_t end) {
+    encoder.dispatch([=, leaves = std::move(leaves), starts = std::move(starts), o = options_] {
+      parallel_for(starts.back(), 2 * GRAIN, [&](int64_t begin, int64_t end) {
         size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
         for (; i < leaves.size() && starts[i] < end; i++) {
           const int64_t first = std::max(begin, starts[i]) - starts[i], last = std::min(end, starts[i + 1]) - starts[i];
-          const Leaf& leaf = leaves[i];
-          step(leaf, first, last, {beta1, rest1, beta2, rest2, eps, *decay, *rate, *correction});
+          step(leaves[i], first, last, o, *decay, *rate, *correction);
         }
       });
     });
@@ -108,9 +95,6 @@ class AdamW : public CpuPrimitive {
   static size_t count(const Arrays& inputs) { return (inputs.size() - 3) / 4; }
 
   Work bind(const Arrays&) override { return {}; }
-
- private:
-  float beta1_, rest1_, beta2_, rest2_, eps_;
 };
 
 }  // namespace
@@ -119,14 +103,10 @@ std::tuple<Arrays, Arrays, Arrays> adamw(const Arrays& weights, const Arrays& gr
                                          const Arrays& v, const mx::array& decay, const mx::array& rate,
                                          const mx::array& correction, double beta1, double beta2, double eps) {
   const size_t n = weights.size();
-  if (gradients.size() != n || m.size() != n || v.size() != n) {
-    throw std::invalid_argument("adamw: lists of different lengths");
-  }
-  for (const mx::array& one : {decay, rate, correction}) {
-    if (one.size() != 1) {
-      throw std::invalid_argument("adamw: decay, rate and correction are single numbers");
-    }
-  }
+  require(gradients.size() == n && m.size() == n && v.size() == n, "adamw: lists of different lengths");
+  require(decay.size() == 1 && rate.size() == 1 && correction.size() == 1,
+          "adamw: decay, rate and correction are single numbers");
+  const AdamWOptions options{float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(eps)};
   const Arrays factors{ready(decay), ready(rate), ready(correction)};
   std::array<Arrays, 3> results;
   for (size_t first = 0; first < n; first += LEAVES) {
@@ -134,16 +114,13 @@ std::tuple<Arrays, Arrays, Arrays> adamw(const Arrays& weights, const Arrays& gr
     Arrays inputs;
     for (const Arrays* list : {&weights, &gradients, &m, &v}) {
       for (size_t i = first; i < last; i++) {
-        if ((*list)[i].shape() != weights[i].shape()) {
-          throw std::invalid_argument("adamw: a gradient or moment has another shape than its parameter");
-        }
+        require((*list)[i].shape() == weights[i].shape(),
+                "adamw: a gradient or moment has another shape than its parameter");
         inputs.push_back(ready((*list)[i]));
       }
     }
     inputs.insert(inputs.end(), factors.begin(), factors.end());
-    const Arrays all = AdamW(mx::default_stream(mx::Device::cpu), float(beta1), float(1 - beta1), float(beta2),
-                             float(1 - beta2), float(eps))
-                           .apply(inputs);
+    const Arrays all = AdamW(options).apply(inputs);
     for (size_t part = 0; part < 3; part++) {
       const auto begin = all.begin() + part * (last - first);
       results[part].insert(results[part].end(), begin, begin + (last - first));

@@ -8,13 +8,13 @@ namespace {
 constexpr int64_t BLOCK = 48;  // queries whose scores are computed together: a multiple of the tiles' rows
 constexpr int64_t BACK_BLOCK = 2 * BLOCK;
 
-struct Options {
+struct AttentionOptions {
   int64_t batch, queries, keys, heads, key_heads, width, value_width;
   float scale;
   bool masked;
   int64_t mask_strides[4];  // batch, head, query, key; 0 where it is broadcast
 
-  bool operator==(const Options&) const = default;
+  bool operator==(const AttentionOptions&) const = default;
 };
 
 /// Pointers of one head.
@@ -22,7 +22,7 @@ struct Head {
   const float *q, *k, *v, *mask;
   int64_t q_row, k_row, v_row, out_row, out;  // strides of rows, and the offset of the output
 
-  Head(const Options& o, const std::vector<const float*>& in, int64_t index) {
+  Head(const AttentionOptions& o, const std::vector<const float*>& in, int64_t index) {
     const int64_t b = index / o.heads, h = index % o.heads, kv = h * o.key_heads / o.heads;
     q_row = o.heads * o.width;
     k_row = o.key_heads * o.width;
@@ -35,7 +35,7 @@ struct Head {
     mask = o.masked ? in[3] + b * o.mask_strides[0] + h * o.mask_strides[1] : nullptr;
   }
 
-  const float* mask_row(const Options& o, int64_t query) const {
+  const float* mask_row(const AttentionOptions& o, int64_t query) const {
     return mask ? mask + query * o.mask_strides[2] : nullptr;
   }
 };
@@ -50,13 +50,13 @@ Floats packed(Matrix matrix, int64_t k, int64_t n) {
 }
 
 /// Parts of the queries that are computed apart where there are few heads: it depends on shapes alone, and so do results.
-int64_t query_parts(const Options& o, int64_t jobs) {
+int64_t query_parts(const AttentionOptions& o, int64_t jobs) {
   return std::clamp<int64_t>((16 + jobs - 1) / jobs, 1, std::max<int64_t>(o.queries / (4 * BLOCK), 1));
 }
 
 /// Call `work(job, part, begin, end)` for parts of the queries of each job.
 template <class F>
-void each_part(const Options& o, int64_t jobs, F&& work) {
+void each_part(const AttentionOptions& o, int64_t jobs, F&& work) {
   const int64_t parts = query_parts(o, jobs), blocks = (o.queries + BLOCK - 1) / BLOCK;
   parallel_for(jobs * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -66,7 +66,7 @@ void each_part(const Options& o, int64_t jobs, F&& work) {
   });
 }
 
-void forward(const Options& o, const std::vector<const float*>& in, float* y, float* log_sums) {
+void forward(const AttentionOptions& o, const std::vector<const float*>& in, float* y, float* log_sums) {
   const Kernels& kernel = *kernels();
   each_part(o, o.batch * o.heads, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
     const Floats scores(new float[BLOCK * o.keys]);
@@ -88,7 +88,7 @@ void forward(const Options& o, const std::vector<const float*>& in, float* y, fl
 }
 
 /// Inputs: q, k, v, [mask], y, log_sums, dy. Jobs are the heads of keys, whose gradients sum over heads of queries.
-void backward(const Options& o, const std::vector<const float*>& in, float* dq, float* dk, float* dv) {
+void backward(const AttentionOptions& o, const std::vector<const float*>& in, float* dq, float* dk, float* dv) {
   const Kernels& kernel = *kernels();
   const float *y = in[3 + o.masked], *log_sums = in[4 + o.masked], *dy = in[5 + o.masked];
   const int64_t shared = o.heads / o.key_heads, jobs = o.batch * o.key_heads, parts = query_parts(o, jobs);
@@ -143,60 +143,37 @@ void backward(const Options& o, const std::vector<const float*>& in, float* dq, 
   add_parts(more_v.get(), v_size, dv);
 }
 
-class AttentionBack : public CpuPrimitive {
+class AttentionBack : public Operation<AttentionBack, AttentionOptions> {
  public:
-  AttentionBack(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::AttentionBack"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const AttentionBack&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::AttentionBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    return mx::array::make_arrays(output_shapes(inputs), std::vector<mx::Dtype>(3, mx::float32),
-                                  std::make_shared<AttentionBack>(stream(), options_), inputs);
   }
 
  protected:
   Work bind(const Arrays&) override {
     return [o = options_](auto& in, auto& out) { backward(o, in, out[0], out[1], out[2]); };
   }
-
- private:
-  Options options_;
 };
 
 /// q (batch, queries, heads, width), k, v (batch, keys, key_heads, ...), [mask] -> y as q, logarithms of sums.
-class Attention : public CpuPrimitive {
+class Attention : public Operation<Attention, AttentionOptions> {
  public:
-  Attention(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::Attention"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const Attention&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::Attention";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
-    const Options& o = options_;
+    const AttentionOptions& o = options_;
     return {{int(o.batch), int(o.queries), int(o.heads), int(o.value_width)}, {int(o.batch), int(o.heads), int(o.queries)}};
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    return mx::array::make_arrays(output_shapes(inputs), {mx::float32, mx::float32},
-                                  std::make_shared<Attention>(stream(), options_), inputs);
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
     Arrays inputs(primals);
     inputs.insert(inputs.end(), {outputs[0], outputs[1], ready(cotangents[0])});
-    const Arrays all = AttentionBack(stream(), options_).apply(inputs);
+    const Arrays all = AttentionBack(options_, stream()).apply(inputs);
     Arrays wanted;
     for (int argument : argnums) {
       wanted.push_back(argument < 3 ? all[argument] : mask_gradient(primals, cotangents[0], outputs));
@@ -211,7 +188,7 @@ class Attention : public CpuPrimitive {
 
  private:
   /// In MLX's operations, with the matrix of scores: masks are constants in most models.
-  Arrays::value_type mask_gradient(const Arrays& primals, const mx::array& dy, const Arrays& outputs) const {
+  mx::array mask_gradient(const Arrays& primals, const mx::array& dy, const Arrays& outputs) const {
     const mx::array &q = primals[0], &mask = primals[3];
     const int shared = int(options_.heads / options_.key_heads);
     const auto by_head = [](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}); };
@@ -220,42 +197,39 @@ class Attention : public CpuPrimitive {
     const mx::array weights = mx::exp(scores + mask - mx::expand_dims(outputs[1], -1));
     const mx::array of_weights = mx::matmul(by_head(dy), mx::transpose(v, {0, 2, 3, 1}));
     const mx::array dot = mx::sum(by_head(dy * outputs[0]), -1, true);
-    mx::array gradient = weights * (of_weights - dot);
     std::vector<int> broadcast;
     for (int axis = 0; axis < 4; axis++) {
       if (axis < 4 - int(mask.ndim()) || mask.shape(axis - 4 + int(mask.ndim())) == 1) {
         broadcast.push_back(axis);
       }
     }
-    return mx::reshape(mx::sum(gradient, broadcast, true), mask.shape());
+    return mx::reshape(mx::sum(weights * (of_weights - dot), broadcast, true), mask.shape());
   }
-
-  Options options_;
 };
 
 }  // namespace
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                     const std::optional<mx::array>& mask) {
-  Options options{.batch = q.shape(0), .queries = q.shape(1), .keys = k.shape(1), .heads = q.shape(2),
+  require(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4 && k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) &&
+              k.shape(2) > 0 && q.shape(2) % k.shape(2) == 0 && k.shape(3) == q.shape(3) && v.shape(1) == k.shape(1) &&
+              v.shape(2) == k.shape(2),
+          "attention: shapes of queries, keys and values do not fit");
+  AttentionOptions options{.batch = q.shape(0), .queries = q.shape(1), .keys = k.shape(1), .heads = q.shape(2),
                   .key_heads = k.shape(2), .width = q.shape(3), .value_width = v.shape(3), .scale = scale,
                   .masked = mask.has_value(), .mask_strides = {}};
-  if (k.shape(2) == 0 || q.shape(2) % k.shape(2) || k.shape(3) != q.shape(3) || v.shape(1) != k.shape(1) ||
-      v.shape(2) != k.shape(2)) {
-    throw std::invalid_argument("attention: shapes of queries, keys and values do not fit");
-  }
   Arrays inputs{ready(q), ready(k), ready(v)};
   if (mask) {
     const mx::Shape full{q.shape(0), q.shape(2), q.shape(1), k.shape(1)};
     mx::broadcast_to(*mask, full);  // checks the shape
     int64_t stride = 1;
-    for (int axis = 3, own = mask->ndim() - 1; own >= 0; axis--, own--) {
-      options.mask_strides[axis] = mask->shape(own) == 1 ? 0 : stride;
-      stride *= mask->shape(own);
+    for (int axis = 3, of_mask = mask->ndim() - 1; of_mask >= 0; axis--, of_mask--) {
+      options.mask_strides[axis] = mask->shape(of_mask) == 1 ? 0 : stride;
+      stride *= mask->shape(of_mask);
     }
     inputs.push_back(ready(*mask));
   }
-  return Attention(mx::default_stream(mx::Device::cpu), options).apply(inputs)[0];
+  return Attention(options).apply(inputs)[0];
 }
 
 }  // namespace mflux

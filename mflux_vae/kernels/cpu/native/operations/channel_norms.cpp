@@ -4,78 +4,43 @@
 namespace mflux {
 namespace {
 
-mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
-
-/// The base of the four primitives: their options.
-class NormPrimitive : public CpuPrimitive {
- public:
-  NormPrimitive(mx::Stream s, ChannelNorm norm) : CpuPrimitive(s), norm_(norm) {}
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return norm_ == static_cast<const NormPrimitive&>(other).norm_;
-  }
-
- protected:
-  template <class P>
-  Arrays make(const Arrays& inputs) {
-    auto primitive = std::make_shared<P>(stream(), norm_);
-    const auto shapes = primitive->output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), primitive, inputs);
-  }
-
-  mx::Shape stats_shape() const { return {2, int(norm_.batch), int(norm_.groups)}; }
-
-  static Arrays select(const Arrays& all, const std::vector<int>& argnums) {
-    Arrays wanted;
-    for (int argument : argnums) {
-      wanted.push_back(all[argument]);
-    }
-    return wanted;
-  }
-
-  ChannelNorm norm_;
-};
+mx::Shape stats_shape(const ChannelNorm& norm) { return {2, int(norm.batch), int(norm.groups)}; }
 
 /// x, scale, shift, stats, dy -> dx, dscale, dshift.
-class GroupNormBack : public NormPrimitive {
+class GroupNormBack : public Operation<GroupNormBack, ChannelNorm> {
  public:
-  using NormPrimitive::NormPrimitive;
-
-  const char* name() const override { return "mflux::GroupNormBack"; }
+  static constexpr const char* NAME = "mflux::GroupNormBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
   }
 
-  Arrays apply(const Arrays& inputs) override { return make<GroupNormBack>(inputs); }
-
  protected:
   Work bind(const Arrays&) override {
-    return [norm = norm_](auto& in, auto& out) {
+    return [norm = options_](auto& in, auto& out) {
       group_norm_back(norm, in[0], in[1], in[2], in[3], in[4], out[0], out[1], out[2]);
     };
   }
 };
 
 /// x, scale, shift -> y, stats.
-class GroupNorm : public NormPrimitive {
+class GroupNorm : public Operation<GroupNorm, ChannelNorm> {
  public:
-  using NormPrimitive::NormPrimitive;
+  static constexpr const char* NAME = "mflux::GroupNorm";
+  using Operation::Operation;
 
-  const char* name() const override { return "mflux::GroupNorm"; }
-
-  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape(), stats_shape()}; }
-
-  Arrays apply(const Arrays& inputs) override { return make<GroupNorm>(inputs); }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape(), stats_shape(options_)}; }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    return select(make<GroupNormBack>({primals[0], primals[1], primals[2], outputs[1], ready(cotangents[0])}), argnums);
+    const Arrays inputs{primals[0], primals[1], primals[2], outputs[1], ready(cotangents[0])};
+    return select(GroupNormBack(options_, stream()).apply(inputs), argnums);
   }
 
  protected:
   Work bind(const Arrays&) override {
-    return [norm = norm_](auto& in, auto& out) {
+    return [norm = options_](auto& in, auto& out) {
       group_statistics(norm, in[0], out[1]);
       group_norm(norm, in[0], in[1], in[2], out[1], out[0]);
     };
@@ -83,49 +48,42 @@ class GroupNorm : public NormPrimitive {
 };
 
 /// x, scale, stats, dfactor, doffset -> dx, dscale, dshift.
-class GroupAffineBack : public NormPrimitive {
+class GroupAffineBack : public Operation<GroupAffineBack, ChannelNorm> {
  public:
-  using NormPrimitive::NormPrimitive;
-
-  const char* name() const override { return "mflux::GroupAffineBack"; }
+  static constexpr const char* NAME = "mflux::GroupAffineBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {inputs[0].shape(), inputs[1].shape(), inputs[1].shape()};
   }
 
-  Arrays apply(const Arrays& inputs) override { return make<GroupAffineBack>(inputs); }
-
  protected:
   Work bind(const Arrays&) override {
-    return [norm = norm_](auto& in, auto& out) {
+    return [norm = options_](auto& in, auto& out) {
       group_affine_back(norm, in[0], in[1], in[2], in[3], in[4], out[0], out[1], out[2]);
     };
   }
 };
 
 /// x, scale, shift -> factor, offset, stats.
-class GroupAffine : public NormPrimitive {
+class GroupAffine : public Operation<GroupAffine, ChannelNorm> {
  public:
-  using NormPrimitive::NormPrimitive;
-
-  const char* name() const override { return "mflux::GroupAffine"; }
+  static constexpr const char* NAME = "mflux::GroupAffine";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
-    return {{int(norm_.batch), int(norm_.c)}, {int(norm_.batch), int(norm_.c)}, stats_shape()};
+    return {{int(options_.batch), int(options_.c)}, {int(options_.batch), int(options_.c)}, stats_shape(options_)};
   }
-
-  Arrays apply(const Arrays& inputs) override { return make<GroupAffine>(inputs); }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    return select(
-        make<GroupAffineBack>({primals[0], primals[1], outputs[2], ready(cotangents[0]), ready(cotangents[1])}),
-        argnums);
+    const Arrays inputs{primals[0], primals[1], outputs[2], ready(cotangents[0]), ready(cotangents[1])};
+    return select(GroupAffineBack(options_, stream()).apply(inputs), argnums);
   }
 
  protected:
   Work bind(const Arrays&) override {
-    return [norm = norm_](auto& in, auto& out) {
+    return [norm = options_](auto& in, auto& out) {
       group_statistics(norm, in[0], out[2]);
       group_affine(norm, in[1], in[2], out[2], out[0], out[1]);
     };
@@ -133,17 +91,12 @@ class GroupAffine : public NormPrimitive {
 };
 
 /// Sums over all axes but the last.
-class ChannelSum : public CpuPrimitive {
+class ChannelSum : public Operation<ChannelSum, std::monostate> {
  public:
-  using CpuPrimitive::CpuPrimitive;
-
-  const char* name() const override { return "mflux::ChannelSum"; }
-
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  static constexpr const char* NAME = "mflux::ChannelSum";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {{inputs[0].shape(-1)}}; }
-
-  Arrays apply(const Arrays& inputs) override { return {channel_sum(inputs[0])}; }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays&) override {
     return {mx::broadcast_to(cotangents[0], primals[0].shape())};
@@ -158,16 +111,11 @@ class ChannelSum : public CpuPrimitive {
 
 ChannelNorm describe(const mx::array& x, int groups, const mx::array& scale, const mx::array& shift, float eps,
                      Activation activation, float slope) {
-  if (x.ndim() < 2) {
-    throw std::invalid_argument("group_norm: x needs a batch axis and a channel axis");
-  }
+  require(x.ndim() >= 2, "group_norm: x needs a batch axis and a channel axis");
   const int c = x.shape(-1);
-  if (groups < 1 || c % groups) {
-    throw std::invalid_argument("group_norm: the number of groups does not divide the number of channels");
-  }
-  if (scale.shape() != mx::Shape{c} || shift.shape() != mx::Shape{c}) {
-    throw std::invalid_argument("group_norm: scale and shift need one number per channel");
-  }
+  require(groups > 0 && c % groups == 0, "group_norm: the number of groups does not divide the number of channels");
+  require(scale.shape() == mx::Shape{c} && shift.shape() == mx::Shape{c},
+          "group_norm: scale and shift need one number per channel");
   const int64_t batch = x.shape(0), per_image = batch && c ? int64_t(x.size()) / (batch * c) : 0;
   return {.batch = batch, .pixels = per_image, .c = c, .groups = groups, .activation = activation, .slope = slope, .eps = eps};
 }
@@ -177,13 +125,13 @@ ChannelNorm describe(const mx::array& x, int groups, const mx::array& scale, con
 mx::array group_norm(const mx::array& x, int groups, const mx::array& scale, const mx::array& shift, float eps,
                      Activation activation, float slope) {
   const ChannelNorm norm = describe(x, groups, scale, shift, eps, activation, slope);
-  return GroupNorm(cpu(), norm).apply({ready(x), ready(scale), ready(shift)})[0];
+  return GroupNorm(norm).apply({ready(x), ready(scale), ready(shift)})[0];
 }
 
 std::pair<mx::array, mx::array> group_norm_affine(const mx::array& x, int groups, const mx::array& scale,
                                                   const mx::array& shift, float eps) {
   const ChannelNorm norm = describe(x, groups, scale, shift, eps, Activation::none, 0);
-  const Arrays all = GroupAffine(cpu(), norm).apply({ready(x), ready(scale), ready(shift)});
+  const Arrays all = GroupAffine(norm).apply({ready(x), ready(scale), ready(shift)});
   return {all[0], all[1]};
 }
 
@@ -193,14 +141,11 @@ std::tuple<mx::array, mx::array, mx::array> batch_norm(const mx::array& x, const
   const int c = x.ndim() ? x.shape(-1) : 0;
   const mx::array flat = mx::reshape(x, {1, c ? int(x.size() / c) : 0, c});
   const ChannelNorm norm = describe(flat, std::max(c, 1), scale, shift, eps, activation, slope);
-  const Arrays all = GroupNorm(cpu(), norm).apply({ready(flat), ready(scale), ready(shift)});
+  const Arrays all = GroupNorm(norm).apply({ready(flat), ready(scale), ready(shift)});
   const mx::array stats = mx::stop_gradient(mx::reshape(all[1], {2, c}));
   return {mx::reshape(all[0], x.shape()), mx::take(stats, 0, 0), mx::take(stats, 1, 0)};
 }
 
-mx::array channel_sum(const mx::array& x) {
-  const mx::array input = ready(x);
-  return mx::array({input.shape(-1)}, mx::float32, std::make_shared<ChannelSum>(cpu()), {input});
-}
+mx::array channel_sum(const mx::array& x) { return ChannelSum(std::monostate{}).apply({ready(x)})[0]; }
 
 }  // namespace mflux

@@ -4,16 +4,12 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 8192;
-
 /// Scale and shift are both (batch, c), or both missing.
 void require_pair(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift) {
   require(x.ndim() >= 2 && scale.has_value() == shift.has_value(), "scale and shift are given together");
   const mx::Shape pair{x.shape(0), x.shape(-1)};
   require(!scale || (scale->shape() == pair && shift->shape() == pair), "scale and shift must be (batch, c)");
 }
-
-mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
 
 /// x (batch, ..., c), [scale, shift (batch, c)] -> silu(x * scale + shift).
 struct AffineOptions {
@@ -22,15 +18,10 @@ struct AffineOptions {
   bool operator==(const AffineOptions&) const = default;
 };
 
-class AffineBack : public CpuPrimitive {
+class AffineBack : public Operation<AffineBack, AffineOptions> {
  public:
-  AffineBack(mx::Stream s, AffineOptions options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::AffineBack"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const AffineBack&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::AffineBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes{inputs[0].shape()};
@@ -38,12 +29,6 @@ class AffineBack : public CpuPrimitive {
       shapes.insert(shapes.end(), 2, inputs[2].shape());
     }
     return shapes;
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    const auto shapes = output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                  std::make_shared<AffineBack>(stream(), options_), inputs);
   }
 
  protected:
@@ -66,36 +51,19 @@ class AffineBack : public CpuPrimitive {
       }
     };
   }
-
- private:
-  AffineOptions options_;
 };
 
-class Affine : public CpuPrimitive {
+class Affine : public Operation<Affine, AffineOptions> {
  public:
-  Affine(mx::Stream s, AffineOptions options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::Affine"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const Affine&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::Affine";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {mx::array(inputs[0].shape(), mx::float32, std::make_shared<Affine>(stream(), options_), inputs)};
-  }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     Arrays inputs{primals[0], ready(cotangents[0])};
     inputs.insert(inputs.end(), primals.begin() + 1, primals.end());
-    const Arrays all = AffineBack(stream(), options_).apply(inputs);
-    Arrays wanted;
-    for (int argument : argnums) {
-      wanted.push_back(all[argument]);
-    }
-    return wanted;
+    return select(AffineBack(options_, stream()).apply(inputs), argnums);
   }
 
  protected:
@@ -111,9 +79,6 @@ class Affine : public CpuPrimitive {
       }
     };
   }
-
- private:
-  AffineOptions options_;
 };
 
 /// The convolution that computes the input gradient of one with stride 1, and the other way round.
@@ -128,130 +93,89 @@ Conv turned(Conv conv) {
 }
 
 /// x, dy -> dweight.
-class WeightGradient : public CpuPrimitive {
+class WeightGradient : public Operation<WeightGradient, Conv> {
  public:
-  WeightGradient(mx::Stream s, Conv conv) : CpuPrimitive(s), conv_(conv) {}
-
-  const char* name() const override { return "mflux::WeightGradient"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return conv_ == static_cast<const WeightGradient&>(other).conv_;
-  }
+  static constexpr const char* NAME = "mflux::WeightGradient";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
-    return {{int(conv_.o), int(conv_.kh), int(conv_.kw), int(conv_.c)}};
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {mx::array(output_shapes(inputs)[0], mx::float32, std::make_shared<WeightGradient>(stream(), conv_), inputs)};
+    return {{int(options_.o), int(options_.kh), int(options_.kw), int(options_.c)}};
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override;
 
  protected:
   Work bind(const Arrays&) override {
-    return [conv = conv_](auto& in, auto& out) { weight_gradient(conv, in[0], in[1], out[0]); };
+    return [conv = options_](auto& in, auto& out) { weight_gradient(conv, in[0], in[1], out[0]); };
   }
-
- private:
-  Conv conv_;
 };
 
 /// weight, dy, [bias] -> dx of a convolution, + bias.
-class InputGradient : public CpuPrimitive {
+class InputGradient : public Operation<InputGradient, Conv> {
  public:
-  InputGradient(mx::Stream s, Conv conv, bool biased) : CpuPrimitive(s), conv_(conv), biased_(biased) {}
-
-  const char* name() const override { return "mflux::InputGradient"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const InputGradient&>(other);
-    return conv_ == o.conv_ && biased_ == o.biased_;
-  }
+  static constexpr const char* NAME = "mflux::InputGradient";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
-    return {{int(conv_.batch), int(conv_.height), int(conv_.width), int(conv_.c)}};
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {mx::array(output_shapes(inputs)[0], mx::float32, std::make_shared<InputGradient>(stream(), conv_, biased_),
-                      inputs)};
+    return {{int(options_.batch), int(options_.height), int(options_.width), int(options_.c)}};
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override;
 
  protected:
   Work bind(const Arrays&) override {
-    return [conv = conv_, biased = biased_](auto& in, auto& out) {
-      input_gradient(conv, in[0], in[1], biased ? in[2] : nullptr, out[0]);
+    return [conv = options_](auto& in, auto& out) {
+      input_gradient(conv, in[0], in[1], conv.biased ? in[2] : nullptr, out[0]);
     };
   }
-
- private:
-  Conv conv_;
-  bool biased_;
 };
 
 /// x, weight, [bias], [residual], [scale, shift] -> y.
-class Convolution : public CpuPrimitive {
+class Convolution : public Operation<Convolution, Conv> {
  public:
-  Convolution(mx::Stream s, Conv conv, bool biased, bool residual)
-      : CpuPrimitive(s), conv_(conv), biased_(biased), residual_(residual) {}
-
-  const char* name() const override { return "mflux::Convolution"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const Convolution&>(other);
-    return conv_ == o.conv_ && biased_ == o.biased_ && residual_ == o.residual_;
-  }
+  static constexpr const char* NAME = "mflux::Convolution";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
-    return {{int(conv_.batch), int(conv_.out_height), int(conv_.out_width), int(conv_.o)}};
-  }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {mx::array(output_shapes(inputs)[0], mx::float32,
-                      std::make_shared<Convolution>(stream(), conv_, biased_, residual_), inputs)};
+    return {{int(options_.batch), int(options_.out_height), int(options_.out_width), int(options_.o)}};
   }
 
   /// Gradient of the image that the kernel moves over.
   mx::array input_gradient_of(const mx::array& weight, const mx::array& dy) {
-    Conv back = conv_;
-    back.affine = back.silu = back.doubled = false;
-    back.height = conv_.seen_height();
-    back.width = conv_.seen_width();
-    if (conv_.stride > 1) {
-      return InputGradient(stream(), back, false).apply({weight, dy})[0];
+    Conv back = options_.plain();
+    back.height = options_.seen_height();
+    back.width = options_.seen_width();
+    if (back.stride > 1) {
+      return InputGradient(back, stream()).apply({weight, dy})[0];
     }
-    return Convolution(stream(), turned(back), false, false).apply({dy, weight})[0];
+    return Convolution(turned(back), stream()).apply({dy, weight})[0];
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
-    if (conv_.turned) {  // inputs are dy and weights of the convolution whose gradient this is: linear in both
-      Arrays wanted;
-      for (int argument : argnums) {
-        wanted.push_back(argument == 0 ? Convolution(stream(), turned(conv_), false, false).apply({ready(cotangents[0]), primals[1]})[0]
-                                       : WeightGradient(stream(), turned(conv_)).apply({ready(cotangents[0]), primals[0]})[0]);
-      }
-      return wanted;
+    if (options_.turned) {  // inputs are dy and weights of the convolution whose gradient this is: linear in both
+      const mx::array d = ready(cotangents[0]);
+      const Arrays both{Convolution(turned(options_), stream()).apply({d, primals[1]})[0],
+                        WeightGradient(turned(options_), stream()).apply({d, primals[0]})[0]};
+      return select(both, argnums);
     }
+    const Conv& conv = options_;
     const mx::array dy = ready(cotangents[0]);
-    const int affine_at = 2 + biased_ + residual_;
-    const AffineOptions options{conv_.affine, conv_.silu};
+    const int affine_at = 2 + conv.biased + conv.residual;
+    const AffineOptions options{conv.affine, conv.silu};
     Arrays before{primals[0]};
     before.insert(before.end(), primals.begin() + affine_at, primals.end());
     const auto needs = [&](auto test) { return std::any_of(argnums.begin(), argnums.end(), test); };
     Arrays through;  // gradients of x, scale and shift
     if (needs([&](int i) { return i == 0 || i >= affine_at; })) {
       mx::array du = input_gradient_of(primals[1], dy);
-      if (conv_.doubled) {
-        const mx::array four = mx::reshape(du, {int(conv_.batch), int(conv_.height), 2, int(conv_.width), 2, int(conv_.c)});
+      if (conv.doubled) {
+        const mx::array four = mx::reshape(du, {int(conv.batch), int(conv.height), 2, int(conv.width), 2, int(conv.c)});
         du = ready(mx::sum(four, {2, 4}));
       }
-      if (conv_.affine || conv_.silu) {
+      if (conv.affine || conv.silu) {
         Arrays inputs{before[0], du};
         inputs.insert(inputs.end(), before.begin() + 1, before.end());
-        through = AffineBack(stream(), options).apply(inputs);
+        through = AffineBack(options, stream()).apply(inputs);
       } else {
         through = {du};
       }
@@ -260,20 +184,19 @@ class Convolution : public CpuPrimitive {
     for (int argument : argnums) {
       if (argument == 1) {
         mx::array u = before[0];
-        if (conv_.affine || conv_.silu) {
-          u = Affine(stream(), options).apply(before)[0];
+        if (conv.affine || conv.silu) {
+          u = Affine(options, stream()).apply(before)[0];
         }
-        Conv plain = conv_;
-        plain.affine = plain.silu = plain.doubled = false;
-        if (conv_.doubled) {
+        Conv plain = conv.plain();
+        if (conv.doubled) {
           u = ready(mx::repeat(mx::repeat(u, 2, 1), 2, 2));
           plain.height *= 2;
           plain.width *= 2;
         }
-        wanted.push_back(WeightGradient(stream(), plain).apply({u, dy})[0]);
-      } else if (argument == 2 && biased_) {
+        wanted.push_back(WeightGradient(plain, stream()).apply({u, dy})[0]);
+      } else if (argument == 2 && conv.biased) {
         wanted.push_back(channel_sum(dy));
-      } else if (argument == 2 + biased_ && residual_) {
+      } else if (argument == 2 + conv.biased && conv.residual) {
         wanted.push_back(dy);
       } else {
         wanted.push_back(through[argument == 0 ? 0 : argument - affine_at + 1]);
@@ -284,50 +207,31 @@ class Convolution : public CpuPrimitive {
 
  protected:
   Work bind(const Arrays&) override {
-    return [conv = conv_, biased = biased_, residual = residual_](auto& in, auto& out) {
-      ConvArrays arrays{.x = in[0], .weight = in[1]};
-      arrays.bias = biased ? in[2] : nullptr;
-      arrays.residual = residual ? in[2 + biased] : nullptr;
-      if (conv.affine) {
-        arrays.scale = in[2 + biased + residual];
-        arrays.shift = in[3 + biased + residual];
-      }
+    return [conv = options_](auto& in, auto& out) {
+      const float* const* more = in.data() + 2;
+      const auto next = [&](bool given) { return given ? *more++ : nullptr; };
+      const ConvArrays arrays{.x = in[0], .weight = in[1], .bias = next(conv.biased), .residual = next(conv.residual),
+                              .scale = next(conv.affine), .shift = next(conv.affine)};
       convolve(conv, arrays, out[0]);
     };
   }
-
- private:
-  Conv conv_;
-  bool biased_, residual_;
 };
 
 /// Linear in x and dy, too.
 Arrays WeightGradient::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
                            const Arrays&) {
   const mx::array d = ready(cotangents[0]);
-  Convolution forward(stream(), conv_, false, false);
-  Arrays wanted;
-  for (int argument : argnums) {
-    wanted.push_back(argument == 0 ? forward.input_gradient_of(d, primals[1]) : forward.apply({primals[0], d})[0]);
-  }
-  return wanted;
+  Convolution forward(options_, stream());
+  return select({forward.input_gradient_of(d, primals[1]), forward.apply({primals[0], d})[0]}, argnums);
 }
 
 /// The operation is linear in weights and dy: gradients are the convolution itself, and its weight gradient.
 Arrays InputGradient::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
                           const Arrays&) {
   const mx::array d = ready(cotangents[0]);
-  Arrays wanted;
-  for (int argument : argnums) {
-    if (argument == 0) {
-      wanted.push_back(WeightGradient(stream(), conv_).apply({d, primals[1]})[0]);
-    } else if (argument == 1) {
-      wanted.push_back(Convolution(stream(), conv_, false, false).apply({d, primals[0]})[0]);
-    } else {
-      wanted.push_back(channel_sum(d));
-    }
-  }
-  return wanted;
+  const Conv conv = options_.plain();
+  return select({WeightGradient(conv, stream()).apply({d, primals[1]})[0],
+                 Convolution(conv, stream()).apply({d, primals[0]})[0], channel_sum(d)}, argnums);
 }
 
 }  // namespace
@@ -338,15 +242,12 @@ mx::array conv_transpose2d(const mx::array& x, const mx::array& weight, const st
           "conv_transpose2d: x must be (batch, h, w, c), weights (o, kh, kw, c)");
   const Conv conv{.batch = x.shape(0), .height = size[0], .width = size[1], .c = weight.shape(0), .o = x.shape(3),
                   .kh = weight.shape(1), .kw = weight.shape(2), .stride = stride, .top = padding[0], .left = padding[1],
-                  .out_height = x.shape(1), .out_width = x.shape(2)};
-  if (size[0] < 0 || size[1] < 0 || (bias && bias->shape() != mx::Shape{weight.shape(0)})) {
-    throw std::invalid_argument("conv_transpose2d: negative size, or a bias without one number per output channel");
-  }
+                  .out_height = x.shape(1), .out_width = x.shape(2), .biased = bias.has_value()};
+  require(size[0] >= 0 && size[1] >= 0 && (!bias || bias->shape() == mx::Shape{weight.shape(0)}),
+          "conv_transpose2d: negative size, or a bias without one number per output channel");
   Arrays inputs{ready(mx::transpose(weight, {3, 1, 2, 0})), ready(x)};
-  if (bias) {
-    inputs.push_back(ready(*bias));
-  }
-  return InputGradient(cpu(), conv, bias.has_value()).apply(inputs)[0];
+  append(inputs, {bias});
+  return InputGradient(conv).apply(inputs)[0];
 }
 
 mx::array conv2d(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
@@ -358,10 +259,8 @@ mx::array conv2d(const mx::array& x, const mx::array& weight, const std::optiona
           "conv2d: strides and sizes of the kernel must be positive, padding must not be negative");
   Conv conv{.batch = x.shape(0), .height = x.shape(1), .width = x.shape(2), .c = x.shape(3),
             .o = weight.shape(0), .kh = weight.shape(1), .kw = weight.shape(2), .stride = stride,
-            .top = padding[0], .left = padding[2]};
-  conv.affine = scale.has_value();
-  conv.silu = silu;
-  conv.doubled = doubled;
+            .top = padding[0], .left = padding[2], .out_height = 0, .out_width = 0, .affine = scale.has_value(),
+            .silu = silu, .doubled = doubled, .biased = bias.has_value(), .residual = residual.has_value()};
   conv.out_height = (conv.seen_height() + padding[0] + padding[1] - conv.kh) / stride + 1;
   conv.out_width = (conv.seen_width() + padding[2] + padding[3] - conv.kw) / stride + 1;
   require(conv.seen_height() + padding[0] + padding[1] >= conv.kh && conv.seen_width() + padding[2] + padding[3] >= conv.kw,
@@ -371,23 +270,16 @@ mx::array conv2d(const mx::array& x, const mx::array& weight, const std::optiona
           "conv2d: the bias must be (o,), the residual as the result");
   require_pair(x, scale, shift);
   Arrays inputs{ready(x), ready(weight)};
-  for (const auto& one : {bias, residual, scale, shift}) {
-    if (one) {
-      inputs.push_back(ready(*one));
-    }
-  }
-  return Convolution(cpu(), conv, bias.has_value(), residual.has_value()).apply(inputs)[0];
+  append(inputs, {bias, residual, scale, shift});
+  return Convolution(conv).apply(inputs)[0];
 }
 
 mx::array affine(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift,
                  bool silu) {
   require_pair(x, scale, shift);
   Arrays inputs{ready(x)};
-  if (scale) {
-    inputs.push_back(ready(*scale));
-    inputs.push_back(ready(*shift));
-  }
-  return Affine(cpu(), {scale.has_value(), silu}).apply(inputs)[0];
+  append(inputs, {scale, shift});
+  return Affine({scale.has_value(), silu}).apply(inputs)[0];
 }
 
 }  // namespace mflux

@@ -3,110 +3,57 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 8192;
+struct ActivateOptions {
+  Activation kind;
+  float slope;
 
-class Activate : public CpuPrimitive {
+  bool operator==(const ActivateOptions&) const = default;
+};
+
+/// x, dy -> dy * activation'(x).
+class ActivateBack : public Operation<ActivateBack, ActivateOptions> {
  public:
-  Activate(mx::Stream s, Activation kind, float slope) : CpuPrimitive(s), kind_(kind), slope_(slope) {}
-
-  const char* name() const override { return "mflux::Activate"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const Activate&>(other);
-    return kind_ == o.kind_ && slope_ == o.slope_;
-  }
+  static constexpr const char* NAME = "mflux::ActivateBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
 
-  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays&) override;
-
  protected:
   Work bind(const Arrays& inputs) override {
-    return [size = int64_t(inputs[0].size()), kind = kind_, slope = slope_](auto& in, auto& out) {
+    return [size = int64_t(inputs[0].size()), o = options_](auto& in, auto& out) {
       parallel_for(size, GRAIN, [&](int64_t begin, int64_t end) {
-        kernels()->activate(kind, in[0] + begin, out[0] + begin, end - begin, slope);
+        kernels()->activate_back(o.kind, in[0] + begin, in[1] + begin, out[0] + begin, end - begin, o.slope);
       });
     };
   }
-
-  Arrays apply(const Arrays& inputs) override { return {activate(inputs[0], kind_, slope_)}; }
-
- private:
-  Activation kind_;
-  float slope_;
 };
 
-/// dy * activation'(x).
-class ActivateBack : public CpuPrimitive {
+class Activate : public Operation<Activate, ActivateOptions> {
  public:
-  ActivateBack(mx::Stream s, Activation kind, float slope) : CpuPrimitive(s), kind_(kind), slope_(slope) {}
-
-  const char* name() const override { return "mflux::ActivateBack"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const ActivateBack&>(other);
-    return kind_ == o.kind_ && slope_ == o.slope_;
-  }
+  static constexpr const char* NAME = "mflux::Activate";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
 
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays&) override {
+    return ActivateBack(options_, stream()).apply({primals[0], ready(cotangents[0])});
+  }
+
  protected:
   Work bind(const Arrays& inputs) override {
-    return [size = int64_t(inputs[0].size()), kind = kind_, slope = slope_](auto& in, auto& out) {
+    return [size = int64_t(inputs[0].size()), o = options_](auto& in, auto& out) {
       parallel_for(size, GRAIN, [&](int64_t begin, int64_t end) {
-        kernels()->activate_back(kind, in[0] + begin, in[1] + begin, out[0] + begin, end - begin, slope);
+        kernels()->activate(o.kind, in[0] + begin, out[0] + begin, end - begin, o.slope);
       });
     };
   }
-
-  Arrays apply(const Arrays& inputs) override {
-    const mx::array x = ready(inputs[0]);
-    return {mx::array(x.shape(), mx::float32, std::make_shared<ActivateBack>(stream(), kind_, slope_),
-                      {x, ready(inputs[1])})};
-  }
-
- private:
-  Activation kind_;
-  float slope_;
 };
 
-Arrays Activate::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays&) {
-  return {mx::array(primals[0].shape(), mx::float32, std::make_shared<ActivateBack>(stream(), kind_, slope_),
-                    {ready(primals[0]), ready(cotangents[0])})};
-}
-
-class Softmax : public CpuPrimitive {
+/// y, dy -> y * (dy - sum(y * dy)).
+class SoftmaxBack : public Operation<SoftmaxBack, std::monostate> {
  public:
-  using CpuPrimitive::CpuPrimitive;
-
-  const char* name() const override { return "mflux::Softmax"; }
-
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
-
-  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
-
-  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&, const Arrays& outputs) override;
-
- protected:
-  Work bind(const Arrays& inputs) override {
-    const int64_t width = inputs[0].shape(-1), rows = inputs[0].size() / std::max<int64_t>(width, 1);
-    return [=](auto& in, auto& out) {
-      parallel_for(rows, 1 + GRAIN / width,
-                   [&](int64_t begin, int64_t end) { kernels()->softmax(in[0], out[0], begin, end, width); });
-    };
-  }
-
-  Arrays apply(const Arrays& inputs) override { return {mflux::softmax(inputs[0])}; }
-};
-
-/// y * (dy - sum(y * dy)).
-class SoftmaxBack : public CpuPrimitive {
- public:
-  using CpuPrimitive::CpuPrimitive;
-
-  const char* name() const override { return "mflux::SoftmaxBack"; }
-
-  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  static constexpr const char* NAME = "mflux::SoftmaxBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
 
@@ -119,30 +66,35 @@ class SoftmaxBack : public CpuPrimitive {
       });
     };
   }
-
-  Arrays apply(const Arrays& inputs) override {
-    const mx::array y = ready(inputs[0]);
-    return {mx::array(y.shape(), mx::float32, std::make_shared<SoftmaxBack>(stream()), {y, ready(inputs[1])})};
-  }
 };
 
-Arrays Softmax::vjp(const Arrays&, const Arrays& cotangents, const std::vector<int>&, const Arrays& outputs) {
-  return {mx::array(outputs[0].shape(), mx::float32, std::make_shared<SoftmaxBack>(stream()),
-                    {outputs[0], ready(cotangents[0])})};
-}
+class Softmax : public Operation<Softmax, std::monostate> {
+ public:
+  static constexpr const char* NAME = "mflux::Softmax";
+  using Operation::Operation;
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
+
+  Arrays vjp(const Arrays&, const Arrays& cotangents, const std::vector<int>&, const Arrays& outputs) override {
+    return SoftmaxBack({}, stream()).apply({outputs[0], ready(cotangents[0])});
+  }
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    const int64_t width = inputs[0].shape(-1), rows = inputs[0].size() / std::max<int64_t>(width, 1);
+    return [=](auto& in, auto& out) {
+      parallel_for(rows, 1 + GRAIN / width,
+                   [&](int64_t begin, int64_t end) { kernels()->softmax(in[0], out[0], begin, end, width); });
+    };
+  }
+};
 
 }  // namespace
 
 mx::array activate(const mx::array& x, Activation kind, float slope) {
-  const mx::array input = ready(x);
-  return mx::array(input.shape(), mx::float32,
-                   std::make_shared<Activate>(mx::default_stream(mx::Device::cpu), kind, slope), {input});
+  return Activate({kind, slope}).apply({ready(x)})[0];
 }
 
-mx::array softmax(const mx::array& x) {
-  const mx::array input = ready(x);
-  return mx::array(input.shape(), mx::float32, std::make_shared<Softmax>(mx::default_stream(mx::Device::cpu)),
-                   {input});
-}
+mx::array softmax(const mx::array& x) { return Softmax(std::monostate{}).apply({ready(x)})[0]; }
 
 }  // namespace mflux

@@ -4,23 +4,18 @@
 namespace mflux {
 namespace {
 
+struct LinearOptions {
+  Activation activation;
+  bool biased, residual;
+
+  bool operator==(const LinearOptions&) const = default;
+};
+
 /// x (m, k), weight (n, k), [bias (n,)], [residual (m, n)] -> (m, n).
-class Linear : public CpuPrimitive {
+class Linear : public Operation<Linear, LinearOptions> {
  public:
-  struct Options {
-    Activation activation;
-    bool biased, residual;
-
-    bool operator==(const Options&) const = default;
-  };
-
-  Linear(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::Linear"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const Linear&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::Linear";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     mx::Shape shape = inputs[0].shape();
@@ -76,15 +71,6 @@ class Linear : public CpuPrimitive {
       gemm({in[0], k, 1}, {in[1], 1, k}, out[0], m, n, k, last);
     };
   }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {linear(inputs[0], inputs[1], options_.biased ? std::optional(inputs[2]) : std::nullopt,
-                   options_.activation,
-                   options_.residual ? std::optional(inputs[2 + options_.biased]) : std::nullopt)};
-  }
-
- private:
-  Options options_;
 };
 
 }  // namespace
@@ -98,15 +84,8 @@ mx::array linear(const mx::array& x, const mx::array& weight, const std::optiona
   require((!bias || bias->shape() == mx::Shape{weight.shape(0)}) && (!residual || residual->shape() == result),
           "linear: the bias must be (n,), the residual as the result");
   Arrays inputs{ready(x), ready(weight)};
-  for (const auto& one : {bias, residual}) {
-    if (one) {
-      inputs.push_back(ready(*one));
-    }
-  }
-  const Linear::Options options{
-      .activation = activation, .biased = bias.has_value(), .residual = residual.has_value()};
-  auto primitive = std::make_shared<Linear>(mx::default_stream(mx::Device::cpu), options);
-  return mx::array(primitive->output_shapes(inputs)[0], mx::float32, primitive, inputs);
+  append(inputs, {bias, residual});
+  return Linear({activation, bias.has_value(), residual.has_value()}).apply(inputs)[0];
 }
 
 }  // namespace mflux

@@ -5,19 +5,20 @@ namespace mflux {
 namespace {
 
 /// x W^T + bias + scale * (x A) B; W (n, k) is dense, or quantized if `bits`.
-struct Options {
+struct AdaptedOptions {
   int64_t k, n, rank, bits, group;
   bool biased, adapted;
   float scale;
+  bool wants_x = true;  // of the gradients
 
   int weights() const { return bits ? 3 : 1; }
-  bool operator==(const Options&) const = default;
+  bool operator==(const AdaptedOptions&) const = default;
 };
 
 using Pointers = std::vector<const float*>;
 
 /// Packs parts of W^T, or of W if `back`; `w` points to the pointers of the weights.
-Packer packer(const Options& o, const float* const* w, bool back) {
+Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
   if (!o.bits) {
     return [=, w = w[0]](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
       const Matrix b = back ? Matrix{w + from * o.k + left, o.k, 1} : Matrix{w + left * o.k + from, 1, o.k};
@@ -51,20 +52,14 @@ Packer packer(const Options& o, const float* const* w, bool back) {
 }
 
 /// dy, weights, [A, B, x, u] -> [dx if `wants_x`], [dA, dB]; u is scale * x A.
-class AdaptedLinearBack : public CpuPrimitive {
+class AdaptedLinearBack : public Operation<AdaptedLinearBack, AdaptedOptions> {
  public:
-  AdaptedLinearBack(mx::Stream s, Options options, bool wants_x) : CpuPrimitive(s), options_(options), wants_x_(wants_x) {}
-
-  const char* name() const override { return "mflux::AdaptedLinearBack"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& o = static_cast<const AdaptedLinearBack&>(other);
-    return options_ == o.options_ && wants_x_ == o.wants_x_;
-  }
+  static constexpr const char* NAME = "mflux::AdaptedLinearBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes;
-    if (wants_x_) {
+    if (options_.wants_x) {
       shapes.push_back(inputs[0].shape());
       shapes.back().back() = int(options_.k);
     }
@@ -75,16 +70,10 @@ class AdaptedLinearBack : public CpuPrimitive {
     return shapes;
   }
 
-  Arrays apply(const Arrays& inputs) override {
-    const auto shapes = output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                  std::make_shared<AdaptedLinearBack>(stream(), options_, wants_x_), inputs);
-  }
-
  protected:
   Work bind(const Arrays& inputs) override {
     const int64_t m = options_.n ? int64_t(inputs[0].size()) / options_.n : 0;
-    return [=, o = options_, wants_x = wants_x_](const Pointers& in, const std::vector<float*>& out) {
+    return [=, o = options_](const Pointers& in, const std::vector<float*>& out) {
       const float *dy = in[0], *const *rest = in.data() + 1 + o.weights();
       if (o.adapted) {
         const float *a = rest[0], *b = rest[1], *x = rest[2], *u = rest[3];
@@ -93,33 +82,24 @@ class AdaptedLinearBack : public CpuPrimitive {
         for (float& value : dt) {
           value *= o.scale;
         }
-        if (wants_x) {
+        if (o.wants_x) {
           gemm({dt.data(), o.rank, 1}, {a, 1, o.rank}, out[0], m, o.k, o.rank, {});
         }
-        gemm({x, 1, o.k}, {dt.data(), o.rank, 1}, out[wants_x], o.k, o.rank, m, {});
-        gemm({u, 1, o.rank}, {dy, o.n, 1}, out[wants_x + 1], o.rank, o.n, m, {});
+        gemm({x, 1, o.k}, {dt.data(), o.rank, 1}, out[o.wants_x], o.k, o.rank, m, {});
+        gemm({u, 1, o.rank}, {dy, o.n, 1}, out[o.wants_x + 1], o.rank, o.n, m, {});
       }
-      if (wants_x) {
+      if (o.wants_x) {
         gemm({dy, o.n, 1}, packer(o, in.data() + 1, true), out[0], m, o.k, o.n, {}, o.adapted);
       }
     };
   }
-
- private:
-  Options options_;
-  bool wants_x_;
 };
 
 /// x, weights (1 or 3), [bias], [A, B] -> y, [u].
-class AdaptedLinear : public CpuPrimitive {
+class AdaptedLinear : public Operation<AdaptedLinear, AdaptedOptions> {
  public:
-  AdaptedLinear(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::AdaptedLinear"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const AdaptedLinear&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::AdaptedLinear";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes{inputs[0].shape()};
@@ -131,34 +111,29 @@ class AdaptedLinear : public CpuPrimitive {
     return shapes;
   }
 
-  Arrays apply(const Arrays& inputs) override {
-    const auto shapes = output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                  std::make_shared<AdaptedLinear>(stream(), options_), inputs);
-  }
-
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    const Options& o = options_;
+    const AdaptedOptions& o = options_;
     const mx::array dy = ready(cotangents[0]);
     const int bias_at = 1 + o.weights(), a_at = bias_at + o.biased;
     const auto needs = [&](auto test) { return std::any_of(argnums.begin(), argnums.end(), test); };
-    const bool wants_x = needs([](int i) { return i == 0; });
+    AdaptedOptions back = o;
+    back.wants_x = needs([](int i) { return i == 0; });
     Arrays all;
-    if (wants_x || needs([&](int i) { return i >= a_at; })) {
+    if (back.wants_x || needs([&](int i) { return i >= a_at; })) {
       Arrays inputs{dy};
       inputs.insert(inputs.end(), primals.begin() + 1, primals.begin() + bias_at);
       if (o.adapted) {
         inputs.insert(inputs.end(), {primals[a_at], primals[a_at + 1], primals[0], outputs[1]});
       }
-      all = AdaptedLinearBack(stream(), o, wants_x).apply(inputs);
+      all = AdaptedLinearBack(back, stream()).apply(inputs);
     }
     Arrays wanted;
     for (int argument : argnums) {
       if (argument == 0) {
         wanted.push_back(all[0]);
       } else if (argument >= a_at) {
-        wanted.push_back(all[wants_x + argument - a_at]);
+        wanted.push_back(all[back.wants_x + argument - a_at]);
       } else if (argument == bias_at) {
         wanted.push_back(channel_sum(dy));
       } else if (o.bits) {
@@ -189,61 +164,46 @@ class AdaptedLinear : public CpuPrimitive {
            {.bias = o.biased ? in[bias_at] : nullptr}, o.adapted);
     };
   }
-
- private:
-  Options options_;
 };
 
 /// `weights` are ready.
-mx::array adapted(const mx::array& x, const Arrays& weights, Options o, const std::optional<mx::array>& bias,
+mx::array adapted(const mx::array& x, const Arrays& weights, AdaptedOptions o, const std::optional<mx::array>& bias,
                   const std::optional<Lora>& lora) {
-  if (x.ndim() == 0 || x.shape(-1) != o.k || o.k == 0) {
-    throw std::invalid_argument("linear: the last axis of x and the weights do not fit");
-  }
+  require(x.ndim() > 0 && x.shape(-1) == o.k && o.k > 0, "linear: the last axis of x and the weights do not fit");
+  require(!bias || bias->shape() == mx::Shape{int(o.n)}, "linear: the bias needs one number per output");
   Arrays inputs{ready(x)};
   inputs.insert(inputs.end(), weights.begin(), weights.end());
   o.biased = bias.has_value();
   o.adapted = lora.has_value();
-  if (bias) {
-    if (bias->shape() != mx::Shape{int(o.n)}) {
-      throw std::invalid_argument("linear: the bias needs one number per output");
-    }
-    inputs.push_back(ready(*bias));
-  }
+  append(inputs, {bias});
   if (lora) {
     const auto& [a, b, scale] = *lora;
-    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(0) != o.k || b.shape(1) != o.n || a.shape(1) != b.shape(0)) {
-      throw std::invalid_argument("linear: LoRA's matrices must be (inputs, rank) and (rank, outputs)");
-    }
+    require(a.ndim() == 2 && b.ndim() == 2 && a.shape(0) == o.k && b.shape(1) == o.n && a.shape(1) == b.shape(0),
+            "linear: LoRA's matrices must be (inputs, rank) and (rank, outputs)");
     o.rank = a.shape(1);
     o.scale = scale;
-    inputs.insert(inputs.end(), {ready(a), ready(b)});
+    append(inputs, {a, b});
   }
-  return AdaptedLinear(mx::default_stream(mx::Device::cpu), o).apply(inputs)[0];
+  return AdaptedLinear(o).apply(inputs)[0];
 }
 
 }  // namespace
 
 mx::array lora_linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
                       const Lora& lora) {
-  if (weight.ndim() != 2) {
-    throw std::invalid_argument("linear: the weights must be (outputs, inputs)");
-  }
+  require(weight.ndim() == 2, "linear: the weights must be (outputs, inputs)");
   return adapted(x, {ready(weight)}, {.k = weight.shape(1), .n = weight.shape(0)}, bias, lora);
 }
 
 mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, int group_size, int bits, const std::optional<mx::array>& bias,
                            const std::optional<Lora>& lora) {
-  if (bits != 4 && bits != 8) {
-    throw std::invalid_argument("quantized_linear: bits must be 4 or 8");
-  }
+  require(bits == 4 || bits == 8, "quantized_linear: bits must be 4 or 8");
   const int64_t k = weight.ndim() == 2 ? int64_t(weight.shape(1)) * 32 / bits : 0, n = k ? weight.shape(0) : 0;
   const mx::Shape groups{int(n), group_size > 0 ? int(k / group_size) : 0};
-  if (weight.dtype() != mx::uint32 || k == 0 || group_size < 8 || group_size % 8 || k % group_size ||
-      scales.shape() != groups || biases.shape() != groups) {
-    throw std::invalid_argument("quantized_linear: weights, scales and biases must be those of mx.quantize");
-  }
+  require(weight.dtype() == mx::uint32 && k > 0 && group_size >= 8 && group_size % 8 == 0 && k % group_size == 0 &&
+              scales.shape() == groups && biases.shape() == groups,
+          "quantized_linear: weights, scales and biases must be those of mx.quantize");
   return adapted(x, {row_contiguous(weight), ready(scales), ready(biases)}, {.k = k, .n = n, .bits = bits, .group = group_size},
                  bias, lora);
 }

@@ -3,14 +3,12 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 8192;
-
-struct Options {
+struct NormOptions {
   bool rms, scaled, shifted;
   float eps;
   int64_t groups;
 
-  bool operator==(const Options&) const = default;
+  bool operator==(const NormOptions&) const = default;
 };
 
 /// Rows and widths of an array that is normalized over its last axis.
@@ -25,15 +23,10 @@ struct Rows {
 };
 
 /// x, [scale], [shift] -> y, mean and rstd of each row.
-class Norm : public CpuPrimitive {
+class Norm : public Operation<Norm, NormOptions> {
  public:
-  Norm(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::Norm"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const Norm&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::Norm";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {inputs[0].shape(), {int(Rows(inputs[0], 1).count), 2}};
@@ -51,26 +44,13 @@ class Norm : public CpuPrimitive {
       });
     };
   }
-
-  Arrays apply(const Arrays& inputs) override {
-    return mx::array::make_arrays(output_shapes(inputs), {mx::float32, mx::float32},
-                                  std::make_shared<Norm>(stream(), options_), inputs);
-  }
-
- private:
-  Options options_;
 };
 
 /// x, dy, statistics, [scale] -> dx, [dscale], [dshift]; gradients of each group, (groups, width).
-class NormBack : public CpuPrimitive {
+class NormBack : public Operation<NormBack, NormOptions> {
  public:
-  NormBack(mx::Stream s, Options options) : CpuPrimitive(s), options_(options) {}
-
-  const char* name() const override { return "mflux::NormBack"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return options_ == static_cast<const NormBack&>(other).options_;
-  }
+  static constexpr const char* NAME = "mflux::NormBack";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     std::vector<mx::Shape> shapes{inputs[0].shape()};
@@ -100,15 +80,6 @@ class NormBack : public CpuPrimitive {
       }
     };
   }
-
-  Arrays apply(const Arrays& inputs) override {
-    const auto shapes = output_shapes(inputs);
-    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                                  std::make_shared<NormBack>(stream(), options_), inputs);
-  }
-
- private:
-  Options options_;
 };
 
 Arrays Norm::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -117,10 +88,7 @@ Arrays Norm::vjp(const Arrays& primals, const Arrays& cotangents, const std::vec
   if (options_.scaled) {
     inputs.push_back(primals[1]);
   }
-  auto back = std::make_shared<NormBack>(stream(), options_);
-  const auto shapes = back->output_shapes(inputs);
-  const auto all =
-      mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), back, inputs);
+  const Arrays all = NormBack(options_, stream()).apply(inputs);
   Arrays wanted;
   for (int argument : argnums) {
     wanted.push_back(argument == 0 ? all[0] : mx::reshape(all[argument], primals[argument].shape(), stream()));
@@ -132,7 +100,7 @@ Arrays Norm::vjp(const Arrays& primals, const Arrays& cotangents, const std::vec
 
 mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift,
                float eps, bool rms) {
-  Options options{.rms = rms, .scaled = scale.has_value(), .shifted = shift.has_value(), .eps = eps, .groups = 1};
+  NormOptions options{.rms = rms, .scaled = scale.has_value(), .shifted = shift.has_value(), .eps = eps, .groups = 1};
   Arrays inputs{ready(x)};
   for (const auto& one : {scale, shift}) {
     if (one) {
@@ -146,8 +114,7 @@ mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const 
       inputs.push_back(ready(mx::broadcast_to(flat, {int(options.groups), x.shape(-1)})));
     }
   }
-  auto primitive = std::make_shared<Norm>(mx::default_stream(mx::Device::cpu), options);
-  return mx::array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32}, primitive, inputs)[0];
+  return Norm(options).apply(inputs)[0];
 }
 
 }  // namespace mflux

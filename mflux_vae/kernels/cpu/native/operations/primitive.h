@@ -3,17 +3,19 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
+#include "compute/pool.h"
 #include "isa/kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
-#include "compute/pool.h"
 
 namespace mflux {
 
@@ -21,10 +23,18 @@ namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 
 constexpr size_t LARGE = 1 << 20;  // bytes of an output that is allocated when earlier operations are done
+inline constexpr int64_t GRAIN = 8192;  // numbers that are worth another thread
+
+inline mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
+
+/// Throws unless `fits`: kernels trust the shapes.
+inline void require(bool fits, const char* message) {
+  if (!fits) {
+    throw std::invalid_argument(message);
+  }
+}
 
 /// A primitive that computes on a CPU in float32, from row-contiguous inputs.
-///
-/// A derived class implements `compute`, `apply` (the operation on other inputs, for vmap) and `vjp`.
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
@@ -73,11 +83,12 @@ class CpuPrimitive : public mx::Primitive {
         count = inputs[i].shape(axes[i]);
       }
     }
+    require(count > 0, "mapped over an axis without elements");
     std::vector<Arrays> results;
     for (int index = 0; index < count; index++) {
       Arrays one;
       for (size_t i = 0; i < inputs.size(); i++) {
-        one.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], index, axes[i], stream()));
+        one.push_back(axes[i] < 0 ? inputs[i] : mx::contiguous(mx::take(inputs[i], index, axes[i], stream())));
       }
       results.push_back(apply(one));
     }
@@ -99,11 +110,35 @@ class CpuPrimitive : public mx::Primitive {
   virtual Work bind(const Arrays& inputs) = 0;
 };
 
-/// Throws unless `fits`: kernels trust the shapes.
-inline void require(bool fits, const char* message) {
-  if (!fits) {
-    throw std::invalid_argument(message);
+/// A primitive with options, named `Derived::NAME`. `Derived` implements `output_shapes`, `bind` and `vjp`.
+template <class Derived, class Options>
+class Operation : public CpuPrimitive {
+ public:
+  explicit Operation(Options options, mx::Stream s = cpu()) : CpuPrimitive(s), options_(std::move(options)) {}
+
+  const char* name() const override { return Derived::NAME; }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return options_ == static_cast<const Operation&>(other).options_;
   }
+
+  Arrays apply(const Arrays& inputs) override {
+    const auto shapes = output_shapes(inputs);
+    return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                  std::make_shared<Derived>(options_, stream()), inputs);
+  }
+
+ protected:
+  Options options_;
+};
+
+/// Those of `all` that `argnums` name.
+inline Arrays select(const Arrays& all, const std::vector<int>& argnums) {
+  Arrays wanted;
+  for (int argument : argnums) {
+    wanted.push_back(all[argument]);
+  }
+  return wanted;
 }
 
 /// A row-contiguous array: x itself where that is known before it is evaluated, which spares an operation.
@@ -118,6 +153,15 @@ inline mx::array row_contiguous(const mx::array& x) {
 /// A row-contiguous float32 array.
 inline mx::array ready(const mx::array& x) {
   return row_contiguous(x.dtype() == mx::float32 ? x : mx::astype(x, mx::float32));
+}
+
+/// Adds the arrays that are given, each `ready`.
+inline void append(Arrays& inputs, std::initializer_list<std::optional<mx::array>> more) {
+  for (const auto& one : more) {
+    if (one) {
+      inputs.push_back(ready(*one));
+    }
+  }
 }
 
 }  // namespace mflux

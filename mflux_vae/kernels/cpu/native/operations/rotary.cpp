@@ -3,24 +3,19 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 8192;
+struct RotaryOptions {
+  bool inverse;
+
+  bool operator==(const RotaryOptions&) const = default;
+};
 
 /// x (batch, positions, heads, width), cos and sin (positions, width) or (batch, positions, width).
-class Rotary : public CpuPrimitive {
+class Rotary : public Operation<Rotary, RotaryOptions> {
  public:
-  Rotary(mx::Stream s, bool inverse) : CpuPrimitive(s), inverse_(inverse) {}
-
-  const char* name() const override { return "mflux::Rotary"; }
-
-  bool is_equivalent(const mx::Primitive& other) const override {
-    return inverse_ == static_cast<const Rotary&>(other).inverse_;
-  }
+  static constexpr const char* NAME = "mflux::Rotary";
+  using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape()}; }
-
-  Arrays apply(const Arrays& inputs) override {
-    return {mx::array(inputs[0].shape(), mx::float32, std::make_shared<Rotary>(stream(), inverse_), inputs)};
-  }
 
   /// Of x: the transpose of the rotation, which is its inverse.
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
@@ -28,12 +23,13 @@ class Rotary : public CpuPrimitive {
     Arrays wanted;
     for (int argument : argnums) {
       if (argument == 0) {
-        wanted.push_back(Rotary(stream(), !inverse_).apply({dy, primals[1], primals[2]})[0]);
+        wanted.push_back(Rotary({!options_.inverse}, stream()).apply({dy, primals[1], primals[2]})[0]);
         continue;
       }
       mx::array factor = primals[0], gradient = dy;
       if (argument == 2) {
-        (inverse_ ? gradient : factor) = swapped(inverse_ ? gradient : factor);
+        mx::array& turned = options_.inverse ? gradient : factor;
+        turned = swapped(turned);
       }
       const mx::array product = mx::sum(mx::multiply(gradient, factor), 2);
       wanted.push_back(primals[argument].ndim() == 2 ? mx::sum(product, 0) : product);
@@ -54,7 +50,7 @@ class Rotary : public CpuPrimitive {
     const mx::array& x = inputs[0];
     const int64_t tokens = int64_t(x.shape(0)) * x.shape(1), positions = x.shape(1), heads = x.shape(2), width = x.shape(3);
     const bool shared = inputs[1].ndim() == 2;
-    return [=, inverse = inverse_](auto& in, auto& out) {
+    return [=, inverse = options_.inverse](auto& in, auto& out) {
       parallel_for(tokens, 1 + GRAIN / (heads * width), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; token++) {
           const int64_t at = token * heads * width, angle = (shared ? token % positions : token) * width;
@@ -63,32 +59,24 @@ class Rotary : public CpuPrimitive {
       });
     };
   }
-
- private:
-  bool inverse_;
 };
 
 }  // namespace
 
 mx::array rotary(const mx::array& x, const mx::array& cos, const mx::array& sin) {
-  if (x.ndim() != 4 || x.shape(3) % 2) {
-    throw std::invalid_argument("rotary: x must be (batch, positions, heads, width) with an even width");
-  }
+  require(x.ndim() == 4 && x.shape(3) % 2 == 0, "rotary: x must be (batch, positions, heads, width) with an even width");
   Arrays inputs{ready(x)};
   for (const mx::array& angle : {cos, sin}) {
     const bool shared = angle.ndim() == 3 || (angle.ndim() == 4 && angle.shape(0) == 1);
-    if (angle.ndim() < 3 || angle.ndim() > 4 || angle.shape(-2) != 1) {
-      throw std::invalid_argument("rotary: angles must be (positions, 1, width) or (batch, positions, 1, width)");
-    }
+    require((angle.ndim() == 3 || angle.ndim() == 4) && angle.shape(-2) == 1,
+            "rotary: angles must be (positions, 1, width) or (batch, positions, 1, width)");
     const mx::Shape last(angle.shape().end() - 3, angle.shape().end());
     const mx::array flat = mx::squeeze(shared ? mx::reshape(angle, last) : angle, -2);
     const mx::Shape full{x.shape(1), x.shape(3)}, each{x.shape(0), x.shape(1), x.shape(3)};
     inputs.push_back(ready(mx::broadcast_to(flat, shared ? full : each)));
   }
-  if (inputs[1].ndim() != inputs[2].ndim()) {
-    throw std::invalid_argument("rotary: cosine and sine have different shapes");
-  }
-  return Rotary(mx::default_stream(mx::Device::cpu), false).apply(inputs)[0];
+  require(inputs[1].ndim() == inputs[2].ndim(), "rotary: cosine and sine have different shapes");
+  return Rotary({.inverse = false}).apply(inputs)[0];
 }
 
 }  // namespace mflux

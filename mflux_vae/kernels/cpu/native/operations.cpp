@@ -1,0 +1,10 @@
+// All operations in one translation unit: reading MLX's headers takes longer than compiling an operation.
+#include "operations/adamw.cpp"
+#include "operations/attention.cpp"
+#include "operations/channel_norms.cpp"
+#include "operations/conv.cpp"
+#include "operations/elementwise.cpp"
+#include "operations/linear.cpp"
+#include "operations/lora.cpp"
+#include "operations/norms.cpp"
+#include "operations/rotary.cpp"
