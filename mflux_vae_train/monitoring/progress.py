@@ -59,21 +59,21 @@ class Pace:
         Args:
             seconds: expected duration until the first call.
         """
-        took: float | None = None
+        took: list[float] = []
         called = 0
 
         def timed(record: Record) -> None:
-            nonlocal took, called
+            nonlocal called
             began = time.monotonic()
             hook(record)
-            took, called = time.monotonic() - began, record.update
-            self._in_hooks += took
+            took.append(time.monotonic() - began)
+            self._in_hooks, called = self._in_hooks + took[-1], record.update
 
         def rest(update: int) -> float:
             done = max(update - 1, called)  # observers ask before the hooks of their update
             times = self._total // interval - done // interval if interval else 0
             at_end = last and done < self._total and not (interval and self._total % interval == 0)
-            expected = (seconds() if callable(seconds) else seconds) if took is None else took
+            expected = statistics.median(took) if took else seconds() if callable(seconds) else seconds
             return expected * (times + at_end)
 
         self._hooks_left.append(rest)
