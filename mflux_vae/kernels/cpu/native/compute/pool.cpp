@@ -1,53 +1,57 @@
 #include "compute/pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace mflux {
 namespace {
 
-constexpr int SPINS = 2000;  // about 20 us, then a worker sleeps
+constexpr int SPINS = 2000;  // 20 to 100 us, then a thread sleeps
+constexpr int MOST_THREADS = 64;
 thread_local bool inside = false;
 
 int count_threads() {
   if (const char* given = std::getenv("OMP_NUM_THREADS")) {
     if (int number = std::atoi(given); number > 0) {
-      return std::min(number, 64);
+      return std::min(number, MOST_THREADS);
     }
   }
   cpu_set_t usable;
-  if (sched_getaffinity(0, sizeof usable, &usable) == 0) {
-    return std::clamp(CPU_COUNT(&usable), 1, 64);
-  }
-  return std::max(1u, std::thread::hardware_concurrency());
+  const bool known = sched_getaffinity(0, sizeof usable, &usable) == 0;
+  return std::clamp(known ? CPU_COUNT(&usable) : int(std::thread::hardware_concurrency()), 1, MOST_THREADS);
 }
 
-/// One job at a time: workers and caller take parts of it from an atomic counter.
+/// Wait until `value` differs from `before`.
+template <class T>
+void wait_for_change(const std::atomic<T>& value, T before) {
+  for (int spins = 0; spins < SPINS; spins++) {
+    if (value.load(std::memory_order_acquire) != before) {
+      return;
+    }
+    __builtin_ia32_pause();
+  }
+  value.wait(before, std::memory_order_acquire);
+}
+
+/// One job at a time: workers and caller take parts of it from an atomic counter. The caller waits only for workers that
+/// took part: those that other processes keep from running come too late and find the job closed.
 class Pool {
  public:
   explicit Pool(int size) {
-    for (int i = 1; i < size; i++) {
-      workers_.emplace_back([this] { serve(); });
-    }
-  }
-
-  ~Pool() {
-    {
-      std::lock_guard lock(sleeping_);
-      stop_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) {
-      worker.join();
+    try {
+      for (int i = 1; i < size; i++) {
+        std::thread([this] { serve(); }).detach();
+      }
+    } catch (const std::system_error&) {  // the system allows no more threads
     }
   }
 
@@ -58,19 +62,13 @@ class Pool {
     part_ = part;
     next_.store(0, std::memory_order_relaxed);
     error_ = nullptr;
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
-      std::lock_guard lock(sleeping_);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    workers_.fetch_and(~CLOSED, std::memory_order_release);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
     take_parts();
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) {
-      if (spins > SPINS) {
-        std::this_thread::yield();
-      } else {
-        __builtin_ia32_pause();
-      }
+    for (uint32_t now = workers_.fetch_or(CLOSED, std::memory_order_acquire) | CLOSED; now != CLOSED;
+         now = workers_.load(std::memory_order_acquire)) {
+      wait_for_change(workers_, now);
     }
     if (error_) {
       std::rethrow_exception(error_);
@@ -78,6 +76,8 @@ class Pool {
   }
 
  private:
+  static constexpr uint32_t CLOSED = 1u << 31;
+
   void take_parts() {
     inside = true;
     try {
@@ -92,35 +92,42 @@ class Pool {
   }
 
   void serve() {
-    uint64_t seen = 0;
-    while (true) {
-      for (int spins = 0; spins < SPINS && generation_.load(std::memory_order_acquire) == seen; spins++) {
-        __builtin_ia32_pause();
-      }
-      if (generation_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock lock(sleeping_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-      }
+    for (uint32_t seen = 0;;) {
+      wait_for_change(generation_, seen);
       seen = generation_.load(std::memory_order_acquire);
-      if (stop_) {
-        return;
+      if (!(workers_.fetch_add(1, std::memory_order_acquire) & CLOSED)) {
+        take_parts();
       }
-      take_parts();
-      busy_.fetch_sub(1, std::memory_order_release);
+      if (workers_.fetch_sub(1, std::memory_order_release) == CLOSED + 1) {
+        workers_.notify_one();
+      }
     }
   }
 
-  std::vector<std::thread> workers_;
-  std::mutex job_, sleeping_, failing_;
-  std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
+  std::mutex job_, failing_;
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<uint32_t> workers_{CLOSED};  // at work, and whether the job is closed to more of them
   std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
   const std::function<void(int64_t, int64_t)>* work_ = nullptr;
   int64_t count_ = 0, part_ = 1;
   std::exception_ptr error_;
-  bool stop_ = false;
 };
+
+/// Never deleted: threads of a module must not be joined while the interpreter unloads it. A forked process has no
+/// workers, so it starts its pool anew.
+Pool& pool() {
+  static std::atomic<Pool*> current = nullptr;
+  static std::mutex starting;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current = nullptr; });
+  (void)registered;
+  if (!current) {
+    std::lock_guard lock(starting);
+    if (!current) {
+      current = new Pool(threads());
+    }
+  }
+  return *current;
+}
 
 }  // namespace
 
@@ -137,10 +144,8 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
     work(0, count);
     return;
   }
-  // leaked: threads of a module must not be joined while the interpreter unloads it
-  static Pool* const pool = new Pool(threads());
-  int64_t parts = std::min<int64_t>(4 * threads(), (count + grain - 1) / grain);
-  pool->run(count, (count + parts - 1) / parts, work);
+  const int64_t parts = std::min<int64_t>(4 * threads(), (count + grain - 1) / grain);
+  pool().run(count, (count + parts - 1) / parts, work);
 }
 
 void parallel_sum(int64_t count, int64_t grain, int64_t size, float* out,
