@@ -35,7 +35,6 @@ from mflux_vae_train.dreambooth.optimization.objective import add_base_predictio
 from mflux_vae_train.dreambooth.optimization.optimizer import (
     build_optimizers,
     build_schedule,
-    should_compile,
 )
 from mflux_vae_train.dreambooth.optimization.trainable import combined, networks
 from mflux_vae_train.dreambooth.planning.adapter import attach, read_assistant
@@ -262,7 +261,6 @@ def _optimize(
         optimizer,
         _loss(pipeline, resolved),
         max_grad_norm=resolved.max_grad_norm,
-        compile=should_compile(plan.updates),
         processes=processes,
     )
     schedule = build_schedule(resolved, peak=resolved.learning_rate, updates=plan.updates)

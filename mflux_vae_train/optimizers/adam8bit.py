@@ -39,6 +39,9 @@ class AdamW8bit(AdamW):
         for name, dtype in (("m", mx.int8), ("v", mx.uint8)):
             state[name] = {"codes": mx.zeros((blocks, BLOCK), dtype), "scales": mx.zeros((blocks, 1))}
 
+    def _in_one_call(self) -> bool:
+        return False
+
     def moments(self, state: State, shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
         if isinstance(state["m"], mx.array):
             return super().moments(state, shape)

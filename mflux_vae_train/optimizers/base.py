@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from mflux_vae.kernels.cpu.extension import native
+
 State: TypeAlias = "dict[str, Any]"
 """State of one parameter: named arrays, or dicts of them."""
 
 MASTER = "master"
+
+
+class Update(NamedTuple):
+    """Updated parameters, with sums of squares of their change and of the parameters before.
+
+    The change is that of the float32 weights: half precision does not show small ones.
+    """
+
+    parameters: Any
+    change: mx.array
+    before: mx.array
 
 
 class Optimizer(optim.Optimizer):
@@ -57,6 +70,10 @@ class Optimizer(optim.Optimizer):
         """A tree of parameters with master copies in place of those that have one."""
         return tree_map(master, parameters, self.state)
 
+    def scaled_update(self, gradients: Any, parameters: Any, scale: mx.array) -> Update:
+        """Apply gradients * scale. Subclasses may need fewer passes over memory."""
+        return _scaled_update(self, gradients, parameters, scale)
+
     def state_bytes(self, parameter: mx.array) -> int:
         """Size of the state of such a parameter, including a master copy. Allocates nothing."""
         state: State = {}
@@ -75,3 +92,41 @@ def store(weights: mx.array, parameter: mx.array, state: State) -> mx.array:
     if MASTER in state:
         state[MASTER] = weights
     return weights.astype(parameter.dtype)
+
+
+def scaled_update(optimizer: optim.Optimizer, gradients: Any, parameters: Any, scale: mx.array) -> Update:
+    """Apply gradients * scale with any optimizer."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer.scaled_update(gradients, parameters, scale)
+    return _scaled_update(optimizer, gradients, parameters, scale)
+
+
+def _scaled_update(optimizer: optim.Optimizer, gradients: Any, parameters: Any, scale: mx.array) -> Update:
+    gradients = tree_map(lambda g: widened(g) * scale, gradients)
+    if not all(isinstance(single, Optimizer) for single in getattr(optimizer, "optimizers", [optimizer])):
+        # MLX's own optimizers return parameters in the dtype of the gradients
+        gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
+    before = masters(optimizer, parameters)
+    changed = optimizer.apply_gradients(gradients, parameters)
+    change = tree_map(mx.subtract, masters(optimizer, changed), before)
+    return Update(changed, sum_of_squares(change), sum_of_squares(parameters))
+
+
+def masters(optimizer: optim.Optimizer, parameters: Any) -> Any:
+    """Float32 weights; the optimizer's master copies for half precision, which small updates do not change."""
+    weights = optimizer.master(parameters) if isinstance(optimizer, Optimizer) else parameters
+    return tree_map(lambda array: array.astype(mx.float32), weights)
+
+
+def widened(array: mx.array) -> mx.array:
+    """Half precision as float32; other arrays are unchanged."""
+    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array
+
+
+def sum_of_squares(tree: Any) -> mx.array:
+    """Sum over all arrays of a tree, in float32."""
+    arrays: list[mx.array] = list(dict(tree_flatten(tree)).values())
+    if (module := native()) is not None:
+        total: mx.array = module.sum_of_squares(arrays)
+        return total
+    return sum((mx.square(array.astype(mx.float32)).sum() for array in arrays), mx.array(0.0))

@@ -16,15 +16,16 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mflux_vae.errors import DeviceError, TrainingError
-from mflux_vae.runtime.device import eval_each, is_cpu
+from mflux_vae.kernels.cpu.compile import compile as compiled
+from mflux_vae.runtime.device import eval_each
 from mflux_vae.runtime.device_errors import device_errors
 from mflux_vae.runtime.threads import exclusive
 from mflux_vae_train.checkpointing import state
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
-from mflux_vae_train.optimizers.base import Optimizer
+from mflux_vae_train.optimizers.base import masters, scaled_update, sum_of_squares, widened
 from mflux_vae_train.training.ema import EMA
 
 Arrays: TypeAlias = Mapping[str, Any]
@@ -67,8 +68,7 @@ class Step:
         buffers: whether a forward pass may replace arrays that are never trained, such as the running statistics of
             batch normalization. All micro-batches of an update start from the same buffers, and the results are
             averaged by weight: equal for any number of processes.
-        compile: None means yes on Metal and CUDA, no on a CPU. There `mx.compile` calls a C++ compiler for each new
-            kernel: 15 s for the step of an adapter, once per machine, after which updates take a sixth less time.
+        compile: trace forward pass, gradients and update once for each set of shapes.
         processes: each computes its share of the micro-batches of every update.
     """
 
@@ -81,7 +81,7 @@ class Step:
         max_grad_norm: float = 1.0,
         ema: EMA | None = None,
         buffers: bool = False,
-        compile: bool | None = None,
+        compile: bool = True,
         processes: ProcessGroup = SINGLE,
     ) -> None:
         self.model, self.optimizer, self.ema, self.max_grad_norm = model, optimizer, ema, max_grad_norm
@@ -91,7 +91,6 @@ class Step:
         # a host may hold transposed views, which resuming replaces: copies round alike (see `mflux_vae.weights`)
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         optimizer.init(model.trainable_parameters())
-        widens = all(isinstance(single, Optimizer) for single in getattr(optimizer, "optimizers", [optimizer]))
         self._state = {
             "parameters": state.parameters(model),
             "optimizer": state.tree_state(optimizer.state),
@@ -114,30 +113,19 @@ class Step:
 
         def apply(parameters: Any, gradients: Any, norm: mx.array, total: mx.array) -> tuple[Any, mx.array]:
             scale = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0) / total
-            gradients = tree_map(lambda g: widened(g) * scale, gradients)
-            if not widens:  # MLX's own optimizers return parameters in the dtype of the gradients
-                gradients = tree_map(lambda g, p: g.astype(p.dtype), gradients, parameters)
-            before = master(parameters)
-            changed = optimizer.apply_gradients(gradients, parameters)
+            updated = scaled_update(optimizer, gradients, parameters, scale)
             if ema is not None:
-                ema.update(master(changed))
-            change = tree_map(lambda new, old: _sum_of_squares(new - old), master(changed), before)
-            return changed, _root_of_sum(change) / mx.maximum(global_norm(parameters), 1e-20)
-
-        def master(parameters: Any) -> Any:
-            """Float32 weights; the optimizer's master copies for half precision, which small updates do not change."""
-            weights = optimizer.master(parameters) if isinstance(optimizer, Optimizer) else parameters
-            return tree_map(lambda array: array.astype(mx.float32), weights)
+                ema.update(masters(optimizer, updated.parameters))
+            return updated.parameters, mx.sqrt(updated.change) / mx.maximum(mx.sqrt(updated.before), 1e-20)
 
         traced = mx.value_and_grad(objective)
 
         self._buffers: Callable[[], Any] = partial(_arrays, model, _never_trained(model)) if buffers else dict
         self._gradients, self._apply = traced, apply
-        if not is_cpu() if compile is None else compile:
-            self._gradients = mx.compile(traced)
-            if not is_cpu():  # fused on a CPU, scalars such as the bias correction would be computed per element
-                captured = [optimizer.state, *([ema.state] if ema is not None else [])]
-                self._apply = mx.compile(apply, inputs=captured, outputs=captured)
+        if compile:
+            captured = [optimizer.state, *([ema.state] if ema is not None else [])]
+            self._gradients = compiled(traced)
+            self._apply = compiled(apply, inputs=captured, outputs=captured)
 
     def __call__(self, update: int, batches: Sequence[MicroBatch], learning_rate: float) -> dict[str, float]:
         """Make update `update` (0-based, for messages) from `batches` and those of the other processes.
@@ -269,25 +257,10 @@ def _bytes(tree: Any) -> int:
     return sum(array.nbytes for array in dict(tree_flatten(tree)).values())
 
 
-def widened(array: mx.array) -> mx.array:
-    """Half precision as float32; other arrays are unchanged."""
-    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array
-
-
 def _unchanged(array: mx.array) -> mx.array:
     return array
 
 
 def global_norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, summed in float32."""
-    return _root_of_sum(tree_map(_sum_of_squares, tree))
-
-
-def _root_of_sum(squares: Any) -> mx.array:
-    return mx.sqrt(tree_reduce(mx.add, squares, mx.array(0.0)))
-
-
-def _sum_of_squares(x: mx.array) -> mx.array:
-    """A matrix product on a CPU: one pass over memory."""
-    flat = x.astype(mx.float32).reshape(1, -1)
-    return (flat @ flat.T)[0, 0] if is_cpu() else mx.square(flat).sum()
+    return mx.sqrt(sum_of_squares(tree))

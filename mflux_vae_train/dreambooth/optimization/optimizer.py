@@ -8,7 +8,6 @@ from dataclasses import replace
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
@@ -16,18 +15,11 @@ from mflux_vae_train.optimizers.grouped import Grouped
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
 
-COMPILE_FROM = 300
-"""Number of updates from which compiling a step pays off on a CPU, see `Step`."""
-
 SMALL = 50_000_000
 """Parameters of a network up to which micro-batches run concurrently on a CPU. Each keeps activations."""
 
 TEXT_ENCODER_SHARE = 0.05
 """Text encoders' share of the denoiser's learning rate with an adapter: 5e-6 and 1e-4 are diffusers' defaults."""
-
-
-def should_compile(updates: int) -> bool:
-    return not is_cpu()
 
 
 def concurrent_micro_batches(denoiser: nn.Module) -> int:

@@ -117,8 +117,6 @@ def test_no_global_random_state_is_used() -> None:
 
 
 def test_compiled_equals_plain() -> None:
-    """With few kernels: on a CPU a C++ compiler runs for each."""
-
     def run(compile: bool) -> tuple[dict[str, Any], dict[str, float]]:
         net = nn.Linear(4, 3, bias=False)
         net.weight = mx.full((3, 4), 0.5)

@@ -8,6 +8,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "mlx/compile.h"
 #include "operations/ops.h"
 
 namespace nb = nanobind;
@@ -31,6 +32,10 @@ NB_MODULE(_native, m) {
       .value("sigmoid", Activation::sigmoid)
       .value("tanh", Activation::tanh)
       .value("leaky_relu", Activation::leaky_relu);
+  nb::enum_<mflux::mx::CompileMode>(m, "CompileMode")
+      .value("no_fuse", mflux::mx::CompileMode::no_fuse)
+      .value("enabled", mflux::mx::CompileMode::enabled);
+  m.def("set_compile_mode", &mflux::mx::set_compile_mode, "mode"_a);
   m.def("threads", &mflux::threads);
   m.def("activate", &mflux::activate, "x"_a, "kind"_a, "slope"_a = 0.f);
   m.def("norm", &mflux::norm, "x"_a, "scale"_a.none(), "shift"_a.none(), "eps"_a, "rms"_a);
@@ -54,6 +59,7 @@ NB_MODULE(_native, m) {
   m.def("lora_linear", &mflux::lora_linear, "x"_a, "weight"_a, "bias"_a.none(), "lora"_a);
   m.def("quantized_linear", &mflux::quantized_linear, "x"_a, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
         "bias"_a.none() = nb::none(), "lora"_a.none() = nb::none());
-  m.def("adamw", &mflux::adamw, "weights"_a, "gradients"_a, "m"_a, "v"_a, "decay"_a, "rate"_a, "correction"_a, "beta1"_a,
-        "beta2"_a, "eps"_a);
+  m.def("sum_of_squares", &mflux::sum_of_squares, "arrays"_a);
+  m.def("adamw", &mflux::adamw, "weights"_a, "gradients"_a, "m"_a, "v"_a, "scale"_a, "decay"_a, "rate"_a,
+        "correction"_a, "beta1"_a, "beta2"_a, "eps"_a);
 }

@@ -48,7 +48,8 @@ def test_agrees_with_its_formula(case: Callable[[Draw], Case], data: st.DataObje
 def adamw_by_formula(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, *factors: float) -> list[np.ndarray]:
     """One update of AdamW in float32, rounded after each operation."""
     f = np.float32
-    decay, rate, correction = (f(x) for x in factors)
+    scale, decay, rate, correction = (f(x) for x in factors)
+    g = g * scale
     m = f(0.9) * m + f(1 - 0.9) * g
     v = f(0.999) * v + f(1 - 0.999) * (g * g)
     return [w * decay - rate * m / (np.sqrt(v * correction) + f(1e-8)), m, v]
@@ -60,13 +61,17 @@ def test_adamw_equals_its_formula_to_the_bit(shapes: list[list[int]], seed: int)
     random = np.random.default_rng(seed)
     lists = [[np.float32(random.normal(size=shape)).reshape(shape) for shape in shapes] for _ in range(4)]
     lists[3] = [np.abs(v) for v in lists[3]]
-    factors = (0.999, 1e-3, 1.25)
+    factors = (0.7, 0.999, 1e-3, 1.25)
     expected = [adamw_by_formula(*arrays, *factors) for arrays in zip(*lists, strict=True)]
     arrays = [[mx.array(a) for a in values] for values in lists]
     actual = native.adamw(*arrays, *(mx.array(x) for x in factors), 0.9, 0.999, 1e-8)
     for i, parameter in enumerate(expected):
         for part, value in enumerate(parameter):
             np.testing.assert_array_equal(np.array(actual[part][i]), value)
+    change = sum(np.square(np.float64(new - w)).sum() for (new, *_), w in zip(expected, lists[0], strict=True))
+    before = sum(np.square(np.float64(w)).sum() for w in lists[0])
+    np.testing.assert_allclose(actual[3], [change, before], rtol=1e-5)
+    np.testing.assert_allclose(native.sum_of_squares(arrays[0]), before, rtol=1e-5)
     for before, kept in zip(lists, arrays, strict=True):  # still referenced, so not overwritten
         for a, b in zip(before, kept, strict=True):
             np.testing.assert_array_equal(np.array(b), a)
@@ -83,7 +88,7 @@ def test_adamw_reuses_the_memory_of_weights_and_moments() -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    weights, m, v = native.adamw(weights, gradients, m, v, one, one, one, 0.9, 0.999, 1e-8)
+    weights, m, v, _ = native.adamw(weights, gradients, m, v, one, one, one, one, 0.9, 0.999, 1e-8)
     mx.eval(weights, m, v)
     assert mx.get_peak_memory() - before < 1 << 22
 
@@ -144,7 +149,7 @@ def test_operations_work_in_compiled_checkpointed_and_mapped_functions() -> None
         lambda: native.attention(mx.zeros((2, 4, 1, 8)), *[mx.zeros((1, 4, 1, 8))] * 2, 1.0),
         lambda: mx.vmap(native.softmax)(mx.zeros((0, 8))),
         lambda: native.rotary(mx.zeros((1, 2, 3, 5)), mx.zeros((2, 1, 5)), mx.zeros((2, 1, 5))),
-        lambda: native.adamw([mx.zeros(3)], [mx.zeros(4)], *[[mx.zeros(3)]] * 2, *[mx.array(1.0)] * 3, 0.9, 0.9, 1e-8),
+        lambda: native.adamw([mx.zeros(3)], [mx.zeros(4)], *[[mx.zeros(3)]] * 2, *[mx.array(1.0)] * 4, 0.9, 0.9, 1e-8),
     ],
 )
 def test_shapes_that_do_not_fit_are_an_error(call: Callable[[], Any]) -> None:

@@ -82,12 +82,17 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
                            const mx::array& biases, int group_size, int bits, const std::optional<mx::array>& bias,
                            const std::optional<Lora>& lora);
 
-/// AdamW on all parameters: weights * decay - rate * m / (sqrt(v * correction) + eps), rounded as in this formula.
+/// Sum of the squares of all numbers in all arrays. It has no gradient.
+mx::array sum_of_squares(const Arrays& arrays);
+
+/// AdamW on all parameters, with gradients g = gradients * scale:
+/// weights * decay - rate * m / (sqrt(v * correction) + eps), rounded as in this formula.
 ///
-/// decay, rate, correction: single numbers; the last two contain the corrections of both moments' bias.
-/// Returns weights, first and second moments.
-std::tuple<Arrays, Arrays, Arrays> adamw(const Arrays& weights, const Arrays& gradients, const Arrays& m,
-                                         const Arrays& v, const mx::array& decay, const mx::array& rate,
-                                         const mx::array& correction, double beta1, double beta2, double eps);
+/// scale, decay, rate, correction: single numbers; the last two contain the corrections of both moments' bias.
+/// Returns weights, first and second moments; sums of squares (2,) of the change of weights and of weights before.
+std::tuple<Arrays, Arrays, Arrays, mx::array> adamw(const Arrays& weights, const Arrays& gradients, const Arrays& m,
+                                                    const Arrays& v, const mx::array& scale, const mx::array& decay,
+                                                    const mx::array& rate, const mx::array& correction, double beta1,
+                                                    double beta2, double eps);
 
 }  // namespace mflux
