@@ -35,8 +35,8 @@ from __future__ import annotations
 import sys
 
 from benchmarks import (
+    denoisers,
     dreambooth_speed,
-    flux_speed,
     image_loading,
     text_encoders,
     vae_speed,
@@ -48,7 +48,7 @@ from benchmarks.harness.cli import main
 SCRIPTS = {
     "vae_speed": vae_speed.rows,
     "vae_training": vae_training.rows,
-    "flux_speed": flux_speed.rows,
+    "denoisers": denoisers.rows,
     "text_encoders": text_encoders.rows,
     "image_loading": image_loading.rows,
     "dreambooth_speed": dreambooth_speed.rows,

@@ -9,12 +9,12 @@ FLUX.1's autoencoder has the same layers but for 16 latent channels and no 1x1 c
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.backends import mlx_work, nhwc, torch_device, torch_work
+from benchmarks.harness.backends import compiled_if, mlx_work, nhwc, torch_device, torch_work
 from benchmarks.harness.cli import Options, main
 from benchmarks.harness.rows import Implementation, Row, Work
 from benchmarks.harness.weights import fill_mlx, fill_torch, noise
@@ -22,44 +22,44 @@ from benchmarks.harness.weights import fill_mlx, fill_torch, noise
 FACTOR, LATENT = 8, 4
 TORCH = ("diffusers.models.autoencoders.autoencoder_kl", "torch")
 OURS = ("mflux_vae.networks.autoencoder_kl",)
-LAYOUTS = {"channels first": False, "channels last": True}
+WHEEL = 64
+"""Pixels; plain MLX takes seconds."""
 
 
 def rows(options: Options) -> list[Row]:
     """The measurements."""
-    against_torch, wheel, growth = ((256,), 64, (128,)) if options.quick else ((256, 512), 128, (128, 512, 1024))
-    works = [(what, size) for size in against_torch for what in ("encode", "decode")]
+    against_torch, growth = ((256,), (128,)) if options.quick else ((256, 512), (512, 1024))
     measured = [
         Row(
             work=f"SD autoencoder, {what} {size}x{size}",
             ours=_ours(what, size),
-            peers=[_torch(options, what, size, layout) for layout in LAYOUTS],
+            peers=[_torch(name, what, size, variant) for name, variant in options.torch_variants(images=True).items()],
             beside=[] if options.quick else _half_precision(options, what, size),
-            target=1.3,
+            target=target,
             tolerance=1e-2 if options.gpu else 1e-3,
         )
-        for what, size in works
+        for size in against_torch
+        for what, target in (("encode", 2.2), ("decode", 1.7))
     ]
     if not options.gpu:
-        measured += [
+        measured.append(
             Row(
-                work=f"SD autoencoder, {what} {wheel}x{wheel}, MLX as the wheel comes",
-                ours=_ours(what, wheel),
+                work=f"SD autoencoder, encode {WHEEL}x{WHEEL}, MLX as the wheel comes",
+                ours=_ours("encode", WHEEL),
                 peers=[
                     Implementation(
                         name="mlx.nn",
                         build="benchmarks.peers.plain_mlx:build",
-                        settings={"what": what, "size": wheel},
+                        settings={"what": "encode", "size": WHEEL},
                         imports=("mlx.nn",),
                         environment={"MFLUX_VAE_BLAS": "none"},
-                        units=wheel * wheel,
+                        units=WHEEL * WHEEL,
                     )
                 ],
                 target=60,
                 rounds=1 if options.quick else 2,
             )
-            for what in (("encode",) if options.quick else ("encode", "decode"))  # a minute more
-        ]
+        )
     measured += [
         Row(
             work=f"SD autoencoder, {what} {size}x{size} against itself at 256, per pixel",
@@ -67,7 +67,7 @@ def rows(options: Options) -> list[Row]:
             peers=[_ours(what, 256, name="at 256")],
             target=1 / 1.3,
             tolerance=None,
-            rounds=3,
+            rounds=2,
         )
         for size in growth
         for what in ("encode", "decode")
@@ -98,7 +98,7 @@ def ours(what: str, size: int, half: bool = False) -> Work:
     return mlx_work(lambda: {"output": network.decode(given)})
 
 
-def diffusers(what: str, size: int, channels_last: bool, half: bool, gpu: bool) -> Work:
+def diffusers(what: str, size: int, channels_last: bool, gpu: bool, compiled: bool = False, half: bool = False) -> Work:
     """diffusers' network."""
     import torch
 
@@ -109,11 +109,14 @@ def diffusers(what: str, size: int, channels_last: bool, half: bool, gpu: bool) 
     given = torch.from_numpy(inputs(what, size)).permute(0, 3, 1, 2)
     given = given.to(device, dtype).contiguous(memory_format=layout)
 
+    def apply() -> Any:
+        return network.encode(given).latent_dist.mean if what == "encode" else network.decode(given).sample
+
+    apply = compiled_if(compiled, apply)
+
     def run() -> dict[str, Any]:
         with torch.inference_mode():
-            if what == "encode":
-                return {"output": nhwc(network.encode(given).latent_dist.mean)}
-            return {"output": nhwc(network.decode(given).sample)}
+            return {"output": nhwc(apply())}
 
     return torch_work(run, device)
 
@@ -144,27 +147,24 @@ def _ours(what: str, size: int, *, name: str = "mflux-vae", half: bool = False) 
     )
 
 
-def _torch(options: Options, what: str, size: int, layout: str, *, half: bool = False) -> Implementation:
+def _torch(name: str, what: str, size: int, variant: Mapping[str, bool]) -> Implementation:
+    half = variant.get("half", False)
     return Implementation(
-        name=f"torch, {'bfloat16, ' if half else ''}{layout}",
+        name=name,
         build="benchmarks.vae_speed:diffusers",
-        settings={
-            "what": what,
-            "size": size,
-            "channels_last": LAYOUTS[layout],
-            "half": half,
-            "gpu": options.gpu,
-        },
+        settings={"what": what, "size": size, **variant},
         imports=TORCH,
         units=size * size,
         compared=not half,
+        optional=variant.get("compiled", False),
     )
 
 
 def _half_precision(options: Options, what: str, size: int) -> Sequence[Implementation]:
     """bfloat16 for the record; ours only where it is fast: MLX's CPU has no half-precision products."""
-    own = [_ours(what, size, name="mflux-vae, bfloat16", half=True)] if options.gpu else []
-    return [*own, _torch(options, what, size, "channels last", half=True)]
+    ours = [_ours(what, size, name="mflux-vae, bfloat16", half=True)] if options.gpu else []
+    variant = {"channels_last": True, "half": True, "gpu": options.gpu}
+    return [*ours, _torch("torch, bfloat16, channels last", what, size, variant)]
 
 
 if __name__ == "__main__":

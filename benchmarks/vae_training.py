@@ -2,24 +2,24 @@
 
     python -m benchmarks.vae_training [--quick]
 
-Stable Diffusion's size at 128x128, batch 1, the embedded pipeline's at 64x64, batch 8, and one with vector latents and
-149,265 parameters at 64x64, batch 128. The loss is the squared error of the reconstruction from a sampled latent, and
-the KL divergence.
+Stable Diffusion's size at 128x128, batch 1, the embedded pipeline's at 64x64, batch 8, and three with vector latents.
+The loss is the squared error of the reconstruction from a sampled latent, and the KL divergence.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.harness.backends import mlx_work, torch_device, torch_work, training
+from benchmarks.harness.backends import compiled_if, mlx_work, torch_device, torch_update, torch_work, training
 from benchmarks.harness.cli import Options, main
 from benchmarks.harness.rows import Implementation, Row, Work
 from benchmarks.harness.weights import fill_mlx, fill_torch, noise
-from benchmarks.vae_speed import LAYOUTS, OURS, TORCH
+from benchmarks.vae_speed import OURS, TORCH
 
 KL_WEIGHT = 1e-6
 RATE = 1e-5
@@ -39,55 +39,70 @@ TINY: dict[str, Any] = {
 CASES = {"SD": (SD, 128, 1), "tiny": (TINY, 64, 8)}
 """Configuration, pixels, batch."""
 
-VECTOR: dict[str, Any] = {
-    "hidden_dims": (16, 32, 64),
-    "latent_dim": 8,
-    "image_size": 64,
-    "upsampling": "repeat",
-    "last_conv": False,
+
+@dataclass(frozen=True, kw_only=True)
+class Vectors:
+    """An autoencoder with vector latents: its configuration, and settings of the loss."""
+
+    config: Mapping[str, Any]
+    batch: int
+    reduction: Literal["sum", "mean"] = "sum"
+    beta: float = 1.0
+
+
+VECTORS: Mapping[str, Vectors] = {
+    "MNIST": Vectors(config={}, batch=128),
+    "small": Vectors(
+        config={"hidden_dims": (16, 32, 64), "latent_dim": 8, "image_size": 64}
+        | {"upsampling": "repeat", "last_conv": False},
+        batch=128,
+    ),
+    "VanillaVAE": Vectors(
+        config={"hidden_dims": (64, 128, 256, 512, 1024), "latent_dim": 256, "image_size": 256}
+        | {"in_channels": 3, "out_channels": 3, "output": "tanh"},
+        batch=8,
+        reduction="mean",
+        beta=1e-4,
+    ),
 }
-VECTOR_BATCH = 128
-"""The preset `mlx-mnist`'s."""
+"""The presets `mnist`, `mlx-mnist` and `vanilla-256` of `mflux-vae train`, the last one with a smaller batch."""
 
 
 def rows(options: Options) -> list[Row]:
     """The measurements."""
-    return [
-        Row(
-            work=f"{name} autoencoder, training step {size}x{size}, batch {batch}",
-            ours=Implementation(
-                name="mflux-vae", build="benchmarks.vae_training:ours", settings={"case": name}, imports=IMPORTS
-            ),
-            peers=[
-                Implementation(
-                    name=f"torch, {layout}",
-                    build="benchmarks.vae_training:diffusers",
-                    settings={"case": name, "channels_last": last, "gpu": options.gpu},
-                    imports=TORCH,
-                )
-                for layout, last in LAYOUTS.items()
-                if last or not options.quick
-            ],
-            target=1.0,
-        )
+    images = {
+        name: f"{name} autoencoder, training step {size}x{size}, batch {batch}"
         for name, (_, size, batch) in CASES.items()
-    ] + [
-        Row(
-            work=f"autoencoder with vector latents, training step 64x64, batch {VECTOR_BATCH}",
-            ours=Implementation(name="mflux-vae", build="benchmarks.vae_training:our_vectors", imports=IMPORTS),
-            peers=[
-                Implementation(
-                    name=f"torch, {layout}",
-                    build="benchmarks.vae_training:torch_vectors",
-                    settings={"channels_last": last, "gpu": options.gpu},
-                    imports=TORCH[1:],
-                )
-                for layout, last in LAYOUTS.items()
-                if last or not options.quick
-            ],
-            target=1.0,
-        )
+    }
+    vectors = {
+        name: f"{name}, vector latents, training step {(size := case.config.get('image_size', 28))}x{size}, "
+        f"batch {case.batch}"
+        for name, case in VECTORS.items()
+    }
+    return [
+        *(_row(options, work, name, "ours", "diffusers", TORCH) for name, work in images.items()),
+        *(_row(options, work, name, "our_vectors", "torch_vectors", TORCH[1:]) for name, work in vectors.items()),
     ]
+
+
+def _row(options: Options, work: str, case: str, ours: str, theirs: str, imports: Sequence[str]) -> Row:
+    return Row(
+        work=work,
+        ours=Implementation(
+            name="mflux-vae", build=f"benchmarks.vae_training:{ours}", settings={"case": case}, imports=IMPORTS
+        ),
+        peers=[
+            Implementation(
+                name=name,
+                build=f"benchmarks.vae_training:{theirs}",
+                settings={"case": case, **variant},
+                imports=imports,
+                optional=variant["compiled"],
+            )
+            for name, variant in options.torch_variants(images=True).items()
+        ],
+        target=1.6 if case == "SD" else 1.2,
+    )
 
 
 IMPORTS = (*OURS, "mflux_vae_train.vae.objective", "mflux_vae_train.optimizers")
@@ -131,56 +146,59 @@ def _our_step(network: Any, settings: dict[str, Any], images: np.ndarray, draws:
     batch = MicroBatch(arrays={**arrays, "key": mx.zeros((len(images), 2), mx.uint32)}, weight=len(images))
 
     def run() -> dict[str, float]:
-        told = step(0, [batch], RATE)
-        return {name: told[name] for name in ("loss", "grad_norm")}
+        measured = step(0, [batch], RATE)
+        return {name: measured[name] for name in ("loss", "grad_norm")}
 
     return mlx_work(training(run))
 
 
-def vectors() -> tuple[Any, np.ndarray, np.ndarray]:
-    """The configuration, pixels (B, 64, 64, 1) in [0, 1] and noise (B, latent)."""
+def vectors(case: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The configuration, pixels (B, H, W, C) in the range of its output, and noise (B, latent)."""
     from mflux_vae.networks.vector_latent import FlatConfig
 
-    config = FlatConfig(**VECTOR)
+    config, batch = FlatConfig(**VECTORS[case].config), VECTORS[case].batch
     side = config.image_size
-    pixels = np.tanh(noise("pixels", (VECTOR_BATCH, side, side, 1))) * np.float32(0.5) + np.float32(0.5)
-    return config, pixels, noise("noise", (VECTOR_BATCH, config.latent_dim))
+    pixels = np.tanh(noise("pixels", (batch, side, side, config.in_channels)))
+    if config.output == "sigmoid":
+        pixels = pixels * np.float32(0.5) + np.float32(0.5)
+    return config, pixels, noise("noise", (batch, config.latent_dim))
 
 
-def our_vectors() -> Work:
+def our_vectors(case: str) -> Work:
     """The network with vector latents."""
     from mflux_vae.networks.vector_latent import FlatAutoencoder
 
-    config, images, draws = vectors()
-    settings = {"beta": 1.0, "reconstruction_loss_type": "mse", "reduction": "sum"}
-    return _our_step(FlatAutoencoder(config), settings, images * 2 - 1, draws)
+    config, images, draws = vectors(case)
+    settings = {"beta": VECTORS[case].beta, "reconstruction_loss_type": "mse", "reduction": VECTORS[case].reduction}
+    return _our_step(FlatAutoencoder(config), settings, images * 2 - 1 if config.output == "sigmoid" else images, draws)
 
 
-def torch_vectors(channels_last: bool, gpu: bool) -> Work:
+def torch_vectors(case: str, channels_last: bool, compiled: bool, gpu: bool) -> Work:
     """The same network and optimizer in torch."""
     import torch
 
     from benchmarks.peers.vector_vae import Vectors
 
-    device, (config, images, draws) = torch_device(gpu), vectors()
+    device, (config, images, draws) = torch_device(gpu), vectors(case)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = Vectors(config)
     fill_torch(network)
     network = network.train().to(device, memory_format=layout)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
     latent_noise = torch.from_numpy(draws).to(device)
-    update = _torch_update(network)
+    reduce = torch.mean if VECTORS[case].reduction == "mean" else torch.sum
 
-    def run() -> dict[str, Any]:
-        made, mean, logvar = network(pixels, latent_noise)
-        error = (made - pixels).square().sum((1, 2, 3)).mean()
-        loss = error + 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
-        return update(loss)
+    def loss() -> Any:
+        reconstruction, mean, logvar = network(pixels, latent_noise)
+        error = reduce((reconstruction - pixels).square(), (1, 2, 3)).mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+        return error + VECTORS[case].beta * kl
 
-    return torch_work(training(run), device)
+    loss, update = compiled_if(compiled, loss), torch_update([*network.parameters()], RATE)
+    return torch_work(training(lambda: update(loss())), device)
 
 
-def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
+def diffusers(case: str, channels_last: bool, compiled: bool, gpu: bool) -> Work:
     """diffusers' network and torch's optimizer."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -200,32 +218,15 @@ def diffusers(case: str, channels_last: bool, gpu: bool) -> Work:
         torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous(memory_format=layout)
         for array in inputs(case)
     )
-    update = _torch_update(network)
 
-    def run() -> dict[str, Any]:
+    def loss() -> Any:
         posterior = network.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * draws
         error = (network.decode(latents).sample - pixels).square().mean()
-        loss = error + KL_WEIGHT * posterior.kl().mean()
-        return update(loss)
+        return error + KL_WEIGHT * posterior.kl().mean()
 
-    return torch_work(training(run), device)
-
-
-def _torch_update(network: Any) -> Callable[[Any], dict[str, Any]]:
-    """loss -> what is compared, after backward pass, clipping and AdamW."""
-    import torch
-
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-2)
-
-    def update(loss: Any) -> dict[str, Any]:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        return {"loss": loss, "grad_norm": norm}
-
-    return update
+    loss, update = compiled_if(compiled, loss), torch_update([*network.parameters()], RATE)
+    return torch_work(training(lambda: update(loss())), device)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,29 @@ def measurement(name: str = "ours", seconds: float = 2.0, units: float = 1.0, me
 def test_implementations_alternate_and_the_fastest_peer_counts():
     fake = Fake({"ours": [2.0, 9.0, 1.0], "first": [6.0, 5.0, 0.0], "last": [3.0, 3.0, 30.0]})
     result = run_row(ROW, fake)
-    assert fake.order == ["ours", "first", "last"] * 3
+    assert fake.order == ["ours", "first", "last"] * 2 + ["ours", "last"]  # the first one is slow
     assert result.ours.median == 2.0 and result.best.name == "last"
     assert result.ratio == 1.5 and result.met
     assert result.memory_ratio == 1.0
     assert result.ours.error is None and result.best.error == 0.0
     assert not replace(result, row=replace(ROW, target=1.6)).met
+    assert result.spread == (pytest.approx(1 / 3), 30.0)
+
+
+def test_a_failing_optional_peer_is_missing():
+    def output(self, path: Path) -> None:
+        raise ImplementationFailed(f"{self.name}: no compiler")
+
+    fake = Fake({"ours": [2.0], "last": [3.0]})
+    fails = type("Fails", (FakeRun,), {"output": output})
+
+    def start(side: Implementation, threads: int) -> FakeRun:
+        return (fails if side.name == "first" else FakeRun)(fake, side.name)
+
+    row = replace(ROW, peers=[replace(FIRST, optional=True), LAST])
+    result = measure(row, rounds=1, threads=1, start=start)
+    assert result.missing == ["first: no compiler"] and result.ratio == 1.5
+    assert "compiler" in measure(replace(row, peers=[FIRST, LAST]), rounds=1, threads=1, start=start).failure
 
 
 def test_seconds_are_per_unit_and_memory_needs_equal_units():
@@ -129,7 +146,7 @@ def test_missing_peer_is_reported_and_the_rest_measured():
     alone = run_row(replace(ROW, peers=[absent]), fake, rounds=1)
     assert alone.ratio is None and alone.failure is None
     text = table([alone])
-    assert "| a work | 2 s |  |  | ≥ 1.3 |" in text
+    assert "| a work | 2 s |  |  |  | ≥ 1.3 |" in text
     assert "a work: first: no_such_package is not installed" in text
     assert "no_such_package" in summary(alone)
 
@@ -146,9 +163,10 @@ def test_table_marks_missed_targets_and_prints_rates():
     result = Result(
         row=row, ours=measurement(seconds=2.0, units=8.0), peers=[measurement("peer", seconds=2.0, units=8.0)]
     )
-    assert "| 2 s, 4 steps/s | 2 s, 4 steps/s (peer) | 1.00x | ≥ 1.3 (missed) | 0 MB | 0 MB | 1.00x |" in table(
+    assert "| 2 s, 4 steps/s | 2 s, 4 steps/s (peer) | 1.00x |  | ≥ 1.3 (missed) | 0 MB | 0 MB | 1.00x |" in table(
         [result]
     )
+    assert "| **0.50x** |  | ≥ 1.3 (missed) |" in table([replace(result, ours=measurement(seconds=4.0, units=8.0))])
     data = json.loads(json.dumps(result.to_dict()))
     assert data["ratio"] == 1.0 and data["met"] is False
     assert [(one["name"], one["role"]) for one in data["sides"]] == [("ours", "ours"), ("peer", "peer")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,30 @@ def torch_work(run: Callable[[], Mapping[str, Any]], device: str) -> Work:
     return Work(run=finished, peak=torch.cuda.max_memory_allocated, reset=torch.cuda.reset_peak_memory_stats)
 
 
+def compiled_if(compiled: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a function, or the function."""
+    import torch
+
+    compiled_function: Callable[..., Any] = torch.compile(function) if compiled else function
+    return compiled_function
+
+
+def torch_update(parameters: Sequence[Any], rate: float) -> Callable[[Any], dict[str, Any]]:
+    """loss -> what is compared, after backward pass, clipping and AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2, fused=True)
+
+    def update(loss: Any) -> dict[str, Any]:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return {"loss": loss, "grad_norm": norm}
+
+    return update
+
+
 def to_numpy(value: Any) -> Any:
     """Copy a tensor to the host; return numbers unchanged."""
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
@@ -53,7 +77,7 @@ def mlx_work(run: Callable[[], Mapping[str, Any]]) -> Work:
         outputs = run()
         mx.eval(outputs)
         arrays = {k: v.astype(mx.float32) if isinstance(v, mx.array) else v for k, v in outputs.items()}
-        return {name: np.array(array) for name, array in arrays.items()}
+        return {name: np.asarray(array) for name, array in arrays.items()}
 
     if mx.default_device().type == mx.DeviceType.cpu:
         return Work(run=finished)

@@ -16,6 +16,8 @@ from benchmarks.harness.rows import Implementation, Measured, Result, Row
 
 PAUSE = 0.25
 """Seconds between turns: OpenMP threads spin for 0.2 s after their last work."""
+TRIALS, MARGIN = 2, 1.2
+"""Rounds after which slow peers end: those that took longer than the fastest by more than this factor."""
 
 
 class Disagreement(Exception):
@@ -54,23 +56,29 @@ def relative_error(output: Mapping[str, np.ndarray], reference: Mapping[str, np.
 
 
 def measure(row: Row, *, rounds: int, threads: int, start: Callable[[Implementation, int], Any] = Process) -> Result:
-    """Build, compare and time all implementations of a row, alternately."""
+    """Build, compare and time all implementations of a row, alternately.
+
+    Peers that are clearly not the fastest, and implementations beside, end after `TRIALS` rounds.
+    """
     missing = [f"{side.name}: {side.missing} is not installed" for side in _implementations(row) if side.missing]
     present = [side for side in _implementations(row) if not side.missing]
     try:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-            runs: list[Runner] = [stack.enter_context(start(side, threads)) for side in present]
-            errors = _compared(row, present, runs, Path(folder))
-            seconds: list[list[float]] = [[] for _ in runs]
-            for _ in range(min(rounds, row.rounds or rounds)):
-                for run, times in zip(runs, seconds, strict=True):
+            started = [(side, stack.enter_context(start(side, threads))) for side in present]
+            turns = _compared(row, started, Path(folder), missing)
+            seconds: dict[str, list[float]] = {side.name: [] for side, _, _ in turns}
+            running = list(turns)
+            for number in range(min(rounds, row.rounds or rounds)):
+                if number == TRIALS:
+                    running = _fastest(row, running, seconds)
+                for side, run, _ in running:
                     time.sleep(PAUSE)
-                    times.append(run.time())
+                    seconds[side.name].append(run.time())
             measured = {}
-            for side, run, times, error in zip(present, runs, seconds, errors, strict=True):
+            for side, run, error in turns:
                 memory, base = run.memory()
                 measured[side.name] = Measured(
-                    name=side.name, seconds=times, units=side.units, memory=memory, base=base, error=error
+                    name=side.name, seconds=seconds[side.name], units=side.units, memory=memory, base=base, error=error
                 )
     except (ImplementationFailed, Disagreement) as failure:
         return Result(row=row, missing=missing, failure=str(failure))
@@ -83,26 +91,45 @@ def measure(row: Row, *, rounds: int, threads: int, start: Callable[[Implementat
     )
 
 
+Turn = tuple[Implementation, Runner, "float | None"]
+"""An implementation, its process, and its error."""
+
+
+def _fastest(row: Row, turns: Sequence[Turn], seconds: Mapping[str, Sequence[float]]) -> list[Turn]:
+    """Ours and the peers that may be the fastest."""
+    paces = {side.name: min(seconds[side.name]) / side.units for side, _, _ in turns if side in row.peers}
+    limit = MARGIN * min(paces.values(), default=0.0)
+    return [turn for turn in turns if turn[0] is row.ours or paces.get(turn[0].name, np.inf) <= limit]
+
+
 def _implementations(row: Row) -> list[Implementation]:
     return [row.ours, *row.peers, *row.beside]
 
 
-def _compared(row: Row, sides: Sequence[Implementation], runs: Sequence[Runner], folder: Path) -> list[float | None]:
-    """Warm up, and compare every output with the first one; return relative errors."""
-    outputs: list[dict[str, np.ndarray]] = []
-    errors: list[float | None] = []
-    for index, (side, run) in enumerate(zip(sides, runs, strict=True)):
+def _compared(
+    row: Row, started: Sequence[tuple[Implementation, Runner]], folder: Path, missing: list[str]
+) -> list[Turn]:
+    """Warm up, and compare every output with the first one. Optional implementations that fail go to `missing`."""
+    turns: list[Turn] = []
+    reference: dict[str, np.ndarray] = {}
+    for index, (side, run) in enumerate(started):
         path = folder / f"{index}.npz"
-        run.output(path)
-        if row.tolerance is None:
-            errors.append(None)
+        try:
+            run.output(path)
+        except ImplementationFailed as failure:
+            if not side.optional:
+                raise
+            missing.append(str(failure))
             continue
-        with np.load(path) as arrays:
-            outputs.append({name: arrays[name].astype(np.float64) for name in arrays.files})
-        error = relative_error(outputs[index], outputs[0]) if index else None
+        error = None
+        if row.tolerance is not None:
+            with np.load(path) as arrays:
+                output = {name: arrays[name].astype(np.float64) for name in arrays.files}
+            reference = reference or output
+            error = relative_error(output, reference) if turns else None
         if error is not None and side.compared and error > row.tolerance:
             raise Disagreement(
                 f"{side.name} and {row.ours.name} disagree: relative error {error:.2g}, allowed {row.tolerance:g}"
             )
-        errors.append(error)
-    return errors
+        turns.append((side, run, error))
+    return turns

@@ -37,6 +37,7 @@ class Implementation:
         environment: additional environment variables of the process.
         units: amount of work of a repetition; seconds are compared per unit.
         compared: whether its output must agree with ours (False for half precision: the error is only printed).
+        optional: report a failure as missing and measure the rest.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Implementation:
     environment: Mapping[str, str] = field(default_factory=dict)
     units: float = 1.0
     compared: bool = True
+    optional: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -129,6 +131,15 @@ class Result:
         return self.best.pace / self.ours.pace if self.ours and self.best else None
 
     @property
+    def spread(self) -> tuple[float, float] | None:
+        """Lowest and highest ratio of the alternating repetitions; None for a single one."""
+        if not self.ours or not self.best or len(self.ours.seconds) < 2:
+            return None
+        units = self.ours.units / self.best.units
+        ratios = [b / a * units for a, b in zip(self.ours.seconds, self.best.seconds, strict=True)]
+        return min(ratios), max(ratios)
+
+    @property
     def memory_ratio(self) -> float | None:
         """Our peak memory over that of the fastest peer; None if their units differ."""
         if not self.ours or not self.best or self.ours.units != self.best.units or not self.best.memory:
@@ -146,6 +157,7 @@ class Result:
             "work": self.row.work,
             "target": self.row.target,
             "ratio": self.ratio,
+            "spread": self.spread,
             "memory_ratio": self.memory_ratio,
             "met": self.met,
             "missing": list(self.missing),

@@ -21,18 +21,17 @@ def headline(threads: int) -> str:
     return f"{describe()}; {', '.join(versions)}; {threads} threads, {time.strftime('%Y-%m-%d')}"
 
 
-NOTE = (
-    "Seconds: medians of alternating repetitions. Speed ratio: seconds of the fastest peer over ours. Memory: peak of "
-    "the resident\nmemory above that after the imports (on a GPU, and for whole commands, the absolute peak). Error: "
-    "largest difference of the\noutputs, relative to the largest value."
-)
+NOTE = """\
+Seconds: medians of alternating repetitions. Ratio: seconds of the fastest peer over ours; below 1 in bold. Spread:
+lowest and highest ratio of a repetition. Memory: peak of the resident memory above that after the imports (on a GPU,
+and for whole commands, the absolute peak). Error: largest difference of the outputs, relative to the largest value."""
 
 
 def table(results: Sequence[Result]) -> str:
     """Format results as a Markdown table, with notes on failures, missing packages and other implementations."""
     lines = [
-        "| work | ours | peer | speed ratio | target | memory, ours | peer | memory ratio | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| work | ours | peer | ratio | spread | target | memory, ours | peer | memory ratio | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for result in results:
@@ -41,7 +40,8 @@ def table(results: Sequence[Result]) -> str:
             row.work,
             duration(row, ours) if ours else "",
             f"{duration(row, best)} ({best.name})" if best else "",
-            ratio(result.ratio),
+            f"**{ratio(result.ratio)}**" if result.ratio and result.ratio < 1 else ratio(result.ratio),
+            " to ".join(map(ratio, result.spread or ())),
             "" if row.target is None else f"≥ {row.target:.3g}{' (missed)' if result.met is False else ''}",
             megabytes(ours.memory) if ours else "",
             megabytes(best.memory) if best else "",
@@ -80,6 +80,6 @@ def summary(result: Result) -> str:
     if result.ours is None:
         return result.failure or "; ".join(result.missing)
     parts = [duration(result.row, result.ours)]
-    parts += [f"{ratio(result.ratio)} the speed"] if result.ratio else []
+    parts += [f"{ratio(result.ratio)} the speed of {result.best.name}"] if result.ratio and result.best else []
     parts += [f"{ratio(result.memory_ratio)} the memory"] if result.memory_ratio else []
     return ", ".join([*parts, *result.missing])

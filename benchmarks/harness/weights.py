@@ -36,7 +36,9 @@ def fill_mlx(model: Any, gains: Mapping[str, float] | None = None) -> None:
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, parameter in parameters.items():
         shape, gain = parameter.shape, gain_of(name, gains)
-        if len(shape) == 4:  # (O, kh, kw, I) <- (O, I, kh, kw)
+        if len(shape) == 4 and "transposed" in name:  # (O, kh, kw, I) <- (I, O, kh, kw)
+            array = tensor(name, (shape[3], shape[0], shape[1], shape[2]), gain).transpose(1, 2, 3, 0)
+        elif len(shape) == 4:  # (O, kh, kw, I) <- (O, I, kh, kw)
             array = tensor(name, (shape[0], shape[3], shape[1], shape[2]), gain).transpose(0, 2, 3, 1)
         else:
             array = tensor(name, shape, gain)
