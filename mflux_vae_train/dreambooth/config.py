@@ -240,6 +240,7 @@ class DreamBoothSettings:
         group="length",
     )
     gradient_accumulation_steps: int = flag("micro-batches in an update", 4, least=1)
+    exact_micro_batches: bool = flag("compute micro-batches one by one, also small ones on a CPU", False)
     max_train_steps: int = flag("number of optimizer updates", 800, least=1)
     num_train_epochs: int | None = flag("number of epochs, instead of --max_train_steps", None, least=1)
     caption_dropout: float | None = flag(

@@ -303,12 +303,16 @@ def _optimize(
         checkpoint.save(folder.root, updates, objects, fingerprint=identity, total_limit=limit, write_more=save_adapter)
 
     def batches(update: int) -> list[MicroBatch]:
-        all_batches = micro_batches(
-            precomputed.dataset, plan, update=update, seed=resolved.seed, caption_dropout=resolved.caption_dropout
+        batches = micro_batches(
+            precomputed.dataset,
+            plan,
+            update=update,
+            seed=resolved.seed,
+            caption_dropout=resolved.caption_dropout,
+            processes=processes,
         )
-        batches = processes.shard(all_batches)
         if resolved.prior_preservation != "dop":
-            return list(batches)
+            return batches
         options: dict[str, Any] = {"guidance": resolved.training_guidance, "sampling": resolved.sampling}
         return [add_base_prediction(pipeline, model, one, **options) for one in batches]
 

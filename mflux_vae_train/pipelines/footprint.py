@@ -47,7 +47,7 @@ class Workload:
         adapter: whether the trained weights are an adapter.
         state_bytes: optimizer state per trained weight.
         batch: samples in a forward and backward pass, prior samples included.
-        micro_batches: passes in an update; `concurrent_micro_batches` of them run at the same time.
+        micro_batches: micro-batches in an update; `joined_micro_batches` of them are one pass.
         prompts: number of prompts to encode, `prompts_per_batch` at a time.
         prompt_tokens: tokens per prompt at most; None for as many as the model reads.
         class_images: number of class images to generate before training.
@@ -67,7 +67,7 @@ class Workload:
     state_bytes: float = 8
     batch: int = 1
     micro_batches: int = 1
-    concurrent_micro_batches: int = 1
+    joined_micro_batches: int = 1
     prompts: int = 4
     prompts_per_batch: int = 16
     prompt_tokens: int | None = None

@@ -159,15 +159,8 @@ class Step:
         zeros = [tree_map(lambda array: mx.zeros_like(as_summed(array)), tree) for tree in (parameters, before)]
         sums = [] if batches else zeros
 
-        def differentiate(batch: MicroBatch) -> tuple[Any, Any]:
-            try:
-                return self._gradients(parameters, before, batch.arrays, mx.array(batch.weight, mx.float32))
-            finally:  # differentiation leaves placeholders in the module
-                self.model.update(parameters)
-                self.model.update(before)
-
         for batch in batches:
-            (value, (parts, buffers)), gradients = differentiate(batch)
+            (value, (parts, buffers)), gradients = self._differentiate(batch, parameters, before)
             weight = batch.weight
             loss = loss + value
             metrics = {name: metrics.get(name, 0.0) + part for name, part in parts.items()}
@@ -177,6 +170,13 @@ class Step:
             del gradients, buffers, new
             mx.eval(loss, metrics, sums)  # frees the activations of this micro-batch
         return sums, {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
+
+    def _differentiate(self, batch: MicroBatch, parameters: Any, buffers: Any) -> tuple[Any, Any]:
+        try:
+            return self._gradients(parameters, buffers, batch.arrays, mx.array(batch.weight, mx.float32))
+        finally:  # differentiation leaves placeholders in the module
+            self.model.update(parameters)
+            self.model.update(buffers)
 
     @exclusive()
     def _change(

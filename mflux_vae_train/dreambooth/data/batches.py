@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
+from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
 from mflux_vae_train.pipelines.protocol import Conditioning
 from mflux_vae_train.randomness import Stream, rng, sample_keys
 from mflux_vae_train.training.step import Arrays, MicroBatch
@@ -42,11 +44,13 @@ class Plan:
         batch_size: maximum number of instance samples in a micro-batch.
         accumulation: micro-batches per update if all samples have one shape. An update sees `batch_size` times
             `accumulation` samples of any shape; the last update of a run may see fewer.
+        joined: maximum number of micro-batches of one shape that are computed as one.
     """
 
     samples: int
     batch_size: int
     accumulation: int
+    joined: int = 1
 
     @property
     def updates(self) -> int:
@@ -125,12 +129,18 @@ def _draw(dataset: EncodedDataset, seed: int, position: int, slot: int) -> _Draw
 
 
 def micro_batches(
-    dataset: EncodedDataset, plan: Plan, *, update: int, seed: int, caption_dropout: float
+    dataset: EncodedDataset,
+    plan: Plan,
+    *,
+    update: int,
+    seed: int,
+    caption_dropout: float,
+    processes: ProcessGroup = SINGLE,
 ) -> list[MicroBatch]:
-    """The micro-batches of one update: samples in order, grouped by shape, split by the batch size.
+    """This process's micro-batches of one update: samples in order, grouped by shape, split by the batch size.
 
     Randomness depends on the sample's slot in the update and not on its micro-batch. So four micro-batches of one
-    sample equal one micro-batch of four.
+    sample equal one micro-batch of four, which `Plan.joined` makes of them.
 
     Returns:
         instance samples, followed by as many class samples if the prior is preserved. A tree of arrays, batch first:
@@ -175,7 +185,12 @@ def micro_batches(
         return MicroBatch(arrays=arrays, weight=len(draws))
 
     size = plan.batch_size
-    return [build(draws[i : i + size]) for draws in by_shape.values() for i in range(0, len(draws), size)]
+    groups = [draws[i : i + size] for draws in by_shape.values() for i in range(0, len(draws), size)]
+    joined: list[MicroBatch] = []
+    for _, same in groupby(processes.shard(groups), key=lambda draws: dataset.latents[draws[0].latent].shape):
+        rest = list(same)
+        joined += [build([*chain(*rest[i : i + plan.joined])]) for i in range(0, len(rest), plan.joined)]
+    return joined
 
 
 def fixed_batch(dataset: EncodedDataset, indices: Sequence[int], key: mx.array) -> Arrays:

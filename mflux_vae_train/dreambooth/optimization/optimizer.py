@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
+from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.dreambooth.config import OPTIMIZER_FLAGS, DreamBoothSettings
 from mflux_vae_train.optimizers import registry
 from mflux_vae_train.optimizers.base import Optimizer
 from mflux_vae_train.optimizers.grouped import Grouped
+from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.protocol import Recommended
 from mflux_vae_train.training.lr_schedule import learning_rate
 
-SMALL = 50_000_000
-"""Parameters of a network up to which micro-batches run concurrently on a CPU. Each keeps activations."""
+SMALL, PIXELS = 50_000_000, 1 << 20
+"""Parameters of a network and pixels of the samples up to which a CPU computes several micro-batches as one."""
 
 TEXT_ENCODER_SHARE = 0.05
 """Text encoders' share of the denoiser's learning rate with an adapter: 5e-6 and 1e-4 are diffusers' defaults."""
 
 
-def concurrent_micro_batches(denoiser: nn.Module) -> int:
-    """Micro-batches that are computed concurrently: one per core on a CPU if the network is small, else 1.
+def joined_micro_batches(denoiser: nn.Module, settings: DreamBoothSettings, work: Workload) -> int:
+    """Micro-batches that are computed as one: those of an update on a CPU, if network and images are small, else 1.
 
-    Matrix products of a small network keep only one core busy.
+    Small operations keep one core busy, and each costs time to start. Activations take more memory.
+
+    Args:
+        work: with `batch`, `micro_batches` and `shape`.
     """
-    return 1
+    size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
+    if not is_cpu() or size > SMALL or settings.exact_micro_batches:
+        return 1
+    pixels = work.batch * math.prod(work.shape or (work.resolution, work.resolution))
+    return max(1, min(work.micro_batches, PIXELS // pixels))
 
 
 def finds_rate(settings: DreamBoothSettings) -> bool:

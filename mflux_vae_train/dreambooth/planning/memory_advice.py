@@ -12,7 +12,7 @@ import mlx.core as mx
 from mflux_vae.runtime.device import compute_dtype
 from mflux_vae.utils.formatting import size_text
 from mflux_vae_train import lora
-from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, concurrent_micro_batches
+from mflux_vae_train.dreambooth.optimization.optimizer import build_optimizer, joined_micro_batches
 from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning.drawn_footprint import footprint_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
@@ -110,6 +110,7 @@ def fixes(pipeline: Any, resolved: ResolvedSettings, work: Workload) -> list[lis
     """
     recommended: Recommended = pipeline.recommended
     groups = [
+        _exact(work),
         _checkpointing(work),
         _batch_sizes(pipeline, resolved),
         _images_at_once(resolved, work),
@@ -121,6 +122,11 @@ def fixes(pipeline: Any, resolved: ResolvedSettings, work: Workload) -> list[lis
         _adapters(pipeline, resolved, recommended.rank),
     ]
     return [group for group in map(list, groups) if group]
+
+
+def _exact(work: Workload) -> Iterator[Fix]:
+    if work.joined_micro_batches > 1:
+        yield Fix("--exact_micro_batches", lambda work: replace(work, joined_micro_batches=1))
 
 
 def _checkpointing(work: Workload) -> Iterator[Fix]:
@@ -138,12 +144,17 @@ def _batch_sizes(pipeline: Any, resolved: ResolvedSettings) -> Iterator[Fix]:
         flags = f"--train_batch_size {size} --gradient_accumulation_steps {accumulation * parts}"
 
         def smaller(work: Workload, parts: int = parts) -> Workload:
-            micro_batches = work.micro_batches * parts
-            together = min(micro_batches, concurrent_micro_batches(skeleton_of(pipeline)))
-            batch = max(1, work.batch // parts)
-            return replace(work, batch=batch, micro_batches=micro_batches, concurrent_micro_batches=together)
+            return with_micro_batches(pipeline, resolved, work, max(1, work.batch // parts), work.micro_batches * parts)
 
         yield Fix(flags, smaller)
+
+
+def with_micro_batches(
+    pipeline: Any, resolved: ResolvedSettings, work: Workload, batch: int, micro_batches: int
+) -> Workload:
+    """The workload with other micro-batches, of `batch` samples."""
+    work = replace(work, batch=batch, micro_batches=micro_batches)
+    return replace(work, joined_micro_batches=joined_micro_batches(skeleton_of(pipeline), resolved, work))
 
 
 def _images_at_once(resolved: ResolvedSettings, work: Workload) -> Iterator[Fix]:

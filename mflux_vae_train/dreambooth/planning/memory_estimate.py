@@ -23,8 +23,6 @@ from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.utils.formatting import GB, size_text
 from mflux_vae_train.dreambooth.data.crops import Shape
 from mflux_vae_train.dreambooth.data.encoding import PROMPTS_PER_BATCH, images_per_batch
-from mflux_vae_train.dreambooth.optimization.optimizer import concurrent_micro_batches
-from mflux_vae_train.dreambooth.pipeline_features import skeleton_of
 from mflux_vae_train.dreambooth.planning import memory_advice
 from mflux_vae_train.dreambooth.planning.drawn_footprint import TRAINING, footprint_of
 from mflux_vae_train.dreambooth.planning.resolve import ResolvedSettings
@@ -83,7 +81,10 @@ def workload(
         assistant: number of weights of the assistant.
     """
     previews = min(images_per_batch(resolved.resolution), resolved.num_validation_images)
-    return _with_batch_size(
+    batch = resolved.train_batch_size * (1 if resolved.prior_preservation == "none" else 2)
+    return memory_advice.with_micro_batches(
+        pipeline,
+        resolved,
         Workload(
             resolution=resolved.resolution,
             shape=shape,
@@ -91,8 +92,6 @@ def workload(
             assistant=assistant,
             adapter=resolved.train_mode == "lora",
             state_bytes=memory_advice.state_bytes(resolved),
-            batch=1 if resolved.prior_preservation == "none" else 2,
-            concurrent_micro_batches=concurrent_micro_batches(skeleton_of(pipeline)),
             prompts=prompts,
             prompts_per_batch=PROMPTS_PER_BATCH,
             prompt_tokens=resolved.max_sequence_length,
@@ -106,7 +105,7 @@ def workload(
             text_encoder=resolved.train_text_encoder,
             fuse=resolved.fuse,
         ),
-        resolved.train_batch_size,
+        batch,
         resolved.gradient_accumulation_steps,
     )
 
@@ -150,7 +149,10 @@ def fit_batch_size(
     sizes = equal or [size for size in sizes if images // size >= processes] or [1]
     if resolved.gradient_checkpointing and not resolved.given.gradient_checkpointing:
         sizes = [1]
-    candidates = [(size, _with_batch_size(work, size, images // size)) for size in sizes]
+    candidates = [
+        (size, memory_advice.with_micro_batches(pipeline, resolved, work, size * work.batch, images // size))
+        for size in sizes
+    ]
     fitting = (one for one in candidates if footprint_of(pipeline, one[1]).peak <= limit)
     size, work = next(fitting, candidates[-1])
     note = f"--train_batch_size auto: {images // size} micro-batches of {size} for {images} images per update"
@@ -214,12 +216,6 @@ def compare_first_update(estimate: Estimate | None) -> Hook:
             )  # fmt: skip
 
     return compare
-
-
-def _with_batch_size(work: Workload, size: int, micro_batches: int) -> Workload:
-    """The workload of batch size 1 with another one."""
-    together = min(work.concurrent_micro_batches, micro_batches)
-    return replace(work, batch=size * work.batch, micro_batches=micro_batches, concurrent_micro_batches=together)
 
 
 def _limit(resolved: ResolvedSettings) -> int | None:

@@ -26,7 +26,7 @@ from mflux_vae_train.dreambooth.data.class_images import (
     file_name,
     scan_class_folders,
 )
-from mflux_vae_train.dreambooth.data.crops import training_resolution
+from mflux_vae_train.dreambooth.data.crops import Shape, training_resolution
 from mflux_vae_train.dreambooth.data.dataset import InstanceDataset, InstanceImage, load_dataset
 from mflux_vae_train.dreambooth.export import requested_files, result_path
 from mflux_vae_train.dreambooth.optimization.optimizer import build_schedule, finds_rate
@@ -39,6 +39,7 @@ from mflux_vae_train.dreambooth.planning.adapter import (
 from mflux_vae_train.dreambooth.planning.bnb_config import with_quantization
 from mflux_vae_train.dreambooth.planning.config_warnings import without_effect
 from mflux_vae_train.dreambooth.planning.drawn_footprint import DrawnWorkload
+from mflux_vae_train.dreambooth.planning.memory_advice import with_micro_batches
 from mflux_vae_train.dreambooth.planning.memory_estimate import (
     Estimate,
     assumed_device,
@@ -65,6 +66,7 @@ from mflux_vae_train.pipelines.capabilities import (
     SupportsPromptInspection,
     Use,
 )
+from mflux_vae_train.pipelines.footprint import Workload
 from mflux_vae_train.pipelines.protocol import DiffusionPipeline
 from mflux_vae_train.training.lr_schedule import resume_warnings
 
@@ -148,6 +150,7 @@ def prepare(
     resolved = replace(resolved, warnings=(*resolved.warnings, *unused))
     with assumed_device(resolved):
         resolved, memory = _estimate(pipeline, drawing, resolved, dataset, folders, trainable, assisting, processes)
+        resolved = _with_joined_micro_batches(pipeline, resolved, dataset)
     if (accumulation := resolved.plan.accumulation) < processes.size:
         idle = IDLE_WARNING % (processes.size, accumulation, processes.size)
         resolved = replace(resolved, warnings=(*resolved.warnings, idle))
@@ -276,7 +279,7 @@ def _estimate(
         resolved,
         trained=trainable.weights,
         assistant=assistant,
-        shape=max((one.shape for one in dataset.all_images), key=math.prod),
+        shape=_largest_shape(dataset),
         prompts=len(captions) + len(resolved.validation_prompt) + len(folders) + 1,
         class_images=sum(len(one.missing) for one in folders),
     )
@@ -296,6 +299,23 @@ def _estimate(
         less = "encoders of --preview_model that the hub lists for --model, too, are not downloaded"
         resolved = replace(resolved, notes=(*resolved.notes, less))
     return resolved, found
+
+
+def _with_joined_micro_batches(
+    pipeline: DiffusionPipeline, resolved: ResolvedSettings, dataset: InstanceDataset
+) -> ResolvedSettings:
+    """Decide how many micro-batches are computed as one."""
+    batch = resolved.train_batch_size * (1 if resolved.prior_preservation == "none" else 2)
+    work = Workload(resolution=resolved.resolution, trained=0, shape=_largest_shape(dataset))
+    joined = with_micro_batches(pipeline, resolved, work, batch, resolved.plan.accumulation).joined_micro_batches
+    if joined == 1:
+        return resolved
+    note = f"micro-batches are computed {joined} at a time; --exact_micro_batches computes them one by one"
+    return replace(resolved, joined_micro_batches=joined, notes=(*resolved.notes, note))
+
+
+def _largest_shape(dataset: InstanceDataset) -> Shape:
+    return max((one.shape for one in dataset.all_images), key=math.prod)
 
 
 def _identity(resolved: ResolvedSettings, dataset: InstanceDataset) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class ResolvedSettings(DreamBoothSettings):
         given: the settings before anything was derived.
         auto_batch_size: ``--train_batch_size auto`` was given: the memory estimate decides `train_batch_size`.
         samples: instance samples of the whole run.
+        joined_micro_batches: see `Plan.joined`; 1 until the batch size is known.
         drawing_guidance, drawing_steps: of class images and previews.
         training_guidance: for models that read it. With ``--preview_model``, ``--guidance`` is for drawing alone.
         sampling: how noise levels are drawn; None for the pipeline's default.
@@ -71,6 +72,7 @@ class ResolvedSettings(DreamBoothSettings):
     given: DreamBoothSettings
     auto_batch_size: bool
     samples: int
+    joined_micro_batches: int = 1
     drawing_guidance: float
     drawing_steps: int
     training_guidance: float
@@ -85,7 +87,10 @@ class ResolvedSettings(DreamBoothSettings):
     @property
     def plan(self) -> Plan:
         return Plan(
-            samples=self.samples, batch_size=self.train_batch_size, accumulation=self.gradient_accumulation_steps
+            samples=self.samples,
+            batch_size=self.train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            joined=self.joined_micro_batches,
         )
 
     def origin(self, name: str) -> str:

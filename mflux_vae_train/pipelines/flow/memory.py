@@ -134,7 +134,7 @@ def phases(
     if work.class_images:
         operations = one * work.steps * work.class_images * rows / work.images
         classes, held = [Phase("class images", costs.transformer, drawing, operations)], costs.transformer
-    together = work.batch * work.concurrent_micro_batches
+    together = work.batch * work.joined_micro_batches
     training = activations.training_bytes(
         sum(trained_tokens), together, precision, checkpointing=work.gradient_checkpointing
     )

@@ -47,7 +47,7 @@ def phases(configs: Configs, work: Workload, *, text_tokens: int, precision: Pre
     here = precision or Precision.here()
     config = configs.transformer
     clip = weight_bytes(CLIPTextModel, configs.text_encoder, here.width) if work.text_encoder else 0
-    together = work.batch * work.concurrent_micro_batches
+    together = work.batch * work.joined_micro_batches
     costs = memory.Costs(
         transformer=weight_bytes(FluxTransformer, config, here.width, work.quantize, is_quantized_layer) + clip,
         activations=activations(config),

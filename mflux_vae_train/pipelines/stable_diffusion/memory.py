@@ -245,7 +245,7 @@ def phases(configs: Configs, work: Workload, *, precision: Precision | None = No
     if work.class_images:
         found.append(Phase("class images", unet, drawing, one * work.steps * work.class_images * rows / work.images))
         held = unet
-    together = work.batch * work.concurrent_micro_batches
+    together = work.batch * work.joined_micro_batches
     activations = training_bytes(
         config, trained_latents, together, here, checkpointing=work.gradient_checkpointing, full=not work.adapter
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mflux_vae_train.distributed.process_group import ProcessGroup
 from mflux_vae_train.dreambooth.data import batches as micro_batching
 from mflux_vae_train.dreambooth.data.batches import EncodedDataset, Plan, Sample
 from tests.mflux_vae_train.dreambooth.data.small_dataset import CLASS_PROMPT, EMPTY, PROMPT, small_dataset
@@ -175,6 +176,27 @@ def test_batch_size_does_not_change_the_samples_of_mixed_shapes(mixed):
     for update in range(4):
         first, *others = (by_key(run[update]) for run in runs)
         assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("most", [2, 3, 8])
+def test_joined_micro_batches_have_the_same_samples(mixed, most):
+    plan = Plan(samples=30, batch_size=1, accumulation=8)
+    for single, joined in zip(*(run_of(mixed, replace(plan, joined=count)) for count in (1, most)), strict=True):
+        assert by_key(joined) == by_key(single)
+        assert len(joined) < len(single) and max(batch.weight for batch in joined) <= most
+
+
+def test_processes_join_the_micro_batches_of_their_share(mixed):
+    plan = Plan(samples=30, batch_size=1, accumulation=8, joined=8)
+    (whole,) = run_of(mixed, replace(plan, samples=8))
+    shares = []
+    for rank in range(3):
+        group = ProcessGroup()
+        group.rank, group.size = rank, 3
+        options = {"update": 0, "seed": 0, "caption_dropout": 0.0, "processes": group}
+        shares += micro_batching.micro_batches(mixed, plan, **options)
+    assert by_key(shares) == by_key(whole)
+    assert sum(batch.weight for batch in shares) == 8
 
 
 def test_prior_samples_match_concept_and_shape(mixed):

@@ -23,7 +23,6 @@ from mflux_vae_train.pipelines.capabilities import PromptTokens
 from mflux_vae_train.pipelines.footprint import Footprint, Phase, Workload
 from mflux_vae_train.pipelines.tiny import WEIGHTS
 from mflux_vae_train.settings.flags import settings_from
-from mflux_vae_train.training import step
 from mflux_vae_train.training.hooks import Record, read_metrics
 from tests.contracts.fake import FakePipeline
 from tests.mflux_vae_train.dreambooth.planning.test_resolve import resolved_from
@@ -163,16 +162,17 @@ def test_the_estimated_workload_is_the_run(settings) -> None:
     assert work.trained == 3 * (14 + 24) + 3 * (24 + 24)
 
 
-@pytest.mark.parametrize(("small", "cores", "together"), [(10**6, 2, 2), (10**6, 16, 4), (1, 2, 1)])
-def test_concurrent_micro_batches_are_estimated(settings, monkeypatch, small, cores, together) -> None:
+@pytest.mark.parametrize(
+    ("small", "pixels", "exact", "joined"),
+    [(10**6, 1, False, 1), (10**6, 10**6, False, 4), (1, 10**6, False, 1), (10**6, 10**6, True, 1)],
+)
+def test_joined_micro_batches_are_estimated(settings, monkeypatch, small, pixels, exact, joined) -> None:
     monkeypatch.setattr(optimizer, "SMALL", small)
-    monkeypatch.setattr(optimizer.kernels, "streams", lambda: cores)
+    monkeypatch.setattr(optimizer, "PIXELS", pixels)
     monkeypatch.setattr(optimizer, "is_cpu", lambda: True)
     pipeline = Weighed()
-    DreamBooth(pipeline).train(settings(dry_run=True))
-    assert (pipeline.requests[-1].micro_batches, pipeline.requests[-1].concurrent_micro_batches) == (4, together)
-    one_by_one = optimizer.pass_runner(pipeline.denoiser) is step.sequential
-    assert one_by_one == (together == 1)
+    DreamBooth(pipeline).train(settings(dry_run=True, exact_micro_batches=exact))
+    assert (pipeline.requests[-1].micro_batches, pipeline.requests[-1].joined_micro_batches) == (4, joined)
 
 
 @pytest.mark.parametrize(

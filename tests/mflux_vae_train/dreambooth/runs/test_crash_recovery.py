@@ -26,6 +26,7 @@ from mflux_vae_train.dreambooth import train as train_module
 from mflux_vae_train.dreambooth.config import DreamBoothSettings
 from mflux_vae_train.dreambooth.train import DreamBooth
 from mflux_vae_train.training.hooks import read_metrics
+from mflux_vae_train.training.step import Step
 from tests.contracts.fake import FakePipeline
 from tests.faults.runs import left, same
 from tests.helpers.crash_copies import states
@@ -47,6 +48,7 @@ def settings(instance_dir: Path, tmp_path: Path) -> Make:
         "num_class_images": 3,
         "num_validation_images": 1,
         "gradient_accumulation_steps": 4,
+        "exact_micro_batches": True,
         "lora_dropout": 0.2,
         "caption_dropout": 0.3,
         "validation_steps": 2,
@@ -63,7 +65,7 @@ def train(settings: DreamBoothSettings, pipeline: Any = None) -> Any:
 def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
     """Send a signal to this process at the n-th micro-batch."""
     calls = 0
-    original = train_module.dreambooth_loss
+    original = Step._differentiate
 
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
@@ -74,7 +76,7 @@ def signalled(call: int, number: int = signal.SIGINT) -> Iterator[None]:
         return original(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
-        patch.setattr(train_module, "dreambooth_loss", counted)
+        patch.setattr(Step, "_differentiate", counted)
         yield
     assert caught.value.exit_code == 128 + number
 
@@ -124,7 +126,7 @@ def crash(micro_batch: int) -> Iterator[None]:
     class Killed(BaseException):
         pass
 
-    calls, original = 0, train_module.dreambooth_loss
+    calls, original = 0, Step._differentiate
 
     def dies(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
@@ -134,7 +136,7 @@ def crash(micro_batch: int) -> Iterator[None]:
         return original(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_module, "dreambooth_loss", dies)
+        patch.setattr(Step, "_differentiate", dies)
         yield
 
 

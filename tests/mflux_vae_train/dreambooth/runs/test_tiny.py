@@ -40,10 +40,9 @@ def train(output: Path, **changes) -> list[dict[str, float]]:
 
 def test_four_micro_batches_of_one_equal_one_of_four(tmp_path):
     """Compares loss and gradient; weights after AdamW's first step only follow the signs of the gradient."""
-    one = train(tmp_path / "one", gradient_accumulation_steps=4, max_train_steps=1, lora_dropout=0.0)
-    four = train(
-        tmp_path / "four", gradient_accumulation_steps=1, train_batch_size=4, max_train_steps=1, lora_dropout=0.0
-    )
+    same = {"max_train_steps": 1, "lora_dropout": 0.0, "exact_micro_batches": True}
+    one = train(tmp_path / "one", gradient_accumulation_steps=4, **same)
+    four = train(tmp_path / "four", gradient_accumulation_steps=1, train_batch_size=4, **same)
     for name in ("loss", "instance_loss", "prior_loss", "grad_norm"):
         assert one[0][name] == pytest.approx(four[0][name], rel=1e-5), name
 
@@ -64,6 +63,20 @@ def test_resumed_equals_uninterrupted(tmp_path):
     adapters = [mx.load(str(folder / "pytorch_lora_weights.safetensors")) for folder in (tmp_path / "whole", parts)]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(mx.array_equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+@pytest.mark.parametrize("preservation", ["class_images", "dop"])
+def test_joined_micro_batches_train_the_same(tmp_path, caplog, preservation):
+    caplog.set_level("INFO", "mflux_vae_train")
+    changes = {"prior_preservation": preservation, "max_train_steps": 3}
+    joined = train(tmp_path / "joined", **changes)
+    assert "--exact_micro_batches" in caplog.text
+    caplog.clear()
+    single = train(tmp_path / "single", **changes, exact_micro_batches=True)
+    assert "--exact_micro_batches" not in caplog.text
+    for one, other in zip(joined, single, strict=True):
+        for name in one.keys() - NONDETERMINISTIC:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
 
 
 SMALL = {
