@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,14 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import dreambooth_quality
+from benchmarks import dreambooth_quality, kernels
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.diffusers_scripts import __main__ as diffusers_scripts
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.harness import measure as measuring
+from benchmarks.harness.at_once import at_once
 from benchmarks.harness.cli import Options, select
 from benchmarks.harness.measure import Disagreement, measure, relative_error
-from benchmarks.harness.process import ROOT, ImplementationFailed, Process
+from benchmarks.harness.process import ROOT, ImplementationFailed, Process, Reused
 from benchmarks.harness.rows import Implementation, Measured, Result, Row, Work
 from benchmarks.harness.table import ratio, summary, table
 from benchmarks.harness.weights import tensor
@@ -57,6 +59,9 @@ class FakeRun:
         self.fake.order.append(self.name)
         self.asked += 1
         return self.fake.seconds[self.name][self.asked - 1]
+
+    def begin_time(self) -> Callable[[], float]:
+        return self.time
 
     def memory(self) -> tuple[int, int]:
         return len(self.name) * 2**20, 7
@@ -175,7 +180,7 @@ def test_table_marks_missed_targets_and_prints_rates():
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_rows_name_existing_functions_and_are_unique(quick, gpu):
-    rows = list(select(SCRIPTS, Options(quick=quick, gpu=gpu), []))
+    rows = list(select({**SCRIPTS, "kernels": kernels.rows}, Options(quick=quick, gpu=gpu), []))
     assert len({row.work for row in rows}) == len(rows)
     for row in rows:
         sides = [row.ours, *row.peers, *row.beside]
@@ -210,6 +215,31 @@ def test_weights_depend_on_name_and_shape():
 def doubled(count: int) -> Work:
     """An implementation for the test below."""
     return Work(run=lambda: {"answer": 2 * np.arange(count)})
+
+
+def test_slowdown_of_two_processes() -> None:
+    times = {"ours": [1.0, 1.5, 1.25, 1.25], "first": [3.0, 4.0, 6.0, 6.0]}
+    text = at_once([ROW], 2, 1, 1, Fake(times))
+    assert text.splitlines()[-1] == "| a work | 1 s | 1.5 s | 1.50x | 3 s | 4 s | 1.33x |"
+
+
+def test_one_process_serves_implementations_of_a_name(tmp_path: Path) -> None:
+    with Reused() as start:
+        for count in (3, 5):
+            side = Implementation(name="a", build="tests.test_benchmarks:doubled", settings={"count": count})
+            with start(side, 1) as run:
+                run.output(tmp_path / "out.npz")
+            assert len(np.load(tmp_path / "out.npz")["answer"]) == count
+        with pytest.raises(ImplementationFailed), start(replace(side, build="tests.test_benchmarks:broken"), 1) as run:
+            run.time()
+        with start(side, 1) as run:
+            assert run.time() >= 0
+
+
+@pytest.mark.parametrize("name", ["conv 3x3, 8x8x8, 96 to 96", "linear with LoRA, 128 rows, 192 to 192"])
+def test_operations_return_outputs_and_gradients(name: str) -> None:
+    outputs = kernels.our_operation(name, backward=True).run()
+    assert outputs.keys() == {"output", *kernels.OPERATIONS[name].inputs}
 
 
 def broken() -> Work:

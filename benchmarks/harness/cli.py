@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.harness.at_once import at_once
 from benchmarks.harness.measure import measure
-from benchmarks.harness.rows import Row
+from benchmarks.harness.process import Process
+from benchmarks.harness.rows import Implementation, Result, Row
 from benchmarks.harness.table import headline, summary, table
 
 
@@ -44,7 +47,14 @@ class Options:
 Rows = Callable[[Options], Sequence[Row]]
 
 
-def main(scripts: Mapping[str, Rows], description: str | None, argv: Sequence[str] | None = None) -> int:
+def main(
+    scripts: Mapping[str, Rows],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    start: Callable[[Implementation, int], Any] = Process,
+    show: Callable[[Sequence[Result]], str] = table,
+) -> int:
     """Measure rows and print a table; return 1 if a row failed, else 0."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, two repetitions")
@@ -55,6 +65,7 @@ def main(scripts: Mapping[str, Rows], description: str | None, argv: Sequence[st
     parser.add_argument("--threads", type=int, default=len(_cores()), help="threads (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes long at first")
     parser.add_argument("--against", type=Path, help="dreambooth_speed: another checkout to compare with")
+    parser.add_argument("--at-once", type=int, metavar="N", help="slowdown of N processes that run at the same time")
     given = parser.parse_args(argv)
     from mflux_vae.runtime import device
 
@@ -65,15 +76,19 @@ def main(scripts: Mapping[str, Rows], description: str | None, argv: Sequence[st
     if given.list:
         print("\n".join(row.work for row in chosen))
         return 0
+    if given.at_once:
+        print(f"{headline(given.threads)}\n\n{at_once(chosen, given.at_once, given.rounds or 5, given.threads)}")
+        return 0
     results = []
     for number, row in enumerate(chosen, start=1):
         print(f"[{number}/{len(chosen)}] {row.work} ...", file=sys.stderr, flush=True)
-        results.append(measure(row, rounds=given.rounds or (2 if given.quick else 7), threads=given.threads))
+        rounds = given.rounds or (2 if given.quick else 7)
+        results.append(measure(row, rounds=rounds, threads=given.threads, start=start))
         print(f"    {summary(results[-1])}", file=sys.stderr, flush=True)
     if given.json:
         print(json.dumps({"machine": headline(given.threads), "rows": [result.to_dict() for result in results]}))
     else:
-        print(f"{headline(given.threads)}\n\n{table(results)}")
+        print(f"{headline(given.threads)}\n\n{show(results)}")
     return int(any(result.failure for result in results))
 
 

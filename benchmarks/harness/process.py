@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,12 @@ class Process:
             stderr=self._errors,
             text=True,
         )
-        # The answer comes when it is built, so that several can build at the same time.
+        self._built = True
+        self.build(side, threads)
+
+    def build(self, side: Implementation, threads: int) -> None:
+        """Build an implementation. The next call waits for it, so that several can build at the same time."""
+        self._wait_for_build()
         self._send(build=side.build, settings=dict(side.settings), imports=list(side.imports), threads=threads)
         self._built = False
 
@@ -54,7 +61,13 @@ class Process:
         self._ask(output=str(path))
 
     def time(self) -> float:
-        return float(self._ask(time=True)["seconds"])
+        return self.begin_time()()
+
+    def begin_time(self) -> Callable[[], float]:
+        """Start `time`; the result waits for the end."""
+        self._wait_for_build()
+        self._send(time=True)
+        return lambda: float(self._receive()["seconds"])
 
     def memory(self) -> tuple[int, int]:
         answer = self._ask(memory=True)
@@ -78,8 +91,39 @@ class Process:
         return json.loads(line)
 
     def _ask(self, **question: Any) -> dict[str, Any]:
+        self._wait_for_build()
+        self._send(**question)
+        return self._receive()
+
+    def _wait_for_build(self) -> None:
         if not self._built:
             self._receive()
             self._built = True
-        self._send(**question)
-        return self._receive()
+
+
+class Reused:
+    """Runs implementations of the same name one after the other in one process, which imports its libraries once."""
+
+    def __init__(self) -> None:
+        self._processes: dict[str, Process] = {}
+
+    @contextmanager
+    def __call__(self, side: Implementation, threads: int) -> Iterator[Process]:
+        try:
+            if side.name in self._processes:
+                self._processes[side.name].build(side, threads)
+            else:
+                self._processes[side.name] = Process(side, threads)
+            yield self._processes[side.name]
+        except ImplementationFailed:
+            for process in self._processes.values():
+                process.__exit__()
+            self._processes.clear()
+            raise
+
+    def __enter__(self) -> Reused:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.__exit__()
