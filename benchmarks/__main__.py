@@ -36,7 +36,6 @@ import sys
 
 from benchmarks import (
     denoisers,
-    dreambooth_speed,
     image_loading,
     text_encoders,
     vae_speed,
@@ -51,7 +50,6 @@ SCRIPTS = {
     "denoisers": denoisers.rows,
     "text_encoders": text_encoders.rows,
     "image_loading": image_loading.rows,
-    "dreambooth_speed": dreambooth_speed.rows,
     "draw_speed": draw_speed.rows,
 }
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import dreambooth_quality, kernels
+from benchmarks import dreambooth_quality, kernels, quick_start
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.diffusers_scripts import __main__ as diffusers_scripts
 from benchmarks.gpu import __main__ as gpu
@@ -283,6 +283,12 @@ def test_variants_are_valid_settings(way: str) -> None:
     plain, changed = DreamBoothSettings(**given), DreamBoothSettings(**given, **dreambooth_quality.WAYS[way])
     assert all(getattr(changed, name) == value for name, value in dreambooth_quality.WAYS[way].items())
     assert plain != changed
+
+
+def test_quick_start_is_the_command_of_the_readme() -> None:
+    readme = settings_from(DreamBoothSettings, quick_start.flags())
+    assert readme.model == "tiny" and readme.max_train_steps > 100
+    assert settings_from(DreamBoothSettings, quick_start.flags(7)).max_train_steps == 7
 
 
 def test_both_commands_train_with_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.at_once import at_once
@@ -26,13 +25,11 @@ class Options:
         quick: smaller sizes, fewer implementations.
         gpu: measure on a GPU, with MLX and torch.
         compiled: also measure `torch.compile`.
-        against: another checkout of this repository, or None.
     """
 
     quick: bool = False
     gpu: bool = False
     compiled: bool = True
-    against: Path | None = None
 
     def torch_variants(self, *, images: bool) -> dict[str, dict[str, bool]]:
         """Ways to run torch by name: `gpu`, `compiled` and, for images, `channels_last`, the memory layout."""
@@ -64,7 +61,6 @@ def main(
     parser.add_argument("--rounds", type=int, help="repetitions (default 7; with --quick 2)")
     parser.add_argument("--threads", type=int, default=len(_cores()), help="threads (default: all cores)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes long at first")
-    parser.add_argument("--against", type=Path, help="dreambooth_speed: another checkout to compare with")
     parser.add_argument("--at-once", type=int, metavar="N", help="slowdown of N processes that run at the same time")
     given = parser.parse_args(argv)
     from mflux_vae.runtime import device
