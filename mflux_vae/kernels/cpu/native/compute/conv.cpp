@@ -1,16 +1,14 @@
 #include "compute/conv.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "compute/gemm.h"
 #include "compute/pool.h"
+#include "compute/workspace.h"
 
 namespace mflux {
 namespace {
-
-using Floats = std::unique_ptr<float[]>;
 
 int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -60,7 +58,7 @@ constexpr int64_t BUDGET = 96 * 1024;  // numbers of both transforms of a block 
 void winograd(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(o, nr) / nr, step = panels * nr * c + PAD;
-  const Floats weights(new float[36 * step]);
+  const Floats weights = floats(36 * step);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++) {
       kernel.winograd_weights(in.weight, conv.turned, c, o, panel * nr, weights.get() + panel * nr * c, step);
@@ -90,7 +88,7 @@ void winograd(const Conv& conv, const ConvArrays& in, float* y) {
   const int64_t blocks_x = up(across, tiles_x) / tiles_x, blocks_y = up(down, tiles_y) / tiles_y;
   parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t tiles = tiles_x * tiles_y, columns = tiles_x * TILE + 2, rows = tiles_y * TILE + 2;
-    const Floats window(new float[rows * columns * c]), v(new float[36 * (tiles * c + PAD)]), m(new float[36 * (tiles * o + PAD)]);
+    const Floats window = floats(rows * columns * c), v = floats(36 * (tiles * c + PAD)), m = floats(36 * (tiles * o + PAD));
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / (blocks_y * blocks_x), by = block / blocks_x % blocks_y * tiles_y,
                     bx = block % blocks_x * tiles_x;
@@ -122,10 +120,10 @@ void winograd_by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
   const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(o, nr) / nr;
   const int64_t across = up(conv.out_width, TILE) / TILE, down = up(conv.out_height, TILE) / TILE;
   const int64_t tiles = conv.batch * down * across, v_step = tiles * c + PAD, m_step = tiles * nr + PAD, step = nr * c + PAD;
-  const Floats v(new float[36 * v_step]);
+  const Floats v = floats(36 * v_step);
   parallel_for(conv.batch * down, 1, [&](int64_t begin, int64_t end) {
     const int64_t columns = across * TILE + 2;
-    const Floats window(new float[6 * columns * c]);
+    const Floats window = floats(6 * columns * c);
     for (int64_t line = begin; line < end; line++) {
       read_window(conv, in, line / down, line % down * TILE - conv.top, 6, -conv.left, columns, window.get());
       for (int64_t t = 0; t < across; t++) {
@@ -134,7 +132,7 @@ void winograd_by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
     }
   });
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    const Floats weights(new float[36 * step]), m(new float[36 * m_step]);
+    const Floats weights = floats(36 * step), m = floats(36 * m_step);
     for (int64_t left = begin * nr; left < std::min(end * nr, o); left += nr) {
       const int64_t count = std::min(nr, o - left);
       kernel.winograd_weights(in.weight, conv.turned, c, o, left, weights.get(), step);
@@ -159,11 +157,11 @@ void winograd_by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
 Floats packed_weights(const Conv& conv, const float* weight) {
   const Kernels& kernel = *kernels();
   const int64_t taps = conv.kh * conv.kw, depth = taps * conv.c, nr = kernel.tile_columns;
-  Floats packed(new float[up(conv.o, nr) * depth]);
+  Floats packed = floats(up(conv.o, nr) * depth);
   Floats plain;
   Matrix matrix{weight, 1, depth};
   if (conv.turned) {
-    plain.reset(new float[depth * conv.o]);
+    plain = floats(depth * conv.o);
     for (int64_t tap = 0; tap < taps; tap++) {
       for (int64_t k = 0; k < conv.c; k++) {
         std::copy_n(weight + (k * taps + taps - 1 - tap) * conv.o, conv.o, plain.get() + (tap * conv.c + k) * conv.o);
@@ -186,7 +184,7 @@ void direct(const Conv& conv, const ConvArrays& in, float* y) {
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t seen_x = (span - 1) * conv.stride + conv.kw, seen_y = (rows - 1) * conv.stride + conv.kh;
-    const Floats window(new float[seen_x * seen_y * c]);
+    const Floats window = floats(seen_x * seen_y * c);
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / (blocks_y * blocks_x), first = block / blocks_x % blocks_y * rows,
                     left = block % blocks_x * span;
@@ -208,7 +206,7 @@ void direct(const Conv& conv, const ConvArrays& in, float* y) {
 void summed(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, n = taps * o, nr = kernel.tile_columns;
-  const Floats plain(new float[n * c]), packed(new float[up(n, nr) * c]);  // (tap, o, c)
+  const Floats plain = floats(n * c), packed = floats(up(n, nr) * c);  // (tap, o, c)
   for (int64_t tap = 0; tap < taps; tap++) {
     for (int64_t i = 0; i < o; i++) {
       for (int64_t k = 0; k < c; k++) {
@@ -222,7 +220,7 @@ void summed(const Conv& conv, const ConvArrays& in, float* y) {
   const int64_t rows = std::clamp<int64_t>(64 * 1024 / (seen * (c + n)) - conv.kh + 1, 1, conv.out_height);
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
-    const Floats window(new float[seen * (rows + conv.kh - 1) * c]), parts(new float[seen * (rows + conv.kh - 1) * n]);
+    const Floats window = floats(seen * (rows + conv.kh - 1) * c), parts = floats(seen * (rows + conv.kh - 1) * n);
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / (blocks_y * blocks_x), first = block / blocks_x % blocks_y * rows,
                     left = block % blocks_x * span;
@@ -276,7 +274,7 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
     std::fill_n(dweight, o * taps * c, 0.f);
     return;
   }
-  const Floats turned(new float[pixels * o]);  // (o, pixels)
+  const Floats turned = floats(pixels * o);  // (o, pixels)
   parallel_for(pixels, 256, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       for (int64_t i = 0; i < o; i++) {
@@ -287,7 +285,7 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
   constexpr int64_t DEPTH = 256;
   const int64_t slice = std::min(up(c, nr), up(64, nr)), slices = up(c, slice) / slice;
   parallel_for(taps * slices, 1, [&](int64_t begin, int64_t end) {
-    const Floats rows(new float[DEPTH * slice]), packed(new float[DEPTH * slice]);
+    const Floats rows = floats(DEPTH * slice), packed = floats(DEPTH * slice);
     for (int64_t job = begin; job < end; job++) {
       const int64_t tap = job / slices, from = job % slices * slice, count = std::min(slice, c - from);
       for (int64_t first = 0; first < pixels; first += DEPTH) {
@@ -328,7 +326,7 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
       }
       const int64_t rows = (conv.height - py + stride - 1) / stride, columns = (conv.width - px + stride - 1) / stride;
       const int64_t depth = int64_t(taps.size()) * o, pixels = rows * columns;
-      const Floats plain(new float[depth * c + 1]), packed(new float[depth * up(c, nr) + 1]);
+      const Floats plain = floats(depth * c + 1), packed = floats(depth * up(c, nr) + 1);
       parallel_for(depth, 1 + 16384 / c, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           const auto [r, s] = taps[i / o];
@@ -342,7 +340,7 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
       const int64_t span = std::min(pixels, std::clamp<int64_t>(64 * 1024 / (depth + c), kernel.tile_rows, 240));
       const int64_t blocks = up(pixels, span) / span;
       parallel_for(conv.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-        const Floats lines(new float[span * depth + 1]), out(new float[span * c]);
+        const Floats lines = floats(span * depth + 1), out = floats(span * c);
         for (int64_t block = begin; block < end; block++) {
           const int64_t image = block / blocks, first = block % blocks * span, count = std::min(span, pixels - first);
           for (int64_t p = 0; p < count; p++) {

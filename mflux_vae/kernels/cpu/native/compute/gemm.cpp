@@ -1,10 +1,10 @@
 #include "compute/gemm.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "compute/pool.h"
+#include "compute/workspace.h"
 
 namespace mflux {
 namespace {
@@ -29,7 +29,7 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
     return;
   }
   const int64_t columns = std::min(up(n, nr), up(BLOCK_COLUMNS, nr)), depth = std::min(k, DEPTH);
-  const std::unique_ptr<float[]> packed_b(new float[columns * depth]);
+  const Floats packed_b = floats(columns * depth);
   // enough blocks for every thread: parts of the rows, and of the columns where there are few rows
   const int64_t wanted = (m + 2 * threads() - 1) / (2 * threads());
   const int64_t rows = std::clamp(up(wanted, mr), mr, up(BLOCK_ROWS, mr)), down = (m + rows - 1) / rows;

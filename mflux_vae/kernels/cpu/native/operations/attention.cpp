@@ -1,5 +1,4 @@
-#include <memory>
-
+#include "compute/workspace.h"
 #include "operations/ops.h"
 
 namespace mflux {
@@ -40,11 +39,9 @@ struct Head {
   }
 };
 
-using Floats = std::unique_ptr<float[]>;
-
 Floats packed(Matrix matrix, int64_t k, int64_t n) {
   const int64_t nr = kernels()->tile_columns;
-  Floats panels(new float[(n + nr - 1) / nr * nr * k]);
+  Floats panels = floats((n + nr - 1) / nr * nr * k);
   kernels()->pack(matrix, k, n, panels.get());
   return panels;
 }
@@ -69,7 +66,7 @@ void each_part(const AttentionOptions& o, int64_t jobs, F&& work) {
 void forward(const AttentionOptions& o, const std::vector<const float*>& in, float* y, float* log_sums) {
   const Kernels& kernel = *kernels();
   each_part(o, o.batch * o.heads, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
-    const Floats scores(new float[BLOCK * o.keys]);
+    const Floats scores = floats(BLOCK * o.keys);
     const Head head(o, in, index);
     const Floats k = packed({head.k, 1, head.k_row}, o.width, o.keys);
     const Floats v = packed({head.v, head.v_row, 1}, o.keys, o.value_width);
@@ -94,11 +91,11 @@ void backward(const AttentionOptions& o, const std::vector<const float*>& in, fl
   const int64_t shared = o.heads / o.key_heads, jobs = o.batch * o.key_heads, parts = query_parts(o, jobs);
   const int64_t k_size = jobs * o.keys * o.width, v_size = jobs * o.keys * o.value_width;
   // gradients of keys and values of all parts but the first
-  const Floats more_k(new float[(parts - 1) * k_size]), more_v(new float[(parts - 1) * v_size]);
+  const Floats more_k = floats((parts - 1) * k_size), more_v = floats((parts - 1) * v_size);
   each_part(o, jobs, [&](int64_t job, int64_t part, int64_t begin, int64_t end) {
     // rows of scores are read across, so a power of two must not separate them
     const int64_t row = o.keys + 16;
-    const Floats p(new float[BACK_BLOCK * row]), ds(new float[BACK_BLOCK * row]);
+    const Floats p = floats(BACK_BLOCK * row), ds = floats(BACK_BLOCK * row);
     const auto add_turned = [&](const float* from, int64_t rows, const float* panels, float* to, int64_t to_row,
                                 int64_t width, bool add) {  // to += from.T @ panels
       kernel.product_parts(from, 1, rows, 1, row, panels, to, to_row, o.keys, width, add, nullptr);

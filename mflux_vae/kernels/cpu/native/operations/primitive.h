@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "compute/pool.h"
+#include "compute/workspace.h"
 #include "isa/kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -53,9 +54,13 @@ class CpuPrimitive : public mx::Primitive {
     }
     for (auto& y : outputs) {
       y.set_data(mx::allocator::malloc(y.nbytes()));
+      use_huge_pages(y.data<float>(), y.nbytes());
       encoder.set_output_array(y);
       out.push_back(y.data<float>());
       sizes.push_back(y.size());
+    }
+    if (outputs[0].nbytes() >= LARGE) {
+      limit_cache();
     }
     if (sizes[0] == 0) {  // sums over nothing
       encoder.dispatch([out = std::move(out), sizes = std::move(sizes)] {
