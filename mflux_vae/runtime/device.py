@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import traceback
 import warnings
@@ -75,42 +73,6 @@ def kind() -> str:
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "mac" if mx.metal.is_available() else "cuda"
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_BLAS_THREADS = (
-    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
-    ("openblas_get_num_threads", "openblas_set_num_threads"),
-)
-
-
-_telling = threading.Lock()
-_told: list[int] = []
-"""What was before, once for each caller that is within `one_blas_thread`."""
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Limit matrix products to one thread, if the BLAS opened here supports it."""
-    library = ctypes.CDLL(blas) if blas is not None else None
-    get, tell = next((names for names in _BLAS_THREADS if hasattr(library, names[0])), (None, None))
-    if get is None or tell is None:
-        yield
-        return
-    with _telling:
-        _told.append(_told[0] if _told else getattr(library, get)())
-        getattr(library, tell)(1)
-    try:
-        yield
-    finally:
-        with _telling:
-            before = _told.pop()
-            if not _told:
-                getattr(library, tell)(before)
 
 
 def compute_dtype(requested: mx.Dtype | None = None) -> mx.Dtype:

@@ -1,11 +1,11 @@
-"""Use from several threads: lazily read weights, the streams of parallel kernels, and the end of a thread.
+"""Use from several threads: lazily read weights, shared streams, and the end of a thread.
 
 MLX binds a stream to the thread that created it. An array that is not computed yet belongs to its stream, so another
 thread that needs it gets "There is no Stream(cpu, 0) in current thread". Three rules follow:
 
 - Weights are read on a stream that every thread may use (`portable`).
 - Public methods run one at a time and start computing what they return (`thread_safe`). On a CPU a call uses all cores
-  anyway, and a matrix product that shares its BLAS threads with another call rounds differently.
+  anyway.
 - A thread that used MLX calls `mx.clear_streams` before it ends, as MLX asks. Otherwise the destructor of its random
   state takes Python's lock when the thread is already gone for Python. If the main thread exits meanwhile, Python up
   to 3.12 ends the thread inside that destructor, and the process aborts ("terminate called without an active
@@ -29,9 +29,6 @@ from mflux_vae.errors import InputError
 from mflux_vae.runtime import device
 from mflux_vae.runtime.device_errors import device_error
 
-MAX_STREAMS = 8
-"""CPU streams for parallel kernels, at most."""
-
 _FOREIGN = "There is no Stream"
 """Start of MLX's message about an array that only another thread can compute."""
 
@@ -39,7 +36,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.RLock()
-_streams: dict[mx.DeviceType, list[mx.Stream]] = {}
+_streams: dict[mx.DeviceType, mx.Stream] = {}
 
 
 class _Cleanup:
@@ -154,27 +151,16 @@ def portable() -> Iterator[None]:
     before = [mx.default_stream(kind) for kind in {mx.cpu, mx.default_device().type}]
     try:
         for stream in before:
-            mx.set_default_stream(_shared(stream.device.type)[0])
+            mx.set_default_stream(_shared(stream.device.type))
         yield
     finally:
         for stream in before:
             mx.set_default_stream(stream)
 
 
-def parallel_streams(count: int) -> list[mx.Stream]:
-    """CPU streams for parallel kernels beside a thread's default one; use them within `exclusive`."""
-    return _shared(mx.cpu, 1 + count)[1 : 1 + count]
-
-
-def stream_count() -> int:
-    """CPU streams that work side by side: one for each core, at most `MAX_STREAMS`."""
-    return min(device.cores(), MAX_STREAMS)
-
-
-def _shared(kind: mx.DeviceType, count: int = 1) -> list[mx.Stream]:
-    """The first for `portable`, the others for parallel kernels. All at once: MLX looks them up without a lock."""
+def _shared(kind: mx.DeviceType) -> mx.Stream:
+    """The stream of `portable`."""
     with exclusive():
-        streams = _streams.setdefault(kind, [])
-        wanted = max(count, stream_count()) if kind == mx.cpu else count
-        streams += [mx.new_thread_unsafe_stream(kind) for _ in range(len(streams), wanted)]
-        return streams
+        if kind not in _streams:
+            _streams[kind] = mx.new_thread_unsafe_stream(kind)
+        return _streams[kind]

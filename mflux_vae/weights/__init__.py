@@ -10,9 +10,9 @@ Equal to the bit
 
 This holds on CPUs and Metal, on one machine with the same BLAS library, number of cores and BLAS threads
 (`OMP_NUM_THREADS`, `MKL_NUM_THREADS`, `OPENBLAS_NUM_THREADS`), instruction set (`MKL_ENABLE_INSTRUCTIONS`), MLX version
-and device, with or without a C++ compiler, and for the same batches, image sizes and settings. A change of any of these
-may change the last bits; tests compare such results with a tolerance. With CUDA the last bits differ from run to run
-(from MLX's source: cuDNN adds the gradients of attention in no fixed order).
+and device, with or without the native extension, and for the same batches, image sizes and settings. A change of any of
+these may change the last bits; tests compare such results with a tolerance. With CUDA the last bits differ from run to
+run (from MLX's source: cuDNN adds the gradients of attention in no fixed order).
 
 The rounding of a sum depends on its order. A BLAS chooses the order by instruction set, threads, sizes and strides, so
 a transposed view computes other bits than a copy of it. Weights therefore enter networks in MLX's row-major order:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -136,17 +135,3 @@ def test_a_cpu_computes_in_float32_and_others_in_what_is_asked_for(request: pyte
 
 def test_memory_is_what_the_machine_or_its_container_has() -> None:
     assert 2**28 < process.memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@with_blas
-def test_a_product_uses_one_thread_until_the_last_who_asked_for_that_is_done() -> None:
-    get = next(get for get, _ in device._BLAS_THREADS if hasattr(ctypes.CDLL(device.blas), get))
-    threads = getattr(ctypes.CDLL(device.blas), get)
-    before, first, second = threads(), device.one_blas_thread(), device.one_blas_thread()
-    first.__enter__()
-    second.__enter__()
-    assert threads() == 1
-    first.__exit__(None, None, None)
-    assert threads() == 1
-    second.__exit__(None, None, None)
-    assert threads() == before
