@@ -19,7 +19,7 @@ from benchmarks.diffusers_scripts import __main__ as diffusers_scripts
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.at_once import at_once
-from benchmarks.harness.cli import Options, select
+from benchmarks.harness.cli import Options, main, select
 from benchmarks.harness.measure import Disagreement, measure, relative_error
 from benchmarks.harness.process import ROOT, ImplementationFailed, Process, Reused
 from benchmarks.harness.rows import Implementation, Measured, Result, Row, Work
@@ -201,6 +201,12 @@ def test_select_by_script_or_part_of_the_name():
     assert [row.work for row in select(scripts, Options(), ["one"])] == ["encode 1", "decode 1"]
     assert [row.work for row in select(scripts, Options(), ["encode"])] == ["encode 1", "encode 2"]
     assert len(list(select(scripts, Options(), []))) == 3
+
+
+def test_command_line_lists_rows(capsys: pytest.CaptureFixture) -> None:
+    rows = {"one": lambda options: [ROW, replace(ROW, work=f"quick {options.quick}, {options.compiled}")]}
+    assert main(rows, None, ["--list", "--quick", "--no-compile", "--only", "quick"]) == 0
+    assert capsys.readouterr().out == "quick True, False\n"
 
 
 def test_weights_depend_on_name_and_shape():

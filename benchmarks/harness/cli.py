@@ -65,7 +65,7 @@ def main(
     given = parser.parse_args(argv)
     from mflux_vae.runtime import device
 
-    options = Options(quick=given.quick, gpu=not device.is_cpu(), compiled=not given.no_compile, against=given.against)
+    options = Options(quick=given.quick, gpu=not device.is_cpu(), compiled=not given.no_compile)
     chosen = list(select(scripts, options, given.only))
     if not chosen:
         parser.error(f"no row matches {', '.join(given.only)}; scripts: {', '.join(scripts)}; --list names the rows")
