@@ -14,7 +14,7 @@ using Values = std::vector<float>;
 
 int64_t grain(const ChannelNorm& norm) { return 1 + GRAIN / norm.c; }
 
-/// Sums over each group's channels of (batch, c), in double precision, times `factor` -> (batch, groups).
+/// Call `f(group, begin, end, channel)` for each sample and group: its part of an array (batch, c), and its first channel.
 template <class F>
 void each_group(const ChannelNorm& norm, F&& f) {
   const int64_t width = norm.c / norm.groups;

@@ -10,6 +10,7 @@ namespace mflux {
 namespace {
 
 constexpr int64_t DEPTH = 256;           // of packed panels: a panel of b stays in the L1 cache
+constexpr int64_t PAD = 16;              // numbers after a turned row: powers of two would share lines of the cache
 constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
 constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
 
@@ -58,15 +59,15 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
           if (a.columns != 1) {
             if (turned_block != block) {
               turned_block = block;
-              turned.resize(height * inner);
+              turned.resize(height * (inner + PAD));
               for (int64_t j = 0; j < inner; j++) {
                 for (int64_t i = 0; i < height; i++) {
-                  turned[i * inner + j] = left_rows[i * a.rows + j * a.columns];
+                  turned[i * (inner + PAD) + j] = left_rows[i * a.rows + j * a.columns];
                 }
               }
             }
             left_rows = turned.data();
-            lda = inner;
+            lda = inner + PAD;
           }
           Epilogue mine = last;
           const int64_t column = left + first;

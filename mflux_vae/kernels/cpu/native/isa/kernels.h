@@ -7,7 +7,7 @@ namespace mflux {
 
 enum class Activation : int { none, silu, gelu, gelu_tanh, quick_gelu, sigmoid, tanh, leaky_relu };
 
-/// What a matrix product does with each result, in this order: + bias, activation, * gate, + residual.
+/// What a matrix product does with each result, in this order: + bias, activation, + residual.
 struct Epilogue {
   const float* bias = nullptr;  // (n,)
   Activation activation = Activation::none;

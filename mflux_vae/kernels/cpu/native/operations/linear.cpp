@@ -5,43 +5,51 @@ namespace mflux {
 namespace {
 
 struct LinearOptions {
-  Activation activation;
-  bool biased, residual;
+  Activation activation = Activation::none;
+  bool biased = false, residual = false;
+  bool x_turned = false, weight_turned = false;  // x is (k, m), weight is (k, n)
 
   bool operator==(const LinearOptions&) const = default;
 };
 
-/// x (m, k), weight (n, k), [bias (n,)], [residual (m, n)] -> (m, n).
+/// x (..., k), weight (n, k), [bias (n,)], [residual] -> (..., n).
 class Linear : public Operation<Linear, LinearOptions> {
  public:
   static constexpr const char* NAME = "mflux::Linear";
   using Operation::Operation;
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    mx::Shape shape = inputs[0].shape();
-    shape.back() = inputs[1].shape(0);
+    const mx::Shape& x = inputs[0].shape();
+    mx::Shape shape = options_.x_turned ? mx::Shape{x[1], 0} : x;
+    shape.back() = inputs[1].shape(options_.weight_turned);
     return {shape};
   }
 
   /// The pre-activation is computed again: it is cheaper to keep x alone.
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     const mx::array &x = primals[0], &weight = primals[1];
-    const int k = x.shape(-1), n = weight.shape(0);
-    mx::array dz = cotangents[0];
+    mx::array dz = ready(cotangents[0]);
     if (options_.activation != Activation::none) {
-      const auto bias = options_.biased ? std::optional(primals[2]) : std::nullopt;
-      const mx::array z = linear(x, weight, bias, Activation::none, std::nullopt);
-      const auto pair = mx::vjp([this](const Arrays& in) { return Arrays{activate(in[0], options_.activation)}; },
-                                Arrays{z}, Arrays{dz});
-      dz = pair.second[0];
+      LinearOptions plain = options_;
+      plain.activation = Activation::none;
+      plain.residual = false;
+      const Arrays inputs(primals.begin(), primals.begin() + 2 + options_.biased);
+      const mx::array z = Linear(plain, stream()).apply(inputs)[0];
+      dz = mx::vjp([this](const Arrays& in) { return Arrays{activate(in[0], options_.activation)}; }, Arrays{z},
+                   Arrays{dz}).second[0];
     }
+    const bool x_turned = options_.x_turned, weight_turned = options_.weight_turned;
+    const auto rows = [](const mx::array& of) {
+      return mx::reshape(of, {int(of.size() / std::max(of.shape(-1), 1)), of.shape(-1)});
+    };
     Arrays wanted;
     for (int argument : argnums) {
       if (argument == 0) {
-        wanted.push_back(product(dz, mx::transpose(weight)));
+        wanted.push_back(x_turned ? product(weight, dz, !weight_turned, false)
+                                  : product(dz, weight, false, !weight_turned));
       } else if (argument == 1) {
-        const mx::array rows = mx::reshape(dz, {-1, n});
-        wanted.push_back(product(mx::transpose(rows), mx::transpose(mx::reshape(x, {-1, k}))));
+        wanted.push_back(weight_turned ? product(rows(x), rows(dz), !x_turned, true)
+                                       : product(rows(dz), rows(x), true, !x_turned));
       } else if (argument == 2 && options_.biased) {
         wanted.push_back(channel_sum(dz));
       } else {
@@ -52,23 +60,25 @@ class Linear : public Operation<Linear, LinearOptions> {
   }
 
  protected:
-  /// a @ b.T of arrays in any order in memory.
-  static mx::array product(const mx::array& a, const mx::array& b) {
-    return linear(a, b, std::nullopt, Activation::none, std::nullopt);
+  mx::array product(const mx::array& x, const mx::array& weight, bool x_turned, bool weight_turned) {
+    return Linear({.x_turned = x_turned, .weight_turned = weight_turned}, stream()).apply({x, weight})[0];
   }
 
   Work bind(const Arrays& inputs) override {
     const auto &x = inputs[0], &weight = inputs[1];
-    const int64_t k = x.shape(-1), n = weight.shape(0);
+    const LinearOptions o = options_;
+    const int64_t k = weight.shape(!o.weight_turned), n = weight.shape(o.weight_turned);
     int64_t m = 1;
-    for (size_t i = 0; i + 1 < x.ndim(); i++) {
+    for (size_t i = o.x_turned; i + !o.x_turned < x.ndim(); i++) {
       m *= x.shape(i);
     }
-    return [=, o = options_](auto& in, auto& out) {
+    return [=](auto& in, auto& out) {
       const Epilogue last{.bias = o.biased ? in[2] : nullptr,
                           .activation = o.activation,
                           .residual = o.residual ? in[2 + o.biased] : nullptr};
-      gemm({in[0], k, 1}, {in[1], 1, k}, out[0], m, n, k, last);
+      const Matrix left = o.x_turned ? Matrix{in[0], 1, m} : Matrix{in[0], k, 1};
+      const Matrix right = o.weight_turned ? Matrix{in[1], n, 1} : Matrix{in[1], 1, k};
+      gemm(left, right, out[0], m, n, k, last);
     };
   }
 };
@@ -85,7 +95,7 @@ mx::array linear(const mx::array& x, const mx::array& weight, const std::optiona
           "linear: the bias must be (n,), the residual as the result");
   Arrays inputs{ready(x), ready(weight)};
   append(inputs, {bias, residual});
-  return Linear({activation, bias.has_value(), residual.has_value()}).apply(inputs)[0];
+  return Linear({.activation = activation, .biased = bias.has_value(), .residual = residual.has_value()}).apply(inputs)[0];
 }
 
 }  // namespace mflux
