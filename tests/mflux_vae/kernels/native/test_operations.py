@@ -104,6 +104,19 @@ def test_no_samples_give_empty_results_and_zero_gradients() -> None:
     assert not np.array(gradient).any()
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])
+def test_linear_layers_are_twice_differentiable(shape: tuple[int, ...]) -> None:
+    x, w = mx.random.normal(shape), mx.random.normal((4, 5))
+
+    def twice(layer: Callable[[mx.array, mx.array], mx.array]) -> list[mx.array]:
+        first = mx.grad(lambda *inputs: layer(*inputs).square().sum(), argnums=[0, 1])
+        second = mx.grad(lambda *inputs: sum(g.square().sum() for g in first(*inputs)), argnums=[0, 1])
+        return list(second(x, w))
+
+    for ours, theirs in zip(twice(native.linear), twice(lambda x, w: x @ w.T), strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_propagate_as_in_mlx(value: float) -> None:
     x = np.random.default_rng(0).normal(size=(3, 37)).astype(np.float32)
