@@ -1,11 +1,15 @@
 """Measure every claim about speed and memory; print one table.
 
-    python -m benchmarks [--quick] [--json] [--only NAME]
+    python -m benchmarks [--quick] [--compile] [--only NAME] [--rounds 7] [--at-once 2] [--json]
 
-On a GPU that MLX and torch both support, the same rows are measured there. Peers are optional (extra `parity`);
-missing ones are listed below the table. Quality of DreamBooth: `benchmarks.dreambooth_quality`, `.dreambooth_photos`;
-total correlation of autoencoders: `benchmarks.disentanglement`; beside the
-scripts of diffusers: `benchmarks.diffusers_scripts`.
+NAME is a script, such as `denoisers`, or part of a row's name; `--list` prints all rows. Each row alternates between
+ours and torch (in both memory layouts, with `--compile` also compiled) and checks first that their outputs agree. Peers
+are optional (extra `parity`); missing ones are listed below the table. `--at-once 2` measures instead how much two
+processes slow down each other. On a GPU that MLX and torch both support, the same rows are measured there.
+
+Single operations: `benchmarks.kernels`. Whole commands: `benchmarks.quick_start`, and `benchmarks.diffusers_scripts`
+beside the scripts of diffusers. Quality of DreamBooth: `benchmarks.dreambooth_quality`, `.dreambooth_photos`; total
+correlation of autoencoders: `benchmarks.disentanglement`.
 
 Intel Xeon (AVX-512), two cores, Linux, MLX 0.32.4 with MKL, torch 2.13.0, diffusers 0.42.1, float32, 2026-11-21. The
 virtual machine's speed changes by half within a day; where two runs differ, both are given:

@@ -179,8 +179,9 @@ def test_table_marks_missed_targets_and_prints_rates():
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_rows_name_existing_functions_and_are_unique(quick, gpu):
-    rows = list(select({**SCRIPTS, "kernels": kernels.rows}, Options(quick=quick, gpu=gpu), []))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_name_existing_functions_and_are_unique(quick, gpu, compiled):
+    rows = list(select({**SCRIPTS, "kernels": kernels.rows}, Options(quick=quick, gpu=gpu, compiled=compiled), []))
     assert len({row.work for row in rows}) == len(rows)
     for row in rows:
         sides = [row.ours, *row.peers, *row.beside]
@@ -205,8 +206,8 @@ def test_select_by_script_or_part_of_the_name():
 
 def test_command_line_lists_rows(capsys: pytest.CaptureFixture) -> None:
     rows = {"one": lambda options: [ROW, replace(ROW, work=f"quick {options.quick}, {options.compiled}")]}
-    assert main(rows, None, ["--list", "--quick", "--no-compile", "--only", "quick"]) == 0
-    assert capsys.readouterr().out == "quick True, False\n"
+    assert main(rows, None, ["--list", "--quick", "--compile", "--only", "quick"]) == 0
+    assert capsys.readouterr().out == "quick True, True\n"
 
 
 def test_weights_depend_on_name_and_shape():

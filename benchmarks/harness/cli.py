@@ -29,14 +29,14 @@ class Options:
 
     quick: bool = False
     gpu: bool = False
-    compiled: bool = True
+    compiled: bool = False
 
     def torch_variants(self, *, images: bool) -> dict[str, dict[str, bool]]:
         """Ways to run torch by name: `gpu`, `compiled` and, for images, `channels_last`, the memory layout."""
         layouts = {", channels last": {"channels_last": True}, ", channels first": {"channels_last": False}}
         plain = {name: layouts[name] for name in list(layouts)[: 1 if self.quick else 2]} if images else {"": {}}
         variants = {f"torch{name}": {"compiled": False, **layout} for name, layout in plain.items()}
-        if self.compiled and not self.quick:
+        if self.compiled:
             variants["torch, compiled"] = {"compiled": True, **next(iter(plain.values()))}
         return {name: {**variant, "gpu": self.gpu} for name, variant in variants.items()}
 
@@ -60,12 +60,12 @@ def main(
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a script, or part of a row's name")
     parser.add_argument("--rounds", type=int, help="repetitions (default 7; with --quick 2)")
     parser.add_argument("--threads", type=int, default=len(_cores()), help="threads (default: all cores)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes long at first")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, minutes per row the first time")
     parser.add_argument("--at-once", type=int, metavar="N", help="slowdown of N processes that run at the same time")
     given = parser.parse_args(argv)
     from mflux_vae.runtime import device
 
-    options = Options(quick=given.quick, gpu=not device.is_cpu(), compiled=not given.no_compile)
+    options = Options(quick=given.quick, gpu=not device.is_cpu(), compiled=given.compile)
     chosen = list(select(scripts, options, given.only))
     if not chosen:
         parser.error(f"no row matches {', '.join(given.only)}; scripts: {', '.join(scripts)}; --list names the rows")
