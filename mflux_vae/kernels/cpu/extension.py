@@ -37,7 +37,7 @@ def _module() -> Any | None:
     elif sys.platform != "linux" or platform.machine() != "x86_64":
         reason = "the native extension is for Linux on x86-64"
     elif mx.__version__ != MLX:  # type: ignore[attr-defined]
-        reason = f"the native extension is for MLX {MLX}, this is {mx.__version__}; install mlx=={MLX}"  # type: ignore[attr-defined]
+        reason = f"the native extension is for MLX {MLX}, this is {mx.__version__}; install mlx[cpu]=={MLX}"  # type: ignore[attr-defined]
     else:
         try:
             return importlib.import_module("mflux_vae.kernels.cpu._native")

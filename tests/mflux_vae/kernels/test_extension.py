@@ -45,7 +45,7 @@ def raising(error: ImportError) -> SimpleNamespace:
         (lambda patch: patch.setenv(extension.VARIABLE, "0"), extension.VARIABLE),
         (lambda patch: patch.setattr(platform, "machine", lambda: "aarch64"), "x86-64"),
         (lambda patch: patch.setattr(sys, "platform", "darwin"), "Linux"),
-        (lambda patch: patch.setattr(extension, "MLX", "0.1.0"), "mlx==0.1.0"),
+        (lambda patch: patch.setattr(extension, "MLX", "0.1.0"), "mlx[cpu]==0.1.0"),
         (lambda patch: patch.setattr(extension, "importlib", raising(ModuleNotFoundError("_native"))), "g++"),
         (lambda patch: patch.setattr(extension, "importlib", raising(ImportError("lacks AVX2"))), "AVX2"),
     ],

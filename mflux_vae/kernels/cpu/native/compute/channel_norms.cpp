@@ -8,8 +8,6 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t GRAIN = 8192;
-
 using Values = std::vector<float>;
 
 int64_t grain(const ChannelNorm& norm) { return 1 + GRAIN / norm.c; }

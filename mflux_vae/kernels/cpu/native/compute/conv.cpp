@@ -10,8 +10,6 @@
 namespace mflux {
 namespace {
 
-int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 /// Rows [first, first + rows) and columns [left, left + columns) of what the kernel sees, zeros outside the image.
 void read_window(const Conv& conv, const ConvArrays& in, int64_t image, int64_t first, int64_t rows, int64_t left,
                  int64_t columns, float* to) {

@@ -14,8 +14,6 @@ constexpr int64_t PAD = 16;              // numbers after a turned row: powers o
 constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
 constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
 
-int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
 }  // namespace
 
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {

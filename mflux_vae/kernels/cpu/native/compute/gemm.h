@@ -7,6 +7,9 @@
 
 namespace mflux {
 
+/// The first multiple of `step` that is not below x.
+inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
 /// Packs rows [from, from + k) and columns [left, left + n) of b into panels, as `Kernels::pack` does.
 using Packer = std::function<void(int64_t from, int64_t k, int64_t left, int64_t n, float* packed)>;
 

@@ -6,6 +6,8 @@
 
 namespace mflux {
 
+inline constexpr int64_t GRAIN = 8192;  // numbers that are worth another thread
+
 /// Number of threads that compute, the calling one included: OMP_NUM_THREADS if set, otherwise the CPUs that the process
 /// may use.
 int threads();

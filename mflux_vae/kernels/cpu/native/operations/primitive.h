@@ -24,7 +24,6 @@ namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 
 constexpr size_t LARGE = 1 << 20;  // bytes of an output that is allocated when earlier operations are done
-inline constexpr int64_t GRAIN = 8192;  // numbers that are worth another thread
 
 inline mx::Stream cpu() { return mx::default_stream(mx::Device::cpu); }
 
