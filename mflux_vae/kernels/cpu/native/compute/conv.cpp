@@ -266,42 +266,82 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
 
 void weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, nr = kernel.tile_columns;
-  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
+  const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, line = conv.kw * c, length = conv.kh * line;
+  const int64_t pixels = conv.batch * conv.out_height * conv.out_width, size = o * length;
   if (pixels == 0) {
-    std::fill_n(dweight, o * taps * c, 0.f);
+    std::fill_n(dweight, size, 0.f);
     return;
   }
-  const Floats turned = floats(pixels * o);  // (o, pixels)
-  parallel_for(pixels, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      for (int64_t i = 0; i < o; i++) {
-        turned[i * pixels + p] = dy[p * o + i];
+  constexpr int64_t DEPTH = 256, WIDE = 64, JOBS = 16, MOST = 1 << 20;
+  const int64_t chunks = up(pixels, DEPTH) / DEPTH;
+  const Floats turned = floats(chunks * o * DEPTH);  // (chunk, o, DEPTH)
+  parallel_for(chunks, 1 + 16384 / (DEPTH * o), [&](int64_t begin, int64_t end) {
+    constexpr int64_t BLOCK = 16;
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      const int64_t depth = std::min(DEPTH, pixels - chunk * DEPTH);
+      const float* from = dy + chunk * DEPTH * o;
+      float* to = turned.get() + chunk * DEPTH * o;
+      for (int64_t k = 0; k < depth; k += BLOCK) {
+        for (int64_t i = 0; i < o; i++) {
+          for (int64_t j = k; j < std::min(k + BLOCK, depth); j++) {
+            to[i * DEPTH + j] = from[j * o + i];
+          }
+        }
       }
     }
   });
-  constexpr int64_t DEPTH = 256;
-  const int64_t slice = std::min(up(c, nr), up(64, nr)), slices = up(c, slice) / slice;
-  parallel_for(taps * slices, 1, [&](int64_t begin, int64_t end) {
-    const Floats rows = floats(DEPTH * slice), packed = floats(DEPTH * slice);
+  // Jobs are columns of the result: parts of a row of the kernel, or all rows if they are short; and parts of the pixels.
+  const int64_t rows = length <= WIDE ? conv.kh : 1, slices = rows > 1 ? 1 : up(line, WIDE) / WIDE;
+  const int64_t slice = rows > 1 ? length : std::min(line, up((line + slices - 1) / slices, nr));
+  const int64_t columns = conv.kh / rows * slices;
+  const int64_t wanted = std::clamp<int64_t>(JOBS / columns, 1, std::min(chunks, 1 + MOST / size));
+  const int64_t share = (chunks + wanted - 1) / wanted, parts = (chunks + share - 1) / share;
+  const Floats partial = floats((parts - 1) * size + 1);
+  parallel_for(columns * parts, 1, [&](int64_t begin, int64_t end) {
+    const Floats seen = floats(DEPTH * slice), packed = floats(DEPTH * up(slice, nr));
     for (int64_t job = begin; job < end; job++) {
-      const int64_t tap = job / slices, from = job % slices * slice, count = std::min(slice, c - from);
-      for (int64_t first = 0; first < pixels; first += DEPTH) {
-        const int64_t depth = std::min(DEPTH, pixels - first);
-        for (int64_t i = 0; i < depth; i++) {
-          const int64_t p = first + i, image = p / (conv.out_height * conv.out_width);
-          const int64_t row = p / conv.out_width % conv.out_height * conv.stride + tap / conv.kw - conv.top,
-                        column = p % conv.out_width * conv.stride + tap % conv.kw - conv.left;
-          if (row < 0 || row >= conv.height || column < 0 || column >= conv.width) {
-            std::fill_n(rows.get() + i * count, count, 0.f);
-          } else {
-            std::copy_n(x + ((image * conv.height + row) * conv.width + column) * c + from, count,
-                        rows.get() + i * count);
+      const int64_t part = job / columns, top = job % columns / slices, left = job % slices * slice;
+      const int64_t count = std::min(slice, rows * line - left), each = count / rows;
+      if (count <= 0) {
+        continue;
+      }
+      float* out = (part ? partial.get() + (part - 1) * size : dweight) + top * line + left;
+      for (int64_t chunk = part * share; chunk < std::min(chunks, (part + 1) * share); chunk++) {
+        const int64_t first = chunk * DEPTH, depth = std::min(DEPTH, pixels - first);
+        int64_t column = first % conv.out_width, row = first / conv.out_width % conv.out_height,
+                image = first / (conv.out_width * conv.out_height);
+        float* to = seen.get();
+        for (int64_t p = 0; p < depth; p++) {
+          const int64_t start = (column * conv.stride - conv.left) * c + left;
+          const int64_t low = std::clamp<int64_t>(-start, 0, each), high = std::clamp(conv.width * c - start, low, each);
+          for (int64_t r = 0; r < rows; r++, to += each) {
+            const int64_t y = row * conv.stride + top + r - conv.top;
+            if (y < 0 || y >= conv.height) {
+              std::fill_n(to, each, 0.f);
+              continue;
+            }
+            std::fill_n(to, low, 0.f);
+            std::copy_n(x + (image * conv.height + y) * conv.width * c + start + low, high - low, to + low);
+            std::fill_n(to + high, each - high, 0.f);
+          }
+          if (++column == conv.out_width) {
+            column = 0;
+            if (++row == conv.out_height) {
+              row = 0;
+              image++;
+            }
           }
         }
-        kernel.pack({rows.get(), count, 1}, depth, count, packed.get());
-        kernel.product(turned.get() + first, pixels, packed.get(), dweight + tap * c + from, taps * c, o, count, depth,
-                       first > 0, nullptr);
+        kernel.pack({seen.get(), count, 1}, depth, count, packed.get());
+        kernel.product(turned.get() + first * o, DEPTH, packed.get(), out, length, o, count, depth,
+                       chunk > part * share, nullptr);
+      }
+    }
+  });
+  parallel_for(parts > 1 ? size : 0, 8192, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 0; part < parts - 1; part++) {
+      for (int64_t i = begin; i < end; i++) {
+        dweight[i] += partial[part * size + i];
       }
     }
   });
