@@ -1,6 +1,6 @@
 """Measure every claim about speed and memory; print one table.
 
-    python -m benchmarks [--quick] [--compile] [--only NAME] [--rounds 7] [--at-once 2] [--json]
+    python -m benchmarks [--quick] [--compile] [--only NAME] [--rounds 5] [--at-once 2] [--json]
 
 NAME is a script, such as `denoisers`, or part of a row's name; `--list` prints all rows. Each row alternates between
 ours and torch (in both memory layouts, with `--compile` also compiled) and checks first that their outputs agree. Peers
@@ -38,13 +38,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import (
-    denoisers,
-    image_loading,
-    text_encoders,
-    vae_speed,
-    vae_training,
-)
+from benchmarks import denoisers, image_loading, text_encoders, vae_speed, vae_training
 from benchmarks.diffusers_scripts import draw_speed
 from benchmarks.harness.cli import main
 

@@ -34,7 +34,7 @@ def rows(options: Options) -> list[Row]:
             work=f"SD autoencoder, {what} {size}x{size}",
             ours=_ours(what, size),
             peers=[_torch(name, what, size, variant) for name, variant in options.torch_variants(images=True).items()],
-            beside=[] if options.quick else _half_precision(options, what, size),
+            beside=_half_precision(what, size) if options.gpu else [],
             target=target,
             tolerance=1e-2 if options.gpu else 1e-3,
         )
@@ -160,11 +160,13 @@ def _torch(name: str, what: str, size: int, variant: Mapping[str, bool]) -> Impl
     )
 
 
-def _half_precision(options: Options, what: str, size: int) -> Sequence[Implementation]:
-    """bfloat16 for the record; ours only where it is fast: MLX's CPU has no half-precision products."""
-    ours = [_ours(what, size, name="mflux-vae, bfloat16", half=True)] if options.gpu else []
-    variant = {"channels_last": True, "half": True, "gpu": options.gpu}
-    return [*ours, _torch("torch, bfloat16, channels last", what, size, variant)]
+def _half_precision(what: str, size: int) -> Sequence[Implementation]:
+    """bfloat16 for the record; MLX's CPU has no products in half precision."""
+    variant = {"channels_last": True, "half": True, "gpu": True}
+    return [
+        _ours(what, size, name="mflux-vae, bfloat16", half=True),
+        _torch("torch, bfloat16, channels last", what, size, variant),
+    ]
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="print the rows and measure nothing")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a script, or part of a row's name")
-    parser.add_argument("--rounds", type=int, help="repetitions (default 7; with --quick 2)")
+    parser.add_argument("--rounds", type=int, help="repetitions (default 5; with --quick 2)")
     parser.add_argument("--threads", type=int, default=len(_cores()), help="threads (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, minutes per row the first time")
     parser.add_argument("--at-once", type=int, metavar="N", help="slowdown of N processes that run at the same time")
@@ -78,7 +78,7 @@ def main(
     results = []
     for number, row in enumerate(chosen, start=1):
         print(f"[{number}/{len(chosen)}] {row.work} ...", file=sys.stderr, flush=True)
-        rounds = given.rounds or (2 if given.quick else 7)
+        rounds = given.rounds or (2 if given.quick else 5)
         results.append(measure(row, rounds=rounds, threads=given.threads, start=start))
         print(f"    {summary(results[-1])}", file=sys.stderr, flush=True)
     if given.json:
