@@ -79,7 +79,7 @@ TABLE = (*_rules("encoder.layer.{n}", 0), *AUTHORS, Rule("pooler.{path}", None))
 class DinoConfig(VisionConfig):
     """config.json of a `ViTModel`; field names and defaults are those of transformers."""
 
-    kinds: ClassVar = {"model_type": "vit", "architectures": ["ViTModel"]}
+    kinds: ClassVar[dict[str, object]] = {"model_type": "vit", "architectures": ["ViTModel"]}
 
     patch_size: int = 16
     hidden_act: str = "gelu"

@@ -21,7 +21,7 @@ from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 class VisionConfig(JSONConfig):
     """`vision_config` in CLIP's config.json; field names and defaults are those of transformers."""
 
-    kinds: ClassVar = {"model_type": "clip_vision_model"}
+    kinds: ClassVar[dict[str, object]] = {"model_type": "clip_vision_model"}
 
     hidden_size: int = 768
     intermediate_size: int = 3072

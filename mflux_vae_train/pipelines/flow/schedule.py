@@ -43,7 +43,7 @@ class FlowMatchSchedule(JSONConfig):
             `base_image_seq_len`, `max_shift` at `max_image_seq_len`.
     """
 
-    kinds: ClassVar = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    kinds: ClassVar[dict[str, object]] = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
     num_train_timesteps: int = 1000
     shift: float = 1.0

@@ -29,7 +29,7 @@ MLP_RATIO = 4
 class FluxTransformerConfig(JSONConfig):
     """config.json of diffusers' FluxTransformer2DModel; the defaults are FLUX.1-schnell's."""
 
-    kinds: ClassVar = {"_class_name": "FluxTransformer2DModel"}
+    kinds: ClassVar[dict[str, object]] = {"_class_name": "FluxTransformer2DModel"}
 
     patch_size: int = 1
     in_channels: int = 64

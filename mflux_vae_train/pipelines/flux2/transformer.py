@@ -26,7 +26,7 @@ from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 class Flux2TransformerConfig(JSONConfig):
     """config.json of diffusers' Flux2Transformer2DModel; the defaults are FLUX.2 klein 4B's."""
 
-    kinds: ClassVar = {"_class_name": "Flux2Transformer2DModel"}
+    kinds: ClassVar[dict[str, object]] = {"_class_name": "Flux2Transformer2DModel"}
 
     patch_size: int = 1
     in_channels: int = 128

@@ -68,7 +68,7 @@ class DiscreteSchedule(JSONConfig):
         sampler: how images are drawn; in the file it is the name of the class.
     """
 
-    kinds: ClassVar = {"_diffusers_version": "0.30.0"}
+    kinds: ClassVar[dict[str, object]] = {"_diffusers_version": "0.30.0"}
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001

@@ -99,7 +99,7 @@ class UNetConfig(JSONConfig):
         sample_size: side of the latents that the model was trained with; not used here.
     """
 
-    kinds: ClassVar = {"_class_name": "UNet2DConditionModel"}
+    kinds: ClassVar[dict[str, object]] = {"_class_name": "UNet2DConditionModel"}
 
     sample_size: int | tuple[int, ...] | None = None
     in_channels: int = 4

@@ -35,7 +35,7 @@ class CLIPTextConfig(JSONConfig):
         initializer_factor: scales every standard deviation of `init_weights`.
     """
 
-    kinds: ClassVar = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
+    kinds: ClassVar[dict[str, object]] = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -72,7 +72,10 @@ CLIP_L = CLIPTextConfig(
 class CLIPTextConfigWithProjection(CLIPTextConfig):
     """`config.json` of a CLIP text encoder with projection. `from_dict` does not check a file's `architectures`."""
 
-    kinds: ClassVar = {"model_type": "clip_text_model", "architectures": ["CLIPTextModelWithProjection"]}
+    kinds: ClassVar[dict[str, object]] = {
+        "model_type": "clip_text_model",
+        "architectures": ["CLIPTextModelWithProjection"],
+    }
 
 
 class CLIPTextEmbeddings(nn.Module):

@@ -40,7 +40,7 @@ class Qwen3Config(JSONConfig):
         tie_word_embeddings, max_position_embeddings: part of the file format; unused here.
     """
 
-    kinds: ClassVar = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    kinds: ClassVar[dict[str, object]] = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 
     vocab_size: int = 151936
     hidden_size: int = 2560

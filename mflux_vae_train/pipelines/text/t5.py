@@ -36,7 +36,7 @@ class T5Config(JSONConfig):
         initializer_factor: scales every standard deviation of `init_weights`.
     """
 
-    kinds: ClassVar = {"model_type": "t5", "architectures": ["T5EncoderModel"]}
+    kinds: ClassVar[dict[str, object]] = {"model_type": "t5", "architectures": ["T5EncoderModel"]}
 
     vocab_size: int = 32128
     d_model: int = 512

@@ -53,7 +53,7 @@ class ZImageTransformerConfig(JSONConfig):
         axes_lens: sizes of the reference's table of positions; there is none here.
     """
 
-    kinds: ClassVar = {"_class_name": "ZImageTransformer2DModel"}
+    kinds: ClassVar[dict[str, object]] = {"_class_name": "ZImageTransformer2DModel"}
 
     all_patch_size: tuple[int, ...] = (PATCH,)
     all_f_patch_size: tuple[int, ...] = (1,)
