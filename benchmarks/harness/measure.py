@@ -121,15 +121,15 @@ def _compared(
                 raise
             missing.append(str(failure))
             continue
-        error = None
-        if row.tolerance is not None:
+        error, tolerance = None, row.tolerance
+        if tolerance is not None:
             with np.load(path) as arrays:
                 output = {name: arrays[name].astype(np.float64) for name in arrays.files}
             reference = reference or output
             error = relative_error(output, reference) if turns else None
-        if error is not None and side.compared and error > row.tolerance:
-            raise Disagreement(
-                f"{side.name} and {row.ours.name} disagree: relative error {error:.2g}, allowed {row.tolerance:g}"
-            )
+            if error is not None and side.compared and error > tolerance:
+                raise Disagreement(
+                    f"{side.name} and {row.ours.name} disagree: relative error {error:.2g}, allowed {tolerance:g}"
+                )
         turns.append((side, run, error))
     return turns
