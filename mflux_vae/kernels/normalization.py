@@ -7,6 +7,7 @@ from functools import cache
 
 import mlx.core as mx
 
+from mflux_vae.kernels.activations import leaky_relu
 from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.kernels.gpu_fusion import widened
 from mflux_vae.kernels.overrides import overridable, pointwise
@@ -110,20 +111,25 @@ def batch_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @overridable
-def batch_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Batch normalization with batch statistics (Ioffe and Szegedy 2015).
+def batch_norm(
+    x: mx.array, weight: mx.array, bias: mx.array, eps: float, slope: float = 1.0
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Batch normalization with batch statistics (Ioffe and Szegedy 2015), then leaky ReLU.
 
     Args:
         x: (..., C); weight, bias: (C,).
+        slope: of the leaky ReLU; 1 for none.
 
     Returns:
-        the normalized x, and mean and (biased) variance, (C,) each, float32, without gradients.
+        the result, and mean and (biased) variance, (C,) each, float32, without gradients.
     """
     if (cpu := native()) is not None:
-        y, mean, variance = cpu.batch_norm(x, weight, bias, eps)
+        activation = cpu.Activation.none if slope == 1 else cpu.Activation.leaky_relu
+        y, mean, variance = cpu.batch_norm(x, weight, bias, eps, activation, slope)
         return y.astype(x.dtype), mean, variance
     mean, variance = batch_statistics(x.reshape(-1, x.shape[-1]))
-    return batch_norm_apply(x, mean, variance, weight, bias, eps), mx.stop_gradient(mean), mx.stop_gradient(variance)
+    y = batch_norm_apply(x, mean, variance, weight, bias, eps)
+    return y if slope == 1 else leaky_relu(y, slope), mx.stop_gradient(mean), mx.stop_gradient(variance)
 
 
 def batch_norm_apply(

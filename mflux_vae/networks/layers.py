@@ -109,10 +109,12 @@ class BatchNorm(nn.Module):
     def _no_grad(self, names: set[str]) -> None:
         self.__dict__["_frozen"] = set(names)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, slope: float = 1.0) -> mx.array:
+        """Normalize; then leaky ReLU of this slope, unless it is 1."""
         if not self.training:
-            return kernels.batch_norm_apply(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps)
-        y, mean, variance = kernels.batch_norm(x, self.weight, self.bias, self._eps)
+            y = kernels.batch_norm_apply(x, self.running_mean, self.running_var, self.weight, self.bias, self._eps)
+            return y if slope == 1 else kernels.leaky_relu(y, slope)
+        y, mean, variance = kernels.batch_norm(x, self.weight, self.bias, self._eps, slope)
         count = math.prod(x.shape[:-1])
         self._seen = [mx.stop_gradient(mean), mx.stop_gradient(variance) * (count / max(count - 1, 1))]
         return y

@@ -96,7 +96,7 @@ class Down(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv(x)
-        return leaky_relu(self.norm(x) if "norm" in self else x, NEGATIVE_SLOPE)
+        return self.norm(x, NEGATIVE_SLOPE) if "norm" in self else leaky_relu(x, NEGATIVE_SLOPE)
 
 
 class Up(nn.Module):
@@ -121,7 +121,7 @@ class Up(nn.Module):
             x = self.conv(kernels.upsample_nearest_2x(x)[:, :size, :size])
         if self._plain:
             return x
-        return leaky_relu(self.norm(x) if "norm" in self else x, NEGATIVE_SLOPE)
+        return self.norm(x, NEGATIVE_SLOPE) if "norm" in self else leaky_relu(x, NEGATIVE_SLOPE)
 
 
 @overridable

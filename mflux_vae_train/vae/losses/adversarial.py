@@ -56,7 +56,7 @@ class PatchDiscriminator(nn.Module):
         """(B, H, W, C) in [-1, 1] -> logits (B, h, w, 1), positive for real."""
         x = leaky_relu(self.convs[0](pixels), NEGATIVE_SLOPE)
         for conv, norm in zip(self.convs[1:-1], self.norms, strict=True):
-            x = leaky_relu(norm(conv(x)), NEGATIVE_SLOPE)
+            x = norm(conv(x), NEGATIVE_SLOPE)
         return self.convs[-1](x)
 
 

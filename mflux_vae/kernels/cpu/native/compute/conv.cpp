@@ -313,15 +313,24 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
         float* to = seen.get();
         for (int64_t p = 0; p < depth; p++) {
           const int64_t start = (column * conv.stride - conv.left) * c + left;
-          const int64_t low = std::clamp<int64_t>(-start, 0, each), high = std::clamp(conv.width * c - start, low, each);
+          const int64_t low = std::clamp<int64_t>(-start, 0, each), high = std::clamp(conv.seen_width() * c - start, low, each);
           for (int64_t r = 0; r < rows; r++, to += each) {
             const int64_t y = row * conv.stride + top + r - conv.top;
-            if (y < 0 || y >= conv.height) {
+            if (y < 0 || y >= conv.seen_height()) {
               std::fill_n(to, each, 0.f);
               continue;
             }
+            const float* from = x + (image * conv.height + (y >> conv.doubled)) * conv.width * c;
             std::fill_n(to, low, 0.f);
-            std::copy_n(x + (image * conv.height + y) * conv.width * c + start + low, high - low, to + low);
+            if (conv.doubled) {
+              for (int64_t i = low, length; i < high; i += length) {
+                const int64_t at = start + i, pixel = at / c, channel = at % c;
+                length = std::min(c - channel, high - i);
+                std::copy_n(from + pixel / 2 * c + channel, length, to + i);
+              }
+            } else {
+              std::copy_n(from + start + low, high - low, to + low);
+            }
             std::fill_n(to + high, each - high, 0.f);
           }
           if (++column == conv.out_width) {

@@ -35,7 +35,7 @@ struct ConvArrays {
 /// y (batch, out_height, out_width, o).
 void convolve(const Conv& conv, const ConvArrays& in, float* y);
 
-/// dweight (o, kh, kw, c) of a convolution of x; `affine`, `silu` and `doubled` are not applied.
+/// dweight (o, kh, kw, c) of a convolution of x; `affine` and `silu` are not applied.
 void weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight);
 
 /// dx (batch, height, width, c) of a strided convolution with weights (o, kh, kw, c), + bias (c,), if not null.

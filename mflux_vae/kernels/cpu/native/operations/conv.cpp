@@ -130,6 +130,42 @@ class InputGradient : public Operation<InputGradient, Conv> {
   }
 };
 
+/// (batch, 2 h, 2 w, c) -> (batch, h, w, c): the gradient of doubled pixels.
+class SumOfFour : public Operation<SumOfFour, std::monostate> {
+ public:
+  static constexpr const char* NAME = "mflux::SumOfFour";
+  using Operation::Operation;
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    const auto& x = inputs[0];
+    return {{x.shape(0), x.shape(1) / 2, x.shape(2) / 2, x.shape(3)}};
+  }
+
+  Arrays vjp(const Arrays&, const Arrays& cotangents, const std::vector<int>&, const Arrays&) override {
+    return {ready(mx::repeat(mx::repeat(cotangents[0], 2, 1), 2, 2))};
+  }
+
+ protected:
+  Work bind(const Arrays& inputs) override {
+    const int64_t lines = inputs[0].shape(0) * int64_t(inputs[0].shape(1) / 2), width = inputs[0].shape(2) / 2,
+                  c = inputs[0].shape(3);
+    return [=](auto& in, auto& out) {
+      parallel_for(lines, 1 + GRAIN / (4 * width * c + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t line = begin; line < end; line++) {
+          for (int64_t column = 0; column < width; column++) {
+            const float *above = in[0] + (4 * line * width + 2 * column) * c, *below = above + 2 * width * c;
+            float* to = out[0] + (line * width + column) * c;
+#pragma GCC ivdep
+            for (int64_t i = 0; i < c; i++) {
+              to[i] = (above[i] + above[c + i]) + (below[i] + below[c + i]);
+            }
+          }
+        }
+      });
+    };
+  }
+};
+
 /// x, weight, [bias], [residual], [scale, shift] -> y.
 class Convolution : public Operation<Convolution, Conv> {
  public:
@@ -169,8 +205,7 @@ class Convolution : public Operation<Convolution, Conv> {
     if (needs([&](int i) { return i == 0 || i >= affine_at; })) {
       mx::array du = input_gradient_of(primals[1], dy);
       if (conv.doubled) {
-        const mx::array four = mx::reshape(du, {int(conv.batch), int(conv.height), 2, int(conv.width), 2, int(conv.c)});
-        du = ready(mx::sum(four, {2, 4}));
+        du = SumOfFour(std::monostate{}, stream()).apply({du})[0];
       }
       if (conv.affine || conv.silu) {
         Arrays inputs{before[0], du};
@@ -187,13 +222,9 @@ class Convolution : public Operation<Convolution, Conv> {
         if (conv.affine || conv.silu) {
           u = Affine(options, stream()).apply(before)[0];
         }
-        Conv plain = conv.plain();
-        if (conv.doubled) {
-          u = ready(mx::repeat(mx::repeat(u, 2, 1), 2, 2));
-          plain.height *= 2;
-          plain.width *= 2;
-        }
-        wanted.push_back(WeightGradient(plain, stream()).apply({u, dy})[0]);
+        Conv seen = conv.plain();
+        seen.doubled = conv.doubled;
+        wanted.push_back(WeightGradient(seen, stream()).apply({u, dy})[0]);
       } else if (argument == 2 && conv.biased) {
         wanted.push_back(channel_sum(dy));
       } else if (argument == 2 + conv.biased && conv.residual) {
@@ -222,7 +253,11 @@ Arrays WeightGradient::vjp(const Arrays& primals, const Arrays& cotangents, cons
                            const Arrays&) {
   const mx::array d = ready(cotangents[0]);
   Convolution forward(options_, stream());
-  return select({forward.input_gradient_of(d, primals[1]), forward.apply({primals[0], d})[0]}, argnums);
+  mx::array dx = forward.input_gradient_of(d, primals[1]);
+  if (options_.doubled) {
+    dx = SumOfFour(std::monostate{}, stream()).apply({dx})[0];
+  }
+  return select({dx, forward.apply({primals[0], d})[0]}, argnums);
 }
 
 /// The operation is linear in weights and dy: gradients are the convolution itself, and its weight gradient.
