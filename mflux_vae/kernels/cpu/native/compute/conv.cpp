@@ -264,12 +264,57 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
   }
 }
 
+namespace {
+
+/// For few output channels: windows of dy are copied, not of x.
+void weight_gradient_by_inputs(const Conv& conv, const float* x, const float* dy, float* dweight) {
+  constexpr int64_t DEPTH = 256;
+  const Kernels& kernel = *kernels();
+  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, rows = taps * o, each = 1 << conv.doubled;
+  const int64_t pixels = conv.batch * conv.height * conv.width;
+  const Floats sums = floats(rows * c);  // (tap, o, c)
+  parallel_sum(up(pixels, DEPTH) / DEPTH, 1, rows * c, sums.get(), [&](int64_t begin, int64_t end, float* partial) {
+    const Floats windows = floats(rows * DEPTH), packed = floats(DEPTH * up(c, kernel.tile_columns));
+    for (int64_t first = begin * DEPTH; first < std::min(pixels, end * DEPTH); first += DEPTH) {
+      const int64_t depth = std::min(DEPTH, pixels - first);
+      for (int64_t tap = 0; tap < taps; tap++) {
+        const int64_t up_by = tap / conv.kw - conv.top, left_by = tap % conv.kw - conv.left;
+        for (int64_t p = 0; p < depth; p++) {
+          const int64_t pixel = first + p, column = pixel % conv.width * each - left_by,
+                        row = pixel / conv.width % conv.height * each - up_by, image = pixel / (conv.width * conv.height);
+          for (int64_t i = 0; i < o; i++) {
+            float sum = 0;
+            for (int64_t y = std::max<int64_t>(row, 0); y < std::min(row + each, conv.out_height); y++) {
+              const float* line = dy + (image * conv.out_height + y) * conv.out_width * o + i;
+              for (int64_t at = std::max<int64_t>(column, 0); at < std::min(column + each, conv.out_width); at++) {
+                sum += line[at * o];
+              }
+            }
+            windows[(tap * o + i) * DEPTH + p] = sum;
+          }
+        }
+      }
+      kernel.pack({x + first * c, c, 1}, depth, c, packed.get());
+      kernel.product(windows.get(), DEPTH, packed.get(), partial, c, rows, c, depth, true, nullptr);
+    }
+  });
+  for (int64_t row = 0; row < rows; row++) {
+    std::copy_n(sums.get() + row * c, c, dweight + (row % o * taps + row / o) * c);
+  }
+}
+
+}  // namespace
+
 void weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight) {
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, line = conv.kw * c, length = conv.kh * line;
   const int64_t pixels = conv.batch * conv.out_height * conv.out_width, size = o * length;
   if (pixels == 0) {
     std::fill_n(dweight, size, 0.f);
+    return;
+  }
+  if (conv.stride == 1 && o <= 4 && c >= 16 && conv.kh * conv.kw > 1) {
+    weight_gradient_by_inputs(conv, x, dy, dweight);
     return;
   }
   constexpr int64_t DEPTH = 256, WIDE = 64, JOBS = 16, MOST = 1 << 20;
