@@ -64,9 +64,10 @@ class BuildNative(build_ext):
 
         try:
             compile, link = options()
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 ext.extra_objects = list(pool.map(compile_one, sources()))
         except ImportError as error:
             raise CompileError(str(error)) from error
         ext.sources, ext.extra_link_args = [], [*link, "-Wl,-s"]
+        self.force = True  # link again, which setuptools decides by the dates of `sources`
         super().build_extension(ext)
