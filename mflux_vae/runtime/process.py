@@ -40,13 +40,15 @@ TUNE_VARIABLE = "MFLUX_VAE_TUNE"
 BLAS_VARIABLE = "MFLUX_VAE_BLAS"
 """Environment variable: `auto` (default), `none`, or the path of a BLAS library with an unprefixed CBLAS interface."""
 
+FREE_RUNNING = 256 << 20
+"""Bytes of arrays in use from which on MLX waits for the operations that it has allocated ahead."""
+
 _MKL = "libmkl_rt.so"
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 _CBLAS = "cblas_"
 _CACHE_SHARE = 0.25
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_FROM_HEAP, _MOST_KEPT_FREE = 32 << 20, 1 << 30
-_FREE_RUNNING = 256 << 20
 
 
 def tunes() -> bool:
@@ -111,7 +113,7 @@ def tune(core: Any) -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_FREE)
     core.set_cache_limit(int(memory_bytes() * _CACHE_SHARE))
-    core.set_memory_limit(_FREE_RUNNING)
+    core.set_memory_limit(FREE_RUNNING)
 
 
 def memory_bytes() -> int:

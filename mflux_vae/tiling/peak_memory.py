@@ -1,18 +1,21 @@
 """Estimate the peak memory of a call.
 
-The estimate runs the network on shapes only, in the same order as `mflux_vae.tiling.strips`. The bytes held at each
-step are exact; the workspace of each step is a formula per operation, below.
+The estimate runs the network on shapes only, in the order of MLX or `mflux_vae.tiling.strips`. The bytes held at each
+step are exact; the workspace of each step is a formula per operation, below. On a CPU, MLX allocates ahead of what it
+computes and frees late, so a small image needs more than its largest step.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
@@ -20,6 +23,7 @@ from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
 from mflux_vae.networks.video import wan
 from mflux_vae.runtime.device import is_cpu
+from mflux_vae.runtime.process import FREE_RUNNING
 from mflux_vae.tiling.strips import Buffered, Convolution, LazyArray, Source, StripRun, Upsampled, WholeArray
 from mflux_vae.tiling.tiles import Tiling, array_function, tile_spans
 
@@ -51,15 +55,17 @@ def peak_bytes(
     factor = network.config.downsampling
     height, width = max(height // factor, 1), max(width // factor, 1)
     function = array_function(network, operation)
+    parameters: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    weights = _bytes(list(parameters.values()))
     cell, channels = (
         (factor, network.config.in_channels) if operation == "encode" else (1, network.config.latent_channels)
     )
     if network.config.vectors:
         if tiling is not None:
             raise SettingsError(VECTORS_ERROR)
-        return _untiled_peak(function, (batch, *(cell, cell) * (operation == "encode"), channels))[0]
+        return _untiled_peak(function, (batch, *(cell, cell) * (operation == "encode"), channels), weights)[0]
     if tiling is None:
-        return _untiled_peak(function, (batch, height * cell, width * cell, channels))[0]
+        return _untiled_peak(function, (batch, height * cell, width * cell, channels), weights)[0]
     if tiling.mode == "exact":
         dry_run = _DryRun(tiling.strip_pixels)
         results = _bytes(dry_run.run(function, mx.zeros((1, height * cell, width * cell, channels))))
@@ -67,14 +73,16 @@ def peak_bytes(
         return max(dry_run.peak + (batch - 1) * results, 2 * batch * results if batch > 1 else 0)
     tile = max(tiling.tile // factor, 1)
     (top, bottom), (left, right) = (tile_spans(length, tile, tiling.overlap)[0] for length in (height, width))
-    peak, results = _untiled_peak(function, (batch, (bottom - top) * cell, (right - left) * cell, channels))
+    peak, results = _untiled_peak(function, (batch, (bottom - top) * cell, (right - left) * cell, channels), weights)
     canvas = results * height * width // ((bottom - top) * (right - left))
     return canvas + max(peak, 3 * results + canvas)  # adding a tile copies the canvas
 
 
-def _untiled_peak(function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Peak bytes of one call, and bytes of its results."""
-    counter = _MemoryCounter()
+def _untiled_peak(
+    function: Callable[[Any], Sequence[Any]], shape: tuple[int, ...], weights: int = 0
+) -> tuple[int, int]:
+    """Peak bytes of one call besides the weights, and bytes of its results."""
+    counter = _MemoryCounter(weights=weights)
     results = function(_CountedArray(counter, shape, mx.float32, 0))
     for result in results:
         result.evaluate()
@@ -86,12 +94,29 @@ class _MemoryCounter(StripRun):
 
     Attributes:
         peak: most bytes held at any time.
-        freed: bytes that are released when the current evaluation ends.
+        weights: bytes held besides.
     """
 
-    def __init__(self, pixels: int | None = None):
+    def __init__(self, pixels: int | None = None, weights: int = 0):
         super().__init__(pixels)
-        self.peak = self.freed = 0
+        self.peak = 0
+        self.weights = weights
+        self._freed: list[tuple[int, int]] = []
+
+    @property
+    def freed(self) -> int:
+        """Bytes in memory that nothing needs after an operation that may still have to run."""
+        return sum(size for size, _ in self._freed)
+
+    def free(self, size: int, tasks: int) -> None:
+        """Count bytes as freed by an operation of so many tasks: released after `wait`, or on a CPU `_AHEAD` tasks."""
+        self._freed.append((size, tasks))
+        while is_cpu() and sum(tasks for _, tasks in self._freed) > _AHEAD:
+            del self._freed[0]
+
+    def wait(self) -> None:
+        """Release what is freed."""
+        self._freed.clear()
 
     def record(self, transient: int) -> None:
         """Update the peak for `transient` bytes on top of those held."""
@@ -102,9 +127,9 @@ class _CountedArray(LazyArray):
     """A stand-in for an array that counts its bytes for as long as Python references it.
 
     Args:
-        inputs: arrays that it is computed from pixel by pixel. It then takes no memory before `evaluate`, as MLX is
-            lazy, and reuses the memory of an input that has no other reference.
-        out_of_place: never reuse the memory of an input.
+        inputs: arrays that it is computed from. It then takes no memory before `evaluate`, as MLX is lazy.
+        workspace, tasks: bytes and tasks of MLX that computing it takes.
+        in_place: reuse the memory of an input that has no other reference.
     """
 
     size = 0  # for `__del__` if `__init__` fails
@@ -117,10 +142,13 @@ class _CountedArray(LazyArray):
         size: int,
         inputs: Sequence[_CountedArray] = (),
         *,
-        out_of_place: bool = False,
+        workspace: int = 0,
+        tasks: int = 1,
+        in_place: bool = False,
     ):
         super().__init__(counter, shape, dtype)
-        self._waiting_for, self._out_of_place = list(inputs), out_of_place
+        self._waiting_for, self._in_place = list(inputs), in_place
+        self._workspace, self._tasks = workspace, tasks
         if not inputs:
             self._allocate(size)
 
@@ -132,7 +160,7 @@ class _CountedArray(LazyArray):
         """Evaluate this array and the inputs it waits for together; then release freed arrays."""
         counter: Any = self.strip_run
         self._allocate_pending()
-        counter.freed = 0
+        counter.wait()
 
     def _allocate_pending(self) -> None:
         if not self._waiting_for:
@@ -140,53 +168,70 @@ class _CountedArray(LazyArray):
         counter: Any = self.strip_run
         for array in self._waiting_for:
             array._allocate_pending()
+        size = prod(self.shape) * self.dtype.size
+        crowded = counter.weights + counter.held_bytes + counter.freed > FREE_RUNNING
+        if is_cpu() and (crowded or (kernels.native() and not self._in_place and size >= _AWAITED)):
+            counter.wait()
         before, watched = counter.held_bytes, [(weakref.ref(array), array.size) for array in self._waiting_for]
         del array
         self._waiting_for.clear()
-        size = prod(self.shape) * self.dtype.size
-        counter.freed += before - counter.held_bytes
-        if not self._out_of_place and any(left() is None and free >= size for left, free in watched):
-            counter.freed -= size
+        freed = before - counter.held_bytes
+        if self._in_place and any(left() is None and free >= size for left, free in watched):
+            freed -= size
+        counter.free(freed, self._tasks)
         self._allocate(size)
-        counter.record(0)
+        counter.record(self._workspace)
+        if not kernels.native():  # MLX allocates the workspace ahead, too
+            counter.free(self._workspace, 0)
 
     def _allocate(self, size: int) -> None:
         self.size = size
         self.strip_run.held_bytes += size
 
     def __mlx_function__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
-        counter: Any = self.strip_run
         whole = kernels.native() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
         if function in kernels.FUSED and not whole:
             return function.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         example = function(*map(_example, args), **{name: _example(value) for name, value in kwargs.items()})
-        lazy_args = [value for value in (*args, *kwargs.values()) if isinstance(value, _CountedArray)]
-        out_of_place = function in _NOT_IN_PLACE
-        if is_pointwise(function) or out_of_place:
-            return _CountedArray(counter, example.shape, example.dtype, 0, lazy_args, out_of_place=out_of_place)
-        for array in lazy_args:
-            array.evaluate()
-        if function is kernels.group_norm:  # statistics are evaluated now, the rest is pixel by pixel
-            if not is_cpu():  # distances from the mean, in float32
-                counter.record(4 * prod(self.shape))
-            return _CountedArray(counter, example.shape, example.dtype, 0, lazy_args)
-        transient = example.nbytes
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, _CountedArray)]
+        counter: Any = self.strip_run
+        lazy = partial(_CountedArray, counter, example.shape, example.dtype, 0)
+        if function in (_NATIVE if kernels.native() else _NOT_IN_PLACE):
+            return lazy(inputs)
+        if is_pointwise(function):
+            return lazy(inputs, in_place=True)
+        if function is kernels.group_norm:  # distances from the mean in float32, then pixel by pixel
+            distances = 4 * prod(self.shape)
+            if is_cpu():
+                return lazy(inputs, in_place=True, workspace=distances, tasks=15)
+            self.evaluate()
+            counter.record(distances)
+            return lazy(inputs, in_place=True)
+        workspace = 0
         if function in _WEIGHT_ARGUMENT:
             batch, height, width, channels = self.shape
             times = 2 if function is kernels.repeat_conv2d else 1
             shape = batch, times * height, times * width, channels
             weight = args[_WEIGHT_ARGUMENT[function]].shape
-            transient += _convolution_workspace(shape, weight, kwargs.get("stride", 1))
+            workspace = _convolution_workspace(shape, weight, kwargs.get("stride", 1))
         elif function is kernels.conv_transpose2d and not kernels.native():
-            phase_shape = (*self.shape[:3], 4 * example.shape[3])  # reordered later
-            counter.record(_transposed_workspace(self.shape, args[1]) + 4 * prod(phase_shape))
-            phased = _CountedArray(counter, phase_shape, example.dtype, 4 * prod(phase_shape))
-            return _CountedArray(counter, example.shape, example.dtype, 0, [phased], out_of_place=True)
+            phases = mx.zeros((*self.shape[:3], 4 * example.shape[3]), example.dtype)  # reordered later
+            return lazy([self._computed(phases, inputs, _transposed_workspace(self.shape, args[1]))])
         elif function in _ATTENTION_WORKSPACE:
-            transient += _ATTENTION_WORKSPACE[function](example.shape)
+            workspace = _ATTENTION_WORKSPACE[function](example.shape)
         elif function is not kernels.conv_transpose2d:  # a reordering copy
-            transient += prod(self.shape) * self.dtype.size
-        counter.record(transient)
+            workspace = prod(self.shape) * self.dtype.size
+        return self._computed(example, inputs, workspace)
+
+    def _computed(self, example: mx.array, inputs: Sequence[_CountedArray], workspace: int) -> _CountedArray:
+        """An array that is computed with a workspace: on a GPU now, on a CPU when it is evaluated."""
+        counter: Any = self.strip_run
+        if is_cpu():
+            tasks = 2 if kernels.native() else 4
+            return _CountedArray(counter, example.shape, example.dtype, 0, inputs, workspace=workspace, tasks=tasks)
+        for array in inputs:
+            array.evaluate()
+        counter.record(example.nbytes + workspace)
         return _CountedArray(counter, example.shape, example.dtype, example.nbytes)
 
 
@@ -250,6 +295,18 @@ _WEIGHT_ARGUMENT: dict[Callable[..., Any], int] = {
 
 _NOT_IN_PLACE = (kernels.upsample_nearest_2x, kernels.leaky_relu)
 """Functions that cannot reuse the memory of their argument."""
+
+_NATIVE = (
+    *(*_NOT_IN_PLACE, kernels.group_norm, kernels.rms_norm, kernels.silu, kernels.gelu, kernels.gelu_tanh),
+    *(kernels.quick_gelu, kernels.tanh, kernels.sigmoid),
+)
+"""The same with the extension."""
+
+_AHEAD = 50
+"""Tasks that MLX allocates on a CPU ahead of those that run, see also `process.FREE_RUNNING`."""
+
+_AWAITED = 1 << 20
+"""Bytes of a result for which the extension waits until earlier operations are done, see `CpuPrimitive`."""
 
 
 def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:

@@ -20,6 +20,7 @@ from mflux_vae.networks.plain import PlainAutoencoder
 from mflux_vae.networks.tiny import AutoencoderTiny
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.runtime.process import FREE_RUNNING
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles
 from mflux_vae.tiling.peak_memory import _convolution_workspace, _untiled_peak
@@ -89,7 +90,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     ),
     "without norms": (lambda: drawn(AutoencoderTiny()), (1, 128, 128)),
     "norms of pixels": (lambda: small_qwen_image(base_dim=16), (1, 128, 96)),
-    "memory": (lambda: small_taehv(encoder_width=32, decoder_widths=(64, 32, 32, 32)), (1, 128, 96)),
+    "memory": (lambda: small_taehv(encoder_width=32, decoder_widths=(64, 32, 32, 32)), (2, 128, 96)),
     "linear attention": (
         lambda: small_kl(attention_type="linear", block_out_channels=(16, 32, 32, 32)),
         (1, 128, 128),
@@ -104,7 +105,11 @@ def test_estimate_is_within_20_percent(name: str, operation: str, plan: Tiling |
     build, size = SMALL[name]
     network = network_of(name, build)
     estimate = tiling_plan.peak_bytes(network, operation, *size, plan)
-    assert estimate == pytest.approx(largest_peak(estimate, peaks_of(network, operation, *size, plan)), rel=0.2)
+    peak = largest_peak(estimate, peaks_of(network, operation, *size, plan))
+    if kernels.native() or (plan is not None and plan.mode == "exact"):
+        assert estimate == pytest.approx(peak, rel=0.2)
+    else:  # less than 256 MB: MLX allocates ahead, at most as much as the estimate
+        assert 0.8 * peak <= estimate <= max(1.2 * peak, FREE_RUNNING)
 
 
 VECTORS: dict[str, FlatConfig] = {
@@ -189,7 +194,7 @@ def test_estimates_grow_with_the_image_and_shrink_with_the_tile() -> None:
     network = AutoencoderKL()
     for operation in ("encode", "decode"):
         sizes = [tiling_plan.peak_bytes(network, operation, 1, side, side) for side in (256, 512, 1024)]
-        assert 2.5 < sizes[1] / sizes[0] < 4.5  # for small images, chunks and weights dominate the encoder
+        assert 2.5 < sizes[1] / sizes[0] < 4.5  # for small images, weights matter
         assert 3.5 < sizes[2] / sizes[1] < 4.5
         whole, exact = (
             tiling_plan.peak_bytes(network, operation, 1, 768, 1024, plan) for plan in (None, Tiling("exact", 512))
