@@ -71,7 +71,8 @@ def norm_silu_conv2d(
         residual: same shape as the result, or None.
     """
     if (cpu := native()) is not None and isinstance(x, mx.array):
-        scale, shift = cpu.group_norm_affine(x, *norm)
+        x, same = cpu.fork(x)
+        scale, shift = cpu.group_norm_affine(same, *norm)
         (top, bottom), (left, right) = normalize_padding(padding)
         options = {"scale": scale, "shift": shift, "silu": True, "padding": (top, bottom, left, right)}
         y: mx.array = cpu.conv2d(x, weight, bias, residual, **options).astype(weight.dtype)

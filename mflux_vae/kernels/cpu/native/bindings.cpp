@@ -37,6 +37,7 @@ NB_MODULE(_native, m) {
       .value("enabled", mflux::mx::CompileMode::enabled);
   m.def("set_compile_mode", &mflux::mx::set_compile_mode, "mode"_a);
   m.def("threads", &mflux::threads);
+  m.def("fork", &mflux::fork, "x"_a);
   m.def("activate", &mflux::activate, "x"_a, "kind"_a, "slope"_a = 0.f);
   m.def("norm", &mflux::norm, "x"_a, "scale"_a.none(), "shift"_a.none(), "eps"_a, "rms"_a);
   m.def("softmax", &mflux::softmax, "x"_a);

@@ -89,7 +89,34 @@ class Softmax : public Operation<Softmax, std::monostate> {
   }
 };
 
+/// x twice, without a copy. The gradients of both are added first, in one order for every graph around them.
+class Fork : public Operation<Fork, std::monostate> {
+ public:
+  static constexpr const char* NAME = "mflux::Fork";
+  using Operation::Operation;
+
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override { return {inputs[0].shape(), inputs[0].shape()}; }
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    for (auto& y : outputs) {
+      y.copy_shared_buffer(inputs[0]);
+    }
+  }
+
+  Arrays vjp(const Arrays&, const Arrays& cotangents, const std::vector<int>&, const Arrays&) override {
+    return {mx::add(cotangents[0], cotangents[1])};
+  }
+
+ protected:
+  Work bind(const Arrays&) override { return {}; }
+};
+
 }  // namespace
+
+std::pair<mx::array, mx::array> fork(const mx::array& x) {
+  const Arrays both = Fork(std::monostate{}).apply({ready(x)});
+  return {both[0], both[1]};
+}
 
 mx::array activate(const mx::array& x, Activation kind, float slope) {
   return Activate({kind, slope}).apply({ready(x)})[0];

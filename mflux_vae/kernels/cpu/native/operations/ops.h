@@ -11,6 +11,9 @@ namespace mflux {
 /// Elementwise activation.
 mx::array activate(const mx::array& x, Activation kind, float slope = 0);
 
+/// x twice. Use it for an x that an operation reads twice, so that gradients are rounded alike under `mx.checkpoint`.
+std::pair<mx::array, mx::array> fork(const mx::array& x);
+
 /// Layer norm (or RMS norm) over the last axis of (..., width), then * scale + shift.
 ///
 /// Scale and shift: (width,), or (batch, 1, width) for x (batch, ..., width), or none.
