@@ -10,7 +10,7 @@ are scalar, and only its matrix products use several cores. Arrays are NHWC. Eve
 `cpu.native`                                sources of the extension
 """
 
-from mflux_vae.kernels.activations import gelu, gelu_tanh, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
+from mflux_vae.kernels.activations import gelu, gelu_tanh, glu, leaky_relu, quick_gelu, relu, sigmoid, silu, tanh
 from mflux_vae.kernels.attention import attention, softmax
 from mflux_vae.kernels.conv import (
     FUSED,
@@ -24,7 +24,7 @@ from mflux_vae.kernels.conv_transpose import conv_transpose2d
 from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.kernels.gpu_attention import MAX_SCORES
 from mflux_vae.kernels.gpu_fusion import widened
-from mflux_vae.kernels.linear import linear, lora_linear
+from mflux_vae.kernels.linear import gated_add, linear, lora_linear
 from mflux_vae.kernels.normalization import (
     batch_norm,
     batch_norm_apply,
@@ -33,10 +33,12 @@ from mflux_vae.kernels.normalization import (
     group_norm_silu,
     group_norm_statistics,
     layer_norm,
+    modulated_norm,
     rms_norm,
 )
 from mflux_vae.kernels.padding import Padding
 from mflux_vae.kernels.quantized import product_choice, quantized_product
+from mflux_vae.kernels.rotary import norm_rotary, rotate
 
 __all__ = [
     "FUSED",
@@ -47,8 +49,10 @@ __all__ = [
     "batch_norm_apply",
     "conv2d",
     "conv_transpose2d",
+    "gated_add",
     "gelu",
     "gelu_tanh",
+    "glu",
     "group_norm",
     "group_norm_apply",
     "group_norm_silu",
@@ -57,7 +61,9 @@ __all__ = [
     "leaky_relu",
     "linear",
     "lora_linear",
+    "modulated_norm",
     "native",
+    "norm_rotary",
     "norm_silu_conv2d",
     "partial_conv2d",
     "product_choice",
@@ -66,6 +72,7 @@ __all__ = [
     "relu",
     "repeat_conv2d",
     "rms_norm",
+    "rotate",
     "sigmoid",
     "silu",
     "softmax",

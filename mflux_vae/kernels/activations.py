@@ -84,3 +84,24 @@ def tanh(x: mx.array) -> mx.array:
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x))."""
     return _sigmoid(x)
+
+
+_GATES = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def glu(
+    gate: mx.array, other: mx.array | None = None, *, activation: str = "silu", gate_first: bool = True
+) -> mx.array:
+    """activation(gate) * other (Shazeer 2020).
+
+    Args:
+        gate: (..., D); without `other` (..., 2 D), of which `gate_first` says which half is the gate.
+        activation: silu, gelu or gelu_tanh.
+    """
+    if (cpu := native()) is not None:
+        y: mx.array = cpu.glu(gate, other, getattr(cpu.Activation, activation), gate_first).astype(gate.dtype)
+        return y
+    if other is None:
+        halves = mx.split(gate, 2, axis=-1)
+        gate, other = halves if gate_first else halves[::-1]
+    return _GATES[activation](gate) * other

@@ -21,7 +21,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
     """Scaled dot-product attention. The extension and `gpu_attention` never hold the scores of all queries and keys.
 
     Args:
-        q: (B, N, heads, d); k, v: (B, M, heads, d).
+        q: (B, N, heads, d); k, v: (B, M, heads, d), or fewer heads, each of which is for several of q.
         scale: factor on the scores, usually d ** -0.5.
         mask: additive, broadcastable to (B, heads, N, M), or None.
 
@@ -31,6 +31,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
     if (cpu := native()) is not None:
         y: mx.array = cpu.attention(q, k, v, scale, mask).astype(q.dtype)
         return y
+    if (shared := q.shape[2] // k.shape[2]) > 1:
+        k, v = (mx.repeat(array, shared, axis=2) for array in (k, v))
     q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
     attend = mlx_attention if device.is_cpu() else gpu_attention.attention
     return attend(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)

@@ -15,6 +15,14 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+def gated_add(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    """x + gate * y for x and y (B, ..., D), gate (B, 1, D)."""
+    if (cpu := native()) is None:
+        return x + gate * y
+    z: mx.array = cpu.gated(x, gate, y).astype(x.dtype)
+    return z
+
+
 def lora_linear(
     x: mx.array, weight: mx.array, bias: mx.array | None, a: mx.array, b: mx.array, scale: float
 ) -> mx.array:

@@ -141,9 +141,16 @@ def batch_norm_apply(
 
 @pointwise
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """Root-mean-square normalization over the last axis (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalization over the last axis (Zhang and Sennrich 2019).
+
+    Args:
+        x: (B, ..., D).
+        weight: (D,), (B, 1, D) or None.
+    """
     if (cpu := native()) is None:
-        return mx.fast.rms_norm(x, weight, eps)
+        if weight is None or weight.ndim == 1:
+            return mx.fast.rms_norm(x, weight, eps)
+        return mx.fast.rms_norm(x, None, eps) * weight
     y: mx.array = cpu.norm(x, weight, None, eps, rms=True).astype(x.dtype)
     return y
 
@@ -154,3 +161,19 @@ def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps:
         return mx.fast.layer_norm(x, weight, bias, eps)
     y: mx.array = cpu.norm(x, weight, bias, eps, rms=False).astype(x.dtype)
     return y
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """Layer normalization, then * (1 + scale) + shift, both (B, 1, D)."""
+    if (cpu := native()) is None:
+        return _modulated_norm(eps)(x, shift, scale)
+    y: mx.array = cpu.norm(x, scale, shift, eps, rms=False, offset=1.0).astype(x.dtype)
+    return y
+
+
+@cache
+def _modulated_norm(eps: float) -> Callable[..., mx.array]:
+    def formula(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, None, None, eps) * (1 + scale) + shift
+
+    return widened(formula)

@@ -76,19 +76,27 @@ def _has_matrix_units() -> bool:
 
 
 def quantized_product(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
 ) -> mx.array:
-    """x @ dequantized weights^T, differentiable in x.
+    """x @ dequantized weights^T + bias, differentiable in x.
 
     Args:
         x: (..., inputs).
         weight, scales, biases: of `mx.quantize`, for a matrix (outputs, inputs).
+        bias: (outputs,) or None.
 
     Returns:
         (..., outputs).
     """
     if (cpu := native()) is not None and bits in _NATIVE_BITS and product_choice() == "auto":
-        y: mx.array = cpu.quantized_linear(x, weight, scales, biases, group_size, bits).astype(x.dtype)
+        y: mx.array = cpu.quantized_linear(x, weight, scales, biases, group_size, bits, bias).astype(x.dtype)
         return y
     inputs, outputs = x.shape[-1], weight.shape[0]
     dense = is_dense(x.size // inputs, x.dtype, group_size)
@@ -122,7 +130,7 @@ def quantized_product(
         return of_x.astype(x.dtype)  # not that of the scales
 
     y = run(x)
-    return y
+    return y if bias is None else y + bias
 
 
 def _tiles(arrays: Sequence[mx.array], axis: int, length: int, fit: int, unit: int) -> Iterable[Sequence[mx.array]]:

@@ -25,6 +25,13 @@ def layer_input(x: mx.array, layer: nn.Module) -> mx.array:
     return x.astype(mx.result_type(x.dtype, layer.weight.dtype) if kept else layer.weight.dtype)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` through this project's kernel."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return kernels.linear(x, self.weight, self.get("bias"))
+
+
 class Conv2d(nn.Module):
     """Convolution; see `layer_input` for its dtype.
 

@@ -39,7 +39,9 @@ NB_MODULE(_native, m) {
   m.def("threads", &mflux::threads);
   m.def("fork", &mflux::fork, "x"_a);
   m.def("activate", &mflux::activate, "x"_a, "kind"_a, "slope"_a = 0.f);
-  m.def("norm", &mflux::norm, "x"_a, "scale"_a.none(), "shift"_a.none(), "eps"_a, "rms"_a);
+  m.def("norm", &mflux::norm, "x"_a, "scale"_a.none(), "shift"_a.none(), "eps"_a, "rms"_a, "offset"_a = 0.f);
+  m.def("glu", &mflux::glu, "gate"_a, "other"_a.none(), "kind"_a, "gate_first"_a = true);
+  m.def("gated", &mflux::gated, "x"_a, "gate"_a, "y"_a);
   m.def("softmax", &mflux::softmax, "x"_a);
   m.def("attention", &mflux::attention, "q"_a, "k"_a, "v"_a, "scale"_a, "mask"_a.none() = nb::none());
   m.def("affine", &mflux::affine, "x"_a, "scale"_a.none(), "shift"_a.none(), "silu"_a);
@@ -56,7 +58,7 @@ NB_MODULE(_native, m) {
   m.def("batch_norm", &mflux::batch_norm, "x"_a, "scale"_a, "shift"_a, "eps"_a, "activation"_a = Activation::none,
         "slope"_a = 0.f);
   m.def("channel_sum", &mflux::channel_sum, "x"_a);
-  m.def("rotary", &mflux::rotary, "x"_a, "cos"_a, "sin"_a);
+  m.def("norm_rotary", &mflux::norm_rotary, "parts"_a, "weights"_a, "cos"_a, "sin"_a, "eps"_a, "halves"_a = false);
   m.def("lora_linear", &mflux::lora_linear, "x"_a, "weight"_a, "bias"_a.none(), "lora"_a);
   m.def("quantized_linear", &mflux::quantized_linear, "x"_a, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a,
         "bias"_a.none() = nb::none(), "lora"_a.none() = nb::none());

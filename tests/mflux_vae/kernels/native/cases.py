@@ -149,24 +149,60 @@ def batch_norm(draw: Draw) -> Case:
     )
 
 
-def rotary(draw: Draw) -> Case:
-    batch, positions, heads, width = (draw.integer(1, n) for n in (3, 9, 4, 40))
-    angles = normal(draw, draw.integer(0, 1) * (batch - 1) + 1, positions, 1, width)
-    cos, sin = (
-        np.repeat(np.cos(angles), 2, -1),
-        np.stack([-np.sin(angles), np.sin(angles)], -1).reshape(*angles.shape[:-1], -1),
-    )
+def norm_rotary(draw: Draw) -> Case:
+    batch, heads, width, parts = draw.integer(1, 3), draw.integer(1, 4), draw.integer(1, 40), draw.integer(1, 2)
+    counts = [draw.integer(1, 9) for _ in range(parts)]
+    halves, eps = draw.choice([False, True]), 1e-2
+    angles = normal(draw, draw.integer(0, 1) * (batch - 1) + 1, sum(counts), 1, width)
+    sines = [-np.sin(angles), np.sin(angles)]
+    if halves:
+        cos, sin = np.concatenate([np.cos(angles)] * 2, -1), np.concatenate(sines, -1)
+    else:
+        cos, sin = np.repeat(np.cos(angles), 2, -1), np.stack(sines, -1).reshape(*angles.shape[:-1], -1)
     if len(angles) == 1 and draw.integer(0, 1):
         cos, sin = cos[0], sin[0]
+    rounded = [mx.array(a, dtype=mx.float32) for a in (cos, sin)]
+    cos64, sin64 = (mx.array(np.array(a, np.float64), dtype=mx.float64) for a in rounded)
 
-    def formula(x: mx.array, cos: mx.array, sin: mx.array) -> Arrays:
-        other = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-        return [x * cos + other * sin]
+    def formula(*arrays: mx.array) -> Arrays:
+        pairs = zip(arrays[::2], arrays[1::2], strict=True)
+        x = mx.concatenate([x / mx.sqrt((x * x).mean(-1, keepdims=True) + eps) * w for x, w in pairs], axis=1)
+        if halves:
+            other = mx.concatenate([x[..., width:], x[..., :width]], axis=-1)
+        else:
+            other = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+        return [x * cos64 + other * sin64]
 
     return Case(
-        native=lambda x, cos, sin: [native.rotary(x, cos, sin)],
+        native=lambda *arrays: [native.norm_rotary(arrays[::2], arrays[1::2], *rounded, eps, halves)],
         formula=formula,
-        inputs=[normal(draw, batch, positions, heads, 2 * width), cos, sin],
+        inputs=[a for n in counts for a in (normal(draw, batch, n, heads, 2 * width), normal(draw, 2 * width))],
+    )
+
+
+def glu(draw: Draw) -> Case:
+    rows, width = draw.integer(0, 40), draw.integer(1, 150)
+    kind, joined, first = draw.choice(list(ACTIVATIONS)), draw.choice([False, True]), draw.choice([False, True])
+
+    def formula(*arrays: mx.array) -> Arrays:
+        gate, other = (arrays[0][:, :width], arrays[0][:, width:]) if joined else arrays
+        gate, other = (other, gate) if joined and not first else (gate, other)
+        return [ACTIVATIONS[kind](gate) * other]
+
+    return Case(
+        native=lambda gate, other=None: [native.glu(gate, other, kind, first)],
+        formula=formula,
+        inputs=[normal(draw, rows, 2 * width)] if joined else [normal(draw, rows, width) for _ in range(2)],
+    )
+
+
+def gated(draw: Draw) -> Case:
+    batch, rows, width = draw.integer(1, 3), draw.integer(1, 20), draw.integer(1, 70)
+    gate = draw.choice([(width,), (batch, 1, width)])
+    return Case(
+        native=lambda x, gate, y: [native.gated(x, gate, y)],
+        formula=lambda x, gate, y: [x + gate * y],
+        inputs=[normal(draw, batch, rows, width), normal(draw, *gate), normal(draw, batch, rows, width)],
     )
 
 
@@ -232,14 +268,14 @@ def norm(draw: Draw) -> Case:
         draw.choice([False, True]),
     )
     shape = draw.choice([(width,), (batch, 1, width)])
-    eps = 1e-3
+    eps, offset = 1e-3, draw.choice([0.0, 1.0])
 
     def formula(x: mx.array, w: mx.array, b: mx.array) -> Arrays:
         y = x / mx.sqrt((x * x).mean(-1, keepdims=True) + eps) if rms else _normalize(x, (-1,), eps)
-        return [y * w + b]
+        return [y * (w + offset) + b]
 
     return Case(
-        native=lambda x, w, b: [native.norm(x, w, b, eps, rms)],
+        native=lambda x, w, b: [native.norm(x, w, b, eps, rms, offset)],
         formula=formula,
         inputs=[normal(draw, batch, tokens, width), normal(draw, *shape), normal(draw, *shape)],
     )
@@ -345,6 +381,7 @@ def conv_transpose2d(draw: Draw) -> Case:
 
 
 CASES: list[Callable[[Draw], Case]] = [
-    *(group_norm, group_norm_affine, batch_norm, rotary, lora_linear, quantized_linear, linear, norm, softmax),
+    *(group_norm, group_norm_affine, batch_norm, norm_rotary, glu, gated, lora_linear),
+    *(quantized_linear, linear, norm, softmax),
     *(attention, conv2d, wide_conv2d, conv_transpose2d),
 ]

@@ -10,9 +10,10 @@ namespace mflux {
 namespace {
 
 constexpr int64_t DEPTH = 256;           // of packed panels: a panel of b stays in the L1 cache
-constexpr int64_t PAD = 16;              // numbers after a turned row: powers of two would share lines of the cache
+constexpr int64_t PAD = 16;              // numbers after a copied row: powers of two would share lines of the cache
 constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
 constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
+constexpr int64_t FEW_ROWS = 16;         // of a: packing b would take longer than dot products
 
 }  // namespace
 
@@ -44,8 +45,9 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
       const bool ends = from + inner == k;
       const int64_t jobs = 2 * m * width * inner > 65536 ? 1 : down * across;  // small products run on one thread
       parallel_for(down * across, jobs, [&](int64_t begin, int64_t end) {
-        std::vector<float> turned;
-        int64_t turned_block = -1;
+        const int64_t step = inner + PAD;
+        const std::unique_ptr<float[]> copy(new float[rows * step]);
+        int64_t copied = -1;
         for (int64_t job = begin; job < end; job++) {
           const int64_t block = job / across, top = block * rows, height = std::min(rows, m - top);
           const int64_t first = job % across * span, count = std::min(span, width - first);
@@ -53,25 +55,25 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
             continue;
           }
           const float* left_rows = a.data + top * a.rows + from * a.columns;
-          int64_t lda = a.rows;
-          if (a.columns != 1) {
-            if (turned_block != block) {
-              turned_block = block;
-              turned.resize(height * (inner + PAD));
+          if (copied != block) {
+            copied = block;
+            if (a.columns == 1) {
+              for (int64_t i = 0; i < height; i++) {
+                std::copy_n(left_rows + i * a.rows, inner, copy.get() + i * step);
+              }
+            } else {
               for (int64_t j = 0; j < inner; j++) {
                 for (int64_t i = 0; i < height; i++) {
-                  turned[i * (inner + PAD) + j] = left_rows[i * a.rows + j * a.columns];
+                  copy[i * step + j] = left_rows[i * a.rows + j * a.columns];
                 }
               }
             }
-            left_rows = turned.data();
-            lda = inner + PAD;
           }
           Epilogue mine = last;
           const int64_t column = left + first;
           mine.bias = last.bias ? last.bias + column : nullptr;
           mine.residual = last.residual ? last.residual + top * n + column : nullptr;
-          kernel.product(left_rows, lda, packed_b.get() + first * inner, c + top * n + column, n, height, count, inner,
+          kernel.product(copy.get(), step, packed_b.get() + first * inner, c + top * n + column, n, height, count, inner,
                          add || from > 0, ends ? &mine : nullptr);
         }
       });
@@ -80,6 +82,16 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
 }
 
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  if (m <= FEW_ROWS && a.columns == 1 && b.rows == 1) {
+    parallel_for(n, 1 + (1 << 15) / (k * m + 1), [&](int64_t begin, int64_t end) {
+      Epilogue mine = last;
+      mine.bias = last.bias ? last.bias + begin : nullptr;
+      mine.residual = last.residual ? last.residual + begin : nullptr;
+      kernels()->dot_products(a.data, a.rows, b.data + begin * b.columns, b.columns, c + begin, n, m, end - begin, k,
+                              add, mine);
+    });
+    return;
+  }
   const Packer packer = [b](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
     kernels()->pack({b.data + from * b.rows + left * b.columns, b.rows, b.columns}, depth, count, packed);
   };

@@ -26,12 +26,12 @@ struct Kernels {
   /// dx = dy * activation'(x).
   void (*activate_back)(Activation, const float* x, const float* dy, float* dx, int64_t count, float slope);
 
-  /// Rows of `width`: y = (x - mean) * rstd * scale + shift, without the mean if `rms`. `stats` gets mean and rstd of
+  /// Rows of `width`: y = (x - mean) * rstd * (scale + offset) + shift, without the mean if `rms`. `stats` gets mean and rstd of
   /// each row. Scale and shift are (groups, width), each for rows / groups rows, or null.
-  void (*norm)(bool rms, const float* x, const float* scale, const float* shift, float* y, float* stats, int64_t begin,
-               int64_t end, int64_t width, int64_t rows_per_group, float eps);
+  void (*norm)(bool rms, const float* x, const float* scale, float offset, const float* shift, float* y, float* stats,
+               int64_t begin, int64_t end, int64_t width, int64_t rows_per_group, float eps);
   /// dx of rows [begin, end); adds their sums dy * x^ and dy to dscale and dshift (width,), if not null.
-  void (*norm_back)(bool rms, const float* x, const float* scale, const float* dy, const float* stats, float* dx,
+  void (*norm_back)(bool rms, const float* x, const float* scale, float offset, const float* dy, const float* stats, float* dx,
                     float* dscale, float* dshift, int64_t begin, int64_t end, int64_t width, int64_t rows_per_group);
 
   /// Rows of `width`: y = exp(x - max) / sum.
@@ -45,6 +45,10 @@ struct Kernels {
   /// c (m, n) = a (m, k) b, or += if `add`; b from `pack`; then the epilogue, if any.
   void (*product)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
                   bool add, const Epilogue* last);
+
+  /// c (m, n) = a (m, k) b^T, or += if `add`, for few rows of a and b (n, k) not packed; then the epilogue.
+  void (*dot_products)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
+                       int64_t n, int64_t k, bool add, const Epilogue& last);
 
   /// c (m, n) = a b, or += if `add`, without an activation; rows of a have `parts` parts of `length` numbers, which are `step` apart.
   void (*product_parts)(const float* a, int64_t lda, int64_t parts, int64_t length, int64_t step, const float* b,
@@ -65,7 +69,7 @@ struct Kernels {
                             const float* shift, const float* dy, float* dz, float* sums, int64_t count, int64_t c);
   void (*center_dx)(const float* x, const float* mean, const float* scale, const float* slope, const float* offset,
                     const float* dz, float* dx, int64_t count, int64_t c);
-  void (*rotate)(const float* x, const float* cos, const float* sin, bool inverse, float* y, int64_t heads,
+  void (*rotate)(bool halves, const float* x, const float* cos, const float* sin, bool inverse, float* y, int64_t heads,
                  int64_t width);
   void (*dequantize)(const uint32_t* words, const float* scales, const float* biases, int64_t bits, int64_t group,
                      int64_t begin, int64_t end, float* out);

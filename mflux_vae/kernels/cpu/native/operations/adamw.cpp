@@ -184,7 +184,7 @@ std::tuple<Arrays, Arrays, Arrays, mx::array> adamw(const Arrays& weights, const
   Arrays factors;
   for (const mx::array& one : {scale, decay, rate, correction}) {
     require(one.size() == 1, "adamw: scale, decay, rate and correction are single numbers");
-    factors.push_back(ready(one));
+    factors.push_back(row_contiguous(ready(one)));
   }
   std::array<Arrays, 3> results;
   mx::array squares = mx::zeros({2});
@@ -195,7 +195,7 @@ std::tuple<Arrays, Arrays, Arrays, mx::array> adamw(const Arrays& weights, const
       for (size_t i = first; i < last; i++) {
         require((*list)[i].shape() == weights[i].shape(),
                 "adamw: a gradient or moment has another shape than its parameter");
-        inputs.push_back(ready((*list)[i]));
+        inputs.push_back(row_contiguous(ready((*list)[i])));
       }
     }
     inputs.insert(inputs.end(), factors.begin(), factors.end());

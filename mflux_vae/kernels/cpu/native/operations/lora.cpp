@@ -17,14 +17,8 @@ struct AdaptedOptions {
 
 using Pointers = std::vector<const float*>;
 
-/// Packs parts of W^T, or of W if `back`; `w` points to the pointers of the weights.
+/// Packs parts of quantized W^T, or of W if `back`; `w` points to the pointers of the weights.
 Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
-  if (!o.bits) {
-    return [=, w = w[0]](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
-      const Matrix b = back ? Matrix{w + from * o.k + left, o.k, 1} : Matrix{w + left * o.k + from, 1, o.k};
-      kernels()->pack(b, depth, count, packed);
-    };
-  }
   const auto* words = reinterpret_cast<const uint32_t*>(w[0]);
   const float *scales = w[1], *biases = w[2];
   return [=](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
@@ -49,6 +43,17 @@ Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
       }
     }
   };
+}
+
+/// y (m, ...) = x W^T, or x W if `back`; or += if `add`.
+void multiply(const AdaptedOptions& o, const float* x, const float* const* w, bool back, float* y, int64_t m,
+              const Epilogue& last, bool add) {
+  const int64_t k = back ? o.n : o.k, n = back ? o.k : o.n;
+  if (o.bits) {
+    gemm({x, k, 1}, packer(o, w, back), y, m, n, k, last, add);
+  } else {
+    gemm({x, k, 1}, back ? Matrix{w[0], o.k, 1} : Matrix{w[0], 1, o.k}, y, m, n, k, last, add);
+  }
 }
 
 /// dy, weights, [A, B, x, u] -> [dx if `wants_x`], [dA, dB]; u is scale * x A.
@@ -85,11 +90,17 @@ class AdaptedLinearBack : public Operation<AdaptedLinearBack, AdaptedOptions> {
         if (o.wants_x) {
           gemm({dt.data(), o.rank, 1}, {a, 1, o.rank}, out[0], m, o.k, o.rank, {});
         }
-        gemm({x, 1, o.k}, {dt.data(), o.rank, 1}, out[o.wants_x], o.k, o.rank, m, {});
+        std::vector<float> turned(o.rank * o.k);  // gradient of A: rank rows spare a transposed copy of x
+        gemm({dt.data(), 1, o.rank}, Matrix{x, o.k, 1}, turned.data(), o.rank, o.k, m, {});
+        for (int64_t i = 0; i < o.k; i++) {
+          for (int64_t j = 0; j < o.rank; j++) {
+            out[o.wants_x][i * o.rank + j] = turned[j * o.k + i];
+          }
+        }
         gemm({u, 1, o.rank}, {dy, o.n, 1}, out[o.wants_x + 1], o.rank, o.n, m, {});
       }
       if (o.wants_x) {
-        gemm({dy, o.n, 1}, packer(o, in.data() + 1, true), out[0], m, o.k, o.n, {}, o.adapted);
+        multiply(o, dy, in.data() + 1, true, out[0], m, {}, o.adapted);
       }
     };
   }
@@ -139,9 +150,8 @@ class AdaptedLinear : public Operation<AdaptedLinear, AdaptedOptions> {
       } else if (o.bits) {
         throw std::invalid_argument("quantized weights have no gradient");
       } else {
-        const mx::array columns = mx::transpose(mx::reshape(primals[0], {-1, int(o.k)}));
-        wanted.push_back(linear(mx::transpose(mx::reshape(dy, {-1, int(o.n)})), columns, std::nullopt,
-                                Activation::none, std::nullopt));
+        const mx::array rows = mx::reshape(dy, {-1, int(o.n)}), x = mx::reshape(primals[0], {-1, int(o.k)});
+        wanted.push_back(Linear({.x_turned = true, .weight_turned = true}, stream()).apply({rows, x})[0]);
       }
     }
     return wanted;
@@ -160,8 +170,7 @@ class AdaptedLinear : public Operation<AdaptedLinear, AdaptedOptions> {
         }
         gemm({out[1], o.rank, 1}, {b, o.n, 1}, out[0], m, o.n, o.rank, {});
       }
-      gemm({in[0], o.k, 1}, packer(o, in.data() + 1, false), out[0], m, o.n, o.k,
-           {.bias = o.biased ? in[bias_at] : nullptr}, o.adapted);
+      multiply(o, in[0], in.data() + 1, false, out[0], m, {.bias = o.biased ? in[bias_at] : nullptr}, o.adapted);
     };
   }
 };
@@ -204,7 +213,7 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
   require(weight.dtype() == mx::uint32 && k > 0 && group_size >= 8 && group_size % 8 == 0 && k % group_size == 0 &&
               scales.shape() == groups && biases.shape() == groups,
           "quantized_linear: weights, scales and biases must be those of mx.quantize");
-  return adapted(x, {row_contiguous(weight), ready(scales), ready(biases)}, {.k = k, .n = n, .bits = bits, .group = group_size},
+  return adapted(x, {weight, ready(scales), ready(biases)}, {.k = k, .n = n, .bits = bits, .group = group_size},
                  bias, lora);
 }
 

@@ -5,7 +5,7 @@ namespace {
 
 struct NormOptions {
   bool rms, scaled, shifted;
-  float eps;
+  float eps, offset;
   int64_t groups;
 
   bool operator==(const NormOptions&) const = default;
@@ -40,7 +40,7 @@ class Norm : public Operation<Norm, NormOptions> {
       const float* scale = o.scaled ? in[1] : nullptr;
       const float* shift = o.shifted ? in[1 + o.scaled] : nullptr;
       parallel_for(rows.count, rows.grain, [&](int64_t begin, int64_t end) {
-        kernels()->norm(o.rms, in[0], scale, shift, out[0], out[1], begin, end, rows.width, rows.per_group, o.eps);
+        kernels()->norm(o.rms, in[0], scale, o.offset, shift, out[0], out[1], begin, end, rows.width, rows.per_group, o.eps);
       });
     };
   }
@@ -71,7 +71,7 @@ class NormBack : public Operation<NormBack, NormOptions> {
         parallel_sum(rows.per_group, rows.grain, sums, total.data(), [&](int64_t begin, int64_t end, float* partial) {
           float* dscale = o.scaled ? partial : nullptr;
           float* dshift = o.shifted ? partial + o.scaled * rows.width : nullptr;
-          kernels()->norm_back(o.rms, in[0], scale, in[1], in[2], out[0], dscale, dshift, first + begin, first + end,
+          kernels()->norm_back(o.rms, in[0], scale, o.offset, in[1], in[2], out[0], dscale, dshift, first + begin, first + end,
                                rows.width, rows.per_group);
         });
         for (int i = 0; i < o.scaled + o.shifted; i++) {
@@ -99,8 +99,9 @@ Arrays Norm::vjp(const Arrays& primals, const Arrays& cotangents, const std::vec
 }  // namespace
 
 mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift,
-               float eps, bool rms) {
-  NormOptions options{.rms = rms, .scaled = scale.has_value(), .shifted = shift.has_value(), .eps = eps, .groups = 1};
+               float eps, bool rms, float offset) {
+  NormOptions options{.rms = rms, .scaled = scale.has_value(), .shifted = shift.has_value(), .eps = eps, .offset = offset,
+                      .groups = 1};
   Arrays inputs{ready(x)};
   for (const auto& one : {scale, shift}) {
     if (one) {
@@ -110,8 +111,8 @@ mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const 
   require(options.groups == 1 || options.groups == x.shape(0), "norm: scale and shift must be (width,) or (batch, 1, width)");
   for (const auto& one : {scale, shift}) {
     if (one) {
-      const mx::array flat = mx::reshape(*one, {-1, x.shape(-1)});
-      inputs.push_back(ready(mx::broadcast_to(flat, {int(options.groups), x.shape(-1)})));
+      const bool fits = one->size() == size_t(options.groups) * x.shape(-1);
+      inputs.push_back(ready(fits ? *one : mx::broadcast_to(mx::reshape(*one, {-1, x.shape(-1)}), {int(options.groups), x.shape(-1)})));
     }
   }
   return Norm(options).apply(inputs)[0];

@@ -14,11 +14,17 @@ mx::array activate(const mx::array& x, Activation kind, float slope = 0);
 /// x twice. Use it for an x that an operation reads twice, so that gradients are rounded alike under `mx.checkpoint`.
 std::pair<mx::array, mx::array> fork(const mx::array& x);
 
-/// Layer norm (or RMS norm) over the last axis of (..., width), then * scale + shift.
+/// activation(gate) * other; without `other`, of the halves of `gate`, the first of which is the gate if `gate_first`.
+mx::array glu(const mx::array& gate, const std::optional<mx::array>& other, Activation kind, bool gate_first);
+
+/// x + gate * y; the gate is (width,), or (batch, 1, width) for x (batch, ..., width).
+mx::array gated(const mx::array& x, const mx::array& gate, const mx::array& y);
+
+/// Layer norm (or RMS norm) over the last axis of (..., width), then * (scale + offset) + shift.
 ///
 /// Scale and shift: (width,), or (batch, 1, width) for x (batch, ..., width), or none.
 mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const std::optional<mx::array>& shift,
-               float eps, bool rms);
+               float eps, bool rms, float offset);
 
 /// Softmax over the last axis.
 mx::array softmax(const mx::array& x);
@@ -68,10 +74,13 @@ std::tuple<mx::array, mx::array, mx::array> batch_norm(const mx::array& x, const
 /// Sums over all axes but the last.
 mx::array channel_sum(const mx::array& x);
 
-/// Rotates pairs of neighbouring channels of (batch, positions, heads, width): x * cos + swapped(x) * sin.
+/// RMS norm of the heads of each part (batch, positions, heads, width), then rotary embedding of all of them, joined
+/// along the positions: x * cos + swapped(x) * sin. Neighbouring channels are swapped, or if `halves` (i, i + width / 2).
 ///
-/// cos, sin: (positions, 1, width) or (batch, positions, 1, width); the first sine of a pair is negated.
-mx::array rotary(const mx::array& x, const mx::array& cos, const mx::array& sin);
+/// weights: (width,) of each part. cos, sin: (positions, 1, width) or (batch, positions, 1, width), without gradients;
+/// the first sine of a pair is negated.
+mx::array norm_rotary(const Arrays& parts, const Arrays& weights, const mx::array& cos, const mx::array& sin, float eps,
+                      bool halves);
 
 /// A (inputs, rank), B (rank, outputs) and scale.
 using Lora = std::tuple<mx::array, mx::array, float>;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -34,7 +35,59 @@ inline void require(bool fits, const char* message) {
   }
 }
 
-/// A primitive that computes on a CPU in float32, from row-contiguous inputs.
+/// Copies a view of 4-byte numbers into rows.
+class ViewCopy {
+ public:
+  explicit ViewCopy(const mx::array& x) : size_(x.size()), from_(x.data<float>()) {
+    for (size_t i = 0; i < x.ndim(); i++) {  // axes that are one in memory become one
+      const int64_t length = x.shape(i), step = x.strides(i);
+      if (!lengths_.empty() && steps_.back() == length * step) {
+        lengths_.back() *= length;
+        steps_.back() = step;
+      } else if (length != 1) {
+        lengths_.push_back(length);
+        steps_.push_back(step);
+      }
+    }
+  }
+
+  std::unique_ptr<float[]> operator()() const {
+    std::unique_ptr<float[]> rows(new float[size_]);
+    const int64_t outer = lengths_[0], inner = size_ / outer;
+    parallel_for(outer, 1 + (1 << 14) / inner, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        copy(1, from_ + i * steps_[0], rows.get() + i * inner, inner);
+      }
+    });
+    return rows;
+  }
+
+ private:
+  void copy(size_t axis, const float* from, float* to, int64_t size) const {
+    if (axis == lengths_.size()) {
+      *to = *from;
+      return;
+    }
+    const int64_t length = lengths_[axis], step = steps_[axis], inner = size / length;
+    if (inner > 1) {
+      for (int64_t i = 0; i < length; i++) {
+        copy(axis + 1, from + i * step, to + i * inner, inner);
+      }
+    } else if (step == 1) {
+      std::copy_n(from, length, to);
+    } else {
+      for (int64_t i = 0; i < length; i++) {
+        to[i] = from[i * step];
+      }
+    }
+  }
+
+  int64_t size_;
+  const float* from_;
+  std::vector<int64_t> lengths_, steps_;
+};
+
+/// A primitive that computes on a CPU in float32. Views among its inputs are copied into rows for the computation.
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
@@ -47,8 +100,12 @@ class CpuPrimitive : public mx::Primitive {
     std::vector<const float*> in;
     std::vector<float*> out;
     std::vector<size_t> sizes;
+    std::vector<std::pair<size_t, ViewCopy>> views;
     for (const auto& x : inputs) {
       encoder.set_input_array(x);
+      if (x.size() > 1 && !x.flags().row_contiguous) {
+        views.emplace_back(in.size(), x);
+      }
       in.push_back(x.data<float>());
     }
     for (auto& y : outputs) {
@@ -69,7 +126,13 @@ class CpuPrimitive : public mx::Primitive {
       });
       return;
     }
-    encoder.dispatch([in = std::move(in), out = std::move(out), work = bind(inputs)] { work(in, out); });
+    encoder.dispatch([in = std::move(in), out = std::move(out), views = std::move(views), work = bind(inputs)]() mutable {
+      std::vector<std::unique_ptr<float[]>> copies;
+      for (const auto& [input, view] : views) {
+        in[input] = copies.emplace_back(view()).get();
+      }
+      work(in, out);
+    });
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -92,7 +155,7 @@ class CpuPrimitive : public mx::Primitive {
     for (int index = 0; index < count; index++) {
       Arrays one;
       for (size_t i = 0; i < inputs.size(); i++) {
-        one.push_back(axes[i] < 0 ? inputs[i] : mx::contiguous(mx::take(inputs[i], index, axes[i], stream())));
+        one.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], index, axes[i], stream()));
       }
       results.push_back(apply(one));
     }
@@ -145,18 +208,17 @@ inline Arrays select(const Arrays& all, const std::vector<int>& argnums) {
   return wanted;
 }
 
-/// A row-contiguous array: x itself where that is known before it is evaluated, which spares an operation.
+/// A float32 array.
+inline mx::array ready(const mx::array& x) { return x.dtype() == mx::float32 ? x : mx::astype(x, mx::float32); }
+
+/// A row-contiguous array, for primitives that use the memory of their inputs: x itself where that is known before it is
+/// evaluated, which spares an operation.
 inline mx::array row_contiguous(const mx::array& x) {
   if (x.has_primitive() ? dynamic_cast<const CpuPrimitive*>(&x.primitive()) != nullptr
                         : !x.is_tracer() && x.is_available() && x.data_shared_ptr() && x.flags().row_contiguous) {
     return x;
   }
   return mx::contiguous(x);
-}
-
-/// A row-contiguous float32 array.
-inline mx::array ready(const mx::array& x) {
-  return row_contiguous(x.dtype() == mx::float32 ? x : mx::astype(x, mx::float32));
 }
 
 /// Adds the arrays that are given, each `ready`.
