@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mflux_vae.errors import SettingsError, WeightsError
+from mflux_vae.networks.layers import Linear
 from mflux_vae.runtime.threads import exclusive, thread_safe
 from mflux_vae.utils.formatting import first_few
 from mflux_vae.weights.keymaps.rules import Rule, conv_from_mlx, conv_to_mlx, to_mlx
@@ -67,7 +67,7 @@ class Clip(CLIPTextModelWithProjection):
         super().__init__(text)
         self.vision_model = VisionTransformer(vision, clip=True)
         self.width = text.projection_dim or text.hidden_size
-        self.visual_projection = nn.Linear(vision.hidden_size, self.width, bias=False)
+        self.visual_projection = Linear(vision.hidden_size, self.width, bias=False)
         self.preprocess = Preprocessing(short_side=vision.image_size, crop=vision.image_size, statistics=OPENAI)
         self._tokenizer = tokenizer
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae import kernels
-from mflux_vae.networks.layers import Conv2d, layer_input
+from mflux_vae.networks.layers import Conv2d, Linear, layer_input
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.lora.targets import dimensions
 
@@ -38,7 +38,10 @@ class LoRALinear(LoRALayer):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = self.linear(x)
+        base = self.linear
+        if is_cpu() and isinstance(base, Linear) and self.dropout(x) is x:
+            return kernels.lora_linear(x, base.weight, base.get("bias"), self.lora_a, self.lora_b, self.scale)
+        y: mx.array = base(x)
         return y + (self.scale * low_rank(self, x)).astype(x.dtype)
 
     def fuse(self) -> nn.Module:

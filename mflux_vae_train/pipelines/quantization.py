@@ -15,6 +15,7 @@ from mlx.utils import tree_unflatten
 
 from mflux_vae.errors import SettingsError, WeightsError
 from mflux_vae.kernels import product_choice, quantized_product
+from mflux_vae.networks.layers import Linear
 from mflux_vae.utils.modules import replace_layers
 
 GROUP_SIZES = (64, 32)
@@ -30,8 +31,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         scheme = {"group_size": self.group_size, "bits": self.bits}
-        y = quantized_product(x, self.weight, self.scales, self["biases"], **scheme)
-        return y + self["bias"] if "bias" in self else y
+        return quantized_product(x, self.weight, self.scales, self["biases"], self.get("bias"), **scheme)
 
 
 def group_size(inputs: int) -> int | None:
@@ -74,7 +74,7 @@ def _quantized(layer: nn.Linear, bits: int) -> QuantizedLinear:
 
 def _group_size_of(layer: nn.Module) -> int | None:
     """Group size of a plain linear layer; None for other layers."""
-    return group_size(layer.weight.shape[1]) if type(layer) is nn.Linear else None
+    return group_size(layer.weight.shape[1]) if type(layer) in (nn.Linear, Linear) else None
 
 
 def adopt_quantization(

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import gelu_tanh, silu
+from mflux_vae.kernels import gated_add, gelu_tanh, silu
+from mflux_vae.networks.layers import Linear
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
 from mflux_vae_train.pipelines.layers.attention import JointAttention, SingleAttention
 from mflux_vae_train.pipelines.layers.embeddings import SINUSOIDAL_CHANNELS, TwoLayerEmbedder, sinusoidal
@@ -79,7 +80,7 @@ class GeluProjection(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(inputs, outputs)
+        self.proj = Linear(inputs, outputs)
 
     def __call__(self, x: mx.array) -> mx.array:
         return gelu_tanh(self.proj(x))
@@ -93,7 +94,7 @@ class FeedForward(nn.Module):
         self.net = [
             GeluProjection(width, MLP_RATIO * width),
             nn.Identity(),
-            nn.Linear(MLP_RATIO * width, width),
+            Linear(MLP_RATIO * width, width),
         ]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -121,10 +122,10 @@ class DoubleBlock(nn.Module):
         to_image, to_text = self.attn.joint(
             modulated_norm(image, shift_a, scale_a), modulated_norm(text, t_shift_a, t_scale_a), rope
         )
-        image = image + gate_a * to_image
-        image = image + gate_m * self.ff(modulated_norm(image, shift_m, scale_m))
-        text = text + t_gate_a * to_text
-        text = text + t_gate_m * self.ff_context(modulated_norm(text, t_shift_m, t_scale_m))
+        image = gated_add(image, gate_a, to_image)
+        image = gated_add(image, gate_m, self.ff(modulated_norm(image, shift_m, scale_m)))
+        text = gated_add(text, t_gate_a, to_text)
+        text = gated_add(text, t_gate_m, self.ff_context(modulated_norm(text, t_shift_m, t_scale_m)))
         return image, text
 
 
@@ -134,15 +135,15 @@ class SingleBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm = Modulation(width, 3)
-        self.proj_mlp = nn.Linear(width, MLP_RATIO * width)
-        self.proj_out = nn.Linear((1 + MLP_RATIO) * width, width)
+        self.proj_mlp = Linear(width, MLP_RATIO * width)
+        self.proj_out = Linear((1 + MLP_RATIO) * width, width)
         self.attn = SingleAttention(width, heads)
 
     def __call__(self, x: mx.array, conditioning: mx.array, rope: Rotation) -> mx.array:
         shift, scale, gate = self.norm(conditioning)
         normed = modulated_norm(x, shift, scale)
         branches = [self.attn(normed, rope), gelu_tanh(self.proj_mlp(normed))]
-        return x + gate * self.proj_out(mx.concatenate(branches, axis=-1))
+        return gated_add(x, gate, self.proj_out(mx.concatenate(branches, axis=-1)))
 
 
 class FluxTransformer(nn.Module):
@@ -158,13 +159,13 @@ class FluxTransformer(nn.Module):
         super().__init__()
         self.config = config
         width, heads = config.width, config.num_attention_heads
-        self.x_embedder = nn.Linear(config.in_channels, width)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width)
+        self.x_embedder = Linear(config.in_channels, width)
+        self.context_embedder = Linear(config.joint_attention_dim, width)
         self.time_text_embed = TimeTextEmbedding(width, config.pooled_projection_dim, config.guidance_embeds)
         self.transformer_blocks = [DoubleBlock(width, heads) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [SingleBlock(width, heads) for _ in range(config.num_single_layers)]
         self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
+        self.proj_out = Linear(width, config.patch_size**2 * (config.out_channels or config.in_channels))
 
     def __call__(
         self,

@@ -20,11 +20,11 @@ from mflux_vae_train.pipelines.footprint import Phase, Precision, Workload, weig
 from mflux_vae_train.pipelines.text import qwen3_memory
 from mflux_vae_train.pipelines.text.qwen3_prompts import KLEIN_TAPS
 
-KEPT = {4: (20.0, 25.0), 2: (20.0, 22.0)}
+KEPT = {4: (17.0, 14.0), 2: (20.0, 22.0)}
 """Kept by a double and by a single block, per token and D: inputs of norms, of SwiGLU and of layers with an adapter,
 queries, keys, values. By bytes of a number: float32 was measured on a CPU, half precision with the code for GPUs."""
 
-WORKING = {4: (44.0, 54.0), 2: (100.0, 90.0)}
+WORKING = {4: (44.0, 44.0), 2: (100.0, 90.0)}
 """Temporary, per token and D, while a block's feed-forward layers are differentiated: by bytes of a number, without and
 with gradient checkpointing. In half precision, measured at one point only, without compilation, some gradients are
 float32, which counts twice."""

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.kernels import silu
+from mflux_vae.kernels import gated_add, silu
+from mflux_vae.networks.layers import Linear
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
 from mflux_vae_train.pipelines.layers.attention import JointAttention, attend, split_heads, swiglu
 from mflux_vae_train.pipelines.layers.embeddings import TwoLayerEmbedder, sinusoidal
@@ -85,8 +86,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.linear_in = nn.Linear(width, 2 * hidden, bias=False)
-        self.linear_out = nn.Linear(hidden, width, bias=False)
+        self.linear_in = Linear(width, 2 * hidden, bias=False)
+        self.linear_out = Linear(hidden, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_out(swiglu(*mx.split(self.linear_in(x), 2, axis=-1)))
@@ -113,10 +114,10 @@ class DoubleBlock(nn.Module):
         to_image, to_text = self.attn.joint(
             modulated_norm(image, shift_a, scale_a), modulated_norm(text, t_shift_a, t_scale_a), rope
         )
-        image = image + gate_a * to_image
-        image = image + gate_m * self.ff(modulated_norm(image, shift_m, scale_m))
-        text = text + t_gate_a * to_text
-        text = text + t_gate_m * self.ff_context(modulated_norm(text, t_shift_m, t_scale_m))
+        image = gated_add(image, gate_a, to_image)
+        image = gated_add(image, gate_m, self.ff(modulated_norm(image, shift_m, scale_m)))
+        text = gated_add(text, t_gate_a, to_text)
+        text = gated_add(text, t_gate_m, self.ff_context(modulated_norm(text, t_shift_m, t_scale_m)))
         return image, text
 
 
@@ -127,15 +128,15 @@ class ParallelAttention(nn.Module):
         super().__init__()
         width, hidden, self._heads = config.width, config.mlp_width, config.num_attention_heads
         self._ends = [width, 2 * width, 3 * width, 3 * width + hidden]
-        self.to_qkv_mlp_proj = nn.Linear(width, 3 * width + 2 * hidden, bias=False)
+        self.to_qkv_mlp_proj = Linear(width, 3 * width + 2 * hidden, bias=False)
         self.norm_q = HeadNorm(config.attention_head_dim)
         self.norm_k = HeadNorm(config.attention_head_dim)
-        self.to_out = nn.Linear(width + hidden, width, bias=False)
+        self.to_out = Linear(width + hidden, width, bias=False)
 
     def __call__(self, x: mx.array, rope: Rotation) -> mx.array:
         q, k, v, gate, up = mx.split(self.to_qkv_mlp_proj(x), self._ends, axis=-1)
         q, k, v = (split_heads(a, self._heads) for a in (q, k, v))
-        attended = attend(self.norm_q(q), self.norm_k(k), v, rope)
+        attended = attend([(q, self.norm_q)], [(k, self.norm_k)], v, rope)
         return self.to_out(mx.concatenate([attended, swiglu(gate, up)], axis=-1))
 
 
@@ -147,7 +148,7 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(config)
 
     def __call__(self, x: mx.array, shift: mx.array, scale: mx.array, gate: mx.array, *, rope: Rotation) -> mx.array:
-        return x + gate * self.attn(modulated_norm(x, shift, scale), rope)
+        return gated_add(x, gate, self.attn(modulated_norm(x, shift, scale), rope))
 
 
 class Flux2Transformer(nn.Module):
@@ -167,12 +168,12 @@ class Flux2Transformer(nn.Module):
         self.double_stream_modulation_img = Modulation(width, 6, bias=False)
         self.double_stream_modulation_txt = Modulation(width, 6, bias=False)
         self.single_stream_modulation = Modulation(width, 3, bias=False)
-        self.x_embedder = nn.Linear(config.in_channels, width, bias=False)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, width, bias=False)
+        self.x_embedder = Linear(config.in_channels, width, bias=False)
+        self.context_embedder = Linear(config.joint_attention_dim, width, bias=False)
         self.transformer_blocks = [DoubleBlock(config) for _ in range(config.num_layers)]
         self.single_transformer_blocks = [SingleBlock(config) for _ in range(config.num_single_layers)]
         self.norm_out = Modulation(width, 2, bias=False)
-        self.proj_out = nn.Linear(width, config.in_channels, bias=False)
+        self.proj_out = Linear(width, config.in_channels, bias=False)
 
     def __call__(
         self,

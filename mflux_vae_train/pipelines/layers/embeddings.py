@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mflux_vae.kernels import silu
+from mflux_vae.networks.layers import Linear
 
 SINUSOIDAL_CHANNELS = 256
 
@@ -25,8 +26,8 @@ class TwoLayerEmbedder(nn.Module):
 
     def __init__(self, inputs: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, width, bias=bias)
-        self.linear_2 = nn.Linear(width, width, bias=bias)
+        self.linear_1 = Linear(inputs, width, bias=bias)
+        self.linear_2 = Linear(width, width, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(silu(self.linear_1(x)))

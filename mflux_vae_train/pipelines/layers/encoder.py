@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Linear
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "quick_gelu": kernels.quick_gelu,
@@ -64,10 +65,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         B, L, D = x.shape
@@ -82,8 +83,8 @@ class MLP(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.act = _ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.act(self.fc1(x)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.kernels import layer_norm, rms_norm, widened
-from mflux_vae.runtime.device import is_cpu
+from mflux_vae import kernels
+from mflux_vae.networks.layers import Linear
 
 NORM_EPS = 1e-6
 
@@ -18,7 +18,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, parts * width, bias=bias)
+        self.linear = Linear(width, parts * width, bias=bias)
         self._parts = parts
 
     def __call__(self, conditioning: mx.array) -> list[mx.array]:
@@ -27,14 +27,7 @@ class Modulation(nn.Module):
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     """Layer norm without weights, then scale and shift by (B, 1, D)."""
-    return _modulated_norm(x, shift, scale) if is_cpu() else _modulated_norm_gpu(x, shift, scale)
-
-
-def _modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
-
-
-_modulated_norm_gpu = widened(_modulated_norm)
+    return kernels.modulated_norm(x, shift, scale, NORM_EPS)
 
 
 class HeadNorm(nn.Module):
@@ -43,7 +36,7 @@ class HeadNorm(nn.Module):
     def __init__(self, head_dim: int, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.weight = mx.ones(head_dim)
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, self._eps)
+        return kernels.rms_norm(x, self.weight, self.eps)

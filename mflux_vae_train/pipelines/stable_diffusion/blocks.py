@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.networks import layers
-from mflux_vae.networks.layers import Conv2d, GroupNorm
+from mflux_vae.networks.layers import Conv2d, GroupNorm, Linear
 from mflux_vae.runtime.device import is_cpu
 
 Run: TypeAlias = Callable[..., mx.array]
@@ -39,7 +39,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(groups, inputs, eps)
         self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, outputs)
+        self.time_emb_proj = Linear(time_width, outputs)
         self.norm2 = GroupNorm(groups, outputs, eps)
         self.conv2 = Conv2d(outputs, outputs, 3, padding=1)
         if inputs != outputs:
@@ -80,10 +80,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context: int, heads: int, upcast: bool) -> None:
         super().__init__()
         self._heads, self._upcast = heads, upcast
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context, width, bias=False)
-        self.to_v = nn.Linear(context, width, bias=False)
-        self.to_out = [nn.Linear(width, width)]
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context, width, bias=False)
+        self.to_v = Linear(context, width, bias=False)
+        self.to_out = [Linear(width, width)]
 
     def __call__(self, x: mx.array, context: mx.array) -> mx.array:
         q, k, v = (
@@ -100,11 +100,11 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * outputs)
+        self.proj = Linear(width, 2 * outputs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        hidden, gate = mx.split(self.proj(x), 2, axis=-1)
-        return hidden * kernels.gelu(gate) if is_cpu() else _gated_gpu(hidden, gate)
+        y = self.proj(x)
+        return kernels.glu(y, activation="gelu", gate_first=False) if is_cpu() else _gated_gpu(*mx.split(y, 2, axis=-1))
 
 
 @kernels.widened
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = [GEGLU(width, FF_RATIO * width), nn.Identity(), nn.Linear(FF_RATIO * width, width)]
+        self.net = [GEGLU(width, FF_RATIO * width), nn.Identity(), Linear(FF_RATIO * width, width)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.net:
@@ -156,9 +156,9 @@ class Transformer2D(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, TRANSFORMER_NORM_EPS)
-        self.proj_in: Any = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
+        self.proj_in: Any = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = [TransformerBlock(channels, context, heads, upcast) for _ in range(depth)]
-        self.proj_out: Any = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
+        self.proj_out: Any = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def __call__(self, x: mx.array, text: mx.array, run: Run) -> mx.array:
         h = self.proj_in(self.norm(x)).flatten(1, 2)

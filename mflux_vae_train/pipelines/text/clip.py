@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Linear
 from mflux_vae_train.pipelines.layers.encoder import Encoder, LayerNorm, check_encoder
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.text.init_weights import draw_weights
@@ -173,7 +174,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def __init__(self, config: CLIPTextConfigWithProjection):
         super().__init__(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim or config.hidden_size, bias=False)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim or config.hidden_size, bias=False)
 
     def _pool(self, hidden: mx.array, input_ids: mx.array) -> mx.array:
         return self.text_projection(super()._pool(hidden, input_ids))

@@ -18,7 +18,10 @@ import mlx.nn as nn
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Linear
+from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.layers.modulation import HeadNorm
+from mflux_vae_train.pipelines.layers.rotary import Rotation, rotation
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.loading.folder import PartialNetwork
 from mflux_vae_train.pipelines.text.t5 import T5LayerNorm as Qwen3RMSNorm
@@ -89,21 +92,25 @@ class Qwen3Attention(nn.Module):
         super().__init__()
         self.config = config
         width, head = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=False)
+        self.q_proj = Linear(width, config.num_attention_heads * head, bias=False)
+        self.k_proj = Linear(width, config.num_key_value_heads * head, bias=False)
+        self.v_proj = Linear(width, config.num_key_value_heads * head, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * head, width, bias=False)
         self.q_norm = HeadNorm(head, config.rms_norm_eps)
         self.k_norm = HeadNorm(head, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, bias: mx.array, rope: Rotation) -> mx.array:
         B, L, _ = x.shape
-        head, shared = self.config.head_dim, self.config.num_attention_heads // self.config.num_key_value_heads
+        head = self.config.head_dim
         q, k, v = (layer(x).reshape(B, L, -1, head) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        rope = {"traditional": False, "base": self.config.rope_theta, "scale": 1.0, "offset": 0}
-        q, k = (mx.fast.rope(a.swapaxes(1, 2), head, **rope).swapaxes(1, 2) for a in (self.q_norm(q), self.k_norm(k)))
-        k, v = (mx.repeat(a, shared, axis=2) for a in (k, v))
+        q, k = (self._rotated(a, norm, rope) for a, norm in ((q, self.q_norm), (k, self.k_norm)))
         return self.o_proj(kernels.attention(q, k, v, scale=head**-0.5, mask=bias).reshape(B, L, -1))
+
+    def _rotated(self, x: mx.array, norm: HeadNorm, rope: Rotation) -> mx.array:
+        if is_cpu():
+            return kernels.norm_rotary([x], [norm.weight], rope, norm.eps, halves=True)
+        options = {"traditional": False, "base": self.config.rope_theta, "scale": 1.0, "offset": 0}
+        return mx.fast.rope(norm(x).swapaxes(1, 2), x.shape[-1], **options).swapaxes(1, 2)
 
 
 class Qwen3MLP(nn.Module):
@@ -111,12 +118,12 @@ class Qwen3MLP(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(kernels.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.glu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Qwen3Layer(nn.Module):
@@ -129,8 +136,8 @@ class Qwen3Layer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), bias)
+    def __call__(self, x: mx.array, bias: mx.array, rope: Rotation) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), bias, rope)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -139,6 +146,7 @@ class Qwen3Stack(nn.Module):
 
     def __init__(self, config: Qwen3Config, layers: int):
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Qwen3Layer(config) for _ in range(layers)]
         if layers == config.num_hidden_layers:
@@ -154,8 +162,10 @@ class Qwen3Stack(nn.Module):
 
     def _states(self, x: mx.array, bias: mx.array, *, taps: Sequence[int]) -> mx.array:
         states = {0: x}
+        ids, config = mx.arange(x.shape[1])[:, None], self.config
+        rope = rotation(ids, [config.head_dim], config.rope_theta, halves=True)
         for count, layer in enumerate(self.layers[: max(taps)], 1):
-            x = layer(x, bias)
+            x = layer(x, bias, rope)
             if count in taps:
                 states[count] = self.norm(x).astype(x.dtype) if "norm" in self and count == len(self.layers) else x
         return mx.concatenate([states[tap] for tap in taps], axis=-1)

@@ -18,6 +18,7 @@ import numpy as np
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.networks.layers import Linear
 from mflux_vae_train.pipelines.loading.config_check import JSONConfig
 from mflux_vae_train.pipelines.text.init_weights import draw_weights
 
@@ -93,10 +94,10 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.config = config
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
@@ -123,8 +124,8 @@ def _widened(x: mx.array) -> mx.array:
 class T5DenseActDense(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         # a float32 input makes wo a float32 product even where its weight is stored in float16
@@ -134,12 +135,12 @@ class T5DenseActDense(nn.Module):
 class T5DenseGatedActDense(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(kernels.gelu_tanh(_widened(self.wi_0(x))) * _widened(self.wi_1(x)))
+        return self.wo(kernels.glu(_widened(self.wi_0(x)), _widened(self.wi_1(x)), activation="gelu_tanh"))
 
 
 class T5LayerSelfAttention(nn.Module):

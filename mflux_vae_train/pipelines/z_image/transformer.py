@@ -18,7 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import rms_norm, silu, widened
+from mflux_vae.kernels import rms_norm, silu, tanh, widened
+from mflux_vae.networks.layers import Linear
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
 from mflux_vae_train.pipelines.layers.attention import SingleAttention, swiglu
@@ -102,7 +103,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = [nn.Linear(SINUSOIDAL_CHANNELS, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, width)]
+        self.mlp = [Linear(SINUSOIDAL_CHANNELS, TIME_WIDTH), nn.SiLU(), Linear(TIME_WIDTH, width)]
 
     def __call__(self, timestep: mx.array, dtype: mx.Dtype) -> mx.array:
         first, _, last = self.mlp
@@ -115,7 +116,7 @@ class Attention(SingleAttention):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads, bias=False, eps=HEAD_EPS)
-        self.to_out = [nn.Linear(width, width, bias=False)]
+        self.to_out = [Linear(width, width, bias=False)]
 
     def __call__(self, x: mx.array, rope: Rotation, mask: mx.array | None = None) -> mx.array:
         return self.to_out[0](super().__call__(x, rope, mask))
@@ -126,9 +127,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, inner, bias=False)
-        self.w2 = nn.Linear(inner, width, bias=False)
-        self.w3 = nn.Linear(width, inner, bias=False)
+        self.w1 = Linear(width, inner, bias=False)
+        self.w2 = Linear(inner, width, bias=False)
+        self.w3 = Linear(width, inner, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.w2(swiglu(self.w1(x), self.w3(x)))
@@ -151,7 +152,7 @@ class Block(nn.Module):
         self.ffn_norm1 = nn.RMSNorm(width, eps)
         self.ffn_norm2 = nn.RMSNorm(width, eps)
         if modulated:
-            self.adaLN_modulation = [nn.Linear(config.conditioning, 4 * width)]
+            self.adaLN_modulation = [Linear(config.conditioning, 4 * width)]
 
     def __call__(
         self, x: mx.array, conditioning: mx.array | None = None, *, rope: Rotation, mask: mx.array | None = None
@@ -176,7 +177,7 @@ def _scaled(x: mx.array, norm: nn.RMSNorm, scale: mx.array | None) -> mx.array:
     if scale is None:
         return rms_norm(x, norm.weight, norm.eps)
     if is_cpu():
-        return rms_norm(x, norm.weight, norm.eps) * (1 + scale)
+        return rms_norm(x, norm.weight * (1 + scale), norm.eps)
     return _scaled_gpu(norm.eps)(x, norm.weight, scale)
 
 
@@ -185,7 +186,7 @@ def _gated(x: mx.array, update: mx.array, norm: nn.RMSNorm, gate: mx.array | Non
     if gate is None:
         return x + rms_norm(update, norm.weight, norm.eps)
     if is_cpu():
-        return x + mx.tanh(gate) * rms_norm(update, norm.weight, norm.eps)
+        return x + rms_norm(update, norm.weight * tanh(gate), norm.eps)
     return _gated_gpu(norm.eps)(x, update, norm.weight, gate)
 
 
@@ -204,8 +205,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, conditioning: int, outputs: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = [nn.SiLU(), nn.Linear(conditioning, width)]
+        self.linear = Linear(width, outputs)
+        self.adaLN_modulation = [nn.SiLU(), Linear(conditioning, width)]
 
     def __call__(self, x: mx.array, conditioning: mx.array) -> mx.array:
         scale = self.adaLN_modulation[1](silu(conditioning))[:, None]
@@ -225,10 +226,10 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         width, channels, refiners = config.dim, PATCH**2 * config.in_channels, range(config.n_refiner_layers)
-        self.all_x_embedder = {KIND: nn.Linear(channels, width)}
+        self.all_x_embedder = {KIND: Linear(channels, width)}
         self.all_final_layer = {KIND: FinalLayer(width, config.conditioning, channels)}
         self.t_embedder = TimestepEmbedder(config.conditioning)
-        self.cap_embedder = [nn.RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, width)]
+        self.cap_embedder = [nn.RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, width)]
         self.x_pad_token, self.cap_pad_token = mx.zeros((1, width)), mx.zeros((1, width))
         self.noise_refiner = [Block(config, modulated=True) for _ in refiners]
         self.context_refiner = [Block(config, modulated=False) for _ in refiners]

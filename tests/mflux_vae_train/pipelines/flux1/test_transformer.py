@@ -9,10 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mflux_vae.errors import WeightsError
+from mflux_vae.kernels import rotate
 from mflux_vae_train.pipelines.flux1.packing import image_ids, text_ids
 from mflux_vae_train.pipelines.flux1.transformer import FluxTransformer, FluxTransformerConfig, init_weights
 from mflux_vae_train.pipelines.layers.embeddings import sinusoidal
-from mflux_vae_train.pipelines.layers.rotary import rotate, rotation
+from mflux_vae_train.pipelines.layers.rotary import rotation
 from tests.mflux_vae_train.pipelines.flux1.small_flux import drawn, small_config
 
 
