@@ -26,7 +26,7 @@ from tests.mflux_vae.small_models import (
     small_tiny,
 )
 
-LINEAR = {"attention_type": "linear", "encoder_attention": (0,), "decoder_attention": (1,)}
+LINEAR: dict[str, Any] = {"attention_type": "linear", "encoder_attention": (0,), "decoder_attention": (1,)}
 NETWORKS: dict[str, Callable[[], Any]] = {
     "kl": small_kl,
     "linear attention, no convolutions between levels": lambda: small_kl(**LINEAR, resample_with_conv=False),
