@@ -9,7 +9,7 @@ from mflux_vae.kernels.activations import silu
 from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.kernels.normalization import group_norm, group_norm_silu
 from mflux_vae.kernels.overrides import overridable
-from mflux_vae.kernels.padding import Padding, normalize_padding
+from mflux_vae.kernels.padding import Padding, Sides, normalize_padding, zero_pad
 from mflux_vae.runtime import device
 
 
@@ -48,10 +48,34 @@ def conv2d(
         y = cpu.conv2d(x, weight, bias, stride=stride, padding=(top, bottom, left, right)).astype(x.dtype)
         return y
     if device.is_cpu():  # half-precision products are thirty times slower
-        y = gpu_conv.mlx_conv2d(x.astype(mx.float32), weight.astype(mx.float32), stride, sides).astype(x.dtype)
+        wide, kernel = x.astype(mx.float32), weight.astype(mx.float32)
+        if stride > 1:
+            wide, kernel, sides = *_as_blocks(wide, kernel, stride, sides), normalize_padding(0)
+        y = gpu_conv.mlx_conv2d(wide, kernel, 1, sides).astype(x.dtype)
     else:
         y = gpu_conv.conv2d(x, weight, stride, sides)
     return y if bias is None else (y + bias).astype(y.dtype)
+
+
+def _as_blocks(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> tuple[mx.array, mx.array]:
+    """Image and kernel with the pixels of `stride` x `stride` blocks as channels, for a convolution with stride 1.
+
+    MLX's input gradient of a convolution with stride 2 takes 50 times as long as the convolution.
+    """
+
+    def blocks(array: mx.array, before: tuple[int, int], size: tuple[int, int]) -> mx.array:
+        count, height, width, channels = array.shape
+        (top, left), (rows, columns) = before, (stride * n for n in size)
+        array = array[:, : rows - top, : columns - left]
+        array = zero_pad(array, ((top, max(rows - top - height, 0)), (left, max(columns - left - width, 0))))
+        array = array.reshape(count, size[0], stride, size[1], stride, channels).transpose(0, 1, 3, 2, 4, 5)
+        return array.reshape(count, *size, -1)
+
+    (top, bottom), (left, right) = sides
+    kernel = tuple(-(-n // stride) for n in weight.shape[1:3])
+    padded = x.shape[1] + top + bottom, x.shape[2] + left + right
+    size = tuple((n - k) // stride + c for n, k, c in zip(padded, weight.shape[1:3], kernel, strict=True))
+    return blocks(x, (top, left), size), blocks(weight, (0, 0), kernel)
 
 
 @overridable

@@ -311,12 +311,13 @@ _AWAITED = 1 << 20
 
 def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
     """Workspace (bytes) of a convolution: on a CPU the transformed weights of the extension, or the windows that MLX
-    gathers from a padded copy; on Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
+    gathers from a copy or two; on Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
     out, *kernel, channels = weight
     if kernels.native():
         return 4 * 36 * channels * out if kernel == [3, 3] and stride == 1 else 0
     if is_cpu():
-        return 4 * (prod(shape) + prod(shape) // stride**2 * prod(kernel))
+        copies = 1 if stride == 1 else 2
+        return 4 * prod(shape) * (copies + prod(-(-n // stride) for n in kernel))
     wide = channels % 32 == 0 and out % 32 == 0 and channels + out >= 256
     if not (wide and kernel == [3, 3] and stride == 1 and prod(shape[:3]) >= 4096):
         return 4 * prod(shape)
