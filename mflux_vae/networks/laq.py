@@ -17,7 +17,7 @@ from mflux_vae import kernels
 from mflux_vae.errors import ImageError, SettingsError
 from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.laq_transformer import PositionBias, Transformer
-from mflux_vae.networks.layers import Conv2d
+from mflux_vae.networks.layers import Conv2d, Linear
 
 _CONVOLUTIONS = {
     1: ((3, 2, 1), (4, 1, 0)),
@@ -107,7 +107,7 @@ class Patches(nn.Module):
         super().__init__()
         numbers = config.channels * config.patch_size**2
         self.norm = nn.LayerNorm(numbers)
-        self.linear = nn.Linear(numbers, config.dim)
+        self.linear = Linear(numbers, config.dim)
         self.norm_out = nn.LayerNorm(config.dim)
         self._patch, self._grid = config.patch_size, config.grid
 
@@ -126,13 +126,13 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: LAQConfig):
         super().__init__()
-        self.project_in = nn.Linear(config.dim, config.quant_dim)
+        self.project_in = Linear(config.dim, config.quant_dim)
         self.convolutions = [
             Conv2d(config.quant_dim, config.quant_dim, kernel, stride=stride, padding=padding)
             for kernel, stride, padding in _CONVOLUTIONS[config.code_seq_len]
         ]
         self.codebook = mx.random.normal((config.codebook_size, config.quant_dim))
-        self.project_out = nn.Linear(config.quant_dim, config.dim)
+        self.project_out = Linear(config.quant_dim, config.dim)
 
     def summary(self, tokens: mx.array) -> mx.array:
         """Tokens of a frame (B, h, w, dim) -> (B, n, quant)."""
@@ -165,7 +165,7 @@ class LatentActionQuantizer(nn.Module):
         self.enc_temporal = Transformer(config.temporal_depth, *sizes)
         self.quantizer = Quantizer(config)
         self.dec_spatial = Transformer(config.spatial_depth, *sizes, cross=True)
-        self.to_pixels = nn.Linear(config.dim, config.channels * config.patch_size**2)
+        self.to_pixels = Linear(config.dim, config.channels * config.patch_size**2)
 
     def encode(self, first: mx.array, last: mx.array) -> mx.array:
         """Encode the change between two frames: codes (B, code_seq_len).

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mflux_vae import kernels
+from mflux_vae.networks.layers import Linear
 
 SCORE_SCALE = 8.0
 """Scale of attention scores; queries and keys are normalised."""
@@ -43,8 +44,8 @@ class PositionBias(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.layers = [nn.Linear(2, dim), nn.Linear(dim, dim)]
-        self.out = nn.Linear(dim, heads)
+        self.layers = [Linear(2, dim), Linear(dim, dim)]
+        self.out = Linear(dim, heads)
 
     def __call__(self, height: int, width: int) -> mx.array:
         """(heads, height * width queries, height * width keys)."""
@@ -87,9 +88,9 @@ class Attention(nn.Module):
         inner = heads * dim_head
         self.norm = GainNorm(dim)
         self.context_norm = GainNorm(dim)  # in all published weights; unused without `cross`
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_kv = Linear(dim, 2 * inner, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
         self.q_scale = mx.ones((dim_head,))
         self.k_scale = mx.ones((dim_head,))
         if cross:
@@ -125,8 +126,8 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = int(4 * (2 / 3) * dim)
         self.norm = nn.LayerNorm(dim, eps=_EPS)
-        self.up = nn.Linear(dim, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, dim, bias=False)
+        self.up = Linear(dim, 2 * inner, bias=False)
+        self.down = Linear(inner, dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         h, gate = mx.split(self.up(self.norm(x)), 2, axis=-1)

@@ -189,10 +189,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = GroupNorm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = [nn.Linear(channels, channels)]
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = [Linear(channels, channels)]
 
     @overridable
     def __call__(self, x: mx.array) -> mx.array:
@@ -210,8 +210,8 @@ class LinearAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_qkv = Linear(channels, 3 * channels, bias=False)
+        self.to_out = Linear(channels, channels)
 
     @overridable
     def __call__(self, x: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ from mflux_vae.kernels import leaky_relu
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.networks.config import NetworkConfig
 from mflux_vae.networks.latent_scaling import ScaledConfig
-from mflux_vae.networks.layers import BatchNorm, Conv2d, TransposedConv2d, layer_input
+from mflux_vae.networks.layers import BatchNorm, Conv2d, Linear, TransposedConv2d, layer_input
 from mflux_vae.posterior import DiagonalGaussian
 
 NEGATIVE_SLOPE = 0.01
@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         widths = (config.in_channels, *config.hidden_dims)
         self.down = [Down(a, b, norm=config.batch_norm) for a, b in pairwise(widths)]
         flat = widths[-1] * config.sizes[-1] ** 2
-        self.mean = nn.Linear(flat, config.latent_dim)
-        self.logvar = nn.Linear(flat, config.latent_dim)
+        self.mean = Linear(flat, config.latent_dim)
+        self.logvar = Linear(flat, config.latent_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
         for level in self.down:
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         self._sizes = config.sizes
         widths = config.hidden_dims[::-1]
         self._top = widths[0]
-        self.linear = nn.Linear(config.latent_dim, widths[0] * config.sizes[-1] ** 2)
+        self.linear = Linear(config.latent_dim, widths[0] * config.sizes[-1] ** 2)
         settings: dict[str, Any] = {"transposed": config.upsampling == "transposed", "norm": config.batch_norm}
         self.up = [Up(a, b, **settings) for a, b in pairwise(widths)]
         if config.last_conv:

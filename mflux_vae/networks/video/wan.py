@@ -18,7 +18,7 @@ from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
 from mflux_vae.kernels.overrides import overridable
 from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
-from mflux_vae.networks.layers import Conv2d, Downsample, Stage, Upsample
+from mflux_vae.networks.layers import Conv2d, Downsample, Linear, Stage, Upsample
 from mflux_vae.posterior import DiagonalGaussian
 
 C = TypeVar("C", bound="AutoencoderKLWanConfig")
@@ -213,8 +213,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = RMSNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
 
     @overridable
     def __call__(self, x: mx.array) -> mx.array:
