@@ -63,7 +63,7 @@ def _as_blocks(x: mx.array, weight: mx.array, stride: int, sides: Sides) -> tupl
     MLX's input gradient of a convolution with stride 2 takes 50 times as long as the convolution.
     """
 
-    def blocks(array: mx.array, before: tuple[int, int], size: tuple[int, int]) -> mx.array:
+    def blocks(array: mx.array, before: tuple[int, int], size: tuple[int, ...]) -> mx.array:
         count, height, width, channels = array.shape
         (top, left), (rows, columns) = before, (stride * n for n in size)
         array = array[:, : rows - top, : columns - left]

@@ -8,7 +8,6 @@ Set `MFLUX_VAE_TUNE=0` to leave the process as it is. With CUDA it sets the vari
 | `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on busy cores | 1.15x CPU, 0.9x wall | the variable |
 | `mallopt` | glibc returns freed blocks, and the system zeroes pages | 1.7x | `MALLOC_*`, `GLIBC_TUNABLES` |
 | `mx.set_cache_limit` | with 32 MB every large temporary is a new mapping | none beside `mallopt` | call it later |
-| `mx.set_memory_limit` | MLX allocates 100 operations ahead; with 256 MB in use it waits for them | memory | same |
 
 Gains: seconds without the change over seconds with it, encoding and decoding 128 x 128 pixels with Stable Diffusion's
 autoencoder on two busy cores of an AMD EPYC, alternating runs; the BLAS on an Intel Xeon (`python -m benchmarks`).
@@ -40,7 +39,6 @@ TUNE_VARIABLE = "MFLUX_VAE_TUNE"
 BLAS_VARIABLE = "MFLUX_VAE_BLAS"
 """Environment variable: `auto` (default), `none`, or the path of a BLAS library with an unprefixed CBLAS interface."""
 
-FREE_RUNNING = 256 << 20
 """Bytes of arrays in use from which on MLX waits for the operations that it has allocated ahead."""
 
 _MKL = "libmkl_rt.so"
@@ -113,7 +111,6 @@ def tune(core: Any) -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_FREE)
     core.set_cache_limit(int(memory_bytes() * _CACHE_SHARE))
-    core.set_memory_limit(FREE_RUNNING)
 
 
 def memory_bytes() -> int:

@@ -19,11 +19,11 @@ from mlx.utils import tree_flatten
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.kernels.cpu.extension import FREE_RUNNING
 from mflux_vae.kernels.overrides import is_pointwise
 from mflux_vae.networks.layers import Attention, LinearAttention
 from mflux_vae.networks.video import wan
 from mflux_vae.runtime.device import is_cpu
-from mflux_vae.runtime.process import FREE_RUNNING
 from mflux_vae.tiling.strips import Buffered, Convolution, LazyArray, Source, StripRun, Upsampled, WholeArray
 from mflux_vae.tiling.tiles import Tiling, array_function, tile_spans
 
@@ -170,7 +170,7 @@ class _CountedArray(LazyArray):
             array._allocate_pending()
         size = prod(self.shape) * self.dtype.size
         crowded = counter.weights + counter.held_bytes + counter.freed > FREE_RUNNING
-        if is_cpu() and (crowded or (kernels.native() and not self._in_place and size >= _AWAITED)):
+        if is_cpu() and ((not self._in_place and size >= _AWAITED) if kernels.native() else crowded):
             counter.wait()
         before, watched = counter.held_bytes, [(weakref.ref(array), array.size) for array in self._waiting_for]
         del array
@@ -303,7 +303,7 @@ _NATIVE = (
 """The same with the extension."""
 
 _AHEAD = 50
-"""Tasks that MLX allocates on a CPU ahead of those that run, see also `process.FREE_RUNNING`."""
+"""Tasks that MLX allocates on a CPU ahead of those that run, see also `FREE_RUNNING`."""
 
 _AWAITED = 1 << 20
 """Bytes of a result for which the extension waits until earlier operations are done, see `CpuPrimitive`."""

@@ -16,11 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mflux_vae.runtime import device
+from mflux_vae.runtime import device, process
 
 VARIABLE = "MFLUX_VAE_NATIVE"
 MLX = "0.32.4"
 """The version that pyproject.toml builds the extension for. Loading it beside another one may crash."""
+
+FREE_RUNNING = 256 << 20
+"""Bytes in use from which MLX alone waits for earlier operations on a CPU; it allocates up to 100 of them ahead."""
 
 _logger = logging.getLogger(__name__)
 
@@ -46,4 +49,6 @@ def _module() -> Any | None:
         except ImportError as error:
             reason = f"the native extension cannot be loaded ({error}); install this package again"
     _logger.info("computing with MLX's operations, which are slower on a CPU: %s", reason)
+    if process.tunes() and not (mx.metal.is_available() or mx.cuda.is_available()):
+        mx.set_memory_limit(FREE_RUNNING)
     return None

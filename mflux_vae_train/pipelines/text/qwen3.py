@@ -109,8 +109,8 @@ class Qwen3Attention(nn.Module):
     def _rotated(self, x: mx.array, norm: HeadNorm, rope: Rotation) -> mx.array:
         if is_cpu():
             return kernels.norm_rotary([x], [norm.weight], rope, norm.eps, halves=True)
-        options = {"traditional": False, "base": self.config.rope_theta, "scale": 1.0, "offset": 0}
-        return mx.fast.rope(norm(x).swapaxes(1, 2), x.shape[-1], **options).swapaxes(1, 2)
+        x, base = norm(x).swapaxes(1, 2), self.config.rope_theta
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=base, scale=1.0, offset=0).swapaxes(1, 2)
 
 
 class Qwen3MLP(nn.Module):

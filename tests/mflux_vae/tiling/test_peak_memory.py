@@ -15,12 +15,12 @@ import pytest
 
 from mflux_vae import kernels
 from mflux_vae.errors import SettingsError
+from mflux_vae.kernels.cpu.extension import FREE_RUNNING
 from mflux_vae.networks.autoencoder_kl import AutoencoderKL
 from mflux_vae.networks.plain import PlainAutoencoder
 from mflux_vae.networks.tiny import AutoencoderTiny
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae.posterior import DiagonalGaussian
-from mflux_vae.runtime.process import FREE_RUNNING
 from mflux_vae.tiling import plan as tiling_plan
 from mflux_vae.tiling import tiles
 from mflux_vae.tiling.peak_memory import _convolution_workspace, _untiled_peak

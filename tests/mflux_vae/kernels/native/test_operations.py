@@ -161,7 +161,7 @@ def test_operations_work_in_compiled_checkpointed_and_mapped_functions() -> None
         lambda: native.norm(mx.zeros((2, 3, 8)), mx.zeros((3, 1, 8)), None, 1e-5, False),
         lambda: native.attention(mx.zeros((2, 4, 1, 8)), *[mx.zeros((1, 4, 1, 8))] * 2, 1.0),
         lambda: mx.vmap(native.softmax)(mx.zeros((0, 8))),
-        lambda: native.rotary(mx.zeros((1, 2, 3, 5)), mx.zeros((2, 1, 5)), mx.zeros((2, 1, 5))),
+        lambda: native.norm_rotary([mx.zeros((1, 2, 3, 5))], [mx.ones(5)], *[mx.zeros((2, 1, 5))] * 2, 1e-6, False),
         lambda: native.adamw([mx.zeros(3)], [mx.zeros(4)], *[[mx.zeros(3)]] * 2, *[mx.array(1.0)] * 4, 0.9, 0.9, 1e-8),
     ],
 )
