@@ -105,7 +105,7 @@ OPERATIONS: Mapping[str, Operation] = {
     },
     "attention, 1x1024 tokens, 8 heads of 128": _attention(1, 1024, 8, 128),
     "attention, 4x77 tokens, 8 heads of 64": _attention(4, 77, 8, 64),
-    "rotary embedding, 1x1024 tokens, 8 heads of 128": Operation(
+    "RMS norm of heads and rotary embedding, 1x1024 tokens, 8 heads of 128": Operation(
         kind="rotary", inputs={"x": (1, 1024, 8, 128)}, options={"tokens": 1024, "width": 128}
     ),
     "linear, 384 rows, 1024 to 4096": _linear("linear", 384, 1024, 4096),
@@ -133,7 +133,7 @@ def _row(options: Options, work: str, build: str, settings: Mapping[str, Any], i
         name="mflux-vae",
         build=f"benchmarks.kernels:our_{build}",
         settings=settings,
-        imports=("mflux_vae.kernels", "mflux_vae_train.optimizers.adam", "mflux_vae_train.pipelines.layers.rotary"),
+        imports=("mflux_vae.kernels", "mflux_vae_train.optimizers.adam"),
     )
     return Row(
         work=work,
@@ -195,7 +195,6 @@ def _our_function(operation: Operation, arrays: dict[str, Any]) -> Callable[...,
     import mlx.core as mx
 
     from mflux_vae import kernels
-    from mflux_vae_train.pipelines.layers.rotary import rotate
 
     options = operation.options
     if operation.kind == "quantized":
@@ -205,7 +204,7 @@ def _our_function(operation: Operation, arrays: dict[str, Any]) -> Callable[...,
     if operation.kind == "rotary":
         cos, sin = (mx.array(part)[:, None] for part in angles(**options))
         sin = sin * mx.array([-1.0, 1.0] * (sin.shape[-1] // 2))
-        return lambda x: rotate(x, (cos, sin))
+        return lambda x: kernels.norm_rotary([x], [mx.ones(options["width"])], (cos, sin), EPS)
     functions: dict[str, Callable[..., Any]] = {
         "conv2d": lambda x, w, b: kernels.conv2d(x, w, b, **options),
         "norm_silu_conv2d": lambda x, s, t, w, b: kernels.norm_silu_conv2d(x, (GROUPS, s, t, EPS), w, b, **options),
@@ -276,11 +275,12 @@ def _torch_function(operation: Operation, tensors: dict[str, Any], device: str) 
     if operation.kind == "rotary":
         cos, sin = (torch.from_numpy(part)[:, None].to(device) for part in angles(**options))
 
-        def rotate(x: Any) -> Any:  # as in diffusers
+        def norm_rotary(x: Any) -> Any:  # as in diffusers
+            x = F.rms_norm(x, x.shape[-1:], eps=EPS)
             real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
             return x * cos + torch.stack([-imaginary, real], -1).flatten(3) * sin
 
-        return rotate
+        return norm_rotary
 
     def attention(*heads_second: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in heads_second)

@@ -144,7 +144,7 @@ def autoencoder(quick: bool, weights: str | None) -> Work:
 def _mlx_convolutions(native: bool) -> Iterator[None]:
     """Within the block, convolutions in half precision are MLX's, without float32."""
     before = gpu_conv.conv2d
-    gpu_conv.conv2d = gpu_conv.native if native else before
+    gpu_conv.conv2d = gpu_conv.mlx_conv2d if native else before
     try:
         yield
     finally:

@@ -76,7 +76,7 @@ class Run:
         self.processes, self.folder, self.windows, self.broken = processes, folder, windows, broken
         self.net = Normed()
         self.net.train()
-        optimizer = AdamW()
+        optimizer = AdamW(epsilon=1e-4)  # rounding alone must not decide where a gradient is nearly zero
         self.ema = EMA(self.net.trainable_parameters(), decay=0.5)
         self.step = Step(
             self.net, optimizer, normed_loss, ema=self.ema, buffers=True, max_grad_norm=0.5, processes=processes
