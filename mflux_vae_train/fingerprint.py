@@ -18,6 +18,9 @@ from mflux_vae.runtime.threads import exclusive
 SAMPLES_PER_TENSOR = 64
 """Values of each tensor that count, evenly spread over it."""
 
+EVALUATED = 16
+"""Tensors that are sampled at a time: those of half precision are there in float32, too."""
+
 MAX_HASHED_BYTES = 2**28
 """Total size of the tensors that are sampled. Weights are loaded on first use; this bounds how many are loaded."""
 
@@ -64,7 +67,9 @@ def weights_hash(module: nn.Module) -> str:
             left -= 4 * array.size
             indices = np.linspace(0, array.size - 1, min(SAMPLES_PER_TENSOR, array.size)).astype(np.int64)
             parts.append(array.reshape(-1)[mx.array(indices)].astype(mx.float32))
+    samples = [part for part in parts if isinstance(part, mx.array)]
     with exclusive():  # the weights may be lazy, on a stream of all threads
-        mx.eval([part for part in parts if isinstance(part, mx.array)])
+        for first in range(0, len(samples), EVALUATED):
+            mx.eval(samples[first : first + EVALUATED])
     content = b"".join(part if isinstance(part, bytes) else np.array(part).tobytes() for part in parts)
     return hashlib.sha256(content).hexdigest()[:16]

@@ -5,6 +5,9 @@ and CUDA, or MLX's operations. On a CPU, MLX's convolution copies patches throug
 are scalar, and only its matrix products use several cores. Arrays are NHWC. Every function returns the dtype of its
 (first) argument; half precision is computed in float32 where it would lose more than its own rounding.
 
+The extension has no `mx.jvp`, and second derivatives of convolutions and linear layers alone: `MFLUX_VAE_NATIVE=0` has
+them all.
+
 `gpu_fusion`, `gpu_attention`, `gpu_conv`   Metal and CUDA, where MLX alone is not enough
 `quantized`                                 products with quantized weights
 `cpu.native`                                sources of the extension
@@ -21,7 +24,7 @@ from mflux_vae.kernels.conv import (
     upsample_nearest_2x,
 )
 from mflux_vae.kernels.conv_transpose import conv_transpose2d
-from mflux_vae.kernels.cpu.extension import native
+from mflux_vae.kernels.cpu.extension import native, native_expected
 from mflux_vae.kernels.gpu_attention import MAX_SCORES
 from mflux_vae.kernels.gpu_fusion import widened
 from mflux_vae.kernels.linear import gated_add, linear, lora_linear
@@ -63,6 +66,7 @@ __all__ = [
     "lora_linear",
     "modulated_norm",
     "native",
+    "native_expected",
     "norm_rotary",
     "norm_silu_conv2d",
     "partial_conv2d",

@@ -129,7 +129,7 @@ def _tune_for_cpu() -> None:
         blas, cure = process.open_blas()
     process.tune(mx)
     if blas is None:
-        message = f"MLX has no fast BLAS and is about 30 times slower on this CPU; cure: {cure}"
+        message = f"MLX has no fast BLAS: its matrix products are about 30 times slower on this CPU; cure: {cure}"
         warnings.warn(message, RuntimeWarning, stacklevel=1)
 
 

@@ -39,8 +39,6 @@ TUNE_VARIABLE = "MFLUX_VAE_TUNE"
 BLAS_VARIABLE = "MFLUX_VAE_BLAS"
 """Environment variable: `auto` (default), `none`, or the path of a BLAS library with an unprefixed CBLAS interface."""
 
-"""Bytes of arrays in use from which on MLX waits for the operations that it has allocated ahead."""
-
 _MKL = "libmkl_rt.so"
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 _CBLAS = "cblas_"

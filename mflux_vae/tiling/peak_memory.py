@@ -170,7 +170,7 @@ class _CountedArray(LazyArray):
             array._allocate_pending()
         size = prod(self.shape) * self.dtype.size
         crowded = counter.weights + counter.held_bytes + counter.freed > FREE_RUNNING
-        if is_cpu() and ((not self._in_place and size >= _AWAITED) if kernels.native() else crowded):
+        if is_cpu() and ((not self._in_place and size >= _AWAITED) if kernels.native_expected() else crowded):
             counter.wait()
         before, watched = counter.held_bytes, [(weakref.ref(array), array.size) for array in self._waiting_for]
         del array
@@ -181,7 +181,7 @@ class _CountedArray(LazyArray):
         counter.free(freed, self._tasks)
         self._allocate(size)
         counter.record(self._workspace)
-        if not kernels.native():  # MLX allocates the workspace ahead, too
+        if not kernels.native_expected():  # MLX allocates the workspace ahead, too
             counter.free(self._workspace, 0)
 
     def _allocate(self, size: int) -> None:
@@ -189,14 +189,14 @@ class _CountedArray(LazyArray):
         self.strip_run.held_bytes += size
 
     def __mlx_function__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> LazyArray:
-        whole = kernels.native() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
+        whole = kernels.native_expected() and self.dtype == mx.float32 and function is not kernels.partial_conv2d
         if function in kernels.FUSED and not whole:
             return function.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         example = function(*map(_example, args), **{name: _example(value) for name, value in kwargs.items()})
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, _CountedArray)]
         counter: Any = self.strip_run
         lazy = partial(_CountedArray, counter, example.shape, example.dtype, 0)
-        if function in (_NATIVE if kernels.native() else _NOT_IN_PLACE):
+        if function in (_NATIVE if kernels.native_expected() else _NOT_IN_PLACE):
             return lazy(inputs)
         if is_pointwise(function):
             return lazy(inputs, in_place=True)
@@ -214,7 +214,7 @@ class _CountedArray(LazyArray):
             shape = batch, times * height, times * width, channels
             weight = args[_WEIGHT_ARGUMENT[function]].shape
             workspace = _convolution_workspace(shape, weight, kwargs.get("stride", 1))
-        elif function is kernels.conv_transpose2d and not kernels.native():
+        elif function is kernels.conv_transpose2d and not kernels.native_expected():
             phases = mx.zeros((*self.shape[:3], 4 * example.shape[3]), example.dtype)  # reordered later
             return lazy([self._computed(phases, inputs, _transposed_workspace(self.shape, args[1]))])
         elif function in _ATTENTION_WORKSPACE:
@@ -227,7 +227,7 @@ class _CountedArray(LazyArray):
         """An array that is computed with a workspace: on a GPU now, on a CPU when it is evaluated."""
         counter: Any = self.strip_run
         if is_cpu():
-            tasks = 2 if kernels.native() else 4
+            tasks = 2 if kernels.native_expected() else 4
             return _CountedArray(counter, example.shape, example.dtype, 0, inputs, workspace=workspace, tasks=tasks)
         for array in inputs:
             array.evaluate()
@@ -313,7 +313,7 @@ def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: 
     """Workspace (bytes) of a convolution: on a CPU the transformed weights of the extension, or the windows that MLX
     gathers from a copy or two; on Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
     out, *kernel, channels = weight
-    if kernels.native():
+    if kernels.native_expected():
         return 4 * 36 * channels * out if kernel == [3, 3] and stride == 1 else 0
     if is_cpu():
         copies = 1 if stride == 1 else 2
@@ -346,7 +346,7 @@ def _attention_workspace(shape: Sequence[int]) -> int:
     time and their softmax. The extension of a CPU holds the scores of a few queries; MLX alone holds all."""
     batch, height, width, _ = shape
     scores = batch * (height * width) ** 2
-    if kernels.native():
+    if kernels.native_expected():
         return 4 * 5 * prod(shape)
     return 4 * (6 * prod(shape) + 3 * (scores if is_cpu() else min(scores, kernels.MAX_SCORES)))
 

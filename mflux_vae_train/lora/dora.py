@@ -47,7 +47,7 @@ class DoRALinear(dora.DoRALinear):
         if is_cpu() and not self._is_quantized():
             y: mx.array = super().__call__(x)
             return y
-        z = low_rank(self, x)
+        z = low_rank(self, self.dropout(x))
         factor = (self.m / self._norms(x)).astype(x.dtype)
         y = factor * (self.linear(x) + (self.scale * z).astype(x.dtype))
         return y + (1 - factor) * self.linear.bias if "bias" in self.linear else y

@@ -38,11 +38,11 @@ class LoRALinear(LoRALayer):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        base = self.linear
-        if is_cpu() and isinstance(base, Linear) and self.dropout(x) is x:
+        base, dropped = self.linear, self.dropout(x)
+        if is_cpu() and isinstance(base, Linear) and dropped is x:
             return kernels.lora_linear(x, base.weight, base.get("bias"), self.lora_a, self.lora_b, self.scale)
         y: mx.array = base(x)
-        return y + (self.scale * low_rank(self, x)).astype(x.dtype)
+        return y + (self.scale * low_rank(self, dropped)).astype(x.dtype)
 
     def fuse(self) -> nn.Module:
         """The linear layer with the adapter in its weight, quantized again if it was."""
@@ -50,7 +50,7 @@ class LoRALinear(LoRALayer):
         scheme = scheme_of(base)
         weight = mx.dequantize(base.weight, base.scales, base.biases, **scheme) if scheme else base.weight
         outputs, inputs = weight.shape
-        fused = nn.Linear(inputs, outputs, bias="bias" in base)
+        fused = (Linear if isinstance(base, Linear) else nn.Linear)(inputs, outputs, bias="bias" in base)
         fused.weight = weight + ((self.scale * self.lora_b.T) @ self.lora_a.T).astype(weight.dtype)
         if "bias" in base:
             fused.bias = base.bias
@@ -82,9 +82,9 @@ class LoRAConv2d(LoRALayer):
 
 
 def low_rank(layer: nn.Module, x: mx.array) -> mx.array:
-    """B A x with dropout: float32 on a CPU, else in the dtype of x."""
+    """B A x: float32 on a CPU, else in the dtype of x."""
     a, b = (matrix if is_cpu() else matrix.astype(x.dtype) for matrix in (layer.lora_a, layer.lora_b))
-    return (layer.dropout(x) @ a) @ b
+    return (x @ a) @ b
 
 
 def scheme_of(linear: nn.Module) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Workload:
         state_bytes: optimizer state per trained weight.
         batch: samples in a forward and backward pass, prior samples included.
         micro_batches: micro-batches in an update; `joined_micro_batches` of them are one pass.
+        exact_micro_batches: whether they are always computed one by one.
         prompts: number of prompts to encode, `prompts_per_batch` at a time.
         prompt_tokens: tokens per prompt at most; None for as many as the model reads.
         class_images: number of class images to generate before training.
@@ -68,6 +69,7 @@ class Workload:
     batch: int = 1
     micro_batches: int = 1
     joined_micro_batches: int = 1
+    exact_micro_batches: bool = False
     prompts: int = 4
     prompts_per_batch: int = 16
     prompt_tokens: int | None = None

@@ -22,6 +22,8 @@ VARIABLE = "MFLUX_VAE_NATIVE"
 MLX = "0.32.4"
 """The version that pyproject.toml builds the extension for. Loading it beside another one may crash."""
 
+API = 1
+"""As in bindings.cpp. Both change with the functions there, as an editable installation may hold an older extension."""
 FREE_RUNNING = 256 << 20
 """Bytes in use from which MLX alone waits for earlier operations on a CPU; it allocates up to 100 of them ahead."""
 
@@ -30,11 +32,18 @@ _logger = logging.getLogger(__name__)
 
 def native() -> Any | None:
     """The module of the extension if MLX computes on a CPU and the extension can be used, else None."""
-    return _module() if device.is_cpu() else None
+    return _module() if device.is_cpu() and device.kind() == "cpu" else None
+
+
+def native_expected() -> bool:
+    """Whether estimates are for a CPU with the extension, which they assume of another machine."""
+    return device.is_cpu() and (device.kind() != "cpu" or native() is not None)
 
 
 @cache
 def _module() -> Any | None:
+    if (choice := os.environ.get(VARIABLE)) not in (None, "", "0", "1", "avx2"):
+        _logger.warning("%s=%s is unknown and ignored; set it to 0 or avx2", VARIABLE, choice)
     if os.environ.get(VARIABLE) == "0":
         reason = f"{VARIABLE} is 0; unset it"
     elif sys.platform != "linux" or platform.machine() != "x86_64":
@@ -43,7 +52,10 @@ def _module() -> Any | None:
         reason = f"the native extension is for MLX {MLX}, this is {mx.__version__}; install mlx[cpu]=={MLX}"  # type: ignore[attr-defined]
     else:
         try:
-            return importlib.import_module("mflux_vae.kernels.cpu._native")
+            module = importlib.import_module("mflux_vae.kernels.cpu._native")
+            if getattr(module, "API", None) == API:
+                return module
+            reason = "the native extension is older or newer than this package; install this package again"
         except ModuleNotFoundError:
             reason = "the native extension is not built; install g++, then this package again"
         except ImportError as error:

@@ -20,6 +20,7 @@ from mflux_vae.kernels.overrides import overridable
 from mflux_vae.networks.latent_scaling import ScaledConfig, ScaledLatents
 from mflux_vae.networks.layers import Conv2d, Downsample, Linear, Stage, Upsample
 from mflux_vae.posterior import DiagonalGaussian
+from mflux_vae.runtime.device import is_cpu
 
 C = TypeVar("C", bound="AutoencoderKLWanConfig")
 
@@ -185,7 +186,8 @@ class RMSNorm(nn.Module):
 
 def _norm_silu_conv(norm: RMSNorm, conv: Conv2d, x: mx.array, residual: mx.array | None = None) -> mx.array:
     """conv(silu(norm(x))) + residual."""
-    y = conv(kernels.silu(norm(x)))
+    y = kernels.silu(norm(x))
+    y = conv(y) if is_cpu() else kernels.conv2d(y, conv.weight, conv.get("bias"), padding=conv._padding)
     return y if residual is None else residual + y
 
 

@@ -35,7 +35,7 @@ def joined_micro_batches(denoiser: nn.Module, settings: DreamBoothSettings, work
         work: with `batch`, `micro_batches` and `shape`.
     """
     size = sum(array.size for array in dict(tree_flatten(denoiser.parameters())).values())
-    if not is_cpu() or size > SMALL or settings.exact_micro_batches:
+    if not is_cpu() or size > SMALL or settings.exact_micro_batches or work.exact_micro_batches:
         return 1
     pixels = work.batch * math.prod(work.shape or (work.resolution, work.resolution))
     return max(1, min(work.micro_batches, PIXELS // pixels))

@@ -77,7 +77,8 @@ def after_failure(
     """
     if work is None:
         side = Workload(resolution=resolved.resolution, trained=0)
-        groups = [_batch_sizes(pipeline, resolved), _resolutions(resolved, side, pipeline.recommended.size_multiple)]
+        multiple = pipeline.recommended.size_multiple
+        groups = [_batch_sizes(pipeline, resolved), _resolutions(pipeline, resolved, side, multiple)]
         flags = [group[0].flags for group in map(list, groups) if group]
     else:
 
@@ -118,7 +119,7 @@ def fixes(pipeline: Any, resolved: ResolvedSettings, work: Workload) -> list[lis
         _quantizations(resolved, work),
         _preservations(pipeline, resolved),
         _ranks(resolved),
-        _resolutions(resolved, work, recommended.size_multiple),
+        _resolutions(pipeline, resolved, work, recommended.size_multiple),
         _adapters(pipeline, resolved, recommended.rank),
     ]
     return [group for group in map(list, groups) if group]
@@ -126,7 +127,11 @@ def fixes(pipeline: Any, resolved: ResolvedSettings, work: Workload) -> list[lis
 
 def _exact(work: Workload) -> Iterator[Fix]:
     if work.joined_micro_batches > 1:
-        yield Fix("--exact_micro_batches", lambda work: replace(work, joined_micro_batches=1))
+
+        def exact(work: Workload) -> Workload:
+            return replace(work, joined_micro_batches=1, exact_micro_batches=True)
+
+        yield Fix("--exact_micro_batches", exact)
 
 
 def _checkpointing(work: Workload) -> Iterator[Fix]:
@@ -194,7 +199,8 @@ def _preservations(pipeline: Any, resolved: ResolvedSettings) -> Iterator[Fix]:
     if kind != "none":
 
         def unpreserved(work: Workload) -> Workload:
-            return replace(work, class_images=0, batch=max(1, work.batch // 2))
+            work = replace(work, class_images=0)
+            return with_micro_batches(pipeline, resolved, work, max(1, work.batch // 2), work.micro_batches)
 
         yield Fix(f"{flag} none", unpreserved)
 
@@ -212,7 +218,7 @@ def _ranks(resolved: ResolvedSettings) -> Iterator[Fix]:
             yield Fix(f"--rank {rank}", narrower)
 
 
-def _resolutions(resolved: ResolvedSettings, work: Workload, multiple: int) -> Iterator[Fix]:
+def _resolutions(pipeline: Any, resolved: ResolvedSettings, work: Workload, multiple: int) -> Iterator[Fix]:
     """Three quarters, half, and a quarter of the side; with custom shapes, of all their sides."""
     least = -(-SMALLEST_SIDE // multiple) * multiple
     sides = [max(least, _rounded(work.resolution * share, multiple)) for share in (3 / 4, 1 / 2, 1 / 4)]
@@ -226,7 +232,8 @@ def _resolutions(resolved: ResolvedSettings, work: Workload, multiple: int) -> I
             flags += f' --aspect_ratio_buckets "{";".join(smaller)}"'
 
         def shrunk(work: Workload, side: int = side, shape: tuple[int, int] = (height, width)) -> Workload:
-            return replace(work, resolution=side, shape=shape)
+            work = replace(work, resolution=side, shape=shape)
+            return with_micro_batches(pipeline, resolved, work, work.batch, work.micro_batches)
 
         yield Fix(flags, shrunk)
 

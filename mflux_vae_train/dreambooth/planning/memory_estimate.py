@@ -17,6 +17,7 @@ from functools import partial
 import mlx.core as mx
 
 from mflux_vae.errors import SettingsError
+from mflux_vae.kernels import linear
 from mflux_vae.runtime.device import DEVICES, assuming, compute_dtype
 from mflux_vae.runtime.device import kind as device_kind
 from mflux_vae.tiling import plan as tiling_plan
@@ -280,7 +281,7 @@ def _operations_per_second(side: int | None = None, repeats: int = 4) -> float:
     for _ in range(1 + repeats):  # the first one starts threads or compiles
         start, product = time.perf_counter(), matrix
         for _ in range(count):
-            product = product @ matrix
+            product = linear(product, matrix)
         mx.eval(product)
         seconds.append(time.perf_counter() - start)
     return 2.0 * side**3 * count / min(seconds[1:])

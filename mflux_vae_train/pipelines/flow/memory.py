@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mflux_vae.kernels import MAX_SCORES, native
+from mflux_vae.kernels import MAX_SCORES, native_expected
 from mflux_vae_train.pipelines.footprint import (
     FULL,
     Phase,
@@ -61,13 +61,13 @@ class Activations:
         """At the peak of a forward and backward pass."""
         number = precision.width * self.width * batch * tokens
         pairs = batch * self.heads * tokens**2
-        scores_kept = 0.0 if precision.fused or native() else SCORES_KEPT * precision.width * pairs
+        scores_kept = 0.0 if precision.fused or native_expected() else SCORES_KEPT * precision.width * pairs
         blocks, of_kind = sum(self.blocks), self.kept[precision.width]
         kept = sum(count * each for count, each in zip(self.blocks, of_kind, strict=True)) * number
         kept += blocks * scores_kept
         if checkpointing and blocks:
             kept = blocks * INPUTS * number + max(of_kind) * number + scores_kept
-        scores = 0.0 if native() else self.scores * precision.width * pairs
+        scores = 0.0 if native_expected() else self.scores * precision.width * pairs
         if precision.fused:
             scores = FULL * min(GPU_SCORES * pairs, GPU_BLOCKS * MAX_SCORES)
         working = self.working[precision.width][checkpointing] * number

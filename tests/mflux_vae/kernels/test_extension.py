@@ -27,11 +27,16 @@ def on_linux_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(extension, "MLX", extension.mx.__version__)  # type: ignore[attr-defined]
-    monkeypatch.setattr(extension, "importlib", SimpleNamespace(import_module=lambda name: name))
+    monkeypatch.setattr(extension, "importlib", loading(extension.API))
     extension._module.cache_clear()
     with device.assuming(cpu=True):
         yield
     extension._module.cache_clear()
+
+
+def loading(api: int | None) -> SimpleNamespace:
+    """`importlib` that finds an extension with this API."""
+    return SimpleNamespace(import_module=lambda _: SimpleNamespace(API=api))
 
 
 def raising(error: ImportError) -> SimpleNamespace:
@@ -48,8 +53,9 @@ def raising(error: ImportError) -> SimpleNamespace:
         (lambda patch: patch.setattr(extension, "MLX", "0.1.0"), "mlx[cpu]==0.1.0"),
         (lambda patch: patch.setattr(extension, "importlib", raising(ModuleNotFoundError("_native"))), "g++"),
         (lambda patch: patch.setattr(extension, "importlib", raising(ImportError("lacks AVX2"))), "AVX2"),
+        (lambda patch: patch.setattr(extension, "importlib", loading(extension.API - 1)), "again"),
     ],
-    ids=["switched off", "ARM", "macOS", "another MLX", "not built", "not loadable"],
+    ids=["switched off", "ARM", "macOS", "another MLX", "not built", "not loadable", "older"],
 )
 def test_one_line_says_why_mlx_computes(
     change: Callable[[pytest.MonkeyPatch], None],
@@ -73,6 +79,13 @@ def test_nothing_is_logged_with_the_extension_or_on_a_gpu(
         with device.assuming(cpu=False):
             assert extension.native() is None
     assert not caplog.records
+
+
+def test_unknown_choice_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(extension.VARIABLE, "off")
+    assert extension.native() is not None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "off" in record.getMessage()
 
 
 def test_is_built_for_the_version_that_it_is_loaded_with() -> None:

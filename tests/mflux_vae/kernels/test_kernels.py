@@ -237,6 +237,14 @@ def test_attention_and_its_gradients(mask_shape: tuple[int, ...] | None) -> None
         assert_close(a, b, 1e-5)
 
 
+def test_rows_without_any_key_average_the_values() -> None:
+    """Where the lowest number masks all keys, as text encoders mask padding, all weights are equal."""
+    arrays = [normal(1, 2, 4, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2)]
+    arrays += [mx.full((1, 1, 4, 5), mx.finfo(mx.float32).min)]
+    for a, b in zip(gradients_of(attend, *arrays), gradients_of(scored, *arrays), strict=True):
+        assert_close(a, b, 1e-5)
+
+
 @pytest.mark.parametrize("mask_shape", [None, (60,), (1, 1, 50, 60), (2, 1, 1, 60), (2, 3, 50, 60)])
 def test_masked_keys_are_not_seen(mask_shape: tuple[int, ...] | None) -> None:
     q, k, v = normal(2, 3, 50, 16), normal(2, 3, 60, 16, seed=1), normal(2, 3, 60, 8, seed=2)

@@ -20,6 +20,7 @@ NB_MODULE(_native, m) {
   if (version != MLX_BUILT_WITH || !nb::type<mflux::mx::array>()) {  // before anything of MLX is used
     throw nb::import_error(("it was built for MLX " MLX_BUILT_WITH ", this is " + version).c_str());
   }
+  m.attr("API") = 1;  // as in extension.py
   if (!mflux::kernels()) {
     throw nb::import_error("this processor lacks AVX2");
   }

@@ -19,7 +19,7 @@ Floats floats(int64_t count);
 /// Ask for pages of 2 MB in a new large array. It is otherwise 500 times as many page faults, 0.6 s per GB.
 void use_huge_pages(void* begin, size_t bytes);
 
-/// Empty MLX's cache if it lifts the memory in use over the most that arrays needed at a time, and a quarter more. MLX
+/// Empty MLX's cache if it lifts the memory in use over the most that arrays needed at a time. MLX
 /// reuses a buffer for an array of about its size only, so layers of other sizes would add theirs.
 void limit_cache();
 

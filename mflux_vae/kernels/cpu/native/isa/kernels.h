@@ -55,8 +55,8 @@ struct Kernels {
                         float* c, int64_t ldc, int64_t m, int64_t n, bool add, const Epilogue* last);
 
   // see attention.inc
-  float (*attend)(float* x, const float* mask, int64_t mask_step, float scale, int64_t count);
-  void (*attend_back)(float* x, float* dp, const float* mask, int64_t mask_step, float scale, float log_sum, float dot,
+  void (*attend)(float* x, const float* mask, int64_t mask_step, float scale, float* stats, int64_t count);
+  void (*attend_back)(float* x, float* dp, const float* mask, int64_t mask_step, float scale, const float* stats, float dot,
                       int64_t count);
   float (*dot)(const float* a, const float* b, int64_t count);
 

@@ -63,7 +63,7 @@ void each_part(const AttentionOptions& o, int64_t jobs, F&& work) {
   });
 }
 
-void forward(const AttentionOptions& o, const std::vector<const float*>& in, float* y, float* log_sums) {
+void forward(const AttentionOptions& o, const std::vector<const float*>& in, float* y, float* stats) {
   const Kernels& kernel = *kernels();
   each_part(o, o.batch * o.heads, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
     const Floats scores = floats(BLOCK * o.keys);
@@ -75,8 +75,8 @@ void forward(const AttentionOptions& o, const std::vector<const float*>& in, flo
       kernel.product(head.q + first * head.q_row, head.q_row, k.get(), scores.get(), o.keys, rows, o.keys, o.width,
                      false, nullptr);
       for (int64_t i = 0; i < rows; i++) {
-        log_sums[index * o.queries + first + i] = kernel.attend(
-            scores.get() + i * o.keys, head.mask_row(o, first + i), o.mask_strides[3], o.scale, o.keys);
+        kernel.attend(scores.get() + i * o.keys, head.mask_row(o, first + i), o.mask_strides[3], o.scale,
+                      stats + 2 * (index * o.queries + first + i), o.keys);
       }
       kernel.product(scores.get(), o.keys, v.get(), y + head.out + first * head.out_row, head.out_row, rows,
                      o.value_width, o.keys, false, nullptr);
@@ -84,10 +84,10 @@ void forward(const AttentionOptions& o, const std::vector<const float*>& in, flo
   });
 }
 
-/// Inputs: q, k, v, [mask], y, log_sums, dy. Jobs are the heads of keys, whose gradients sum over heads of queries.
+/// Inputs: q, k, v, [mask], y, stats, dy. Jobs are the heads of keys, whose gradients sum over heads of queries.
 void backward(const AttentionOptions& o, const std::vector<const float*>& in, float* dq, float* dk, float* dv) {
   const Kernels& kernel = *kernels();
-  const float *y = in[3 + o.masked], *log_sums = in[4 + o.masked], *dy = in[5 + o.masked];
+  const float *y = in[3 + o.masked], *stats = in[4 + o.masked], *dy = in[5 + o.masked];
   const int64_t shared = o.heads / o.key_heads, jobs = o.batch * o.key_heads, parts = query_parts(o, jobs);
   const int64_t k_size = jobs * o.keys * o.width, v_size = jobs * o.keys * o.value_width;
   // gradients of keys and values of all parts but the first
@@ -116,7 +116,7 @@ void backward(const AttentionOptions& o, const std::vector<const float*>& in, fl
         for (int64_t i = 0; i < rows; i++) {
           const float dot = kernel.dot(d + i * head.out_row, y + head.out + (first + i) * head.out_row, o.value_width);
           kernel.attend_back(p.get() + i * row, ds.get() + i * row, head.mask_row(o, first + i),
-                             o.mask_strides[3], o.scale, log_sums[index * o.queries + first + i], dot, o.keys);
+                             o.mask_strides[3], o.scale, stats + 2 * (index * o.queries + first + i), dot, o.keys);
         }
         kernel.product(ds.get(), row, k_rows.get(), dq + q_at + first * head.q_row, head.q_row, rows, o.width, o.keys,
                        false, nullptr);
@@ -155,7 +155,7 @@ class AttentionBack : public Operation<AttentionBack, AttentionOptions> {
   }
 };
 
-/// q (batch, queries, heads, width), k, v (batch, keys, key_heads, ...), [mask] -> y as q, logarithms of sums.
+/// q (batch, queries, heads, width), k, v (batch, keys, key_heads, ...), [mask] -> y as q, and what `attend` knows of each row.
 class Attention : public Operation<Attention, AttentionOptions> {
  public:
   static constexpr const char* NAME = "mflux::Attention";
@@ -163,7 +163,7 @@ class Attention : public Operation<Attention, AttentionOptions> {
 
   std::vector<mx::Shape> output_shapes(const Arrays&) override {
     const AttentionOptions& o = options_;
-    return {{int(o.batch), int(o.queries), int(o.heads), int(o.value_width)}, {int(o.batch), int(o.heads), int(o.queries)}};
+    return {{int(o.batch), int(o.queries), int(o.heads), int(o.value_width)}, {int(o.batch), int(o.heads), int(o.queries), 2}};
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -191,7 +191,8 @@ class Attention : public Operation<Attention, AttentionOptions> {
     const auto by_head = [](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}); };
     const mx::array k = mx::repeat(primals[1], shared, 2), v = mx::repeat(primals[2], shared, 2);
     const mx::array scores = mx::matmul(by_head(q) * mx::array(options_.scale), mx::transpose(k, {0, 2, 3, 1}));
-    const mx::array weights = mx::exp(scores + mask - mx::expand_dims(outputs[1], -1));
+    const Arrays stats = mx::split(outputs[1], 2, -1);
+    const mx::array weights = mx::exp(scores + mask - stats[0] - stats[1]);
     const mx::array of_weights = mx::matmul(by_head(dy), mx::transpose(v, {0, 2, 3, 1}));
     const mx::array dot = mx::sum(by_head(dy * outputs[0]), -1, true);
     std::vector<int> broadcast;

@@ -1,4 +1,5 @@
-// Operations of this extension on MLX arrays. All are differentiable; results are float32.
+// Operations of this extension on MLX arrays; results are float32. All but `sum_of_squares` and `adamw` are
+// differentiable, convolutions and linear layers twice.
 #pragma once
 
 #include <array>

@@ -51,8 +51,8 @@ class ViewCopy {
     }
   }
 
-  std::unique_ptr<float[]> operator()() const {
-    std::unique_ptr<float[]> rows(new float[size_]);
+  Floats operator()() const {
+    Floats rows = floats(size_);
     const int64_t outer = lengths_[0], inner = size_ / outer;
     parallel_for(outer, 1 + (1 << 14) / inner, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -127,7 +127,7 @@ class CpuPrimitive : public mx::Primitive {
       return;
     }
     encoder.dispatch([in = std::move(in), out = std::move(out), views = std::move(views), work = bind(inputs)]() mutable {
-      std::vector<std::unique_ptr<float[]>> copies;
+      std::vector<Floats> copies;
       for (const auto& [input, view] : views) {
         in[input] = copies.emplace_back(view()).get();
       }
