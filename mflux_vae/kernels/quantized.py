@@ -81,22 +81,24 @@ def quantized_product(
     scales: mx.array,
     biases: mx.array,
     bias: mx.array | None = None,
+    lora: tuple[mx.array, mx.array, float] | None = None,
     *,
     group_size: int,
     bits: int,
 ) -> mx.array:
-    """x @ dequantized weights^T + bias, differentiable in x.
+    """x @ dequantized weights^T + bias + scale * x @ a @ b, differentiable in x, a and b.
 
     Args:
         x: (..., inputs).
         weight, scales, biases: of `mx.quantize`, for a matrix (outputs, inputs).
         bias: (outputs,) or None.
+        lora: a (inputs, rank), b (rank, outputs) and scale, or None.
 
     Returns:
         (..., outputs).
     """
     if (cpu := native()) is not None and bits in _NATIVE_BITS and product_choice() == "auto":
-        y: mx.array = cpu.quantized_linear(x, weight, scales, biases, group_size, bits, bias).astype(x.dtype)
+        y: mx.array = cpu.quantized_linear(x, weight, scales, biases, group_size, bits, bias, lora).astype(x.dtype)
         return y
     inputs, outputs = x.shape[-1], weight.shape[0]
     dense = is_dense(x.size // inputs, x.dtype, group_size)
@@ -130,7 +132,11 @@ def quantized_product(
         return of_x.astype(x.dtype)  # not that of the scales
 
     y = run(x)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    if lora is None:
+        return y
+    a, b, scale = lora
+    return y + (scale * (x @ a) @ b).astype(x.dtype)
 
 
 def _tiles(arrays: Sequence[mx.array], axis: int, length: int, fit: int, unit: int) -> Iterable[Sequence[mx.array]]:

@@ -41,6 +41,11 @@ class LoRALinear(LoRALayer):
         base, dropped = self.linear, self.dropout(x)
         if is_cpu() and isinstance(base, Linear) and dropped is x:
             return kernels.lora_linear(x, base.weight, base.get("bias"), self.lora_a, self.lora_b, self.scale)
+        if kernels.native() and isinstance(base, nn.QuantizedLinear) and base.mode == "affine" and dropped is x:
+            adapter, scheme = (self.lora_a, self.lora_b, self.scale), {"group_size": base.group_size, "bits": base.bits}
+            return kernels.quantized_product(
+                x, base.weight, base.scales, base["biases"], base.get("bias"), adapter, **scheme
+            )
         y: mx.array = base(x)
         return y + (self.scale * low_rank(self, dropped)).astype(x.dtype)
 

@@ -22,7 +22,7 @@ VARIABLE = "MFLUX_VAE_NATIVE"
 MLX = "0.32.4"
 """The version that pyproject.toml builds the extension for. Loading it beside another one may crash."""
 
-API = 1
+API = 2
 """As in bindings.cpp. Both change with the functions there, as an editable installation may hold an older extension."""
 FREE_RUNNING = 256 << 20
 """Bytes in use from which MLX alone waits for earlier operations on a CPU; it allocates up to 100 of them ahead."""

@@ -20,7 +20,7 @@ NB_MODULE(_native, m) {
   if (version != MLX_BUILT_WITH || !nb::type<mflux::mx::array>()) {  // before anything of MLX is used
     throw nb::import_error(("it was built for MLX " MLX_BUILT_WITH ", this is " + version).c_str());
   }
-  m.attr("API") = 1;  // as in extension.py
+  m.attr("API") = 2;  // as in extension.py
   if (!mflux::kernels()) {
     throw nb::import_error("this processor lacks AVX2");
   }
@@ -49,8 +49,7 @@ NB_MODULE(_native, m) {
   m.def("conv2d", &mflux::conv2d, "x"_a, "weight"_a, "bias"_a.none() = nb::none(), "residual"_a.none() = nb::none(),
         "scale"_a.none() = nb::none(), "shift"_a.none() = nb::none(), "silu"_a = false, "doubled"_a = false,
         "stride"_a = 1, "padding"_a = std::array<int, 4>{});
-  m.def("linear", &mflux::linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none(), "activation"_a = Activation::none,
-        "residual"_a.none() = nb::none());
+  m.def("linear", &mflux::linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none());
   m.def("conv_transpose2d", &mflux::conv_transpose2d, "x"_a, "weight"_a, "bias"_a.none(), "stride"_a, "padding"_a,
         "size"_a);
   m.def("group_norm", &mflux::group_norm, "x"_a, "groups"_a, "scale"_a, "shift"_a, "eps"_a,

@@ -7,10 +7,9 @@ namespace mflux {
 
 enum class Activation : int { none, silu, gelu, gelu_tanh, quick_gelu, sigmoid, tanh, leaky_relu };
 
-/// What a matrix product does with each result, in this order: + bias, activation, + residual.
+/// What a matrix product adds to each result.
 struct Epilogue {
   const float* bias = nullptr;  // (n,)
-  Activation activation = Activation::none;
   const float* residual = nullptr;  // (m, n), rows as in the result
 };
 

@@ -5,14 +5,13 @@ namespace mflux {
 namespace {
 
 struct LinearOptions {
-  Activation activation = Activation::none;
-  bool biased = false, residual = false;
+  bool biased = false;
   bool x_turned = false, weight_turned = false;  // x is (k, m), weight is (k, n)
 
   bool operator==(const LinearOptions&) const = default;
 };
 
-/// x (..., k), weight (n, k), [bias (n,)], [residual] -> (..., n).
+/// x (..., k), weight (n, k), [bias (n,)] -> (..., n).
 class Linear : public Operation<Linear, LinearOptions> {
  public:
   static constexpr const char* NAME = "mflux::Linear";
@@ -25,19 +24,9 @@ class Linear : public Operation<Linear, LinearOptions> {
     return {shape};
   }
 
-  /// The pre-activation is computed again: it is cheaper to keep x alone.
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
     const mx::array &x = primals[0], &weight = primals[1];
-    mx::array dz = ready(cotangents[0]);
-    if (options_.activation != Activation::none) {
-      LinearOptions plain = options_;
-      plain.activation = Activation::none;
-      plain.residual = false;
-      const Arrays inputs(primals.begin(), primals.begin() + 2 + options_.biased);
-      const mx::array z = Linear(plain, stream()).apply(inputs)[0];
-      dz = mx::vjp([this](const Arrays& in) { return Arrays{activate(in[0], options_.activation)}; }, Arrays{z},
-                   Arrays{dz}).second[0];
-    }
+    const mx::array dy = ready(cotangents[0]);
     const bool x_turned = options_.x_turned, weight_turned = options_.weight_turned;
     const auto rows = [](const mx::array& of) {
       return mx::reshape(of, {int(of.size() / std::max(of.shape(-1), 1)), of.shape(-1)});
@@ -45,15 +34,13 @@ class Linear : public Operation<Linear, LinearOptions> {
     Arrays wanted;
     for (int argument : argnums) {
       if (argument == 0) {
-        wanted.push_back(x_turned ? product(weight, dz, !weight_turned, false)
-                                  : product(dz, weight, false, !weight_turned));
+        wanted.push_back(x_turned ? product(weight, dy, !weight_turned, false)
+                                  : product(dy, weight, false, !weight_turned));
       } else if (argument == 1) {
-        wanted.push_back(weight_turned ? product(rows(x), rows(dz), !x_turned, true)
-                                       : product(rows(dz), rows(x), true, !x_turned));
-      } else if (argument == 2 && options_.biased) {
-        wanted.push_back(channel_sum(dz));
+        wanted.push_back(weight_turned ? product(rows(x), rows(dy), !x_turned, true)
+                                       : product(rows(dy), rows(x), true, !x_turned));
       } else {
-        wanted.push_back(cotangents[0]);
+        wanted.push_back(channel_sum(dy));
       }
     }
     return wanted;
@@ -73,9 +60,7 @@ class Linear : public Operation<Linear, LinearOptions> {
       m *= x.shape(i);
     }
     return [=](auto& in, auto& out) {
-      const Epilogue last{.bias = o.biased ? in[2] : nullptr,
-                          .activation = o.activation,
-                          .residual = o.residual ? in[2 + o.biased] : nullptr};
+      const Epilogue last{.bias = o.biased ? in[2] : nullptr};
       const Matrix left = o.x_turned ? Matrix{in[0], 1, m} : Matrix{in[0], k, 1};
       const Matrix right = o.weight_turned ? Matrix{in[1], n, 1} : Matrix{in[1], 1, k};
       gemm(left, right, out[0], m, n, k, last);
@@ -85,17 +70,13 @@ class Linear : public Operation<Linear, LinearOptions> {
 
 }  // namespace
 
-mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                 Activation activation, const std::optional<mx::array>& residual) {
+mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias) {
   require(x.ndim() > 0 && weight.ndim() == 2 && x.shape(-1) == weight.shape(1),
           "linear: x must be (..., k), weights (n, k)");
-  mx::Shape result = x.shape();
-  result.back() = weight.shape(0);
-  require((!bias || bias->shape() == mx::Shape{weight.shape(0)}) && (!residual || residual->shape() == result),
-          "linear: the bias must be (n,), the residual as the result");
+  require(!bias || bias->shape() == mx::Shape{weight.shape(0)}, "linear: the bias must be (n,)");
   Arrays inputs{ready(x), ready(weight)};
-  append(inputs, {bias, residual});
-  return Linear({.activation = activation, .biased = bias.has_value(), .residual = residual.has_value()}).apply(inputs)[0];
+  append(inputs, {bias});
+  return Linear({.biased = bias.has_value()}).apply(inputs)[0];
 }
 
 }  // namespace mflux

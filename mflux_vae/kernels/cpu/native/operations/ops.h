@@ -30,9 +30,8 @@ mx::array norm(const mx::array& x, const std::optional<mx::array>& scale, const 
 /// Softmax over the last axis.
 mx::array softmax(const mx::array& x);
 
-/// activation(x @ weight.T + bias) + residual: (..., k), (n, k) -> (..., n).
-mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                 Activation activation, const std::optional<mx::array>& residual);
+/// x @ weight.T + bias: (..., k), (n, k) -> (..., n).
+mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias);
 
 /// softmax(q k^T * scale + mask) v; the matrix of scores is never stored.
 ///
