@@ -11,27 +11,36 @@ Single operations: `benchmarks.kernels`. Whole commands: `benchmarks.quick_start
 beside the scripts of diffusers. Quality of DreamBooth: `benchmarks.dreambooth_quality`, `.dreambooth_photos`; total
 correlation of autoencoders: `benchmarks.disentanglement`.
 
-Intel Xeon (AVX-512), two cores, Linux, MLX 0.32.4 with MKL, torch 2.13.0, diffusers 0.42.1, float32, 2026-11-21. The
-virtual machine's speed changes by half within a day; where two runs differ, both are given:
+AMD EPYC (Zen 3, AVX2), two cores, Linux, MLX 0.32.4, torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, float32,
+2026-11-29, medians of two or three rounds (torch in the faster layout, not compiled):
 
 | work | ours | speed ratio | memory ratio |
 |---|---|---|---|
-| SD autoencoder, encode 256 x 256 | 0.91 s to 1.14 s | 1.06x to 1.15x | 0.88x to 0.99x |
-| decode 256 x 256 | 1.76 s to 1.91 s | 1.24x to 1.30x | 0.84x to 0.99x |
-| encode 512 x 512 | 3.39 s | 1.33x | 0.86x |
-| decode 512 x 512 | 5.71 s to 7.14 s | 1.43x to 1.52x | 0.95x |
-| encode 128 x 128, against plain MLX | 0.54 s | 39x | 0.76x |
-| T5 base, encode 4 x 256 tokens | 0.69 s | 1.02x to 1.23x | 0.97x |
-| CLIP base, encode 4 x 77 tokens | 0.11 s | 1.01x to 1.17x | 0.99x |
-| FLUX transformer of 2 + 4 blocks, width 1024, forward | 0.31 s | 0.78x | 1.01x |
-| the same, LoRA step | 1.00 s | 0.76x | 0.94x |
-| SD autoencoder, training step, 128 x 128, batch 1 | 3.65 s | 0.84x | 0.77x |
-| vector autoencoder, training step, 64 x 64, batch 128 | 0.43 s | 0.38x | 0.73x |
-| embedded autoencoder, training step, 64 x 64, batch 8 | 0.45 s | 0.42x | 0.87x |
-| 48 photographs of 12 megapixels to 512 x 512, prefetched, against one by one | 5.9 s | 1.32x | 3.3x |
+| SD autoencoder: encode 256x256 | 0.98 s | 1.77x (1.60 to 1.97) | 1.03x |
+| SD autoencoder: decode 256x256 | 1.77 s | 2.41x (2.14 to 2.70) | 0.61x |
+| SD autoencoder: training step 128x128, batch 1 | 3.54 s | 1.35x (1.31 to 1.39) | 0.75x |
+| tiny autoencoder, training step 64x64, batch 8 | 0.204 s | 0.98x (0.98 to 1.10) | 0.52x |
+| MNIST, vector latents, training step 28x28, batch 128 | 0.13 s | 1.06x (1.06 to 1.30) | 0.53x |
+| small, vector latents, training step 64x64, batch 128 | 0.204 s | 1.13x (1.04 to 1.21) | 0.44x |
+| VanillaVAE, vector latents, training step 256x256, batch 8 | 2.71 s | 1.29x (1.23 to 1.32) | 0.89x |
+| FLUX transformer 2+4 blocks, width 1024, 256+128 tokens, forward | 0.682 s | 0.94x (0.85 to 0.95) | 0.95x |
+| FLUX transformer 2+4 blocks, width 1024, 256+128 tokens, LoRA step | 1.47 s | 0.94x (0.87 to 1.32) | 0.76x |
+| embedded FLUX, 16+16 tokens, batch 8, forward | 0.0258 s | 1.33x (0.92 to 1.43) | 1.11x |
+| embedded FLUX, 16+16 tokens, batch 8, LoRA step | 0.0699 s | 1.43x (1.23 to 1.98) | 0.77x |
+| SD UNet, widths 160 to 640, 32x32 latents, forward | 0.362 s | 0.83x (0.81 to 0.87) | 0.87x |
+| SD UNet, widths 160 to 640, 32x32 latents, LoRA step | 0.958 s | 0.70x (0.67 to 0.89) | 0.97x |
+| embedded SD UNet, 8x8 latents, batch 8, forward | 0.0277 s | 1.05x (0.86 to 1.46) | 0.73x |
+| embedded SD UNet, 8x8 latents, batch 8, LoRA step | 0.0813 s | 1.18x (0.90 to 1.22) | 0.57x |
+| FLUX.2 transformer 1+4 blocks, width 1024, 256+128 tokens, forward | 0.561 s | 0.89x (0.85 to 1.01) | 0.92x |
+| FLUX.2 transformer 1+4 blocks, width 1024, 256+128 tokens, LoRA step | 1.08 s | 0.89x (0.89 to 0.91) | 0.74x |
+| Z-Image transformer 2+4 blocks, width 1024, 256+128 tokens, forward | 0.452 s | 1.13x (1.07 to 1.13) | 0.92x |
+| Z-Image transformer 2+4 blocks, width 1024, 256+128 tokens, LoRA step | 0.967 s | 0.95x (0.93 to 0.95) | 0.72x |
+| T5, encode 4 x 256 tokens | 1.32 s | 0.91x (0.89 to 0.95) | 0.89x |
+| CLIP, encode 4 x 77 tokens | 0.191 s | 0.92x (0.92 to 0.99) | 0.92x |
+| Qwen3, encode 4 x 128 tokens | 0.499 s | 0.92x (0.73 to 0.97) | 0.83x |
 
-Below torch: layers with few channels, Winograd transforms, and denoisers, where all but matrix products runs on one
-core.
+Speed ratios with the lowest and highest of a round. Below torch: large matrix products (ours reach 120 to 150 GFLOP/s
+on this machine), and convolutions of small images with some hundred channels.
 """
 
 from __future__ import annotations
