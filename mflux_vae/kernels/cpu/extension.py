@@ -32,12 +32,17 @@ _logger = logging.getLogger(__name__)
 
 def native() -> Any | None:
     """The module of the extension if MLX computes on a CPU and the extension can be used, else None."""
-    return _module() if device.is_cpu() and device.kind() == "cpu" else None
+    return _module() if device.is_cpu() and _on_cpu() else None
 
 
 def native_expected() -> bool:
     """Whether estimates are for a CPU with the extension, which they assume of another machine."""
-    return device.is_cpu() and (device.kind() != "cpu" or native() is not None)
+    return device.is_cpu() and (not _on_cpu() or native() is not None)
+
+
+def _on_cpu() -> bool:
+    """Whether MLX computes on the CPU, also while estimates assume another device."""
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 @cache

@@ -13,7 +13,8 @@ constexpr int64_t DEPTH = 256;           // of packed panels: a panel of b stays
 constexpr int64_t PAD = 16;              // numbers after a copied row: powers of two would share lines of the cache
 constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
 constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
-constexpr int64_t FEW_ROWS = 16;         // of a: packing b would take longer than dot products
+// Rows of a up to which packing b takes longer than dot products. They round otherwise, so this is less than a prompt has.
+constexpr int64_t FEW_ROWS = 8;
 
 }  // namespace
 
