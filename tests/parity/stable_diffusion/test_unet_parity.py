@@ -119,9 +119,9 @@ def test_adapter_gradients_agree(name: str) -> None:
     largest = max(float(weight.grad.abs().max()) for weight in parameters.values())
     for key, weight in parameters.items():
         gradient = weight.grad.numpy()
-        # gradients of keys nearly cancel: their rounding is that of larger ones
+        # gradients of keys nearly cancel: their rounding is that of larger ones; Winograd adds 1e-5 per convolution
         scale = max(np.abs(gradient).max(), 0.01 * largest)
-        assert np.abs(np.array(found[key.replace(".default", "")]) - gradient).max() / scale <= 1e-4, key
+        assert np.abs(np.array(found[key.replace(".default", "")]) - gradient).max() / scale <= 2e-4, key
     lora.fuse(ours)
     assert difference(ours(*given), expected) <= 1e-4
 
