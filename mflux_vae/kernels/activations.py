@@ -27,10 +27,19 @@ def _activation(name: str, formula: Callable[[mx.array], mx.array]) -> Callable[
 _GELU_SCALE, _GELU_CUBE = 0.7978845608028654, 0.044715
 """sqrt(2 / pi) and the cubic coefficient of Hendrycks and Gimpel 2016."""
 
+
+def _gelu_formula(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
+
+
+def _gelu_tanh_formula(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(_GELU_SCALE * (x + _GELU_CUBE * (x * x) * x)))
+
+
 _silu = _activation("silu", lambda x: x * mx.sigmoid(x))
 _quick_gelu = _activation("quick_gelu", lambda x: x * mx.sigmoid(1.702 * x))
-_gelu = _activation("gelu", lambda x: x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5)
-_gelu_tanh = _activation("gelu_tanh", lambda x: 0.5 * x * (1 + mx.tanh(_GELU_SCALE * (x + _GELU_CUBE * (x * x) * x))))
+_gelu = _activation("gelu", _gelu_formula)
+_gelu_tanh = _activation("gelu_tanh", _gelu_tanh_formula)
 _tanh = _activation("tanh", lambda x: mx.tanh(x))
 _sigmoid = _activation("sigmoid", lambda x: mx.sigmoid(x))
 
@@ -86,7 +95,11 @@ def sigmoid(x: mx.array) -> mx.array:
     return _sigmoid(x)
 
 
-_GATES = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+_GATED = {
+    "silu": widened(lambda gate, other: gate * mx.sigmoid(gate) * other, shapeless=True),
+    "gelu": widened(lambda gate, other: _gelu_formula(gate) * other, shapeless=True),
+    "gelu_tanh": widened(lambda gate, other: _gelu_tanh_formula(gate) * other, shapeless=True),
+}
 
 
 def glu(
@@ -104,4 +117,4 @@ def glu(
     if other is None:
         halves = mx.split(gate, 2, axis=-1)
         gate, other = halves if gate_first else halves[::-1]
-    return _GATES[activation](gate) * other
+    return _GATED[activation](gate, other)

@@ -34,12 +34,12 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.a
     if (shared := q.shape[2] // k.shape[2]) > 1:
         k, v = (mx.repeat(array, shared, axis=2) for array in (k, v))
     q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
-    attend = mlx_attention if device.is_cpu() else gpu_attention.attention
+    attend = _attention if device.is_cpu() else gpu_attention.attention
     return attend(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)
 
 
-def mlx_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None) -> mx.array:
+def _attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None) -> mx.array:
     """Attention of (B, heads, N, d) in plain operations, in float32."""
-    q, k, v32 = (array.astype(mx.float32) for array in (q, k, v))
-    scores = (q * scale) @ k.swapaxes(-1, -2)
-    return (softmax(scores if mask is None else scores + mask) @ v32).astype(v.dtype)
+    wide_q, wide_k, wide_v = (array.astype(mx.float32) for array in (q, k, v))
+    scores = (wide_q * scale) @ wide_k.swapaxes(-1, -2)
+    return (softmax(scores if mask is None else scores + mask) @ wide_v).astype(v.dtype)

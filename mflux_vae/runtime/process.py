@@ -8,6 +8,7 @@ Set `MFLUX_VAE_TUNE=0` to leave the process as it is. With CUDA it sets the vari
 | `KMP_BLOCKTIME=0` | MKL's idle threads spin for 0.2 s on busy cores | 1.15x CPU, 0.9x wall | the variable |
 | `mallopt` | glibc returns freed blocks, and the system zeroes pages | 1.7x | `MALLOC_*`, `GLIBC_TUNABLES` |
 | `mx.set_cache_limit` | with 32 MB every large temporary is a new mapping | none beside `mallopt` | call it later |
+| `mx.set_memory_limit`, without the native extension | MLX allocates 100 operations ahead | memory | call it before |
 
 Gains: seconds without the change over seconds with it, encoding and decoding 128 x 128 pixels with Stable Diffusion's
 autoencoder on two busy cores of an AMD EPYC, alternating runs; the BLAS on an Intel Xeon (`python -m benchmarks`).

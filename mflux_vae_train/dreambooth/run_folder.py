@@ -36,7 +36,7 @@ RESUMABLE_CHANGES = frozenset(
         *("use_8bit_adam", "with_prior_preservation", "scale_lr"),  # other names of settings that count
         "bnb_quantization_config_path",
         *("revision", "variant", "vae"),  # the weights count
-        *("gradient_checkpointing", "exact_micro_batches", "memory_limit"),  # the result is the same
+        *("gradient_checkpointing", "exact_micro_batches", "memory_limit"),  # the same, up to rounding
         *("estimate_for", "caffeinate"),
         *("encodings_dir", "lora_weights", "assistant_lora", "caption_column"),  # their contents count
     }

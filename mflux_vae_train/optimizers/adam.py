@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mflux_vae.kernels.cpu.extension import native
+from mflux_vae.kernels import native
 from mflux_vae_train.optimizers.base import Optimizer, State, Update, master, store
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mflux_vae.kernels.cpu.extension import native
+from mflux_vae.kernels import native
 
 State: TypeAlias = "dict[str, Any]"
 """State of one parameter: named arrays, or dicts of them."""

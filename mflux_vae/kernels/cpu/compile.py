@@ -15,18 +15,21 @@ def compile(function: Callable[..., Any], **captured: Any) -> Callable[..., Any]
     """Trace a function once for each set of shapes.
 
     On a CPU `mx.compile` also fuses operations, for which it calls g++. The native extension traces without fusing.
-    Without the extension, or where MLX finds no g++ and compiles nothing, the function is returned unchanged.
+    Without the extension the function is returned unchanged. It is called as it is where MLX compiles nothing: after
+    `mx.disable_compile()`, and without g++.
 
     Args:
         captured: `inputs` and `outputs` of `mx.compile`.
     """
     if not is_cpu():
         return mx.compile(function, **captured)
-    if (module := native()) is None or not _enabled():
+    if (module := native()) is None:
         return function
     traced = mx.compile(function, **captured)
 
     def call(*arguments: Any) -> Any:
+        if not _enabled():
+            return function(*arguments)
         module.set_compile_mode(module.CompileMode.no_fuse)
         try:
             return traced(*arguments)
@@ -36,16 +39,23 @@ def compile(function: Callable[..., Any], **captured: Any) -> Callable[..., Any]
     return call
 
 
+_traces = 0
+
+
+def _count(x: mx.array) -> mx.array:
+    global _traces
+    _traces += 1
+    return -x
+
+
+_counted = mx.compile(_count)
+
+
 def _enabled() -> bool:
-    """Whether MLX compiles, for which it has no query: not after `mx.disable_compile()`, for example."""
-    traces = 0
-
-    def count(x: mx.array) -> mx.array:
-        nonlocal traces
-        traces += 1
-        return -x
-
-    counted = mx.compile(count)
-    for _ in range(3):  # MLX may trace the first function of a process twice
-        counted(mx.array(0.0))
-    return traces < 3
+    """Whether MLX compiles now, for which it has no query."""
+    for _ in range(3):  # MLX traces a function once in each thread, and may trace the first one of a process twice
+        before = _traces
+        _counted(mx.array(0.0))
+        if _traces == before:
+            return True
+    return False

@@ -27,6 +27,9 @@ API = 2
 FREE_RUNNING = 256 << 20
 """Bytes in use from which MLX alone waits for earlier operations on a CPU; it allocates up to 100 of them ahead."""
 
+_DEFAULT_LIMIT = 0.79
+"""Share of the memory that MLX's default limit, four fifths of it, exceeds."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -67,5 +70,7 @@ def _module() -> Any | None:
             reason = f"the native extension cannot be loaded ({error}); install this package again"
     _logger.info("computing with MLX's operations, which are slower on a CPU: %s", reason)
     if process.tunes() and not (mx.metal.is_available() or mx.cuda.is_available()):
-        mx.set_memory_limit(FREE_RUNNING)
+        before = mx.set_memory_limit(FREE_RUNNING)
+        if before < _DEFAULT_LIMIT * process.memory_bytes():  # the caller's
+            mx.set_memory_limit(before)
     return None

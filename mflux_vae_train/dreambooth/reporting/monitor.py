@@ -141,7 +141,7 @@ class Monitor:
             tracker.scalars("validation", update, {"loss": loss})
 
     def preview_hook(self) -> Hook:
-        """Hook that draws the previews, if there are any, and updates the report every `validation_steps`."""
+        """Hook for every `validation_steps`: draw the previews, if there are any, and update the report with them."""
 
         def preview(record: Record) -> None:
             if self._run.resolved.num_validation_images:

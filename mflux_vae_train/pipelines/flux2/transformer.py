@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import SettingsError, WeightsError
-from mflux_vae.kernels import gated_add, silu
+from mflux_vae.kernels import gated_add, glu, silu
 from mflux_vae.networks.layers import Linear
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
-from mflux_vae_train.pipelines.layers.attention import JointAttention, attend, split_heads, swiglu
+from mflux_vae_train.pipelines.layers.attention import JointAttention, attend, split_heads
 from mflux_vae_train.pipelines.layers.embeddings import TwoLayerEmbedder, sinusoidal
 from mflux_vae_train.pipelines.layers.modulation import NORM_EPS, HeadNorm, Modulation, modulated_norm
 from mflux_vae_train.pipelines.layers.rotary import Rotation, rotation
@@ -90,7 +90,7 @@ class FeedForward(nn.Module):
         self.linear_out = Linear(hidden, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear_out(swiglu(*mx.split(self.linear_in(x), 2, axis=-1)))
+        return self.linear_out(glu(self.linear_in(x)))
 
 
 class DoubleBlock(nn.Module):
@@ -137,7 +137,7 @@ class ParallelAttention(nn.Module):
         q, k, v, gate, up = mx.split(self.to_qkv_mlp_proj(x), self._ends, axis=-1)
         q, k, v = (split_heads(a, self._heads) for a in (q, k, v))
         attended = attend([(q, self.norm_q)], [(k, self.norm_k)], v, rope)
-        return self.to_out(mx.concatenate([attended, swiglu(gate, up)], axis=-1))
+        return self.to_out(mx.concatenate([attended, glu(gate, up)], axis=-1))
 
 
 class SingleBlock(nn.Module):

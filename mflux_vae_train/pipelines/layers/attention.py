@@ -1,4 +1,4 @@
-"""Attention with rotary positions, and the gate of SwiGLU."""
+"""Attention with rotary positions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mflux_vae.kernels import attention, glu, norm_rotary, widened
+from mflux_vae.kernels import attention, norm_rotary
 from mflux_vae.networks.layers import Linear
-from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.layers.modulation import NORM_EPS, HeadNorm
 from mflux_vae_train.pipelines.layers.rotary import Rotation
 
@@ -81,11 +80,3 @@ class JointAttention(SingleAttention):
         both = attend(queries, keys, mx.concatenate([tv, v], axis=1), rope)
         to_text, to_image = mx.split(both, [text.shape[1]], axis=1)
         return self.to_out[0](to_image), self.to_add_out(to_text)
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up (Shazeer 2020)."""
-    return glu(gate, up) if is_cpu() else _swiglu_gpu(gate, up)
-
-
-_swiglu_gpu = widened(lambda gate, up: gate * mx.sigmoid(gate) * up, shapeless=True)

@@ -15,7 +15,6 @@ import mlx.nn as nn
 from mflux_vae import kernels
 from mflux_vae.networks import layers
 from mflux_vae.networks.layers import Conv2d, GroupNorm, Linear
-from mflux_vae.runtime.device import is_cpu
 
 Run: TypeAlias = Callable[..., mx.array]
 """Calls a block with arrays: directly, or with gradient checkpointing."""
@@ -103,13 +102,7 @@ class GEGLU(nn.Module):
         self.proj = Linear(width, 2 * outputs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.proj(x)
-        return kernels.glu(y, activation="gelu", gate_first=False) if is_cpu() else _gated_gpu(*mx.split(y, 2, axis=-1))
-
-
-@kernels.widened
-def _gated_gpu(hidden: mx.array, gate: mx.array) -> mx.array:
-    return hidden * (gate * (1 + mx.erf(gate * 0.7071067811865476)) * 0.5)
+        return kernels.glu(self.proj(x), activation="gelu", gate_first=False)
 
 
 class FeedForward(nn.Module):

@@ -18,11 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mflux_vae.errors import WeightsError
-from mflux_vae.kernels import rms_norm, silu, tanh, widened
+from mflux_vae.kernels import glu, rms_norm, silu, tanh, widened
 from mflux_vae.networks.layers import Linear
 from mflux_vae.runtime.device import is_cpu
 from mflux_vae_train.pipelines.gradient_checkpointing import block_runner
-from mflux_vae_train.pipelines.layers.attention import SingleAttention, swiglu
+from mflux_vae_train.pipelines.layers.attention import SingleAttention
 from mflux_vae_train.pipelines.layers.embeddings import SINUSOIDAL_CHANNELS, sinusoidal
 from mflux_vae_train.pipelines.layers.modulation import modulated_norm
 from mflux_vae_train.pipelines.layers.rotary import Rotation, rotation
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(width, inner, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(glu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):

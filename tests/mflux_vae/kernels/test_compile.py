@@ -51,6 +51,18 @@ def test_compilation_stays_disabled() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles nothing without g++")
+def test_compilation_that_is_disabled_later_stays_disabled(tmp_path: Path) -> None:
+    ours = compile(formula)
+    mx.eval(ours(mx.ones(3)))
+    mx.disable_compile()
+    try:
+        mx.eval(ours(mx.ones(3)))
+        assert not is_fused(mx.compile(formula), tmp_path)
+    finally:
+        mx.enable_compile()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles nothing without g++")
 def test_other_functions_are_still_fused(tmp_path: Path) -> None:
     def failing(_: mx.array) -> mx.array:
         raise RuntimeError("not traced")

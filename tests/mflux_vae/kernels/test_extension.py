@@ -89,7 +89,8 @@ def test_unknown_choice_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 
 def test_is_built_for_the_version_that_it_is_loaded_with() -> None:
-    assert f'"mlx[cpu]=={MLX};' in (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'"mlx[cpu]=={MLX};' in text and f",<={MLX};" in text
 
 
 ANOTHER_MLX = """

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mflux_vae.kernels import native
 from mflux_vae.kernels.cpu import extension
-from mflux_vae.kernels.cpu.extension import native
 from mflux_vae.networks.layers import batch_statistics
 from mflux_vae.networks.vector_latent import FlatAutoencoder, FlatConfig
 from mflux_vae_train.vae.config import VAETrainingSettings

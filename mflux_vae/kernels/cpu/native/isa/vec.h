@@ -63,6 +63,12 @@ inline vf exp(vf x) {
 
 inline vf sigmoid(vf x) { return 1.f / (1.f + exp(-x)); }
 
+/// `y`, an odd function of x limited to `c`; 1 or -1 beyond. NaN stays NaN.
+inline vf saturated(vf x, vf c, vf y) {
+  const vf bounded = x > c ? fill(1.f) : x < c ? fill(-1.f) : y;
+  return x == x ? bounded : x;
+}
+
 /// Rational approximation (Eigen's), error 2 ulp.
 inline vf tanh(vf x) {
   const vf c = max(min(x, fill(7.90531110763549805f)), fill(-7.90531110763549805f));
@@ -78,8 +84,7 @@ inline vf tanh(vf x) {
   d = d * q + 1.18534705686654e-04f;
   d = d * q + 2.26843463243900e-03f;
   d = d * q + 4.89352518554385e-03f;
-  const vf y = x > c ? fill(1.f) : x < c ? fill(-1.f) : c * p / d;
-  return x == x ? y : x;
+  return saturated(x, c, c * p / d);
 }
 
 /// Rational approximation (Eigen's), absolute error 2e-7.
@@ -98,6 +103,5 @@ inline vf erf(vf x) {
   d = d * q + -1.68282697438203e-03f;
   d = d * q + -7.37332916720468e-03f;
   d = d * q + -1.42647390514189e-02f;
-  const vf y = x > c ? fill(1.f) : x < c ? fill(-1.f) : c * p / d;
-  return x == x ? y : x;
+  return saturated(x, c, c * p / d);
 }
