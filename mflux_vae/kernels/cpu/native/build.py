@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 FLAGS = [
-    *("-std=gnu++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-std=gnu++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-falign-loops=64"),
     *("-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-psabi"),
 ]
 

@@ -1,7 +1,6 @@
 #include "compute/gemm.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "compute/pool.h"
 #include "compute/workspace.h"
@@ -9,87 +8,120 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t DEPTH = 256;           // of packed panels: a panel of b stays in the L1 cache
-constexpr int64_t PAD = 16;              // numbers after a copied row: powers of two would share lines of the cache
-constexpr int64_t BLOCK_ROWS = 120;      // of a: they stay in the L2 cache
-constexpr int64_t BLOCK_COLUMNS = 1024;  // of b, packed: shared by all threads
+constexpr int64_t DEPTH = 512;  // rows of b that are packed at once
+constexpr int64_t PAD = 16;     // numbers after a copied row: powers of two would share lines of the cache
 // Rows of a up to which packing b takes longer than dot products. They round otherwise, so this is less than a prompt has.
 constexpr int64_t FEW_ROWS = 8;
+// Rows of a up to which each thread packs the columns of b that it multiplies: one reads memory while another computes.
+constexpr int64_t SOME_ROWS = 512;
 
-}  // namespace
+/// The epilogue of rows from `top` and columns from `left` on.
+Epilogue part_of(Epilogue last, int64_t top, int64_t left, int64_t n) {
+  last.bias = last.bias ? last.bias + left : nullptr;
+  last.residual = last.residual ? last.residual + top * n + left : nullptr;
+  return last;
+}
 
-void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
-  const Kernels& kernel = *kernels();
-  const int64_t mr = kernel.tile_rows, nr = kernel.tile_columns;
-  if (m == 0 || n == 0) {
+/// `to` (m, k), with PAD numbers after each row = a from row `top` and column `from` on.
+void copy(Matrix a, int64_t top, int64_t m, int64_t from, int64_t k, float* to) {
+  const float* data = a.data + top * a.rows + from * a.columns;
+  if (a.columns == 1) {
+    for (int64_t i = 0; i < m; i++) {
+      std::copy_n(data + i * a.rows, k, to + i * (k + PAD));
+    }
     return;
   }
-  if (k == 0) {  // the epilogue of zeros
-    const float none = 0;
-    kernel.product(&none, 0, &none, c, n, m, n, 0, add, &last);
+  if (a.rows == 1) {
+    kernels()->transpose(data, a.columns, k, m, to, k + PAD);
     return;
   }
-  const int64_t columns = std::min(up(n, nr), up(BLOCK_COLUMNS, nr)), depth = std::min(k, DEPTH);
-  const Floats packed_b = floats(columns * depth);
-  // enough blocks for every thread: parts of the rows, and of the columns where there are few rows
-  const int64_t wanted = (m + 2 * threads() - 1) / (2 * threads());
-  const int64_t rows = std::clamp(up(wanted, mr), mr, up(BLOCK_ROWS, mr)), down = (m + rows - 1) / rows;
+  for (int64_t j = 0; j < k; j++) {
+    for (int64_t i = 0; i < m; i++) {
+      to[i * (k + PAD) + j] = data[i * a.rows + j * a.columns];
+    }
+  }
+}
+
+/// All of a is copied, then threads take columns of b.
+void product_of_some_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+                          bool add) {
+  constexpr int64_t GROUP = 24, SPAN = 32;
+  const int64_t groups = up(m, GROUP) / GROUP, chunks = up(k, DEPTH) / DEPTH, nr = kernels()->tile_columns;
+  const auto depth = [=](int64_t chunk) { return std::min(DEPTH, k - chunk * DEPTH); };
+  const auto start = [=](int64_t chunk) { return chunk * m * (DEPTH + PAD); };  // of a chunk of columns
+  const Floats rows = floats(m * (k + chunks * PAD));
+  parallel_for(chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      const int64_t chunk = part / groups, top = part % groups * GROUP;
+      copy(a, top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk),
+           rows.get() + start(chunk) + top * (depth(chunk) + PAD));
+    }
+  });
+  const int64_t span = std::clamp(up((n + 4 * threads() - 1) / (4 * threads()), nr), nr, up(SPAN, nr));
+  parallel_for(up(n, span) / span, 1 + 32768 / (m * k * span), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
+    for (int64_t left = begin * span; left < std::min(n, end * span); left += span) {
+      const int64_t count = std::min(span, n - left);
+      const Epilogue mine = part_of(last, 0, left, n);
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        b(chunk * DEPTH, depth(chunk), left, count, packed.get());
+        kernels()->product(rows.get() + start(chunk), depth(chunk) + PAD, packed.get(), c + left, n, m, count,
+                           depth(chunk), add || chunk > 0, chunk + 1 == chunks ? &mine : nullptr);
+      }
+    }
+  });
+}
+
+/// Parts of b are packed for all threads, which take blocks of a.
+void product_of_many_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+                          bool add) {
+  constexpr int64_t ROWS = 120;      // of a: a block stays in the L2 cache
+  constexpr int64_t COLUMNS = 1024;  // of b
+  const int64_t nr = kernels()->tile_columns, blocks = up(up(m, ROWS) / ROWS, threads()),
+                rows = up(up(m, blocks) / blocks, kernels()->tile_rows), down = up(m, rows) / rows;
+  const int64_t columns = std::min(up(n, nr), up(COLUMNS, nr)), depth = std::min(k, DEPTH);
+  const Floats packed = floats(columns * depth);
   for (int64_t left = 0; left < n; left += columns) {
     const int64_t width = std::min(columns, n - left), panels = up(width, nr) / nr;
-    const int64_t across = std::min(panels, (2 * threads() + down - 1) / down), span = up(panels, across) / across * nr;
     for (int64_t from = 0; from < k; from += depth) {
       const int64_t inner = std::min(depth, k - from);
       parallel_for(panels, std::max<int64_t>(1, 16384 / (nr * inner)), [&](int64_t begin, int64_t end) {
         b(from, inner, left + begin * nr, std::min((end - begin) * nr, width - begin * nr),
-          packed_b.get() + begin * nr * inner);
+          packed.get() + begin * nr * inner);
       });
-      const bool ends = from + inner == k;
-      const int64_t jobs = 2 * m * width * inner > 65536 ? 1 : down * across;  // small products run on one thread
-      parallel_for(down * across, jobs, [&](int64_t begin, int64_t end) {
-        const int64_t step = inner + PAD;
-        const std::unique_ptr<float[]> copy(new float[rows * step]);
-        int64_t copied = -1;
-        for (int64_t job = begin; job < end; job++) {
-          const int64_t block = job / across, top = block * rows, height = std::min(rows, m - top);
-          const int64_t first = job % across * span, count = std::min(span, width - first);
-          if (count <= 0) {
-            continue;
-          }
-          const float* left_rows = a.data + top * a.rows + from * a.columns;
-          if (copied != block) {
-            copied = block;
-            if (a.columns == 1) {
-              for (int64_t i = 0; i < height; i++) {
-                std::copy_n(left_rows + i * a.rows, inner, copy.get() + i * step);
-              }
-            } else {
-              for (int64_t j = 0; j < inner; j++) {
-                for (int64_t i = 0; i < height; i++) {
-                  copy[i * step + j] = left_rows[i * a.rows + j * a.columns];
-                }
-              }
-            }
-          }
-          Epilogue mine = last;
-          const int64_t column = left + first;
-          mine.bias = last.bias ? last.bias + column : nullptr;
-          mine.residual = last.residual ? last.residual + top * n + column : nullptr;
-          kernel.product(copy.get(), step, packed_b.get() + first * inner, c + top * n + column, n, height, count, inner,
-                         add || from > 0, ends ? &mine : nullptr);
+      parallel_for(down, 1, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<float[]> block(new float[rows * (inner + PAD)]);
+        for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
+          const int64_t height = std::min(rows, m - top);
+          const Epilogue mine = part_of(last, top, left, n);
+          copy(a, top, height, from, inner, block.get());
+          kernels()->product(block.get(), inner + PAD, packed.get(), c + top * n + left, n, height, width, inner,
+                             add || from > 0, from + inner == k ? &mine : nullptr);
         }
       });
     }
   }
 }
 
+}  // namespace
+
+void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  if (m == 0 || n == 0) {
+    return;
+  }
+  if (k == 0) {  // the epilogue of zeros
+    const float none = 0;
+    kernels()->product(&none, 0, &none, c, n, m, n, 0, add, &last);
+    return;
+  }
+  (m <= SOME_ROWS ? product_of_some_rows : product_of_many_rows)(a, b, c, m, n, k, last, add);
+}
+
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   if (m <= FEW_ROWS && a.columns == 1 && b.rows == 1) {
     parallel_for(n, 1 + (1 << 15) / (k * m + 1), [&](int64_t begin, int64_t end) {
-      Epilogue mine = last;
-      mine.bias = last.bias ? last.bias + begin : nullptr;
-      mine.residual = last.residual ? last.residual + begin : nullptr;
       kernels()->dot_products(a.data, a.rows, b.data + begin * b.columns, b.columns, c + begin, n, m, end - begin, k,
-                              add, mine);
+                              add, part_of(last, 0, begin, n));
     });
     return;
   }

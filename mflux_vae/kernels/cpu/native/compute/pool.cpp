@@ -144,7 +144,7 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
     work(0, count);
     return;
   }
-  const int64_t parts = std::min<int64_t>(4 * threads(), (count + grain - 1) / grain);
+  const int64_t parts = std::min<int64_t>(16 * threads(), (count + grain - 1) / grain);
   pool().run(count, (count + parts - 1) / parts, work);
 }
 

@@ -41,6 +41,8 @@ struct Kernels {
   int64_t tile_rows, tile_columns;
   /// Panels of `tile_columns` columns of b (k, n); missing columns are zero.
   void (*pack)(Matrix b, int64_t k, int64_t n, float* packed);
+  /// to (n, m), rows `step` apart = from (m, n), rows `ld` apart.
+  void (*transpose)(const float* from, int64_t ld, int64_t m, int64_t n, float* to, int64_t step);
   /// c (m, n) = a (m, k) b, or += if `add`; b from `pack`; then the epilogue, if any.
   void (*product)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
                   bool add, const Epilogue* last);
@@ -77,7 +79,9 @@ struct Kernels {
   void (*affine)(const float* x, const float* scale, const float* shift, bool silu, float* y, int64_t count, int64_t c);
   void (*affine_back)(const float* x, const float* scale, const float* shift, bool silu, const float* dy, float* dx,
                       float* dscale, float* dshift, int64_t count, int64_t c);
-  void (*winograd_input)(const float* x, int64_t row, int64_t c, float* v, int64_t step);
+  void (*winograd_input)(const float* x, int64_t row, int64_t c, int64_t count, float* v, int64_t step);
+  void (*winograd_gradient)(const float* y, int64_t row, int64_t rows, int64_t columns, int64_t o, float* m, int64_t step);
+  void (*winograd_weight_gradient)(const float* u, int64_t step, int64_t c, float* dw);
   void (*winograd_output)(const float* m, int64_t step, int64_t o, float* y, int64_t row, int64_t pixel,
                           int64_t rows, int64_t columns, const float* bias, const float* residual);
   void (*winograd_weights)(const float* w, bool turned, int64_t c, int64_t o, int64_t left, float* packed,
