@@ -29,7 +29,8 @@ void by_tiles(const Conv& conv, const ConvArrays& in, float* y) {
   // blocks are parts of a row of tiles, or several rows of one image
   const int64_t across = tiles_across(conv), down = tiles_down(conv);
   constexpr int64_t BUDGET = 96 * 1024;  // numbers of both transforms of a block
-  const int64_t least = 2 * kernel.tile_rows, most = std::max(4 * least, BUDGET / (36 * (c + o)) / kernel.tile_rows * kernel.tile_rows);
+  const int64_t least = 2 * kernel.tile_rows, fit = BUDGET / (36 * (c + o)) / kernel.tile_rows * kernel.tile_rows;
+  const int64_t most = std::max((c + o < 512 ? 4 : 6) * least, fit);
   int64_t tiles_x = std::min(across, most), tiles_y = std::clamp<int64_t>(most / across, 1, down);
   tiles_x = up(across, up(across, tiles_x) / tiles_x) / (up(across, tiles_x) / tiles_x);  // equal parts of a row
   const auto slowest = [&](int64_t height) {  // tiles of the thread with the most blocks, in whole rows of the product
