@@ -1,6 +1,7 @@
 #include "compute/conv.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "compute/gemm.h"
 #include "compute/pool.h"
@@ -11,26 +12,25 @@
 namespace mflux {
 namespace {
 
-/// For few pixels and many channels: windows are copied and multiplied like any matrix.
-void copied(const Conv& conv, const ConvArrays& in, float* y) {
-  const int64_t c = conv.c, line = conv.kw * c, depth = conv.kh * line, lines = conv.batch * conv.out_height;
-  const Floats windows = floats(lines * conv.out_width * depth);
-  parallel_for(lines, 1, [&](int64_t begin, int64_t end) {
-    const int64_t columns = (conv.out_width - 1) * conv.stride + conv.kw;
-    const Floats seen = floats(conv.kh * columns * c);
-    float* to = windows.get() + begin * conv.out_width * depth;
-    for (int64_t i = begin; i < end; i++) {
-      read_window(conv, in, i / conv.out_height, i % conv.out_height * conv.stride - conv.top, conv.kh, -conv.left,
-                  columns, seen.get());
-      for (int64_t x = 0; x < conv.out_width; x++) {
-        for (int64_t r = 0; r < conv.kh; r++, to += line) {
-          std::copy_n(seen.get() + (r * columns + x * conv.stride) * c, line, to);
-        }
-      }
+/// For narrow images, of which `direct` fills no block, and for many channels: a product with the matrix of windows, of
+/// which parts are copied at a time.
+void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
+  const float* x = in.x;
+  Floats activated;
+  if (conv.affine || conv.silu) {
+    const int64_t pixels = conv.height * conv.width, c = conv.c;
+    activated = floats(conv.batch * pixels * c);
+    for (int64_t image = 0; image < conv.batch; image++) {
+      const float *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
+      parallel_for(pixels, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
+        const int64_t at = (image * pixels + begin) * c;
+        kernels()->affine(in.x + at, scale, shift, conv.silu, activated.get() + at, end - begin, c);
+      });
     }
-  });
-  gemm({windows.get(), depth, 1}, weight_packer(conv, in.weight), y, lines * conv.out_width, conv.o, depth,
-       {.bias = in.bias, .residual = in.residual});
+    x = activated.get();
+  }
+  gemm(window_reader(conv, x), weight_packer(conv, in.weight), y, conv.batch * conv.out_height * conv.out_width,
+       conv.o, conv.kh * conv.kw * conv.c, {.bias = in.bias, .residual = in.residual});
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.
@@ -70,40 +70,43 @@ void direct(const Conv& conv, const ConvArrays& in, float* y) {
 /// For few output channels: one product computes each pixel's part in the windows around it, then windows are summed.
 void summed(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, n = taps * o, nr = kernel.tile_columns;
-  const Floats plain = floats(n * c), packed = floats(up(n, nr) * c);  // (tap, o, c)
+  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, nr = kernel.tile_columns;
+  const Floats weights = floats(taps * o * c);  // (tap, o, c)
   for (int64_t tap = 0; tap < taps; tap++) {
     for (int64_t i = 0; i < o; i++) {
       for (int64_t k = 0; k < c; k++) {
-        plain[(tap * o + i) * c + k] =
+        weights[(tap * o + i) * c + k] =
             conv.turned ? in.weight[(k * taps + taps - 1 - tap) * o + i] : in.weight[(i * taps + tap) * c + k];
       }
     }
   }
-  kernel.pack({plain.get(), 1, c}, c, n, packed.get());
   const int64_t span = std::min<int64_t>(conv.out_width, 128), seen = span + conv.kw - 1;
-  const int64_t rows = std::clamp<int64_t>(64 * 1024 / (seen * (c + n)) - conv.kh + 1, 1, conv.out_height);
+  const int64_t rows = std::clamp<int64_t>(64 * 1024 / (seen * (c + taps * o)) - conv.kh + 1, 1, conv.out_height);
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
-    const Floats window = floats(seen * (rows + conv.kh - 1) * c), parts = floats(seen * (rows + conv.kh - 1) * n);
+    const int64_t most = seen * (rows + conv.kh - 1);
+    const Floats window = floats(most * c), packed = floats(up(most, nr) * c), parts = floats(taps * o * most);
+    std::vector<float> sums(span);
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / (blocks_y * blocks_x), first = block / blocks_x % blocks_y * rows,
                     left = block % blocks_x * span;
       const int64_t height = std::min(rows, conv.out_height - first), width = std::min(span, conv.out_width - left);
-      const int64_t columns = width + conv.kw - 1, lines = height + conv.kh - 1;
+      const int64_t columns = width + conv.kw - 1, lines = height + conv.kh - 1, pixels = lines * columns;
       read_window(conv, in, image, first - conv.top, lines, left - conv.left, columns, window.get());
-      kernel.product(window.get(), c, packed.get(), parts.get(), n, lines * columns, n, c, false, nullptr);
+      kernel.pack({window.get(), 1, c}, c, pixels, packed.get());
+      kernel.product(weights.get(), c, packed.get(), parts.get(), pixels, taps * o, pixels, c, false, nullptr);
       for (int64_t r = 0; r < height; r++) {
         const int64_t at = ((image * conv.out_height + first + r) * conv.out_width + left) * o;
-        for (int64_t i = 0; i < width * o; i++) {
-          y[at + i] = (in.bias ? in.bias[i % o] : 0.f) + (in.residual ? in.residual[at + i] : 0.f);
-        }
-        for (int64_t tap = 0; tap < taps; tap++) {
-          const float* from = parts.get() + ((r + tap / conv.kw) * columns + tap % conv.kw) * n + tap * o;
-          for (int64_t x = 0; x < width; x++) {
-            for (int64_t i = 0; i < o; i++) {
-              y[at + x * o + i] += from[x * n + i];
+        for (int64_t i = 0; i < o; i++) {
+          std::fill_n(sums.data(), width, in.bias ? in.bias[i] : 0.f);
+          for (int64_t tap = 0; tap < taps; tap++) {
+            const float* from = parts.get() + (tap * o + i) * pixels + (r + tap / conv.kw) * columns + tap % conv.kw;
+            for (int64_t x = 0; x < width; x++) {
+              sums[x] += from[x];
             }
+          }
+          for (int64_t x = 0; x < width; x++) {
+            y[at + x * o + i] = sums[x] + (in.residual ? in.residual[at + x * o + i] : 0.f);
           }
         }
       }
@@ -124,10 +127,9 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
     winograd(conv, in, y);
   } else if (conv.stride == 1 && conv.o <= 4 && conv.c >= 16 && conv.kh * conv.kw > 1) {
     summed(conv, in, y);
-  } else if (pixels <= 512 && conv.kh * conv.kw * conv.c * conv.o >= 1 << 19) {
-    copied(conv, in, y);
   } else {
-    direct(conv, in, y);
+    const bool narrow = conv.out_width < 2 * kernels()->tile_rows, deep = conv.kh * conv.kw * conv.c > 4096;
+    (narrow || deep ? by_windows : direct)(conv, in, y);
   }
 }
 

@@ -22,28 +22,26 @@ Epilogue part_of(Epilogue last, int64_t top, int64_t left, int64_t n) {
   return last;
 }
 
-/// `to` (m, k), with PAD numbers after each row = a from row `top` and column `from` on.
-void copy(Matrix a, int64_t top, int64_t m, int64_t from, int64_t k, float* to) {
-  const float* data = a.data + top * a.rows + from * a.columns;
-  if (a.columns == 1) {
-    for (int64_t i = 0; i < m; i++) {
-      std::copy_n(data + i * a.rows, k, to + i * (k + PAD));
+Reader reader(Matrix a) {
+  return [a](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
+    const float* data = a.data + top * a.rows + from * a.columns;
+    if (a.rows == 1) {
+      kernels()->transpose(data, a.columns, k, m, to, step);
+      return;
     }
-    return;
-  }
-  if (a.rows == 1) {
-    kernels()->transpose(data, a.columns, k, m, to, k + PAD);
-    return;
-  }
-  for (int64_t j = 0; j < k; j++) {
     for (int64_t i = 0; i < m; i++) {
-      to[i * (k + PAD) + j] = data[i * a.rows + j * a.columns];
+      for (int64_t j = 0; a.columns != 1 && j < k; j++) {
+        to[i * step + j] = data[i * a.rows + j * a.columns];
+      }
+      if (a.columns == 1) {
+        std::copy_n(data + i * a.rows, k, to + i * step);
+      }
     }
-  }
+  };
 }
 
 /// All of a is copied, then threads take columns of b.
-void product_of_some_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
                           bool add) {
   constexpr int64_t GROUP = 24, SPAN = 32;
   const int64_t groups = up(m, GROUP) / GROUP, chunks = up(k, DEPTH) / DEPTH, nr = kernels()->tile_columns;
@@ -53,8 +51,8 @@ void product_of_some_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_
   parallel_for(chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
       const int64_t chunk = part / groups, top = part % groups * GROUP;
-      copy(a, top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk),
-           rows.get() + start(chunk) + top * (depth(chunk) + PAD));
+      const int64_t step = depth(chunk) + PAD;
+      a(top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk), rows.get() + start(chunk) + top * step, step);
     }
   });
   const int64_t span = std::clamp(up((n + 4 * threads() - 1) / (4 * threads()), nr), nr, up(SPAN, nr));
@@ -73,7 +71,7 @@ void product_of_some_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_
 }
 
 /// Parts of b are packed for all threads, which take blocks of a.
-void product_of_many_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+void product_of_many_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
                           bool add) {
   constexpr int64_t ROWS = 120;      // of a: a block stays in the L2 cache
   constexpr int64_t COLUMNS = 1024;  // of b
@@ -94,7 +92,7 @@ void product_of_many_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_
         for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
           const int64_t height = std::min(rows, m - top);
           const Epilogue mine = part_of(last, top, left, n);
-          copy(a, top, height, from, inner, block.get());
+          a(top, height, from, inner, block.get(), inner + PAD);
           kernels()->product(block.get(), inner + PAD, packed.get(), c + top * n + left, n, height, width, inner,
                              add || from > 0, from + inner == k ? &mine : nullptr);
         }
@@ -105,7 +103,7 @@ void product_of_many_rows(Matrix a, const Packer& b, float* c, int64_t m, int64_
 
 }  // namespace
 
-void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   if (m == 0 || n == 0) {
     return;
   }
@@ -115,6 +113,10 @@ void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, 
     return;
   }
   (m <= SOME_ROWS ? product_of_some_rows : product_of_many_rows)(a, b, c, m, n, k, last, add);
+}
+
+void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  gemm(reader(a), b, c, m, n, k, last, add);
 }
 
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {

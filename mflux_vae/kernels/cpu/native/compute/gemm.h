@@ -13,8 +13,12 @@ inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step
 /// Packs rows [from, from + k) and columns [left, left + n) of b into panels, as `Kernels::pack` does.
 using Packer = std::function<void(int64_t from, int64_t k, int64_t left, int64_t n, float* packed)>;
 
+/// Copies rows [top, top + m) and columns [from, from + k) of a to rows that are `step` apart.
+using Reader = std::function<void(int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step)>;
+
 /// c (m, n), contiguous = a (m, k) b (k, n), or += if `add`; then the epilogue. Results do not depend on the number of
 /// threads.
+void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 

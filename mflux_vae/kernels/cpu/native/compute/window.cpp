@@ -40,6 +40,88 @@ void read_window(const Conv& conv, const ConvArrays& in, int64_t image, int64_t 
   }
 }
 
+namespace {
+
+/// Row `r` of the kernel at a pixel, from number `inside` of its kw * c numbers on.
+struct Part {
+  const float* line;  // of the image; null outside of it
+  int64_t start;      // of the numbers in that line
+
+  Part(const Conv& conv, const float* x, const Pixel& at, int64_t r, int64_t inside)
+      : line(nullptr), start((at.column * conv.stride - conv.left) * conv.c + inside) {
+    const int64_t y = at.row * conv.stride + r - conv.top;
+    if (y >= 0 && y < conv.seen_height()) {
+      line = x + (at.image * conv.height + (y >> conv.doubled)) * conv.width * conv.c;
+    }
+  }
+
+  /// Whether all of it is in the image as it is in memory.
+  bool whole(const Conv& conv, int64_t length) const {
+    return line && !conv.doubled && start >= 0 && start + length <= conv.width * conv.c;
+  }
+
+  void copy(const Conv& conv, int64_t length, float* to) const {
+    const int64_t c = conv.c, low = std::clamp<int64_t>(-start, 0, length),
+                  high = line ? std::clamp(conv.seen_width() * c - start, low, length) : low;
+    std::fill_n(to, low, 0.f);
+    if (!conv.doubled) {
+      std::copy_n(line + start + low, high - low, to + low);
+    }
+    for (int64_t i = low, run; conv.doubled && i < high; i += run) {  // of one pixel
+      const int64_t pixel = (start + i) / c, channel = (start + i) % c;
+      run = std::min(c - channel, high - i);
+      std::copy_n(line + pixel / 2 * c + channel, run, to + i);
+    }
+    std::fill_n(to + high, length - high, 0.f);
+  }
+};
+
+}  // namespace
+
+Reader window_reader(const Conv& conv, const float* x) {
+  return [=](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
+    const int64_t line = conv.kw * conv.c;
+    Pixel at(conv.out_height, conv.out_width, top);
+    for (int64_t i = 0; i < m; i++, at.next()) {
+      for (int64_t j = 0, length; j < k; j += length) {
+        const int64_t r = (from + j) / line, inside = (from + j) % line;
+        length = std::min(line - inside, k - j);
+        Part(conv, x, at, r, inside).copy(conv, length, to + i * step + j);
+      }
+    }
+  };
+}
+
+Packer window_packer(const Conv& conv, const float* x) {
+  return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
+    const int64_t line = conv.kw * conv.c, nr = kernels()->tile_columns;
+    for (int64_t first = 0; first < n; first += nr, packed += k * nr) {
+      const int64_t columns = std::min(nr, n - first);
+      if (columns < nr) {
+        std::fill_n(packed, k * nr, 0.f);
+      }
+      for (int64_t j = 0, length; j < columns; j += length) {
+        const int64_t r = (left + first + j) / line, inside = (left + first + j) % line;
+        length = std::min(line - inside, columns - j);
+        Pixel at(conv.out_height, conv.out_width, from);
+        for (int64_t p = 0, run = 1; p < k; p += run) {
+          const Part part(conv, x, at, r, inside);
+          run = 1;
+          if (length == nr && part.whole(conv, length)) {  // as many pixels of the row as can be
+            const int64_t room = conv.width * conv.c - length - part.start, step = conv.stride * conv.c;
+            run = std::min({k - p, conv.out_width - at.column, room / step + 1});
+            kernels()->pack({part.line + part.start, step, 1}, run, nr, packed + p * nr);
+          } else {
+            part.copy(conv, length, packed + p * nr + j);
+          }
+          at.column += run - 1;
+          at.next();
+        }
+      }
+    }
+  };
+}
+
 Packer weight_packer(const Conv& conv, const float* weight) {
   const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, nr = kernels()->tile_columns;
   if (!conv.turned) {
