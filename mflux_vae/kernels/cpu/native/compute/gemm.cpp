@@ -55,16 +55,21 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
       a(top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk), rows.get() + start(chunk) + top * step, step);
     }
   });
-  const int64_t span = std::clamp(up((n + 4 * threads() - 1) / (4 * threads()), nr), nr, up(SPAN, nr));
-  parallel_for(up(n, span) / span, 1 + 32768 / (m * k * span), [&](int64_t begin, int64_t end) {
+  const int64_t span = std::clamp(up((n + 4 * threads() - 1) / (4 * threads()), nr), nr, up(SPAN, nr)), spans = up(n, span) / span;
+  // few columns: threads share rows, too
+  const int64_t heights = std::clamp<int64_t>(2 * threads() / spans, 1, groups), height = up(groups, heights) / heights * GROUP;
+  const int64_t jobs = spans * (up(m, height) / height);
+  parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
-    for (int64_t left = begin * span; left < std::min(n, end * span); left += span) {
-      const int64_t count = std::min(span, n - left);
-      const Epilogue mine = part_of(last, 0, left, n);
+    for (int64_t job = begin; job < end; job++) {
+      const int64_t left = job % spans * span, top = job / spans * height;
+      const Epilogue mine = part_of(last, top, left, n);
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        b(chunk * DEPTH, depth(chunk), left, count, packed.get());
-        kernels()->product(rows.get() + start(chunk), depth(chunk) + PAD, packed.get(), c + left, n, m, count,
-                           depth(chunk), add || chunk > 0, chunk + 1 == chunks ? &mine : nullptr);
+        const int64_t step = depth(chunk) + PAD;
+        b(chunk * DEPTH, depth(chunk), left, std::min(span, n - left), packed.get());
+        kernels()->product(rows.get() + start(chunk) + top * step, step, packed.get(), c + top * n + left, n,
+                           std::min(height, m - top), std::min(span, n - left), depth(chunk), add || chunk > 0,
+                           chunk + 1 == chunks ? &mine : nullptr);
       }
     }
   });

@@ -92,11 +92,7 @@ class AdaptedLinearBack : public Operation<AdaptedLinearBack, AdaptedOptions> {
         }
         std::vector<float> turned(o.rank * o.k);  // gradient of A: rank rows spare a transposed copy of x
         gemm({dt.data(), 1, o.rank}, Matrix{x, o.k, 1}, turned.data(), o.rank, o.k, m, {});
-        for (int64_t i = 0; i < o.k; i++) {
-          for (int64_t j = 0; j < o.rank; j++) {
-            out[o.wants_x][i * o.rank + j] = turned[j * o.k + i];
-          }
-        }
+        kernels()->transpose(turned.data(), o.k, o.rank, o.k, out[o.wants_x], o.rank);
         gemm({u, 1, o.rank}, {dy, o.n, 1}, out[o.wants_x + 1], o.rank, o.n, m, {});
       }
       if (o.wants_x) {
