@@ -251,6 +251,8 @@ def quantized_linear(draw: Draw) -> Case:
 
 def linear(draw: Draw) -> Case:
     m, k, n = draw.integer(0, 150), draw.integer(1, 300), draw.integer(1, 90)
+    if draw.choice([False, False, True]):  # several blocks of rows, and parts of their sums
+        m, k = draw.choice([m, 510 + m]), 500 + 3 * k
     return Case(
         native=lambda x, w, b: [native.linear(x, w, b)],
         formula=lambda x, w, b: [x @ w.T + b],
@@ -342,14 +344,21 @@ def conv2d(draw: Draw) -> Case:
     )
 
 
-def wide_conv2d(draw: Draw) -> Case:
-    """Many channels and few pixels, which another form of Winograd's algorithm computes."""
-    batch, height, width = draw.integer(1, 2), draw.integer(9, 20), draw.integer(9, 20)
-    c, o = draw.choice([128, 140]), draw.choice([128, 133])
+def large_conv2d(draw: Draw) -> Case:
+    """Sizes for which convolutions and their gradients take other ways."""
+    side = draw.integer(9, 20)
+    batch, height, width, c, o, stride = draw.choice(
+        [
+            (draw.integer(1, 2), side, 29 - side, draw.choice([128, 140]), draw.choice([128, 133]), 1),  # few tiles
+            (1, 125, 118, 100, 30, 1),  # more tiles than are held at once
+            (2, 5, side, 470, 13, 2),  # long windows
+            (3, 70, 60, 5, 20, 1),  # weights' gradient as a sum of parts
+        ]
+    )
     padding = [draw.integer(0, 2) for _ in range(4)]
     return Case(
-        native=lambda x, w, b: [native.conv2d(x, w, b, None, None, None, False, False, 1, padding)],
-        formula=lambda x, w, b: [_conv(x, w, 1, padding) + b],
+        native=lambda x, w, b: [native.conv2d(x, w, b, None, None, None, False, False, stride, padding)],
+        formula=lambda x, w, b: [_conv(x, w, stride, padding) + b],
         inputs=[normal(draw, batch, height, width, c), normal(draw, o, 3, 3, c) / (9 * c) ** 0.5, normal(draw, o)],
     )
 
@@ -381,5 +390,5 @@ def conv_transpose2d(draw: Draw) -> Case:
 CASES: list[Callable[[Draw], Case]] = [
     *(group_norm, group_norm_affine, batch_norm, norm_rotary, glu, gated, lora_linear),
     *(quantized_linear, linear, norm, softmax),
-    *(attention, conv2d, wide_conv2d, conv_transpose2d),
+    *(attention, conv2d, large_conv2d, conv_transpose2d),
 ]

@@ -21,7 +21,8 @@ void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
     const int64_t pixels = conv.height * conv.width, c = conv.c;
     activated = floats(conv.batch * pixels * c);
     for (int64_t image = 0; image < conv.batch; image++) {
-      const float *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
+      const float *scale = conv.affine ? in.scale + image * c : nullptr,
+                  *shift = conv.affine ? in.shift + image * c : nullptr;
       parallel_for(pixels, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
         const int64_t at = (image * pixels + begin) * c;
         kernels()->affine(in.x + at, scale, shift, conv.silu, activated.get() + at, end - begin, c);
@@ -36,8 +37,7 @@ void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
 /// Windows are read in place: their rows are parts of the rows of a product.
 void direct(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c;
-  const int64_t nr = kernel.tile_columns, panels = up(o, nr) / nr;
+  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c, nr = kernel.tile_columns, panels = up(o, nr) / nr;
   const Packer packer = weight_packer(conv, in.weight);
   const Floats weights = floats(panels * nr * depth);
   parallel_for(panels, 1 + 16384 / (nr * depth), [&](int64_t begin, int64_t end) {

@@ -27,23 +27,22 @@ void weight_gradient_by_inputs(const Conv& conv, const float* x, const float* dy
         const int64_t up_by = tap / conv.kw - conv.top, left_by = tap % conv.kw - conv.left;
         float* to = windows.get() + tap * o * DEPTH;
         for (int64_t p = 0, run; p < depth; p += run) {  // of one row of x
-          const int64_t pixel = first + p, column = pixel % conv.width, row = pixel / conv.width % conv.height * each - up_by,
-                        image = pixel / (conv.width * conv.height);
-          run = std::min(depth - p, conv.width - column);
+          const Pixel at(conv.height, conv.width, first + p);
+          run = std::min(depth - p, conv.width - at.column);
           for (int64_t i = 0; i < o; i++) {
             std::fill_n(to + i * DEPTH + p, run, 0.f);
           }
           for (int64_t part = 0; part < each * each; part++) {  // each pixel of x is one of dy, or four
-            const int64_t y = row + part / each, start = column * each - left_by + part % each;
+            const int64_t y = at.row * each - up_by + part / each, start = at.column * each - left_by + part % each;
             if (y < 0 || y >= conv.out_height) {
               continue;
             }
-            const float* line = dy + (image * conv.out_height + y) * conv.out_width * o;
-            const int64_t low = start < 0 ? up(-start, each) / each : 0,
-                          high = std::clamp<int64_t>(up(conv.out_width - start, each) / each, low, run);
+            const float* line = dy + (at.image * conv.out_height + y) * conv.out_width * o;
+            const int64_t low = start < 0 ? std::min(run, up(-start, each) / each) : 0,
+                          high = std::clamp(up(conv.out_width - start, each) / each, low, run);
             for (int64_t i = 0; i < o; i++) {
-              for (int64_t at = low; at < high; at++) {
-                to[i * DEPTH + p + at] += line[(start + at * each) * o + i];
+              for (int64_t j = low; j < high; j++) {
+                to[i * DEPTH + p + j] += line[(start + j * each) * o + i];
               }
             }
           }
@@ -125,8 +124,8 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
             const auto [r, s] = taps[(from + j) / o];
             const int64_t inside = (from + j) % o;
             length = std::min(o - inside, k - j);
-            kernels()->pack({weight + inside * kernel_size + (r * conv.kw + s) * c + left + first, kernel_size, 1}, length,
-                            std::min(nr, n - first), packed + j * nr);
+            kernels()->pack({weight + inside * kernel_size + (r * conv.kw + s) * c + left + first, kernel_size, 1},
+                            length, std::min(nr, n - first), packed + j * nr);
           }
         }
       };

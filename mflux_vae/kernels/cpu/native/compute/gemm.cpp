@@ -55,10 +55,10 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
       a(top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk), rows.get() + start(chunk) + top * step, step);
     }
   });
-  const int64_t span = std::clamp(up((n + 4 * threads() - 1) / (4 * threads()), nr), nr, up(SPAN, nr)), spans = up(n, span) / span;
-  // few columns: threads share rows, too
-  const int64_t heights = std::clamp<int64_t>(2 * threads() / spans, 1, groups), height = up(groups, heights) / heights * GROUP;
-  const int64_t jobs = spans * (up(m, height) / height);
+  const int64_t span = std::clamp(up(up(n, 4 * threads()) / (4 * threads()), nr), nr, up(SPAN, nr));
+  const int64_t spans = up(n, span) / span;
+  const int64_t heights = std::clamp<int64_t>(2 * threads() / spans, 1, groups);  // few columns: threads share rows, too
+  const int64_t height = up(groups, heights) / heights * GROUP, jobs = spans * (up(m, height) / height);
   parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
     for (int64_t job = begin; job < end; job++) {

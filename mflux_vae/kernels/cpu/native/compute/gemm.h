@@ -18,7 +18,8 @@ using Reader = std::function<void(int64_t top, int64_t m, int64_t from, int64_t 
 
 /// c (m, n), contiguous = a (m, k) b (k, n), or += if `add`; then the epilogue. Results do not depend on the number of
 /// threads.
-void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
+void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+          bool add = false);
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 

@@ -61,8 +61,12 @@ struct Part {
   }
 
   void copy(const Conv& conv, int64_t length, float* to) const {
+    if (!line) {
+      std::fill_n(to, length, 0.f);
+      return;
+    }
     const int64_t c = conv.c, low = std::clamp<int64_t>(-start, 0, length),
-                  high = line ? std::clamp(conv.seen_width() * c - start, low, length) : low;
+                  high = std::clamp(conv.seen_width() * c - start, low, length);
     std::fill_n(to, low, 0.f);
     if (!conv.doubled) {
       std::copy_n(line + start + low, high - low, to + low);
