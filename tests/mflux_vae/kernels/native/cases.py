@@ -206,7 +206,12 @@ def gated(draw: Draw) -> Case:
 
 
 def lora_linear(draw: Draw) -> Case:
-    m, k, n, rank = draw.integer(0, 70), draw.integer(1, 300), draw.integer(1, 90), draw.integer(0, 9)
+    m, k, n, rank = (
+        draw.choice([draw.integer(0, 70), 300]),
+        draw.integer(1, 300),
+        draw.integer(1, 90),
+        draw.integer(0, 9),
+    )
     biased = draw.choice([False, True])
 
     def formula(x: mx.array, w: mx.array, a: mx.array, b: mx.array, *bias: mx.array) -> Arrays:
@@ -353,9 +358,11 @@ def large_conv2d(draw: Draw) -> Case:
             (1, 125, 118, 100, 30, 1),  # more tiles than are held at once
             (2, 5, side, 470, 13, 2),  # long windows
             (3, 70, 60, 5, 20, 1),  # weights' gradient as a sum of parts
+            (2, 70, 9, 5, 20, 1),  # many rows of a narrow image
+            (1, 9, 60 + side, 18, 20, 2),  # a wide image
         ]
     )
-    padding = [draw.integer(0, 2) for _ in range(4)]
+    padding = [draw.integer(0, 4) for _ in range(4)]
     return Case(
         native=lambda x, w, b: [native.conv2d(x, w, b, None, None, None, False, False, stride, padding)],
         formula=lambda x, w, b: [_conv(x, w, stride, padding) + b],

@@ -12,26 +12,26 @@
 namespace mflux {
 namespace {
 
-/// For narrow images, of which `direct` fills no block, and for many channels: a product with the matrix of windows, of
-/// which parts are copied at a time.
+/// For narrow images, of which `direct` fills no block, and for long windows: a product that copies parts of the matrix of
+/// windows.
 void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
-  const float* x = in.x;
-  Floats activated;
-  if (conv.affine || conv.silu) {
-    const int64_t pixels = conv.height * conv.width, c = conv.c;
-    activated = floats(conv.batch * pixels * c);
-    for (int64_t image = 0; image < conv.batch; image++) {
-      const float *scale = conv.affine ? in.scale + image * c : nullptr,
-                  *shift = conv.affine ? in.shift + image * c : nullptr;
-      parallel_for(pixels, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
-        const int64_t at = (image * pixels + begin) * c;
-        kernels()->affine(in.x + at, scale, shift, conv.silu, activated.get() + at, end - begin, c);
-      });
-    }
-    x = activated.get();
+  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c, pixels = conv.out_height * conv.out_width;
+  const Packer weights = weight_packer(conv, in.weight);
+  if (!conv.affine && !conv.silu) {
+    gemm(window_reader(conv, in.x), weights, y, conv.batch * pixels, o, depth, {.bias = in.bias, .residual = in.residual});
+    return;
   }
-  gemm(window_reader(conv, x), weight_packer(conv, in.weight), y, conv.batch * conv.out_height * conv.out_width,
-       conv.o, conv.kh * conv.kw * conv.c, {.bias = in.bias, .residual = in.residual});
+  const Floats activated = floats(conv.height * conv.width * c);
+  for (int64_t image = 0; image < conv.batch; image++) {
+    const float *x = in.x + image * conv.height * conv.width * c,
+                *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
+    parallel_for(conv.height * conv.width, 1 + GRAIN / (c + 1), [&](int64_t begin, int64_t end) {
+      kernels()->affine(x + begin * c, scale, shift, conv.silu, activated.get() + begin * c, end - begin, c);
+    });
+    const int64_t at = image * pixels * o;
+    gemm(window_reader(conv, activated.get()), weights, y + at, pixels, o, depth,
+         {.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr});
+  }
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.
@@ -44,8 +44,7 @@ void direct(const Conv& conv, const ConvArrays& in, float* y) {
     packer(0, depth, begin * nr, std::min(end * nr, o) - begin * nr, weights.get() + begin * nr * depth);
   });
   const int64_t pixels = std::clamp<int64_t>(up(64 * 1024 / depth, kernel.tile_rows), kernel.tile_rows, 240);
-  const int64_t span = std::min(pixels, conv.out_width);  // of one row
-  const int64_t rows = std::max<int64_t>(1, std::min(pixels / span, conv.out_height));
+  const int64_t span = std::min(pixels, conv.out_width), rows = std::min(pixels / span, conv.out_height);
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t seen_x = (span - 1) * conv.stride + conv.kw, seen_y = (rows - 1) * conv.stride + conv.kh;
@@ -128,8 +127,9 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
   } else if (conv.stride == 1 && conv.o <= 4 && conv.c >= 16 && conv.kh * conv.kw > 1) {
     summed(conv, in, y);
   } else {
-    const bool narrow = conv.out_width < 2 * kernels()->tile_rows, deep = conv.kh * conv.kw * conv.c > 4096;
-    (narrow || deep ? by_windows : direct)(conv, in, y);
+    const int64_t depth = conv.kh * conv.kw * conv.c;
+    const bool narrow = conv.out_width < 2 * kernels()->tile_rows, deep = depth > 4096 && !conv.affine && !conv.silu;
+    (depth == 0 || narrow || deep ? by_windows : direct)(conv, in, y);
   }
 }
 

@@ -72,7 +72,7 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
   constexpr int64_t LEAST = 512, MOST = 1 << 21;  // pixels of a part of the sum, and numbers of all parts
   const int64_t depth = conv.kh * conv.kw * c, grain = std::max(LEAST, pixels * o * depth / MOST);
   const Packer windows = window_packer(conv, x);
-  if (pixels < 16 * grain) {
+  if (pixels < 16 * grain) {  // threads share columns, and read all of x
     gemm(Matrix{dy, 1, o}, windows, dweight, o, depth, pixels, {});
     return;
   }
@@ -86,7 +86,8 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
 
 void input_gradient(const Conv& conv, const float* weight, const float* dy, const float* bias, float* dx) {
   // Pixels of dx with the same remainders by the stride see the same taps: each group is a convolution of dy.
-  const int64_t c = conv.c, o = conv.o, stride = conv.stride, kernel_size = conv.kh * conv.kw * c;
+  constexpr int64_t LEAST = 512, HELD = 1 << 20;  // pixels and numbers of the result at once
+  const int64_t c = conv.c, o = conv.o, stride = conv.stride, filter = conv.kh * conv.kw * c;
   for (int64_t py = 0; py < std::min(stride, conv.height); py++) {
     for (int64_t px = 0; px < std::min(stride, conv.width); px++) {
       std::vector<std::pair<int64_t, int64_t>> taps;
@@ -124,21 +125,27 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
             const auto [r, s] = taps[(from + j) / o];
             const int64_t inside = (from + j) % o;
             length = std::min(o - inside, k - j);
-            kernels()->pack({weight + inside * kernel_size + (r * conv.kw + s) * c + left + first, kernel_size, 1},
+            kernels()->pack({weight + inside * filter + (r * conv.kw + s) * c + left + first, filter, 1},
                             length, std::min(nr, n - first), packed + j * nr);
           }
         }
       };
-      const Floats out = floats(pixels * c);
-      gemm(windows, weights, out.get(), pixels, c, depth, {.bias = bias});
-      parallel_for(conv.batch * rows, 1 + GRAIN / (columns * c), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-          for (int64_t x = 0; x < columns; x++) {
-            const int64_t y = i / rows * conv.height + i % rows * stride + py;
-            std::copy_n(out.get() + (i * columns + x) * c, c, dx + (y * conv.width + x * stride + px) * c);
+      const int64_t held = std::min(pixels, std::max(LEAST, HELD / std::max<int64_t>(c, 1)));
+      const Floats out = floats(held * c);
+      for (int64_t first = 0; first < pixels; first += held) {
+        const int64_t count = std::min(held, pixels - first);
+        const Reader part = [&](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
+          windows(first + top, m, from, k, to, step);
+        };
+        gemm(part, weights, out.get(), count, c, depth, {.bias = bias});
+        parallel_for(count, 1 + GRAIN / (c + 1), [&](int64_t begin, int64_t end) {
+          Pixel at(rows, columns, first + begin);
+          for (int64_t i = begin; i < end; i++, at.next()) {
+            const int64_t y = at.image * conv.height + at.row * stride + py, x = at.column * stride + px;
+            std::copy_n(out.get() + i * c, c, dx + (y * conv.width + x) * c);
           }
-        }
-      });
+        });
+      }
     }
   }
 }

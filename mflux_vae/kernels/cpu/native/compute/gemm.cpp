@@ -22,57 +22,55 @@ Epilogue part_of(Epilogue last, int64_t top, int64_t left, int64_t n) {
   return last;
 }
 
+/// Of a matrix whose rows or columns are contiguous.
 Reader reader(Matrix a) {
   return [a](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
     const float* data = a.data + top * a.rows + from * a.columns;
-    if (a.rows == 1) {
+    if (a.columns != 1) {
       kernels()->transpose(data, a.columns, k, m, to, step);
       return;
     }
     for (int64_t i = 0; i < m; i++) {
-      for (int64_t j = 0; a.columns != 1 && j < k; j++) {
-        to[i * step + j] = data[i * a.rows + j * a.columns];
-      }
-      if (a.columns == 1) {
-        std::copy_n(data + i * a.rows, k, to + i * step);
-      }
+      std::copy_n(data + i * a.rows, k, to + i * step);
     }
   };
 }
 
-/// All of a is copied, then threads take columns of b.
-void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
-                          bool add) {
-  constexpr int64_t GROUP = 24, SPAN = 32;
-  const int64_t groups = up(m, GROUP) / GROUP, chunks = up(k, DEPTH) / DEPTH, nr = kernels()->tile_columns;
-  const auto depth = [=](int64_t chunk) { return std::min(DEPTH, k - chunk * DEPTH); };
-  const auto start = [=](int64_t chunk) { return chunk * m * (DEPTH + PAD); };  // of a chunk of columns
-  const Floats rows = floats(m * (k + chunks * PAD));
-  parallel_for(chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; part++) {
-      const int64_t chunk = part / groups, top = part % groups * GROUP;
-      const int64_t step = depth(chunk) + PAD;
-      a(top, std::min(GROUP, m - top), chunk * DEPTH, depth(chunk), rows.get() + start(chunk) + top * step, step);
-    }
-  });
+/// All rows of some columns of a are copied, then threads take columns of b.
+void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k,
+                          const Epilogue& last, bool add) {
+  constexpr int64_t GROUP = 48, SPAN = 32, HELD = 1 << 20;  // rows copied at once, columns of b, numbers of a
+  const int64_t groups = up(m, GROUP) / GROUP, nr = kernels()->tile_columns;
   const int64_t span = std::clamp(up(up(n, 4 * threads()) / (4 * threads()), nr), nr, up(SPAN, nr));
   const int64_t spans = up(n, span) / span;
   const int64_t heights = std::clamp<int64_t>(2 * threads() / spans, 1, groups);  // few columns: threads share rows, too
   const int64_t height = up(groups, heights) / heights * GROUP, jobs = spans * (up(m, height) / height);
-  parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
-    for (int64_t job = begin; job < end; job++) {
-      const int64_t left = job % spans * span, top = job / spans * height;
-      const Epilogue mine = part_of(last, top, left, n);
-      for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const int64_t step = depth(chunk) + PAD;
-        b(chunk * DEPTH, depth(chunk), left, std::min(span, n - left), packed.get());
-        kernels()->product(rows.get() + start(chunk) + top * step, step, packed.get(), c + top * n + left, n,
-                           std::min(height, m - top), std::min(span, n - left), depth(chunk), add || chunk > 0,
-                           chunk + 1 == chunks ? &mine : nullptr);
+  const int64_t held = std::min(k, std::max<int64_t>(HELD / (m * DEPTH), 1) * DEPTH), step = std::min(k, DEPTH) + PAD;
+  const Floats rows = floats(up(held, DEPTH) / DEPTH * m * step);  // (chunk of columns, m, step)
+  for (int64_t done = 0; done < k; done += held) {
+    const int64_t end_of_held = std::min(k, done + held), chunks = up(end_of_held - done, DEPTH) / DEPTH;
+    const auto depth = [&](int64_t chunk) { return std::min(DEPTH, end_of_held - done - chunk * DEPTH); };
+    parallel_for(chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++) {
+        const int64_t chunk = part / groups, top = part % groups * GROUP;
+        a(top, std::min(GROUP, m - top), done + chunk * DEPTH, depth(chunk), rows.get() + (chunk * m + top) * step, step);
       }
-    }
-  });
+    });
+    parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
+      for (int64_t job = begin; job < end; job++) {
+        const int64_t left = job % spans * span, top = job / spans * height, columns = std::min(span, n - left);
+        const Epilogue mine = part_of(last, top, left, n);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+          const int64_t from = done + chunk * DEPTH;
+          b(from, depth(chunk), left, columns, packed.get());
+          kernels()->product(rows.get() + (chunk * m + top) * step, step, packed.get(), c + top * n + left, n,
+                             std::min(height, m - top), columns, depth(chunk), add || from > 0,
+                             from + depth(chunk) == k ? &mine : nullptr);
+        }
+      }
+    });
+  }
 }
 
 /// Parts of b are packed for all threads, which take blocks of a.

@@ -133,7 +133,7 @@ Pool& pool() {
 
 int threads() {
   static const int number = count_threads();
-  return number;
+  return inside ? 1 : number;
 }
 
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
@@ -144,6 +144,7 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
     work(0, count);
     return;
   }
+  // many parts: the last ones keep all threads at work
   const int64_t parts = std::min<int64_t>(16 * threads(), (count + grain - 1) / grain);
   pool().run(count, (count + parts - 1) / parts, work);
 }

@@ -9,7 +9,7 @@ namespace mflux {
 inline constexpr int64_t GRAIN = 8192;  // numbers that are worth another thread
 
 /// Number of threads that compute, the calling one included: OMP_NUM_THREADS if set, otherwise the CPUs that the process
-/// may use.
+/// may use. 1 inside a parallel loop.
 int threads();
 
 /// Call `work(begin, end)` on parts of [0, count) of at least `grain` each, on all threads, and wait.

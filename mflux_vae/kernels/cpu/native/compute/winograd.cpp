@@ -128,16 +128,17 @@ void winograd(const Conv& conv, const ConvArrays& in, float* y) {
 }
 
 void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight) {
-  constexpr int64_t HELD = 3 << 20, TILES = 192;      // numbers of both transforms at once, but at least this many tiles
-  constexpr int64_t ROWS = 120, DEPTH = 256;          // of a product
+  constexpr int64_t HELD = 3 << 20, TILES = 192;  // numbers of both transforms at once, but at least this many tiles
+  constexpr int64_t ROWS = 120, DEPTH = 256;  // of a product
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(c, nr) / nr, blocks = up(o, ROWS) / ROWS;
   const int64_t across = tiles_across(conv), down = tiles_down(conv), lines = conv.batch * down;
-  const int64_t most = std::min(lines, up(std::max(HELD / (36 * (c + o)), TILES), across) / across) * across;
-  const int64_t v_step = most * panels * nr + PAD, m_step = most * o + PAD, u_step = o * c + PAD;
+  const int64_t held = std::min(lines, up(std::max(HELD / (36 * (c + o)), TILES), across) / across);  // rows of tiles
+  // numbers beyond c in the last panel of v stay unset: they reach columns that are not stored
+  const int64_t v_step = held * across * panels * nr + PAD, m_step = held * across * o + PAD, u_step = o * c + PAD;
   const Floats v = floats(36 * v_step), m = floats(36 * m_step), u = floats(36 * u_step);
-  for (int64_t first = 0; first < lines; first += most / across) {
-    const int64_t count = std::min(most / across, lines - first), tiles = count * across;
+  for (int64_t first = 0; first < lines; first += held) {
+    const int64_t count = std::min(held, lines - first), tiles = count * across;
     parallel_for(count, 1, [&](int64_t begin, int64_t end) {
       const int64_t columns = across * TILE + 2;
       const Floats window = floats(6 * columns * c);
@@ -150,7 +151,7 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
             kernel.winograd_input(window.get() + t * TILE * c + panel * nr, columns * c, c,
                                   std::min(nr, c - panel * nr), v.get() + (panel * tiles + tile) * nr, v_step);
           }
-          kernel.winograd_gradient(dy + ((image * conv.out_height + row) * conv.out_width + t * TILE) * o,
+          kernel.winograd_output_back(dy + ((image * conv.out_height + row) * conv.out_width + t * TILE) * o,
                                    conv.out_width * o, std::min(TILE, conv.out_height - row),
                                    std::min(TILE, conv.out_width - t * TILE), o, m.get() + tile * o, m_step);
         }
@@ -174,7 +175,7 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
   }
   parallel_for(o, 1 + 4096 / c, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      kernel.winograd_weight_gradient(u.get() + i * c, u_step, c, dweight + i * 9 * c);
+      kernel.winograd_weights_back(u.get() + i * c, u_step, c, dweight + i * 9 * c);
     }
   });
 }

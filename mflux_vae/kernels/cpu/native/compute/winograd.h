@@ -12,7 +12,7 @@ bool winograd_pays(const Conv& conv, int64_t tiles);
 /// y (batch, out_height, out_width, o).
 void winograd(const Conv& conv, const ConvArrays& in, float* y);
 
-/// dweight (o, 3, 3, c).
+/// dweight (o, 3, 3, c). Holds 36 o c numbers, and both transforms of some tiles.
 void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight);
 
 }  // namespace mflux
