@@ -12,12 +12,14 @@ beside the scripts of diffusers. Quality of DreamBooth: `benchmarks.dreambooth_q
 correlation of autoencoders: `benchmarks.disentanglement`.
 
 AMD EPYC (Zen 3, AVX2), two cores, Linux, MLX 0.32.4, torch 2.13.0, diffusers 0.42.1, transformers 5.23.0, float32,
-2026-11-30, medians of three or four rounds (torch in the faster layout, not compiled):
+2026-11-30, medians of two to four rounds (torch in the faster layout, not compiled):
 
 | work | ours | speed ratio | memory ratio |
 |---|---|---|---|
 | SD autoencoder: encode 256x256 | 1.03 s | 1.86x (1.69 to 2.08) | 0.77x |
 | SD autoencoder: decode 256x256 | 1.96 s | 2.46x (2.17 to 2.86) | 0.73x |
+| SD autoencoder: encode 512x512 | 4.25 s | 2.45x (2.31 to 2.62) | 0.72x |
+| SD autoencoder: decode 512x512 | 7.72 s | 2.77x (2.67 to 2.87) | 0.75x |
 | SD autoencoder: training step 128x128, batch 1 | 3.06 s | 2.03x (2.01 to 2.06) | 0.76x |
 | tiny autoencoder, training step 64x64, batch 8 | 0.19 s | 1.38x (1.26 to 1.73) | 0.68x |
 | MNIST, vector latents, training step 28x28, batch 128 | 0.122 s | 1.17x (1.17 to 2.00) | 0.53x |
