@@ -28,15 +28,15 @@ The class images are drawn before, by this package: the script of FLUX draws the
 64 pixels cannot. It also encodes prompts with 77 tokens of CLIP, so the copy of `tiny` that it opens has zeros as
 further position embeddings; CLIP reads from left to right, so its outputs are the same.
 
-Measured on 2026-11-29 (AMD EPYC, two cores, diffusers 0.42.1, torch 2.14.1), one seed; ours / theirs
+Measured on 2026-11-30 (AMD EPYC, two cores, diffusers 0.42.1, torch 2.14.1), one seed; ours / theirs
 (class retention: the share of class pictures that show the class and not the whole subject):
 
 | | seconds | ratio | fidelity | class retention |
 |---|---|---|---|---|
-| `tiny`, 60 updates | 4.97 / 13.84 | 2.79 | 0.44 / 0.22 | 0.41 / 0.27 |
-| `tiny`, 400 | 27.75 / 50.88 | 1.83 | 1.00 / 1.00 | 0.68 / 0.45 |
+| `tiny`, 60 updates | 5.96 / 17.28 | 2.90 | 0.44 / 0.22 | 0.41 / 0.27 |
+| `tiny`, 400 | 27.71 / 62.87 | 2.27 | 1.00 / 1.00 | 0.68 / 0.45 |
 
-Updates take 0.067 s and 0.109 s; the rest of the command takes 1 s and 7 s.
+Updates take 0.064 s and 0.134 s; the rest of the command takes 2 s and 9 s.
 """
 
 from __future__ import annotations

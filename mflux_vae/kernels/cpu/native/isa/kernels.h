@@ -80,7 +80,8 @@ struct Kernels {
   void (*affine_back)(const float* x, const float* scale, const float* shift, bool silu, const float* dy, float* dx,
                       float* dscale, float* dshift, int64_t count, int64_t c);
   void (*winograd_input)(const float* x, int64_t row, int64_t c, int64_t count, float* v, int64_t step);
-  void (*winograd_output_back)(const float* y, int64_t row, int64_t rows, int64_t columns, int64_t o, float* m, int64_t step);
+  void (*winograd_output_back)(const float* y, int64_t row, int64_t rows, int64_t columns, int64_t o, float* m,
+                               int64_t step);
   void (*winograd_weights_back)(const float* u, int64_t step, int64_t c, float* dw);
   void (*winograd_output)(const float* m, int64_t step, int64_t o, float* y, int64_t row, int64_t pixel,
                           int64_t rows, int64_t columns, const float* bias, const float* residual);
