@@ -37,11 +37,11 @@ void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
 /// Windows are read in place: their rows are parts of the rows of a product.
 void direct(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c, nr = kernel.tile_columns, panels = up(o, nr) / nr;
+  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c;
   const Packer packer = weight_packer(conv, in.weight);
-  const Floats weights = floats(panels * nr * depth);
-  parallel_for(panels, 1 + 16384 / (nr * depth), [&](int64_t begin, int64_t end) {
-    packer(0, depth, begin * nr, std::min(end * nr, o) - begin * nr, weights.get() + begin * nr * depth);
+  const Floats weights = floats(up(o, kernel.tile_columns) * depth);
+  parallel_panels(o, 16384 / depth, [&](int64_t first, int64_t count) {
+    packer(0, depth, first, count, weights.get() + first * depth);
   });
   const int64_t pixels = std::clamp<int64_t>(up(64 * 1024 / depth, kernel.tile_rows), kernel.tile_rows, 240);
   const int64_t span = std::min(pixels, conv.out_width), rows = std::min(pixels / span, conv.out_height);
@@ -128,7 +128,7 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
     summed(conv, in, y);
   } else {
     const int64_t depth = conv.kh * conv.kw * conv.c;
-    const bool narrow = conv.out_width < 2 * kernels()->tile_rows, deep = depth > 4096 && !conv.affine && !conv.silu;
+    const bool narrow = conv.out_width < 3 * kernels()->tile_rows, deep = depth > 4096 && !conv.affine && !conv.silu;
     (depth == 0 || narrow || deep ? by_windows : direct)(conv, in, y);
   }
 }

@@ -119,16 +119,15 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
         }
       };
       const Packer weights = [&](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
-        const int64_t nr = kernels()->tile_columns;
-        for (int64_t first = 0; first < n; first += nr, packed += k * nr) {
+        each_panel(n, [&](int64_t first, int64_t columns, int64_t width) {
           for (int64_t j = 0, length; j < k; j += length) {
             const auto [r, s] = taps[(from + j) / o];
             const int64_t inside = (from + j) % o;
             length = std::min(o - inside, k - j);
             kernels()->pack({weight + inside * filter + (r * conv.kw + s) * c + left + first, filter, 1},
-                            length, std::min(nr, n - first), packed + j * nr);
+                            length, columns, packed + first * k + j * width);
           }
-        }
+        });
       };
       const int64_t held = std::min(pixels, std::max(LEAST, HELD / std::max<int64_t>(c, 1)));
       const Floats out = floats(held * c);

@@ -39,7 +39,7 @@ Reader reader(Matrix a) {
 /// All rows of some columns of a are copied, then threads take columns of b.
 void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k,
                           const Epilogue& last, bool add) {
-  constexpr int64_t GROUP = 48, SPAN = 32, HELD = 1 << 20;  // rows copied at once, columns of b, numbers of a
+  constexpr int64_t GROUP = 48, SPAN = 48, HELD = 1 << 20;  // rows copied at once, columns of b, numbers of a
   const int64_t groups = up(m, GROUP) / GROUP, nr = kernels()->tile_columns;
   const int64_t span = std::clamp(up(up(n, 4 * threads()) / (4 * threads()), nr), nr, up(SPAN, nr));
   const int64_t spans = up(n, span) / span;
@@ -57,7 +57,7 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
       }
     });
     parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> packed(new float[span * std::min(k, DEPTH)]);
+      const Floats packed = floats(span * std::min(k, DEPTH));
       for (int64_t job = begin; job < end; job++) {
         const int64_t left = job % spans * span, top = job / spans * height, columns = std::min(span, n - left);
         const Epilogue mine = part_of(last, top, left, n);
@@ -83,15 +83,14 @@ void product_of_many_rows(const Reader& a, const Packer& b, float* c, int64_t m,
   const int64_t columns = std::min(up(n, nr), up(COLUMNS, nr)), depth = std::min(k, DEPTH);
   const Floats packed = floats(columns * depth);
   for (int64_t left = 0; left < n; left += columns) {
-    const int64_t width = std::min(columns, n - left), panels = up(width, nr) / nr;
+    const int64_t width = std::min(columns, n - left);
     for (int64_t from = 0; from < k; from += depth) {
       const int64_t inner = std::min(depth, k - from);
-      parallel_for(panels, std::max<int64_t>(1, 16384 / (nr * inner)), [&](int64_t begin, int64_t end) {
-        b(from, inner, left + begin * nr, std::min((end - begin) * nr, width - begin * nr),
-          packed.get() + begin * nr * inner);
+      parallel_panels(width, 16384 / inner, [&](int64_t first, int64_t count) {
+        b(from, inner, left + first, count, packed.get() + first * inner);
       });
       parallel_for(down, 1, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<float[]> block(new float[rows * (inner + PAD)]);
+        const Floats block = floats(rows * (inner + PAD));
         for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
           const int64_t height = std::min(rows, m - top);
           const Epilogue mine = part_of(last, top, left, n);
@@ -105,6 +104,13 @@ void product_of_many_rows(const Reader& a, const Packer& b, float* c, int64_t m,
 }
 
 }  // namespace
+
+void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t nr = kernels()->tile_columns;
+  parallel_for(up(n, nr) / nr, 1 + grain / nr, [&](int64_t begin, int64_t end) {
+    work(begin * nr, std::min(end * nr, n) - begin * nr);
+  });
+}
 
 void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   if (m == 0 || n == 0) {

@@ -1,6 +1,7 @@
 // Matrix products on all threads.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 
 #include "isa/kernels.h"
@@ -9,6 +10,18 @@ namespace mflux {
 
 /// The first multiple of `step` that is not below x.
 inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+/// Call `work(left, columns, width)` for each panel of n columns; `width` counts those that are zero, too.
+template <class F>
+void each_panel(int64_t n, F&& work) {
+  for (int64_t left = 0, width; left < n; left += width) {
+    width = kernels()->panel_columns(n - left);
+    work(left, std::min(width, n - left), width);
+  }
+}
+
+/// Call `work(left, columns)` on all threads for parts of n columns, each some panels of `each_panel(n)`.
+void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
 
 /// Packs rows [from, from + k) and columns [left, left + n) of b into panels, as `Kernels::pack` does.
 using Packer = std::function<void(int64_t from, int64_t k, int64_t left, int64_t n, float* packed)>;

@@ -98,11 +98,11 @@ Reader window_reader(const Conv& conv, const float* x) {
 
 Packer window_packer(const Conv& conv, const float* x) {
   return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
-    const int64_t line = conv.kw * conv.c, nr = kernels()->tile_columns;
-    for (int64_t first = 0; first < n; first += nr, packed += k * nr) {
-      const int64_t columns = std::min(nr, n - first);
-      if (columns < nr) {
-        std::fill_n(packed, k * nr, 0.f);
+    const int64_t line = conv.kw * conv.c;
+    each_panel(n, [&](int64_t first, int64_t columns, int64_t width) {
+      float* to = packed + first * k;
+      if (columns < width) {
+        std::fill_n(to, k * width, 0.f);
       }
       for (int64_t j = 0, length; j < columns; j += length) {
         const int64_t r = (left + first + j) / line, inside = (left + first + j) % line;
@@ -111,37 +111,37 @@ Packer window_packer(const Conv& conv, const float* x) {
         for (int64_t p = 0, run = 1; p < k; p += run) {
           const Part part(conv, x, at, r, inside);
           run = 1;
-          if (length == nr && part.whole(conv, length)) {  // as many pixels of the row as can be
+          if (length == width && part.whole(conv, length)) {  // as many pixels of the row as can be
             const int64_t room = conv.width * conv.c - length - part.start, step = conv.stride * conv.c;
             run = std::min({k - p, conv.out_width - at.column, room / step + 1});
-            kernels()->pack({part.line + part.start, step, 1}, run, nr, packed + p * nr);
+            kernels()->pack({part.line + part.start, step, 1}, run, width, to + p * width);
           } else {
-            part.copy(conv, length, packed + p * nr + j);
+            part.copy(conv, length, to + p * width + j);
           }
           at.column += run - 1;
           at.next();
         }
       }
-    }
+    });
   };
 }
 
 Packer weight_packer(const Conv& conv, const float* weight) {
-  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw, nr = kernels()->tile_columns;
+  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw;
   if (!conv.turned) {
     return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
       kernels()->pack({weight + left * taps * c + from, 1, taps * c}, k, n, packed);
     };
   }
   return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
-    for (int64_t first = 0; first < n; first += nr, packed += k * nr) {
+    each_panel(n, [&](int64_t first, int64_t columns, int64_t width) {
       for (int64_t row = from, length; row < from + k; row += length) {  // of one tap
         const int64_t tap = taps - 1 - row / c, channel = row % c;
         length = std::min(c - channel, from + k - row);
-        kernels()->pack({weight + (channel * taps + tap) * o + left + first, taps * o, 1}, length, std::min(nr, n - first),
-                        packed + (row - from) * nr);
+        kernels()->pack({weight + (channel * taps + tap) * o + left + first, taps * o, 1}, length, columns,
+                        packed + first * k + (row - from) * width);
       }
-    }
+    });
   };
 }
 

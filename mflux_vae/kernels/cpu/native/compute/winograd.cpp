@@ -19,17 +19,17 @@ int64_t tiles_down(const Conv& conv) { return up(conv.out_height, TILE) / TILE; 
 /// For many tiles: threads take blocks of them.
 void by_tiles(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(o, nr) / nr, step = panels * nr * c + PAD;
+  const int64_t c = conv.c, o = conv.o, step = up(o, kernel.tile_columns) * c + PAD;
   const Floats weights = floats(36 * step);
-  parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; panel++) {
-      kernel.winograd_weights(in.weight, conv.turned, c, o, panel * nr, weights.get() + panel * nr * c, step);
-    }
+  parallel_panels(o, 1, [&](int64_t first, int64_t count) {
+    each_panel(count, [&](int64_t left, int64_t, int64_t) {
+      kernel.winograd_weights(in.weight, conv.turned, c, o, first + left, weights.get() + (first + left) * c, step);
+    });
   });
   // blocks are parts of a row of tiles, or several rows of one image
   const int64_t across = tiles_across(conv), down = tiles_down(conv);
   constexpr int64_t BUDGET = 96 * 1024;  // numbers of both transforms of a block
-  const int64_t least = 2 * kernel.tile_rows, fit = BUDGET / (36 * (c + o)) / kernel.tile_rows * kernel.tile_rows;
+  const int64_t least = 3 * kernel.tile_rows, fit = BUDGET / (36 * (c + o)) / kernel.tile_rows * kernel.tile_rows;
   const int64_t most = std::max((c + o < 512 ? 4 : 6) * least, fit);
   int64_t tiles_x = std::min(across, most), tiles_y = std::clamp<int64_t>(most / across, 1, down);
   tiles_x = up(across, up(across, tiles_x) / tiles_x) / (up(across, tiles_x) / tiles_x);  // equal parts of a row
@@ -81,7 +81,7 @@ void by_tiles(const Conv& conv, const ConvArrays& in, float* y) {
 /// For few tiles and many channels: threads take output channels, whose transformed weights never leave the cache.
 void by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(o, nr) / nr;
+  const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns;
   const int64_t across = tiles_across(conv), down = tiles_down(conv);
   const int64_t tiles = conv.batch * down * across, v_step = tiles * c + PAD, m_step = tiles * nr + PAD, step = nr * c + PAD;
   const Floats v = floats(36 * v_step);
@@ -95,10 +95,10 @@ void by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
       }
     }
   });
-  parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_panels(o, 1, [&](int64_t first, int64_t columns) {
     const Floats weights = floats(36 * step), m = floats(36 * m_step);
-    for (int64_t left = begin * nr; left < std::min(end * nr, o); left += nr) {
-      const int64_t count = std::min(nr, o - left);
+    each_panel(columns, [&](int64_t panel, int64_t count, int64_t) {
+      const int64_t left = first + panel;
       kernel.winograd_weights(in.weight, conv.turned, c, o, left, weights.get(), step);
       for (int64_t xi = 0; xi < 36; xi++) {
         kernel.product(v.get() + xi * v_step, c, weights.get() + xi * step, m.get() + xi * m_step, nr, tiles, count, c,
@@ -111,7 +111,7 @@ void by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
                                std::min(TILE, conv.out_height - row), std::min(TILE, conv.out_width - column),
                                in.bias ? in.bias + left : nullptr, in.residual ? in.residual + at : nullptr);
       }
-    }
+    });
   });
 }
 
@@ -131,11 +131,11 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
   constexpr int64_t HELD = 3 << 20, TILES = 192;  // numbers of both transforms at once, but at least this many tiles
   constexpr int64_t ROWS = 120, DEPTH = 256;  // of a product
   const Kernels& kernel = *kernels();
-  const int64_t c = conv.c, o = conv.o, nr = kernel.tile_columns, panels = up(c, nr) / nr, blocks = up(o, ROWS) / ROWS;
+  const int64_t c = conv.c, o = conv.o, blocks = up(o, ROWS) / ROWS;
   const int64_t across = tiles_across(conv), down = tiles_down(conv), lines = conv.batch * down;
   const int64_t held = std::min(lines, up(std::max(HELD / (36 * (c + o)), TILES), across) / across);  // rows of tiles
   // numbers beyond c in the last panel of v stay unset: they reach columns that are not stored
-  const int64_t v_step = held * across * panels * nr + PAD, m_step = held * across * o + PAD, u_step = o * c + PAD;
+  const int64_t v_step = held * across * up(c, kernel.tile_columns) + PAD, m_step = held * across * o + PAD, u_step = o * c + PAD;
   const Floats v = floats(36 * v_step), m = floats(36 * m_step), u = floats(36 * u_step);
   for (int64_t first = 0; first < lines; first += held) {
     const int64_t count = std::min(held, lines - first), tiles = count * across;
@@ -147,10 +147,10 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
         read_window(conv, {.x = x}, image, row - conv.top, 6, -conv.left, columns, window.get());
         for (int64_t t = 0; t < across; t++) {
           const int64_t tile = line * across + t;
-          for (int64_t panel = 0; panel < panels; panel++) {
-            kernel.winograd_input(window.get() + t * TILE * c + panel * nr, columns * c, c,
-                                  std::min(nr, c - panel * nr), v.get() + (panel * tiles + tile) * nr, v_step);
-          }
+          each_panel(c, [&](int64_t left, int64_t inputs, int64_t width) {
+            kernel.winograd_input(window.get() + t * TILE * c + left, columns * c, c, inputs,
+                                  v.get() + left * tiles + tile * width, v_step);
+          });
           kernel.winograd_output_back(dy + ((image * conv.out_height + row) * conv.out_width + t * TILE) * o,
                                    conv.out_width * o, std::min(TILE, conv.out_height - row),
                                    std::min(TILE, conv.out_width - t * TILE), o, m.get() + tile * o, m_step);
@@ -164,11 +164,10 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
         for (int64_t from = 0; from < tiles; from += DEPTH) {
           const int64_t depth = std::min(DEPTH, tiles - from);
           kernel.transpose(m.get() + xi * m_step + from * o + top, o, depth, rows, turned.get(), DEPTH + PAD);
-          for (int64_t panel = 0; panel < panels; panel++) {
-            kernel.product(turned.get(), DEPTH + PAD, v.get() + xi * v_step + (panel * tiles + from) * nr,
-                           u.get() + xi * u_step + top * c + panel * nr, c, rows, std::min(nr, c - panel * nr), depth,
-                           first + from > 0, nullptr);
-          }
+          each_panel(c, [&](int64_t left, int64_t inputs, int64_t width) {
+            kernel.product(turned.get(), DEPTH + PAD, v.get() + xi * v_step + left * tiles + from * width,
+                           u.get() + xi * u_step + top * c + left, c, rows, inputs, depth, first + from > 0, nullptr);
+          });
         }
       }
     });

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 
 #include "mlx/allocator.h"
 #include "mlx/memory.h"
@@ -13,7 +14,7 @@ namespace {
 
 namespace mx = mlx::core;
 
-constexpr size_t COUNTED = 1 << 20, HUGE_PAGE = 2 << 20;  // bytes
+constexpr size_t COUNTED = 1 << 20, HUGE_PAGE = 2 << 20, LINE = 64;  // bytes
 
 }  // namespace
 
@@ -21,18 +22,19 @@ void Release::operator()(float* numbers) const {
   if (buffer) {
     mx::allocator::allocator().free(mx::allocator::Buffer(buffer));
   } else {
-    delete[] numbers;
+    ::operator delete[](numbers, std::align_val_t(LINE));
   }
 }
 
 Floats floats(int64_t count) {
   const size_t bytes = count * sizeof(float);
   if (bytes < COUNTED) {
-    return Floats(new float[count]);
+    return Floats(new (std::align_val_t(LINE)) float[count]);
   }
-  auto buffer = mx::allocator::allocator().malloc(bytes);
+  auto buffer = mx::allocator::allocator().malloc(bytes + LINE);
   use_huge_pages(buffer.raw_ptr(), bytes);
-  return Floats(static_cast<float*>(buffer.raw_ptr()), {buffer.ptr()});
+  const auto begin = (reinterpret_cast<uintptr_t>(buffer.raw_ptr()) + LINE - 1) / LINE * LINE;
+  return Floats(reinterpret_cast<float*>(begin), {buffer.ptr()});
 }
 
 void use_huge_pages(void* begin, size_t bytes) {

@@ -37,9 +37,11 @@ struct Kernels {
   void (*softmax)(const float* x, float* y, int64_t begin, int64_t end, int64_t width);
   void (*softmax_back)(const float* y, const float* dy, float* dx, int64_t begin, int64_t end, int64_t width);
 
-  /// Rows and columns of a result that one inner loop computes.
+  /// Rows and columns of a result that one inner loop computes, at most.
   int64_t tile_rows, tile_columns;
-  /// Panels of `tile_columns` columns of b (k, n); missing columns are zero.
+  /// Columns of a panel that begins where `rest` columns are left: `tile_columns`, or as many vectors as the last one needs.
+  int64_t (*panel_columns)(int64_t rest);
+  /// Panels of columns of b (k, n); missing columns are zero.
   void (*pack)(Matrix b, int64_t k, int64_t n, float* packed);
   /// to (n, m), rows `step` apart = from (m, n), rows `ld` apart.
   void (*transpose)(const float* from, int64_t ld, int64_t m, int64_t n, float* to, int64_t step);

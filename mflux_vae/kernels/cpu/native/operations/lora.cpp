@@ -22,26 +22,25 @@ Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
   const auto* words = reinterpret_cast<const uint32_t*>(w[0]);
   const float *scales = w[1], *biases = w[2];
   return [=](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
-    const int64_t nr = kernels()->tile_columns, groups = o.k / o.group;
-    std::vector<float> rows(nr * depth);
+    const int64_t groups = o.k / o.group;
+    std::vector<float> rows(kernels()->tile_columns * depth);
     const auto row = [&](int64_t output, int64_t begin, int64_t end, float* to) {
       kernels()->dequantize(words + output * (o.k * o.bits / 32), scales + output * groups, biases + output * groups,
                             o.bits, o.group, begin, end, to);
     };
-    for (int64_t first = 0; first < count; first += nr, packed += nr * depth) {
-      const int64_t columns = std::min(nr, count - first);
+    each_panel(count, [&](int64_t first, int64_t columns, int64_t) {
       if (back) {
         for (int64_t i = 0; i < depth; i++) {
           row(from + i, left + first, left + first + columns, rows.data() + i * columns);
         }
-        kernels()->pack({rows.data(), columns, 1}, depth, columns, packed);
+        kernels()->pack({rows.data(), columns, 1}, depth, columns, packed + first * depth);
       } else {
         for (int64_t j = 0; j < columns; j++) {
           row(left + first + j, from, from + depth, rows.data() + j * depth);
         }
-        kernels()->pack({rows.data(), 1, depth}, depth, columns, packed);
+        kernels()->pack({rows.data(), 1, depth}, depth, columns, packed + first * depth);
       }
-    }
+    });
   };
 }
 
