@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t DEPTH = 512;  // rows of b that are packed at once
 constexpr int64_t PAD = 16;     // numbers after a copied row: powers of two would share lines of the cache
+constexpr int64_t NEAR = 1024;  // numbers between rows of a up to which they need no copy
 // Rows of a up to which packing b takes longer than dot products. They round otherwise, so this is less than a prompt has.
 constexpr int64_t FEW_ROWS = 8;
 // Rows of a up to which each thread packs the columns of b that it multiplies: one reads memory while another computes.
@@ -22,9 +23,19 @@ Epilogue part_of(Epilogue last, int64_t top, int64_t left, int64_t n) {
   return last;
 }
 
+/// The matrix a: in memory, or copied by a function.
+struct Left {
+  Reader read;
+  const float* data = nullptr;
+  int64_t step = 0;  // from one row of data to the next
+};
+
 /// Of a matrix whose rows or columns are contiguous.
-Reader reader(Matrix a) {
-  return [a](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
+Left left_of(Matrix a) {
+  if (a.columns == 1 && a.rows <= NEAR) {
+    return {{}, a.data, a.rows};
+  }
+  return {[a](int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step) {
     const float* data = a.data + top * a.rows + from * a.columns;
     if (a.columns != 1) {
       kernels()->transpose(data, a.columns, k, m, to, step);
@@ -33,11 +44,11 @@ Reader reader(Matrix a) {
     for (int64_t i = 0; i < m; i++) {
       std::copy_n(data + i * a.rows, k, to + i * step);
     }
-  };
+  }};
 }
 
-/// All rows of some columns of a are copied, then threads take columns of b.
-void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k,
+/// All rows of some columns of a are copied if need be, then threads take columns of b.
+void product_of_some_rows(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k,
                           const Epilogue& last, bool add) {
   constexpr int64_t GROUP = 48, SPAN = 48, HELD = 1 << 20;  // rows copied at once, columns of b, numbers of a
   const int64_t groups = up(m, GROUP) / GROUP, nr = kernels()->tile_columns;
@@ -45,15 +56,17 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
   const int64_t spans = up(n, span) / span;
   const int64_t heights = std::clamp<int64_t>(2 * threads() / spans, 1, groups);  // few columns: threads share rows, too
   const int64_t height = up(groups, heights) / heights * GROUP, jobs = spans * (up(m, height) / height);
-  const int64_t held = std::min(k, std::max<int64_t>(HELD / (m * DEPTH), 1) * DEPTH), step = std::min(k, DEPTH) + PAD;
-  const Floats rows = floats(up(held, DEPTH) / DEPTH * m * step);  // (chunk of columns, m, step)
+  const int64_t held = a.data ? k : std::min(k, std::max<int64_t>(HELD / (m * DEPTH), 1) * DEPTH);
+  const int64_t step = a.data ? a.step : std::min(k, DEPTH) + PAD;
+  const Floats rows = floats(a.data ? 0 : up(held, DEPTH) / DEPTH * m * step);  // (chunk of columns, m, step)
   for (int64_t done = 0; done < k; done += held) {
     const int64_t end_of_held = std::min(k, done + held), chunks = up(end_of_held - done, DEPTH) / DEPTH;
     const auto depth = [&](int64_t chunk) { return std::min(DEPTH, end_of_held - done - chunk * DEPTH); };
-    parallel_for(chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
+    parallel_for(a.data ? 0 : chunks * groups, 1 + 16384 / (GROUP * std::min(k, DEPTH)), [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++) {
         const int64_t chunk = part / groups, top = part % groups * GROUP;
-        a(top, std::min(GROUP, m - top), done + chunk * DEPTH, depth(chunk), rows.get() + (chunk * m + top) * step, step);
+        a.read(top, std::min(GROUP, m - top), done + chunk * DEPTH, depth(chunk), rows.get() + (chunk * m + top) * step,
+               step);
       }
     });
     parallel_for(jobs, 1 + 32768 * jobs / (m * k * n), [&](int64_t begin, int64_t end) {
@@ -64,9 +77,9 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
           const int64_t from = done + chunk * DEPTH;
           b(from, depth(chunk), left, columns, packed.get());
-          kernels()->product(rows.get() + (chunk * m + top) * step, step, packed.get(), c + top * n + left, n,
-                             std::min(height, m - top), columns, depth(chunk), add || from > 0,
-                             from + depth(chunk) == k ? &mine : nullptr);
+          kernels()->product(a.data ? a.data + top * step + from : rows.get() + (chunk * m + top) * step, step,
+                             packed.get(), c + top * n + left, n, std::min(height, m - top), columns, depth(chunk),
+                             add || from > 0, from + depth(chunk) == k ? &mine : nullptr);
         }
       }
     });
@@ -74,7 +87,7 @@ void product_of_some_rows(const Reader& a, const Packer& b, float* c, int64_t m,
 }
 
 /// Parts of b are packed for all threads, which take blocks of a.
-void product_of_many_rows(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+void product_of_many_rows(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
                           bool add) {
   constexpr int64_t ROWS = 120;      // of a: a block stays in the L2 cache
   constexpr int64_t COLUMNS = 1024;  // of b
@@ -90,17 +103,32 @@ void product_of_many_rows(const Reader& a, const Packer& b, float* c, int64_t m,
         b(from, inner, left + first, count, packed.get() + first * inner);
       });
       parallel_for(down, 1, [&](int64_t begin, int64_t end) {
-        const Floats block = floats(rows * (inner + PAD));
+        const int64_t step = a.data ? a.step : inner + PAD;
+        const Floats block = floats(a.data ? 0 : rows * step);
         for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
           const int64_t height = std::min(rows, m - top);
           const Epilogue mine = part_of(last, top, left, n);
-          a(top, height, from, inner, block.get(), inner + PAD);
-          kernels()->product(block.get(), inner + PAD, packed.get(), c + top * n + left, n, height, width, inner,
-                             add || from > 0, from + inner == k ? &mine : nullptr);
+          if (!a.data) {
+            a.read(top, height, from, inner, block.get(), step);
+          }
+          kernels()->product(a.data ? a.data + top * step + from : block.get(), step, packed.get(), c + top * n + left, n,
+                             height, width, inner, add || from > 0, from + inner == k ? &mine : nullptr);
         }
       });
     }
   }
+}
+
+void product(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+  if (m == 0 || n == 0) {
+    return;
+  }
+  if (k == 0) {  // the epilogue of zeros
+    const float none = 0;
+    kernels()->product(&none, 0, &none, c, n, m, n, 0, add, &last);
+    return;
+  }
+  (m <= SOME_ROWS ? product_of_some_rows : product_of_many_rows)(a, b, c, m, n, k, last, add);
 }
 
 }  // namespace
@@ -113,19 +141,11 @@ void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t,
 }
 
 void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
-  if (m == 0 || n == 0) {
-    return;
-  }
-  if (k == 0) {  // the epilogue of zeros
-    const float none = 0;
-    kernels()->product(&none, 0, &none, c, n, m, n, 0, add, &last);
-    return;
-  }
-  (m <= SOME_ROWS ? product_of_some_rows : product_of_many_rows)(a, b, c, m, n, k, last, add);
+  product({a}, b, c, m, n, k, last, add);
 }
 
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
-  gemm(reader(a), b, c, m, n, k, last, add);
+  product(left_of(a), b, c, m, n, k, last, add);
 }
 
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
