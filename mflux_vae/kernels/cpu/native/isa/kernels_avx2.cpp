@@ -2,6 +2,5 @@
 #define MFLUX_ISA avx2
 #define MFLUX_TABLE avx2_kernels
 #define LANES 8
-#define TILE_VECTORS 3
 #define SUMS 12
 #include "isa/kernels.inc"

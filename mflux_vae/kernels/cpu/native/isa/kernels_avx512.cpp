@@ -2,6 +2,5 @@
 #define MFLUX_ISA avx512
 #define MFLUX_TABLE avx512_kernels
 #define LANES 16
-#define TILE_VECTORS 3
 #define SUMS 24
 #include "isa/kernels.inc"
