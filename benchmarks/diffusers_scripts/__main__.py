@@ -154,7 +154,9 @@ class Comparison:
         Raises:
             RuntimeError: it fails; names its last line.
         """
-        command, environment = self.command(whose, steps, seed, output), {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = self.command(whose, steps, seed, output)
+        # bytecode is kept, as that of installed packages
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
         began = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
