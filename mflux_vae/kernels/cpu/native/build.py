@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
-FLAGS = [  # loops aligned: that of the matrix product fits two lines of the cache
+FLAGS = [  # loops, such as the short one of products, begin a line of the cache
     *("-std=gnu++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-falign-loops=64"),
     *("-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-psabi"),
 ]

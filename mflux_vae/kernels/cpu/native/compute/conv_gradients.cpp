@@ -119,13 +119,13 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
         }
       };
       const Packer weights = [&](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
-        each_panel(n, [&](int64_t first, int64_t columns, int64_t width) {
+        each_panel(n, [&](int64_t first, int64_t channels, int64_t width) {
           for (int64_t j = 0, length; j < k; j += length) {
             const auto [r, s] = taps[(from + j) / o];
             const int64_t inside = (from + j) % o;
             length = std::min(o - inside, k - j);
             kernels()->pack({weight + inside * filter + (r * conv.kw + s) * c + left + first, filter, 1},
-                            length, columns, packed + first * k + j * width);
+                            length, channels, packed + first * k + j * width);
           }
         });
       };

@@ -97,8 +97,8 @@ void by_outputs(const Conv& conv, const ConvArrays& in, float* y) {
   });
   parallel_panels(o, 1, [&](int64_t first, int64_t columns) {
     const Floats weights = floats(36 * step), m = floats(36 * m_step);
-    each_panel(columns, [&](int64_t panel, int64_t count, int64_t) {
-      const int64_t left = first + panel;
+    each_panel(columns, [&](int64_t inside, int64_t count, int64_t) {
+      const int64_t left = first + inside;
       kernel.winograd_weights(in.weight, conv.turned, c, o, left, weights.get(), step);
       for (int64_t xi = 0; xi < 36; xi++) {
         kernel.product(v.get() + xi * v_step, c, weights.get() + xi * step, m.get() + xi * m_step, nr, tiles, count, c,

@@ -7,7 +7,7 @@
 
 namespace mflux {
 
-/// Uninitialised numbers, from the begin of a line of the cache on. 1 MB and more comes from MLX, which counts it and
+/// Uninitialised numbers, from the beginning of a line of the cache on. 1 MB and more comes from MLX, which counts it and
 /// keeps it for the next call.
 struct Release {
   void* buffer = nullptr;  // of MLX's allocator, or null

@@ -37,7 +37,7 @@ struct Kernels {
   void (*softmax)(const float* x, float* y, int64_t begin, int64_t end, int64_t width);
   void (*softmax_back)(const float* y, const float* dy, float* dx, int64_t begin, int64_t end, int64_t width);
 
-  /// Rows and columns of a result that one inner loop computes, at most.
+  /// Rows and columns of a result that the widest inner loop computes.
   int64_t tile_rows, tile_columns;
   /// Columns of a panel that begins where `rest` columns are left: `tile_columns`, or as many vectors as the last one needs.
   int64_t (*panel_columns)(int64_t rest);

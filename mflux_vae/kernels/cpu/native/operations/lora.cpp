@@ -23,7 +23,7 @@ Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
   const float *scales = w[1], *biases = w[2];
   return [=](int64_t from, int64_t depth, int64_t left, int64_t count, float* packed) {
     const int64_t groups = o.k / o.group;
-    std::vector<float> rows(kernels()->tile_columns * depth);
+    const Floats rows = floats(kernels()->tile_columns * depth);
     const auto row = [&](int64_t output, int64_t begin, int64_t end, float* to) {
       kernels()->dequantize(words + output * (o.k * o.bits / 32), scales + output * groups, biases + output * groups,
                             o.bits, o.group, begin, end, to);
@@ -31,14 +31,14 @@ Packer packer(const AdaptedOptions& o, const float* const* w, bool back) {
     each_panel(count, [&](int64_t first, int64_t columns, int64_t) {
       if (back) {
         for (int64_t i = 0; i < depth; i++) {
-          row(from + i, left + first, left + first + columns, rows.data() + i * columns);
+          row(from + i, left + first, left + first + columns, rows.get() + i * columns);
         }
-        kernels()->pack({rows.data(), columns, 1}, depth, columns, packed + first * depth);
+        kernels()->pack({rows.get(), columns, 1}, depth, columns, packed + first * depth);
       } else {
         for (int64_t j = 0; j < columns; j++) {
-          row(left + first + j, from, from + depth, rows.data() + j * depth);
+          row(left + first + j, from, from + depth, rows.get() + j * depth);
         }
-        kernels()->pack({rows.data(), 1, depth}, depth, columns, packed + first * depth);
+        kernels()->pack({rows.get(), 1, depth}, depth, columns, packed + first * depth);
       }
     });
   };
