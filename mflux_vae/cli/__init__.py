@@ -114,6 +114,7 @@ def _parser(registered: Sequence[EntryPoint] = ()) -> argparse.ArgumentParser:
     convert.add_argument("--naming", default="diffusers", help="diffusers (default), compvis, bfl, wan or taesd")
     convert.add_argument("--config", type=expand, help=CONFIG)
     convert.add_argument("--dtype", choices=PRECISIONS, help="dtype of the weights (default: unchanged)")
+    convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     for entry in registered:
         try:

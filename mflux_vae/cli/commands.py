@@ -55,9 +55,9 @@ MARK = "mflux-vae"
 """PNG text chunk of our output; only files that have it may be replaced."""
 
 
-def convert(*, model: str, output: str, naming: str, dtype: str | None, config: str | None) -> None:
+def convert(*, model: str, output: str, naming: str, dtype: str | None, config: str | None, overwrite: bool) -> None:
     """Convert weights to another key naming."""
-    for file in loading.convert(model, output, naming, dtype, config=config):
+    for file in loading.convert(model, output, naming, dtype, config=config, overwrite=overwrite):
         print(file)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -197,7 +197,7 @@ def save_network(network: nn.Module, folder: Source, dtype: str = "float32") -> 
     if isinstance(network, AutoencoderKLWan):
         _warn_once(f"{folder}: written for single images: the weights for past frames are zero")
         tensors = with_time_convolutions(tensors, network.config.temperal_downsample)
-    _write(Path(folder), tensors, config, "diffusers")
+    _write(_files(Path(folder), "diffusers"), tensors, config)
 
 
 @cache
@@ -206,7 +206,13 @@ def _warn_once(text: str) -> None:
 
 
 def convert(
-    source: Source, target: Source, naming: str, dtype: str | None = None, *, config: Config | None = None
+    source: Source,
+    target: Source,
+    naming: str,
+    dtype: str | None = None,
+    *,
+    config: Config | None = None,
+    overwrite: bool = True,
 ) -> list[Path]:
     """Convert the weights of an autoencoder to another key naming. Converting back gives the same bits.
 
@@ -216,18 +222,23 @@ def convert(
             the two halves of TAESD.
         naming: `diffusers`, `compvis`, `bfl`, `wan` or `taesd`.
         dtype: float32, float16 or bfloat16; None: unchanged.
+        overwrite: replace existing files.
 
     Returns:
         written files.
 
     Raises:
-        SettingsError: the naming does not exist for this network or for folders; another dtype.
+        SettingsError: the naming does not exist for this network or for folders; another dtype; a file exists that may
+            not be replaced.
         WeightsError: as `open_network`.
     """
     opened, target = locate(source, config), Path(target)
     family = FAMILIES[opened.family]
     if naming not in family.tables:
         raise SettingsError(f"{opened.family} has no naming {naming!r}; known: {', '.join(family.tables)}")
+    files = _files(target, naming)
+    if not overwrite and (taken := [file for file in files if file.exists()]):
+        raise SettingsError(f"{taken[0]} exists; give --overwrite (overwrite=True), or another name")
     ours = to_mlx({name: stored.load() for name, stored in opened.tensors.items()}, opened.rules)
     network = _build(opened)
     load_strict(network, _complete(ours, network), where=opened.where)  # checks the tensors before anything is written
@@ -239,7 +250,8 @@ def convert(
         tensors = from_mlx(renamed, family.renaming(naming, renamed))
     else:
         tensors = from_mlx(ours, family.rules(naming, ours))
-    return _write(target, tensors if dtype is None else _cast(tensors, dtype), opened.config, naming)
+    _write(files, tensors if dtype is None else _cast(tensors, dtype), opened.config)
+    return files
 
 
 def _same_network(config: Mapping[str, Any], naming: str, tensors: Mapping[str, mx.array], where: str) -> None:
@@ -250,24 +262,29 @@ def _same_network(config: Mapping[str, Any], naming: str, tensors: Mapping[str, 
         raise SettingsError(f"{where}: naming {naming} cannot express a network with {', '.join(wrong)}")
 
 
-def _write(target: Path, tensors: dict[str, mx.array], config: Mapping[str, Any], naming: str) -> list[Path]:
+def _files(target: Path, naming: str) -> list[Path]:
+    """Files to write: one for all; weights and configuration; or one for each half."""
     if target.suffix == ".safetensors":
-        write_safetensors(target, tensors, {CONFIG_KEY: json.dumps(config)})
         return [target]
     if target.is_file():
         raise SettingsError(f"{target} is a file; give a folder or a .safetensors file")
     if naming == "diffusers":
-        files = [target / f"{STEM}.safetensors", target / "config.json"]
-        write_safetensors(files[0], tensors)
-        write_json(files[1], config)
-        return files
+        return [target / f"{STEM}.safetensors", target / "config.json"]
     if naming != "taesd":
         raise SettingsError(f"{target}: naming {naming} needs a single file; give a name that ends in .safetensors")
-    files = [target / f"taesd_{half}.safetensors" for half in HALVES]
-    for half, file in zip(HALVES, files, strict=True):
-        part = {name.removeprefix(f"{half}."): tensor for name, tensor in tensors.items() if name.startswith(half)}
-        write_safetensors(file, part, {CONFIG_KEY: json.dumps(config)})
-    return files
+    return [target / f"taesd_{half}.safetensors" for half in HALVES]
+
+
+def _write(files: Sequence[Path], tensors: dict[str, mx.array], config: Mapping[str, Any]) -> None:
+    if len(files) == 1:
+        write_safetensors(files[0], tensors, {CONFIG_KEY: json.dumps(config)})
+    elif files[1].suffix == ".json":
+        write_safetensors(files[0], tensors)
+        write_json(files[1], config)
+    else:
+        for half, file in zip(HALVES, files, strict=True):
+            part = {name.removeprefix(f"{half}."): tensor for name, tensor in tensors.items() if name.startswith(half)}
+            write_safetensors(file, part, {CONFIG_KEY: json.dumps(config)})
 
 
 def _cast(tensors: Mapping[str, mx.array], dtype: str) -> dict[str, mx.array]:

@@ -15,6 +15,9 @@ from mflux_vae.runtime.device_errors import device_error
 from mflux_vae.runtime.process import launched_rank
 from mflux_vae.utils.redaction import redacted
 
+EXTENSION = "mflux_vae.kernels.cpu.extension"
+"""Logger that says once why the native extension is not used."""
+
 
 class ConsoleHandler(logging.Handler):
     """Writes log lines between the updates of a progress bar; warnings and errors always go to standard error.
@@ -61,17 +64,18 @@ def _is_first_process() -> bool:
 def logging_to_console(levels: Mapping[str, int], stream: str = "stdout") -> Iterator[None]:
     """Within the block these loggers write to the console, from the given levels on."""
     handler = ConsoleHandler(stream)
-    loggers = {logging.getLogger(name): level for name, level in levels.items()}
-    before = {logger: logger.level for logger in loggers}
-    for logger, level in loggers.items():
-        logger.addHandler(handler)
-        logger.setLevel(level)
+    loggers = {name: logging.getLogger(name) for name in levels}
+    before = {name: logger.level for name, logger in loggers.items()}
+    for name, logger in loggers.items():
+        if not any(name.startswith(f"{parent}.") for parent in loggers):  # whose lines reach the parent
+            logger.addHandler(handler)
+        logger.setLevel(levels[name])
     try:
         yield
     finally:
-        for logger, level in before.items():
+        for name, logger in loggers.items():
             logger.removeHandler(handler)
-            logger.setLevel(level)
+            logger.setLevel(before[name])
 
 
 def run_command(
@@ -86,7 +90,8 @@ def run_command(
     """Run a command: log lines to the console, an error as one line on standard error.
 
     Args:
-        levels: see `logging_to_console`; the first logger also takes Python's warnings.
+        levels: see `logging_to_console`; the first logger also takes Python's warnings. Every command says why it
+            computes slower than it could.
         debug: whether unexpected errors keep their traceback; None for a command without --debug, where they do.
         early: warnings from before this call.
 
@@ -98,7 +103,7 @@ def run_command(
     show, logger = warnings.showwarning, logging.getLogger(next(iter(levels)))
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     try:
-        with logging_to_console(levels, stream):
+        with logging_to_console({**levels, EXTENSION: logging.INFO}, stream):
             for warning in early:
                 logger.warning("%s", warning.message)
             work()

@@ -84,6 +84,18 @@ def test_one_line_says_what_was_converted_or_ignored(run: Run, model: Path, tmp_
     assert "Display P3" not in run("reconstruct", tmp_path / "photos", "--model", model, "--json")[1]
 
 
+def test_convert_replaces_files_only_if_told(run: Run, model: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "vae.safetensors", tmp_path / "folder"
+    folder.mkdir()
+    for target, taken in ((file, file), (folder, folder / "config.json")):
+        taken.write_text("mine")
+        status, _, err = run("convert", model, target)
+        assert status == 2 and f"{taken} exists; give --overwrite" in err, err
+        assert taken.read_text() == "mine" and [*folder.iterdir()] == [folder / "config.json"] * (target == folder)
+        status, _, err = run("convert", model, target, "--overwrite")
+        assert status == 0 and VAE.from_pretrained(target).config == VAE.from_pretrained(model).config, err
+
+
 def test_interrupted_encode_resumes(
     run: Run, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +315,7 @@ def test_subfolders_are_not_searched(run: Run, photos: Path) -> None:
 
 def test_debug_tells_shapes(run: Run, model: Path, photos: Path) -> None:
     quiet, loud = (run("reconstruct", photos / "a.png", "--model", model, *flags)[2] for flags in ((), ("--debug",)))
-    assert "(1, 24, 32, 3)" in loud and "MB" in loud and not quiet
+    assert "(1, 24, 32, 3)" in loud and "MB" in loud and "MB" not in quiet
 
 
 def test_what_is_not_from_here_is_told_from_what_is(tmp_path: Path) -> None:

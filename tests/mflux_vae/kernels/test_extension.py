@@ -11,10 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
+from mflux_vae import VAE
+from mflux_vae.images import save_image
 from mflux_vae.kernels.cpu import extension
 from mflux_vae.runtime import device
+from tests.conftest import Run
+from tests.mflux_vae.small_models import small_kl
 
 ROOT = Path(__file__).parents[3]
 MLX = extension.MLX
@@ -68,6 +73,14 @@ def test_one_line_says_why_mlx_computes(
         assert extension.native() is None and extension.native() is None
     (record,) = caplog.records
     assert record.levelno == logging.INFO and word in record.getMessage()
+
+
+def test_a_command_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
+    monkeypatch.setenv(extension.VARIABLE, "0")
+    VAE(network=small_kl()).save_pretrained(tmp_path / "model")
+    save_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
+    status, _, err = run("reconstruct", tmp_path / "a.png", "--model", tmp_path / "model")
+    assert status == 0 and err.count("MLX's operations") == 1 and f"{extension.VARIABLE} is 0" in err
 
 
 def test_nothing_is_logged_with_the_extension_or_on_a_gpu(
