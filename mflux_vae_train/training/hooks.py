@@ -80,7 +80,7 @@ class MetricsLog:
     def __call__(self, record: Record) -> None:
         self.add(record.update, {**record.metrics, "seconds": round(record.seconds, 4), **self._extra(record)})
 
-    def add(self, update: int, metrics: Mapping[str, float]) -> None:
+    def add(self, update: int, metrics: Mapping[str, float | str]) -> None:
         """Log measurements after an update."""
         self._file.write(json.dumps({"update": update, **metrics}) + "\n")
         self._file.flush()

@@ -12,7 +12,7 @@ from mflux_vae_train.monitoring.report.curves import Curve
 
 _KNOWN = {
     *("update", "seconds", "samples", "memory_gb", "loss", "instance_loss", "prior_loss"),
-    *("learning_rate", "effective_rate", "grad_norm", "update_size", held_out.METRIC),
+    *("learning_rate", "effective_rate", "grad_norm", "update_size", held_out.METRIC, held_out.MEASURED),
 }
 
 
@@ -43,7 +43,7 @@ def charts(records: Sequence[Mapping[str, Any]], max_grad_norm: float, total: in
         ),
         Chart(
             title="Held-out loss",
-            curves=[_curve(records, held_out.METRIC, "instance loss", smooth=False)],
+            curves=[_curve(held_out.measured_records(records), held_out.METRIC, "instance loss", smooth=False)],
             note="On images that are not trained, always with the same noise. It rises when the run learns the training"
             " images by heart.",
             logarithmic=False,

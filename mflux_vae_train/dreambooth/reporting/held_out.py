@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mflux_vae_train.distributed.process_group import SINGLE, ProcessGroup
-from mflux_vae_train.dreambooth.best_adapter import Best, read_best
+from mflux_vae_train.dreambooth.best_adapter import MEASURED, Best, read_best
 from mflux_vae_train.dreambooth.export import save_adapter_files
 from mflux_vae_train.dreambooth.planning.prepare import Preparation
 from mflux_vae_train.dreambooth.run_folder import ADAPTER, RunFolder
@@ -23,7 +23,7 @@ METRIC = "held_out_loss"
 
 
 class HeldOut:
-    """Called with the number of updates made: returns the held-out loss, logs it, and keeps the adapter if it is best.
+    """Called with the number of updates made: measures the held-out loss, logs it, and keeps the adapter if it is best.
 
     An adapter that an interrupted run kept stays the best one until the run has made its update again.
 
@@ -46,10 +46,14 @@ class HeldOut:
         self._start, self._processes = start, processes
         self._best: Best | None = None
         self._looked = False
-        records = read_metrics(folder.metrics) if start else []
-        self._untrained = next((one.get(METRIC) for one in records if one["update"] == 0), None)
+        records = measured_records(read_metrics(folder.metrics) if start else [])
+        comparable = not records or records[-1].get(MEASURED) == run.measured
+        self._untrained = next((one[METRIC] for one in records if comparable and one["update"] == 0), None)
+        if not comparable:
+            logger.warning("earlier held-out losses are of other images or other noise: they do not count any more")
 
-    def __call__(self, update: int) -> float:
+    def __call__(self, update: int) -> dict[str, Any]:
+        """The loss, and what was measured, for the metrics log."""
         loss = self._measure()
         better = self._run.resolved.keep_best and update > 0 and self._is_best(loss)
         if better:
@@ -62,7 +66,7 @@ class HeldOut:
         logger.info("held-out loss after update %d: %.4f%s", update, loss, kept)
         if not math.isfinite(loss):
             logger.warning("the held-out loss is not finite: look for a broken held-out image")
-        return loss
+        return {METRIC: loss, MEASURED: self._run.measured}
 
     def _since(self, loss: float) -> str:
         if self._untrained is None or not loss >= self._untrained:
@@ -127,8 +131,14 @@ class HeldOutLosses:
         )
 
 
+def measured_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Lines of a metrics log with a held-out loss, of the same images and noise as the last one."""
+    found = [record for record in records if METRIC in record]
+    return [record for record in found if record.get(MEASURED) == found[-1].get(MEASURED)]
+
+
 def held_out_losses(records: Sequence[Mapping[str, Any]]) -> HeldOutLosses | None:
     """The held-out losses in the lines of a metrics log; None if there is none of an update."""
-    losses = {record["update"]: record[METRIC] for record in records if METRIC in record}
+    losses = {record["update"]: record[METRIC] for record in measured_records(records)}
     trained = {update: loss for update, loss in losses.items() if update and math.isfinite(loss)}
     return HeldOutLosses(untrained=losses.get(0), trained=trained) if trained else None

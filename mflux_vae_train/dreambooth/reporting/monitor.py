@@ -134,11 +134,11 @@ class Monitor:
         return [self.pace.timed_every(interval, measure, seconds=self._measure_seconds)]
 
     def _measure(self, held_out: HeldOut, update: int) -> None:
-        loss = held_out(update)
+        measured = held_out(update)
         for log in self._logs:
-            log.add(update, {METRIC: loss})
+            log.add(update, measured)
         for tracker in self._trackers:
-            tracker.scalars("validation", update, {"loss": loss})
+            tracker.scalars("validation", update, {"loss": measured[METRIC]})
 
     def preview_hook(self) -> Hook:
         """Hook for every `validation_steps`: draw the previews, if there are any, and update the report with them."""

@@ -127,6 +127,7 @@ def test_going_back_leaves_the_best_of_later_updates_behind(
 def test_the_best_of_other_held_out_images_is_not_compared(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     scripted(monkeypatch, 2.0, 1.0, 1.75, 1.75)
     for index in range(2):
         save_image(tmp_path / str(index) / "held out.png", subject(50 + index))
@@ -137,6 +138,9 @@ def test_the_best_of_other_held_out_images_is_not_compared(
     train(settings(**{**options, "validation_data_dir": str(tmp_path / "1")}))
     best = read_best(tmp_path / "out" / "best" / ADAPTER)
     assert best is not None and best.update == 4 and "other held-out images" in caplog.text
+    assert "do not count any more" in caplog.text and "untrained" not in caplog.text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1.75 at its lowest" in page and "2 untrained" not in page
 
 
 def test_every_kind_of_run_is_measured(settings: Make, tmp_path: Path, instance_dir: Path) -> None:
