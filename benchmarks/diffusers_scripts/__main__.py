@@ -33,10 +33,11 @@ Measured on 2026-11-30 (AMD EPYC, two cores, diffusers 0.42.1, torch 2.14.1), on
 
 | | seconds | ratio | fidelity | class retention |
 |---|---|---|---|---|
-| `tiny`, 60 updates | 5.96 / 17.28 | 2.90 | 0.44 / 0.22 | 0.41 / 0.27 |
-| `tiny`, 400 | 27.71 / 62.87 | 2.27 | 1.00 / 1.00 | 0.68 / 0.45 |
+| `tiny`, 60 updates | 4.93 / 18.07 | 3.66 | 0.44 / 0.22 | 0.41 / 0.27 |
+| `tiny`, 400 | 27.04 / 57.35 | 2.12 | 1.00 / 1.00 | 0.68 / 0.45 |
 
-Updates take 0.064 s and 0.134 s; the rest of the command takes 2 s and 9 s.
+The ratios of another run were 3.32 and 1.89. Updates take 0.065 s and 0.116 s; the rest of the command takes 1 s and
+11 s.
 """
 
 from __future__ import annotations
