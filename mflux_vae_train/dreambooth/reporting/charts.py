@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mflux_vae_train.dreambooth.best_adapter import MEASURED
 from mflux_vae_train.dreambooth.optimization import loss_by_noise
 from mflux_vae_train.dreambooth.reporting import held_out
 from mflux_vae_train.monitoring.report.charts import Chart, draw
@@ -12,7 +13,7 @@ from mflux_vae_train.monitoring.report.curves import Curve
 
 _KNOWN = {
     *("update", "seconds", "samples", "memory_gb", "loss", "instance_loss", "prior_loss"),
-    *("learning_rate", "effective_rate", "grad_norm", "update_size", held_out.METRIC, held_out.MEASURED),
+    *("learning_rate", "effective_rate", "grad_norm", "update_size", held_out.METRIC, MEASURED),
 }
 
 

@@ -20,8 +20,8 @@ void each_panel(int64_t n, F&& work) {
   }
 }
 
-/// Call `work(left, columns)` on all threads for parts of n columns, each some panels of `each_panel(n)` and more than `grain`
-/// columns.
+/// Call `work(left, columns)` on all threads for parts of n columns: whole panels of `each_panel(n)`, at least `grain` columns
+/// if there are as many.
 void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
 
 /// Packs rows [from, from + k) and columns [left, left + n) of b into panels, as `Kernels::pack` does.
