@@ -360,6 +360,10 @@ def large_conv2d(draw: Draw) -> Case:
             (3, 70, 60, 5, 20, 1),  # weights' gradient as a sum of parts
             (2, 70, 9, 5, 20, 1),  # many rows of a narrow image
             (1, 9, 60 + side, 18, 20, 2),  # a wide image
+            (33, side - 5, 7, 6, 20, draw.choice([1, 2])),  # several images at once
+            (2, 30 + side, 37, draw.choice([1, 3, 6]), 17, draw.choice([1, 2])),  # few channels
+            (3, 90 + side, 83, 17, 20, 2),  # large and strided
+            (1, 5, 6, 3, 1100, 2),  # long windows of the input gradient
         ]
     )
     padding = [draw.integer(0, 4) for _ in range(4)]

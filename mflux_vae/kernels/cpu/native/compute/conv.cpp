@@ -12,58 +12,87 @@
 namespace mflux {
 namespace {
 
-/// For narrow images, of which `direct` fills no block, and for long windows: a product that copies parts of the matrix of
-/// windows.
-void by_windows(const Conv& conv, const ConvArrays& in, float* y) {
+/// How far apart images, rows and pixels of a result are.
+struct Places {
+  int64_t image, row, pixel;
+
+  explicit Places(const Conv& conv) : image(conv.out_height * conv.out_width * conv.o), row(conv.out_width * conv.o), pixel(conv.o) {}
+  Places(int64_t image, int64_t row, int64_t pixel) : image(image), row(row), pixel(pixel) {}
+};
+
+/// For many weights: a product that copies parts of the matrix of windows.
+void by_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
   const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c, pixels = conv.out_height * conv.out_width;
-  const Packer weights = weight_packer(conv, in.weight);
-  if (!conv.affine && !conv.silu) {
-    gemm(window_reader(conv, in.x), weights, y, conv.batch * pixels, o, depth, {.bias = in.bias, .residual = in.residual});
-    return;
+  const bool prepared = !conv.affine && !conv.silu;
+  const int64_t images = prepared ? conv.batch : 1;  // at once
+  std::vector<int64_t> at;
+  for (Pixel pixel(conv.out_height, conv.out_width, 0); int64_t(at.size()) < images * pixels; pixel.next()) {
+    at.push_back(pixel.image * places.image + pixel.row * places.row + pixel.column * places.pixel);
   }
-  const Floats activated = floats(conv.height * conv.width * c);
-  for (int64_t image = 0; image < conv.batch; image++) {
-    const float *x = in.x + image * conv.height * conv.width * c,
-                *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
-    parallel_for(conv.height * conv.width, 1 + GRAIN / (c + 1), [&](int64_t begin, int64_t end) {
-      kernels()->affine(x + begin * c, scale, shift, conv.silu, activated.get() + begin * c, end - begin, c);
-    });
-    const int64_t at = image * pixels * o;
-    gemm(window_reader(conv, activated.get()), weights, y + at, pixels, o, depth,
-         {.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr});
+  const Floats activated = floats(prepared ? 0 : conv.height * conv.width * c);
+  for (int64_t image = 0; image < conv.batch; image += images) {
+    const float* x = in.x + image * conv.height * conv.width * c;
+    if (!prepared) {
+      const float *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
+      parallel_for(conv.height * conv.width, 1 + GRAIN / (c + 1), [&](int64_t begin, int64_t end) {
+        kernels()->affine(x + begin * c, scale, shift, conv.silu, activated.get() + begin * c, end - begin, c);
+      });
+      x = activated.get();
+    }
+    gemm(window_reader(conv, x), weights, {y + image * places.image, 0, at.data()}, images * pixels, o, depth,
+         {.bias = in.bias, .residual = in.residual ? in.residual + image * places.image : nullptr});
   }
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.
-void direct(const Conv& conv, const ConvArrays& in, float* y) {
+void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float* y, const Places& places) {
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c;
-  const Packer packer = weight_packer(conv, in.weight);
   const Floats weights = floats(up(o, kernel.tile_columns) * depth);
   parallel_panels(o, 16384 / depth, [&](int64_t first, int64_t count) {
     packer(0, depth, first, count, weights.get() + first * depth);
   });
+  // blocks are parts of a row of pixels, several rows, or several images
   const int64_t pixels = std::clamp<int64_t>(up(64 * 1024 / depth, kernel.tile_rows), kernel.tile_rows, 240);
   const int64_t span = std::min(pixels, conv.out_width), rows = std::min(pixels / span, conv.out_height);
+  const int64_t most = rows == conv.out_height ? std::max<int64_t>(pixels / (rows * span), 1) : 1,
+                groups = up(up(conv.batch, most) / most, most > 1 ? threads() : 1),
+                images = std::max<int64_t>(up(conv.batch, groups) / std::max<int64_t>(groups, 1), 1);
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
-  parallel_for(conv.batch * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(up(conv.batch, images) / images * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t seen_x = (span - 1) * conv.stride + conv.kw, seen_y = (rows - 1) * conv.stride + conv.kh;
-    const Floats window = floats(seen_x * seen_y * c);
+    const Floats window = floats(images * seen_x * seen_y * c);
+    std::vector<int64_t> from(images * rows * span), to(from.size());
     for (int64_t block = begin; block < end; block++) {
-      const int64_t image = block / (blocks_y * blocks_x), first = block / blocks_x % blocks_y * rows,
+      const int64_t image = block / (blocks_y * blocks_x) * images, first = block / blocks_x % blocks_y * rows,
                     left = block % blocks_x * span;
-      const int64_t height = std::min(rows, conv.out_height - first), width = std::min(span, conv.out_width - left);
-      const int64_t columns = (width - 1) * conv.stride + conv.kw;
-      read_window(conv, in, image, first * conv.stride - conv.top, (height - 1) * conv.stride + conv.kh,
-                  left * conv.stride - conv.left, columns, window.get());
-      for (int64_t r = 0; r < height; r++) {
-        const int64_t at = ((image * conv.out_height + first + r) * conv.out_width + left) * o;
-        const Epilogue last{.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr};
-        kernel.product_parts(window.get() + r * conv.stride * columns * c, conv.stride * c, conv.kh, conv.kw * c,
-                             columns * c, weights.get(), y + at, o, width, o, false, &last);
+      const int64_t count = std::min(images, conv.batch - image), height = std::min(rows, conv.out_height - first),
+                    width = std::min(span, conv.out_width - left);
+      const int64_t lines = (height - 1) * conv.stride + conv.kh, columns = (width - 1) * conv.stride + conv.kw;
+      int64_t pixel = 0;
+      for (int64_t i = 0; i < count; i++) {
+        read_window(conv, in, image + i, first * conv.stride - conv.top, lines, left * conv.stride - conv.left, columns,
+                    window.get() + i * lines * columns * c);
+        for (int64_t row = 0; row < height; row++) {
+          for (int64_t column = 0; column < width; column++, pixel++) {
+            from[pixel] = ((i * lines + row * conv.stride) * columns + column * conv.stride) * c;
+            to[pixel] = i * places.image + row * places.row + column * places.pixel;
+          }
+        }
       }
+      const int64_t at = image * places.image + first * places.row + left * places.pixel;
+      const Epilogue last{.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr};
+      kernel.product_parts({window.get(), 0, from.data()}, {conv.kh, conv.kw * c, columns * c}, weights.get(),
+                           {y + at, 0, to.data()}, pixel, o, false, &last);
     }
   });
+}
+
+/// The faster one.
+void by_products(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
+  constexpr int64_t DEPTH = 4096;
+  const int64_t depth = conv.kh * conv.kw * conv.c;
+  (depth == 0 || (depth > DEPTH && !conv.affine && !conv.silu) ? by_windows : direct)(conv, in, weights, y, places);
 }
 
 /// For few output channels: one product computes each pixel's part in the windows around it, then windows are summed.
@@ -127,9 +156,45 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
   } else if (conv.stride == 1 && conv.o <= 4 && conv.c >= 16 && conv.kh * conv.kw > 1) {
     summed(conv, in, y);
   } else {
-    const int64_t depth = conv.kh * conv.kw * conv.c;
-    const bool narrow = conv.out_width < 3 * kernels()->tile_rows, deep = depth > 4096 && !conv.affine && !conv.silu;
-    (depth == 0 || narrow || deep ? by_windows : direct)(conv, in, y);
+    by_products(conv, in, weight_packer(conv, in.weight), y, Places(conv));
+  }
+}
+
+void input_gradient(const Conv& conv, const float* weight, const float* dy, const float* bias, float* dx) {
+  // Pixels of dx with the same remainders by the stride see the same taps: each group is a convolution of dy.
+  const int64_t c = conv.c, o = conv.o, stride = conv.stride, filter = conv.kh * conv.kw * c;
+  // taps of pixels with a remainder, the last first: pixel i * stride + remainder sees dy from i - before on
+  const auto taps = [stride](int64_t remainder, int64_t padding, int64_t size, int64_t& before) {
+    std::vector<int64_t> found;
+    for (int64_t tap = size - 1; tap >= 0; tap--) {
+      if ((remainder + padding - tap) % stride == 0) {
+        before = found.empty() ? (tap - remainder - padding) / stride : before;
+        found.push_back(tap);
+      }
+    }
+    return found;
+  };
+  for (int64_t py = 0; py < std::min(stride, conv.height); py++) {
+    for (int64_t px = 0; px < std::min(stride, conv.width); px++) {
+      Conv group{.batch = conv.batch, .height = conv.out_height, .width = conv.out_width, .c = o, .o = c, .stride = 1,
+                 .out_height = (conv.height - py + stride - 1) / stride,
+                 .out_width = (conv.width - px + stride - 1) / stride};
+      const auto down = taps(py, conv.top, conv.kh, group.top), across = taps(px, conv.left, conv.kw, group.left);
+      group.kh = down.size();
+      group.kw = across.size();
+      const Packer weights = [&](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
+        each_panel(n, [&](int64_t first, int64_t channels, int64_t width) {
+          for (int64_t j = 0, length; j < k; j += length) {
+            const int64_t tap = (from + j) / o, inside = (from + j) % o;
+            length = std::min(o - inside, k - j);
+            const float* part = weight + inside * filter + (down[tap / group.kw] * conv.kw + across[tap % group.kw]) * c;
+            kernels()->pack({part + left + first, filter, 1}, length, channels, packed + first * k + j * width);
+          }
+        });
+      };
+      by_products(group, {.x = dy, .weight = nullptr, .bias = bias}, weights, dx + (py * conv.width + px) * c,
+                  {conv.height * conv.width * c, stride * conv.width * c, stride * c});
+    }
   }
 }
 

@@ -16,10 +16,10 @@ constexpr int64_t FEW_ROWS = 8;
 // Rows of a up to which each thread packs the columns of b that it multiplies: one reads memory while another computes.
 constexpr int64_t SOME_ROWS = 512;
 
-/// The epilogue of rows from `top` and columns from `left` on.
-Epilogue part_of(Epilogue last, int64_t top, int64_t left, int64_t n) {
+/// The epilogue of columns from `left` on, and of results from number `at` on.
+Epilogue part_of(Epilogue last, int64_t left, int64_t at) {
   last.bias = last.bias ? last.bias + left : nullptr;
-  last.residual = last.residual ? last.residual + top * n + left : nullptr;
+  last.residual = last.residual ? last.residual + at : nullptr;
   return last;
 }
 
@@ -48,7 +48,7 @@ Left left_of(Matrix a) {
 }
 
 /// All rows of some columns of a are copied if need be, then threads take columns of b.
-void product_of_some_rows(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k,
+void product_of_some_rows(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k,
                           const Epilogue& last, bool add) {
   constexpr int64_t GROUP = 48, SPAN = 48, HELD = 1 << 20;  // rows copied at once, columns of b, numbers of a
   const int64_t groups = up(m, GROUP) / GROUP, nr = kernels()->tile_columns;
@@ -73,13 +73,14 @@ void product_of_some_rows(const Left& a, const Packer& b, float* c, int64_t m, i
       const Floats packed = floats(span * std::min(k, DEPTH));
       for (int64_t job = begin; job < end; job++) {
         const int64_t left = job % spans * span, top = job / spans * height, columns = std::min(span, n - left);
-        const Epilogue mine = part_of(last, top, left, n);
+        const Rows<float> to = c.part(top, left);
+        const Epilogue mine = part_of(last, left, to.data - c.data);
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
           const int64_t from = done + chunk * DEPTH;
           b(from, depth(chunk), left, columns, packed.get());
-          kernels()->product(a.data ? a.data + top * step + from : rows.get() + (chunk * m + top) * step, step,
-                             packed.get(), c + top * n + left, n, std::min(height, m - top), columns, depth(chunk),
-                             add || from > 0, from + depth(chunk) == k ? &mine : nullptr);
+          kernels()->product_parts({a.data ? a.data + top * step + from : rows.get() + (chunk * m + top) * step, step},
+                                   {1, depth(chunk)}, packed.get(), to, std::min(height, m - top), columns,
+                                   add || from > 0, from + depth(chunk) == k ? &mine : nullptr);
         }
       }
     });
@@ -87,7 +88,7 @@ void product_of_some_rows(const Left& a, const Packer& b, float* c, int64_t m, i
 }
 
 /// Parts of b are packed for all threads, which take blocks of a.
-void product_of_many_rows(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+void product_of_many_rows(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
                           bool add) {
   constexpr int64_t ROWS = 120;      // of a: a block stays in the L2 cache
   constexpr int64_t COLUMNS = 1024;  // of b
@@ -107,25 +108,26 @@ void product_of_many_rows(const Left& a, const Packer& b, float* c, int64_t m, i
         const Floats block = floats(a.data ? 0 : rows * step);
         for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
           const int64_t height = std::min(rows, m - top);
-          const Epilogue mine = part_of(last, top, left, n);
+          const Rows<float> to = c.part(top, left);
+        const Epilogue mine = part_of(last, left, to.data - c.data);
           if (!a.data) {
             a.read(top, height, from, inner, block.get(), step);
           }
-          kernels()->product(a.data ? a.data + top * step + from : block.get(), step, packed.get(), c + top * n + left, n,
-                             height, width, inner, add || from > 0, from + inner == k ? &mine : nullptr);
+          kernels()->product_parts({a.data ? a.data + top * step + from : block.get(), step}, {1, inner}, packed.get(), to,
+                                   height, width, add || from > 0, from + inner == k ? &mine : nullptr);
         }
       });
     }
   }
 }
 
-void product(const Left& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+void product(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   if (m == 0 || n == 0) {
     return;
   }
   if (k == 0) {  // the epilogue of zeros
     const float none = 0;
-    kernels()->product(&none, 0, &none, c, n, m, n, 0, add, &last);
+    kernels()->product_parts({&none, 0}, {1, 0}, &none, c, m, n, add, &last);
     return;
   }
   (m <= SOME_ROWS ? product_of_some_rows : product_of_many_rows)(a, b, c, m, n, k, last, add);
@@ -140,19 +142,19 @@ void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t,
   });
 }
 
-void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+void gemm(const Reader& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   product({a}, b, c, m, n, k, last, add);
 }
 
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
-  product(left_of(a), b, c, m, n, k, last, add);
+  product(left_of(a), b, {c, n}, m, n, k, last, add);
 }
 
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
   if (m <= FEW_ROWS && a.columns == 1 && b.rows == 1) {
     parallel_for(n, 1 + (1 << 15) / (k * m + 1), [&](int64_t begin, int64_t end) {
       kernels()->dot_products(a.data, a.rows, b.data + begin * b.columns, b.columns, c + begin, n, m, end - begin, k,
-                              add, part_of(last, 0, begin, n));
+                              add, part_of(last, begin, begin));
     });
     return;
   }

@@ -30,9 +30,9 @@ using Packer = std::function<void(int64_t from, int64_t k, int64_t left, int64_t
 /// Copies rows [top, top + m) and columns [from, from + k) of a to rows that are `step` apart.
 using Reader = std::function<void(int64_t top, int64_t m, int64_t from, int64_t k, float* to, int64_t step)>;
 
-/// c (m, n), contiguous = a (m, k) b (k, n), or += if `add`; then the epilogue. Results do not depend on the number of
-/// threads. A matrix a has contiguous rows or columns.
-void gemm(const Reader& a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+/// c (m, n) = a (m, k) b (k, n), or += if `add`; then the epilogue. Results do not depend on the number of threads. A matrix
+/// a has contiguous rows or columns.
+void gemm(const Reader& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
           bool add = false);
 void gemm(Matrix a, const Packer& b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);
 void gemm(Matrix a, Matrix b, float* c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add = false);

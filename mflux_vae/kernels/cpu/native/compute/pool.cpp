@@ -172,11 +172,14 @@ void parallel_sums(int64_t items, int64_t count, int64_t grain, int64_t size, fl
     }
   });
   if (parts > 1) {
-    parallel_for(items, std::max<int64_t>(1, 65536 / (parts * std::max<int64_t>(size, 1))), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; item++) {
+    parallel_for(items * size, 1 + 32768 / parts, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin, last; first < end; first = last) {  // of one item
+        const int64_t item = first / size;
+        last = std::min(end, (item + 1) * size);
         for (int64_t i = 0; i < parts; i++) {
-          for (int64_t j = 0; j < size; j++) {
-            out[item * size + j] += partial[(item * parts + i) * size + j];
+          const float* from = partial + (item * parts + i) * size - item * size;
+          for (int64_t j = first; j < last; j++) {
+            out[j] += from[j];
           }
         }
       }

@@ -10,13 +10,34 @@ enum class Activation : int { none, silu, gelu, gelu_tanh, quick_gelu, sigmoid, 
 /// What a matrix product adds to each result.
 struct Epilogue {
   const float* bias = nullptr;  // (n,)
-  const float* residual = nullptr;  // (m, n), rows as in the result
+  const float* residual = nullptr;  // (m, n), as far apart as the result
 };
 
 /// A matrix in memory: element (i, j) is at data[i * rows + j * columns].
 struct Matrix {
   const float* data;
   int64_t rows, columns;  // strides
+};
+
+/// Rows of numbers: row i begins at data[i * step], or at data[at[i]] if `at` is given.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t step;
+  const int64_t* at = nullptr;
+
+  T* operator[](int64_t i) const { return data + (at ? at[i] : i * step); }
+  /// From row `top` and number `left` on.
+  Rows part(int64_t top, int64_t left) const {
+    return {data + (at ? 0 : top * step) + left, step, at ? at + top : nullptr};
+  }
+};
+
+/// What a product sums over: `parts` of `length`. Sides have so many numbers between parts, and inside of them.
+struct Terms {
+  int64_t parts, length;
+  int64_t a_part = 0, a_step = 1;
+  int64_t b_part = 0, b_step = 0;  // of rows of b; 0: b is from `pack`
 };
 
 struct Kernels {
@@ -53,9 +74,9 @@ struct Kernels {
   void (*dot_products)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
                        int64_t n, int64_t k, bool add, const Epilogue& last);
 
-  /// c (m, n) = a b, or += if `add`, without an activation; rows of a have `parts` parts of `length` numbers, which are `step` apart.
-  void (*product_parts)(const float* a, int64_t lda, int64_t parts, int64_t length, int64_t step, const float* b,
-                        float* c, int64_t ldc, int64_t m, int64_t n, bool add, const Epilogue* last);
+  /// The same with rows anywhere. Vectors beyond n are read from a b that is not packed, up to `tile_columns`.
+  void (*product_parts)(Rows<const float> a, const Terms& terms, const float* b, Rows<float> c, int64_t m, int64_t n,
+                        bool add, const Epilogue* last);
 
   // see attention.inc
   void (*attend)(float* x, const float* mask, int64_t mask_step, float scale, float* stats, int64_t count);

@@ -98,7 +98,8 @@ void backward(const AttentionOptions& o, const std::vector<const float*>& in, fl
     const Floats p = floats(BACK_BLOCK * row), ds = floats(BACK_BLOCK * row);
     const auto add_turned = [&](const float* from, int64_t rows, const float* panels, float* to, int64_t to_row,
                                 int64_t width, bool add) {  // to += from.T @ panels
-      kernel.product_parts(from, 1, rows, 1, row, panels, to, to_row, o.keys, width, add, nullptr);
+      kernel.product_parts({from, 1}, {.parts = 1, .length = rows, .a_step = row}, panels, {to, to_row}, o.keys, width, add,
+                           nullptr);
     };
     float *const to_k = part ? more_k.get() + (part - 1) * k_size : dk, *const to_v = part ? more_v.get() + (part - 1) * v_size : dv;
     for (int64_t one = 0; one < shared; one++) {
