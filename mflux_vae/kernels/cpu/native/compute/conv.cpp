@@ -16,32 +16,18 @@ namespace {
 struct Places {
   int64_t image, row, pixel;
 
-  explicit Places(const Conv& conv) : image(conv.out_height * conv.out_width * conv.o), row(conv.out_width * conv.o), pixel(conv.o) {}
-  Places(int64_t image, int64_t row, int64_t pixel) : image(image), row(row), pixel(pixel) {}
+  int64_t of(const Pixel& pixel) const { return pixel.image * image + pixel.row * row + pixel.column * this->pixel; }
 };
 
-/// For many weights: a product that copies parts of the matrix of windows.
+/// For few pixels and many weights: a product that copies windows, and packs weights just before they are multiplied.
 void by_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
-  const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c, pixels = conv.out_height * conv.out_width;
-  const bool prepared = !conv.affine && !conv.silu;
-  const int64_t images = prepared ? conv.batch : 1;  // at once
+  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
   std::vector<int64_t> at;
-  for (Pixel pixel(conv.out_height, conv.out_width, 0); int64_t(at.size()) < images * pixels; pixel.next()) {
-    at.push_back(pixel.image * places.image + pixel.row * places.row + pixel.column * places.pixel);
+  for (Pixel pixel(conv.out_height, conv.out_width, 0); int64_t(at.size()) < pixels; pixel.next()) {
+    at.push_back(places.of(pixel));
   }
-  const Floats activated = floats(prepared ? 0 : conv.height * conv.width * c);
-  for (int64_t image = 0; image < conv.batch; image += images) {
-    const float* x = in.x + image * conv.height * conv.width * c;
-    if (!prepared) {
-      const float *scale = conv.affine ? in.scale + image * c : nullptr, *shift = conv.affine ? in.shift + image * c : nullptr;
-      parallel_for(conv.height * conv.width, 1 + GRAIN / (c + 1), [&](int64_t begin, int64_t end) {
-        kernels()->affine(x + begin * c, scale, shift, conv.silu, activated.get() + begin * c, end - begin, c);
-      });
-      x = activated.get();
-    }
-    gemm(window_reader(conv, x), weights, {y + image * places.image, 0, at.data()}, images * pixels, o, depth,
-         {.bias = in.bias, .residual = in.residual ? in.residual + image * places.image : nullptr});
-  }
+  gemm(window_reader(conv, in.x), weights, {y, 0, at.data()}, pixels, conv.o, conv.kh * conv.kw * conv.c,
+       {.bias = in.bias, .residual = in.residual});
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.
@@ -69,30 +55,29 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
       const int64_t count = std::min(images, conv.batch - image), height = std::min(rows, conv.out_height - first),
                     width = std::min(span, conv.out_width - left);
       const int64_t lines = (height - 1) * conv.stride + conv.kh, columns = (width - 1) * conv.stride + conv.kw;
-      int64_t pixel = 0;
       for (int64_t i = 0; i < count; i++) {
         read_window(conv, in, image + i, first * conv.stride - conv.top, lines, left * conv.stride - conv.left, columns,
                     window.get() + i * lines * columns * c);
-        for (int64_t row = 0; row < height; row++) {
-          for (int64_t column = 0; column < width; column++, pixel++) {
-            from[pixel] = ((i * lines + row * conv.stride) * columns + column * conv.stride) * c;
-            to[pixel] = i * places.image + row * places.row + column * places.pixel;
-          }
-        }
+      }
+      const int64_t seen = count * height * width;
+      Pixel pixel(height, width, 0);
+      for (int64_t i = 0; i < seen; i++, pixel.next()) {
+        from[i] = ((pixel.image * lines + pixel.row * conv.stride) * columns + pixel.column * conv.stride) * c;
+        to[i] = places.of(pixel);
       }
       const int64_t at = image * places.image + first * places.row + left * places.pixel;
       const Epilogue last{.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr};
       kernel.product_parts({window.get(), 0, from.data()}, {conv.kh, conv.kw * c, columns * c}, weights.get(),
-                           {y + at, 0, to.data()}, pixel, o, false, &last);
+                           {y + at, 0, to.data()}, seen, o, false, &last);
     }
   });
 }
 
-/// The faster one.
-void by_products(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
-  constexpr int64_t DEPTH = 4096;
+void product_of_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
+  constexpr int64_t FEW = 512, MANY = 1 << 20;  // pixels, weights
   const int64_t depth = conv.kh * conv.kw * conv.c;
-  (depth == 0 || (depth > DEPTH && !conv.affine && !conv.silu) ? by_windows : direct)(conv, in, weights, y, places);
+  const bool few = conv.batch * conv.out_height * conv.out_width <= FEW && depth * conv.o > MANY;
+  (depth == 0 || (few && !conv.affine && !conv.silu) ? by_windows : direct)(conv, in, weights, y, places);
 }
 
 /// For few output channels: one product computes each pixel's part in the windows around it, then windows are summed.
@@ -156,7 +141,8 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
   } else if (conv.stride == 1 && conv.o <= 4 && conv.c >= 16 && conv.kh * conv.kw > 1) {
     summed(conv, in, y);
   } else {
-    by_products(conv, in, weight_packer(conv, in.weight), y, Places(conv));
+    const int64_t row = conv.out_width * conv.o;
+    product_of_windows(conv, in, weight_packer(conv, in.weight), y, {conv.out_height * row, row, conv.o});
   }
 }
 
@@ -192,8 +178,8 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
           }
         });
       };
-      by_products(group, {.x = dy, .weight = nullptr, .bias = bias}, weights, dx + (py * conv.width + px) * c,
-                  {conv.height * conv.width * c, stride * conv.width * c, stride * c});
+      product_of_windows(group, {.x = dy, .weight = nullptr, .bias = bias}, weights, dx + (py * conv.width + px) * c,
+                         {conv.height * conv.width * c, stride * conv.width * c, stride * c});
     }
   }
 }

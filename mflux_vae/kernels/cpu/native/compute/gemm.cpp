@@ -109,7 +109,7 @@ void product_of_many_rows(const Left& a, const Packer& b, Rows<float> c, int64_t
         for (int64_t top = begin * rows; top < std::min(m, end * rows); top += rows) {
           const int64_t height = std::min(rows, m - top);
           const Rows<float> to = c.part(top, left);
-        const Epilogue mine = part_of(last, left, to.data - c.data);
+          const Epilogue mine = part_of(last, left, to.data - c.data);
           if (!a.data) {
             a.read(top, height, from, inner, block.get(), step);
           }

@@ -129,7 +129,7 @@ void winograd(const Conv& conv, const ConvArrays& in, float* y) {
 
 void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy, float* dweight) {
   constexpr int64_t HELD = 3 << 20, TILES = 192;  // numbers of both transforms at once, but at least this many tiles
-  constexpr int64_t ROWS = 120, DEPTH = 256, FAR = 128;  // of a product; numbers between columns that are read in place
+  constexpr int64_t ROWS = 120, DEPTH = 256;  // of a product
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, blocks = up(o, ROWS) / ROWS;
   const int64_t across = tiles_across(conv), down = tiles_down(conv), lines = conv.batch * down;
@@ -158,21 +158,15 @@ void winograd_weight_gradient(const Conv& conv, const float* x, const float* dy,
       }
     });
     parallel_for(36 * blocks, 1, [&](int64_t begin, int64_t end) {
-      const Floats turned = floats(o > FAR ? ROWS * (DEPTH + PAD) : 0);
       for (int64_t job = begin; job < end; job++) {
         const int64_t xi = job / blocks, top = job % blocks * ROWS, rows = std::min(ROWS, o - top);
         for (int64_t from = 0; from < tiles; from += DEPTH) {
           const int64_t depth = std::min(DEPTH, tiles - from);
-          const float* columns = m.get() + xi * m_step + from * o + top;
-          if (o > FAR) {
-            kernel.transpose(columns, o, depth, rows, turned.get(), DEPTH + PAD);
-          }
+          const Rows<const float> columns{m.get() + xi * m_step + from * o + top, 1};
           each_panel(c, [&](int64_t left, int64_t inputs, int64_t width) {
-            const float* panel = v.get() + xi * v_step + left * tiles + from * width;
-            const Rows<float> sums{u.get() + xi * u_step + top * c + left, c};
-            const auto read = o > FAR ? Rows<const float>{turned.get(), DEPTH + PAD} : Rows<const float>{columns, 1};
-            kernel.product_parts(read, {.parts = 1, .length = depth, .a_step = o > FAR ? 1 : o}, panel, sums, rows, inputs,
-                                 first + from > 0, nullptr);
+            kernel.product_parts(columns, {.parts = 1, .length = depth, .a_step = o},
+                                 v.get() + xi * v_step + left * tiles + from * width,
+                                 {u.get() + xi * u_step + top * c + left, c}, rows, inputs, first + from > 0, nullptr);
           });
         }
       }
