@@ -1,6 +1,7 @@
 #include "compute/conv.h"
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "compute/gemm.h"
@@ -41,14 +42,14 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
   // blocks are parts of a row of pixels, several rows, or several images
   const int64_t pixels = std::clamp<int64_t>(up(64 * 1024 / depth, kernel.tile_rows), kernel.tile_rows, 240);
   const int64_t span = std::min(pixels, conv.out_width), rows = std::min(pixels / span, conv.out_height);
-  const int64_t most = rows == conv.out_height ? std::max<int64_t>(pixels / (rows * span), 1) : 1,
-                groups = up(up(conv.batch, most) / most, most > 1 ? threads() : 1),
-                images = std::max<int64_t>(up(conv.batch, groups) / std::max<int64_t>(groups, 1), 1);
+  const int64_t most = rows == conv.out_height ? pixels / (rows * span) : 1,
+                groups = up(up(conv.batch, most) / most, most > 1 ? threads() : 1), images = up(conv.batch, groups) / groups;
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(up(conv.batch, images) / images * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t seen_x = (span - 1) * conv.stride + conv.kw, seen_y = (rows - 1) * conv.stride + conv.kh;
     const Floats window = floats(images * seen_x * seen_y * c);
     std::vector<int64_t> from(images * rows * span), to(from.size());
+    std::array<int64_t, 3> known{};  // the shape for which these are
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / (blocks_y * blocks_x) * images, first = block / blocks_x % blocks_y * rows,
                     left = block % blocks_x * span;
@@ -60,11 +61,13 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
                     window.get() + i * lines * columns * c);
       }
       const int64_t seen = count * height * width;
+      const std::array shape{count, height, width};
       Pixel pixel(height, width, 0);
-      for (int64_t i = 0; i < seen; i++, pixel.next()) {
+      for (int64_t i = 0; known != shape && i < seen; i++, pixel.next()) {
         from[i] = ((pixel.image * lines + pixel.row * conv.stride) * columns + pixel.column * conv.stride) * c;
         to[i] = places.of(pixel);
       }
+      known = shape;
       const int64_t at = image * places.image + first * places.row + left * places.pixel;
       const Epilogue last{.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr};
       kernel.product_parts({window.get(), 0, from.data()}, {conv.kh, conv.kw * c, columns * c}, weights.get(),

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <vector>
 
 #include "compute/conv.h"
 #include "compute/gemm.h"
@@ -19,7 +20,7 @@ void sum_in_place(const Conv& conv, const float* x, const float* dy, bool turned
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, line = conv.kw * c, size = o * conv.kh * line, nr = kernel.tile_columns;
   const int64_t columns = (conv.out_width - 1) * conv.stride + conv.kw + boxes, row = columns * c, step = conv.stride * row;
-  const int64_t d_row = conv.out_width * o, rows = std::clamp<int64_t>(NUMBERS / (step + d_row), 1, conv.out_height);
+  const int64_t d_row = conv.out_width * o, rows = std::max<int64_t>(std::min(NUMBERS / (step + d_row), conv.out_height), 1);
   const int64_t blocks = up(conv.out_height, rows) / rows, count = conv.batch * blocks;
   std::vector<int64_t> at;  // of the numbers of a window
   for (int64_t i = 0; i < conv.kh * line; i++) {
