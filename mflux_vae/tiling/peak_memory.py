@@ -310,11 +310,11 @@ _AWAITED = 1 << 20
 
 
 def _convolution_workspace(shape: Sequence[int], weight: Sequence[int], stride: int = 1) -> int:
-    """Workspace (bytes) of a convolution: on a CPU the transformed weights of the extension, or the windows that MLX
+    """Workspace (bytes) of a convolution: on a CPU the weights that the extension reorders, or the windows that MLX
     gathers from a copy or two; on Metal and CUDA that of Winograd's algorithm, or a copy of the image."""
     out, *kernel, channels = weight
     if kernels.native_expected():
-        return 4 * 36 * channels * out if kernel == [3, 3] and stride == 1 else 0
+        return 4 * channels * out * (36 if kernel == [3, 3] and stride == 1 else prod(kernel))
     if is_cpu():
         copies = 1 if stride == 1 else 2
         return 4 * prod(shape) * (copies + prod(-(-n // stride) for n in kernel))

@@ -363,7 +363,7 @@ def large_conv2d(draw: Draw) -> Case:
             (33, side - 5, 7, 6, 20, draw.choice([1, 2])),  # several images at once
             (2, 30 + side, 37, draw.choice([1, 3, 6]), 17, draw.choice([1, 2])),  # few channels
             (3, 90 + side, 83, 17, 20, 2),  # large and strided
-            (1, 5, 6, 3, 1100, 2),  # long windows of the input gradient
+            (1, 5, 6, 270, 1000, 2),  # few pixels, many weights
         ]
     )
     padding = [draw.integer(0, 4) for _ in range(4)]

@@ -100,6 +100,9 @@ def test_no_samples_give_empty_results_and_zero_gradients() -> None:
     assert gradient.tolist() == [0] * 6
     gradient = mx.grad(lambda w: native.conv2d(x, w, padding=[1, 1, 1, 1]).sum())(weight)
     assert not np.array(gradient).any()
+    columns, narrow = mx.zeros((1, 5, 0, 16)), mx.ones((2, 3, 1, 16))
+    gradient = mx.grad(lambda w: native.conv2d(columns, w, padding=[0, 0, 1, 1]).sum())(narrow)
+    assert not np.array(gradient).any()
     gradient = mx.grad(lambda w: native.linear(x, w).sum())(mx.ones((3, 6)))
     assert not np.array(gradient).any()
 

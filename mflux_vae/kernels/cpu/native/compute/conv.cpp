@@ -17,18 +17,28 @@ namespace {
 struct Places {
   int64_t image, row, pixel;
 
-  int64_t of(const Pixel& pixel) const { return pixel.image * image + pixel.row * row + pixel.column * this->pixel; }
+  int64_t of(const Pixel& at) const { return at.image * image + at.row * row + at.column * pixel; }
 };
 
 /// For few pixels and many weights: a product that copies windows, and packs weights just before they are multiplied.
 void by_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
-  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
+  const int64_t c = conv.c, pixels = conv.batch * conv.out_height * conv.out_width, image = conv.height * conv.width;
+  const bool activate = conv.affine || conv.silu;
+  const Floats activated = floats(activate ? conv.batch * image * c : 0);
+  parallel_for(activate ? conv.batch * image : 0, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin, last; first < end; first = last) {  // of one image
+      const int64_t pair = conv.affine ? first / image * c : 0;
+      last = std::min(end, (first / image + 1) * image);
+      kernels()->affine(in.x + first * c, conv.affine ? in.scale + pair : nullptr, conv.affine ? in.shift + pair : nullptr,
+                        conv.silu, activated.get() + first * c, last - first, c);
+    }
+  });
   std::vector<int64_t> at;
   for (Pixel pixel(conv.out_height, conv.out_width, 0); int64_t(at.size()) < pixels; pixel.next()) {
     at.push_back(places.of(pixel));
   }
-  gemm(window_reader(conv, in.x), weights, {y, 0, at.data()}, pixels, conv.o, conv.kh * conv.kw * conv.c,
-       {.bias = in.bias, .residual = in.residual});
+  gemm(window_reader(conv, activate ? activated.get() : in.x), weights, {y, 0, at.data()}, pixels, conv.o,
+       conv.kh * conv.kw * c, {.bias = in.bias, .residual = in.residual});
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.
@@ -36,14 +46,21 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, depth = conv.kh * conv.kw * c;
   const Floats weights = floats(up(o, kernel.tile_columns) * depth);
-  parallel_panels(o, 16384 / depth, [&](int64_t first, int64_t count) {
+  parallel_panels(o, 16384 / std::max<int64_t>(depth, 1), [&](int64_t first, int64_t count) {
     packer(0, depth, first, count, weights.get() + first * depth);
   });
   // blocks are parts of a row of pixels, several rows, or several images
-  const int64_t pixels = std::clamp<int64_t>(up(64 * 1024 / depth, kernel.tile_rows), kernel.tile_rows, 240);
-  const int64_t span = std::min(pixels, conv.out_width), rows = std::min(pixels / span, conv.out_height);
-  const int64_t most = rows == conv.out_height ? pixels / (rows * span) : 1,
-                groups = up(up(conv.batch, most) / most, most > 1 ? threads() : 1), images = up(conv.batch, groups) / groups;
+  const int64_t fit = up(64 * 1024 / std::max<int64_t>(depth, 1), kernel.tile_rows);
+  const int64_t pixels = std::clamp<int64_t>(fit, kernel.tile_rows, 240), span = std::min(pixels, conv.out_width);
+  const auto equal = [](int64_t size, int64_t most, int64_t others) {  // parts, as many for each thread
+    const int64_t parts = up(size, most) / most;
+    const bool few = others * parts < 8 * threads() && others % threads() != 0;
+    const int64_t count = few ? up(parts, threads()) : parts;
+    return up(size, count) / count;
+  };
+  const int64_t rows = equal(conv.out_height, std::max<int64_t>(pixels / span, 1), conv.batch);
+  const bool whole = span == conv.out_width && rows == conv.out_height;
+  const int64_t images = whole ? equal(conv.batch, std::max<int64_t>(pixels / (rows * span), 1), 1) : 1;
   const int64_t blocks_x = up(conv.out_width, span) / span, blocks_y = up(conv.out_height, rows) / rows;
   parallel_for(up(conv.batch, images) / images * blocks_y * blocks_x, 1, [&](int64_t begin, int64_t end) {
     const int64_t seen_x = (span - 1) * conv.stride + conv.kw, seen_y = (rows - 1) * conv.stride + conv.kh;
@@ -61,13 +78,14 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
                     window.get() + i * lines * columns * c);
       }
       const int64_t seen = count * height * width;
-      const std::array shape{count, height, width};
-      Pixel pixel(height, width, 0);
-      for (int64_t i = 0; known != shape && i < seen; i++, pixel.next()) {
-        from[i] = ((pixel.image * lines + pixel.row * conv.stride) * columns + pixel.column * conv.stride) * c;
-        to[i] = places.of(pixel);
+      if (const std::array shape{count, height, width}; known != shape) {
+        Pixel at(height, width, 0);
+        for (int64_t i = 0; i < seen; i++, at.next()) {
+          from[i] = ((at.image * lines + at.row * conv.stride) * columns + at.column * conv.stride) * c;
+          to[i] = places.of(at);
+        }
+        known = shape;
       }
-      known = shape;
       const int64_t at = image * places.image + first * places.row + left * places.pixel;
       const Epilogue last{.bias = in.bias, .residual = in.residual ? in.residual + at : nullptr};
       kernel.product_parts({window.get(), 0, from.data()}, {conv.kh, conv.kw * c, columns * c}, weights.get(),
@@ -77,10 +95,10 @@ void direct(const Conv& conv, const ConvArrays& in, const Packer& packer, float*
 }
 
 void product_of_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
-  constexpr int64_t FEW = 512, MANY = 1 << 20;  // pixels, weights
-  const int64_t depth = conv.kh * conv.kw * conv.c;
-  const bool few = conv.batch * conv.out_height * conv.out_width <= FEW && depth * conv.o > MANY;
-  (depth == 0 || (few && !conv.affine && !conv.silu) ? by_windows : direct)(conv, in, weights, y, places);
+  constexpr int64_t MANY = 1 << 20;  // weights
+  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
+  const bool few = pixels <= SOME_ROWS && conv.kh * conv.kw * conv.c * conv.o > MANY;
+  (few ? by_windows : direct)(conv, in, weights, y, places);
 }
 
 /// For few output channels: one product computes each pixel's part in the windows around it, then windows are summed.
@@ -151,7 +169,7 @@ void convolve(const Conv& conv, const ConvArrays& in, float* y) {
 
 void input_gradient(const Conv& conv, const float* weight, const float* dy, const float* bias, float* dx) {
   // Pixels of dx with the same remainders by the stride see the same taps: each group is a convolution of dy.
-  const int64_t c = conv.c, o = conv.o, stride = conv.stride, filter = conv.kh * conv.kw * c;
+  const int64_t c = conv.c, o = conv.o, stride = conv.stride;
   // taps of pixels with a remainder, the last first: pixel i * stride + remainder sees dy from i - before on
   const auto taps = [stride](int64_t remainder, int64_t padding, int64_t size, int64_t& before) {
     std::vector<int64_t> found;
@@ -171,17 +189,14 @@ void input_gradient(const Conv& conv, const float* weight, const float* dy, cons
       const auto down = taps(py, conv.top, conv.kh, group.top), across = taps(px, conv.left, conv.kw, group.left);
       group.kh = down.size();
       group.kw = across.size();
-      const Packer weights = [&](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
-        each_panel(n, [&](int64_t first, int64_t channels, int64_t width) {
-          for (int64_t j = 0, length; j < k; j += length) {
-            const int64_t tap = (from + j) / o, inside = (from + j) % o;
-            length = std::min(o - inside, k - j);
-            const float* part = weight + inside * filter + (down[tap / group.kw] * conv.kw + across[tap % group.kw]) * c;
-            kernels()->pack({part + left + first, filter, 1}, length, channels, packed + first * k + j * width);
-          }
-        });
-      };
-      product_of_windows(group, {.x = dy, .weight = nullptr, .bias = bias}, weights, dx + (py * conv.width + px) * c,
+      std::vector<int64_t> found;
+      for (int64_t r : down) {
+        for (int64_t s : across) {
+          found.push_back(r * conv.kw + s);
+        }
+      }
+      product_of_windows(group, {.x = dy, .weight = weight, .bias = bias}, turned_packer(conv, weight, found),
+                         dx + (py * conv.width + px) * c,
                          {conv.height * conv.width * c, stride * conv.width * c, stride * c});
     }
   }

@@ -13,8 +13,6 @@ constexpr int64_t PAD = 16;     // numbers after a copied row: powers of two wou
 constexpr int64_t NEAR = 1024;  // numbers between rows of a up to which they need no copy
 // Rows of a up to which packing b takes longer than dot products. They round otherwise, so this is less than a prompt has.
 constexpr int64_t FEW_ROWS = 8;
-// Rows of a up to which each thread packs the columns of b that it multiplies: one reads memory while another computes.
-constexpr int64_t SOME_ROWS = 512;
 
 /// The epilogue of columns from `left` on, and of results from number `at` on.
 Epilogue part_of(Epilogue last, int64_t left, int64_t at) {

@@ -8,6 +8,9 @@
 
 namespace mflux {
 
+/// Rows of a up to which each thread packs the columns of b that it multiplies: one reads memory while another computes.
+inline constexpr int64_t SOME_ROWS = 512;
+
 /// The first multiple of `step` that is not below x.
 inline int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 

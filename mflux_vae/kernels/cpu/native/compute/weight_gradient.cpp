@@ -11,22 +11,25 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t MOST = 1 << 21;  // numbers of all parts of a sum
+constexpr int64_t MOST = 1 << 21;  // numbers of all parts of a sum, if it has several
 
-/// dweight (o, kh, kw, c), or (kh, kw, c, o) if `turned`: windows and dy are read in place. If `boxes`, numbers of windows are
-/// sums of 2 x 2 pixels.
-void sum_in_place(const Conv& conv, const float* x, const float* dy, bool turned, bool boxes, float* dweight) {
-  constexpr int64_t NUMBERS = 96 * 1024;  // of x and dy at once
+/// dweight (o, kh, kw, c), or (kh, kw, c, o) if `transposed`: windows and dy are read in place. If `boxes`, numbers of windows
+/// are sums of 2 x 2 pixels.
+void sum_in_place(const Conv& conv, const float* x, const float* dy, bool transposed, bool boxes, float* dweight) {
+  constexpr int64_t NUMBERS = 96 * 1024, LEAST = 8;  // of x and dy at once; blocks, for threads to share
   const Kernels& kernel = *kernels();
   const int64_t c = conv.c, o = conv.o, line = conv.kw * c, size = o * conv.kh * line, nr = kernel.tile_columns;
   const int64_t columns = (conv.out_width - 1) * conv.stride + conv.kw + boxes, row = columns * c, step = conv.stride * row;
-  const int64_t d_row = conv.out_width * o, rows = std::max<int64_t>(std::min(NUMBERS / (step + d_row), conv.out_height), 1);
+  const int64_t d_row = conv.out_width * o, fit = std::max<int64_t>(NUMBERS / std::max<int64_t>(step + d_row, 1), 1);
+  const int64_t wanted = std::max(up(conv.out_height, fit) / fit, LEAST / std::max<int64_t>(conv.batch, 1));
+  const int64_t rows = std::max<int64_t>(up(conv.out_height, wanted) / wanted, 1);
   const int64_t blocks = up(conv.out_height, rows) / rows, count = conv.batch * blocks;
+  const float* end_of_dy = dy + conv.batch * conv.out_height * d_row;
   std::vector<int64_t> at;  // of the numbers of a window
   for (int64_t i = 0; i < conv.kh * line; i++) {
     at.push_back(i / line * row + i % line);
   }
-  parallel_sum(count, std::max<int64_t>(1, count * size / MOST), size, dweight, [&](int64_t begin, int64_t end, float* partial) {
+  parallel_sum(count, up(count * size, MOST) / MOST, size, dweight, [&](int64_t begin, int64_t end, float* partial) {
     const Floats window = floats(((rows - 1) * conv.stride + conv.kh + boxes) * row + nr);
     for (int64_t block = begin; block < end; block++) {
       const int64_t image = block / blocks, first = block % blocks * rows, height = std::min(rows, conv.out_height - first);
@@ -36,9 +39,11 @@ void sum_in_place(const Conv& conv, const float* x, const float* dy, bool turned
         window[i] = (window[i] + window[i + c]) + (window[i + row] + window[i + row + c]);
       }
       const float* d = dy + (image * conv.out_height + first) * d_row;
-      if (turned) {
-        const Floats last = floats(block + 1 == count ? height * d_row + nr : 0);  // nothing is read beyond the array
-        d = block + 1 == count ? std::copy_n(d, height * d_row, last.get()) - height * d_row : d;
+      if (transposed) {
+        const int64_t length = height * d_row;
+        const bool last = d + length + nr > end_of_dy;  // nothing is read beyond the array
+        const Floats copy = floats(last ? length + nr : 0);
+        d = last ? std::copy_n(d, length, copy.get()) - length : d;
         kernel.product_parts({window.get(), 0, at.data()}, {height, conv.out_width, step, conv.stride * c, d_row, o}, d,
                              {partial, o}, conv.kh * line, o, true, nullptr);
         continue;
@@ -51,14 +56,14 @@ void sum_in_place(const Conv& conv, const float* x, const float* dy, bool turned
   });
 }
 
-/// For few output channels: windows of dy.
+/// For few output channels: windows are of dy, and x is in place of dy.
 void weight_gradient_by_inputs(const Conv& conv, const float* x, const float* dy, float* dweight) {
   const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw;
-  const Conv turned{.batch = conv.batch, .height = conv.out_height, .width = conv.out_width, .c = o, .o = c, .kh = conv.kh,
-                    .kw = conv.kw, .stride = 1 << conv.doubled, .top = conv.kh - 1 - conv.top, .left = conv.kw - 1 - conv.left,
-                    .out_height = conv.height, .out_width = conv.width};
+  const Conv swapped{.batch = conv.batch, .height = conv.out_height, .width = conv.out_width, .c = o, .o = c, .kh = conv.kh,
+                     .kw = conv.kw, .stride = 1 << conv.doubled, .top = conv.kh - 1 - conv.top,
+                     .left = conv.kw - 1 - conv.left, .out_height = conv.height, .out_width = conv.width};
   const Floats sums = floats(taps * o * c);
-  sum_in_place(turned, dy, x, true, conv.doubled, sums.get());
+  sum_in_place(swapped, dy, x, /*transposed=*/true, /*boxes=*/conv.doubled, sums.get());
   for (int64_t tap = 0; tap < taps; tap++) {
     for (int64_t i = 0; i < o; i++) {
       std::copy_n(sums.get() + ((taps - 1 - tap) * o + i) * c, c, dweight + (i * taps + tap) * c);
@@ -80,14 +85,14 @@ void weight_gradient(const Conv& conv, const float* x, const float* dy, float* d
     return;
   }
   const bool large = conv.out_height * conv.out_width >= 128;
-  if (large && c < o && conv.kw * c < kernels()->tile_columns) {  // they would fill part of a vector
+  if (large && c < o && conv.kw * c < kernels()->tile_columns) {  // numbers of a window would fill part of a panel
     const Floats sums = floats(depth * o);
-    sum_in_place(conv, x, dy, true, false, sums.get());
+    sum_in_place(conv, x, dy, /*transposed=*/true, /*boxes=*/false, sums.get());
     kernels()->transpose(sums.get(), o, depth, o, dweight, depth);
     return;
   }
-  if (large && c <= 64 && pixels >= 4096) {
-    sum_in_place(conv, x, dy, false, false, dweight);
+  if (large && c <= 64 && pixels >= 4096 && depth * o <= MOST / 16) {
+    sum_in_place(conv, x, dy, /*transposed=*/false, /*boxes=*/false, dweight);
     return;
   }
   constexpr int64_t LEAST = 512;  // pixels of a part of the sum

@@ -1,6 +1,8 @@
 #include "compute/window.h"
 
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 namespace mflux {
 
@@ -127,18 +129,27 @@ Packer window_packer(const Conv& conv, const float* x) {
 }
 
 Packer weight_packer(const Conv& conv, const float* weight) {
-  const int64_t c = conv.c, o = conv.o, taps = conv.kh * conv.kw;
+  const int64_t c = conv.c, taps = conv.kh * conv.kw;
   if (!conv.turned) {
     return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
       kernels()->pack({weight + left * taps * c + from, 1, taps * c}, k, n, packed);
     };
   }
+  std::vector<int64_t> reversed(taps);
+  std::iota(reversed.rbegin(), reversed.rend(), 0);
+  Conv gradient = conv;
+  std::swap(gradient.c, gradient.o);
+  return turned_packer(gradient, weight, reversed);
+}
+
+Packer turned_packer(const Conv& conv, const float* weight, const std::vector<int64_t>& taps) {
+  const int64_t c = conv.c, o = conv.o, filter = conv.kh * conv.kw * c;
   return [=](int64_t from, int64_t k, int64_t left, int64_t n, float* packed) {
     each_panel(n, [&](int64_t first, int64_t columns, int64_t width) {
       for (int64_t row = from, length; row < from + k; row += length) {  // of one tap
-        const int64_t tap = taps - 1 - row / c, channel = row % c;
-        length = std::min(c - channel, from + k - row);
-        kernels()->pack({weight + (channel * taps + tap) * o + left + first, taps * o, 1}, length, columns,
+        const int64_t channel = row % o;
+        length = std::min(o - channel, from + k - row);
+        kernels()->pack({weight + channel * filter + taps[row / o] * c + left + first, filter, 1}, length, columns,
                         packed + first * k + (row - from) * width);
       }
     });

@@ -1,6 +1,8 @@
 // What a convolution reads: windows of an image, and weights.
 #pragma once
 
+#include <vector>
+
 #include "compute/conv.h"
 #include "compute/gemm.h"
 
@@ -37,5 +39,7 @@ Packer window_packer(const Conv& conv, const float* x);
 
 /// Packs weights (o, kh, kw, c), or turned ones, as a matrix (kh * kw * c, o).
 Packer weight_packer(const Conv& conv, const float* weight);
+/// Packs some taps of weights (o, kh, kw, c) as a matrix (taps * o, c).
+Packer turned_packer(const Conv& conv, const float* weight, const std::vector<int64_t>& taps);
 
 }  // namespace mflux

@@ -33,11 +33,11 @@ struct Rows {
   }
 };
 
-/// What a product sums over: `parts` of `length`. Sides have so many numbers between parts, and inside of them.
+/// What a product sums over: `parts` of `length`.
 struct Terms {
   int64_t parts, length;
-  int64_t a_part = 0, a_step = 1;
-  int64_t b_part = 0, b_step = 0;  // of rows of b; 0: b is from `pack`
+  int64_t a_part = 0, a_step = 1;  // numbers of a row of a between parts, and between terms
+  int64_t b_part = 0, b_step = 0;  // numbers of b between their rows; b_step 0: b is from `pack`
 };
 
 struct Kernels {
@@ -69,14 +69,13 @@ struct Kernels {
   /// c (m, n) = a (m, k) b, or += if `add`; b from `pack`; then the epilogue, if any.
   void (*product)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
                   bool add, const Epilogue* last);
+  /// The same with rows anywhere. If b is not packed, less than a vector is read beyond its n columns.
+  void (*product_parts)(Rows<const float> a, const Terms& terms, const float* b, Rows<float> c, int64_t m, int64_t n,
+                        bool add, const Epilogue* last);
 
   /// c (m, n) = a (m, k) b^T, or += if `add`, for few rows of a and b (n, k) not packed; then the epilogue.
   void (*dot_products)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
                        int64_t n, int64_t k, bool add, const Epilogue& last);
-
-  /// The same with rows anywhere. Vectors beyond n are read from a b that is not packed, up to `tile_columns`.
-  void (*product_parts)(Rows<const float> a, const Terms& terms, const float* b, Rows<float> c, int64_t m, int64_t n,
-                        bool add, const Epilogue* last);
 
   // see attention.inc
   void (*attend)(float* x, const float* mask, int64_t mask_step, float scale, float* stats, int64_t count);
