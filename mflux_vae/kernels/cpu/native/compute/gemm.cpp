@@ -86,8 +86,8 @@ void product_of_some_rows(const Left& a, const Packer& b, Rows<float> c, int64_t
 }
 
 /// Parts of b are packed for all threads, which take blocks of a.
-void product_of_many_rows(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
-                          bool add) {
+void product_of_many_rows(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k,
+                          const Epilogue& last, bool add) {
   constexpr int64_t ROWS = 120;      // of a: a block stays in the L2 cache
   constexpr int64_t COLUMNS = 1024;  // of b
   const int64_t nr = kernels()->tile_columns, blocks = up(up(m, ROWS) / ROWS, threads()),
@@ -119,7 +119,8 @@ void product_of_many_rows(const Left& a, const Packer& b, Rows<float> c, int64_t
   }
 }
 
-void product(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+void product(const Left& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+             bool add) {
   if (m == 0 || n == 0) {
     return;
   }
@@ -140,7 +141,8 @@ void parallel_panels(int64_t n, int64_t grain, const std::function<void(int64_t,
   });
 }
 
-void gemm(const Reader& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last, bool add) {
+void gemm(const Reader& a, const Packer& b, Rows<float> c, int64_t m, int64_t n, int64_t k, const Epilogue& last,
+          bool add) {
   product({a}, b, c, m, n, k, last, add);
 }
 
