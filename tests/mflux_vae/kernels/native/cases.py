@@ -323,13 +323,12 @@ def _conv(x: mx.array, w: mx.array, stride: int, padding: Sequence[int]) -> mx.a
     return y
 
 
-def conv2d(draw: Draw) -> Case:
-    k, stride = draw.choice([1, 2, 3, 3, 4, 5]), draw.choice([1, 1, 2, 3])
-    batch, height, width = draw.integer(1, 2), draw.integer(k, 22), draw.integer(k, 22)
-    c, o = draw.choice([1, 3, 4, 16, 17, 33]), draw.choice([1, 3, 12, 16, 24, 33])
-    padding = [draw.integer(0, k - 1) for _ in range(4)]
-    affine, silu, doubled = (draw.choice([False, True]) for _ in range(3))
-    inputs = [normal(draw, batch, height, width, c), normal(draw, o, k, k, c) / (k * k * c) ** 0.5, normal(draw, o)]
+def _conv2d(
+    draw: Draw, shape: Sequence[int], o: int, k: int, stride: int, padding: Sequence[int], *, doubled: bool
+) -> Case:
+    batch, _, _, c = shape
+    affine, silu = draw.choice([False, True]), draw.choice([False, True])
+    inputs = [normal(draw, *shape), normal(draw, o, k, k, c) / (k * k * c) ** 0.5, normal(draw, o)]
     if affine:
         inputs += [normal(draw, batch, c), normal(draw, batch, c)]
 
@@ -347,6 +346,14 @@ def conv2d(draw: Draw) -> Case:
         formula=formula,
         inputs=inputs,
     )
+
+
+def conv2d(draw: Draw) -> Case:
+    k, stride = draw.choice([1, 2, 3, 3, 4, 5]), draw.choice([1, 1, 2, 3])
+    shape = [draw.integer(1, 2), draw.integer(k, 22), draw.integer(k, 22), draw.choice([1, 3, 4, 16, 17, 33])]
+    padding = [draw.integer(0, k - 1) for _ in range(4)]
+    o = draw.choice([1, 3, 12, 16, 24, 33])
+    return _conv2d(draw, shape, o, k, stride, padding, doubled=draw.choice([False, True]))
 
 
 def large_conv2d(draw: Draw) -> Case:
@@ -367,11 +374,8 @@ def large_conv2d(draw: Draw) -> Case:
         ]
     )
     padding = [draw.integer(0, 4) for _ in range(4)]
-    return Case(
-        native=lambda x, w, b: [native.conv2d(x, w, b, None, None, None, False, False, stride, padding)],
-        formula=lambda x, w, b: [_conv(x, w, stride, padding) + b],
-        inputs=[normal(draw, batch, height, width, c), normal(draw, o, 3, 3, c) / (9 * c) ** 0.5, normal(draw, o)],
-    )
+    doubled = c <= 20 and draw.choice([False, True])
+    return _conv2d(draw, (batch, height, width, c), o, 3, stride, padding, doubled=doubled)
 
 
 def conv_transpose2d(draw: Draw) -> Case:

@@ -22,23 +22,22 @@ struct Places {
 
 /// For few pixels and many weights: a product that copies windows, and packs weights just before they are multiplied.
 void by_windows(const Conv& conv, const ConvArrays& in, const Packer& weights, float* y, const Places& places) {
-  const int64_t c = conv.c, pixels = conv.batch * conv.out_height * conv.out_width, image = conv.height * conv.width;
-  const bool activate = conv.affine || conv.silu;
-  const Floats activated = floats(activate ? conv.batch * image * c : 0);
-  parallel_for(activate ? conv.batch * image : 0, 1 + GRAIN / c, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin, last; first < end; first = last) {  // of one image
-      const int64_t pair = conv.affine ? first / image * c : 0;
-      last = std::min(end, (first / image + 1) * image);
-      kernels()->affine(in.x + first * c, conv.affine ? in.scale + pair : nullptr, conv.affine ? in.shift + pair : nullptr,
-                        conv.silu, activated.get() + first * c, last - first, c);
+  const int64_t row = conv.width * conv.c, pixels = conv.batch * conv.out_height * conv.out_width;
+  const int64_t rows = conv.affine || conv.silu ? conv.batch * conv.height : 0;  // of x to activate
+  const Floats activated = floats(rows * row);
+  Conv once = conv;
+  once.doubled = false;
+  parallel_for(rows, 1 + GRAIN / (row + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      read_window(once, in, i / conv.height, i % conv.height, 1, 0, conv.width, activated.get() + i * row);
     }
   });
   std::vector<int64_t> at;
   for (Pixel pixel(conv.out_height, conv.out_width, 0); int64_t(at.size()) < pixels; pixel.next()) {
     at.push_back(places.of(pixel));
   }
-  gemm(window_reader(conv, activate ? activated.get() : in.x), weights, {y, 0, at.data()}, pixels, conv.o,
-       conv.kh * conv.kw * c, {.bias = in.bias, .residual = in.residual});
+  gemm(window_reader(conv, rows ? activated.get() : in.x), weights, {y, 0, at.data()}, pixels, conv.o,
+       conv.kh * conv.kw * conv.c, {.bias = in.bias, .residual = in.residual});
 }
 
 /// Windows are read in place: their rows are parts of the rows of a product.

@@ -11,7 +11,7 @@
 namespace mflux {
 namespace {
 
-constexpr int64_t MOST = 1 << 21;  // numbers of all parts of a sum, if it has several
+constexpr int64_t MOST = 1 << 21;  // numbers of all parts of a sum together, if there are several
 
 /// dweight (o, kh, kw, c), or (kh, kw, c, o) if `transposed`: windows and dy are read in place. If `boxes`, numbers of windows
 /// are sums of 2 x 2 pixels.
